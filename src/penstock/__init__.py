@@ -1,0 +1,36 @@
+"""penstock: open, low-cost training of ChatGPT-style assistants. Names load on first use, so that importing is cheap."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from penstock.algorithms.ppo import ppo as ppo
+    from penstock.algorithms.reward import reward as reward
+    from penstock.algorithms.sft import sft as sft
+    from penstock.config import PPOConfig as PPOConfig
+    from penstock.config import RewardConfig as RewardConfig
+    from penstock.config import SFTConfig as SFTConfig
+    from penstock.memory.strategy import Strategy as Strategy
+    from penstock.models.decoder import Decoder as Decoder
+    from penstock.models.roles import Actor as Actor
+    from penstock.models.roles import Critic as Critic
+    from penstock.models.roles import RewardModel as RewardModel
+    from penstock.rollout.sampling import Sampling as Sampling
+
+_HOMES = {
+    "sft": "algorithms.sft", "reward": "algorithms.reward", "ppo": "algorithms.ppo",
+    "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
+    "Strategy": "memory.strategy", "Decoder": "models.decoder", "Sampling": "rollout.sampling",
+    "Actor": "models.roles", "Critic": "models.roles", "RewardModel": "models.roles",
+}  # fmt: skip
+
+__all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'penstock' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"penstock.{_HOMES[name]}"), name)

@@ -1,0 +1,5 @@
+"""`python -m penstock`, which is also what torchrun starts."""
+
+from penstock.cli import main
+
+main()

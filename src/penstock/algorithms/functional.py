@@ -1,0 +1,299 @@
+"""The arithmetic of SFT, reward modelling and PPO: pure functions on tensors, each with its source.
+
+Nothing here knows a model, a file or a rank. Rows are ragged: every function takes lengths or a mask made from
+lengths, never `token != pad` (PPO.md 1), and whatever lies in the padding, NaN included, reaches neither a value
+nor a gradient. Shapes: B = rows, T = tokens, R = response tokens, N = valid response tokens of all rows, packed
+row after row, V = vocabulary, D = width of a hidden state.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOG_RATIO_LIMIT = 20.0
+"""exp(20) is 5e8: beyond it a ratio says only "broken", and it must not become inf (PPO.md 8, 16)."""
+
+
+# --- rows and masks -------------------------------------------------------------------------------------------------
+
+
+def mask_of(lengths: Tensor, width: int) -> Tensor:
+    """Valid positions as [B, width] bool, from lengths [B] alone (PPO.md 1)."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
+    """Where the response tokens stand in whole rows: [B, width] bool."""
+    return mask_of(prompt_lengths + response_lengths, width) & ~mask_of(prompt_lengths, width)
+
+
+def states_before(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The states that predict the tokens under `mask`, packed: hidden [B, T, D], mask [B, T] -> [N, D].
+
+    This is the only shift in the project (PPO.md 2): SFT, actor, reference and critic all read from here.
+
+        position     0    1    2    3    4    5
+        token       p0   p1   p2   r0   r1   pad
+        mask         .    .    .    x    x    .
+        hidden      h0   h1   h2   h3   h4   h5
+                              |    |
+                              r0   r1              h2 predicts r0, h3 predicts r1: we return (h2, h3)
+
+    Raises ValueError when a row's very first token is asked for: nothing precedes it.
+    """
+    if bool(mask[:, 0].any()):
+        raise ValueError("a prompt needs at least one token (a BOS): the first token of a row has no state before it")
+    flat = mask.flatten().nonzero()[:, 0]
+    return hidden.flatten(0, 1).index_select(0, flat - 1)
+
+
+def response_states(hidden: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
+    """The states before each response token, packed: hidden [B, T, D] -> [N, D]. See the picture in `states_before`."""
+    return states_before(hidden, response_mask(prompt_lengths, response_lengths, hidden.shape[1]))
+
+
+def last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The state at each row's last token: hidden [B, T, D] -> [B, D] (PPO.md 22)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+
+
+def pack(x: Tensor, lengths: Tensor) -> Tensor:
+    """Valid entries of x [B, R], row after row: [N]."""
+    return x[mask_of(lengths, x.shape[1])]
+
+
+def unpack(packed: Tensor, lengths: Tensor, width: int | None = None) -> Tensor:
+    """Inverse of `pack`: [N] -> [B, width], zero in the padding. Width defaults to the longest row."""
+    mask = mask_of(lengths, int(lengths.max()) if width is None else width)
+    return packed.new_zeros(mask.shape).masked_scatter(mask, packed)
+
+
+def clean(x: Tensor, mask: Tensor) -> Tensor:
+    """x with zeros in the padding; done before any arithmetic, so that 0 * NaN never happens in a backward."""
+    return x.masked_fill(~mask, 0.0)
+
+
+def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """Sum of x over valid positions / count. Give the *global* count when this is one part of a batch (PPO.md 15)."""
+    total = clean(x, mask).sum()
+    return total / (mask.sum() if count is None else count)
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target and the entropy of each distribution: logits [N, V], targets [N] -> [N], [N].
+
+    Softmax in fp32 whatever the weights' dtype; the temperature divides the logits here, so rollout, reference and
+    training all speak of the distribution that was sampled (PPO.md 3). The entropy carries no gradient; with
+    `entropy=False` it is None and costs nothing.
+    """
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    if not entropy:
+        return logprobs, None
+    with torch.no_grad():
+        log_probabilities = F.log_softmax(logits, dim=-1)
+        # A token ruled out with -inf contributes nothing: p log p -> 0.
+        return logprobs, torch.special.entr(log_probabilities.exp()).sum(dim=-1)
+
+
+# --- KL and rewards -------------------------------------------------------------------------------------------------
+
+
+def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
+    """logprobs - other, clamped to +-20 (PPO.md 8)."""
+    return (logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Unbiased, high-variance estimate of KL(actor || reference) on the actor's own samples (Schulman 2020)."""
+    return log_ratio(logprobs, ref_logprobs)
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Biased, low-variance, never negative (Schulman 2020)."""
+    return 0.5 * log_ratio(logprobs, ref_logprobs).square()
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Unbiased and never negative: r - 1 - log r with r = reference / actor (Schulman 2020)."""
+    reverse = log_ratio(ref_logprobs, logprobs)
+    return reverse.exp() - 1 - reverse
+
+
+def replace_missing_eos(scores: Tensor, has_eos: Tensor, missing_eos_score: float | None) -> Tensor:
+    """Scores [B] where a response without EOS gets `missing_eos_score` *instead of* its score (PPO.md 7; N+ 4)."""
+    if missing_eos_score is None:
+        return scores
+    return torch.where(has_eos, scores, torch.full_like(scores, missing_eos_score))
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float
+) -> Tensor:
+    """Per-token rewards [B, R]: -kl_coef * k1 at every token, plus the score once, at the last one.
+
+    scores: [B]; logprobs, ref_logprobs: [B, R]; lengths: [B] response lengths. (PPO.md 7, 8; Ziegler et al. 2019, 2.1)
+    """
+    mask = mask_of(lengths, logprobs.shape[1])
+    rewards = -kl_coef * kl_k1(clean(logprobs.float(), mask), clean(ref_logprobs.float(), mask))
+    rewards[torch.arange(len(scores), device=scores.device), lengths - 1] += scores.float()
+    return rewards
+
+
+@dataclass
+class KLController:
+    """The KL coefficient beta: fixed, or steered towards `target` nats per sequence (Ziegler et al. 2019, 2.2)."""
+
+    beta: float
+    target: float | None = None
+    """None keeps beta fixed."""
+    horizon: float = 10_000.0
+    """Episodes over which a constant error of 1 multiplies beta by e."""
+
+    def update(self, kl_per_sequence: float, episodes: int) -> None:
+        """Moves beta after a batch of `episodes` whose mean KL was `kl_per_sequence` nats (PPO.md 9)."""
+        if self.target is None:
+            return
+        error = min(max(kl_per_sequence / self.target - 1.0, -0.2), 0.2)
+        self.beta *= 1.0 + error * episodes / self.horizon
+
+
+# --- advantages -----------------------------------------------------------------------------------------------------
+
+
+def gae(
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over ragged rows.
+
+    rewards, values: [B, R] right-padded; lengths: [B]. Returns advantages, returns: [B, R] fp32, zero in the padding.
+    The value after the last token is 0; returns are taken before any whitening (PPO.md 13).
+    """
+    mask = mask_of(lengths, rewards.shape[1])
+    rewards, values = clean(rewards.float(), mask), clean(values.float(), mask)
+    # Zeros in the padding make every row end in "next value 0, next advantage 0" by itself.
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, clean(advantages + values, mask)
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """x with unit variance (and zero mean if `shift_mean`) over the valid positions, zero in the padding.
+
+    Once over the whole batch, across ranks and micro-batches; unbiased variance (PPO.md 14).
+    """
+    x = clean(x.float(), mask)
+    count = mask.sum()
+    mean = x.sum() / count
+    variance = clean((x - mean).square(), mask).sum() / (count - 1).clamp(min=1)
+    whitened = (x - mean) * torch.rsqrt(variance + eps)
+    return clean(whitened if shift_mean else whitened + mean, mask)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - var(returns - values) / var(returns) over valid positions; 1 is a perfect critic, 0 when returns are constant."""
+    values, returns = values[mask].float(), returns[mask].float()
+    variance = returns.var(unbiased=False)
+    return torch.where(variance > 0, 1 - (returns - values).var(unbiased=False) / variance, torch.zeros_like(variance))
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a token mean over `count` (PPO.md 15, 16).
+
+    All inputs [B, R]. Returns the loss and sums over valid tokens, detached: approxkl (k2 of old against new),
+    clipfrac, ratio, ratio_sq; and max_ratio_gap = max|ratio - 1|.
+    """
+    logprobs, old_logprobs = clean(logprobs.float(), mask), clean(old_logprobs.float().detach(), mask)
+    advantages = clean(advantages.detach(), mask)
+    ratio = log_ratio(logprobs, old_logprobs).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask, count)
+    with torch.no_grad():
+        stats = {
+            "approxkl": clean(kl_k2(logprobs, old_logprobs), mask).sum(),
+            "clipfrac": ((clipped > unclipped) & mask).sum().float(),
+            "ratio": clean(ratio, mask).sum(),
+            "ratio_sq": clean(ratio.square(), mask).sum(),
+            "max_ratio_gap": clean((ratio - 1).abs(), mask).max(),
+        }
+    return loss, stats
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = 0.2,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """0.5 * max(squared error, squared error of the value clipped around the old one), a token mean (PPO.md 16).
+
+    All inputs [B, R]; `clip=None` is the plain squared error. Stats are sums over valid tokens: clipfrac.
+    """
+    values = clean(values.float(), mask)
+    old_values, returns = clean(old_values.float().detach(), mask), clean(returns.float().detach(), mask)
+    squared = (values - returns).square()
+    if clip is None:
+        return 0.5 * masked_mean(squared, mask, count), {"clipfrac": torch.zeros((), device=values.device)}
+    near = torch.clamp(values, old_values - clip, old_values + clip)
+    squared_clipped = (near - returns).square()
+    loss = 0.5 * masked_mean(torch.maximum(squared, squared_clipped), mask, count)
+    return loss, {"clipfrac": ((squared_clipped > squared) & mask).sum().float().detach()}
+
+
+def sft_loss(logprobs: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """Negative log-likelihood of packed logprobs [N], a token mean over `count` (PPO.md 15, 24)."""
+    return -logprobs.sum() / (max(len(logprobs), 1) if count is None else count)
+
+
+def pairwise_loss(scores: Tensor, ranks: Sequence[int], margin: float = 0.0) -> tuple[Tensor, int, int]:
+    """The ranking loss of one prompt: scores [K], ranks [K] with 0 the best (Ouyang et al. 2022, eq. 1; PPO.md 22).
+
+    The mean over all pairs of different rank of -logsigmoid(better - worse - margin); ties contribute nothing.
+    Returns the loss, the number of pairs ordered as ranked, and the number of pairs.
+    """
+    pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+    if not pairs:
+        return scores.float().sum() * 0.0, 0, 0
+    better, worse = (torch.tensor(side, device=scores.device) for side in zip(*pairs, strict=True))
+    gaps = scores.float()[better] - scores.float()[worse]
+    return -F.logsigmoid(gaps - margin).mean(), int((gaps > 0).sum()), len(pairs)
+
+
+def lr_schedule(step: int, total: int, warmup_fraction: float) -> float:
+    """Factor of the learning rate at update `step` of `total`: linear warm-up, then linear to 0 (PPO.md 18).
+
+    The first update already moves ((step + 1) / warmup) and the last one is the last above zero.
+    """
+    warmup = math.ceil(total * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(total - step, 0) / max(total - warmup, 1)

@@ -1,0 +1,401 @@
+"""PPO for language models: rollout, score, learn (Ziegler et al. 2019; Ouyang et al. 2022, stage 3).
+
+Numbers in comments are the lines of docs/ppo.md: what decides whether RLHF converges. The loop is at the end of
+`ppo()`; what it calls stands below it in the order it is called.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.algorithms import functional as fn
+from penstock.algorithms.scoring import Scorer, scorer_of
+from penstock.algorithms.sft import micro_batches as example_batches
+from penstock.algorithms.sft import response_logprobs
+from penstock.config import PPOConfig
+from penstock.data.batching import Shuffle, pad
+from penstock.data.chat import Example
+from penstock.errors import UserError
+from penstock.memory.shard import World
+from penstock.memory.strategy import StepStats, Strategy
+from penstock.models.roles import Actor, Critic
+from penstock.rollout.engine import Answer, generate
+from penstock.rollout.sampling import Sampling, stream
+from penstock.algorithms.inputs import encoder_of, read, source_of
+from penstock.run.session import Session
+
+
+@dataclass
+class Experience:
+    """A rollout scored by all four models. Rows are episodes; [B, R] tensors are aligned with the response tokens."""
+
+    tokens: Tensor
+    """[B, T] int64, prompt and response, right-padded."""
+    prompt_lengths: Tensor
+    """[B] int64."""
+    lengths: Tensor
+    """[B] int64, response tokens, EOS included."""
+    logprobs: Tensor
+    """[B, R] fp32, under the actor that wrote them, from the trainer's own forward (6)."""
+    ref_logprobs: Tensor
+    """[B, R] fp32, under the reference."""
+    values: Tensor
+    """[B, R] fp32, the critic's at the state before each token."""
+    entropy: Tensor
+    """[B, R] fp32, of the distribution each token was drawn from."""
+    engine_gap: Tensor
+    """[B, R] fp32, |engine's log-prob - trainer's|."""
+    scores: Tensor
+    """[B] fp32, the reward model's."""
+    ended: Tensor
+    """[B] bool, the response ended with EOS."""
+    advantages: Tensor
+    """[B, R] fp32, whitened; zeros until `with_advantages`."""
+    returns: Tensor
+    """[B, R] fp32, before whitening; zeros until `with_advantages`."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Valid response tokens, [B, R] bool, from lengths alone (1)."""
+        return fn.mask_of(self.lengths, self.logprobs.shape[1])
+
+    def rows(self, index: Tensor) -> "Experience":
+        """The episodes of `index`, trimmed to their own longest rows."""
+        part = Experience(*(getattr(self, one.name)[index] for one in dataclasses.fields(self)))
+        width, responses = int((part.prompt_lengths + part.lengths).max()), int(part.lengths.max())
+        trimmed = {one.name: getattr(part, one.name)[:, :responses] for one in PER_TOKEN}
+        return dataclasses.replace(part, tokens=part.tokens[:, :width], **trimmed)
+
+    def to(self, device: torch.device | str) -> "Experience":
+        """The same episodes on another device."""
+        return Experience(*(getattr(self, one.name).to(device) for one in dataclasses.fields(self)))
+
+
+PER_TOKEN = [one for one in dataclasses.fields(Experience) if one.name in
+             {"logprobs", "ref_logprobs", "values", "entropy", "engine_gap", "advantages", "returns"}]  # fmt: skip
+
+
+def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
+    """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint.
+
+    `--steps` counts rollout iterations; `--batch-size` episodes per iteration over all ranks.
+    """
+    optim, run = config.optim, config.run
+    if (config.reward is None) == (config.reward_fn is None):
+        raise UserError("ppo needs one score: give either --reward (a reward model) or --reward-fn file.py:name.")
+    strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
+    world = strategy.world
+    with Session("ppo", config, world, resume=resume) as session:
+        source = source_of(config.actor)
+        with strategy.init():
+            actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
+            reference = actor.frozen()
+            if config.reference:
+                reference = Actor.from_pretrained(source_of(config.reference)).frozen()
+            critic_source = config.critic or config.reward
+            if critic_source:
+                critic = Critic.from_pretrained(source_of(critic_source, prefer="critic"))
+            else:
+                critic = Critic.zero_head(actor.decoder)
+        encoder = session.encoder(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
+        scorer = scorer_of(config, encoder, strategy, session)
+        records = session.read(config.data, "prompts")
+        prompts = encoder.prompts(records)
+        ptx = session.read_files(config.ptx_data, "demonstrations", config.data) if config.ptx_coef else []
+        ptx_examples = encoder.demonstrations(ptx)
+
+        actor_sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
+        critic_sink = strategy.prepare(critic, weight_decay=optim.weight_decay)
+        kl = fn.KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        shuffle, ptx_shuffle = Shuffle(len(prompts), run.seed), Shuffle(max(len(ptx_examples), 1), run.seed + 1)
+        sampling = Sampling(
+            temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+            top_k=config.top_k, top_p=config.top_p, seed=run.seed,
+        )  # fmt: skip
+        if config.top_k or config.top_p < 1:
+            session.say(f"rollouts are truncated (top_k={config.top_k}, top_p={config.top_p}): KL may turn negative")
+        total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
+        step = episode = update = 0
+        experience: Experience | None = None
+        critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
+        if session.state:
+            saved = session.state
+            actor_sink.load_state_dict(saved["actor"])
+            critic_sink.load_state_dict(saved["critic"])
+            shuffle.load_state_dict(saved["shuffle"])
+            ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
+            step, update, kl.beta, critic_ready = (saved[key] for key in ("step", "update", "beta", "critic_ready"))
+            episode = session.sampler_state(default=0)
+            experience = Experience(**saved["experience"]) if saved["experience"] else None
+        sums: list[tuple[str, StepStats]] = saved_sums(session.state)
+
+        def state() -> dict:
+            return {
+                "actor": actor_sink.state_dict(), "critic": critic_sink.state_dict(),
+                "shuffle": shuffle.state_dict(), "ptx_shuffle": ptx_shuffle.state_dict(),
+                "step": done, "update": update, "beta": kl.beta, "critic_ready": critic_ready,
+                "experience": vars(experience) if experience else None,
+                "sums": [(name, dataclasses.asdict(one)) for name, one in sums],
+            }  # fmt: skip
+
+        probes = list(range(min(config.samples, len(prompts))))
+        greedy = dataclasses.replace(sampling, temperature=0.0)
+        if step == 0 and experience is None:
+            answers = generate(actor.decoder, [prompts[i] for i in probes], greedy, eos_ids=encoder.eos_ids)
+            session.sample(0, [records[i] for i in probes], answers)
+
+        mini = config.mini_batch_size or optim.batch_size
+        updates = optim.epochs * math.ceil(optim.batch_size / mini)
+        for step in session.steps(step, total):
+            done = step - 1
+            if experience is None:  # otherwise a checkpoint was taken in the middle of this step
+                chosen = shuffle.next(optim.batch_size)
+                mine = world.mine(list(range(len(chosen))))
+                with strategy.phase("rollout"):
+                    rollout = generate(
+                        actor.decoder, [prompts[chosen[i]] for i in mine], sampling,
+                        eos_ids=encoder.eos_ids, episodes=[episode + i for i in mine],
+                    )  # fmt: skip
+                with strategy.phase("score"):
+                    asked = [records[chosen[i]] for i in mine]
+                    local = score(rollout, asked, actor, reference, critic, scorer, config, optim.micro_batch_size)
+                experience = in_order(world.gather(local))
+                experience = with_advantages(experience, kl.beta, config)
+                episode += optim.batch_size
+                session.keep_sampler_state(episode)
+                update, sums = 0, []
+            if not critic_ready:
+                critic_ready = float(fn.explained_variance(experience.values, experience.returns, experience.mask)) > 0
+
+            while update < updates:
+                session.pause(done, {"model": actor, "critic": critic}, state)  # SIGTERM arrived: experience in flight
+                epoch, part = divmod(update, math.ceil(optim.batch_size / mini))
+                order = permutation(len(experience.tokens), run.seed, step, epoch)  # new each epoch (17)
+                index = order[part * mini : (part + 1) * mini]
+                lr = fn.lr_schedule((step - 1) * updates + update, total * updates, optim.warmup)
+                batch = experience.rows(index)
+                count = int(batch.lengths.sum())
+                share = [
+                    experience.rows(rows).to(world.device) for rows in shares(index, world, optim.micro_batch_size)
+                ]
+                with strategy.phase("train"):
+                    if critic_ready:
+                        extra = [ptx_examples[i] for i in ptx_shuffle.next(mini)] if ptx_examples else []
+                        one = strategy.step(
+                            actor_sink,
+                            [*share, *example_batches(world.mine(extra), optim.micro_batch_size)],
+                            lambda part, count=count, extra=extra: actor_loss(actor, part, config, world, count, extra),
+                            lr=optim.lr * lr,
+                            max_grad_norm=optim.max_grad_norm,
+                        )
+                        session.check(one)
+                        sums.append(("policy", one))
+                    one = strategy.step(
+                        critic_sink,
+                        share,
+                        lambda part, count=count: critic_loss(critic, part, config, count),
+                        lr=(config.critic_lr or 5 * optim.lr) * lr,
+                        max_grad_norm=optim.max_grad_norm,
+                    )
+                    session.check(one)
+                    sums.append(("value", one))
+                update += 1
+                last_policy = next((s.sums for name, s in reversed(sums) if name == "policy"), None)
+                if config.target_kl and last_policy and last_policy["approxkl"] / count > 1.5 * config.target_kl:
+                    break  # (20) the experience has been used up; the next one is fresh
+
+            metrics = summary(experience, sums, kl.beta, config)
+            metrics |= {"lr": optim.lr * lr, "episode": episode}
+            kl.update(metrics["objective/kl"], optim.batch_size)
+            if run.dtype == "fp32" and metrics.get("val/first_ratio_gap", 0.0) > 1e-3:
+                session.say(f"step {step}: first ratio is off by {metrics['val/first_ratio_gap']:.2g}; it should be 1")
+            tokens = int(experience.lengths.sum())
+            experience, done, update, sums = None, step, 0, []
+            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
+            if step == total:
+                answers = generate(actor.decoder, [prompts[i] for i in probes], greedy, eos_ids=encoder.eos_ids)
+                session.sample(step, [records[i] for i in probes], answers)
+            session.checkpoint(step, {"model": actor, "critic": critic}, state)
+        return session.finish()
+
+
+# --- score ----------------------------------------------------------------------------------------------------------
+
+
+def score(
+    rollout: Sequence[Answer],
+    records: Sequence,
+    actor: Actor,
+    reference: Actor,
+    critic: Critic,
+    scorer: Scorer,
+    config: PPOConfig,
+    micro_batch_size: int,
+) -> Experience:
+    """The rollout seen by all four models, micro-batch by micro-batch, on the CPU."""
+    device = actor.decoder.head_weight.device
+    parts: list[Experience] = []
+    for start in range(0, len(rollout), micro_batch_size):
+        answers = rollout[start : start + micro_batch_size]
+        tokens, lengths = (x.to(device) for x in pad([a.prompt_ids + a.response_ids for a in answers]))
+        response_lengths = torch.tensor([len(a.response_ids) for a in answers], device=device)
+        prompt_lengths = lengths - response_lengths
+        logprobs, entropy = logprobs_of(actor, tokens, prompt_lengths, response_lengths, config.temperature)
+        ref_logprobs, _ = logprobs_of(reference, tokens, prompt_lengths, response_lengths, config.temperature)
+        values = values_of(critic, tokens, prompt_lengths, response_lengths)
+        engine = fn.unpack(torch.tensor([p for a in answers for p in a.logprobs], device=device), response_lengths)
+        zeros = torch.zeros_like(logprobs)
+        parts.append(
+            Experience(
+                tokens, prompt_lengths, response_lengths, logprobs, ref_logprobs, values, entropy,
+                (engine - logprobs).abs(), torch.zeros(len(answers), device=device),
+                torch.tensor([a.finish_reason == "stop" for a in answers], device=device), zeros, zeros,
+            ).to("cpu")  # fmt: skip
+        )
+    experience = concatenate(parts)
+    return dataclasses.replace(experience, scores=torch.tensor(scorer(records, rollout), dtype=torch.float32))
+
+
+def logprobs_of(
+    actor: Actor, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the response tokens, [B, R] fp32: the one path for actor, reference and training."""
+    mask = fn.response_mask(prompt_lengths, lengths, tokens.shape[1])
+    states = fn.states_before(actor(tokens, prompt_lengths + lengths), mask)
+    logprobs, entropy = fn.token_logprobs(actor.decoder.logits(states), tokens[mask], temperature)
+    assert entropy is not None
+    return fn.unpack(logprobs, lengths), fn.unpack(entropy, lengths)
+
+
+def values_of(critic: Critic, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+    """Values of the states before each response token, [B, R] fp32 (2)."""
+    hidden = critic(tokens, prompt_lengths + lengths)
+    return fn.unpack(critic.read(fn.response_states(hidden, prompt_lengths, lengths)), lengths)
+
+
+def concatenate(parts: Sequence[Experience]) -> Experience:
+    """Parts below each other, padded to the widest."""
+    columns = {}
+    for one in dataclasses.fields(Experience):
+        tensors = [getattr(part, one.name) for part in parts]
+        if tensors[0].dim() == 2:
+            width = max(t.shape[1] for t in tensors)
+            tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]
+        columns[one.name] = torch.cat(tensors)
+    return Experience(**columns)
+
+
+def in_order(shares: Sequence[Experience]) -> Experience:
+    """Undoes `World.mine`: episode i came from rank i mod world. Every rank then holds the whole batch, a few MB."""
+    whole = concatenate(shares)
+    origin = [row * len(shares) + rank for rank, part in enumerate(shares) for row in range(len(part.tokens))]
+    return whole.rows(torch.tensor(origin).argsort())
+
+
+# --- learn ----------------------------------------------------------------------------------------------------------
+
+
+def with_advantages(experience: Experience, beta: float, config: PPOConfig) -> Experience:
+    """Rewards shaped by the KL penalty, GAE, returns, whitening: all over the whole batch (7, 8, 10, 13, 14)."""
+    scores = experience.scores
+    if config.reward_clip is not None:
+        scores = scores.clamp(-config.reward_clip, config.reward_clip)
+    scores = fn.replace_missing_eos(scores, experience.ended, config.missing_eos_score)
+    rewards = fn.shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, beta)
+    if config.whiten_rewards:
+        rewards = fn.whiten(rewards, experience.mask, shift_mean=False)
+    advantages, returns = fn.gae(rewards, experience.values, experience.lengths, config.gamma, config.lam)
+    return dataclasses.replace(experience, advantages=fn.whiten(advantages, experience.mask), returns=returns)
+
+
+def permutation(count: int, seed: int, step: int, epoch: int) -> Tensor:
+    """The order of the episodes in one epoch over one experience, keyed, so that a resumed epoch goes on in it."""
+    return stream(seed ^ 0x5EED, (step << 16) + epoch, count).argsort()
+
+
+def shares(index: Tensor, world: World, size: int) -> list[Tensor]:
+    """This rank's episodes of a mini-batch, in micro-batches."""
+    return [part for part in index[world.rank :: world.size].split(size) if len(part)]
+
+
+def actor_loss(
+    actor: Actor, part: "Experience | list[Example]", config: PPOConfig, world: World, count: int, ptx: list[Example]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss of a micro-batch of episodes, or the ptx loss of one of demonstrations (16, 21)."""
+    if isinstance(part, list):
+        ptx_count = sum(sum(example.trained) for example in ptx)
+        loss = fn.sft_loss(response_logprobs(actor, part, world), ptx_count)
+        return config.ptx_coef * loss, {"ptx": loss}
+    logprobs, entropy = logprobs_of(actor, part.tokens, part.prompt_lengths, part.lengths, config.temperature)
+    loss, stats = fn.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip, count)
+    return loss, {**stats, "policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
+
+
+def critic_loss(critic: Critic, part: Experience, config: PPOConfig, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped value loss of a micro-batch; coefficient 1: the critic has its own optimizer (16)."""
+    values = values_of(critic, part.tokens, part.prompt_lengths, part.lengths)
+    loss, stats = fn.value_loss(values, part.values, part.returns, part.mask, config.value_clip, count)
+    return loss, {**stats, "tokens": part.lengths.sum()}
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def summary(
+    experience: Experience, sums: Sequence[tuple[str, StepStats]], beta: float, config: PPOConfig
+) -> dict[str, float]:
+    """One step's metrics, in the names people's dashboards know; all over valid tokens of the whole batch."""
+    mask, rows = experience.mask, len(experience.tokens)
+    logprobs, ref_logprobs = experience.logprobs, experience.ref_logprobs
+    kl = float(fn.clean(fn.kl_k1(logprobs, ref_logprobs), mask).sum()) / rows
+    scores = fn.replace_missing_eos(experience.scores, experience.ended, config.missing_eos_score)
+    metrics = {
+        "objective/kl": kl,
+        "objective/kl_k3": float(fn.clean(fn.kl_k3(logprobs, ref_logprobs), mask).sum()) / rows,
+        "objective/entropy": float(fn.clean(-logprobs, mask).sum()) / rows,
+        "objective/scores": float(experience.scores.mean()),
+        "objective/scores_std": float(experience.scores.std()) if rows > 1 else 0.0,
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": float(scores.mean()) - beta * kl,
+        "objective/kl_coef": beta,
+        "objective/response_length": float(experience.lengths.float().mean()),
+        "val/num_eos_tokens": float(experience.ended.sum()),
+        "val/missing_eos_rate": 1.0 - float(experience.ended.float().mean()),
+        "val/explained_variance": float(fn.explained_variance(experience.values, experience.returns, mask)),
+        "val/engine_logprob_gap": float(experience.engine_gap.max()),
+    }
+    if config.reward_clip is not None:
+        metrics["objective/scores_clipfrac"] = float((experience.scores.abs() > config.reward_clip).float().mean())
+    policy = [one.sums for name, one in sums if name == "policy"]
+    if policy:
+        tokens = sum(s["tokens"] for s in policy)
+        ratio = sum(s["ratio"] for s in policy) / tokens
+        metrics |= {
+            "policy/approxkl_avg": sum(s["approxkl"] for s in policy) / tokens,
+            "policy/clipfrac_avg": sum(s["clipfrac"] for s in policy) / tokens,
+            "policy/entropy_avg": sum(s["entropy"] for s in policy) / tokens,
+            "loss/policy_avg": sum(s["policy"] for s in policy) / len(policy),
+            "val/ratio": ratio,
+            "val/ratio_var": max(sum(s["ratio_sq"] for s in policy) / tokens - ratio**2, 0.0),
+            "val/first_ratio_gap": policy[0]["max_ratio_gap"],
+            "policy/updates": float(len(policy)),
+        }
+        if "ptx" in policy[0]:
+            metrics["loss/ptx_avg"] = sum(s["ptx"] for s in policy) / len(policy)
+        metrics["policy/grad_norm"] = sum(one.grad_norm for name, one in sums if name == "policy") / len(policy)
+    value = [one.sums for name, one in sums if name == "value"]
+    if value:
+        tokens = sum(s["tokens"] for s in value)
+        metrics["val/clipfrac_avg"] = sum(s["clipfrac"] for s in value) / tokens
+        metrics["loss/value_avg"] = sum(s["loss"] for s in value) / len(value)
+    return metrics
+
+
+def saved_sums(state: dict | None) -> list[tuple[str, StepStats]]:
+    """The statistics of the updates that were done before a checkpoint in the middle of a step."""
+    return [(name, StepStats(**one)) for name, one in (state or {}).get("sums", [])]

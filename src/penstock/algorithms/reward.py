@@ -1,0 +1,197 @@
+"""Reward modelling: a score learned from rankings of K responses to one prompt (Ouyang et al. 2022, stage 2).
+
+All pairs of one prompt are in one batch element and each response is encoded once; the loss is the mean over the
+prompt's pairs, then over prompts (PPO.md 22). The split is by prompt (PPO.md 23). After training the score is shifted
+and scaled on held-out responses, and that normalisation is saved with the model (PPO.md 10).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.algorithms import functional as fn
+from penstock.config import RewardConfig
+from penstock.data.batching import Shuffle, pad, split_by_prompt
+from penstock.errors import DataError
+from penstock.memory.shard import World
+from penstock.memory.strategy import Strategy
+from penstock.models.roles import RewardModel
+from penstock.algorithms.inputs import encoder_of, read, source_of
+from penstock.run.session import Session
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One prompt's responses, whole rows, and their ranks. Example: Ranking([[1, 5, 2], [1, 6, 2]], (0, 1), (2, 2))."""
+
+    rows: list[list[int]]
+    """Prompt and response tokens of each of the K responses."""
+    ranks: tuple[int, ...]
+    """0 is the best; equal ranks are ties."""
+    response_lengths: tuple[int, ...]
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs have different ranks."""
+        return sum(a < b for a in self.ranks for b in self.ranks)
+
+
+def reward(config: RewardConfig, *, resume: bool = False) -> Path:
+    """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint."""
+    optim, run = config.optim, config.run
+    strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
+    world = strategy.world
+    with Session("reward", config, world, resume=resume) as session:
+        source = source_of(config.model)
+        torch.manual_seed(run.seed)  # the head's random start
+        with strategy.init():
+            model = RewardModel.from_pretrained(source, allow_pickle=config.data.allow_pickle)
+        encoder = session.encoder(source, model.decoder.config, config.data)
+        records = session.read(config.data, "comparisons")
+        train, heldout = (
+            [_ranking(encoder.encode_comparison(record), record.ranks) for record in part]
+            for part in split_by_prompt(records, config.heldout, run.seed)
+        )
+        train = [ranking for ranking in train if ranking.pairs]
+        if not train:
+            raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
+
+        sink = strategy.prepare(model, weight_decay=optim.weight_decay)
+        shuffle = Shuffle(len(train), run.seed)
+        total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
+        step = 0
+        if session.state:
+            sink.load_state_dict(session.state["sink"])
+            shuffle.load_state_dict(session.state["shuffle"])
+            step = session.state["step"]
+            model.mean, model.std, model.facts = (session.state[key] for key in ("mean", "std", "facts"))
+
+        for step in session.steps(step, total):
+            rankings = [train[i] for i in shuffle.next(optim.batch_size)]
+            lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
+            with strategy.phase("train"):
+                stats = strategy.step(
+                    sink,
+                    micro_batches(world.mine(rankings), optim.micro_batch_size),
+                    lambda batch, count=len(rankings): ranking_loss(model, batch, world, count, config.margin),
+                    lr=lr,
+                    max_grad_norm=optim.max_grad_norm,
+                )
+            session.check(stats)
+            metrics = {"loss": stats.sums["loss"], "accuracy": stats.sums["correct"] / stats.sums["pairs"]}
+            metrics |= {"grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
+            if heldout and (step % config.eval_every == 0 or step == total):
+                with strategy.phase("score"):
+                    scores = score_rankings(model, heldout, optim.micro_batch_size, world)
+                facts = evaluate(heldout, scores)
+                metrics |= {f"heldout/{name}": value for name, value in facts.items()}
+            if step == total:
+                with strategy.phase("score"):
+                    _normalize(model, config, session, encoder, heldout or train, world)
+                if heldout:
+                    model.facts = {"pair_accuracy": facts["accuracy"], "length_correlation": facts["length_correlation"]}
+            tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
+            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
+            session.checkpoint(
+                step,
+                {"model": model},
+                lambda step=step: {
+                    "sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step,
+                    "mean": model.mean, "std": model.std, "facts": model.facts,
+                },
+            )  # fmt: skip
+        return session.finish()
+
+
+def ranking_loss(
+    model: RewardModel, rankings: Sequence[Ranking], world: World, count: int, margin: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's part of the mean loss over `count` prompts; sums of ordered pairs and of pairs."""
+    scores = score_rows(model, [row for ranking in rankings for row in ranking.rows], world)
+    loss = scores.sum() * 0.0
+    correct = pairs = start = 0
+    for ranking in rankings:
+        here = scores[start : start + len(ranking.rows)]
+        one, right, compared = fn.pairwise_loss(here, ranking.ranks, margin)
+        loss, correct, pairs, start = loss + one, correct + right, pairs + compared, start + len(ranking.rows)
+    return loss / count, {"correct": torch.tensor(correct), "pairs": torch.tensor(pairs)}
+
+
+def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], world: World) -> Tensor:
+    """Scores [B] fp32 of whole rows, each read at its last token."""
+    tokens, lengths = (part.to(world.device) for part in pad([list(row) for row in rows]))
+    return model.read(fn.last_states(model(tokens, lengths), lengths))
+
+
+def score_rankings(model: RewardModel, rankings: Sequence[Ranking], size: int, world: World) -> list[list[float]]:
+    """Every ranking's scores, in order, on every rank."""
+    mine = world.mine(list(enumerate(rankings)))
+    scored: list[tuple[int, list[float]]] = []
+    for start in range(0, len(mine), max(size // 4, 1)):
+        batch = mine[start : start + max(size // 4, 1)]
+        scores = score_rows(model, [row for _, ranking in batch for row in ranking.rows], world).tolist()
+        for index, ranking in batch:
+            scored.append((index, scores[: len(ranking.rows)]))
+            scores = scores[len(ranking.rows) :]
+    everyone = sorted((item for part in world.gather(scored) for item in part), key=lambda item: item[0])
+    return [scores for _, scores in everyone]
+
+
+def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What held-out rankings say of the scores (PPO.md 23).
+
+    accuracy over pairs of different rank, its 95 % half-interval (Wald, prompts as clusters would be wider),
+    accuracy_distance_d per rank distance d, and length_correlation, Pearson's r of score with response length.
+    """
+    right: dict[int, list[bool]] = {}
+    for ranking, values in zip(rankings, scores, strict=True):
+        levels = sorted(set(ranking.ranks))
+        for i, a in enumerate(ranking.ranks):
+            for j, b in enumerate(ranking.ranks):
+                if a < b:
+                    right.setdefault(levels.index(b) - levels.index(a), []).append(values[i] > values[j])
+    every = [one for some in right.values() for one in some]
+    accuracy = sum(every) / max(len(every), 1)
+    facts = {"accuracy": accuracy, "accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / max(len(every), 1))}
+    facts |= {f"accuracy_distance_{d}": sum(some) / len(some) for d, some in sorted(right.items())}
+    flat = torch.tensor([value for values in scores for value in values], dtype=torch.float64)
+    lengths = torch.tensor([float(n) for ranking in rankings for n in ranking.response_lengths], dtype=torch.float64)
+    varied = bool(flat.std() > 0) and bool(lengths.std() > 0) if len(flat) > 1 else False
+    facts["length_correlation"] = float(torch.corrcoef(torch.stack([flat, lengths]))[0, 1]) if varied else 0.0
+    return facts
+
+
+def micro_batches(rankings: Sequence[Ranking], rows: int) -> list[list[Ranking]]:
+    """Whole rankings in groups of about `rows` responses: a prompt's responses stay together."""
+    ordered = sorted(rankings, key=lambda ranking: max(map(len, ranking.rows)))
+    groups: list[list[Ranking]] = []
+    held = rows
+    for ranking in ordered:
+        if held + len(ranking.rows) > rows:
+            groups.append([])
+            held = 0
+        groups[-1].append(ranking)
+        held += len(ranking.rows)
+    return groups
+
+
+def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...]) -> Ranking:
+    prompt, responses = encoded
+    return Ranking([prompt + response for response in responses], ranks, tuple(map(len, responses)))
+
+
+def _normalize(model: RewardModel, config: RewardConfig, session: Session, encoder, rankings, world) -> None:
+    """Mean 0 on demonstrations (all held-out responses without any), spread 1 on held-out responses (PPO.md 10)."""
+    model.mean, model.std = 0.0, 1.0
+    size = config.optim.micro_batch_size
+    flat = torch.tensor([value for values in score_rankings(model, rankings, size, world) for value in values])
+    mean = flat.mean()
+    if config.normalize:
+        records = session.read_files(config.normalize, "demonstrations", config.data)
+        rows = [example.tokens for example in encoder.demonstrations(records)]
+        mean = torch.cat([score_rows(model, rows[i : i + size], world) for i in range(0, len(rows), size)]).mean()
+    model.mean, model.std = float(mean), max(float(flat.std()), 1e-6) if len(flat) > 1 else 1.0

@@ -1,0 +1,101 @@
+"""What gives a response its score: a reward model, or any Python function of prompts and responses (PPO.md 11, 12)."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from penstock.algorithms.reward import score_rows
+from penstock.config import PPOConfig
+from penstock.data.chat import Encoder
+from penstock.errors import UserError
+from penstock.memory.strategy import Strategy
+from penstock.models.roles import RewardModel
+from penstock.rollout.engine import Answer
+from penstock.algorithms.inputs import encoder_of, read, source_of
+from penstock.run.session import Session
+
+Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
+"""(prompt records, answers) -> one score per answer."""
+
+
+def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: Session) -> Scorer:
+    """The scorer that `--reward` or `--reward-fn` names."""
+    if config.reward_fn:
+        return _from_function(load_reward_fn(config.reward_fn), encoder, config.reward_fn)
+    assert config.reward is not None
+    source = source_of(config.reward)
+    with strategy.init():
+        model = RewardModel.from_pretrained(source).eval().requires_grad_(False)
+    _warn_if_weak(model, session, config.reward)
+    own = session.encoder(source, model.decoder.config, config.data)
+    # The reward model must see what it was trained on (11): its own tokens, where its tokenizer is another one.
+    same_tokens = own.same_tokenizer(encoder)
+    size = config.optim.micro_batch_size
+
+    def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
+        if same_tokens:
+            rows = [answer.prompt_ids + answer.response_ids for answer in answers]
+        else:
+            rows = [
+                own.encode_response(record, encoder.decode(answer.response_ids), ended=answer.finish_reason == "stop")
+                for record, answer in zip(records, answers, strict=True)
+            ]
+        scores: list[float] = []
+        for start in range(0, len(rows), size):
+            scores += score_rows(model, rows[start : start + size], strategy.world).tolist()
+        return scores
+
+    return score
+
+
+def load_reward_fn(address: str) -> Callable[..., list[float]]:
+    """The function at `file.py:name`. Raises UserError when there is no such file or function."""
+    path, _, name = address.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"--reward-fn {address}: no such file; give file.py:name, a path and a function in it.")
+    spec = importlib.util.spec_from_file_location("penstock_reward_fn", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--reward-fn {path}: the file cannot be run: {type(error).__name__}: {error}.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"--reward-fn {path}: has no function {name!r}; it has {', '.join(there) or 'none'}.")
+    return function
+
+
+def _from_function(function: Callable[..., list[float]], encoder: Encoder, address: str) -> Scorer:
+    def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
+        prompt_ids, response_ids = [a.prompt_ids for a in answers], [a.response_ids for a in answers]
+        prompts, responses = (
+            [encoder.decode(ids) for ids in many] if encoder.tokenizer else [""] * len(answers)
+            for many in (prompt_ids, response_ids)
+        )
+        try:
+            scores = [float(x) for x in function(prompts, responses, prompt_ids=prompt_ids, response_ids=response_ids)]
+        except Exception as error:
+            raise UserError(f"--reward-fn {address}: raised {type(error).__name__}: {error}.") from error
+        if len(scores) != len(answers):
+            raise UserError(f"--reward-fn {address}: gave {len(scores)} scores for {len(answers)} responses.")
+        bad = next((i for i, x in enumerate(scores) if not math.isfinite(x)), None)
+        if bad is not None:
+            raise UserError(f"--reward-fn {address}: gave {scores[bad]} for {responses[bad]!r}; scores must be finite.")
+        return scores
+
+    return score
+
+
+def _warn_if_weak(model: RewardModel, session: Session, name: str) -> None:
+    """PPO.md 23: nobody starts PPO on a bad reward model without being told."""
+    accuracy, length = model.facts.get("pair_accuracy"), model.facts.get("length_correlation", 0.0)
+    if accuracy is None:
+        session.say(f"{name}: this reward model carries no held-out pair accuracy; check it before trusting PPO's score")
+    elif accuracy < 0.6:
+        session.say(f"{name}: held-out pair accuracy is {accuracy:.2f}, near chance; PPO will optimise noise")
+    if abs(length) > 0.7:
+        session.say(f"{name}: its score follows response length (r = {length:.2f}); expect answers to grow or shrink")

@@ -1,0 +1,115 @@
+"""Supervised fine-tuning: a language model learns to answer from demonstrations (Ouyang et al. 2022, stage 1).
+
+The loss is on response tokens only, EOS included; every conversation is its own right-padded row, so none sees
+another; the best checkpoint is the one with the lowest held-out loss (PPO.md 24).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.algorithms import functional as fn
+from penstock.config import SFTConfig
+from penstock.data.batching import Shuffle, pad, split_by_prompt
+from penstock.data.chat import Example
+from penstock.memory.shard import World
+from penstock.memory.strategy import Strategy
+from penstock.models.roles import Actor
+from penstock.algorithms.inputs import encoder_of, read, source_of
+from penstock.run.session import Session
+from penstock.rollout.engine import generate
+from penstock.rollout.sampling import Sampling
+
+
+def sft(config: SFTConfig, *, resume: bool = False) -> Path:
+    """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint.
+
+    Raises UserError, DataError or ResourceError, each with the fix; what the last checkpoint holds stays.
+    """
+    optim, run = config.optim, config.run
+    strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
+    world = strategy.world
+    with Session("sft", config, world, resume=resume) as session:
+        source = source_of(config.model)
+        with strategy.init():
+            actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
+        encoder = session.encoder(source, actor.decoder.config, config.data)
+        records = session.read(config.data, "demonstrations")
+        train, heldout = split_by_prompt(records, config.heldout, run.seed)
+        examples, heldout_examples = encoder.demonstrations(train), encoder.demonstrations(heldout)
+
+        sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
+        shuffle = Shuffle(len(examples), run.seed)
+        total = optim.steps or math.ceil(optim.epochs * len(examples) / optim.batch_size)
+        step, best = 0, math.inf
+        if session.state:
+            sink.load_state_dict(session.state["sink"])
+            shuffle.load_state_dict(session.state["shuffle"])
+            step, best = session.state["step"], session.state["best"]
+
+        probes = heldout[: config.samples] or train[: config.samples]
+        sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+        if step == 0:
+            session.sample(0, probes, generate(actor.decoder, encoder.prompts(probes), sampling, eos_ids=encoder.eos_ids))
+
+        for step in session.steps(step, total):
+            rows = [examples[i] for i in shuffle.next(optim.batch_size)]
+            count = sum(sum(row.trained) for row in rows)  # of the whole batch, all ranks (PPO.md 15)
+            lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
+            with strategy.phase("train"):
+                stats = strategy.step(
+                    sink,
+                    micro_batches(world.mine(rows), optim.micro_batch_size),
+                    lambda batch, count=count: (fn.sft_loss(response_logprobs(actor, batch, world), count), {}),
+                    lr=lr,
+                    max_grad_norm=optim.max_grad_norm,
+                )
+            session.check(stats)
+            metrics = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
+            metrics["tokens"] = count
+            improved = False
+            if heldout_examples and (step % config.eval_every == 0 or step == total):
+                with strategy.phase("score"):
+                    metrics["heldout/loss"] = heldout_loss(actor, heldout_examples, optim.micro_batch_size, world)
+                improved = metrics["heldout/loss"] < best
+                best = min(best, metrics["heldout/loss"])
+            session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), timing=strategy.take_seconds())
+            if step == total:
+                answers = generate(actor.decoder, encoder.prompts(probes), sampling, eos_ids=encoder.eos_ids)
+                session.sample(step, probes, answers)
+            session.checkpoint(
+                step,
+                {"model": actor},
+                lambda step=step: {
+                    "sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step, "best": best
+                },
+                best=improved,
+            )
+        return session.finish()
+
+
+def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Rows in groups of `size`, neighbours in length, so that little of a batch is padding."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def response_logprobs(actor: Actor, examples: Sequence[Example], world: World) -> Tensor:
+    """Log-probabilities of every trained token of the rows, packed: [N] fp32."""
+    tokens, lengths = pad([example.tokens for example in examples])
+    trained, _ = pad([[int(flag) for flag in example.trained] for example in examples])
+    tokens, lengths, mask = tokens.to(world.device), lengths.to(world.device), trained.bool().to(world.device)
+    states = fn.states_before(actor(tokens, lengths), mask)
+    logprobs, _ = fn.token_logprobs(actor.decoder.logits(states), tokens[mask], entropy=False)
+    return logprobs
+
+
+def heldout_loss(actor: Actor, examples: Sequence[Example], size: int, world: World) -> float:
+    """Mean negative log-likelihood per trained token over all ranks' examples."""
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for batch in micro_batches(world.mine(list(examples)), size):
+        total -= response_logprobs(actor, batch, world).double().sum()
+    return float(world.sum(total)) / max(sum(sum(example.trained) for example in examples), 1)

@@ -1,0 +1,203 @@
+"""The `penstock` command: one line per command, nothing imported before it is needed."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from penstock.errors import PenstockError, ResourceError, UserError
+
+COMMANDS: dict[str, str] = {
+    "sft": "teach a language model to answer from demonstrations",
+    "reward": "learn a score from rankings",
+    "ppo": "improve the actor against a score, near the reference",
+    "chat": "talk with a model or a run in the terminal",
+    "generate": "answer prompts from a file",
+    "export": "write a run's model as a Hugging Face directory",
+    "data": "data check FILE: say what a file is and name each bad line",
+    "demo": "all three stages on a small world of their own, with a report",
+    "doctor": "say what this machine has and what is missing",
+    "resume": "go on with a run that was stopped or killed",
+}
+
+HELP = """usage: penstock COMMAND [flags]
+
+{commands}
+
+penstock COMMAND --help shows its flags. Exit codes: 2 user error, 3 resources, 4 data, 5 internal.
+Several processes: torchrun --nproc_per_node N -m penstock ppo ..."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its code; a user's error is one paragraph on stderr, without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())))
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from penstock import __version__
+
+        print(f"penstock {__version__}")
+        sys.exit(0)
+    try:
+        _command(arguments[0])(arguments[1:])
+    except PenstockError as error:
+        print(f"penstock {arguments[0]}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        problem = _resource(error)
+        if problem is None:
+            raise
+        print(f"penstock {arguments[0]}: {problem}", file=sys.stderr)
+        sys.exit(ResourceError.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        print(f"penstock {arguments[0]}: internal error ({type(error).__name__}): please report it.", file=sys.stderr)
+        sys.exit(5)
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+        raise UserError(f"no command {name!r}; {hint}")
+    return globals()[f"_{name}"]
+
+
+def _sft(arguments: list[str]) -> None:
+    from penstock.config import SFTConfig, parse
+
+    config = parse(SFTConfig, arguments, "sft")
+    from penstock.algorithms.sft import sft
+
+    sft(config)
+
+
+def _reward(arguments: list[str]) -> None:
+    from penstock.config import RewardConfig, parse
+
+    config = parse(RewardConfig, arguments, "reward")
+    from penstock.algorithms.reward import reward
+
+    reward(config)
+
+
+def _ppo(arguments: list[str]) -> None:
+    from penstock.config import PPOConfig, parse
+
+    config = parse(PPOConfig, arguments, "ppo")
+    from penstock.algorithms.ppo import ppo
+
+    ppo(config)
+
+
+def _resume(arguments: list[str]) -> None:
+    path = _one_path(arguments, "resume", "RUN, a run directory")
+    from penstock.config import PPOConfig, RewardConfig, SFTConfig, from_dict
+    from penstock.run.directory import RunDirectory
+
+    saved = RunDirectory.peek(path)
+    configs = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+    command = str(saved.pop("command"))
+    config = from_dict(configs[command], {**saved, "out": path})
+    if command == "sft":
+        from penstock.algorithms.sft import sft
+
+        sft(config, resume=True)
+    elif command == "reward":
+        from penstock.algorithms.reward import reward
+
+        reward(config, resume=True)
+    else:
+        from penstock.algorithms.ppo import ppo
+
+        ppo(config, resume=True)
+
+
+def _generate(arguments: list[str]) -> None:
+    from penstock.config import GenerateConfig, parse
+
+    config = parse(GenerateConfig, arguments, "generate")
+    from penstock.talk import generate
+
+    generate(config)
+
+
+def _chat(arguments: list[str]) -> None:
+    from penstock.config import ChatConfig, parse
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]  # penstock chat RUN
+    config = parse(ChatConfig, arguments, "chat")
+    from penstock.talk import chat
+
+    chat(config)
+
+
+def _export(arguments: list[str]) -> None:
+    from penstock.config import ExportConfig, parse
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--run", *arguments]  # penstock export RUN --out DIR
+    config = parse(ExportConfig, arguments, "export")
+    from penstock.run.export import export
+
+    print(f"wrote {export(config)}")
+
+
+def _data(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: penstock data check FILE [FILE ...]\n\nSays what the files are and names each bad line; exit 4 if any.")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] != "check" or len(arguments) < 2:
+        raise UserError(f"no such use: data {' '.join(arguments)}; try penstock data check FILE.")
+    from penstock.data.formats import check
+
+    report = check(arguments[1:])
+    print(report.text)
+    sys.exit(4 if report.bad else 0)
+
+
+def _demo(arguments: list[str]) -> None:
+    from penstock.config import DemoConfig, parse
+
+    config = parse(DemoConfig, arguments, "demo")
+    from penstock.demo import demo
+
+    demo(config)
+
+
+def _doctor(arguments: list[str]) -> None:
+    from penstock.doctor import doctor
+
+    sys.exit(doctor())
+
+
+def _one_path(arguments: list[str], command: str, what: str) -> str:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: penstock {command} {what.split(',')[0]}\n\n{COMMANDS[command]}")
+        sys.exit(0)
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError(f"give exactly one {what}, and no flags: everything else is in its config.toml.")
+    return arguments[0]
+
+
+def _resource(error: OSError) -> str | None:
+    """The paragraph for what the operating system refused, or None when it is not the user's to mend."""
+    import errno
+
+    where = f"{error.filename}: " if error.filename else ""
+    texts = {
+        errno.ENOSPC: "the disk is full; free some space, then penstock resume the run: its last checkpoint is intact.",
+        errno.EDQUOT: "the disk quota is used up; free some space, then penstock resume the run.",
+        errno.EROFS: "the file system is read-only; choose another --out.",
+        errno.EACCES: "permission denied; choose a place that you may read and write.",
+        errno.EMFILE: "too many open files; raise ulimit -n.",
+    }
+    return where + texts[error.errno] if error.errno in texts else None

@@ -1,0 +1,374 @@
+"""Every command's flags: one frozen dataclass per command, each field's docstring its --help line.
+
+No torch in here, so that `penstock ppo --help` answers at once. A group of flags that several commands share is a
+dataclass of its own; on the command line and in TOML files all names are flat (`--lr`, `lr = 1e-5`).
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from penstock.errors import UserError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What the run leaves, and on what it runs."""
+
+    out: str
+    """Run directory; must not exist yet or be empty."""
+    seed: int = 0
+    """Same seed, same data, same machine: same weights, byte for byte, on a CPU."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the weights compute in; the optimizer keeps an fp32 master either way."""
+    strategy: str = "ddp"
+    """Where weights, gradients and optimizer states live: naive (one process) or ddp (one or many)."""
+    device: str | None = None
+    """cpu, cuda, ... The accelerator if there is one, when not given."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints. SIGTERM and Ctrl-C write one too."""
+    keep: int = 2
+    """Checkpoints kept, beside the best one."""
+    json: bool = False
+    """Print one JSON object per step instead of the live line."""
+    config: str | None = None
+    """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """What is learned from."""
+
+    data: tuple[str, ...]
+    """JSON lines (.jsonl, .gz) or .parquet files."""
+    keys: tuple[str, ...] = ()
+    """Field names where sniffing guesses wrong, as ours=theirs: prompt=question response=answer."""
+    skip_bad: bool = False
+    """Train on the good lines and say how many were left out, instead of stopping at bad ones."""
+    max_length: int = 1024
+    """Tokens of prompt and response together; never above what the model was built for."""
+    allow_pickle: bool = False
+    """Also read .bin weights, through torch.load(weights_only=True)."""
+
+
+@dataclass(frozen=True)
+class OptimFlags:
+    """How weights move."""
+
+    lr: float
+    """Peak learning rate: linear warm-up, then linear to 0."""
+    batch_size: int = 32
+    """Rows per optimizer step over all ranks (ppo: episodes per rollout)."""
+    micro_batch_size: int = 8
+    """Rows per forward pass; changes memory and speed, never the gradient."""
+    epochs: int = 1
+    """Passes over the data (ppo: passes over each experience)."""
+    steps: int | None = None
+    """Optimizer steps instead of whole epochs (ppo: rollout iterations)."""
+    warmup: float = 0.05
+    """Fraction of all updates spent warming up."""
+    max_grad_norm: float = 1.0
+    """Global 2-norm to which gradients are clipped."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: teach a language model to answer from demonstrations."""
+
+    model: str
+    """Hugging Face directory, hub id or run directory."""
+    data: DataFlags
+    run: RunFlags
+    optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
+    heldout: float = 0.05
+    """Fraction of prompts kept aside for the held-out loss; 0 trains on everything."""
+    eval_every: int = 50
+    """Steps between held-out losses; the best checkpoint is the one with the lowest."""
+    samples: int = 8
+    """Held-out prompts answered before and after training, for the report."""
+    max_new_tokens: int = 128
+    """Tokens per sampled answer in the report."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Reward modelling: learn a score from rankings of K answers to one prompt."""
+
+    model: str
+    """The SFT model to start from: Hugging Face directory, hub id or run directory."""
+    data: DataFlags
+    run: RunFlags
+    optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
+    heldout: float = 0.1
+    """Fraction of prompts kept aside for the pair accuracy; split by prompt, never by pair."""
+    eval_every: int = 50
+    """Steps between held-out accuracies."""
+    margin: float = 0.0
+    """Score gap asked for between a better and a worse response."""
+    normalize: tuple[str, ...] = ()
+    """Demonstrations whose mean score becomes 0; the held-out responses ranked best when not given."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO: improve the actor against a score, staying near the reference."""
+
+    actor: str
+    """The SFT model: Hugging Face directory, hub id or run directory."""
+    data: DataFlags
+    run: RunFlags
+    reward: str | None = None
+    """Reward model: a directory or run made by `penstock reward`."""
+    reward_fn: str | None = None
+    """Instead of a reward model: file.py:name, a function score(prompts, responses, **_) -> list[float]."""
+    critic: str | None = None
+    """Where the critic starts; the reward model when not given, a zero head on the actor without one."""
+    reference: str | None = None
+    """The frozen model that KL is measured from; the actor's start when not given."""
+    optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=3e-6, batch_size=64, epochs=4, steps=200))
+    critic_lr: float | None = None
+    """Critic's learning rate; 5 times --lr when not given."""
+    mini_batch_size: int | None = None
+    """Episodes per optimizer step; the whole batch when not given."""
+    max_new_tokens: int = 128
+    """Tokens per response."""
+    temperature: float = 1.0
+    """Divides the logits in rollout, reference and training alike."""
+    top_k: int = 0
+    """Truncated sampling in rollouts; 0 is off, and off is what PPO assumes."""
+    top_p: float = 1.0
+    """Nucleus sampling in rollouts; 1 is off, and off is what PPO assumes."""
+    kl_coef: float = 0.05
+    """Weight of the per-token KL penalty in the reward."""
+    kl_target: float | None = None
+    """Nats per sequence the adaptive controller steers to (6 is common); fixed --kl-coef when not given."""
+    kl_horizon: float = 10_000.0
+    """Episodes over which the adaptive controller moves."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip: float = 0.2
+    """PPO's clip of the probability ratio."""
+    value_clip: float | None = 0.2
+    """Clip of the value around the old one; none turns it off."""
+    target_kl: float | None = 0.1
+    """An epoch stops when a mini-batch's approximate KL passes 1.5 times this; none turns it off."""
+    missing_eos_score: float | None = -1.0
+    """Replaces the score of a response that did not end by itself; none turns it off."""
+    whiten_rewards: bool = False
+    """Divide per-token rewards by their standard deviation."""
+    reward_clip: float | None = None
+    """Clip scores to +- this; the clipped fraction is logged."""
+    value_warmup: bool = True
+    """With a zero-head critic: hold the actor still until the critic explains some variance."""
+    ptx_coef: float = 0.0
+    """Weight of the language-modelling loss on --ptx-data (PPO-ptx)."""
+    ptx_data: tuple[str, ...] = ()
+    """Demonstrations mixed into the actor's updates when --ptx-coef is above 0."""
+    samples: int = 8
+    """Prompts answered before and after training, for the report."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answer prompts from a file, or one prompt from the command line."""
+
+    model: str
+    """Hugging Face directory, hub id or run directory."""
+    prompt: str | None = None
+    """One prompt; the answer is printed."""
+    data: str | None = None
+    """Prompts, JSON lines: {"prompt"}, {"messages"} or {"prompt_ids"}."""
+    out: str | None = None
+    """Answers, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason."""
+    n: int = 1
+    """Answers per prompt."""
+    max_new_tokens: int = 128
+    """Tokens per answer."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep only the likeliest tokens that hold this much probability; 1 is off."""
+    batch_size: int = 32
+    """Prompts answered together."""
+    seed: int = 0
+    """Same seed, same answers, whatever the batch size."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the weights compute in."""
+    device: str | None = None
+    """cpu, cuda, ... The accelerator if there is one, when not given."""
+    skip_bad: bool = False
+    """Leave out malformed prompts instead of stopping at them."""
+    json: bool = False
+    """Print answers as JSON lines."""
+    config: str | None = None
+    """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk with a model in the terminal; the conversation is kept until /reset."""
+
+    model: str
+    """Hugging Face directory, hub id or run directory."""
+    system: str | None = None
+    """A system message that opens the conversation."""
+    max_new_tokens: int = 256
+    """Tokens per answer."""
+    temperature: float = 0.7
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep only the likeliest tokens that hold this much probability; 1 is off."""
+    seed: int = 0
+    """Same seed, same talk."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the weights compute in."""
+    device: str | None = None
+    """cpu, cuda, ... The accelerator if there is one, when not given."""
+    json: bool = False
+    """Print each answer as one JSON object, for programs that talk through a pipe."""
+    config: str | None = None
+    """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's model (its best or newest checkpoint) as a directory that transformers loads."""
+
+    run: str
+    """Run directory."""
+    out: str
+    """Directory to write; must not exist yet or be empty."""
+    which: Literal["model", "critic"] = "model"
+    """A PPO run has a critic too."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Round or widen the weights; as trained when not given."""
+    config: str | None = None
+    """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole way on a small world of its own: base model, SFT, labellers, reward model, PPO, and an honest report."""
+
+    out: str = "runs/demo"
+    """Where the runs and the report go; replaced if an earlier demo made it."""
+    seeds: int = 1
+    """Independent repetitions, one after the other."""
+    seed: int = 0
+    """The first seed."""
+    json: bool = False
+    """Print report.json at the end."""
+
+
+def field_names(config_class: type) -> list[str]:
+    """All flag names of a command, groups flattened."""
+    names: list[str] = []
+    for one in dataclasses.fields(config_class):
+        names += field_names(one.type) if _is_group(one.type) else [one.name]
+    return names
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved flags, flat, without the unset ones: what config.toml holds."""
+    flat: dict[str, Any] = {}
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if _is_group(one.type):
+            flat |= to_dict(value)
+        elif one.name != "config":
+            flat[one.name] = "none" if value is None else list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def from_dict(config_class: type[Config], flat: dict[str, Any]) -> Config:
+    """Inverse of `to_dict`. Raises UserError for a key that is no flag, with the nearest name."""
+    return parse(config_class, to_arguments(config_class, flat, "config.toml"))
+
+
+def to_arguments(config_class: type, flat: dict[str, Any], where: str) -> list[str]:
+    """A TOML table as command-line arguments, so that both are checked by the same parser."""
+    known = field_names(config_class)
+    arguments: list[str] = []
+    for key, value in flat.items():
+        name = key.replace("-", "_")
+        if isinstance(value, dict):  # a [section] only groups: names are flat
+            arguments += to_arguments(config_class, value, where)
+            continue
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments += [flag] if value else ["--no-" + flag[2:]]
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)] if value else []
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def parse(config_class: type[Config], arguments: Sequence[str], command: str = "") -> Config:
+    """Flags (and the TOML file that --config names) to one checked dataclass. Exits 2 with the nearest flag's name."""
+    import tyro
+
+    arguments = list(arguments)
+    path = _value_of("--config", arguments)
+    if path is not None:
+        arguments = _unless_given(to_arguments(config_class, _read_toml(path), path), arguments)
+    arguments = ["None" if one.lower() == "none" else one for one in arguments]
+    return tyro.cli(
+        config_class,
+        args=arguments,
+        prog=f"penstock {command}".strip(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a TOML file with flags as keys (lr = 1e-5).") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}.") from error
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for i, one in enumerate(arguments):
+        if one == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if one.startswith(flag + "="):
+            return one.split("=", 1)[1]
+    return None
+
+
+def _unless_given(from_file: list[str], given: list[str]) -> list[str]:
+    """File arguments, without those that the command line gives too, then the command line."""
+    names = {one.split("=", 1)[0].removeprefix("--no-").removeprefix("--").replace("_", "-") for one in given}
+    kept: list[str] = []
+    keep = True
+    for one in from_file:
+        if one.startswith("--"):
+            keep = one.removeprefix("--no-").removeprefix("--") not in names
+        if keep:
+            kept.append(one)
+    return kept + given
+
+
+def _is_group(kind: object) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)

@@ -1,0 +1,28 @@
+"""The errors a user can cause, one type per exit code. Each message is one paragraph: what, where, nearest fix.
+
+Anything that is not a `PenstockError` is our own fault: exit code 5, with a traceback.
+"""
+
+
+class PenstockError(Exception):
+    """Base of the errors that end a command without a traceback."""
+
+    exit_code = 5
+
+
+class UserError(PenstockError):
+    """A flag, a path or a model that cannot work as given."""
+
+    exit_code = 2
+
+
+class ResourceError(PenstockError):
+    """Disk, memory or a device ran out, or a run stopped itself to protect what it had learned."""
+
+    exit_code = 3
+
+
+class DataError(PenstockError):
+    """A record that cannot be read: `file:line: field: what is wrong and how to fix it`."""
+
+    exit_code = 4

@@ -1,0 +1,353 @@
+"""The decoder: one transformer for every family, as an explicit program embed -> blocks -> norm -> head.
+
+Right-padded batches (training, prefill) and single-token decoding share the same block. A block holds weights and
+nothing else: what depends on positions (rotary tables, attention bias, cache) is computed once per call by the program
+and handed to every block, so that a block can be fed from anywhere.
+
+Shapes: B rows, T tokens, D width, H query heads, G key/value heads, E head_dim, S cache slots, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KVCache = Sequence[tuple[Tensor, Tensor]]
+"""Per layer (keys, values), each [B, G, S, E], preallocated and written in place."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What distinguishes one decoder from another. Families translate Hugging Face configs to and from this."""
+
+    family: str
+    """Hugging Face `model_type`: gpt2, opt, bloom, gpt_neox, llama, mistral, qwen2, qwen3."""
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    """Fewer than num_heads: grouped-query attention."""
+    head_dim: int
+    d_ff: int
+    max_length: int
+    """Tokens of context the model was built for."""
+    position: Literal["learned", "rotary", "alibi"] = "learned"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"
+    gated: bool = False
+    """SwiGLU and friends: activation(gate) * up."""
+    pre_norm: bool = True
+    """Norm before attention and MLP; False (OPT-350m) after the residual sum."""
+    parallel_residual: bool = False
+    """GPT-NeoX: attention and MLP read the same input and are added together."""
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    tied: bool = True
+    """The head is the token embedding."""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head (Qwen3)."""
+    rotary_dim: int = 0
+    """Leading dimensions of each head that rotate."""
+    rope_theta: float = 10_000.0
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
+    """Items of Hugging Face's rope_scaling: types linear and llama3."""
+    windows: tuple[int, ...] = ()
+    """Per layer, how many latest tokens attention sees; 0 is all. Empty: all, in every layer."""
+    embed_norm: bool = False
+    """BLOOM: a norm right behind the embedding."""
+    embed_dim: int = 0
+    """OPT-350m: width of the embedding when it is not d_model, with projections in and out."""
+    position_offset: int = 0
+    """OPT keeps two unused rows at the start of its position table."""
+    final_norm: bool = True
+    eos_ids: tuple[int, ...] = ()
+    hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    """The config.json this came from: keys we do not use survive a round trip."""
+
+
+class Norm(nn.Module):
+    """LayerNorm (weight and bias) or RMSNorm (weight)."""
+
+    def __init__(self, width: int, config: DecoderConfig, kind: str | None = None) -> None:
+        super().__init__()
+        self.eps, self.kind = config.norm_eps, kind or config.norm
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        if self.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        # In fp32 and rounded before the weight, as every RMSNorm family does.
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What every block needs to know about where its tokens stand."""
+
+    rotary: tuple[Tensor, Tensor] | None
+    """cos, sin: [B or 1, 1, T, rotary_dim]."""
+    biases: Sequence[Tensor | None]
+    """Per layer, what attention adds to its scores, [B or 1, H or 1, T, S]; None: plain causal."""
+    slots: Tensor | None
+    """Decoding: the cache slot each row writes, [B]. None: a whole batch from slot 0."""
+
+
+class Block(nn.Module):
+    """One transformer layer: weights, and a forward that takes everything else as arguments."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.d_model, config.num_heads * config.head_dim
+        kv = config.num_kv_heads * config.head_dim
+        self.norm1 = Norm(width, config)
+        self.qkv = nn.Linear(width, heads + 2 * kv, bias=config.qkv_bias)  # q, then k, then v
+        self.q_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
+        self.out = nn.Linear(heads, width, bias=config.out_bias)
+        self.norm2 = Norm(width, config)
+        self.up = nn.Linear(width, config.d_ff * (2 if config.gated else 1), bias=config.mlp_bias)  # gate, then up
+        self.down = nn.Linear(config.d_ff, width, bias=config.mlp_bias)
+
+    def forward(
+        self, x: Tensor, positions: Positions, bias: Tensor | None, cache: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one."""
+        if not self.config.pre_norm:
+            x = self.norm1(x + self.attention(x, positions, bias, cache))
+            return self.norm2(x + self.mlp(x))
+        attended = self.attention(self.norm1(x), positions, bias, cache)
+        if self.config.parallel_residual:
+            return x + attended + self.mlp(self.norm2(x))
+        x = x + attended
+        return x + self.mlp(self.norm2(x))
+
+    def attention(
+        self, x: Tensor, positions: Positions, bias: Tensor | None, cache: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Causal self-attention over the row itself, or over the cache when decoding."""
+        c = self.config
+        rows, length, _ = x.shape
+        qkv = self.qkv(x).view(rows, length, c.num_heads + 2 * c.num_kv_heads, c.head_dim).transpose(1, 2)
+        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)  # [B, H or G, T, E]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if positions.rotary is not None:
+            q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
+        if cache is not None:
+            keys, values = cache
+            if positions.slots is None:
+                keys[:, :, :length], values[:, :, :length] = k, v
+            else:
+                row = torch.arange(rows, device=x.device)
+                keys[row, :, positions.slots], values[row, :, positions.slots] = k[:, :, 0], v[:, :, 0]
+                k, v = keys, values
+                if bias is not None and bias.shape[-1] < keys.shape[2]:
+                    k, v = keys[:, :, : bias.shape[-1]], values[:, :, : bias.shape[-1]]
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=c.num_kv_heads != c.num_heads
+        )
+        return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """down(activation(up(x))), gated or not."""
+        act = ACTIVATIONS[self.config.activation]
+        if self.config.gated:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return self.down(act(gate) * up)
+        return self.down(act(self.up(x)))
+
+
+class Embedding(nn.Module):
+    """Tokens (and learned positions) to the first hidden state."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.embed_dim or config.d_model
+        self.tokens = nn.Parameter(torch.empty(config.vocab_size, width))
+        learned = config.position == "learned"
+        rows = config.max_length + config.position_offset
+        self.positions = nn.Parameter(torch.empty(rows, config.d_model)) if learned else None
+        self.project = nn.Linear(width, config.d_model, bias=False) if config.embed_dim else None
+        self.norm = Norm(config.d_model, config) if config.embed_norm else None
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B, T], positions [T] or [B, T] -> [B, T, D]."""
+        x = F.embedding(tokens, self.tokens)
+        if self.project is not None:
+            x = self.project(x)
+        if self.positions is not None:
+            x = x + F.embedding(positions + self.config.position_offset, self.positions)
+        return x if self.norm is None else self.norm(x)
+
+
+class Decoder(nn.Module):
+    """The program. `blocks[i]` is layer i; nothing is hidden in hooks."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Random weights: N(0, 0.02), residual projections / sqrt(2L), biases 0, norms 1 (Radford et al. 2019, 2.3).
+
+        dtype and device are torch's defaults when not given; on `meta` nothing is allocated.
+        """
+        super().__init__()
+        with torch.device(device if device is not None else torch.get_default_device()):
+            self.config = config
+            self.embed = Embedding(config)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+            self.norm = Norm(config.d_model, config) if config.final_norm else None
+            self.unproject = nn.Linear(config.d_model, config.embed_dim, bias=False) if config.embed_dim else None
+            width = config.embed_dim or config.d_model
+            self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, width))
+        self.to(dtype or torch.get_default_dtype())
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta or "norm" in name:
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+                continue
+            residual = name.endswith(("out.weight", "down.weight"))
+            std = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
+            nn.init.normal_(parameter, std=std, generator=generator)
+
+    @staticmethod
+    def from_pretrained(source: str, **where: Any) -> "Decoder":
+        """From a Hugging Face directory or hub id; see `pretrained.load`."""
+        from penstock.models import pretrained
+
+        return pretrained.load(source, **where)[0]
+
+    def save_pretrained(self, directory: Any) -> None:
+        """A directory that `transformers.AutoModelForCausalLM` loads; see `pretrained.save`."""
+        from penstock.models import pretrained
+
+        pretrained.save(self, directory)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the token embedding when tied."""
+        return self.embed.tokens if self.head is None else self.head
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Whole rows: tokens [B, T] int64, right-padded -> hidden [B, T, D], causal, positions 0 .. T-1.
+
+        No mask is needed: a valid token never sees the padding to its right (`lengths` only documents the contract).
+        With `cache`, keys and values of all positions are written to its slots 0 .. T-1 as well.
+        """
+        self._fits(tokens.shape[1])
+        where = torch.arange(tokens.shape[1], device=tokens.device)
+        biases = self._biases(where[None], tokens.shape[1])
+        return self._run(tokens, where, Positions(self._rotary(where[None]), biases, None), cache)
+
+    def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor:
+        """One token per row: tokens [B], positions [B] -> hidden [B, D]; row b writes slot positions[b] and sees <= it."""
+        where = positions[:, None]  # [B, 1]
+        slots = min(int(positions.max()) + 1, cache[0][0].shape[2])  # sync on GPU: issue of the fast engine
+        biases = self._biases(where, slots, always=True)
+        return self._run(tokens[:, None], where, Positions(self._rotary(where), biases, positions), cache)[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], in the weights' dtype."""
+        return F.linear(hidden, self.head_weight)
+
+    def _run(self, tokens: Tensor, where: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+        x = self.embed(tokens, where)
+        for i, block in enumerate(self.blocks):
+            x = block(x, positions, positions.biases[i], None if cache is None else cache[i])
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.unproject is None else self.unproject(x)
+
+    def _fits(self, length: int) -> None:
+        if self.config.position == "learned" and length > self.config.max_length:
+            raise ValueError(f"a row of {length} tokens does not fit the model's {self.config.max_length} positions")
+
+    def _rotary(self, where: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, [B or 1, 1, T, rotary_dim], for positions [B or 1, T]."""
+        if self.config.position != "rotary":
+            return None
+        angles = where[:, None, :, None].float() * rope_frequencies(self.config, where.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        dtype = self.embed.tokens.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _biases(self, where: Tensor, slots: int, always: bool = False) -> list[Tensor | None]:
+        """Per layer, the attention bias for queries at `where` [B or 1, T] over key positions 0 .. slots-1."""
+        c = self.config
+        windows = c.windows or (0,) * c.num_layers
+        made: dict[int, Tensor | None] = {}
+        for window in set(windows):
+            narrow = window if 0 < window < slots else 0
+            if not (always or narrow or c.position == "alibi"):
+                made[window] = None
+                continue
+            distance = where[:, None, :, None] - torch.arange(slots, device=where.device)  # [B or 1, 1, T, S]
+            hidden = (distance < 0) | (distance >= narrow) if narrow else distance < 0
+            dtype = self.embed.tokens.dtype
+            bias = torch.zeros((), dtype=dtype, device=where.device)
+            if c.position == "alibi":
+                bias = -alibi_slopes(c.num_heads).to(where.device, dtype)[:, None, None] * distance.to(dtype)
+            made[window] = bias.masked_fill(hidden, -torch.inf)
+        return [made[window] for window in windows]
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions in the half-split layout (Su et al. 2021, as Hugging Face stores weights): x [B, H, T, E]."""
+    cos, sin = rotary
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
+
+
+def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+    """Inverse frequencies, [rotary_dim / 2] fp32, with linear or llama3 scaling (Llama 3.1's long-context recipe)."""
+    exponent = torch.arange(0, config.rotary_dim, 2, device=device).float() / config.rotary_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    scaling = dict(config.rope_scaling)
+    if scaling.get("rope_type") == "linear":
+        return frequencies / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        old = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / frequencies
+        smooth = (old / wavelength - low) / (high - low)
+        between = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
+        scaled = torch.where(wavelength > old / low, frequencies / scaling["factor"], frequencies)
+        return torch.where((wavelength <= old / low) & (wavelength >= old / high), between, scaled)
+    return frequencies
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """One slope per head, [H] fp32 (Press et al. 2022; for head counts that are no power of two, as BLOOM does)."""
+    power = 2 ** math.floor(math.log2(heads))
+    base = 2.0 ** (-(2.0 ** -(math.log2(power) - 3)))
+    slopes = [base ** (i + 1) for i in range(power)]
+    extra = 2.0 ** (-(2.0 ** -(math.log2(2 * power) - 3)))
+    slopes += [extra ** (2 * i + 1) for i in range(heads - power)]
+    return torch.tensor(slopes)

@@ -1,0 +1,39 @@
+"""Qwen2 and Qwen3 (Yang et al. 2024, 2025): Llama with biased q, k, v (Qwen2) or normed q, k (Qwen3), and windows by layer."""
+
+import dataclasses
+from typing import Any
+
+from penstock.models.decoder import DecoderConfig
+from penstock.models.families import llama
+from penstock.models.families.llama import BLOCK as BLOCK
+from penstock.models.families.llama import HEAD as HEAD
+from penstock.models.families.llama import PREFIX as PREFIX
+from penstock.models.families.llama import TOP as TOP
+
+CAUSAL_LM = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSIFIER = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
+
+
+def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """Qwen2Config or Qwen3Config -> DecoderConfig."""
+    config = llama.config_from_hf(hf)
+    window = (hf.get("sliding_window") or 0) if hf.get("use_sliding_window") else 0
+    first = hf.get("max_window_layers", config.num_layers)  # the layers before it see everything
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(config.num_layers)
+    ]
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    config = dataclasses.replace(config, windows=windows if any(windows) else ())
+    if config.family == "qwen3":
+        return dataclasses.replace(config, qk_norm=True)
+    return dataclasses.replace(config, qkv_bias=True, out_bias=False)
+
+
+def hf_config(config: DecoderConfig) -> dict[str, Any]:
+    """DecoderConfig -> Qwen2Config or Qwen3Config."""
+    window = max(config.windows, default=0)
+    kinds = ["sliding_attention" if w else "full_attention" for w in config.windows or (0,) * config.num_layers]
+    theirs = llama.hf_config(config)
+    if config.family == "qwen2":
+        theirs.pop("attention_bias")  # q, k, v always have one, the output never
+    return {**theirs, "use_sliding_window": bool(window), "sliding_window": window or None, "layer_types": kinds}

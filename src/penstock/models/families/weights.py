@@ -1,0 +1,58 @@
+"""One line per weight: our name, Hugging Face's names, and how one becomes the other. Read in both directions."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, cat
+
+from penstock.models.decoder import DecoderConfig
+
+Layout = Literal["same", "transposed", "stacked", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Example: Weight("qkv.weight", ("attn.q.weight", "attn.k.weight", "attn.v.weight"), "stacked")."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout = "same"
+    """same: one tensor as it is; transposed: [in, out] (GPT-2's Conv1D); stacked: several, one below the other;
+    interleaved: q, k, v of head 0, then of head 1, ... (BLOOM, GPT-NeoX)."""
+
+    def read(self, get: Callable[[str], Tensor], config: DecoderConfig) -> Tensor:
+        """Our tensor from theirs."""
+        parts = [get(name) for name in self.theirs]
+        if self.layout == "stacked":
+            return cat(parts)
+        if self.layout == "transposed":
+            return parts[0].t() if parts[0].dim() == 2 else parts[0]
+        if self.layout == "interleaved":
+            split = parts[0].unflatten(0, (config.num_heads, 3, config.head_dim))
+            return split.transpose(0, 1).flatten(0, 2)
+        return parts[0]
+
+    def write(self, ours: Tensor, config: DecoderConfig) -> Mapping[str, Tensor]:
+        """Their tensors from ours."""
+        if self.layout == "stacked":
+            return dict(zip(self.theirs, ours.split(self._heights(config)), strict=True))
+        if self.layout == "transposed":
+            ours = ours.t() if ours.dim() == 2 else ours
+        elif self.layout == "interleaved":
+            ours = ours.unflatten(0, (3, config.num_heads, config.head_dim)).transpose(0, 1).flatten(0, 2)
+        return {self.theirs[0]: ours}
+
+    def _heights(self, config: DecoderConfig) -> list[int]:
+        if len(self.theirs) == 2:  # gate, up
+            return [config.d_ff, config.d_ff]
+        key_value = config.num_kv_heads * config.head_dim
+        return [config.num_heads * config.head_dim, key_value, key_value]
+
+
+def pair(ours: str, *theirs: str, layout: Layout = "same") -> tuple[Weight, Weight]:
+    """A linear layer or norm: its weight and its bias. A line whose tensor the config does without is never read."""
+    return (
+        Weight(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), layout),
+        Weight(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), layout),
+    )
