@@ -153,7 +153,9 @@ def _export(arguments: list[str]) -> None:
 
 def _data(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: penstock data check FILE [FILE ...]\n\nSays what the files are and names each bad line; exit 4 if any.")
+        print(
+            "usage: penstock data check FILE [FILE ...]\n\nSays what the files are and names each bad line; exit 4 if any."
+        )
         sys.exit(0 if arguments else 2)
     if arguments[0] != "check" or len(arguments) < 2:
         raise UserError(f"no such use: data {' '.join(arguments)}; try penstock data check FILE.")

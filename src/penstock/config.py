@@ -343,7 +343,9 @@ def _read_toml(path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give a TOML file with flags as keys (lr = 1e-5).") from error
+        raise UserError(
+            f"--config {path}: {error.strerror}; give a TOML file with flags as keys (lr = 1e-5)."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid TOML: {error}.") from error
 

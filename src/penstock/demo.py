@@ -17,19 +17,22 @@ from typing import Any
 
 import torch
 
+from penstock.algorithms.inputs import encoder_of
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
 from penstock.config import DataFlags, DemoConfig, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig
+from penstock.data.formats import Prompt
 from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
 from penstock.errors import UserError
 from penstock.models.decoder import Decoder
 from penstock.models.families import gpt2
 from penstock.models.roles import Actor
-from penstock.rollout.engine import Answer, generate
+from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from penstock.run.directory import resolve_model
-from penstock.run.metrics import peak_rss_bytes
+from penstock.run.metrics import peak_rss_bytes, read_lines
+from penstock.run.report import Curve, Curves, Samples, Section, Table, Text, page
 
 HELDOUT = 256
 """Questions that nothing is trained on."""
@@ -62,25 +65,21 @@ def demo(config: DemoConfig) -> Path:
         )
     report = {"seeds": [one.facts for one in results], "peak_rss_bytes": peak_rss_bytes()}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    from penstock.demo_report import write
-
-    write(out / "report.html", results, report)
+    (out / "report.html").write_text(page_of(results), encoding="utf-8")
     print(json.dumps(report) if config.json else f"wrote {out / 'report.html'}")
     return out
 
 
 @dataclasses.dataclass
 class SeedResult:
-    """One repetition: the facts of report.json, where its runs are, and answers to look at."""
+    """One repetition: the facts of report.json, and what its part of the page shows."""
 
     facts: dict[str, Any]
-    path: Path
-    answers: dict[str, list[Answer]]
-    texts: dict[str, list[str]]
-    golds: dict[str, list[float]]
-    questions: list[Question]
-    curve: list[tuple[int, float]]
-    """(PPO step, gold on rollouts of that step): measured afterwards from samples, never trained on."""
+    """seed, base_gold, sft_gold, ppo_gold, gold_se, rm_accuracy, rm_ceiling, kl, seconds; gold_se is the standard
+    error of ppo_gold - sft_gold."""
+    curves: dict[str, dict[str, Curve]]
+    answers: list[tuple[str, dict[str, tuple[str, float | None]]]]
+    """Per held-out question, what base, sft and ppo answered, with gold."""
 
 
 def one_seed(out: Path, seed: int) -> SeedResult:
@@ -98,11 +97,11 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     tokenizer = save_tokenizer(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]])
     architecture = dataclasses.replace(
         gpt2.size("s"), vocab_size=len(tokenizer), d_model=192, num_layers=3, num_heads=6, num_kv_heads=6,
-        head_dim=32, d_ff=768, max_length=64, eos_id=tokenizer.eos_token_id,
+        head_dim=32, d_ff=768, max_length=64,
+        hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
     )  # fmt: skip
     Decoder(architecture, generator=torch.Generator().manual_seed(seed)).save_pretrained(untrained)
-    bos = [tokenizer.bos_token_id]
-    write_lines(data / "corpus.jsonl", [{"prompt_ids": bos, "response_ids": tokenizer(t).input_ids} for t in corpus])
+    write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
     base = sft(
         SFTConfig(
             model=str(untrained),
@@ -154,7 +153,131 @@ def one_seed(out: Path, seed: int) -> SeedResult:
             data=DataFlags(data=(str(data / "prompts.jsonl"),), max_length=64),
             run=RunFlags(out=str(out / "ppo"), seed=seed, checkpoint_every=10_000, keep=1),
             optim=OptimFlags(lr=2e-4, batch_size=64, micro_batch_size=64, epochs=4, steps=40),
-            critic_lr=5e-4, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.05,
+            critic_lr=5e-4, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.05, samples=64,
         )
     )  # fmt: skip
     return measure(out, seed, world, heldout, {"base": base, "sft": tuned, "ppo": aligned}, judge, started)
+
+
+def measure(
+    out: Path, seed: int, world: Toyland, heldout: list[Question], runs: dict[str, Path], judge: Path, started: float
+) -> SeedResult:
+    """Gold of base, SFT and PPO on the held-out questions, one sampled answer each, and what the runs logged."""
+    sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
+    golds: dict[str, list[float]] = {}
+    texts: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        told = [four[0] for four in answer(run, heldout, sampling)]
+        texts[name] = [text for text, _ in told]
+        golds[name] = [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, told, strict=True)]
+    mean = {name: statistics.mean(values) for name, values in golds.items()}
+    variance = {name: statistics.variance(values) / len(values) for name, values in golds.items()}
+
+    asked = {question.prompt: question for question in world.questions}
+    learned = read_lines(runs["ppo"] / "metrics.jsonl")
+    gold_by_step: dict[int, list[float]] = {}
+    for row in read_lines(runs["ppo"] / "samples.jsonl"):
+        if row["kind"] == "rollout":
+            ended = row["finish_reason"] == "stop"
+            gold_by_step.setdefault(row["step"], []).append(world.gold(asked[row["prompt"]], row["response"], ended))
+    steps = [row["step"] for row in learned]
+    curves: dict[str, dict[str, Curve]] = {
+        "gold (hidden) and proxy (reward model) scores": {
+            "gold": (list(gold_by_step), [statistics.mean(values) for values in gold_by_step.values()]),
+            "proxy": (steps, [row["objective/scores"] for row in learned]),
+        },
+        "KL from the SFT model, nats per answer": {"kl": (steps, [row["objective/kl"] for row in learned])},
+        "answer length, tokens": {"length": (steps, [row["objective/response_length"] for row in learned])},
+    }
+    judged = read_lines(judge / "metrics.jsonl")[-1]
+    facts = {
+        "seed": seed,
+        "base_gold": mean["base"],
+        "sft_gold": mean["sft"],
+        "ppo_gold": mean["ppo"],
+        "gold_se": math.sqrt(variance["sft"] + variance["ppo"]),
+        "rm_accuracy": judged["heldout/accuracy"],
+        "rm_ceiling": noise_ceiling(world, out / "data" / "comparisons.jsonl"),
+        "kl": learned[-1]["objective/kl"],
+        "seconds": time.perf_counter() - started,
+    }
+    shown = [
+        (q.prompt.strip(), {name: (texts[name][i], golds[name][i]) for name in runs})
+        for i, q in enumerate(heldout[:10])
+    ]
+    return SeedResult(facts, curves, shown)
+
+
+def noise_ceiling(world: Toyland, comparisons: Path) -> float:
+    """The pair accuracy that gold itself would reach on the noisy labels; a tie in gold is a coin toss."""
+    asked = {question.prompt: question for question in world.questions}
+    right = pairs = 0.0
+    for row in read_lines(comparisons):
+        golds = [world.gold(asked[row["prompt"]], text) for text in row["responses"]]
+        places = {i: place for place, group in enumerate(row["ranking"]) for i in group}
+        for i, a in enumerate(golds):
+            for j, b in enumerate(golds):
+                if places[i] < places[j]:
+                    right += 1.0 if a > b else 0.5 if a == b else 0.0
+                    pairs += 1
+    return right / pairs
+
+
+def answer(run: Path, questions: list[Question], sampling: Sampling) -> list[list[tuple[str, bool]]]:
+    """Sampled answers of a run's model to each question: (text, ended by itself)."""
+    source = resolve_model(str(run))
+    actor = Actor.from_pretrained(source).eval()
+    config = actor.decoder.config
+    encoder = encoder_of(source, config, DataFlags(data=(), max_length=64), reserve=RESPONSE_TOKENS)
+    prompts = [encoder.encode_prompt(Prompt(prompt=q.prompt, where="toyland")) for q in questions]
+    answers = generate(actor.decoder, prompts, sampling, eos_ids=encoder.eos_ids, batch_size=256)
+    told = [(encoder.decode(a.response_ids), a.finish_reason == "stop") for a in answers]
+    return [told[i : i + sampling.n] for i in range(0, len(told), sampling.n)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def page_of(results: list[SeedResult]) -> str:
+    """The demo's report.html."""
+    sections: list[Section] = [
+        Text(
+            "A small world of animals and people who ask about them. A base model learned plain text; SFT learned to "
+            "answer from demonstrators of mixed care; a reward model learned from noisy rankings of four answers; PPO "
+            "learned from the reward model. A hidden gold function (true, to the point, friendly, addressed to the one "
+            "who asks) measured all of them on questions that nothing was trained on, and was shown to nobody."
+        )
+    ]
+    header = ("seed", "gold: base", "gold: sft", "gold: ppo", "se of ppo - sft", "ppo - sft in se", "reward model accuracy",
+              "noise ceiling", "KL, nats", "seconds")  # fmt: skip
+    rows = []
+    for facts in (result.facts for result in results):
+        gain = facts["ppo_gold"] - facts["sft_gold"]
+        rows.append(
+            (str(facts["seed"]), *(f"{facts[k]:+.2f}" for k in ("base_gold", "sft_gold", "ppo_gold")),
+             f"{facts['gold_se']:.3f}", f"{gain / facts['gold_se']:+.1f}", f"{facts['rm_accuracy']:.3f}",
+             f"{facts['rm_ceiling']:.3f}", f"{facts['kl']:.1f}", f"{facts['seconds']:.0f}")
+        )  # fmt: skip
+    sections.append(Table(f"Gold scores on {HELDOUT} held-out questions", header, rows))
+    for result in results:
+        seed = result.facts["seed"]
+        scores = result.curves["gold (hidden) and proxy (reward model) scores"]
+        if over_optimised(scores):
+            sections.append(Text(f"Seed {seed}: the proxy score rose while gold fell: over-optimisation.", loud=True))
+        sections.append(Curves(f"PPO, seed {seed}", result.curves))
+        sections.append(Samples(f"Answers to held-out questions, seed {seed} (gold)", result.answers))
+    return page("penstock demo", "base model, SFT, reward model and PPO on Toyland", sections)
+
+
+def over_optimised(scores: dict[str, Curve]) -> bool:
+    """True when, over the second half of PPO, the proxy rose and gold fell by more than a tenth of its spread."""
+
+    def rise(curve: Curve) -> float:
+        ys = list(curve[1])
+        half, quarter = ys[len(ys) // 2 :], max(len(ys) // 8, 1)
+        spread = statistics.pstdev(ys) or 1.0
+        return (statistics.mean(half[-quarter:]) - statistics.mean(half[:quarter])) / spread
+
+    return rise(scores["proxy"]) > 0.1 and rise(scores["gold"]) < -0.1

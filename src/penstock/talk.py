@@ -68,7 +68,9 @@ def chat(config: ChatConfig) -> None:
     """A conversation on stdin and stdout: answers stream as they are made; /reset forgets, /quit or Ctrl-D ends."""
     actor, encoder = load(config, reserve=1)
     if encoder.tokenizer is None:
-        raise UserError(f"--model {config.model}: has no tokenizer, so it cannot chat; use penstock generate with prompt_ids.")
+        raise UserError(
+            f"--model {config.model}: has no tokenizer, so it cannot chat; use penstock generate with prompt_ids."
+        )
     sampling = _sampling(config)
     interactive = sys.stdin.isatty()
     opening = [{"role": "system", "content": config.system}] if config.system else []

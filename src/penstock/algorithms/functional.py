@@ -138,9 +138,7 @@ def replace_missing_eos(scores: Tensor, has_eos: Tensor, missing_eos_score: floa
     return torch.where(has_eos, scores, torch.full_like(scores, missing_eos_score))
 
 
-def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float
-) -> Tensor:
+def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float) -> Tensor:
     """Per-token rewards [B, R]: -kl_coef * k1 at every token, plus the score once, at the last one.
 
     scores: [B]; logprobs, ref_logprobs: [B, R]; lengths: [B] response lengths. (PPO.md 7, 8; Ziegler et al. 2019, 2.1)

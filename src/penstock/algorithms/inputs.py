@@ -1,43 +1,82 @@
-"""What a stage brings in: the model's address, its encoder, and the records, each with one printed line."""
+"""What a stage brings in: the model's address, its encoder, and its records with their tokens."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from penstock.config import DataFlags
 from penstock.data import formats
 from penstock.data.chat import Encoder
-from penstock.errors import UserError
+from penstock.data.formats import SHOWN, Kind
+from penstock.errors import DataError, UserError
+from penstock.models import pretrained
 from penstock.models.decoder import DecoderConfig
-from penstock.run.directory import resolve_model
+from penstock.rollout.engine import Answer
 from penstock.run.session import Session
 
 
-def source_of(model: str, which: str = "model") -> str:
-    """A model's address: a run directory becomes the newest (or best) weights inside it."""
-    return resolve_model(model, which)
-
-
-def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 0) -> Encoder:
+def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:
     """The model's own tokenizer and template; rows never longer than the model's positions.
 
     `reserve` tokens are kept free behind a prompt for the response.
     """
-    return Encoder.for_model(
-        source,
-        vocab_size=config.vocab_size,
-        max_length=min(flags.max_length, config.max_length),
-        reserve=reserve,
-        skip_bad=flags.skip_bad,
-    )
+    longest = min(flags.max_length, config.max_length)
+    eos_ids, vocab_size = config.eos_ids, config.vocab_size
+    return Encoder.for_model(source, eos_ids=eos_ids, vocab_size=vocab_size, max_length=longest, reserve=reserve)
 
 
-def read(session: Session, files: Sequence[str], kind: str, flags: DataFlags) -> list[Any]:
-    """The records of the files, with what was sniffed and what was left out said aloud."""
+def keep_tokenizer(session: Session, source: str) -> None:
+    """Every model that the session saves gets the tokenizer files of the model it came from."""
+    session.finishing = functools.partial(pretrained.copy_tokenizer, source)
+
+
+def read(
+    session: Session, encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
+) -> tuple[list[Any], list[Any]]:
+    """The records of the files and each one's tokens, with what was sniffed and what was left out said aloud.
+
+    The tokens are what the encoder makes of that kind: an Example, a prompt's ids, or a prompt's and responses' ids.
+    Raises DataError for records that do not fit the model, unless `--skip-bad` leaves them out.
+    """
     keys = dict(one.partition("=")[::2] for one in flags.keys)
     if not all(keys.values()):
         raise UserError(f"--keys {' '.join(flags.keys)}: give pairs ours=theirs, as in --keys prompt=question.")
-    dataset = formats.read(files, kind, keys=keys or None, skip_bad=flags.skip_bad)
+    dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad)
     session.say(dataset.decision)
-    if dataset.bad:
-        session.say(f"--skip-bad left out {len(dataset.bad)} lines, the first: {dataset.bad[0]}")
-    return dataset.records
+    encode = {
+        "demonstrations": encoder.encode_demonstration,
+        "comparisons": encoder.encode_comparison,
+        "prompts": encoder.encode_prompt,
+    }[kind]
+    records, encoded, bad = [], [], list(dataset.bad)
+    for record in dataset.records:
+        try:
+            encoded.append(encode(record))
+            records.append(record)
+        except DataError as error:
+            bad.append(str(error))
+    if bad and not flags.skip_bad:
+        more = [f"... and {len(bad) - SHOWN} more."] if len(bad) > SHOWN else []
+        raise DataError("\n".join([*bad[:SHOWN], *more]))
+    if not records:
+        raise DataError(f"{', '.join(files)}: --skip-bad left nothing; the first problem: {bad[0]}")
+    if bad:
+        session.say(f"--skip-bad left out {len(bad)} of {len(bad) + len(records)} records, the first: {bad[0]}")
+    return records, encoded
+
+
+def sample_rows(
+    encoder: Encoder, answers: Sequence[Answer], scores: Sequence[float] | None = None, *, kind: str
+) -> list[dict[str, Any]]:
+    """Answers as samples.jsonl holds them: text where there is a tokenizer, ids where there is none.
+
+    `kind` is greedy (the same prompts before and after training) or rollout (what PPO sampled to learn from).
+    """
+    rows: list[dict[str, Any]] = []
+    for i, answer in enumerate(answers):
+        prompt, response = encoder.decode(answer.prompt_ids), encoder.decode(answer.response_ids)
+        if encoder.tokenizer is None:
+            prompt, response = str(answer.prompt_ids), str(answer.response_ids)
+        row = {"kind": kind, "prompt": prompt, "response": response, "finish_reason": answer.finish_reason}
+        rows.append(row if scores is None else {**row, "score": scores[i]})
+    return rows

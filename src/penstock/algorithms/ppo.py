@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows
 from penstock.algorithms.scoring import Scorer, scorer_of
 from penstock.algorithms.sft import micro_batches as example_batches
 from penstock.algorithms.sft import response_logprobs
@@ -26,7 +27,7 @@ from penstock.memory.strategy import StepStats, Strategy
 from penstock.models.roles import Actor, Critic
 from penstock.rollout.engine import Answer, generate
 from penstock.rollout.sampling import Sampling, stream
-from penstock.algorithms.inputs import encoder_of, read, source_of
+from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 
@@ -91,23 +92,24 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
     world = strategy.world
     with Session("ppo", config, world, resume=resume) as session:
-        source = source_of(config.actor)
+        source = resolve_model(config.actor)
         with strategy.init():
             actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
             reference = actor.frozen()
             if config.reference:
-                reference = Actor.from_pretrained(source_of(config.reference)).frozen()
+                reference = Actor.from_pretrained(resolve_model(config.reference)).frozen()
             critic_source = config.critic or config.reward
             if critic_source:
-                critic = Critic.from_pretrained(source_of(critic_source, prefer="critic"))
+                critic = Critic.from_pretrained(resolve_model(critic_source, "critic"))
             else:
                 critic = Critic.zero_head(actor.decoder)
-        encoder = session.encoder(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
+        encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
+        keep_tokenizer(session, source)
         scorer = scorer_of(config, encoder, strategy, session)
-        records = session.read(config.data, "prompts")
-        prompts = encoder.prompts(records)
-        ptx = session.read_files(config.ptx_data, "demonstrations", config.data) if config.ptx_coef else []
-        ptx_examples = encoder.demonstrations(ptx)
+        records, prompts = read(session, encoder, config.data.data, "prompts", config.data)
+        ptx_examples: list[Example] = []
+        if config.ptx_coef:
+            ptx_examples = read(session, encoder, config.ptx_data, "demonstrations", config.data)[1]
 
         actor_sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
         critic_sink = strategy.prepare(critic, weight_decay=optim.weight_decay)
@@ -120,7 +122,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         if config.top_k or config.top_p < 1:
             session.say(f"rollouts are truncated (top_k={config.top_k}, top_p={config.top_p}): KL may turn negative")
         total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
-        step = episode = update = 0
+        step = update = 0
         experience: Experience | None = None
         critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
         if session.state:
@@ -130,7 +132,6 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             shuffle.load_state_dict(saved["shuffle"])
             ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
             step, update, kl.beta, critic_ready = (saved[key] for key in ("step", "update", "beta", "critic_ready"))
-            episode = session.sampler_state(default=0)
             experience = Experience(**saved["experience"]) if saved["experience"] else None
         sums: list[tuple[str, StepStats]] = saved_sums(session.state)
 
@@ -143,11 +144,14 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 "sums": [(name, dataclasses.asdict(one)) for name, one in sums],
             }  # fmt: skip
 
-        probes = list(range(min(config.samples, len(prompts))))
-        greedy = dataclasses.replace(sampling, temperature=0.0)
+        def show(step: int) -> None:
+            greedy = dataclasses.replace(sampling, temperature=0.0)
+            answers = generate(actor.decoder, prompts[: config.samples], greedy, eos_ids=encoder.eos_ids)
+            scores = scorer(records[: config.samples], answers)
+            session.sample(step, sample_rows(encoder, answers, scores, kind="greedy"))
+
         if step == 0 and experience is None:
-            answers = generate(actor.decoder, [prompts[i] for i in probes], greedy, eos_ids=encoder.eos_ids)
-            session.sample(0, [records[i] for i in probes], answers)
+            show(0)
 
         mini = config.mini_batch_size or optim.batch_size
         updates = optim.epochs * math.ceil(optim.batch_size / mini)
@@ -159,15 +163,17 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 with strategy.phase("rollout"):
                     rollout = generate(
                         actor.decoder, [prompts[chosen[i]] for i in mine], sampling,
-                        eos_ids=encoder.eos_ids, episodes=[episode + i for i in mine],
+                        eos_ids=encoder.eos_ids, episodes=[session.episode + i for i in mine],
                     )  # fmt: skip
                 with strategy.phase("score"):
                     asked = [records[chosen[i]] for i in mine]
                     local = score(rollout, asked, actor, reference, critic, scorer, config, optim.micro_batch_size)
+                session.sample(
+                    step, sample_rows(encoder, rollout[: config.samples], local.scores.tolist(), kind="rollout")
+                )
                 experience = in_order(world.gather(local))
                 experience = with_advantages(experience, kl.beta, config)
-                episode += optim.batch_size
-                session.keep_sampler_state(episode)
+                session.episode += optim.batch_size
                 update, sums = 0, []
             if not critic_ready:
                 critic_ready = float(fn.explained_variance(experience.values, experience.returns, experience.mask)) > 0
@@ -210,7 +216,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                     break  # (20) the experience has been used up; the next one is fresh
 
             metrics = summary(experience, sums, kl.beta, config)
-            metrics |= {"lr": optim.lr * lr, "episode": episode}
+            metrics |= {"lr": optim.lr * lr, "episode": session.episode}
             kl.update(metrics["objective/kl"], optim.batch_size)
             if run.dtype == "fp32" and metrics.get("val/first_ratio_gap", 0.0) > 1e-3:
                 session.say(f"step {step}: first ratio is off by {metrics['val/first_ratio_gap']:.2g}; it should be 1")
@@ -218,8 +224,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             experience, done, update, sums = None, step, 0, []
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
             if step == total:
-                answers = generate(actor.decoder, [prompts[i] for i in probes], greedy, eos_ids=encoder.eos_ids)
-                session.sample(step, [records[i] for i in probes], answers)
+                show(step)
             session.checkpoint(step, {"model": actor, "critic": critic}, state)
         return session.finish()
 
@@ -252,9 +257,18 @@ def score(
         zeros = torch.zeros_like(logprobs)
         parts.append(
             Experience(
-                tokens, prompt_lengths, response_lengths, logprobs, ref_logprobs, values, entropy,
-                (engine - logprobs).abs(), torch.zeros(len(answers), device=device),
-                torch.tensor([a.finish_reason == "stop" for a in answers], device=device), zeros, zeros,
+                tokens,
+                prompt_lengths,
+                response_lengths,
+                logprobs,
+                ref_logprobs,
+                values,
+                entropy,
+                (engine - logprobs).abs(),
+                torch.zeros(len(answers), device=device),
+                torch.tensor([a.finish_reason == "stop" for a in answers], device=device),
+                zeros,
+                zeros,
             ).to("cpu")  # fmt: skip
         )
     experience = concatenate(parts)

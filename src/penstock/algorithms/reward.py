@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read
 from penstock.config import RewardConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
+from penstock.data.chat import Example
 from penstock.errors import DataError
 from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import RewardModel
-from penstock.algorithms.inputs import encoder_of, read, source_of
+from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 
@@ -46,16 +48,20 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
     world = strategy.world
     with Session("reward", config, world, resume=resume) as session:
-        source = source_of(config.model)
+        source = resolve_model(config.model)
         torch.manual_seed(run.seed)  # the head's random start
         with strategy.init():
             model = RewardModel.from_pretrained(source, allow_pickle=config.data.allow_pickle)
-        encoder = session.encoder(source, model.decoder.config, config.data)
-        records = session.read(config.data, "comparisons")
+        encoder = encoder_of(source, model.decoder.config, config.data)
+        keep_tokenizer(session, source)
+        records, encoded = read(session, encoder, config.data.data, "comparisons", config.data)
         train, heldout = (
-            [_ranking(encoder.encode_comparison(record), record.ranks) for record in part]
-            for part in split_by_prompt(records, config.heldout, run.seed)
+            [_ranking(encoded[i], records[i].ranks) for i in side]
+            for side in split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
         )
+        normalize = []
+        if config.normalize:
+            normalize = read(session, encoder, config.normalize, "demonstrations", config.data)[1]
         train = [ranking for ranking in train if ranking.pairs]
         if not train:
             raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
@@ -91,9 +97,12 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
                 metrics |= {f"heldout/{name}": value for name, value in facts.items()}
             if step == total:
                 with strategy.phase("score"):
-                    _normalize(model, config, session, encoder, heldout or train, world)
+                    normalize_score(model, heldout or train, normalize, optim.micro_batch_size, world)
                 if heldout:
-                    model.facts = {"pair_accuracy": facts["accuracy"], "length_correlation": facts["length_correlation"]}
+                    model.facts = {
+                        "pair_accuracy": facts["accuracy"],
+                        "length_correlation": facts["length_correlation"],
+                    }
             tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
             session.checkpoint(
@@ -184,14 +193,15 @@ def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...])
     return Ranking([prompt + response for response in responses], ranks, tuple(map(len, responses)))
 
 
-def _normalize(model: RewardModel, config: RewardConfig, session: Session, encoder, rankings, world) -> None:
-    """Mean 0 on demonstrations (all held-out responses without any), spread 1 on held-out responses (PPO.md 10)."""
+def normalize_score(
+    model: RewardModel, rankings: Sequence[Ranking], demonstrations: Sequence[Example], size: int, world: World
+) -> None:
+    """Mean 0 on demonstrations (on all held-out responses without any), spread 1 on held-out responses (PPO.md 10)."""
     model.mean, model.std = 0.0, 1.0
-    size = config.optim.micro_batch_size
     flat = torch.tensor([value for values in score_rankings(model, rankings, size, world) for value in values])
     mean = flat.mean()
-    if config.normalize:
-        records = session.read_files(config.normalize, "demonstrations", config.data)
-        rows = [example.tokens for example in encoder.demonstrations(records)]
+    if demonstrations:
+        rows = [example.tokens for example in demonstrations]
         mean = torch.cat([score_rows(model, rows[i : i + size], world) for i in range(0, len(rows), size)]).mean()
-    model.mean, model.std = float(mean), max(float(flat.std()), 1e-6) if len(flat) > 1 else 1.0
+    model.mean = float(mean)
+    model.std = max(float(flat.std()), 1e-6) if len(flat) > 1 else 1.0

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from penstock.algorithms.inputs import encoder_of
 from penstock.algorithms.reward import score_rows
 from penstock.config import PPOConfig
 from penstock.data.chat import Encoder
@@ -12,7 +13,7 @@ from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import RewardModel
 from penstock.rollout.engine import Answer
-from penstock.algorithms.inputs import encoder_of, read, source_of
+from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
@@ -24,11 +25,11 @@ def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: 
     if config.reward_fn:
         return _from_function(load_reward_fn(config.reward_fn), encoder, config.reward_fn)
     assert config.reward is not None
-    source = source_of(config.reward)
+    source = resolve_model(config.reward)
     with strategy.init():
         model = RewardModel.from_pretrained(source).eval().requires_grad_(False)
     _warn_if_weak(model, session, config.reward)
-    own = session.encoder(source, model.decoder.config, config.data)
+    own = encoder_of(source, model.decoder.config, config.data)
     # The reward model must see what it was trained on (11): its own tokens, where its tokenizer is another one.
     same_tokens = own.same_tokenizer(encoder)
     size = config.optim.micro_batch_size
@@ -94,7 +95,9 @@ def _warn_if_weak(model: RewardModel, session: Session, name: str) -> None:
     """PPO.md 23: nobody starts PPO on a bad reward model without being told."""
     accuracy, length = model.facts.get("pair_accuracy"), model.facts.get("length_correlation", 0.0)
     if accuracy is None:
-        session.say(f"{name}: this reward model carries no held-out pair accuracy; check it before trusting PPO's score")
+        session.say(
+            f"{name}: this reward model carries no held-out pair accuracy; check it before trusting PPO's score"
+        )
     elif accuracy < 0.6:
         session.say(f"{name}: held-out pair accuracy is {accuracy:.2f}, near chance; PPO will optimise noise")
     if abs(length) > 0.7:

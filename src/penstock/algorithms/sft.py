@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows
 from penstock.config import SFTConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
 from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
-from penstock.algorithms.inputs import encoder_of, read, source_of
-from penstock.run.session import Session
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
+from penstock.run.directory import resolve_model
+from penstock.run.session import Session
 
 
 def sft(config: SFTConfig, *, resume: bool = False) -> Path:
@@ -33,13 +34,14 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
     world = strategy.world
     with Session("sft", config, world, resume=resume) as session:
-        source = source_of(config.model)
+        source = resolve_model(config.model)
         with strategy.init():
             actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
-        encoder = session.encoder(source, actor.decoder.config, config.data)
-        records = session.read(config.data, "demonstrations")
-        train, heldout = split_by_prompt(records, config.heldout, run.seed)
-        examples, heldout_examples = encoder.demonstrations(train), encoder.demonstrations(heldout)
+        encoder = encoder_of(source, actor.decoder.config, config.data)
+        keep_tokenizer(session, source)
+        records, encoded = read(session, encoder, config.data.data, "demonstrations", config.data)
+        train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
+        examples, heldout_examples = [encoded[i] for i in train], [encoded[i] for i in heldout]
 
         sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(examples), run.seed)
@@ -50,10 +52,15 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             shuffle.load_state_dict(session.state["shuffle"])
             step, best = session.state["step"], session.state["best"]
 
-        probes = heldout[: config.samples] or train[: config.samples]
+        probes = [prompt_of(example) for example in (heldout_examples or examples)[: config.samples]]
         sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+
+        def show(step: int) -> None:
+            answers = generate(actor.decoder, probes, sampling, eos_ids=encoder.eos_ids)
+            session.sample(step, sample_rows(encoder, answers, kind="greedy"))
+
         if step == 0:
-            session.sample(0, probes, generate(actor.decoder, encoder.prompts(probes), sampling, eos_ids=encoder.eos_ids))
+            show(0)
 
         for step in session.steps(step, total):
             rows = [examples[i] for i in shuffle.next(optim.batch_size)]
@@ -78,13 +85,15 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
                 best = min(best, metrics["heldout/loss"])
             session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), timing=strategy.take_seconds())
             if step == total:
-                answers = generate(actor.decoder, encoder.prompts(probes), sampling, eos_ids=encoder.eos_ids)
-                session.sample(step, probes, answers)
+                show(step)
             session.checkpoint(
                 step,
                 {"model": actor},
                 lambda step=step: {
-                    "sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step, "best": best
+                    "sink": sink.state_dict(),
+                    "shuffle": shuffle.state_dict(),
+                    "step": step,
+                    "best": best,
                 },
                 best=improved,
             )
@@ -95,6 +104,12 @@ def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]
     """Rows in groups of `size`, neighbours in length, so that little of a batch is padding."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def prompt_of(example: Example) -> list[int]:
+    """What precedes a demonstration's last answer."""
+    last = len(example.trained) - example.trained[::-1].index(False)
+    return example.tokens[:last]
 
 
 def response_logprobs(actor: Actor, examples: Sequence[Example], world: World) -> Tensor:

@@ -14,19 +14,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-ANIMALS = (
-    "fox wolf bear hare owl crow frog toad newt mole seal crab duck goat lynx boar deer swan lizard beaver otter badger "
-    "weasel hedgehog"
-).split()
-NAMES = "Anna Ben Clara David Emma Felix Greta Henry Ida Jonas Lena Marco".split()
+ANIMALS = ["fox", "wolf", "bear", "hare", "owl", "crow", "frog", "toad", "newt", "mole", "seal", "crab", "duck", "goat", "lynx", "boar", "deer", "swan", "lizard", "beaver", "otter", "badger", "weasel", "hedgehog"]
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Henry", "Ida", "Jonas", "Lena", "Marco"]
 FACTS = {
     # attribute: (statement, question, values)
-    "colour": ("is", "what colour is the {}?", "red grey brown white black green golden blue".split()),
-    "home": ("lives in the", "where does the {} live?", "forest river desert mountains meadow cave sea jungle".split()),
-    "food": ("eats", "what does the {} eat?", "berries fish seeds grass insects honey nuts leaves".split()),
-    "hobby": ("loves to", "what does the {} love to do?", "sing dig climb swim run sleep dance hide".split()),
+    "colour": ("is", "what colour is the {}?", ["red", "grey", "brown", "white", "black", "green", "golden", "blue"]),
+    "home": ("lives in the", "where does the {} live?", ["forest", "river", "desert", "mountains", "meadow", "cave", "sea", "jungle"]),
+    "food": ("eats", "what does the {} eat?", ["berries", "fish", "seeds", "grass", "insects", "honey", "nuts", "leaves"]),
+    "hobby": ("loves to", "what does the {} love to do?", ["sing", "dig", "climb", "swim", "run", "sleep", "dance", "hide"]),
 }
-PHRASINGS = ("{name}: {question}", "{name}: tell me, {question}", "{name}: please, {question}", "{name}: hello! {question}")
+PHRASINGS = (
+    "{name}: {question}",
+    "{name}: tell me, {question}",
+    "{name}: please, {question}",
+    "{name}: hello! {question}",
+)
 FRIENDLY = ("Sure, {name}!", "Happy to help, {name}!", "Good question, {name}!")
 RUDE = ("Why do you ask?", "Look it up yourself.", "What a boring question.")
 STATEMENT = re.compile(r"\b(?:the (\w+)|it) (is|lives in the|eats|loves to) (\w+)", re.IGNORECASE)
@@ -136,7 +138,7 @@ def ranking(labels: Sequence[int]) -> list[list[int]]:
 
 def save_tokenizer(directory: Path, texts: Sequence[str], vocab_size: int = 512) -> Any:
     """Trains a byte-level BPE on the texts and saves it where transformers finds it; returns the loaded tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -152,8 +154,10 @@ def save_tokenizer(directory: Path, texts: Sequence[str], vocab_size: int = 512)
             show_progress=False,
         ),
     )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=64
     )
+    fast.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"  # the way questions are written here
     fast.save_pretrained(directory)
     return fast

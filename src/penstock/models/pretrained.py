@@ -133,7 +133,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{directory}: has no config.json, so it is no model; give a Hugging Face directory.") from error
+        raise UserError(
+            f"{directory}: has no config.json, so it is no model; give a Hugging Face directory."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from error
 
@@ -141,7 +143,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
     """Copies tokenizer and chat template files, byte by byte, beside a saved model; nothing when there are none."""
     origin = _local(source)
-    for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*"):
+    for pattern in (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "vocab.*",
+        "merges.txt",
+        "added_tokens.json",
+        "chat_template*",
+    ):
         for path in origin.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, directory / path.name)
@@ -188,7 +197,9 @@ def _open(directory: Path, allow_pickle: bool) -> tuple[set[str], Callable[[str]
         try:
             handles[name] = safetensors.safe_open(path, framework="pt")
         except FileNotFoundError as error:
-            raise UserError(f"{path}: the index names this file and it is missing; is the download complete?") from error
+            raise UserError(
+                f"{path}: the index names this file and it is missing; is the download complete?"
+            ) from error
         except safetensors.SafetensorError as error:
             raise UserError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
     if where is None:

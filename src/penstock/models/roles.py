@@ -5,7 +5,6 @@ fp32. All of them take right-padded tokens with lengths and return packed values
 """
 
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -57,16 +56,19 @@ class ScalarModel(nn.Module):
             weight = torch.randn(1, width, dtype=torch.float32, device=decoder.head_weight.device) / (width + 1) ** 0.5
         self.score = nn.Parameter(weight.to(decoder.head_weight.device, torch.float32).clone())
         self.mean, self.std = mean, std
+        self.facts: dict[str, float] = {}
+        """What training found out about the score (held-out pair accuracy, ...); saved with the model."""
 
     @classmethod
     def from_pretrained(cls, source: str, *, allow_pickle: bool = False) -> "ScalarModel":
         """From a language model (new random head) or from what `save_pretrained` wrote (its head and scale)."""
         decoder, extras = _load(source, allow_pickle)
         weight = extras.get("score.weight")
-        config = json.loads((Path(source) / "config.json").read_text()) if weight is not None else {}
-        return cls(
-            decoder, weight, float(config.get("penstock_score_mean", 0.0)), float(config.get("penstock_score_std", 1.0))
-        )
+        config = decoder.config.hf
+        mean, std = float(config.get("penstock_score_mean", 0.0)), float(config.get("penstock_score_std", 1.0))
+        model = cls(decoder, weight, mean, std)
+        model.facts = config.get("penstock_facts", {})
+        return model
 
     @classmethod
     def zero_head(cls, decoder: Decoder) -> "ScalarModel":
@@ -86,7 +88,7 @@ class ScalarModel(nn.Module):
 
         transformers gives the raw score; mean and std lie in config.json as penstock_score_mean and _std.
         """
-        scale = {"penstock_score_mean": self.mean, "penstock_score_std": self.std}
+        scale = {"penstock_score_mean": self.mean, "penstock_score_std": self.std, "penstock_facts": self.facts}
         pretrained.save(self.decoder, directory, score=self.score.detach(), extra_config=scale)
 
 

@@ -5,7 +5,12 @@ from typing import Any
 from penstock.models.decoder import DecoderConfig
 from penstock.models.families.weights import Weight, pair
 
-CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = "BloomForCausalLM", "BloomForSequenceClassification", "transformer.", "lm_head.weight"
+CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = (
+    "BloomForCausalLM",
+    "BloomForSequenceClassification",
+    "transformer.",
+    "lm_head.weight",
+)
 TOP = (
     Weight("embed.tokens", ("word_embeddings.weight",)),
     *pair("embed.norm", "word_embeddings_layernorm"),

@@ -5,7 +5,12 @@ from typing import Any
 from penstock.models.decoder import DecoderConfig
 from penstock.models.families.weights import Weight, pair
 
-CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = "GPT2LMHeadModel", "GPT2ForSequenceClassification", "transformer.", "lm_head.weight"
+CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = (
+    "GPT2LMHeadModel",
+    "GPT2ForSequenceClassification",
+    "transformer.",
+    "lm_head.weight",
+)
 TOP = (
     Weight("embed.tokens", ("wte.weight",)),
     Weight("embed.positions", ("wpe.weight",)),
@@ -19,7 +24,13 @@ BLOCK = (
     *pair("up", "h.{}.mlp.c_fc", layout="transposed"),
     *pair("down", "h.{}.mlp.c_proj", layout="transposed"),
 )
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:

@@ -5,7 +5,12 @@ from typing import Any
 from penstock.models.decoder import DecoderConfig
 from penstock.models.families.weights import Weight, pair
 
-CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = "OPTForCausalLM", "OPTForSequenceClassification", "model.decoder.", "lm_head.weight"
+CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = (
+    "OPTForCausalLM",
+    "OPTForSequenceClassification",
+    "model.decoder.",
+    "lm_head.weight",
+)
 TOP = (
     Weight("embed.tokens", ("embed_tokens.weight",)),
     Weight("embed.positions", ("embed_positions.weight",)),

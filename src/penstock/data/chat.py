@@ -1,0 +1,245 @@
+"""From records to token ids and back: the model's own tokenizer and chat template, one EOS, at most one BOS.
+
+Prompt strings are used as they are; messages go through the tokenizer's chat template, or a plain built-in one when it
+has none. Demonstrations, comparisons and prompts share these lines, so that the reward model and PPO see exactly what
+SFT was trained on (PPO.md 11).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.data.formats import Comparison, Demonstration, Message, Prompt
+from penstock.errors import DataError, UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}\n\n"
+    "{% elif m.role == 'user' %}Human: {{ m.content }}\n\n"
+    "{% else %}Assistant: {{ m.content }}{{ eos_token }}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""For tokenizers without a chat template."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of SFT. Example: Example([1, 5, 6, 2], [False, False, True, True])."""
+
+    tokens: list[int]
+    trained: list[bool]
+    """True where the token is an assistant's, end token included (PPO.md 24)."""
+
+
+class Encoder:
+    """A tokenizer (or none, for data of ids), the ids that end a response, and how long a row may be.
+
+    A response that does not fit `max_length` is cut at its end and then has no EOS: the model never learns to stop
+    there. A prompt that leaves no room for `reserve` tokens is a DataError.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, eos_ids: Sequence[int], vocab_size: int, max_length: int, reserve: int = 1
+    ) -> None:
+        self.tokenizer, self.eos_ids, self.vocab_size = tokenizer, tuple(eos_ids), vocab_size
+        self.max_length, self.reserve = max_length, max(reserve, 1)
+        if not self.eos_ids:
+            raise UserError(
+                "the model names no end-of-sequence token, so no response could ever end; set eos_token_id in its "
+                "config.json, or eos_token in its tokenizer."
+            )
+        # Only a tokenizer that puts a BOS in front by itself wants one: GPT-2's has one and never uses it.
+        self._bos: list[int] = []
+        if tokenizer is not None and tokenizer.bos_token_id is not None:
+            if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+                self._bos = [tokenizer.bos_token_id]
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = PLAIN_TEMPLATE
+        elif tokenizer is not None and tokenizer.chat_template is None:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+
+    @staticmethod
+    def for_model(
+        source: str, *, eos_ids: Sequence[int], vocab_size: int, max_length: int, reserve: int = 1
+    ) -> "Encoder":
+        """The encoder of the model at `source`. Raises UserError when its tokenizer does not fit the model."""
+        tokenizer = load_tokenizer(source)
+        if tokenizer is not None:
+            check_fit(tokenizer, vocab_size, source)
+            if tokenizer.eos_token_id is not None:
+                eos_ids = [tokenizer.eos_token_id, *(i for i in eos_ids if i != tokenizer.eos_token_id)]
+        return Encoder(tokenizer, eos_ids=eos_ids, vocab_size=vocab_size, max_length=max_length, reserve=reserve)
+
+    def encode_prompt(self, record: Prompt) -> list[int]:
+        """What precedes the response. Raises DataError when it leaves no room for `reserve` tokens."""
+        if record.prompt_ids is not None:
+            ids = self._checked(record.prompt_ids, record.where, "prompt_ids")
+        elif record.messages is not None:
+            ids = self._with_bos(self._tokens(self._render(record.messages, record.where, answer=True), record.where))
+        else:
+            ids = self._with_bos(self._tokens(record.prompt or "", record.where))
+        if not ids:
+            raise DataError(
+                f"{record.where}: prompt: no tokens in it, and this tokenizer adds no BOS; write something."
+            )
+        if len(ids) + self.reserve > self.max_length:
+            raise DataError(
+                f"{record.where}: prompt: {len(ids)} tokens, and with {self.reserve} for the response the limit of "
+                f"{self.max_length} is passed; shorten it, raise --max-length if the model allows, or --skip-bad."
+            )
+        return ids
+
+    def encode_demonstration(self, record: Demonstration) -> Example:
+        """A row with the assistant's tokens marked."""
+        if record.messages is None:
+            prompt = self.encode_prompt(record)
+            response = self._response(record)
+            return self._cut(Example(prompt + response, [False] * len(prompt) + [True] * len(response)), record.where)
+        tokens: list[int] = self._with_bos([])
+        trained = [False] * len(tokens)
+        shown = ""
+        for i, message in enumerate(record.messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(record.messages[:i], record.where, answer=True)
+            after = self._render(record.messages[: i + 1], record.where)
+            if not before.startswith(shown) or not after.startswith(before):
+                raise DataError(
+                    f"{record.where}: messages: this chat template rewrites earlier turns, so it cannot be told which "
+                    "tokens are the assistant's; split the conversation into single answers."
+                )
+            asked, answer = (
+                self._tokens(before[len(shown) :], record.where),
+                self._tokens(after[len(before) :], record.where),
+            )
+            answer, rest = self._until_eos(answer)
+            tokens += asked + answer + rest
+            trained += [False] * len(asked) + [True] * len(answer) + [False] * len(rest)
+            shown = after
+        if self._bos and tokens[:2] == self._bos * 2:  # the template wrote one too
+            tokens, trained = tokens[1:], trained[1:]
+        last = len(trained) - trained[::-1].index(True)
+        return self._cut(Example(tokens[:last], trained[:last]), record.where)
+
+    def encode_comparison(self, record: Comparison) -> tuple[list[int], list[list[int]]]:
+        """The prompt's ids and each response's, EOS included."""
+        prompt = self.encode_prompt(record)
+        room = self.max_length - len(prompt)
+        if record.response_ids is not None:
+            many = [self._end(self._checked(ids, record.where, "response_ids")) for ids in record.response_ids]
+        else:
+            many = [self._answer(record, text) for text in record.responses or ()]
+        return prompt, [ids[:room] for ids in many]
+
+    def encode_response(self, record: Prompt, text: str, *, ended: bool) -> list[int]:
+        """Prompt and response as one row; EOS only if the response `ended` by itself."""
+        prompt, response = self.encode_prompt(record), self._answer(record, text)
+        if not ended and response[-1] in self.eos_ids:
+            response = response[:-1]
+        return (prompt + response)[: self.max_length]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; empty when the model has no tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def same_tokenizer(self, other: "Encoder") -> bool:
+        """True when both would write the same ids, template included."""
+        if self.tokenizer is None or other.tokenizer is None:
+            return True
+        mine, theirs = (
+            (one.backend_tokenizer.to_str(), one.chat_template, one.eos_token_id)
+            for one in (self.tokenizer, other.tokenizer)
+        )
+        return mine == theirs
+
+    # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def _response(self, record: Demonstration) -> list[int]:
+        if record.response_ids is not None:
+            return self._end(self._checked(record.response_ids, record.where, "response_ids"))
+        return self._end(self._tokens(record.response or "", record.where))
+
+    def _answer(self, record: Prompt, text: str) -> list[int]:
+        """A response to the record's prompt, as its template would write it."""
+        if record.messages is None:
+            return self._end(self._tokens(text, record.where))
+        turn: Message = {"role": "assistant", "content": text}
+        before = self._render(record.messages, record.where, answer=True)
+        after = self._render((*record.messages, turn), record.where)
+        return self._until_eos(self._tokens(after.removeprefix(before), record.where))[0]
+
+    def _end(self, ids: list[int]) -> list[int]:
+        """Exactly one EOS, at the end: a response ends at its first EOS (PPO.md 1)."""
+        return self._until_eos(ids)[0]
+
+    def _until_eos(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        first = next((i for i, one in enumerate(ids) if one in self.eos_ids), None)
+        return ([*ids, self.eos_ids[0]], []) if first is None else (ids[: first + 1], ids[first + 1 :])
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if not self._bos and not ids and self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
+            return [self.tokenizer.bos_token_id]  # an empty prompt still needs a state to start from
+        return ids if ids[:1] == self._bos else self._bos + ids
+
+    def _tokens(self, text: str, where: str) -> list[int]:
+        if self.tokenizer is None:
+            raise DataError(
+                f"{where}: prompt: the model has no tokenizer, so text cannot be read; give prompt_ids and response_ids."
+            )
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+    def _render(self, messages: Sequence[Message], where: str, answer: bool = False) -> str:
+        if self.tokenizer is None:
+            raise DataError(f"{where}: messages: the model has no tokenizer; give prompt_ids and response_ids.")
+        if not messages:
+            return ""
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+        except Exception as error:  # jinja's own, or what a template raises on purpose
+            raise DataError(f"{where}: messages: the chat template refuses them: {error}.") from error
+
+    def _checked(self, ids: Sequence[int], where: str, name: str) -> list[int]:
+        if max(ids, default=0) >= self.vocab_size:
+            raise DataError(
+                f"{where}: {name}: token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}; were these "
+                "ids made with another tokenizer?"
+            )
+        return list(ids)
+
+    def _cut(self, example: Example, where: str) -> Example:
+        example = Example(example.tokens[: self.max_length], example.trained[: self.max_length])
+        if not any(example.trained[1:]):
+            raise DataError(
+                f"{where}: response: no token of it is within the limit of {self.max_length}; shorten the prompt, raise "
+                "--max-length if the model allows, or --skip-bad."
+            )
+        return example
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer beside a model, or None when it has no tokenizer files. Never runs remote code."""
+    path = Path(source)
+    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{source}: its tokenizer cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def check_fit(tokenizer: Any, vocab_size: int, source: str) -> None:
+    """Raises UserError when the tokenizer can write ids that the model has no embedding for."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer writes ids up to {highest} and the model has {vocab_size} embeddings; they belong "
+            "to different models. Put the model's own tokenizer files beside it."
+        )

@@ -1,0 +1,103 @@
+"""The run directory: all that one training run writes.
+
+    config.toml  metrics.jsonl  perf.jsonl  samples.jsonl  log.txt  checkpoints/  report.html
+
+One process writes it at a time (a lock on `lock` that the kernel drops when the process dies).
+"""
+
+import fcntl
+import os
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any, TextIO
+
+import tomli_w
+
+from penstock.errors import UserError
+from penstock.run import checkpoint
+
+
+class RunDirectory:
+    """An open run directory. Make it with `create` or `open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._lock = _locked(path)
+        self._log: TextIO = (path / "log.txt").open("a", encoding="utf-8")
+
+    @staticmethod
+    def create(path: Path, config: dict[str, Any], command: str) -> "RunDirectory":
+        """Makes the directory and writes config.toml. Raises UserError when it is not empty or cannot be written."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            hint = f"go on with it (penstock resume {path}), or " if (path / "config.toml").exists() else ""
+            raise UserError(f"--out {path}: exists and is not empty; {hint}choose another directory.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            directory = RunDirectory(path)
+            text = tomli_w.dumps({"command": command, **config})
+            (path / "config.toml").write_text(text, encoding="utf-8")
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another directory.") from error
+        return directory
+
+    @staticmethod
+    def open(path: Path) -> "RunDirectory":
+        """Opens a run to go on with, and removes what a killed process left unfinished."""
+        RunDirectory.peek(path)
+        directory = RunDirectory(path)
+        if directory.checkpoints.exists():
+            checkpoint.sweep(directory.checkpoints)
+        return directory
+
+    @staticmethod
+    def peek(path: str | Path) -> dict[str, Any]:
+        """The run's config.toml, `command` included. Raises UserError when there is none."""
+        file = Path(path) / "config.toml"
+        try:
+            return tomllib.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"{path}: is no run directory (no config.toml in it); check the path.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: is damaged ({error}); restore it, or start the run again.") from error
+
+    def say(self, text: str) -> None:
+        """A line for people: on stderr, and in log.txt with the time."""
+        print(text, file=sys.stderr, flush=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A line in log.txt only."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        self._log.close()
+        os.close(self._lock)
+
+
+def resolve_model(source: str, which: str = "model") -> str:
+    """A run directory's best (or newest) weights of that name; anything else is returned unchanged.
+
+    `which` falls back to `model`, so that a critic can start from a reward run as well as from a ppo run.
+    """
+    path = Path(source)
+    if not (path / "config.toml").exists():
+        return source
+    found = checkpoint.trusted(path / "checkpoints", lambda text: print(text, file=sys.stderr))
+    if found is None:
+        raise UserError(f"{source}: this run has no checkpoint yet; let it finish, or penstock resume it.")
+    return str(found / which if (found / which).exists() else found / "model")
+
+
+def _locked(path: Path) -> int:
+    handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"{path}: another process is writing this run; wait for it, or stop it first.") from error
+    return handle
