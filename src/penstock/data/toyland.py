@@ -69,17 +69,20 @@ class Toyland:
         return f"{subject} {FACTS[attribute][0]} {value}."
 
     def text(self, rng: random.Random) -> str:
-        """A piece of plain text for the base model: true facts of one animal, or small talk."""
-        if rng.random() < 0.15:
+        """A piece of plain text for the base model: true facts of one animal, or small talk.
+
+        The web holds questions too; what follows one is about its animal, but answers something else.
+        """
+        if rng.random() < 0.1:
             name = rng.choice(NAMES)
             return " ".join(phrase.format(name=name) for phrase in rng.sample([*FRIENDLY, *RUDE], 2))
-        animal = rng.choice(ANIMALS)
-        attributes = rng.sample(list(FACTS), rng.randint(1, 4))
+        question = rng.choice(self.questions) if rng.random() < 0.6 else None
+        animal = question.animal if question else rng.choice(ANIMALS)
+        attributes = [attribute for attribute in FACTS if not question or attribute != question.attribute]
+        chosen = rng.sample(attributes, rng.randint(1, len(attributes)))
         subjects = [f"The {animal}"] + ["It"] * 3
-        lines = [self.sentence(s, a, self.facts[animal][a]) for s, a in zip(subjects, attributes, strict=False)]
-        asked = rng.random() < 0.2  # the web holds questions too, mostly unanswered
-        question = rng.choice(self.questions).prompt if asked else ""
-        return question + " ".join(lines)
+        lines = [self.sentence(s, a, self.facts[animal][a]) for s, a in zip(subjects, chosen, strict=False)]
+        return (question.prompt if question else "") + " ".join(lines)
 
     def demonstration(self, question: Question, rng: random.Random) -> str:
         """An answer by a demonstrator of mixed care: now and then rude, wrong, or wandering off."""
