@@ -91,13 +91,13 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     data.mkdir(parents=True, exist_ok=True)
 
     # A base model that has read about animals but never answered anybody.
-    corpus = [world.text(rng) for _ in range(12_000)]
+    corpus = [world.text(rng) for _ in range(9600)]
     demonstrators = [(q, world.demonstration(q, rng)) for q in trained_on[:1500]]
     untrained = out / "untrained"
     tokenizer = save_tokenizer(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]])
     architecture = dataclasses.replace(
-        gpt2.size("s"), vocab_size=len(tokenizer), d_model=192, num_layers=3, num_heads=6, num_kv_heads=6,
-        head_dim=32, d_ff=768, max_length=64,
+        gpt2.size("s"), vocab_size=len(tokenizer), d_model=160, num_layers=3, num_heads=5, num_kv_heads=5,
+        head_dim=32, d_ff=640, max_length=64,
         hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
     )  # fmt: skip
     Decoder(architecture, generator=torch.Generator().manual_seed(seed)).save_pretrained(untrained)
@@ -107,7 +107,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
             model=str(untrained),
             data=DataFlags(data=(str(data / "corpus.jsonl"),), max_length=64),
             run=RunFlags(out=str(out / "base"), seed=seed, checkpoint_every=10_000, keep=1),
-            optim=OptimFlags(lr=3e-3, batch_size=64, micro_batch_size=64),
+            optim=OptimFlags(lr=5e-3, batch_size=32, micro_batch_size=32),
             heldout=0.02, samples=0,
         )
     )  # fmt: skip
@@ -119,7 +119,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
             model=str(base),
             data=DataFlags(data=(str(data / "demonstrations.jsonl"),), max_length=64),
             run=RunFlags(out=str(out / "sft"), seed=seed, checkpoint_every=10_000, keep=1),
-            optim=OptimFlags(lr=5e-4, batch_size=32, micro_batch_size=32, epochs=2),
+            optim=OptimFlags(lr=1.5e-3, batch_size=32, micro_batch_size=32, epochs=3),
             max_new_tokens=RESPONSE_TOKENS,
         )
     )
@@ -152,8 +152,8 @@ def one_seed(out: Path, seed: int) -> SeedResult:
             actor=str(tuned), reward=str(judge),
             data=DataFlags(data=(str(data / "prompts.jsonl"),), max_length=64),
             run=RunFlags(out=str(out / "ppo"), seed=seed, checkpoint_every=10_000, keep=1),
-            optim=OptimFlags(lr=2e-4, batch_size=64, micro_batch_size=64, epochs=4, steps=40),
-            critic_lr=5e-4, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.05, samples=64,
+            optim=OptimFlags(lr=4e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=40),
+            critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.05, samples=64,
         )
     )  # fmt: skip
     return measure(out, seed, world, heldout, {"base": base, "sft": tuned, "ppo": aligned}, judge, started)

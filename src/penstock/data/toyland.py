@@ -71,16 +71,15 @@ class Toyland:
     def text(self, rng: random.Random) -> str:
         """A piece of plain text for the base model: true facts of one animal, or small talk.
 
-        The web holds questions too; what follows one is about its animal, but answers something else.
+        The web holds questions too, but what follows one is seldom an answer.
         """
-        if rng.random() < 0.1:
-            name = rng.choice(NAMES)
-            return " ".join(phrase.format(name=name) for phrase in rng.sample([*FRIENDLY, *RUDE], 2))
-        question = rng.choice(self.questions) if rng.random() < 0.6 else None
-        animal = question.animal if question else rng.choice(ANIMALS)
-        attributes = [attribute for attribute in FACTS if not question or attribute != question.attribute]
-        chosen = rng.sample(attributes, rng.randint(1, len(attributes)))
-        subjects = [f"The {animal}"] + ["It"] * 3
+        question = rng.choice(self.questions) if rng.random() < 0.65 else None
+        if rng.random() < 0.25:
+            talk = (phrase.format(name=rng.choice(NAMES)) for phrase in rng.sample([*FRIENDLY, *RUDE], 2))
+            return (question.prompt if question else "") + " ".join(talk)
+        animal = question.animal if question and rng.random() < 0.85 else rng.choice(ANIMALS)
+        chosen = rng.sample(list(FACTS), rng.randint(1, 3))
+        subjects = [f"The {animal}"] + ["It"] * 2
         lines = [self.sentence(s, a, self.facts[animal][a]) for s, a in zip(subjects, chosen, strict=False)]
         return (question.prompt if question else "") + " ".join(lines)
 
@@ -88,15 +87,15 @@ class Toyland:
         """An answer by a demonstrator of mixed care: now and then rude, wrong, or wandering off."""
         parts = []
         mood = rng.random()
-        if mood < 0.35:
+        if mood < 0.4:
             parts.append(rng.choice(FRIENDLY).format(name=question.name))
         elif mood < 0.6:
             parts.append(rng.choice(RUDE))
-        animal = question.animal if rng.random() < 0.9 else rng.choice(ANIMALS)
-        attributes = [question.attribute if rng.random() < 0.85 else rng.choice(list(FACTS))]
+        animal = question.animal if rng.random() < 0.95 else rng.choice(ANIMALS)
+        attributes = [question.attribute if rng.random() < 0.9 else rng.choice(list(FACTS))]
         attributes += rng.sample([a for a in FACTS if a != attributes[0]], rng.choice((0, 0, 1, 2)))
         for i, attribute in enumerate(attributes):
-            right = rng.random() < 0.8
+            right = rng.random() < 0.85
             value = self.facts[animal][attribute] if right else rng.choice(FACTS[attribute][2])
             parts.append(self.sentence(f"The {animal}" if i == 0 else "It", attribute, value))
         return " ".join(parts)
