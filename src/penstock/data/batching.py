@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Ragged rows right-padded: tokens [B, T] int64 and lengths [B] int64. Padding is told by lengths, never by its id."""
+    """Ragged rows right-padded: tokens [B, T] int64 and lengths [B] int64, which alone tell what is padding."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     tokens = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -66,7 +66,7 @@ class Shuffle:
 
 
 def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out: about `fraction` of the distinct prompts, each whole on one side (PPO.md 23).
+    """Indices to train on and to hold out: about `fraction` of the prompts, each whole on one side (PPO.md 23).
 
     At least one prompt stays on each side when fraction is above 0 and there are two.
     """

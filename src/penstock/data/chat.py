@@ -17,11 +17,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ m.content }}\n\n"
-    "{% elif m.role == 'user' %}Human: {{ m.content }}\n\n"
-    "{% else %}Assistant: {{ m.content }}{{ eos_token }}\n\n{% endif %}"
+    "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}Human: {{ m.content }}"
+    "{% else %}Assistant: {{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% if add_generation_prompt %}{% if messages %}{{ '\n\n' }}{% endif %}Assistant:{% endif %}"
 )
 """For tokenizers without a chat template."""
 
@@ -53,14 +54,8 @@ class Encoder:
                 "config.json, or eos_token in its tokenizer."
             )
         # Only a tokenizer that puts a BOS in front by itself wants one: GPT-2's has one and never uses it.
-        self._bos: list[int] = []
-        if tokenizer is not None and tokenizer.bos_token_id is not None:
-            if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
-                self._bos = [tokenizer.bos_token_id]
-            if tokenizer.chat_template is None:
-                tokenizer.chat_template = PLAIN_TEMPLATE
-        elif tokenizer is not None and tokenizer.chat_template is None:
-            tokenizer.chat_template = PLAIN_TEMPLATE
+        bos = [tokenizer.bos_token_id] if tokenizer is not None else []
+        self._bos: list[int] = bos if bos and tokenizer("a").input_ids[:1] == bos else []
 
     @staticmethod
     def for_model(
@@ -79,7 +74,7 @@ class Encoder:
         if record.prompt_ids is not None:
             ids = self._checked(record.prompt_ids, record.where, "prompt_ids")
         elif record.messages is not None:
-            ids = self._with_bos(self._tokens(self._render(record.messages, record.where, answer=True), record.where))
+            ids = self._prompt_of(record.messages, record.where)
         else:
             ids = self._with_bos(self._tokens(record.prompt or "", record.where))
         if not ids:
@@ -99,31 +94,13 @@ class Encoder:
             prompt = self.encode_prompt(record)
             response = self._response(record)
             return self._cut(Example(prompt + response, [False] * len(prompt) + [True] * len(response)), record.where)
-        tokens: list[int] = self._with_bos([])
-        trained = [False] * len(tokens)
-        shown = ""
-        for i, message in enumerate(record.messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(record.messages[:i], record.where, answer=True)
-            after = self._render(record.messages[: i + 1], record.where)
-            if not before.startswith(shown) or not after.startswith(before):
-                raise DataError(
-                    f"{record.where}: messages: this chat template rewrites earlier turns, so it cannot be told which "
-                    "tokens are the assistant's; split the conversation into single answers."
-                )
-            asked, answer = (
-                self._tokens(before[len(shown) :], record.where),
-                self._tokens(after[len(before) :], record.where),
+        row = self._dialogue(record.messages, record.where)
+        if row is None:
+            raise DataError(
+                f"{record.where}: messages: this chat template rewrites earlier turns, so it cannot be told which "
+                "tokens are the assistant's; split the conversation into single answers."
             )
-            answer, rest = self._until_eos(answer)
-            tokens += asked + answer + rest
-            trained += [False] * len(asked) + [True] * len(answer) + [False] * len(rest)
-            shown = after
-        if self._bos and tokens[:2] == self._bos * 2:  # the template wrote one too
-            tokens, trained = tokens[1:], trained[1:]
-        last = len(trained) - trained[::-1].index(True)
-        return self._cut(Example(tokens[:last], trained[:last]), record.where)
+        return self._cut(row, record.where)
 
     def encode_comparison(self, record: Comparison) -> tuple[list[int], list[list[int]]]:
         """The prompt's ids and each response's, EOS included."""
@@ -172,15 +149,55 @@ class Encoder:
         turn: Message = {"role": "assistant", "content": text}
         before = self._render(record.messages, record.where, answer=True)
         after = self._render((*record.messages, turn), record.where)
-        return self._until_eos(self._tokens(after.removeprefix(before), record.where))[0]
+        if not after.startswith(before):
+            raise DataError(f"{record.where}: messages: this chat template does not write an answer behind its prompt.")
+        return self._turn(after[len(before) :], record.where)[0]
+
+    def _prompt_of(self, messages: Sequence[Message], where: str) -> list[int]:
+        row = self._dialogue(messages, where)
+        if row is not None:
+            return row.tokens
+        return self._with_bos(self._tokens(self._render(messages, where, answer=True), where))
+
+    def _dialogue(self, messages: Sequence[Message], where: str) -> Example | None:
+        """The conversation's row, with the opening of the next answer where it ends with a question.
+
+        Each answer is tokenized by itself, as when it was sampled, so that prompts, demonstrations and rollouts of one
+        conversation begin with the same ids. None if the template rewrites earlier turns when later ones come.
+        """
+        tokens: list[int] = []
+        trained: list[bool] = []
+        shown, rest = "", ""  # text that has its tokens, and what the template wrote behind the last EOS
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in answers if answers[-1:] == [len(messages) - 1] else [*answers, len(messages)]:
+            before = self._render(messages[:i], where, answer=True)
+            if not before.startswith(shown):
+                return None
+            asked = self._tokens(rest + before[len(shown) :], where)
+            answer: list[int] = []
+            if i < len(messages):
+                shown = self._render(messages[: i + 1], where)
+                if not shown.startswith(before):
+                    return None
+                answer, rest = self._turn(shown[len(before) :], where)
+            tokens += asked + answer
+            trained += [False] * len(asked) + [True] * len(answer)
+        whole = self._with_bos(tokens)
+        return Example(whole, [False] * (len(whole) - len(tokens)) + trained)
+
+    def _turn(self, text: str, where: str) -> tuple[list[int], str]:
+        """An answer's ids, with exactly one EOS at their end, and the text that the template wrote behind that."""
+        ids = self._tokens(text, where)
+        answer = self._end(ids)
+        if len(answer) > len(ids):
+            return answer, ""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        return answer, text[offsets[len(answer) - 1][1] :]
 
     def _end(self, ids: list[int]) -> list[int]:
         """Exactly one EOS, at the end: a response ends at its first EOS (PPO.md 1)."""
-        return self._until_eos(ids)[0]
-
-    def _until_eos(self, ids: list[int]) -> tuple[list[int], list[int]]:
         first = next((i for i, one in enumerate(ids) if one in self.eos_ids), None)
-        return ([*ids, self.eos_ids[0]], []) if first is None else (ids[: first + 1], ids[first + 1 :])
+        return [*ids, self.eos_ids[0]] if first is None else ids[: first + 1]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if not self._bos and not ids and self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
@@ -189,26 +206,27 @@ class Encoder:
 
     def _tokens(self, text: str, where: str) -> list[int]:
         if self.tokenizer is None:
-            raise DataError(
-                f"{where}: prompt: the model has no tokenizer, so text cannot be read; give prompt_ids and response_ids."
-            )
+            raise DataError(f"{where}: prompt: the model has no tokenizer, so it reads no text; give prompt_ids.")
+        if not text.isascii():
+            _check_unicode(text, where)
         return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
     def _render(self, messages: Sequence[Message], where: str, answer: bool = False) -> str:
         if self.tokenizer is None:
             raise DataError(f"{where}: messages: the model has no tokenizer; give prompt_ids and response_ids.")
-        if not messages:
-            return ""
+        template = self.tokenizer.chat_template or PLAIN_TEMPLATE
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=answer
+            )
         except Exception as error:  # jinja's own, or what a template raises on purpose
-            raise DataError(f"{where}: messages: the chat template refuses them: {error}.") from error
+            raise DataError(f"{where}: messages: the chat template refuses them: {_one_line(error)}.") from error
 
     def _checked(self, ids: Sequence[int], where: str, name: str) -> list[int]:
         if max(ids, default=0) >= self.vocab_size:
             raise DataError(
-                f"{where}: {name}: token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}; were these "
-                "ids made with another tokenizer?"
+                f"{where}: {name}: token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}; make "
+                "the ids with the model's own tokenizer."
             )
         return list(ids)
 
@@ -216,8 +234,8 @@ class Encoder:
         example = Example(example.tokens[: self.max_length], example.trained[: self.max_length])
         if not any(example.trained[1:]):
             raise DataError(
-                f"{where}: response: no token of it is within the limit of {self.max_length}; shorten the prompt, raise "
-                "--max-length if the model allows, or --skip-bad."
+                f"{where}: response: no token of it is within the limit of {self.max_length}; shorten the prompt, "
+                "raise --max-length if the model allows, or --skip-bad."
             )
         return example
 
@@ -232,7 +250,10 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{source}: its tokenizer cannot be read ({type(error).__name__}: {error}).") from error
+        raise UserError(
+            f"{source}: its tokenizer cannot be read ({type(error).__name__}: {_one_line(error)}); put the model's own "
+            "tokenizer files beside it."
+        ) from error
 
 
 def check_fit(tokenizer: Any, vocab_size: int, source: str) -> None:
@@ -240,6 +261,19 @@ def check_fit(tokenizer: Any, vocab_size: int, source: str) -> None:
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= vocab_size:
         raise UserError(
-            f"{source}: the tokenizer writes ids up to {highest} and the model has {vocab_size} embeddings; they belong "
-            "to different models. Put the model's own tokenizer files beside it."
+            f"{source}: the tokenizer writes ids up to {highest} and the model has {vocab_size} embeddings; they "
+            "belong to different models. Put the model's own tokenizer files beside it."
         )
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: text: character {error.start + 1} is half a character; type or export it again."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

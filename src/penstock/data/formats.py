@@ -1,31 +1,28 @@
 """Files of demonstrations, comparisons and prompts: what a line means, and what is wrong with it.
 
-JSON lines (also .gz) and parquet. The format is told from the first good line and said aloud; `keys` overrides it.
-Every bad line is named as `file:line: field: what is wrong and how to fix it`.
+The format of each line is told from its fields and the decision is said aloud; explicit keys override it. Every bad
+line is named as `file:line: field: what is wrong and how to fix it`.
 """
 
-import gzip
 import json
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from penstock.data import fields
+from penstock.data.fields import Message
+from penstock.data.lines import FieldError, objects
 from penstock.errors import DataError, UserError
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
-Message = dict[str, str]
+KINDS: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts")
+"""In the order in which a line is taken for one: each can be read as the next, not the other way round."""
 
-LONGEST_LINE = 8_000_000
-"""Bytes; a longer line is nearly always a whole file without line breaks."""
+SAME = "is the same as chosen; a comparison needs two different answers."
 SHOWN = 10
 """Bad lines printed before "and N more"."""
-ROLES = {
-    "system": "system", "user": "user", "assistant": "assistant",
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +81,6 @@ class Check:
     bad: list[str]
 
 
-class BadField(Exception):
-    """One line's problem: the field, and what is wrong with it and how to fix it."""
-
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(name, problem)
-        self.name, self.problem = name, problem
-
-
 def read(
     paths: str | Sequence[str],
     kind: Kind,
@@ -101,25 +90,23 @@ def read(
 ) -> Dataset:
     """The records of all files, in order.
 
-    `keys` renames fields first (ours -> theirs). Raises UserError for files that cannot be opened and DataError for
-    bad lines, or when nothing is left; with `skip_bad` the good lines are kept and the bad ones listed.
+    `keys` says where our fields are found (ours -> theirs), over what the line has under our names. Raises UserError
+    for files that cannot be opened and DataError for bad lines, or when nothing is left; with `skip_bad` the good
+    lines are kept and the bad ones listed.
     """
     records: list[Any] = []
     bad: list[str] = []
     decisions = []
-    ids: dict[str, str] = {}
     for path in [paths] if isinstance(paths, str) else paths:
-        found, problems, form = _read_one(Path(path), kind, keys or {}, ids)
+        found, problems, forms = _read_one(Path(path), kind, keys or {})
         records += found
         bad += problems
-        if found:
-            decisions.append(f"{path}: {len(found)} {kind} ({form})")
+        left = f"; {_bad_lines(len(problems))} left out" if problems else ""
+        decisions.append(f"{path}: {len(found)} {kind} ({forms}{left})")
     if bad and not skip_bad:
-        raise DataError(_list_bad(bad) + "\nMend these lines, or leave them out with --skip-bad.")
+        raise DataError(f"{_list_bad(bad)}\nMend {_bad_lines(len(bad))}, or leave out what is bad with --skip-bad.")
     if not records:
-        raise DataError(
-            "\n".join([*bad[:SHOWN], f"{_names(paths)}: no {kind} in it; one JSON object per line is expected."])
-        )
+        raise DataError(f"{_list_bad(bad)}\nNo good line is left: {_bad_lines(len(bad))}; mend them.")
     return Dataset(records, "; ".join(decisions) + ".", bad)
 
 
@@ -129,9 +116,9 @@ def check(paths: Sequence[str], kind: Kind | None = None) -> Check:
     every: list[str] = []
     for path in paths:
         this = kind or _kind_of(Path(path))
-        records, bad, form = _read_one(Path(path), this, {}, {})
+        records, bad, forms = _read_one(Path(path), this, {})
         every += bad
-        lines.append(f"{path}: {len(records)} {this} ({form}), {len(bad)} bad lines")
+        lines.append(f"{path}: {len(records)} {this} ({forms}), {_bad_lines(len(bad))}")
         if records:
             prompts = Counter(record.prompt_key for record in records)
             lines.append(f"  distinct prompts: {len(prompts)}; most frequent: {prompts.most_common(1)[0][1]} times")
@@ -139,114 +126,52 @@ def check(paths: Sequence[str], kind: Kind | None = None) -> Check:
                 ordered = sorted(lengths)
                 middle, high = ordered[len(ordered) // 2], ordered[min(int(len(ordered) * 0.95), len(ordered) - 1)]
                 lines.append(f"  {name}: median {middle}, 95 % below {high}, longest {ordered[-1]}")
-        elif not bad:
-            every.append(f"{path}:1: file: empty; one JSON object per line is expected.")
     return Check("\n".join([*lines, *every]), every)
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def _read_one(path: Path, kind: Kind, keys: Mapping[str, str], ids: dict[str, str]) -> tuple[list[Any], list[str], str]:
+def _read_one(path: Path, kind: Kind, keys: Mapping[str, str]) -> tuple[list[Any], list[str], str]:
+    """The records of one file, its bad lines, and how it was written: "alpaca", or "3 alpaca, 1 messages"."""
     records: list[Any] = []
     bad: list[str] = []
-    form: Form | None = None
-    for number, value in _objects(path):
+    forms: Counter[str] = Counter()
+    ids: dict[str, str] = {}
+    candidates = _candidates(kind, keys)
+    for number, value in objects(path):
         where = f"{path}:{number}"
         try:
-            if isinstance(value, BadField):
+            if isinstance(value, FieldError):
                 raise value
-            item = {ours: value[theirs] for ours, theirs in keys.items() if theirs in value} | {
-                name: one for name, one in value.items() if name not in keys.values()
-            }
-            if form is None or not form.fits(item):
-                form = _form_of(item, kind)
+            item = _renamed(value, keys)
+            form = _form_of(item, kind, candidates)
             record = form.read(item, where)
             _unique(item, where, ids)
-            records.append(record)
-        except BadField as problem:
+        except FieldError as problem:
             bad.append(f"{where}: {problem.name}: {problem.problem}")
-    return records, bad, form.name if form else "unknown"
+            continue
+        records.append(record)
+        forms[form.name] += 1
+    if not records and not bad:
+        bad.append(f"{path}:1: file: empty; one JSON object per line is expected.")
+    if len(forms) < 2:
+        return records, bad, next(iter(forms), "unknown")
+    return records, bad, ", ".join(f"{count} {name}" for name, count in forms.most_common())
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadField]]:
-    """Line numbers with JSON objects, or with what kept the line from being one."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check --data.")
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; name the files in it.")
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet(path)
-            return
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(LONGEST_LINE)
-                    yield number, BadField("line", f"longer than {LONGEST_LINE:,} bytes; put one object on each line.")
-                    continue
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a UTF-8 byte-order mark, as Windows editors write
-                if line.strip():
-                    yield number, _parse(line)
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: file: the gzip stream is damaged or cut short ({error}); fetch it again.") from error
-    except PermissionError as error:
-        raise UserError(f"{path}: permission denied; make the file readable.") from error
-
-
-def _parse(line: bytes) -> dict[str, Any] | BadField:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return BadField("line", "UTF-16; save the file as UTF-8.")
-        return BadField("line", f"byte {error.start} is not UTF-8; save the file as UTF-8.")
-    try:
-        value = json.loads(text, parse_constant=_no_nan)
-    except BadField as problem:
-        return problem
-    except RecursionError:
-        return BadField("line", "nested too deeply; give flat objects.")
-    except ValueError as error:
-        if text.lstrip().startswith("["):
-            return BadField("line", "a JSON array; write one object per line (jq -c '.[]' FILE).")
-        return BadField("line", f"not valid JSON ({error}); is the line cut short?")
-    if not isinstance(value, dict):
-        return BadField("line", f"{_kind_name(value)}, and an object with named fields is expected.")
-    return value
-
-
-def _no_nan(name: str) -> None:
-    raise BadField("line", f"{name} is not JSON; remove it or give a number.")
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'penstock[parquet]'.") from error
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, {name: value for name, value in row.items() if value is not None}
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: file: not a readable parquet file ({error}).") from error
+def _renamed(item: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    rest = {name: one for name, one in item.items() if name not in keys and name not in keys.values()}
+    return rest | {ours: item[theirs] for ours, theirs in keys.items() if theirs in item}
 
 
 def _unique(item: Mapping[str, Any], where: str, ids: dict[str, str]) -> None:
-    if "id" not in item:
+    given = item.get("id")
+    if not isinstance(given, str | int):  # other things under this name are somebody else's business
         return
-    name = json.dumps(item["id"], sort_keys=True, default=str)
-    if name in ids:
-        raise BadField("id", f"{name} was used at {ids[name]} already; give each record its own id.")
-    ids[name] = where
+    first = ids.setdefault(repr(given), where)  # 1 and "1" are two ids
+    if first != where:
+        raise FieldError("id", f"{fields.shown(given)} was used at {first} already; give each record its own id.")
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
@@ -259,27 +184,47 @@ class Form:
     name: str
     needs: tuple[str, ...]
     read: Callable[[Mapping[str, Any], str], Any]
+    may: tuple[str, ...] = ("id",)
+    """Fields that it reads where they are there."""
 
     def fits(self, item: Mapping[str, Any]) -> bool:
         """All the fields that give it away are there."""
         return all(name in item for name in self.needs)
 
 
-def _form_of(item: Mapping[str, Any], kind: Kind) -> Form:
-    for form in FORMS[kind]:
-        if form.fits(item):
-            return form
-    wanted = " or ".join("+".join(form.needs) for form in FORMS[kind])
-    given = ", ".join(list(item)[:8]) or "no fields"
-    raise BadField("fields", f"found {given}; {kind} need {wanted}, or name them with --keys ours=theirs.")
+def _candidates(kind: Kind, keys: Mapping[str, str]) -> tuple[Form, ...]:
+    """The formats that read all the fields that --keys names."""
+    forms = tuple(form for form in FORMS[kind] if set(keys) <= {*form.needs, *form.may})
+    if not forms:
+        ours = "; ".join(", ".join(form.needs) for form in FORMS[kind])
+        raise UserError(f"--keys {' '.join(keys)}: no format of {kind} has these fields; the formats have {ours}.")
+    return forms
+
+
+def _form_of(item: Mapping[str, Any], kind: Kind, candidates: Sequence[Form]) -> Form:
+    filled = _filled(item)
+    for given in (filled, item):
+        for form in candidates:
+            if form.fits(given):
+                return form
+    wanted = " or ".join("+".join(form.needs) for form in candidates)
+    found = ", ".join(fields.shown(name) for name in list(item)[:8]) or "no fields"
+    other = next((other for other in KINDS if any(form.fits(filled) for form in FORMS[other])), kind)
+    looks = f" (it looks like {other})" if other != kind else ""
+    raise FieldError("fields", f"found {found}{looks}; {kind} need {wanted}, or name them with --keys ours=theirs.")
+
+
+def _filled(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Without nulls, which is how tables say "not given"."""
+    return {name: value for name, value in item.items() if value is not None}
 
 
 def _kind_of(path: Path) -> Kind:
     """The most that the first good line can be read as."""
-    kinds: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts")
-    for _, value in _objects(path):
-        if not isinstance(value, BadField):
-            return next((kind for kind in kinds if any(form.fits(value) for form in FORMS[kind])), "prompts")
+    for _, value in objects(path):
+        if not isinstance(value, FieldError):
+            item = _filled(value)
+            return next((kind for kind in KINDS if any(form.fits(item) for form in FORMS[kind])), "prompts")
     return "prompts"
 
 
@@ -289,25 +234,25 @@ def _pair(item: Mapping[str, Any], where: str, answer: str = "response") -> Demo
         turns = item[answer]
         if isinstance(turns, str):
             turns = [{"role": "assistant", "content": turns}]
-        return _conversation(where, [*asked.messages, *_messages(turns, answer)], answer)
-    return Demonstration(where=where, prompt=asked.prompt, response=_text(item[answer], answer, empty=False))
+        return _conversation(where, [*asked.messages, *fields.messages(turns, answer)], answer)
+    return Demonstration(where=where, prompt=asked.prompt, response=fields.text(item[answer], answer, empty=False))
 
 
 def _ids_pair(item: Mapping[str, Any], where: str) -> Demonstration:
     return Demonstration(
         where=where,
-        prompt_ids=_ids(item["prompt_ids"], "prompt_ids"),
-        response_ids=_ids(item["response_ids"], "response_ids"),
+        prompt_ids=fields.token_ids(item["prompt_ids"], "prompt_ids"),
+        response_ids=fields.token_ids(item["response_ids"], "response_ids"),
     )
 
 
 def _dialogue(item: Mapping[str, Any], where: str, name: str = "messages") -> Demonstration:
-    return _conversation(where, _messages(item[name], name), name)
+    return _conversation(where, fields.messages(item[name], name), name)
 
 
 def _conversation(where: str, messages: list[Message], name: str) -> Demonstration:
     if not any(message["role"] == "assistant" for message in messages):
-        raise BadField(name, "has no assistant turn; a demonstration needs an answer to learn.")
+        raise FieldError(name, "has no assistant turn; a demonstration needs an answer to learn.")
     while messages[-1]["role"] != "assistant":  # a trailing question teaches nothing
         messages = messages[:-1]
     return Demonstration(where=where, messages=tuple(messages))
@@ -315,64 +260,99 @@ def _conversation(where: str, messages: list[Message], name: str) -> Demonstrati
 
 def _alpaca(item: Mapping[str, Any], where: str) -> Demonstration:
     asked = _alpaca_prompt(item, where)
-    return Demonstration(where=where, prompt=asked.prompt, response=_text(item["output"], "output", empty=False))
+    return Demonstration(where=where, prompt=asked.prompt, response=fields.text(item["output"], "output", empty=False))
 
 
 def _alpaca_prompt(item: Mapping[str, Any], where: str) -> Prompt:
     """The prompt of Taori et al. 2023, without its preamble."""
-    instruction = _text(item["instruction"], "instruction", empty=False)
-    given = _text(item.get("input") or "", "input")
+    instruction = fields.text(item["instruction"], "instruction", empty=False)
+    given = "" if item.get("input") is None else fields.text(item["input"], "input")
     middle = f"\n\n### Input:\n{given}" if given else ""
     return Prompt(where=where, prompt=f"### Instruction:\n{instruction}{middle}\n\n### Response:\n")
 
 
 def _ranked(item: Mapping[str, Any], where: str) -> Comparison:
-    asked = _asked(item["prompt"], where) if "prompt" in item else _ids_prompt(item, where)
-    if "response_ids" in item:
-        many = _list(item["response_ids"], "response_ids")
-        ids = tuple(_ids(one, f"response_ids[{i}]") for i, one in enumerate(many))
-        ranks = _ranks(item["ranking"], len(ids))
-        return Comparison(where=where, **_as_asked(asked), response_ids=ids, ranks=ranks)
-    responses = _list(item["responses"], "responses")
-    texts = tuple(_text(one, f"responses[{i}]", empty=False) for i, one in enumerate(responses))
-    return Comparison(where=where, **_as_asked(asked), responses=texts, ranks=_ranks(item["ranking"], len(texts)))
+    many = enumerate(fields.items(item["responses"], "responses"))
+    texts = tuple(fields.text(one, f"responses[{i}]", empty=False) for i, one in many)
+    ranks = fields.ranks(item["ranking"], texts)
+    return Comparison(where=where, **_as_asked(_asked(item["prompt"], where)), responses=texts, ranks=ranks)
+
+
+def _ranked_ids(item: Mapping[str, Any], where: str) -> Comparison:
+    many = enumerate(fields.items(item["response_ids"], "response_ids"))
+    ids = tuple(fields.token_ids(one, f"response_ids[{i}]") for i, one in many)
+    ranks = fields.ranks(item["ranking"], ids)
+    return Comparison(where=where, **_as_asked(_ids_prompt(item, where)), response_ids=ids, ranks=ranks)
 
 
 def _preferred(item: Mapping[str, Any], where: str) -> Comparison:
+    """A prompt beside chosen and rejected: texts, or messages with or without the prompt's own turns in front."""
+    if isinstance(item["chosen"], str):
+        texts = [fields.text(item[name], name, empty=False) for name in ("chosen", "rejected")]
+        return _two(where, _asked(item["prompt"], where), *texts)
     asked = _asked(item["prompt"], where)
-    texts = tuple(_last_answer(item[name], name) for name in ("chosen", "rejected"))
-    return _two(where, asked, texts)
+    before = list(asked.messages or ({"role": "user", "content": asked.prompt or ""},))
+    one, two = (fields.messages(item[name], name) for name in ("chosen", "rejected"))
+    if len(one) == len(two) == 1:
+        one, two = before + one, before + two
+    elif one[: len(before)] != before:
+        raise FieldError(
+            "chosen", "does not begin with the prompt's turns; give only the answer, or the whole dialogue."
+        )
+    return _last_turns(where, one, two)
 
 
 def _dialogues(item: Mapping[str, Any], where: str) -> Comparison:
     """chosen and rejected are whole dialogues that share their beginning (as in Bai et al. 2022's data)."""
-    chosen, rejected = item["chosen"], item["rejected"]
-    if isinstance(chosen, list):
-        one, two = _messages(chosen, "chosen"), _messages(rejected, "rejected")
-        if one[:-1] != two[:-1] or not one[:-1] or one[-1]["role"] != "assistant" or two[-1]["role"] != "assistant":
-            raise BadField(
-                "rejected", "must share all but the last turn with chosen, and both end with an assistant turn."
-            )
-        return _two(where, Prompt(where=where, messages=tuple(one[:-1])), (one[-1]["content"], two[-1]["content"]))
-    one, two = _text(chosen, "chosen", empty=False), _text(rejected, "rejected", empty=False)
-    mark = "\n\nAssistant:"
-    cut = one.rfind(mark) + len(mark)
-    if cut < len(mark) or not two.startswith(one[:cut]):
-        cut = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-        cut = max(one.rfind("\n", 0, cut), one.rfind(": ", 0, cut) + 1) + 1
+    if isinstance(item["chosen"], list):
+        return _last_turns(
+            where, fields.messages(item["chosen"], "chosen"), fields.messages(item["rejected"], "rejected")
+        )
+    one, two = (fields.text(item[name], name, empty=False) for name in ("chosen", "rejected"))
+    if one == two:
+        raise FieldError("rejected", SAME)
+    cut = _last_answer(one, two)
     if cut <= 0:
-        raise BadField("rejected", "shares no beginning with chosen; give the prompt as a field of its own.")
-    return _two(where, Prompt(where=where, prompt=one[:cut]), (one[cut:], two[cut:]))
+        raise FieldError("rejected", "shares no beginning with chosen; give the prompt as a field of its own.")
+    return _two(where, Prompt(where=where, prompt=one[:cut]), one[cut:], two[cut:])
 
 
-def _two(where: str, asked: Prompt, texts: tuple[str, ...]) -> Comparison:
-    if texts[0] == texts[1]:
-        raise BadField("rejected", "is the same as chosen; a comparison needs two different responses.")
-    return Comparison(where=where, **_as_asked(asked), responses=texts, ranks=(0, 1))
+def _last_answer(one: str, two: str) -> int:
+    """Where the answers begin: behind the last "Assistant:" that both share, else behind a shared line or label."""
+    mark = "\n\nAssistant:"
+    at = one.rfind(mark)
+    if at >= 0 and two.startswith(one[: at + len(mark)]):
+        return at + len(mark)
+    apart = (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    shared = one[: next(apart, min(len(one), len(two)))]
+    return max((shared.rfind(end) + len(end) for end in ("\n", ": ") if end in shared), default=0)
+
+
+def _last_turns(where: str, one: list[Message], two: list[Message]) -> Comparison:
+    if one[:-1] != two[:-1] or len(one) < 2:
+        raise FieldError("rejected", "must share all but the last turn with chosen, and begin with what was asked.")
+    if one[-1]["role"] != "assistant" or two[-1]["role"] != "assistant":
+        raise FieldError("chosen" if one[-1]["role"] != "assistant" else "rejected", "must end with an assistant turn.")
+    if one[-2]["role"] != "user":
+        raise FieldError("chosen", "must answer a user turn.")
+    return _two(where, Prompt(where=where, messages=tuple(one[:-1])), one[-1]["content"], two[-1]["content"])
+
+
+def _two(where: str, asked: Prompt, chosen: str, rejected: str) -> Comparison:
+    if chosen == rejected:
+        raise FieldError("rejected", SAME)
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text:
+            raise FieldError(name, "has an empty answer; write one or remove the line.")
+    return Comparison(where=where, **_as_asked(asked), responses=(chosen, rejected), ranks=(0, 1))
+
+
+def _text_prompt(item: Mapping[str, Any], where: str) -> Prompt:
+    return _asked(item["prompt"], where)
 
 
 def _ids_prompt(item: Mapping[str, Any], where: str) -> Prompt:
-    return Prompt(where=where, prompt_ids=_ids(item["prompt_ids"], "prompt_ids"))
+    return Prompt(where=where, prompt_ids=fields.token_ids(item["prompt_ids"], "prompt_ids"))
 
 
 def _only_prompt(read_whole: Callable[[Mapping[str, Any], str], Prompt]) -> Callable[[Mapping[str, Any], str], Prompt]:
@@ -383,11 +363,11 @@ def _only_prompt(read_whole: Callable[[Mapping[str, Any], str], Prompt]) -> Call
 
 
 def _messages_prompt(item: Mapping[str, Any], where: str, name: str = "messages") -> Prompt:
-    messages = _messages(item[name], name)
+    messages = fields.messages(item[name], name)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
-        raise BadField(name, "has no user turn to answer.")
+        raise FieldError(name, "has no user turn to answer.")
     return Prompt(where=where, messages=tuple(messages))
 
 
@@ -402,127 +382,58 @@ FORMS: dict[Kind, tuple[Form, ...]] = {
         Form("prompt/completion", ("prompt", "completion"), _named(_pair, "completion")),
         Form("messages", ("messages",), _dialogue),
         Form("sharegpt", ("conversations",), _named(_dialogue, "conversations")),
-        Form("alpaca", ("instruction", "output"), _alpaca),
+        Form("alpaca", ("instruction", "output"), _alpaca, may=("id", "input")),
     ),
     "comparisons": (
         Form("ranked responses", ("prompt", "responses", "ranking"), _ranked),
-        Form("ranked token ids", ("prompt_ids", "response_ids", "ranking"), _ranked),
+        Form("ranked token ids", ("prompt_ids", "response_ids", "ranking"), _ranked_ids),
         Form("prompt/chosen/rejected", ("prompt", "chosen", "rejected"), _preferred),
         Form("chosen/rejected dialogues", ("chosen", "rejected"), _dialogues),
     ),
+    # In the order of the others: a file gives the same prompts here as it does there.
     "prompts": (
         Form("token ids", ("prompt_ids",), _ids_prompt),
-        Form("prompt", ("prompt",), lambda item, where: _asked(item["prompt"], where)),
+        Form("prompt/response", ("prompt", "response"), _text_prompt),
+        Form("prompt/completion", ("prompt", "completion"), _text_prompt),
         Form("messages", ("messages",), _messages_prompt),
         Form("sharegpt", ("conversations",), _named(_messages_prompt, "conversations")),
-        Form("alpaca", ("instruction",), _alpaca_prompt),
+        Form("alpaca", ("instruction",), _alpaca_prompt, may=("id", "input")),
+        Form("prompt/chosen/rejected", ("prompt", "chosen", "rejected"), _only_prompt(_preferred)),
+        Form("prompt", ("prompt",), _text_prompt),
         Form("chosen/rejected dialogues", ("chosen", "rejected"), _only_prompt(_dialogues)),
     ),
 }
 
 
-# --- fields ---------------------------------------------------------------------------------------------------------
+# --- pieces -----------------------------------------------------------------------------------------------------------
 
 
 def _asked(value: Any, where: str) -> Prompt:
     """A prompt field: text, or a list of messages."""
     if isinstance(value, list):
-        return Prompt(where=where, messages=tuple(_messages(value, "prompt")))
-    return Prompt(where=where, prompt=_text(value, "prompt"))
+        messages = fields.messages(value, "prompt")
+        if messages[-1]["role"] != "user":
+            raise FieldError("prompt", "must end with a user turn, the one to answer.")
+        return Prompt(where=where, messages=tuple(messages))
+    return Prompt(where=where, prompt=fields.text(value, "prompt"))
 
 
 def _as_asked(asked: Prompt) -> dict[str, Any]:
     return {"prompt": asked.prompt, "messages": asked.messages, "prompt_ids": asked.prompt_ids}
 
 
-def _text(value: Any, name: str, empty: bool = True) -> str:
-    if not isinstance(value, str):
-        raise BadField(name, f"{_kind_name(value)}, and text is expected; put it in quotes.")
-    if not empty and not value:
-        raise BadField(name, "is empty; write a text or remove the line.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadField(
-            name, f"holds half a character (a lone surrogate at {error.start}); re-export the text."
-        ) from error
-    return value
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise BadField(name, f"{_kind_name(value)}, and a list is expected.")
-    return value
-
-
-def _ids(value: Any, name: str) -> tuple[int, ...]:
-    for i, one in enumerate(_list(value, name)):
-        if not isinstance(one, int) or isinstance(one, bool) or one < 0:
-            raise BadField(f"{name}[{i}]", f"{one!r} is no token id; give whole numbers from 0.")
-    if not value:
-        raise BadField(name, "is empty; give at least one token id (a BOS, say).")
-    return tuple(value)
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    messages = []
-    for i, one in enumerate(_list(value, name)):
-        here = f"{name}[{i}]"
-        if not isinstance(one, dict):
-            raise BadField(here, f"{_kind_name(one)}, and an object with role and content is expected.")
-        role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
-        if role not in ROLES:
-            raise BadField(f"{here}.role", f"{role!r} is no role; use system, user or assistant.")
-        messages.append({"role": ROLES[role], "content": _text(content, f"{here}.content")})
-        if messages[-1]["role"] == "system" and i > 0:
-            raise BadField(f"{here}.role", "a system message belongs at the start.")
-    if not messages:
-        raise BadField(name, "is empty; give at least one message.")
-    return messages
-
-
-def _last_answer(value: Any, name: str) -> str:
-    """A response given as text or as the messages that end with it."""
-    if isinstance(value, list):
-        messages = _messages(value, name)
-        if messages[-1]["role"] != "assistant":
-            raise BadField(name, "must end with an assistant turn.")
-        return messages[-1]["content"]
-    return _text(value, name, empty=False)
-
-
-def _ranks(value: Any, count: int) -> tuple[int, ...]:
-    """[best, ..., worst] as indices into the responses, ties nested -> a rank per response."""
-    if not 2 <= count <= 9:
-        raise BadField("responses", f"{count} responses; a ranking has 2 to 9.")
-    ranks: dict[int, int] = {}
-    for rank, place in enumerate(_list(value, "ranking")):
-        for index in place if isinstance(place, list) else [place]:
-            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
-                raise BadField("ranking", f"{index!r} is no index of a response; use 0 to {count - 1}, best first.")
-            if index in ranks:
-                raise BadField("ranking", f"names response {index} twice.")
-            ranks[index] = rank
-    if len(ranks) != count:
-        missing = next(i for i in range(count) if i not in ranks)
-        raise BadField("ranking", f"leaves out response {missing}; rank all {count}, ties as nested lists.")
-    return tuple(ranks[i] for i in range(count))
-
-
-def _kind_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _lengths(records: Sequence[Any]) -> dict[str, list[int]]:
+def _lengths(records: Sequence[Prompt]) -> dict[str, list[int]]:
     """Lengths by part: characters of texts, tokens of ids."""
     lengths: dict[str, list[int]] = {}
     for record in records:
         parts: list[tuple[str, Any]] = [("prompt characters", record.prompt), ("prompt tokens", record.prompt_ids)]
         if record.messages is not None:
             parts += [(f"{message['role']} characters", message["content"]) for message in record.messages]
-        response = getattr(record, "response", None)
-        parts += [("response characters", one) for one in getattr(record, "responses", None) or (response,)]
+        if isinstance(record, Demonstration):
+            parts += [("response characters", record.response), ("response tokens", record.response_ids)]
+        elif isinstance(record, Comparison):
+            parts += [("response characters", one) for one in record.responses or ()]
+            parts += [("response tokens", one) for one in record.response_ids or ()]
         for name, value in parts:
             if value is not None:
                 lengths.setdefault(name, []).append(len(value))
@@ -530,9 +441,8 @@ def _lengths(records: Sequence[Any]) -> dict[str, list[int]]:
 
 
 def _list_bad(bad: Sequence[str]) -> str:
-    more = [f"... and {len(bad) - SHOWN} more bad lines."] if len(bad) > SHOWN else []
-    return "\n".join([*bad[:SHOWN], *more])
+    return "\n".join([*bad[:SHOWN], *([f"... and {len(bad) - SHOWN} more."] if len(bad) > SHOWN else [])])
 
 
-def _names(paths: str | Sequence[str]) -> str:
-    return paths if isinstance(paths, str) else ", ".join(paths)
+def _bad_lines(count: int) -> str:
+    return f"{count} bad line{'' if count == 1 else 's'}"

@@ -1,0 +1,179 @@
+"""Files into numbered JSON objects, or into what kept a line from being one.
+
+JSON lines, one JSON array, parquet rows; plain or gzip. Knows bytes and JSON, not what a record means.
+"""
+
+import gzip
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from penstock.errors import DataError, UserError
+
+LONGEST_LINE = 8_000_000
+"""Bytes; a longer line is nearly always a whole file without line breaks."""
+
+BOM = b"\xef\xbb\xbf"
+"""UTF-8's byte-order mark, as Windows editors write it; it is passed over."""
+
+ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
+"""A file that begins so is one array of objects, as alpaca's and ShareGPT's own files are."""
+
+OPENING, COMMA, CLOSING = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*\Z")
+DECODER = json.JSONDecoder()
+
+Item = tuple[int, "dict[str, Any] | FieldError"]
+"""A line number (of parquet: a row number) from 1, and the object there or what is wrong with it."""
+
+
+class FieldError(Exception):
+    """One line's problem: the field, and what is wrong with it and how to fix it."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name, self.problem = name, problem
+
+
+def objects(path: Path) -> Iterator[Item]:
+    """Each object of a file with its line. Blank lines are passed over, CRLF is fine.
+
+    Raises UserError for a file that cannot be opened, and DataError for one that is damaged as a whole.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory; name the files in it.")
+        with path.open("rb") as raw:
+            if path.suffix == ".parquet" or raw.peek(4)[:4] == b"PAR1":
+                yield from _parquet(path)
+                return
+            zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
+            file = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if zipped else raw)
+            head = file.peek(64)[:64]  # type: ignore[attr-defined]  # both kinds of file can peek
+            if ARRAY.match(head):
+                yield from _array(file.read())
+            else:
+                yield from _lines(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path.") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: permission denied; make the file readable.") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path}: file: the gzip stream is damaged or cut short ({error}); fetch it again.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); check the path.") from error
+
+
+def _lines(file: BinaryIO) -> Iterator[Item]:
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_LINE)
+            yield number, FieldError("line", f"longer than {LONGEST_LINE:,} bytes; put one object on each line.")
+        elif line.strip():
+            yield number, _parse(line.removeprefix(BOM))
+
+
+def _parse(line: bytes) -> dict[str, Any] | FieldError:
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+        return _object(DECODER.decode(text), text)
+    except UnicodeDecodeError as error:
+        return _not_utf8(line, error)
+    except (ValueError, RecursionError) as error:
+        return _not_json(error, "line")
+
+
+def _array(data: bytes) -> Iterator[Item]:
+    """The objects of one array, each with the line it begins on. The first mistake ends it: what follows is lost."""
+    data = data.removeprefix(BOM)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield data.count(b"\n", 0, error.start) + 1, _not_utf8(data, error)
+        return
+    number, counted, at = 1, 0, cast(re.Match[str], OPENING.match(text)).end()
+    while True:
+        number, counted = number + text.count("\n", counted, at), at
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            yield getattr(error, "lineno", number), _not_json(error, "file")
+            return
+        yield number, _object(value, text[counted:at])
+        if CLOSING.match(text, at):
+            return
+        comma = COMMA.match(text, at)
+        if comma is None:
+            number += text.count("\n", counted, at)
+            yield number, FieldError("line", "a comma or the array's end is expected here; is the file cut short?")
+            return
+        at = comma.end()
+
+
+def _object(value: Any, text: str) -> dict[str, Any] | FieldError:
+    if not isinstance(value, dict):
+        return FieldError("line", f"{kind_name(value)}, and an object with named fields is expected.")
+    if "NaN" in text or "Infinity" in text:  # cheap to ask of every line, and nearly always false
+        name = _non_finite(value)
+        if name:
+            return FieldError(name, "NaN or Infinity is not JSON; give a number, or leave the field out.")
+    return value
+
+
+def _non_finite(value: dict[str, Any]) -> str | None:
+    """The first field that holds no finite number, as messages[0].weight."""
+    todo: list[tuple[str, Any]] = [(name, one) for name, one in reversed(value.items())]
+    while todo:
+        name, one = todo.pop()
+        if isinstance(one, dict):
+            todo += [(f"{name}.{key}", below) for key, below in reversed(one.items())]
+        elif isinstance(one, list):
+            todo += [(f"{name}[{i}]", below) for i, below in reversed(list(enumerate(one)))]
+        elif isinstance(one, float) and not math.isfinite(one):
+            return name
+    return None
+
+
+def _not_utf8(data: bytes, error: UnicodeDecodeError) -> FieldError:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return FieldError("line", "UTF-16; save the file as UTF-8.")
+    return FieldError(
+        "line", f"byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8; save the file as UTF-8."
+    )
+
+
+def _not_json(error: Exception, whole: str) -> FieldError:
+    if isinstance(error, RecursionError):
+        return FieldError("line", "nested too deeply; give flat objects.")
+    if isinstance(error, json.JSONDecodeError):
+        problem = f"{error.msg}: column {error.colno}"
+        return FieldError("line", f"not valid JSON ({problem}); write one object per line. Is the {whole} cut short?")
+    return FieldError("line", "a number with too many digits to read; shorten it.")
+
+
+def _parquet(path: Path) -> Iterator[Item]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'penstock[parquet]'.") from error
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: file: not a readable parquet file ({error}); fetch or write it again.") from error
+
+
+def kind_name(value: Any) -> str:
+    """A value's kind in words: "a list"."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -1,0 +1,190 @@
+"""PPO as a whole: known optima, exactness of the ratio, invariance, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.algorithms.ppo import Experience, concatenate, in_order, permutation, ppo
+from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.errors import UserError
+from penstock.models.roles import Actor
+
+REWARD_FN = """
+def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
+    table = {table}
+    return [table.get(ids[0], 0.0) for ids in response_ids]
+"""
+
+
+def config(tmp_path, model, data, reward_fn, out="run", **changes):
+    optim = {"lr": 3e-3, "batch_size": 16, "micro_batch_size": 16, "epochs": 2, "steps": 3} | changes.pop("optim", {})
+    run = {"seed": 0, "checkpoint_every": 1000} | changes.pop("run", {})
+    return PPOConfig(
+        actor=model, reward_fn=reward_fn, data=DataFlags(data=(data,), max_length=32),
+        run=RunFlags(out=str(tmp_path / out), **run), optim=OptimFlags(**optim),
+        **{"max_new_tokens": 6, "value_warmup": False, "critic_lr": 1e-2, **changes},
+    )  # fmt: skip
+
+
+def write_reward_fn(tmp_path, text, name="reward_fn.py"):
+    (tmp_path / name).write_text(text)
+    return f"{tmp_path / name}:score"
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def next_token_distribution(source, prompt=(1, 3)):
+    actor = Actor.from_pretrained(str(source))
+    with torch.no_grad():
+        tokens = torch.tensor([prompt])
+        return torch.softmax(actor.decoder.logits(actor(tokens, torch.tensor([2])))[0, -1], dim=-1)
+
+
+def final_model(run):
+    checkpoints = Path(run) / "checkpoints"
+    return checkpoints / (checkpoints / "latest").read_text().strip() / "model"
+
+
+def test_one_token_task_approaches_the_kl_regularised_optimum(tmp_path, tiny_model, jsonl):
+    """The optimum of E[r] - beta KL is ref * exp(r / beta) / Z (PPO.md 26)."""
+    beta, table = 0.5, {3: 1.0, 4: 0.5, 5: -0.5, 6: 0.25}
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table=table))
+    run = ppo(
+        config(
+            tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=beta, missing_eos_score=None, samples=0,
+            target_kl=None, value_clip=None, optim={"batch_size": 512, "micro_batch_size": 512, "steps": 120, "lr": 2e-3},
+        )
+    )  # fmt: skip
+    rewards = torch.tensor([table.get(i, 0.0) for i in range(16)])
+    optimum = torch.softmax(next_token_distribution(model).log() + rewards / beta, dim=-1)
+    learned = next_token_distribution(final_model(run))
+    assert 0.5 * (learned - optimum).abs().sum() < 0.05
+    assert 0.5 * (next_token_distribution(model) - optimum).abs().sum() > 0.2  # it had somewhere to go
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_armed_bandit_is_solved(tmp_path, tiny_model, jsonl, seed):
+    model, data = tiny_model(seed=seed), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 4: 0.2}))
+    run = ppo(
+        config(
+            tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=0.01, missing_eos_score=None, samples=0,
+            target_kl=None, run={"seed": seed},
+            optim={"batch_size": 128, "micro_batch_size": 128, "steps": 50, "lr": 5e-3, "epochs": 4},
+        )
+    )  # fmt: skip
+    assert next_token_distribution(final_model(run))[3] > 0.9
+
+
+def test_first_ratio_is_one_and_engine_agrees_with_the_trainer(tmp_path, tiny_model, jsonl):
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3, *range(3, 3 + i)]} for i in range(8)])
+    run = ppo(config(tmp_path, model, data, write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))))
+    for row in metrics(run):
+        assert row["val/first_ratio_gap"] <= 1e-5
+        assert row["val/engine_logprob_gap"] <= 1e-5
+
+
+@pytest.mark.parametrize(("micro", "temperature"), [(1, 1.0), (2, 1.0), (4, 0.7), (16, 0.7)])
+def test_micro_batch_size_never_changes_the_curve(tmp_path, tiny_model, jsonl, micro, temperature):
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3, *range(3, 3 + i)]} for i in range(8)])
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 5: -1.0}))
+    whole = metrics(ppo(config(tmp_path, model, data, reward_fn, "whole", temperature=temperature)))
+    parts = metrics(
+        ppo(config(tmp_path, model, data, reward_fn, "parts", temperature=temperature, optim={"micro_batch_size": micro}))
+    )
+    for one, other in zip(whole, parts, strict=True):
+        for key in one:
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
+
+
+def test_whole_run_with_every_option_on(tmp_path, tiny_model, jsonl):
+    demonstrations = jsonl([{"prompt_ids": [1, 3], "response_ids": [5, 6]}] * 4, "ptx.jsonl")
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3 + i]} for i in range(8)])
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 5: -9.0}))
+    run = ppo(
+        config(
+            tmp_path, model, data, reward_fn, kl_target=3.0, whiten_rewards=True, reward_clip=0.5, ptx_coef=0.5,
+            ptx_data=(demonstrations,), mini_batch_size=8, top_k=8, top_p=0.95, value_warmup=True, reference=model,
+        )
+    )  # fmt: skip
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["objective/kl_coef"] != rows[0]["objective/kl_coef"]
+    assert (Path(run) / "report.html").stat().st_size > 10_000
+    assert "truncated" in (Path(run) / "log.txt").read_text()
+
+
+def test_value_warmup_holds_the_actor_until_the_critic_explains_variance(tmp_path, tiny_model, jsonl):
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
+    rows = metrics(ppo(config(tmp_path, model, data, reward_fn, value_warmup=True, optim={"steps": 2})))
+    assert "policy/updates" not in rows[0]  # a zero head explains nothing
+
+
+def test_score_replaced_not_added_without_eos(tmp_path, tiny_model, jsonl):
+    """Nothing ends within one token unless it is EOS itself, so nearly every score is the missing-EOS score."""
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, "def score(prompts, responses, **_):\n    return [100.0] * len(prompts)\n")
+    row = metrics(
+        ppo(config(tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=0.0, optim={"steps": 1, "epochs": 1}))
+    )[0]
+    ended = row["val/num_eos_tokens"] / 16
+    assert row["objective/rlhf_reward"] == pytest.approx(100 * ended - (1 - ended), abs=1e-4)
+
+
+def test_one_score_is_needed(tmp_path, tiny_model, jsonl):
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}])
+    with pytest.raises(UserError, match="either --reward"):
+        ppo(config(tmp_path, model, data, None))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def score(prompts, responses, **_):\n    return [1.0]\n", "1 scores for"),
+        ("def score(prompts, responses, **_):\n    return [float('nan')] * len(prompts)\n", "must be finite"),
+        ("def score(prompts, responses, **_):\n    1 / 0\n", "ZeroDivisionError"),
+        ("def other():\n    pass\n", "no function 'score'; it has other"),
+        ("def (", "SyntaxError"),
+    ],
+)
+def test_a_bad_reward_function_is_named(tmp_path, tiny_model, jsonl, text, message):
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}])
+    with pytest.raises(UserError, match=message):
+        ppo(config(tmp_path, model, data, write_reward_fn(tmp_path, text)))
+
+
+def experience(rows: int, width: int, responses: int, start: int = 0) -> Experience:
+    per_token = [torch.full((rows, responses), float(start)) for _ in range(7)]
+    numbers = torch.arange(start, start + rows)
+    return Experience(
+        torch.ones(rows, width, dtype=torch.int64), numbers * 0 + width - responses, numbers * 0 + responses,
+        *per_token[:5], numbers.float(), numbers > 0, *per_token[5:],
+    )  # fmt: skip
+
+
+def test_ranks_shares_come_back_in_the_order_of_episodes():
+    shares = [experience(3, 9, 4), experience(2, 7, 5, start=10)]
+    joined = in_order(shares)
+    assert joined.scores.tolist() == [0.0, 10.0, 1.0, 11.0, 2.0]
+    assert joined.tokens.shape == (5, 9)
+    assert joined.logprobs.shape == (5, 5)
+
+
+def test_rows_are_trimmed_to_their_own_longest():
+    both = concatenate([experience(1, 9, 4), experience(1, 7, 5)])
+    assert both.rows(torch.tensor([1])).tokens.shape == (1, 7)
+    assert both.rows(torch.tensor([0])).logprobs.shape == (1, 4)
+
+
+def test_permutations_differ_by_epoch_and_step_and_repeat_by_key():
+    one = permutation(50, 0, 3, 1)
+    assert sorted(one.tolist()) == list(range(50))
+    assert torch.equal(one, permutation(50, 0, 3, 1))
+    assert not torch.equal(one, permutation(50, 0, 3, 2))
+    assert not torch.equal(one, permutation(50, 0, 4, 1))

@@ -1,0 +1,339 @@
+"""Records into ids: loss on the assistant's tokens only, one EOS, at most one BOS, and the same start everywhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from penstock.data.chat import Encoder, check_fit, load_tokenizer
+from penstock.data.formats import Comparison, Demonstration, Message, Prompt
+from penstock.errors import DataError, UserError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = ["Hello there, how are you?", "I am fine. Human: Assistant: system user assistant", "See you\n\nsoon\n"] * 3
+
+MakeTokenizer = Callable[..., Any]
+
+
+@pytest.fixture
+def make_tokenizer(tmp_path: Path) -> MakeTokenizer:
+    """Saves a byte-level BPE as a model directory would hold it, and returns the directory."""
+
+    def make(name: str = "model", *, bos: bool = False, template: str | None = None, **names: str) -> Path:
+        special = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer.train_from_iterator(
+            TEXT,
+            trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        )
+        if bos:
+            tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+        names = {"bos_token": "<bos>", "eos_token": "<eos>"} | names
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+        fast.chat_template = template
+        fast.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+BOS, EOS, IM_START, IM_END = 0, 1, 2, 3
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+TALK = ({"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user("Bye"), assistant("See you"))
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain template": {},
+    "plain template, BOS in front": {"bos": True},
+    "ChatML": {"template": CHATML, "eos_token": "<|im_end|>"},
+    "ChatML, BOS in front": {"template": CHATML, "eos_token": "<|im_end|>", "bos": True},
+    "ChatML whose end of turn is not EOS": {"template": CHATML},
+    "a template that writes BOS": {"template": "{{ bos_token }}" + CHATML, "eos_token": "<|im_end|>", "bos": True},
+    "a template that writes BOS, alone": {"template": "{{ bos_token }}" + CHATML, "eos_token": "<|im_end|>"},
+    "a template without ends": {"template": "{% for m in messages %}{{ m.content }}\n{% endfor %}"},
+    "one token for BOS and EOS": {"bos_token": "<eos>"},
+}
+
+
+@pytest.fixture(params=WAYS)
+def encoder(request: pytest.FixtureRequest, make_tokenizer: MakeTokenizer) -> Encoder:
+    return encoder_of(make_tokenizer(**WAYS[request.param]))
+
+
+def encoder_of(directory: Path, max_length: int = 200, reserve: int = 1, **more: Any) -> Encoder:
+    values: dict[str, Any] = {"eos_ids": [EOS], "vocab_size": 320} | more
+    return Encoder.for_model(str(directory), max_length=max_length, reserve=reserve, **values)
+
+
+def spans(encoder: Encoder, ids: list[int], trained: list[bool]) -> list[str]:
+    """The trained stretches as text, special tokens shown."""
+    text: list[str] = []
+    for i, (one, on) in enumerate(zip(ids, trained, strict=True)):
+        if on and (i == 0 or not trained[i - 1]):
+            text.append("")
+        if on:
+            text[-1] += encoder.tokenizer.decode([one])
+    return text
+
+
+def show(encoder: Encoder, ids: list[int]) -> str:
+    return encoder.tokenizer.decode(ids)
+
+
+def test_a_text_demonstration_trains_the_response_and_its_eos(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(bos=True))
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes"))
+    assert show(encoder, row.tokens) == "<bos>Hello? Yes<eos>"
+    assert spans(encoder, row.tokens, row.trained) == [" Yes<eos>"]
+
+
+def test_an_eos_that_the_text_brings_is_not_doubled(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer())
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes<eos> and more"))
+    assert show(encoder, row.tokens) == "Hello? Yes<eos>"
+
+
+def test_a_bos_that_the_text_brings_is_not_doubled(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(bos=True))
+    assert encoder.encode_prompt(Prompt(where="f:1", prompt="<bos>Hi")).count(BOS) == 1
+
+
+def test_a_tokenizer_that_never_writes_bos_gets_none_but_for_an_empty_prompt(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer())
+    assert BOS not in encoder.encode_prompt(Prompt(where="f:1", prompt="Hi"))
+    assert encoder.encode_prompt(Prompt(where="f:1", prompt="")) == [BOS]
+
+
+def test_the_plain_template_reads_as_a_dialogue(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer())
+    row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
+    assert show(encoder, row.tokens) == (
+        "Be kind.\n\nHuman: Hi\n\nAssistant: Hello<eos>\n\nHuman: Bye\n\nAssistant: See you<eos>"
+    )
+    assert spans(encoder, row.tokens, row.trained) == [" Hello<eos>", " See you<eos>"]
+
+
+def test_the_models_own_template_comes_first(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(template=CHATML, eos_token="<|im_end|>", bos=True))
+    row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK[1:]))
+    assert show(encoder, row.tokens) == (
+        "<bos><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nSee you<|im_end|>"
+    )
+    assert spans(encoder, row.tokens, row.trained) == ["Hello<|im_end|>", "See you<|im_end|>"]
+
+
+def test_every_assistant_turn_is_trained_with_one_end_and_nothing_else_is(encoder: Encoder) -> None:
+    row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
+    told = spans(encoder, row.tokens, row.trained)
+    assert len(told) == 2
+    for text, answer in zip(told, ("Hello", "See you"), strict=True):
+        assert answer in text
+    trained = [one for one, on in zip(row.tokens, row.trained, strict=True) if on]
+    assert sum(one in encoder.eos_ids for one in trained) == 2
+    assert row.trained[-1]
+    assert row.tokens[-1] in encoder.eos_ids
+    if encoder.tokenizer.bos_token_id == BOS:
+        assert row.tokens.count(BOS) <= 1
+
+
+TURNS = st.lists(st.text("aH: \n.", min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=TURNS, answer=st.text("aH: \n.", min_size=1, max_size=6))
+def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_same_ids(
+    encoder: Encoder, turns: list[str], answer: str
+) -> None:
+    turns = turns if len(turns) % 2 else turns[:-1]
+    asked = tuple(assistant(text) if i % 2 else user(text) for i, text in enumerate(turns))
+    prompt = encoder.encode_prompt(Prompt(where="f:1", messages=asked))
+    row = encoder.encode_demonstration(Demonstration(where="f:1", messages=(*asked, assistant(answer))))
+    compared = Comparison(where="f:1", messages=asked, responses=(answer, "x"), ranks=(0, 1))
+    again, (response, _) = encoder.encode_comparison(compared)
+    assert prompt == again
+    assert row.tokens == prompt + response
+    assert row.trained[len(prompt) :] == [True] * len(response)
+    assert encoder.encode_response(compared, answer, ended=True) == row.tokens
+    assert encoder.encode_response(compared, answer, ended=False) == row.tokens[:-1]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=st.text(min_size=1, max_size=9), answer=st.text(min_size=1, max_size=9))
+def test_text_prompts_too(encoder: Encoder, prompt: str, answer: str) -> None:
+    record = Comparison(where="f:1", prompt=prompt, responses=(answer, "x"), ranks=(0, 1))
+    ids, (response, _) = encoder.encode_comparison(record)
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt=prompt, response=answer))
+    assert row.tokens == ids + response == encoder.encode_response(record, answer, ended=True)
+    assert encoder.encode_prompt(Prompt(where="f:1", prompt=prompt)) == ids
+    assert encoder.decode(ids) == prompt
+    assert encoder.decode(response) == answer
+    assert [one in encoder.eos_ids for one in response] == [False] * (len(response) - 1) + [True]
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}Hmm. {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_still_makes_prompts(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(template=THINKING, eos_token="<|im_end|>"))
+    with pytest.raises(DataError) as raised:
+        encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
+    assert str(raised.value) == (
+        "f:1: messages: this chat template rewrites earlier turns, so it cannot be told which tokens are the "
+        "assistant's; split the conversation into single answers."
+    )
+    prompt = encoder.encode_prompt(Prompt(where="f:1", messages=TALK[1:4]))
+    assert show(encoder, prompt) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    )
+    single = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK[1:3]))
+    assert spans(encoder, single.tokens, single.trained) == ["Hmm. Hello<|im_end|>"]
+
+
+def test_what_a_template_refuses_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+    template = "{{ raise_exception('Only one\n turn.') if messages | length > 1 else messages[0].content }}"
+    encoder = encoder_of(make_tokenizer(template=template))
+    with pytest.raises(DataError, match=r"f:1: messages: the chat template refuses them: Only one turn\."):
+        encoder.encode_prompt(Prompt(where="f:1", messages=TALK[1:4]))
+
+
+def test_a_template_that_hides_the_answer_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(template="{{ messages | length }}"))
+    record = Comparison(where="f:1", messages=(user("Hi"),), responses=("a", "b"), ranks=(0, 1))
+    with pytest.raises(DataError, match="does not write an answer behind its prompt"):
+        encoder.encode_comparison(record)
+
+
+def test_ids_are_used_as_they_are(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(bos=True))
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(7, 8), response_ids=(9,)))
+    assert row.tokens == [7, 8, 9, EOS]
+    assert row.trained == [False, False, True, True]
+
+
+def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+    encoder = encoder_of(tmp_path, vocab_size=10)
+    assert encoder.tokenizer is None
+    assert encoder.encode_prompt(Prompt(where="f:1", prompt_ids=(3,))) == [3]
+    compared = Comparison(where="f:1", prompt_ids=(3,), response_ids=((4, EOS), (5, EOS, 6)), ranks=(0, 1))
+    assert encoder.encode_comparison(compared) == ([3], [[4, EOS], [5, EOS]])
+    assert encoder.decode([3]) == ""
+    with pytest.raises(
+        DataError, match="f:1: prompt: the model has no tokenizer, so it reads no text; give prompt_ids"
+    ):
+        encoder.encode_prompt(Prompt(where="f:1", prompt="x"))
+    with pytest.raises(DataError, match="f:1: messages: the model has no tokenizer; give prompt_ids"):
+        encoder.encode_prompt(Prompt(where="f:1", messages=(user("x"),)))
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        (Demonstration(where="f:1", prompt_ids=(10,), response_ids=(1,)), "prompt_ids: token id 10"),
+        (Demonstration(where="f:1", prompt_ids=(1,), response_ids=(2, 99)), "response_ids: token id 99"),
+    ],
+)
+def test_an_id_outside_the_vocabulary_is_a_data_error(tmp_path: Path, record: Demonstration, name: str) -> None:
+    with pytest.raises(DataError) as raised:
+        encoder_of(tmp_path, vocab_size=10).encode_demonstration(record)
+    assert str(raised.value) == (
+        f"f:1: {name} is outside the model's vocabulary of 10; make the ids with the model's own tokenizer."
+    )
+
+
+def test_a_prompt_longer_than_the_context_is_a_data_error(tmp_path: Path) -> None:
+    encoder = encoder_of(tmp_path, max_length=8, reserve=3)
+    assert encoder.encode_prompt(Prompt(where="f:1", prompt_ids=(4,) * 5))
+    with pytest.raises(DataError) as raised:
+        encoder.encode_prompt(Prompt(where="f:2", prompt_ids=(4,) * 6))
+    assert str(raised.value) == (
+        "f:2: prompt: 6 tokens, and with 3 for the response the limit of 8 is passed; shorten it, raise --max-length "
+        "if the model allows, or --skip-bad."
+    )
+
+
+def test_a_response_that_is_too_long_is_cut_at_its_end_and_has_no_eos(tmp_path: Path) -> None:
+    encoder = encoder_of(tmp_path, max_length=4)
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(4, 5), response_ids=(6, 7, 8)))
+    assert row.tokens == [4, 5, 6, 7]
+    compared = Comparison(where="f:1", prompt_ids=(4, 5), response_ids=((6, 7, 8), (6,)), ranks=(0, 1))
+    assert encoder.encode_comparison(compared) == ([4, 5], [[6, 7], [6, EOS]])
+
+
+def test_a_dialogue_whose_first_answer_is_beyond_the_limit_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(), max_length=5)
+    with pytest.raises(DataError, match=r"f:1: response: no token of it is within the limit of 5; shorten the prompt"):
+        encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
+
+
+def test_an_empty_prompt_without_any_bos_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer())
+    encoder.tokenizer.bos_token = None
+    with pytest.raises(DataError, match=r"f:1: prompt: no tokens in it, and this tokenizer adds no BOS"):
+        encoder.encode_prompt(Prompt(where="f:1", prompt=""))
+
+
+def test_half_a_character_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(DataError, match="--prompt:1: text: character 2 is half a character"):
+        encoder_of(make_tokenizer()).encode_prompt(Prompt(where="--prompt:1", prompt="a\udcff"))
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_a_user_error(make_tokenizer: MakeTokenizer) -> None:
+    directory = make_tokenizer()
+    check_fit(load_tokenizer(str(directory)), 320, "model")
+    with pytest.raises(UserError, match=r"the tokenizer writes ids up to \d+ and the model has 100 embeddings; they"):
+        encoder_of(directory, vocab_size=100)
+
+
+def test_a_directory_without_tokenizer_files_has_none(tmp_path: Path) -> None:
+    assert load_tokenizer(str(tmp_path)) is None
+
+
+def test_a_damaged_tokenizer_is_a_user_error_in_one_line(make_tokenizer: MakeTokenizer) -> None:
+    directory = make_tokenizer()
+    (directory / "tokenizer.json").write_text('{"version": "1.0", "truncat')
+    with pytest.raises(UserError) as raised:
+        load_tokenizer(str(directory))
+    assert "its tokenizer cannot be read" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_that_names_no_eos_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        encoder_of(tmp_path, eos_ids=[])
+
+
+def test_the_tokenizers_eos_comes_before_the_models(make_tokenizer: MakeTokenizer) -> None:
+    encoder = encoder_of(make_tokenizer(eos_token="<|im_end|>"), eos_ids=[EOS, IM_END])
+    assert encoder.eos_ids == (IM_END, EOS)
+
+
+def test_two_encoders_have_the_same_tokenizer_only_with_the_same_template(make_tokenizer: MakeTokenizer) -> None:
+    one, two = encoder_of(make_tokenizer("one")), encoder_of(make_tokenizer("two"))
+    chatml = encoder_of(make_tokenizer("chatml", template=CHATML))
+    assert one.same_tokenizer(two)
+    assert not one.same_tokenizer(chatml)

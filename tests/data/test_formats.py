@@ -1,0 +1,463 @@
+"""What lines mean: each format is told from its fields, and each bad line is named with the way to mend it."""
+
+import contextlib
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.data import formats
+from penstock.data.formats import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt
+from penstock.errors import DataError, PenstockError, UserError
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes rows as JSON lines and returns the path."""
+
+    def write_rows(*rows: Any, name: str = "data.jsonl") -> str:
+        path = tmp_path / name
+        text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        return str(path)
+
+    return write_rows
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def bare(record: Prompt) -> dict[str, Any]:
+    """A record's fields that are there, without its address."""
+    return {name: value for name, value in vars(record).items() if value is not None and name != "where"}
+
+
+TALK = (user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you."))
+SHAREGPT = [
+    {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"},
+    {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "See you."},
+]  # fmt: skip
+ALPACA = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+
+# kind, the line, the format that is said, the record
+READ: list[tuple[Kind, dict[str, Any], str, dict[str, Any]]] = [
+    ("demonstrations", {"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q", "response": "A"}),
+    ("demonstrations", {"prompt": "Q", "completion": "A"}, "prompt/completion", {"prompt": "Q", "response": "A"}),
+    ("demonstrations", {"prompt": [user("Q")], "completion": [assistant("A")]}, "prompt/completion",
+     {"messages": (user("Q"), assistant("A"))}),
+    ("demonstrations", {"prompt": [user("Q")], "response": "A"}, "prompt/response",
+     {"messages": (user("Q"), assistant("A"))}),
+    ("demonstrations", {"messages": TALK}, "messages", {"messages": TALK}),
+    ("demonstrations", {"messages": [*TALK, user("One more")]}, "messages", {"messages": TALK}),
+    ("demonstrations", {"conversations": SHAREGPT}, "sharegpt", {"messages": TALK}),
+    ("demonstrations", {"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca",
+     {"prompt": ALPACA, "response": "3"}),
+    ("demonstrations", {"instruction": "Sing.", "input": "", "output": "La"}, "alpaca",
+     {"prompt": "### Instruction:\nSing.\n\n### Response:\n", "response": "La"}),
+    ("demonstrations", {"prompt_ids": [1, 2], "response_ids": [3]}, "token ids",
+     {"prompt_ids": (1, 2), "response_ids": (3,)}),
+    ("demonstrations", {"prompt": "Q", "response": "A", "messages": None}, "prompt/response",
+     {"prompt": "Q", "response": "A"}),
+    ("demonstrations", {"prompt": None, "response": None, "messages": TALK}, "messages", {"messages": TALK}),
+    ("comparisons", {"prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected",
+     {"prompt": "Q", "responses": ("A", "B"), "ranks": (0, 1)}),
+    ("comparisons", {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
+     "prompt/chosen/rejected", {"messages": (user("Q"),), "responses": ("A", "B"), "ranks": (0, 1)}),
+    ("comparisons", {"prompt": "Q", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+     "prompt/chosen/rejected", {"messages": (user("Q"),), "responses": ("A", "B"), "ranks": (0, 1)}),
+    ("comparisons", {"chosen": [*TALK[:3], assistant("A")], "rejected": [*TALK[:3], assistant("B")]},
+     "chosen/rejected dialogues", {"messages": TALK[:3], "responses": ("A", "B"), "ranks": (0, 1)}),
+    ("comparisons", {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
+     "chosen/rejected dialogues", {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": (" A", " B"),
+                                   "ranks": (0, 1)}),
+    ("comparisons", {"chosen": "Q: Hi? A: yes", "rejected": "Q: Hi? A: yet"}, "chosen/rejected dialogues",
+     {"prompt": "Q: Hi? A: ", "responses": ("yes", "yet"), "ranks": (0, 1)}),
+    ("comparisons", {"chosen": "Why?\nsame start\none", "rejected": "Why?\nsame start\ntwo"},
+     "chosen/rejected dialogues", {"prompt": "Why?\nsame start\n", "responses": ("one", "two"), "ranks": (0, 1)}),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "b", "c", "d"], "ranking": [2, [0, 3], 1]},
+     "ranked responses", {"prompt": "Q", "responses": ("a", "b", "c", "d"), "ranks": (1, 2, 0, 1)}),
+    ("comparisons", {"prompt_ids": [1], "response_ids": [[2], [3, 4]], "ranking": [1, 0]}, "ranked token ids",
+     {"prompt_ids": (1,), "response_ids": ((2,), (3, 4)), "ranks": (1, 0)}),
+    ("prompts", {"prompt": "Q"}, "prompt", {"prompt": "Q"}),
+    ("prompts", {"prompt": ""}, "prompt", {"prompt": ""}),
+    ("prompts", {"prompt_ids": [1, 2]}, "token ids", {"prompt_ids": (1, 2)}),
+    ("prompts", {"messages": TALK[:3]}, "messages", {"messages": TALK[:3]}),
+    ("prompts", {"messages": TALK, "prompt": "Hi"}, "messages", {"messages": TALK[:3]}),
+    ("prompts", {"conversations": SHAREGPT}, "sharegpt", {"messages": TALK[:3]}),
+    ("prompts", {"instruction": "Add.", "input": "1 2"}, "alpaca", {"prompt": ALPACA}),
+    ("prompts", {"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "completion": "A"}, "prompt/completion", {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected", {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "responses": ["a", "b"], "ranking": [1, 0]}, "prompt", {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+     "prompt/chosen/rejected", {"messages": (user("Q"),)}),
+    ("prompts", {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
+     "chosen/rejected dialogues", {"prompt": "\n\nHuman: Hi\n\nAssistant:"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
+def test_each_format_is_told_from_its_fields_and_the_decision_is_said(
+    write: Write, kind: Kind, row: dict[str, Any], form: str, record: dict[str, Any]
+) -> None:
+    path = write(row)
+    dataset = formats.read(path, kind)
+    assert dataset.decision == f"{path}: 1 {kind} ({form})."
+    assert [bare(one) for one in dataset.records] == [record]
+    assert dataset.records[0].where == f"{path}:1"
+    assert type(dataset.records[0]) is {"demonstrations": Demonstration, "comparisons": Comparison}.get(kind, Prompt)
+
+
+@pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
+def test_a_file_gives_the_same_prompts_when_read_for_prompts(
+    write: Write, kind: Kind, row: dict[str, Any], form: str, record: dict[str, Any]
+) -> None:
+    path = write(row)
+    asked = formats.read(path, "prompts").records[0]
+    whole = formats.read(path, kind).records[0]
+    if kind == "demonstrations" and whole.messages:
+        if asked.messages == tuple(row.get("messages", ())):
+            return  # it ends with a question: that is the prompt, and teaches nothing
+        assert asked.messages == whole.messages[: len(asked.messages)]
+        assert asked.messages[-1]["role"] == "user"
+    else:
+        assert (asked.prompt, asked.messages, asked.prompt_ids) == (whole.prompt, whole.messages, whole.prompt_ids)
+
+
+def test_every_format_of_the_table_is_tested() -> None:
+    assert {(kind, form) for kind, _, form, _ in READ} == {(kind, form.name) for kind in KINDS for form in FORMS[kind]}
+
+
+def test_a_file_of_several_formats_says_how_many_of_each(write: Write) -> None:
+    path = write({"prompt": "a", "response": "b"}, {"messages": TALK}, {"prompt": "c", "response": "d"})
+    assert formats.read(path, "demonstrations").decision == (
+        f"{path}: 3 demonstrations (2 prompt/response, 1 messages)."
+    )
+
+
+def test_files_are_read_in_order_whatever_they_are(write: Write) -> None:
+    one = write({"prompt": "a", "response": "b"}, name="one.jsonl.gz")
+    two = write({"messages": TALK}, name="two.jsonl")
+    dataset = formats.read([one, two], "demonstrations")
+    assert [record.where for record in dataset.records] == [f"{one}:1", f"{two}:1"]
+    assert dataset.decision == f"{one}: 1 demonstrations (prompt/response); {two}: 1 demonstrations (messages)."
+
+
+# kind, the line, the field and what is said of it
+BAD: list[tuple[Kind, Any, str]] = [
+    ("demonstrations", {"prompt": 3, "response": "A"}, "prompt: a number, and text is expected; put it in quotes."),
+    ("demonstrations", {"prompt": "Q", "response": None}, "response: null, and text is expected; put it in quotes."),
+    ("demonstrations", {"prompt": "Q", "response": ["A"]},
+     "response: a list, and text is expected; put it in quotes."),
+    ("demonstrations", {"prompt": "Q", "response": ""}, "response: is empty; write a text or remove the line."),
+    ("demonstrations", '{"prompt": "Q", "response": "x\\ud800y"}',
+     "response: character 2 is half a character (a lone surrogate); export the text again."),
+    ("demonstrations", '{"prompt": "Q", "response": NaN}',
+     "response: NaN or Infinity is not JSON; give a number, or leave the field out."),
+    ("demonstrations", '{"prompt": "Q", "response": 1e999}',
+     "response: a number, and text is expected; put it in quotes."),
+    ("demonstrations", {}, "fields: found no fields; demonstrations need prompt_ids+response_ids or prompt+response or "
+     "prompt+completion or messages or conversations or instruction+output, or name them with --keys ours=theirs."),
+    ("demonstrations", {"text": "x"}, "fields: found 'text'; demonstrations need prompt_ids+response_ids or "
+     "prompt+response or prompt+completion or messages or conversations or instruction+output, or name them with "
+     "--keys ours=theirs."),
+    ("comparisons", {"prompt": "x"}, "fields: found 'prompt' (it looks like prompts); comparisons need "
+     "prompt+responses+ranking or prompt_ids+response_ids+ranking or prompt+chosen+rejected or chosen+rejected, or "
+     "name them with --keys ours=theirs."),
+    ("demonstrations", {"messages": "Hi"}, "messages: text, and a list is expected."),
+    ("demonstrations", {"messages": []}, "messages: is empty; give at least one message."),
+    ("demonstrations", {"messages": ["Hi"]},
+     "messages[0]: text, and an object with role and content is expected."),
+    ("demonstrations", {"messages": [{"role": "wizard", "content": "x"}]},
+     "messages[0].role: 'wizard' is no role; use system, user or assistant."),
+    ("demonstrations", {"messages": [user("x"), {"role": ["user"], "content": "x"}]},
+     "messages[1].role: a list is no role; use system, user or assistant."),
+    ("demonstrations", {"messages": [{"content": "x"}]},
+     "messages[0].role: None is no role; use system, user or assistant."),
+    ("demonstrations", {"messages": [{"role": "user"}]},
+     "messages[0].content: null, and text is expected; put it in quotes."),
+    ("demonstrations", {"conversations": [{"from": "human", "value": 1}]},
+     "conversations[0].value: a number, and text is expected; put it in quotes."),
+    ("demonstrations", {"conversations": [{"from": "x" * 99, "value": "1"}]},
+     f"conversations[0].from: '{'x' * 39}... is no role; use system, user or assistant."),
+    ("demonstrations", {"messages": [user("x"), assistant("")]},
+     "messages[1].content: is empty; write a text or remove the line."),
+    ("demonstrations", {"messages": [user("x")]},
+     "messages: has no assistant turn; a demonstration needs an answer to learn."),
+    ("demonstrations", {"messages": [user("x"), {"role": "system", "content": "y"}]},
+     "messages[1].role: a system message belongs at the start; move it there."),
+    ("demonstrations", {"prompt": [assistant("x")], "response": "y"},
+     "prompt: must end with a user turn, the one to answer."),
+    ("demonstrations", {"instruction": "", "output": "x"},
+     "instruction: is empty; write a text or remove the line."),
+    ("demonstrations", {"instruction": "x", "input": [], "output": "x"},
+     "input: a list, and text is expected; put it in quotes."),
+    ("demonstrations", {"prompt_ids": [1, -2], "response_ids": [1]},
+     "prompt_ids[1]: -2 is no token id; give whole numbers from 0."),
+    ("demonstrations", {"prompt_ids": [1], "response_ids": [True]},
+     "response_ids[0]: True is no token id; give whole numbers from 0."),
+    ("demonstrations", {"prompt_ids": [1], "response_ids": [2**31]},
+     "response_ids[0]: 2147483648 is no token id; give whole numbers from 0."),
+    ("demonstrations", {"prompt_ids": [1.0], "response_ids": [1]},
+     "prompt_ids[0]: 1.0 is no token id; give whole numbers from 0."),
+    ("demonstrations", {"prompt_ids": [], "response_ids": [1]},
+     "prompt_ids: is empty; give at least one token id (a BOS, say)."),
+    ("demonstrations", {"prompt_ids": 5, "response_ids": [1]}, "prompt_ids: a number, and a list is expected."),
+    ("comparisons", {"prompt": "Q", "chosen": "A", "rejected": "A"},
+     "rejected: is the same as chosen; a comparison needs two different answers."),
+    ("comparisons", {"chosen": "P\nA", "rejected": "P\nA"},
+     "rejected: is the same as chosen; a comparison needs two different answers."),
+    ("comparisons", {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("A")]},
+     "rejected: is the same as chosen; a comparison needs two different answers."),
+    ("comparisons", {"chosen": "yes", "rejected": "no"},
+     "rejected: shares no beginning with chosen; give the prompt as a field of its own."),
+    ("comparisons", {"chosen": "Q\n\nAssistant:", "rejected": "Q\n\nAssistant: A"},
+     "chosen: has an empty answer; write one or remove the line."),
+    ("comparisons", {"chosen": "Q\n\nAssistant: A", "rejected": "Q\n\nAssistant:"},
+     "rejected: has an empty answer; write one or remove the line."),
+    ("comparisons", {"chosen": [user("Q"), assistant("A")], "rejected": [user("R"), assistant("B")]},
+     "rejected: must share all but the last turn with chosen, and begin with what was asked."),
+    ("comparisons", {"chosen": [assistant("A")], "rejected": [assistant("B")]},
+     "rejected: must share all but the last turn with chosen, and begin with what was asked."),
+    ("comparisons", {"chosen": [user("Q"), user("A")], "rejected": [user("Q"), assistant("B")]},
+     "chosen: must end with an assistant turn."),
+    ("comparisons", {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), user("B")]},
+     "rejected: must end with an assistant turn."),
+    ("comparisons", {"chosen": [assistant("Q"), assistant("A")], "rejected": [assistant("Q"), assistant("B")]},
+     "chosen: must answer a user turn."),
+    ("comparisons", {"prompt": "Q", "chosen": "A", "rejected": [assistant("B")]},
+     "rejected: a list, and text is expected; put it in quotes."),
+    ("comparisons", {"prompt": "Q", "chosen": [assistant("A")], "rejected": "B"},
+     "rejected: text, and a list is expected."),
+    ("comparisons", {"prompt": "P", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+     "chosen: does not begin with the prompt's turns; give only the answer, or the whole dialogue."),
+    ("comparisons", {"prompt": "Q", "responses": ["a"], "ranking": [0]},
+     "responses: 1 responses; a ranking has 2 to 9."),
+    ("comparisons", {"prompt": "Q", "responses": ["a"] * 10, "ranking": [0]},
+     "responses: 10 responses; a ranking has 2 to 9."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", ""], "ranking": [0, 1]},
+     "responses[1]: is empty; write a text or remove the line."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": [0, 2]},
+     "ranking: 2 is no index of a response; use 0 to 1, best first."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": ["a", "b"]},
+     "ranking: 'a' is no index of a response; use 0 to 1, best first."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": [[0, [1]]]},
+     "ranking: a list is no index of a response; use 0 to 1, best first."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": [0, 0]},
+     "ranking: names response 0 twice."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "b", "c"], "ranking": [2, 0]},
+     "ranking: leaves out response 1; rank all 3, ties as nested lists."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": 0},
+     "ranking: a number, and a list is expected."),
+    ("comparisons", {"prompt": "Q", "responses": ["a", "a"], "ranking": [0, 1]},
+     "responses: both are the same, so neither is better; give two different answers."),
+    ("prompts", {"prompt": {"text": "Q"}}, "prompt: an object, and text is expected; put it in quotes."),
+    ("prompts", {"prompt": False}, "prompt: true or false, and text is expected; put it in quotes."),
+    ("prompts", {"messages": [assistant("x")]}, "messages: has no user turn to answer."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "row", "problem"), BAD)
+def test_a_bad_field_is_named_with_its_line_and_the_way_to_mend_it(
+    write: Write, kind: Kind, row: Any, problem: str
+) -> None:
+    good = next(good for this, good, _, _ in READ if this == kind)
+    path = write(good, row)
+    with pytest.raises(DataError) as raised:
+        formats.read(path, kind)
+    assert str(raised.value) == f"{path}:2: {problem}\nMend 1 bad line, or leave out what is bad with --skip-bad."
+    assert raised.value.exit_code == 4
+    skipped = formats.read(path, kind, skip_bad=True)
+    assert len(skipped.records) == 1
+    assert skipped.bad == [f"{path}:2: {problem}"]
+    assert skipped.decision.endswith("; 1 bad line left out).")
+
+
+def test_an_id_used_twice_in_a_file_names_both_lines(write: Write) -> None:
+    rows = [{"id": "a", "prompt": "1"}, {"id": 1, "prompt": "2"}, {"id": None, "prompt": "3"}, {"prompt": "4"}]
+    rows += [{"id": None, "prompt": "5"}, {"id": "1", "prompt": "6"}, {"id": {"a": 1}, "prompt": "7"}]
+    path = write(*rows, {"id": "a", "prompt": "8"}, {"id": 1, "prompt": "9"})
+    dataset = formats.read(path, "prompts", skip_bad=True)
+    assert [record.prompt for record in dataset.records] == list("1234567")
+    assert dataset.bad == [
+        f"{path}:8: id: 'a' was used at {path}:1 already; give each record its own id.",
+        f"{path}:9: id: 1 was used at {path}:2 already; give each record its own id.",
+    ]
+
+
+def test_two_files_may_number_their_records_alike(write: Write) -> None:
+    one, two = (write({"id": 0, "prompt": name}, name=name) for name in ("one", "two"))
+    assert len(formats.read([one, two], "prompts").records) == 2
+
+
+def test_an_empty_file_is_named(write: Write) -> None:
+    good, empty = write({"prompt": "Q"}), write(name="empty.jsonl")
+    problem = f"{empty}:1: file: empty; one JSON object per line is expected."
+    with pytest.raises(DataError, match=re.escape(problem)):
+        formats.read(empty, "prompts")
+    with pytest.raises(DataError, match=re.escape(problem)):
+        formats.read([good, empty], "prompts")
+    assert formats.read([good, empty], "prompts", skip_bad=True).bad == [problem]
+
+
+def test_a_missing_file_is_a_user_error_even_with_skip_bad(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        formats.read([write({"prompt": "Q"}), str(tmp_path / "gone")], "prompts", skip_bad=True)
+
+
+def test_ten_bad_lines_are_listed_and_all_are_counted(write: Write) -> None:
+    path = write(*[{"prompt": i} for i in range(25)])
+    with pytest.raises(DataError) as raised:
+        formats.read(path, "prompts")
+    said = str(raised.value).splitlines()
+    assert [line.split(": ")[0] for line in said[:10]] == [f"{path}:{i}" for i in range(1, 11)]
+    assert said[10:] == ["... and 15 more.", "Mend 25 bad lines, or leave out what is bad with --skip-bad."]
+
+
+def test_skip_bad_that_leaves_nothing_is_still_an_error(write: Write) -> None:
+    path = write({"prompt": 1}, {"prompt": 2})
+    with pytest.raises(DataError) as raised:
+        formats.read(path, "prompts", skip_bad=True)
+    assert str(raised.value).splitlines() == [
+        f"{path}:1: prompt: a number, and text is expected; put it in quotes.",
+        f"{path}:2: prompt: a number, and text is expected; put it in quotes.",
+        "No good line is left: 2 bad lines; mend them.",
+    ]
+
+
+def test_a_bad_first_line_does_not_decide_the_format(write: Write) -> None:
+    path = write("{", {"prompt": "Q", "response": "A"})
+    assert formats.read(path, "demonstrations", skip_bad=True).decision == (
+        f"{path}: 1 demonstrations (prompt/response; 1 bad line left out)."
+    )
+
+
+def test_explicit_keys_override_what_the_line_has_under_our_names(write: Write) -> None:
+    path = write({"prompt": "title", "question": "Q", "response": "no", "answer": "A", "messages": TALK})
+    dataset = formats.read(path, "demonstrations", keys={"prompt": "question", "response": "answer"})
+    assert bare(dataset.records[0]) == {"prompt": "Q", "response": "A"}
+
+
+def test_explicit_keys_decide_between_formats(write: Write) -> None:
+    path = write({"prompt": "P", "response": "R", "talk": TALK})
+    dataset = formats.read(path, "demonstrations", keys={"messages": "talk"})
+    assert bare(dataset.records[0]) == {"messages": TALK}
+    assert dataset.decision == f"{path}: 1 demonstrations (messages)."
+
+
+def test_keys_may_swap_two_fields(write: Write) -> None:
+    path = write({"prompt": "Q", "chosen": "worse", "rejected": "better"})
+    dataset = formats.read(path, "comparisons", keys={"chosen": "rejected", "rejected": "chosen"})
+    assert dataset.records[0].responses == ("better", "worse")
+
+
+def test_a_key_that_no_format_has_is_a_user_error(write: Write) -> None:
+    path = write({"prompt": "Q"})
+    with pytest.raises(UserError) as raised:
+        formats.read(path, "prompts", keys={"promt": "prompt"})
+    assert str(raised.value).startswith("--keys promt: no format of prompts has these fields; the formats have ")
+    with pytest.raises(UserError, match="--keys prompt instruction: no format"):
+        formats.read(path, "prompts", keys={"prompt": "a", "instruction": "b"})
+
+
+def test_a_line_without_the_field_that_keys_name_is_bad(write: Write) -> None:
+    path = write({"prompt": "kept out", "response": "A"})
+    with pytest.raises(DataError) as raised:
+        formats.read(path, "demonstrations", keys={"prompt": "question"})
+    assert str(raised.value).startswith(f"{path}:1: fields: found 'response'; demonstrations need prompt+response or ")
+
+
+def test_prompts_that_ask_the_same_have_one_key() -> None:
+    talk = Prompt(where="a:1", messages=TALK)
+    assert talk.prompt_key == Prompt(where="a:2", messages=TALK[:1]).prompt_key
+    assert talk.prompt_key != Prompt(where="a:3", messages=(user("Ho"),)).prompt_key
+    assert Prompt(where="a:4", prompt="x").prompt_key == "x"
+    assert Prompt(where="a:5", prompt_ids=(1, 2)).prompt_key == "[1, 2]"
+
+
+def test_check_says_what_a_file_is_and_names_each_bad_line(write: Write) -> None:
+    path = write(
+        {"prompt": "a", "chosen": "xx", "rejected": "y"},
+        {"prompt": "a", "chosen": "xxx", "rejected": "xxx"},
+        {"prompt": "abc", "chosen": "xxxx", "rejected": "y"},
+    )
+    report = formats.check([path])
+    assert report.text.splitlines() == [
+        f"{path}: 2 comparisons (prompt/chosen/rejected), 1 bad line",
+        "  distinct prompts: 2; most frequent: 1 times",
+        "  prompt characters: median 3, 95 % below 3, longest 3",
+        "  response characters: median 2, 95 % below 4, longest 4",
+        f"{path}:2: rejected: is the same as chosen; a comparison needs two different answers.",
+    ]
+    assert report.bad == report.text.splitlines()[-1:]
+
+
+@pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
+def test_check_works_out_the_kind(
+    write: Write, kind: Kind, row: dict[str, Any], form: str, record: dict[str, Any]
+) -> None:
+    line = formats.check([write(row)]).text.splitlines()[0]
+    if kind == "prompts":  # a richer line is taken for the most that it can be
+        assert ": 1 " in line
+    else:
+        assert f": 1 {kind} ({form}), 0 bad lines" in line
+
+
+def test_check_of_an_empty_file_and_of_rubbish(write: Write) -> None:
+    empty, rubbish = write(name="empty"), write("what", name="rubbish")
+    assert formats.check([empty]).bad == [f"{empty}:1: file: empty; one JSON object per line is expected."]
+    assert formats.check([rubbish]).text.splitlines()[0] == f"{rubbish}: 0 prompts (unknown), 1 bad line"
+
+
+NAMES = sorted({name for kind in KINDS for form in FORMS[kind] for name in form.needs + form.may})
+INNER = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.fixed_dictionaries(
+            {}, optional={"role": st.sampled_from(["user", "assistant", "x", []]), "content": st.text(), "from": inner}
+        )
+    ),
+    max_leaves=10,
+)
+ROWS = st.lists(st.dictionaries(st.sampled_from(NAMES), INNER, max_size=5), max_size=4)
+
+
+@settings(max_examples=400, deadline=None)
+@given(rows=ROWS, kind=st.sampled_from(KINDS), skip_bad=st.booleans())
+def test_no_objects_raise_anything_but_a_penstock_error(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], kind: Kind, skip_bad: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with contextlib.suppress(DataError):
+        dataset = formats.read(str(path), kind, skip_bad=skip_bad)
+        assert len(dataset.records) + len(dataset.bad) == len(rows)
+        for record in dataset.records:
+            given = (record.prompt, record.messages, record.prompt_ids)
+            assert sum(one is not None for one in given) == 1
+    formats.check([str(path)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=200), kind=st.sampled_from(KINDS))
+def test_no_bytes_raise_anything_but_a_penstock_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, kind: Kind
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "bytes.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(PenstockError):
+        formats.read(str(path), kind, skip_bad=True)
