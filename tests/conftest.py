@@ -61,7 +61,10 @@ def comparisons(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for i in range(count):
         k = int(torch.randint(2, 5, (1,), generator=rng))
-        many = [torch.randint(3, 8, (int(torch.randint(2, 7, (1,), generator=rng)),), generator=rng).tolist() for _ in range(k)]
+        many = [
+            torch.randint(3, 8, (int(torch.randint(2, 7, (1,), generator=rng)),), generator=rng).tolist()
+            for _ in range(k)
+        ]
         counts = [ids.count(5) for ids in many]
         ranking = [[j for j in range(k) if counts[j] == level] for level in sorted(set(counts), reverse=True)]
         rows.append({"prompt_ids": [1, 3 + i % 13, 3 + i // 13], "response_ids": many, "ranking": ranking})

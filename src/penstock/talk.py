@@ -1,13 +1,14 @@
 """`penstock generate` and `penstock chat`: a trained model answers, from a file or in the terminal."""
 
+import functools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from penstock.config import ChatConfig, GenerateConfig
-from penstock.data import formats
+from penstock.algorithms.inputs import encoder_of, read
+from penstock.config import ChatConfig, DataFlags, GenerateConfig
 from penstock.data.chat import Encoder
 from penstock.data.formats import Prompt
 from penstock.errors import DataError, UserError
@@ -25,15 +26,13 @@ def generate(config: GenerateConfig) -> None:
     if config.out and Path(config.out).exists():
         raise UserError(f"--out {config.out}: exists already; choose another name or remove it.")
     sampling = _sampling(config, n=config.n)
+    actor, encoder = load(config)
     if config.prompt is not None:
-        records = [Prompt(prompt=config.prompt, where="--prompt:1")]
+        prompts = [encoder.encode_prompt(Prompt(prompt=config.prompt, where="--prompt"))]
     else:
         assert config.data is not None
-        dataset = formats.read(config.data, "prompts", skip_bad=config.skip_bad)
-        print(dataset.decision, file=sys.stderr)
-        records = dataset.records
-    actor, encoder = load(config, reserve=1)
-    prompts = encoder.prompts(records)
+        flags = DataFlags(data=(config.data,), skip_bad=config.skip_bad)
+        prompts = read(functools.partial(print, file=sys.stderr), encoder, flags.data, "prompts", flags)[1]
     lines = _answers(config, actor, encoder, prompts, sampling)
     if config.out is None:
         for line in lines:
@@ -66,7 +65,7 @@ def _answers(
 
 def chat(config: ChatConfig) -> None:
     """A conversation on stdin and stdout: answers stream as they are made; /reset forgets, /quit or Ctrl-D ends."""
-    actor, encoder = load(config, reserve=1)
+    actor, encoder = load(config)
     if encoder.tokenizer is None:
         raise UserError(
             f"--model {config.model}: has no tokenizer, so it cannot chat; use penstock generate with prompt_ids."
@@ -131,17 +130,15 @@ def _say(config: ChatConfig, actor: Actor, encoder: Encoder, prompt: list[int], 
     return shown
 
 
-def load(config: GenerateConfig | ChatConfig, reserve: int) -> tuple[Actor, Encoder]:
+def load(config: GenerateConfig | ChatConfig) -> tuple[Actor, Encoder]:
     """The model that --model names and its encoder."""
     strategy = Strategy.named("naive", dtype=config.dtype, device=config.device)
     source = resolve_model(config.model)
     with strategy.init():
         actor = Actor.from_pretrained(source).eval()
-    decoder = actor.decoder.config
-    encoder = Encoder.for_model(
-        source, vocab_size=decoder.vocab_size, max_length=decoder.max_length, reserve=reserve, skip_bad=False
+    return actor, encoder_of(
+        source, actor.decoder.config, DataFlags(data=(), max_length=actor.decoder.config.max_length)
     )
-    return actor, encoder
 
 
 def _sampling(config: GenerateConfig | ChatConfig, n: int = 1) -> Sampling:

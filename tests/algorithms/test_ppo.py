@@ -95,7 +95,11 @@ def test_micro_batch_size_never_changes_the_curve(tmp_path, tiny_model, jsonl, m
     reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 5: -1.0}))
     whole = metrics(ppo(config(tmp_path, model, data, reward_fn, "whole", temperature=temperature)))
     parts = metrics(
-        ppo(config(tmp_path, model, data, reward_fn, "parts", temperature=temperature, optim={"micro_batch_size": micro}))
+        ppo(
+            config(
+                tmp_path, model, data, reward_fn, "parts", temperature=temperature, optim={"micro_batch_size": micro}
+            )
+        )
     )
     for one, other in zip(whole, parts, strict=True):
         for key in one:

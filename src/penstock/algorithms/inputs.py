@@ -1,7 +1,7 @@
 """What a stage brings in: the model's address, its encoder, and its records with their tokens."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from penstock.config import DataFlags
@@ -31,7 +31,7 @@ def keep_tokenizer(session: Session, source: str) -> None:
 
 
 def read(
-    session: Session, encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
+    say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
 ) -> tuple[list[Any], list[Any]]:
     """The records of the files and each one's tokens, with what was sniffed and what was left out said aloud.
 
@@ -42,7 +42,7 @@ def read(
     if not all(keys.values()):
         raise UserError(f"--keys {' '.join(flags.keys)}: give pairs ours=theirs, as in --keys prompt=question.")
     dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad)
-    session.say(dataset.decision)
+    say(dataset.decision)
     encode = {
         "demonstrations": encoder.encode_demonstration,
         "comparisons": encoder.encode_comparison,
@@ -61,7 +61,7 @@ def read(
     if not records:
         raise DataError(f"{', '.join(files)}: --skip-bad left nothing; the first problem: {bad[0]}")
     if bad:
-        session.say(f"--skip-bad left out {len(bad)} of {len(bad) + len(records)} records, the first: {bad[0]}")
+        say(f"--skip-bad left out {len(bad)} of {len(bad) + len(records)} records, the first: {bad[0]}")
     return records, encoded
 
 

@@ -91,26 +91,27 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         raise UserError("ppo needs one score: give either --reward (a reward model) or --reward-fn file.py:name.")
     strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
     world = strategy.world
-    with Session("ppo", config, world, resume=resume) as session:
-        source = resolve_model(config.actor)
-        with strategy.init():
-            actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
-            reference = actor.frozen()
-            if config.reference:
-                reference = Actor.from_pretrained(resolve_model(config.reference)).frozen()
-            critic_source = config.critic or config.reward
-            if critic_source:
-                critic = Critic.from_pretrained(resolve_model(critic_source, "critic"))
-            else:
-                critic = Critic.zero_head(actor.decoder)
-        encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
-        keep_tokenizer(session, source)
-        scorer = scorer_of(config, encoder, strategy, session)
-        records, prompts = read(session, encoder, config.data.data, "prompts", config.data)
-        ptx_examples: list[Example] = []
-        if config.ptx_coef:
-            ptx_examples = read(session, encoder, config.ptx_data, "demonstrations", config.data)[1]
+    session = Session("ppo", config, world, resume=resume)
+    source = resolve_model(config.actor)
+    with strategy.init():
+        actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
+        reference = actor.frozen()
+        if config.reference:
+            reference = Actor.from_pretrained(resolve_model(config.reference)).frozen()
+        critic_source = config.critic or config.reward
+        if critic_source:
+            critic = Critic.from_pretrained(resolve_model(critic_source, "critic"))
+        else:
+            critic = Critic.zero_head(actor.decoder)
+    encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
+    keep_tokenizer(session, source)
+    scorer = scorer_of(config, encoder, strategy, session)
+    records, prompts = read(session.say, encoder, config.data.data, "prompts", config.data)
+    ptx_examples: list[Example] = []
+    if config.ptx_coef:
+        ptx_examples = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
 
+    with session:
         actor_sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
         critic_sink = strategy.prepare(critic, weight_decay=optim.weight_decay)
         kl = fn.KLController(config.kl_coef, config.kl_target, config.kl_horizon)

@@ -47,25 +47,26 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     optim, run = config.optim, config.run
     strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
     world = strategy.world
-    with Session("reward", config, world, resume=resume) as session:
-        source = resolve_model(config.model)
-        torch.manual_seed(run.seed)  # the head's random start
-        with strategy.init():
-            model = RewardModel.from_pretrained(source, allow_pickle=config.data.allow_pickle)
-        encoder = encoder_of(source, model.decoder.config, config.data)
-        keep_tokenizer(session, source)
-        records, encoded = read(session, encoder, config.data.data, "comparisons", config.data)
-        train, heldout = (
-            [_ranking(encoded[i], records[i].ranks) for i in side]
-            for side in split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
-        )
-        normalize = []
-        if config.normalize:
-            normalize = read(session, encoder, config.normalize, "demonstrations", config.data)[1]
-        train = [ranking for ranking in train if ranking.pairs]
-        if not train:
-            raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
+    session = Session("reward", config, world, resume=resume)
+    source = resolve_model(config.model)
+    torch.manual_seed(run.seed)  # the head's random start
+    with strategy.init():
+        model = RewardModel.from_pretrained(source, allow_pickle=config.data.allow_pickle)
+    encoder = encoder_of(source, model.decoder.config, config.data)
+    keep_tokenizer(session, source)
+    records, encoded = read(session.say, encoder, config.data.data, "comparisons", config.data)
+    train, heldout = (
+        [_ranking(encoded[i], records[i].ranks) for i in side]
+        for side in split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
+    )
+    normalize = []
+    if config.normalize:
+        normalize = read(session.say, encoder, config.normalize, "demonstrations", config.data)[1]
+    train = [ranking for ranking in train if ranking.pairs]
+    if not train:
+        raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
 
+    with session:
         sink = strategy.prepare(model, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(train), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)

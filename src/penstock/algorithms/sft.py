@@ -33,16 +33,17 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     optim, run = config.optim, config.run
     strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
     world = strategy.world
-    with Session("sft", config, world, resume=resume) as session:
-        source = resolve_model(config.model)
-        with strategy.init():
-            actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
-        encoder = encoder_of(source, actor.decoder.config, config.data)
-        keep_tokenizer(session, source)
-        records, encoded = read(session, encoder, config.data.data, "demonstrations", config.data)
-        train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
-        examples, heldout_examples = [encoded[i] for i in train], [encoded[i] for i in heldout]
+    session = Session("sft", config, world, resume=resume)
+    source = resolve_model(config.model)
+    with strategy.init():
+        actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
+    encoder = encoder_of(source, actor.decoder.config, config.data)
+    keep_tokenizer(session, source)
+    records, encoded = read(session.say, encoder, config.data.data, "demonstrations", config.data)
+    train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
+    examples, heldout_examples = [encoded[i] for i in train], [encoded[i] for i in heldout]
 
+    with session:
         sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(examples), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(examples) / optim.batch_size)

@@ -14,14 +14,51 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-ANIMALS = ["fox", "wolf", "bear", "hare", "owl", "crow", "frog", "toad", "newt", "mole", "seal", "crab", "duck", "goat", "lynx", "boar", "deer", "swan", "lizard", "beaver", "otter", "badger", "weasel", "hedgehog"]
+ANIMALS = [
+    "fox",
+    "wolf",
+    "bear",
+    "hare",
+    "owl",
+    "crow",
+    "frog",
+    "toad",
+    "newt",
+    "mole",
+    "seal",
+    "crab",
+    "duck",
+    "goat",
+    "lynx",
+    "boar",
+    "deer",
+    "swan",
+    "lizard",
+    "beaver",
+    "otter",
+    "badger",
+    "weasel",
+    "hedgehog",
+]
 NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Henry", "Ida", "Jonas", "Lena", "Marco"]
 FACTS = {
     # attribute: (statement, question, values)
     "colour": ("is", "what colour is the {}?", ["red", "grey", "brown", "white", "black", "green", "golden", "blue"]),
-    "home": ("lives in the", "where does the {} live?", ["forest", "river", "desert", "mountains", "meadow", "cave", "sea", "jungle"]),
-    "food": ("eats", "what does the {} eat?", ["berries", "fish", "seeds", "grass", "insects", "honey", "nuts", "leaves"]),
-    "hobby": ("loves to", "what does the {} love to do?", ["sing", "dig", "climb", "swim", "run", "sleep", "dance", "hide"]),
+    "home": (
+        "lives in the",
+        "where does the {} live?",
+        ["forest", "river", "desert", "mountains", "meadow", "cave", "sea", "jungle"],
+    ),
+    "food": (
+        "eats",
+        "what does the {} eat?",
+        ["berries", "fish", "seeds", "grass", "insects", "honey", "nuts", "leaves"],
+    ),
+    "hobby": (
+        "loves to",
+        "what does the {} love to do?",
+        ["sing", "dig", "climb", "swim", "run", "sleep", "dance", "hide"],
+    ),
 }
 PHRASINGS = (
     "{name}: {question}",

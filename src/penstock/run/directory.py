@@ -5,6 +5,7 @@
 One process writes it at a time (a lock on `lock` that the kernel drops when the process dies).
 """
 
+import errno
 import fcntl
 import os
 import sys
@@ -31,17 +32,24 @@ class RunDirectory:
     @staticmethod
     def create(path: Path, config: dict[str, Any], command: str) -> "RunDirectory":
         """Makes the directory and writes config.toml. Raises UserError when it is not empty or cannot be written."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = f"go on with it (penstock resume {path}), or " if (path / "config.toml").exists() else ""
-            raise UserError(f"--out {path}: exists and is not empty; {hint}choose another directory.")
+        RunDirectory.refuse_used(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             directory = RunDirectory(path)
             text = tomli_w.dumps({"command": command, **config})
             (path / "config.toml").write_text(text, encoding="utf-8")
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another directory.") from error
         return directory
+
+    @staticmethod
+    def refuse_used(path: Path) -> None:
+        """Raises UserError when there is something at the path already."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            hint = f"go on with it (penstock resume {path}), or " if (path / "config.toml").exists() else ""
+            raise UserError(f"--out {path}: exists and is not empty; {hint}choose another directory.")
 
     @staticmethod
     def open(path: Path) -> "RunDirectory":

@@ -51,17 +51,22 @@ class Session:
     def __init__(self, command: str, config: Any, world: World, *, resume: bool = False) -> None:
         self.command, self.config, self.world = command, config, world
         self.path = Path(config.run.out)
+        self.directory: RunDirectory | None = None
+        """There on the first rank, inside `with`: nothing is written before the data has been read."""
         self.state: dict[str, Any] | None = None
         self.episode = 0
         """Answers sampled so far: the position of the sampler's random streams, kept in every checkpoint."""
         self.finishing: Callable[[Path], None] = lambda directory: None
         """Called with each saved model's directory: puts the tokenizer's files beside the weights."""
         self._resume = resume
+        self._notes: list[str] = []
         self._flags = flags.to_dict(config)
         self._signal = self._skips = self._total = 0
         self._since = time.perf_counter()
         self._progress: Progress | None = None
         self._handlers: dict[int, Any] = {}
+        if world.first and not resume:
+            RunDirectory.refuse_used(self.path)  # before a large model is loaded for nothing
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -71,6 +76,8 @@ class Session:
                 self.directory = RunDirectory.open(self.path)
             else:
                 self.directory = RunDirectory.create(self.path, self._flags, self.command)
+            for note in self._notes:
+                self.directory.say(note)
         self.world.broadcast(None)  # nobody reads the directory before it is made
         if self._resume:
             self._restore()
@@ -88,7 +95,7 @@ class Session:
             signal.signal(signum, handler)
         if self._progress is not None:
             self._progress.close()
-        if self.world.first:
+        if self.directory is not None:
             if isinstance(error, PenstockError):
                 self.directory.note(f"stopped: {error}")
             for lines in self._lines.values():
@@ -123,7 +130,7 @@ class Session:
     def steps(self, start: int, total: int) -> Iterator[int]:
         """Step numbers start + 1 .. total, with a progress line."""
         self._total = total
-        if self.world.first:
+        if self.directory is not None:
             as_json = self.config.run.json
             self._progress = Progress(start, total, self.command, self.directory.note, json=as_json)
         self._since = time.perf_counter()
@@ -162,8 +169,12 @@ class Session:
             )
 
     def say(self, text: str) -> None:
-        """A line for the user, on stderr and in log.txt."""
-        if self.world.first:
+        """A line for the user, on stderr and in log.txt; kept until the run directory is there."""
+        if not self.world.first:
+            return
+        if self.directory is None:
+            self._notes.append(text)
+        else:
             self.directory.say(text)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""The commands as a user types them: help, errors, exit codes, and a whole small run of each stage."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock import cli
+from penstock.data.toyland import save_tokenizer
+from tests.conftest import comparisons, demonstrations
+
+
+def run(*arguments, **options):
+    """The real command in a process of its own."""
+    command = [sys.executable, "-m", "penstock", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def exit_of(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command run in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(one) for one in arguments])
+        raise SystemExit(0)
+    out, err = capsys.readouterr()
+    return stopped.value.code or 0, out, err
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "chat", "generate", "export", "demo"])
+def test_help_shows_flags_without_importing_torch(command):
+    script = (
+        "import sys\nfrom penstock.cli import main\n"
+        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout
+
+
+def test_help_lists_every_command(capsys):
+    code, out, _ = exit_of(capsys, "--help")
+    assert code == 0
+    assert all(name in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["pp"], 2, "did you mean ppo?"),
+        (["sft", "--model", "nowhere/at/all", "--data", "x.jsonl", "--out", "{tmp}/run"], 2, "no such model directory"),
+        (["sft", "--model", "{model}", "--data", "{tmp}/no.jsonl", "--out", "{tmp}/run"], 2, "no such file"),
+        (["sft", "--model", "{model}", "--data", "{data}", "--out", "{tmp}"], 2, "exists and is not empty"),
+        (["sft", "--model", "{model}", "--data", "{data}", "--out", "/proc/nothing/run"], 2, "cannot be written"),
+        (["sft", "--model", "{model}", "--data", "{data}", "--out", "{tmp}/run", "--strategy", "magic"], 2, "no such strategy"),
+        (["sft", "--config", "{tmp}/no.toml"], 2, "No such file"),
+        (["resume", "{tmp}"], 2, "is no run directory"),
+        (["resume", "a", "b"], 2, "exactly one RUN"),
+        (["export", "{tmp}", "--out", "{tmp}/x"], 2, "is no run directory"),
+        (["generate", "--model", "{model}"], 2, "either --prompt TEXT or --data FILE"),
+        (["generate", "--model", "{model}", "--prompt", "hi", "--top-p", "2"], 2, "top_p=2.0 is not in (0, 1]"),
+        (["data", "check", "{tmp}/no.jsonl"], 2, "no such file"),
+        (["data", "look"], 2, "penstock data check FILE"),
+    ],
+)  # fmt: skip
+def test_a_user_error_is_one_paragraph(capsys, tmp_path, tiny_model, jsonl, arguments, code, text):
+    names = {"tmp": tmp_path, "model": tiny_model(), "data": jsonl(demonstrations(8))}
+    got, _, err = exit_of(capsys, *(one.format(**names) for one in arguments))
+    assert got == code
+    assert text in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_unknown_key_in_a_config_file_is_named_with_the_nearest(capsys, tmp_path):
+    (tmp_path / "run.toml").write_text('model = "m"\nlearning_rte = 1\nbatch_sise = 4\n')
+    code, _, err = exit_of(capsys, "sft", "--config", tmp_path / "run.toml")
+    assert code == 2
+    assert "learning_rte" in err
+    (tmp_path / "run.toml").write_text("batch_sise = 4\n")
+    assert "did you mean batch_size?" in exit_of(capsys, "sft", "--config", tmp_path / "run.toml")[2]
+
+
+def test_flags_win_over_the_config_file(tmp_path):
+    from penstock.config import SFTConfig, from_dict, parse, to_dict
+
+    (tmp_path / "run.toml").write_text('model = "m"\ndata = ["a", "b"]\nout = "o"\nlr = 1e-3\n[optim]\nepochs = 3\n')
+    config = parse(SFTConfig, ["--config", str(tmp_path / "run.toml"), "--lr", "5e-4"])
+    assert (config.optim.lr, config.optim.epochs, config.data.data) == (5e-4, 3, ("a", "b"))
+    assert from_dict(SFTConfig, to_dict(config)).optim == config.optim
+
+
+def test_bad_data_stops_with_4_and_writes_nothing(capsys, tmp_path, tiny_model):
+    (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1], "response_ids": [99]}\n{"prompt_ids": [1]\n')
+    arguments = ("sft", "--model", tiny_model(), "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "run")
+    code, _, err = exit_of(capsys, *arguments)
+    assert code == 4
+    assert "bad.jsonl:2: line: not valid JSON" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_three_stages_then_generate_export_and_chat(tmp_path, tiny_model, jsonl):
+    """One tiny walk through the real commands, with a tokenizer, in processes of their own."""
+    texts = [f"Question {i}: what is {i}?\n" for i in range(24)]
+    model = tiny_model(vocab_size=300, max_length=64)
+    save_tokenizer(Path(model), texts, vocab_size=300)
+    shared = ("--max-length", 64, "--batch-size", 8, "--micro-batch-size", 8, "--steps", 2)
+    sft_data = jsonl([{"prompt": t, "response": f"It is {i}."} for i, t in enumerate(texts)], "sft.jsonl")
+    done = run("sft", "--model", model, "--data", sft_data, "--out", tmp_path / "sft", *shared, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2]
+
+    ranked = jsonl([{"prompt": t, "chosen": "It is so.", "rejected": "Who knows"} for t in texts], "ranked.jsonl")
+    done = run("reward", "--model", tmp_path / "sft", "--data", ranked, "--out", tmp_path / "reward", *shared)
+    assert done.returncode == 0, done.stderr
+
+    prompts = jsonl([{"prompt": t} for t in texts], "prompts.jsonl")
+    done = run("ppo", "--actor", tmp_path / "sft", "--reward", tmp_path / "reward", "--data", prompts,
+               "--out", tmp_path / "ppo", *shared, "--max-new-tokens", 8)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("config.toml", "metrics.jsonl", "perf.jsonl", "samples.jsonl", "log.txt", "report.html"):
+        assert (tmp_path / "ppo" / name).stat().st_size > 0
+
+    done = run("generate", "--model", tmp_path / "ppo", "--data", prompts, "--out", tmp_path / "out.jsonl",
+               "--n", 2, "--max-new-tokens", 4, "--batch-size", 5)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 48
+    assert set(rows[0]) == {"prompt", "response", "prompt_ids", "response_ids", "logprobs", "finish_reason"}
+    assert all(len(row["logprobs"]) == len(row["response_ids"]) <= 4 for row in rows)
+
+    done = run("export", tmp_path / "ppo", "--out", tmp_path / "exported")
+    assert done.returncode == 0, done.stderr
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported")(texts[0]).input_ids[0] == 1
+
+    done = run("chat", tmp_path / "ppo", "--max-new-tokens", 4, "--json", input="hello\n/reset\nagain\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"response"}] * 2
+
+
+def test_reward_runs_on_token_ids_and_reports_its_accuracy(tmp_path, tiny_model, jsonl):
+    data = jsonl(comparisons(60))
+    done = run("reward", "--model", tiny_model(), "--data", data, "--out", tmp_path / "run", "--lr", "1e-2",
+               "--epochs", 10, "--batch-size", 16, "--max-length", 32, "--eval-every", 10)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["heldout/accuracy"] > 0.8
+    from transformers import AutoModelForSequenceClassification
+
+    name = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoints" / name / "model")
+    assert model.score.weight.shape == (1, 16)
+
+
+def test_doctor_says_ready():
+    done = run("doctor")
+    assert "ready to train" in done.stdout + done.stderr or done.returncode == 3
