@@ -1,4 +1,4 @@
-"""penstock: open, low-cost training of ChatGPT-style assistants. Names load on first use, so that importing is cheap."""
+"""penstock: open, low-cost training of ChatGPT-style assistants. Names load on first use: importing is cheap."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from penstock.errors import PenstockError, ResourceError, UserError
 
@@ -105,7 +106,7 @@ def _resume(arguments: list[str]) -> None:
     saved = RunDirectory.peek(path)
     configs = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
     command = str(saved.pop("command"))
-    config = from_dict(configs[command], {**saved, "out": path})
+    config: Any = from_dict(configs[command], {**saved, "out": path})
     if command == "sft":
         from penstock.algorithms.sft import sft
 
@@ -154,7 +155,7 @@ def _export(arguments: list[str]) -> None:
 def _data(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            "usage: penstock data check FILE [FILE ...]\n\nSays what the files are and names each bad line; exit 4 if any."
+            "usage: penstock data check FILE [FILE ...]\n\nSays what files are and names each bad line; exit 4 if any."
         )
         sys.exit(0 if arguments else 2)
     if arguments[0] != "check" or len(arguments) < 2:

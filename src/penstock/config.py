@@ -262,7 +262,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole way on a small world of its own: base model, SFT, labellers, reward model, PPO, and an honest report."""
+    """The whole way on a small world of its own: base model, SFT, labellers, reward model, PPO, and a report."""
 
     out: str = "runs/demo"
     """Where the runs and the report go; replaced if an earlier demo made it."""
@@ -278,7 +278,8 @@ def field_names(config_class: type) -> list[str]:
     """All flag names of a command, groups flattened."""
     names: list[str] = []
     for one in dataclasses.fields(config_class):
-        names += field_names(one.type) if _is_group(one.type) else [one.name]
+        kind: Any = one.type
+        names += field_names(kind) if _is_group(kind) else [one.name]
     return names
 
 

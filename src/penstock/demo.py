@@ -129,6 +129,8 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     sampled = answer(tuned, asked, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed + 1))
     comparisons = []
     for question, four in zip(asked, sampled, strict=True):
+        if not all(text for text, _ in four):
+            continue  # nobody can judge an empty answer
         golds = [world.gold(question, text, ended) for text, ended in four]
         labels = ranks(golds, LABEL_NOISE, rng)
         comparisons.append(
@@ -201,7 +203,7 @@ def measure(
         "kl": learned[-1]["objective/kl"],
         "seconds": time.perf_counter() - started,
     }
-    shown = [
+    shown: list[tuple[str, dict[str, tuple[str, float | None]]]] = [
         (q.prompt.strip(), {name: (texts[name][i], golds[name][i]) for name in runs})
         for i, q in enumerate(heldout[:10])
     ]
@@ -250,7 +252,7 @@ def page_of(results: list[SeedResult]) -> str:
             "who asks) measured all of them on questions that nothing was trained on, and was shown to nobody."
         )
     ]
-    header = ("seed", "gold: base", "gold: sft", "gold: ppo", "se of ppo - sft", "ppo - sft in se", "reward model accuracy",
+    header = ("seed", "gold: base", "gold: sft", "gold: ppo", "se of ppo - sft", "ppo - sft in se", "reward accuracy",
               "noise ceiling", "KL, nats", "seconds")  # fmt: skip
     rows = []
     for facts in (result.facts for result in results):

@@ -57,7 +57,8 @@ def test_one_token_task_approaches_the_kl_regularised_optimum(tmp_path, tiny_mod
     run = ppo(
         config(
             tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=beta, missing_eos_score=None, samples=0,
-            target_kl=None, value_clip=None, optim={"batch_size": 512, "micro_batch_size": 512, "steps": 120, "lr": 2e-3},
+            target_kl=None, value_clip=None,
+            optim={"batch_size": 256, "micro_batch_size": 256, "steps": 100, "lr": 2e-3},
         )
     )  # fmt: skip
     rewards = torch.tensor([table.get(i, 0.0) for i in range(16)])

@@ -1,5 +1,6 @@
 """Records into ids: loss on the assistant's tokens only, one EOS, at most one BOS, and the same start everywhere."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ MakeTokenizer = Callable[..., Any]
 def make_tokenizer(tmp_path: Path) -> MakeTokenizer:
     """Saves a byte-level BPE as a model directory would hold it, and returns the directory."""
 
-    def make(name: str = "model", *, bos: bool = False, template: str | None = None, **names: str) -> Path:
+    def make(name: str = "model", *, bos: bool = False, template: str | None = None, **names: Any) -> Path:
         special = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -226,6 +227,15 @@ def test_a_template_that_hides_the_answer_is_a_data_error(make_tokenizer: MakeTo
     record = Comparison(where="f:1", messages=(user("Hi"),), responses=("a", "b"), ranks=(0, 1))
     with pytest.raises(DataError, match="does not write an answer behind its prompt"):
         encoder.encode_comparison(record)
+
+
+def test_a_long_text_is_judged_by_our_limit_and_not_by_the_tokenizers(
+    make_tokenizer: MakeTokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    encoder = encoder_of(make_tokenizer(model_max_length=4))
+    encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
+    assert not caplog.messages
 
 
 def test_ids_are_used_as_they_are(make_tokenizer: MakeTokenizer) -> None:

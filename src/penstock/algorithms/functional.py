@@ -205,7 +205,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) 
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - var(returns - values) / var(returns) over valid positions; 1 is a perfect critic, 0 when returns are constant."""
+    """1 - var(returns - values) / var(returns) over valid positions: 1 is perfect; 0 if returns are constant."""
     values, returns = values[mask].float(), returns[mask].float()
     variance = returns.var(unbiased=False)
     return torch.where(variance > 0, 1 - (returns - values).var(unbiased=False) / variance, torch.zeros_like(variance))

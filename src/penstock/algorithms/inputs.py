@@ -43,11 +43,12 @@ def read(
         raise UserError(f"--keys {' '.join(flags.keys)}: give pairs ours=theirs, as in --keys prompt=question.")
     dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad)
     say(dataset.decision)
-    encode = {
+    encoders: dict[Kind, Callable[[Any], Any]] = {
         "demonstrations": encoder.encode_demonstration,
         "comparisons": encoder.encode_comparison,
         "prompts": encoder.encode_prompt,
-    }[kind]
+    }
+    encode = encoders[kind]
     records, encoded, bad = [], [], list(dataset.bad)
     for record in dataset.records:
         try:

@@ -123,7 +123,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         if config.top_k or config.top_p < 1:
             session.say(f"rollouts are truncated (top_k={config.top_k}, top_p={config.top_p}): KL may turn negative")
         total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
-        step = update = 0
+        done = update = 0
         experience: Experience | None = None
         critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
         if session.state:
@@ -132,7 +132,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             critic_sink.load_state_dict(saved["critic"])
             shuffle.load_state_dict(saved["shuffle"])
             ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
-            step, update, kl.beta, critic_ready = (saved[key] for key in ("step", "update", "beta", "critic_ready"))
+            done, update, kl.beta, critic_ready = (saved[key] for key in ("step", "update", "beta", "critic_ready"))
             experience = Experience(**saved["experience"]) if saved["experience"] else None
         sums: list[tuple[str, StepStats]] = saved_sums(session.state)
 
@@ -151,12 +151,18 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             scores = scorer(records[: config.samples], answers)
             session.sample(step, sample_rows(encoder, answers, scores, kind="greedy"))
 
-        if step == 0 and experience is None:
+        if done == 0 and experience is None:
             show(0)
+
+        def policy_loss(part: Experience | list[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+            return actor_loss(actor, part, config, world, count, extra)
+
+        def value_loss(part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+            return critic_loss(critic, part, config, count)
 
         mini = config.mini_batch_size or optim.batch_size
         updates = optim.epochs * math.ceil(optim.batch_size / mini)
-        for step in session.steps(step, total):
+        for step in session.steps(done, total):
             done = step - 1
             if experience is None:  # otherwise a checkpoint was taken in the middle of this step
                 chosen = shuffle.next(optim.batch_size)
@@ -196,7 +202,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                         one = strategy.step(
                             actor_sink,
                             [*share, *example_batches(world.mine(extra), optim.micro_batch_size)],
-                            lambda part, count=count, extra=extra: actor_loss(actor, part, config, world, count, extra),
+                            policy_loss,
                             lr=optim.lr * lr,
                             max_grad_norm=optim.max_grad_norm,
                         )
@@ -205,7 +211,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                     one = strategy.step(
                         critic_sink,
                         share,
-                        lambda part, count=count: critic_loss(critic, part, config, count),
+                        value_loss,
                         lr=(config.critic_lr or 5 * optim.lr) * lr,
                         max_grad_norm=optim.max_grad_norm,
                     )
@@ -256,22 +262,21 @@ def score(
         values = values_of(critic, tokens, prompt_lengths, response_lengths)
         engine = fn.unpack(torch.tensor([p for a in answers for p in a.logprobs], device=device), response_lengths)
         zeros = torch.zeros_like(logprobs)
-        parts.append(
-            Experience(
-                tokens,
-                prompt_lengths,
-                response_lengths,
-                logprobs,
-                ref_logprobs,
-                values,
-                entropy,
-                (engine - logprobs).abs(),
-                torch.zeros(len(answers), device=device),
-                torch.tensor([a.finish_reason == "stop" for a in answers], device=device),
-                zeros,
-                zeros,
-            ).to("cpu")  # fmt: skip
+        part = Experience(
+            tokens=tokens,
+            prompt_lengths=prompt_lengths,
+            lengths=response_lengths,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            entropy=entropy,
+            engine_gap=(engine - logprobs).abs(),
+            scores=torch.zeros(len(answers)),
+            ended=torch.tensor([a.finish_reason == "stop" for a in answers]),
+            advantages=zeros,
+            returns=zeros,
         )
+        parts.append(part.to("cpu"))
     experience = concatenate(parts)
     return dataclasses.replace(experience, scores=torch.tensor(scorer(records, rollout), dtype=torch.float32))
 

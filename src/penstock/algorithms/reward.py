@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,21 +71,28 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
         sink = strategy.prepare(model, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(train), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
-        step = 0
+        done = 0
         if session.state:
             sink.load_state_dict(session.state["sink"])
             shuffle.load_state_dict(session.state["shuffle"])
-            step = session.state["step"]
+            done = session.state["step"]
             model.mean, model.std, model.facts = (session.state[key] for key in ("mean", "std", "facts"))
 
-        for step in session.steps(step, total):
+        def loss_of(batch: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
+            return ranking_loss(model, batch, world, optim.batch_size, config.margin)
+
+        def state() -> dict[str, Any]:
+            scale = {"mean": model.mean, "std": model.std, "facts": model.facts}
+            return {"sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step, **scale}
+
+        for step in session.steps(done, total):
             rankings = [train[i] for i in shuffle.next(optim.batch_size)]
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
             with strategy.phase("train"):
                 stats = strategy.step(
                     sink,
                     micro_batches(world.mine(rankings), optim.micro_batch_size),
-                    lambda batch, count=len(rankings): ranking_loss(model, batch, world, count, config.margin),
+                    loss_of,
                     lr=lr,
                     max_grad_norm=optim.max_grad_norm,
                 )
@@ -106,14 +114,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
                     }
             tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
-            session.checkpoint(
-                step,
-                {"model": model},
-                lambda step=step: {
-                    "sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step,
-                    "mean": model.mean, "std": model.std, "facts": model.facts,
-                },
-            )  # fmt: skip
+            session.checkpoint(step, {"model": model}, state)
         return session.finish()
 
 
@@ -141,8 +142,8 @@ def score_rankings(model: RewardModel, rankings: Sequence[Ranking], size: int, w
     """Every ranking's scores, in order, on every rank."""
     mine = world.mine(list(enumerate(rankings)))
     scored: list[tuple[int, list[float]]] = []
-    for start in range(0, len(mine), max(size // 4, 1)):
-        batch = mine[start : start + max(size // 4, 1)]
+    for start in range(0, len(mine), max(size // 2, 1)):
+        batch = mine[start : start + max(size // 2, 1)]
         scores = score_rows(model, [row for _, ranking in batch for row in ranking.rows], world).tolist()
         for index, ranking in batch:
             scored.append((index, scores[: len(ranking.rows)]))

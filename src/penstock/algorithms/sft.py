@@ -7,6 +7,7 @@ another; the best checkpoint is the one with the lowest held-out loss (PPO.md 24
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,11 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
         sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(examples), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(examples) / optim.batch_size)
-        step, best = 0, math.inf
+        done, best = 0, math.inf
         if session.state:
             sink.load_state_dict(session.state["sink"])
             shuffle.load_state_dict(session.state["shuffle"])
-            step, best = session.state["step"], session.state["best"]
+            done, best = session.state["step"], session.state["best"]
 
         probes = [prompt_of(example) for example in (heldout_examples or examples)[: config.samples]]
         sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
@@ -60,10 +61,16 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             answers = generate(actor.decoder, probes, sampling, eos_ids=encoder.eos_ids)
             session.sample(step, sample_rows(encoder, answers, kind="greedy"))
 
-        if step == 0:
+        if done == 0:
             show(0)
 
-        for step in session.steps(step, total):
+        def loss_of(batch: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+            return fn.sft_loss(response_logprobs(actor, batch, world), count), {}
+
+        def state() -> dict[str, Any]:
+            return {"sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step, "best": best}
+
+        for step in session.steps(done, total):
             rows = [examples[i] for i in shuffle.next(optim.batch_size)]
             count = sum(sum(row.trained) for row in rows)  # of the whole batch, all ranks (PPO.md 15)
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
@@ -71,7 +78,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
                 stats = strategy.step(
                     sink,
                     micro_batches(world.mine(rows), optim.micro_batch_size),
-                    lambda batch, count=count: (fn.sft_loss(response_logprobs(actor, batch, world), count), {}),
+                    loss_of,
                     lr=lr,
                     max_grad_norm=optim.max_grad_norm,
                 )
@@ -87,17 +94,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), timing=strategy.take_seconds())
             if step == total:
                 show(step)
-            session.checkpoint(
-                step,
-                {"model": actor},
-                lambda step=step: {
-                    "sink": sink.state_dict(),
-                    "shuffle": shuffle.state_dict(),
-                    "step": step,
-                    "best": best,
-                },
-                best=improved,
-            )
+            session.checkpoint(step, {"model": actor}, state, best=improved)
         return session.finish()
 
 

@@ -191,7 +191,9 @@ class Encoder:
         answer = self._end(ids)
         if len(answer) > len(ids):
             return answer, ""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        offsets = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        ).offset_mapping
         return answer, text[offsets[len(answer) - 1][1] :]
 
     def _end(self, ids: list[int]) -> list[int]:
@@ -209,7 +211,8 @@ class Encoder:
             raise DataError(f"{where}: prompt: the model has no tokenizer, so it reads no text; give prompt_ids.")
         if not text.isascii():
             _check_unicode(text, where)
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
+        # verbose=False: the limit here is --max-length, not the tokenizer's own, which transformers would warn about.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
 
     def _render(self, messages: Sequence[Message], where: str, answer: bool = False) -> str:
         if self.tokenizer is None:

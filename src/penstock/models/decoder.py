@@ -39,7 +39,8 @@ class DecoderConfig:
     position: Literal["learned", "rotary", "alibi"] = "learned"
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"
+    activation: str = "gelu_tanh"
+    """gelu, gelu_tanh, relu or silu: a key of ACTIVATIONS."""
     gated: bool = False
     """SwiGLU and friends: activation(gate) * up."""
     pre_norm: bool = True
@@ -265,7 +266,7 @@ class Decoder(nn.Module):
         return self._run(tokens, where, Positions(self._rotary(where[None]), biases, None), cache)
 
     def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor:
-        """One token per row: tokens [B], positions [B] -> hidden [B, D]; row b writes slot positions[b] and sees <= it."""
+        """One token per row: tokens [B], positions [B] -> [B, D]; row b writes slot positions[b] and sees up to it."""
         where = positions[:, None]  # [B, 1]
         slots = min(int(positions.max()) + 1, cache[0][0].shape[2])  # sync on GPU: issue of the fast engine
         biases = self._biases(where, slots, always=True)

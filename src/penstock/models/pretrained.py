@@ -118,7 +118,7 @@ def save(
     if len(shards) == 1:
         save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
         return
-    where = {}
+    where: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ fp32. All of them take right-padded tokens with lengths and return packed values
 
 import copy
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class ScalarModel(nn.Module):
         """What training found out about the score (held-out pair accuracy, ...); saved with the model."""
 
     @classmethod
-    def from_pretrained(cls, source: str, *, allow_pickle: bool = False) -> "ScalarModel":
+    def from_pretrained(cls, source: str, *, allow_pickle: bool = False) -> Self:
         """From a language model (new random head) or from what `save_pretrained` wrote (its head and scale)."""
         decoder, extras = _load(source, allow_pickle)
         weight = extras.get("score.weight")
@@ -71,7 +72,7 @@ class ScalarModel(nn.Module):
         return model
 
     @classmethod
-    def zero_head(cls, decoder: Decoder) -> "ScalarModel":
+    def zero_head(cls, decoder: Decoder) -> Self:
         """A critic that starts by predicting 0 everywhere (PPO.md 19), on a copy of the decoder."""
         return cls(copy.deepcopy(decoder), torch.zeros(1, decoder.head_weight.shape[1]))
 

@@ -5,8 +5,11 @@ checkpoints/step-000100/model/ [critic/]     Hugging Face directories
 checkpoints/step-000100/state.safetensors    tensors of optimizers, generators, experience in flight
 checkpoints/step-000100/state.json           everything else
 checkpoints/latest, checkpoints/best         names of checkpoints
+
+A name with `.tmp-` in it is unfinished work of a process that lives or was killed: never read, removed by `sweep`.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,13 +26,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from penstock.errors import PenstockError, UserError
+from penstock.errors import PenstockError, ResourceError, UserError
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})")
+OUT_OF_SPACE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "file too large",
+}
 
 
-class Damaged(PenstockError):
+class DamagedError(PenstockError):
     """A checkpoint that does not match its manifest."""
 
 
@@ -45,61 +53,50 @@ def save(
     """Has `write` fill a directory, then makes it the newest checkpoint in one rename; older ones go only afterwards.
 
     `meta` goes into the manifest (config digest, world size). With `best` the file `best` names it too, and the one
-    named there is never deleted. OSError (a full disk) leaves the earlier checkpoints as they were.
+    named there is never deleted. A full disk is a ResourceError, and leaves the earlier checkpoints as they were.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    final = parent / f"step-{step:06d}"
-    unfinished = parent / f"{final.name}.tmp-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir()
-        write(unfinished)
-        files = {
-            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-            for path in sorted(unfinished.rglob("*"))
-            if path.is_file()
-        }
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        manifest = {"step": step, "versions": versions, **meta, "files": files}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in [*unfinished.rglob("*"), unfinished]:
-            _sync(path)
-        if final.exists():  # the same step again, with more in it: a stop in the middle of the step after it
-            replaced = parent / f"{final.name}.tmp-old-{os.getpid()}"
-            final.rename(replaced)
-            unfinished.rename(final)
-            shutil.rmtree(replaced)
-        else:
-            unfinished.rename(final)
-        _sync(parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    point(parent / "latest", final.name)
-    if best:
-        point(parent / "best", final.name)
-    _prune(parent, keep)
-    return final
+        parent.mkdir(parents=True, exist_ok=True)
+        final = _write(parent, step, write, meta)
+        write_whole(parent / "latest", final.name)
+        if best:
+            write_whole(parent / "best", final.name)
+        _prune(parent, step, keep)
+        return final
+    except Exception as error:
+        reason = out_of_space(error)
+        if reason is None:
+            raise
+        there = _all(parent)
+        intact = f"{there[-1].name} is intact" if there else "there is no earlier one"
+        raise ResourceError(
+            f"{parent}: {reason}, so the checkpoint of step {step} could not be finished; {intact}. "
+            f"Free some space (with --keep 1 a run needs room for two), then: penstock resume {parent.parent}"
+        ) from error
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, after every file was found there, whole. Raises Damaged with the first thing that is wrong."""
+    """The manifest, after every file was found there, whole. Raises DamagedError with the first thing that is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        listed: dict[str, dict[str, Any]] = manifest["files"]
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        if manifest.pop("sha256") != _digest_of(manifest):
+            raise DamagedError(f"{path / MANIFEST}: has changed since it was written (sha256)")
+        there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+        if odd := sorted(there ^ set(files)):
+            raise DamagedError(f"{path / odd[0]}: {'is missing' if odd[0] in files else 'does not belong there'}")
+        for name, (size, digest) in files.items():
+            found = (path / name).stat().st_size
+            if found != size:
+                raise DamagedError(f"{path / name}: has {found} bytes instead of {size}")
+            if _digest(path / name) != digest:
+                raise DamagedError(f"{path / name}: its bytes have changed since they were written (sha256)")
     except FileNotFoundError as error:
-        raise Damaged(f"{path}: has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path / MANIFEST}: is damaged ({error})") from error
-    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    if odd := sorted(there ^ set(listed)):
-        raise Damaged(f"{path / odd[0]}: {'is missing' if odd[0] in listed else 'does not belong there'}")
-    for name, facts in listed.items():
-        size = (path / name).stat().st_size
-        if size != facts["bytes"]:
-            raise Damaged(f"{path / name}: has {size} bytes instead of {facts['bytes']}")
-        if _digest(path / name) != facts["sha256"]:
-            raise Damaged(f"{path / name}: its bytes have changed since they were written (sha256)")
+        raise DamagedError(f"{error.filename}: is missing") from error
+    except OSError as error:  # a bad sector, no permission
+        raise DamagedError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path / MANIFEST}: is no manifest ({error})") from error
     return manifest
 
 
@@ -113,31 +110,30 @@ def newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
         try:
             verify(path)
             return path
-        except Damaged as error:
+        except DamagedError as error:
             damaged.append(str(error))
-            warn(f"checkpoint passed over: {error}")
+            warn(f"WARNING: damaged checkpoint passed over, looking for an older one: {error}")
     if damaged:
         raise UserError(
-            f"{parent}: every checkpoint is damaged: {'; '.join(damaged)}. Start the run again, or restore them."
+            f"{parent}: every checkpoint is damaged: {'; '.join(damaged)}. Restore one from a copy, or start a new run."
         )
     return None
 
 
 def trusted(parent: Path, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to use a run's model from: the one `best` names if it verifies, else the newest that does."""
-    named = parent / "best"
-    if named.exists():
-        path = parent / named.read_text(encoding="utf-8").strip()
+    named = _best(parent)
+    if named is not None:
         try:
-            verify(path)
-            return path
-        except Damaged as error:
-            warn(f"the best checkpoint is damaged, using the newest instead: {error}")
+            verify(parent / named)
+            return parent / named
+        except DamagedError as error:
+            warn(f"WARNING: the best checkpoint is damaged, using the newest instead: {error}")
     return newest(parent, warn)
 
 
 def sweep(parent: Path) -> None:
-    """Removes what killed writers left unfinished. A kill between two renames of one step is undone first."""
+    """Removes what killed writers left unfinished. A kill between the two renames of one step is undone first."""
     for old in parent.glob("step-*.tmp-old-*"):
         final = parent / old.name.split(".tmp-", 1)[0]
         if not final.exists():
@@ -146,28 +142,52 @@ def sweep(parent: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def point(file: Path, text: str) -> None:
-    """Writes a small file in one rename."""
+def write_whole(file: Path, text: str) -> None:
+    """Writes a small file and a line end in one rename: readers see the old text or the new, never half."""
     unfinished = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    _sync(unfinished)
-    unfinished.rename(file)
+    try:
+        unfinished.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        _sync(unfinished)
+        unfinished.rename(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     _sync(file.parent)
+
+
+def out_of_space(error: BaseException) -> str | None:
+    """Why there was no room to write, in words, or None when the error is something else."""
+    code = error.errno if isinstance(error, OSError) else None
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' own error type
+        code = int(match[1])
+    return OUT_OF_SPACE.get(code or 0)
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Nested dicts and lists of tensors and plain values -> PATH.safetensors and PATH.json, exactly (tuples become lists)."""
+    """Nested dicts (keys: str) and lists of tensors and plain values, exactly; tuples become lists.
+
+    Writes PATH.safetensors and PATH.json. A tensor that occurs twice is written twice.
+    """
     tensors: dict[str, Tensor] = {}
+    addresses: set[int] = set()
 
     def strip(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().contiguous()
+            data = value.detach().cpu().contiguous()
+            if data.data_ptr() in addresses:  # safetensors refuses two names for one memory
+                data = data.clone()
+            addresses.add(data.data_ptr())
+            while name in tensors:  # {"a.b": x, "a": {"b": y}}
+                name += "'"
+            tensors[name] = data
             return {"__tensor__": name}
         if isinstance(value, Mapping):
-            return {str(key): strip(one, f"{name}.{key}" if name else str(key)) for key, one in value.items()}
+            if odd := [key for key in value if not isinstance(key, str) or key == "__tensor__"]:
+                raise TypeError(f"{name or 'state'}: key {odd[0]!r} would not come back as it is")
+            return {key: strip(one, f"{name}.{key}" if name else key) for key, one in value.items()}
         if isinstance(value, list | tuple):
             return [strip(one, f"{name}.{i}") for i, one in enumerate(value)]
         return value
@@ -183,25 +203,30 @@ def read_state(path: Path) -> dict[str, Any]:
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
-            return (
-                tensors[value["__tensor__"]]
-                if "__tensor__" in value
-                else {key: fill(one) for key, one in value.items()}
-            )
+            if "__tensor__" in value:
+                return tensors[value["__tensor__"]]
+            return {key: fill(one) for key, one in value.items()}
         return [fill(one) for one in value] if isinstance(value, list) else value
 
     return fill(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
 
 
+def seed_everything(seed: int) -> None:
+    """Puts every global generator at the start of a stream: a --reward-fn may draw from any of them."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """Every global generator: python, numpy, torch, and the device's."""
-    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking an idle device would start it, on a run that never uses it
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -220,28 +245,74 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
+def _write(parent: Path, step: int, write: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
+    """A whole checkpoint, on the disk for good when this returns; nothing of it when this raises."""
+    final = parent / f"step-{step:06d}"
+    unfinished = parent / f"{final.name}.tmp-{os.getpid()}"
+    replaced = parent / f"{final.name}.tmp-old-{os.getpid()}"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        write(unfinished)
+        files = {
+            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            for path in sorted(unfinished.rglob("*"))
+            if path.is_file()
+        }
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        manifest = {"step": step, "versions": versions, **meta, "files": files}
+        manifest["sha256"] = _digest_of(manifest)
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _sync(path)
+        if final.exists():  # the same step again: a stop in the middle of the next one, or a damaged one passed over
+            final.rename(replaced)
+        unfinished.rename(final)
+        _sync(parent)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
 def _all(parent: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in parent.glob("step-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def _prune(parent: Path, keep: int) -> None:
-    kept = {path.name for path in _all(parent)[-max(keep, 1) :]}
-    if (parent / "best").exists():
-        kept.add((parent / "best").read_text(encoding="utf-8").strip())
+def _best(parent: Path) -> str | None:
+    """The name in the file `best`, or None when there is no such file or no name in it."""
+    if not (parent / "best").exists():
+        return None
+    text = (parent / "best").read_text(encoding="utf-8", errors="replace").strip()
+    return text if NAME.fullmatch(text) else None
+
+
+def _prune(parent: Path, step: int, keep: int) -> None:
+    """Removes all but the newest `keep` up to `step`, which has just been written, and the best.
+
+    Anything after `step` was damaged and passed over when this run resumed: were it counted, `step` itself could go.
+    """
+    past = [path.name for path in _all(parent) if int(path.name.removeprefix("step-")) <= step]
+    kept = {*past[-max(keep, 1) :], _best(parent)}
     for path in _all(parent):
         if path.name not in kept:
-            gone = path.with_name(
-                f"{path.name}.tmp-gone-{os.getpid()}"
-            )  # a kill in the middle must not leave half of one
-            path.rename(gone)
+            gone = path.with_name(f"{path.name}.tmp-gone-{os.getpid()}")
+            path.rename(gone)  # first: a kill in the middle must not leave half of one under a good name
             shutil.rmtree(gone)
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

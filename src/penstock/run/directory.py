@@ -5,19 +5,22 @@
 One process writes it at a time (a lock on `lock` that the kernel drops when the process dies).
 """
 
-import errno
+import contextlib
 import fcntl
 import os
 import sys
 import time
 import tomllib
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import tomli_w
 
-from penstock.errors import UserError
+from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.run import checkpoint
+
+UNCLAIMED = {"lock", "log.txt"}
+"""What a run that was killed before its config.toml leaves: as good as an empty directory."""
 
 
 class RunDirectory:
@@ -27,7 +30,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._lock = _locked(path)
-        self._log: TextIO = (path / "log.txt").open("a", encoding="utf-8")
+        self._log = (path / "log.txt").open("ab", buffering=0)
 
     @staticmethod
     def create(path: Path, config: dict[str, Any], command: str) -> "RunDirectory":
@@ -36,18 +39,19 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             directory = RunDirectory(path)
-            text = tomli_w.dumps({"command": command, **config})
-            (path / "config.toml").write_text(text, encoding="utf-8")
+            checkpoint.write_whole(path / "config.toml", tomli_w.dumps({"command": command, **config}))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another directory.") from error
+            raise _refused(f"--out {path}", error) from error
         return directory
 
     @staticmethod
     def refuse_used(path: Path) -> None:
         """Raises UserError when there is something at the path already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        try:
+            used = path.exists() and (not path.is_dir() or {one.name for one in path.iterdir()} - UNCLAIMED)
+        except OSError as error:
+            raise _refused(f"--out {path}", error) from error
+        if used:
             hint = f"go on with it (penstock resume {path}), or " if (path / "config.toml").exists() else ""
             raise UserError(f"--out {path}: exists and is not empty; {hint}choose another directory.")
 
@@ -55,9 +59,12 @@ class RunDirectory:
     def open(path: Path) -> "RunDirectory":
         """Opens a run to go on with, and removes what a killed process left unfinished."""
         RunDirectory.peek(path)
-        directory = RunDirectory(path)
-        if directory.checkpoints.exists():
-            checkpoint.sweep(directory.checkpoints)
+        try:
+            directory = RunDirectory(path)
+            if directory.checkpoints.exists():
+                checkpoint.sweep(directory.checkpoints)
+        except OSError as error:
+            raise _refused(str(path), error) from error
         return directory
 
     @staticmethod
@@ -65,11 +72,16 @@ class RunDirectory:
         """The run's config.toml, `command` included. Raises UserError when there is none."""
         file = Path(path) / "config.toml"
         try:
-            return tomllib.loads(file.read_text(encoding="utf-8"))
+            config = tomllib.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"{path}: is no run directory (no config.toml in it); check the path.") from error
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: is damaged ({error}); restore it, or start the run again.") from error
+        if not isinstance(config.get("command"), str):
+            raise UserError(f'{file}: does not say which command made this run; add a line like: command = "sft"')
+        return config
 
     def say(self, text: str) -> None:
         """A line for people: on stderr, and in log.txt with the time."""
@@ -77,9 +89,9 @@ class RunDirectory:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """A line in log.txt only."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        """A line in log.txt only. A full disk is not told here, but by the metrics and the checkpoints."""
+        with contextlib.suppress(OSError):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
         """Lets go of the lock."""
@@ -90,15 +102,30 @@ class RunDirectory:
 def resolve_model(source: str, which: str = "model") -> str:
     """A run directory's best (or newest) weights of that name; anything else is returned unchanged.
 
-    `which` falls back to `model`, so that a critic can start from a reward run as well as from a ppo run.
+    One checkpoint of a run may be named too (RUN/checkpoints/step-000100), and is verified. `which` falls back to
+    `model`, so that a critic can start from a reward run as well as from a ppo run.
     """
     path = Path(source)
-    if not (path / "config.toml").exists():
+    if (path / "config.toml").exists():
+        found = checkpoint.trusted(path / "checkpoints", lambda text: print(text, file=sys.stderr))
+        if found is None:
+            raise UserError(f"{source}: this run has no checkpoint yet; let it finish, or penstock resume it.")
+    elif checkpoint.NAME.fullmatch(path.name) and (path / checkpoint.MANIFEST).exists():
+        try:
+            checkpoint.verify(found := path)
+        except checkpoint.DamagedError as error:
+            raise UserError(f"{error}. Use the run directory itself: it finds the newest whole checkpoint.") from error
+    else:
         return source
-    found = checkpoint.trusted(path / "checkpoints", lambda text: print(text, file=sys.stderr))
-    if found is None:
-        raise UserError(f"{source}: this run has no checkpoint yet; let it finish, or penstock resume it.")
     return str(found / which if (found / which).exists() else found / "model")
+
+
+def _refused(where: str, error: OSError) -> PenstockError:
+    if reason := checkpoint.out_of_space(error):
+        return ResourceError(f"{where}: {reason}; free some space and try again.")
+    return UserError(
+        f"{where}: cannot be written ({error.strerror}); choose another directory or mend its permissions."
+    )
 
 
 def _locked(path: Path) -> int:

@@ -1,5 +1,6 @@
-"""Numbers as JSON lines that survive a kill: what follows from data and seed in metrics.jsonl, byte-equal after a resume;
-times and memory in perf.jsonl.
+"""Numbers as JSON lines that survive a kill.
+
+metrics.jsonl holds what follows from data and seed, byte-equal after a resume; perf.jsonl holds times and memory.
 """
 
 import json
@@ -13,21 +14,24 @@ from typing import Any
 
 
 class Lines:
-    """A JSON-lines file that is cut back to `offset` bytes when opened: what came after the checkpoint never happened."""
+    """A JSON-lines file, cut back to `offset` bytes when opened: what came after the checkpoint never happened."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
+        size = os.fstat(self._file.fileno()).st_size
+        if size < offset:  # somebody deleted or cut it: the training goes on, and its record says so by the gap
+            print(f"WARNING: {path}: has {size} bytes instead of {offset}, earlier lines are lost", file=sys.stderr)
+            offset = path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(offset)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One object, one line. Numbers that are not finite become null: JSON has no NaN."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(finite, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        line = memoryview(to_json(row).encode("utf-8", "backslashreplace") + b"\n")  # a lone surrogate: its JSON escape
+        while line:  # a nearly full disk takes a part, and refuses the rest
+            line = line[self._file.write(line) :]
 
     def sync(self) -> int:
         """Forces all lines to the disk and returns the file's length in bytes, to be kept in the checkpoint."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
@@ -36,12 +40,25 @@ class Lines:
         self._file.close()
 
 
+def to_json(row: Mapping[str, Any]) -> str:
+    """A row as one line of strict JSON, in any depth null for a number that is not finite."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {key: finite(one) for key, one in value.items()}
+        return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(row), ensure_ascii=False, allow_nan=False)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file that a run wrote; empty when it wrote none."""
+    """All rows of a JSON-lines file that a run wrote; empty when it wrote none. A last line cut short is left out."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def peak_rss_bytes() -> int:

@@ -1,16 +1,21 @@
 """The line that a person watches: one live line in a terminal, one plain line per step elsewhere, or JSON."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from penstock.run.metrics import to_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     # metric, label, format: the numbers people look for, in this order, those that the stage has
     ("loss", "loss", "{:7.4f}".format),
-    ("heldout/loss", "held-out", "{:7.4f}".format),
+    ("heldout/loss", "held-out loss", "{:7.4f}".format),
     ("accuracy", "accuracy", "{:5.3f}".format),
-    ("heldout/accuracy", "held-out", "{:5.3f}".format),
+    ("heldout/accuracy", "held-out accuracy", "{:5.3f}".format),
     ("objective/scores", "score", "{:+7.3f}".format),
     ("objective/scores_std", "std", "{:6.3f}".format),
     ("objective/kl", "kl", "{:7.3f}".format),
@@ -20,17 +25,18 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("objective/response_length", "length", "{:5.1f}".format),
     ("lr", "lr", "{:.1e}".format),
     ("perf/tokens_per_second", "tok/s", "{:7.0f}".format),
-    ("perf/device_peak_bytes", "device GB", lambda v: f"{v / 1e9:5.2f}"),
-    ("perf/host_peak_bytes", "host GB", lambda v: f"{v / 1e9:5.2f}"),
+    ("perf/device_peak_bytes", "device GB", lambda v: f"{v / 1e9:6.2f}"),
+    ("perf/host_peak_bytes", "host GB", lambda v: f"{v / 1e9:6.2f}"),
 )
 
 
 class Progress:
-    """Shows steps of `total`. `note` receives the plain line too (log.txt)."""
+    """Shows steps start + 1 .. total. `note` receives the plain line too (log.txt)."""
 
     def __init__(self, start: int, total: int, title: str, note: Callable[[str], None], *, json: bool = False) -> None:
         self.total, self.title, self.note, self.json = total, title, note, json
         self._start, self._began = start, time.perf_counter()
+        self._widths: dict[str, int] = {}
         self._live = None
         if sys.stderr.isatty() and not json:
             from rich.console import Console
@@ -42,12 +48,14 @@ class Progress:
     def update(self, step: int, stats: Mapping[str, float]) -> None:
         """Shows one step's numbers."""
         if self.json:
-            print(json.dumps({"step": step, "total": self.total, **stats}), flush=True)
-        shown = [(label, form(stats[name])) for name, label, form in COLUMNS if stats.get(name) is not None]
-        plain = f"{self.title} {step:>{len(str(self.total))}}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown)
+            print(to_json({"step": step, "total": self.total, **stats}), flush=True)
+        fields = self._fields(stats)
+        left = _clock((time.perf_counter() - self._began) / max(step - self._start, 1) * (self.total - step))
+        numbers = "  ".join(f"{label} {value}" for label, value in fields)
+        plain = f"{self.title} {step:>{len(str(self.total))}}/{self.total}  {numbers}  left {left}"
         self.note(plain)
         if self._live is not None:
-            self._live.update(self._table(step, shown))
+            self._live.update(self._screen(step, fields, left))
         elif not self.json:
             print(plain, file=sys.stderr, flush=True)
 
@@ -56,15 +64,39 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def _table(self, step: int, shown: list[tuple[str, str]]) -> object:
-        from rich.table import Table
+    def _fields(self, stats: Mapping[str, float]) -> list[tuple[str, str]]:
+        """(label, text) of each column this run has shown so far; a dash where this step did not measure it."""
+        fields = []
+        for name, label, form in COLUMNS:
+            value = stats.get(name)
+            if value is not None:
+                text = form(value)
+                self._widths[name] = max(self._widths.get(name, 0), len(text))
+            elif name in self._widths:
+                text = "-"
+            else:
+                continue
+            fields.append((label, f"{text:>{self._widths[name]}}"))
+        return fields
 
-        done, spent = step - self._start, time.perf_counter() - self._began
-        left = spent / max(done, 1) * (self.total - step)
-        table = Table(
-            title=f"{self.title}: step {step} of {self.total}, {left / 60:.1f} min left", title_justify="left"
+    def _screen(self, step: int, fields: list[tuple[str, str]], left: str) -> "RenderableType":
+        from rich.columns import Columns
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self.title, style="bold"),
+            ProgressBar(total=self.total, completed=step, width=32),
+            f"step {step} of {self.total}",
+            f"{left} left",
         )
-        for label, _ in shown:
-            table.add_column(label, justify="right", no_wrap=True)
-        table.add_row(*(value for _, value in shown))
-        return table
+        numbers = [Text.assemble((f"{label} ", "dim"), value.strip()) for label, value in fields]
+        return Group(head, Columns(numbers, padding=(0, 2), equal=True))
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds, always as wide."""
+    return f"{int(seconds) // 3600:2d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

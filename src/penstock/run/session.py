@@ -37,7 +37,7 @@ class Saved(Protocol):
         """Writes config and weights."""
 
 
-class Interrupted(PenstockError):
+class StoppedError(PenstockError):
     """SIGTERM or Ctrl-C, after the checkpoint was written."""
 
     def __init__(self, message: str, signum: int) -> None:
@@ -79,6 +79,7 @@ class Session:
             for note in self._notes:
                 self.directory.say(note)
         self.world.broadcast(None)  # nobody reads the directory before it is made
+        checkpoint.seed_everything(self.config.run.seed + self.world.rank)
         if self._resume:
             self._restore()
         if self.world.first:
@@ -118,8 +119,8 @@ class Session:
         ranks = self.state["rng"]
         if len(ranks) != self.world.size:
             self.say(
-                f"the checkpoint was written by {len(ranks)} ranks and this run has {self.world.size}: data and samples "
-                "stay the same, random numbers that a --reward-fn draws do not"
+                f"the checkpoint was written by {len(ranks)} ranks and this run has {self.world.size}: data and "
+                "samples stay the same, random numbers that a --reward-fn draws do not"
             )
         checkpoint.set_rng_state(ranks[self.world.rank % len(ranks)])
         self.episode = self.state["episode"]
@@ -164,8 +165,8 @@ class Session:
             self.say(f"an update was skipped: loss {stats.sums['loss']}, gradient norm {stats.grad_norm}")
         if self._skips == SKIPS_IN_A_ROW:
             raise ResourceError(
-                f"{self.path}: {SKIPS_IN_A_ROW} updates in a row were not finite, so the run stopped; its last checkpoint "
-                "is from before them. Try a lower --lr, or --dtype fp32."
+                f"{self.path}: {SKIPS_IN_A_ROW} updates in a row were not finite, so the run stopped; its last "
+                "checkpoint is from before them. Try a lower --lr, or --dtype fp32."
             )
 
     def say(self, text: str) -> None:
@@ -182,7 +183,7 @@ class Session:
     def checkpoint(
         self, step: int, models: Mapping[str, Saved], state: Callable[[], dict[str, Any]], *, best: bool = False
     ) -> None:
-        """At the end of a step: saves when one is due, when it is the best yet, at the last step, or when told to stop."""
+        """At the end of a step: saves when one is due, when it is the best, at the last step, or when told to stop."""
         stopping = self._stopping()
         if best or stopping or step == self._total or step % self.config.run.checkpoint_every == 0:
             self._save(step, models, state(), best)
@@ -209,7 +210,7 @@ class Session:
 
     def _stop(self, signum: int) -> None:
         name = signal.Signals(signum).name
-        raise Interrupted(f"{name}: stopped after a checkpoint; go on with: penstock resume {self.path}", signum)
+        raise StoppedError(f"{name}: stopped after a checkpoint; go on with: penstock resume {self.path}", signum)
 
     def _save(self, step: int, models: Mapping[str, Saved], state: dict[str, Any], best: bool) -> None:
         rng = self.world.gather(checkpoint.rng_state())

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3 (Yang et al. 2024, 2025): Llama with biased q, k, v (Qwen2) or normed q, k (Qwen3), and windows by layer."""
+"""Qwen2 and Qwen3 (Yang et al. 2024, 2025): Llama with biased (2) or normed (3) queries and keys, windows by layer."""
 
 import dataclasses
 from typing import Any
