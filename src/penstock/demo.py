@@ -125,7 +125,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     )
 
     # Stage 2: labellers rank K = 4 answers of the SFT model by gold plus noise; the reward model sees ranks only.
-    asked = trained_on[1500:2300]
+    asked = trained_on[1500:3000]
     sampled = answer(tuned, asked, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed + 1))
     comparisons = []
     for question, four in zip(asked, sampled, strict=True):
@@ -142,20 +142,20 @@ def one_seed(out: Path, seed: int) -> SeedResult:
             model=str(tuned),
             data=DataFlags(data=(str(data / "comparisons.jsonl"),), max_length=64),
             run=RunFlags(out=str(out / "reward"), seed=seed, checkpoint_every=10_000, keep=1),
-            optim=OptimFlags(lr=5e-4, batch_size=16, micro_batch_size=64, epochs=2),
-            heldout=0.2, eval_every=20,
+            optim=OptimFlags(lr=3e-4, batch_size=16, micro_batch_size=64, epochs=1),
+            heldout=0.15, eval_every=40,
         )
     )  # fmt: skip
 
     # Stage 3: PPO sees prompts and the reward model.
-    write_lines(data / "prompts.jsonl", [{"prompt": q.prompt} for q in trained_on[2300:]])
+    write_lines(data / "prompts.jsonl", [{"prompt": q.prompt} for q in trained_on[3000:]])
     aligned = ppo(
         PPOConfig(
             actor=str(tuned), reward=str(judge),
             data=DataFlags(data=(str(data / "prompts.jsonl"),), max_length=64),
             run=RunFlags(out=str(out / "ppo"), seed=seed, checkpoint_every=10_000, keep=1),
-            optim=OptimFlags(lr=4e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=40),
-            critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.05, samples=64,
+            optim=OptimFlags(lr=3e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=28),
+            critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1, samples=64,
         )
     )  # fmt: skip
     return measure(out, seed, world, heldout, {"base": base, "sft": tuned, "ppo": aligned}, judge, started)
@@ -248,8 +248,8 @@ def page_of(results: list[SeedResult]) -> str:
         Text(
             "A small world of animals and people who ask about them. A base model learned plain text; SFT learned to "
             "answer from demonstrators of mixed care; a reward model learned from noisy rankings of four answers; PPO "
-            "learned from the reward model. A hidden gold function (true, to the point, friendly, addressed to the one "
-            "who asks) measured all of them on questions that nothing was trained on, and was shown to nobody."
+            "learned from the reward model. A hidden gold function (true, to the point, friendly, not too long) was "
+            "shown to nobody, and measured all of them on questions that nothing was trained on."
         )
     ]
     header = ("seed", "gold: base", "gold: sft", "gold: ppo", "se of ppo - sft", "ppo - sft in se", "reward accuracy",

@@ -83,7 +83,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     logprobs, entropies = [], []
     for n, target in enumerate(targets.tolist()):
         scaled = [scalar(logit) / temperature for logit in logits[n]]
-        top = max(float(logit) for logit in scaled)
+        top = max(float(logit.detach()) for logit in scaled)
         log_normaliser = top + torch.log(total([torch.exp(logit - top) for logit in scaled]))
         logprobs.append(scaled[target] - log_normaliser)
         entropies.append(total([-torch.exp(x - log_normaliser) * (x - log_normaliser) for x in scaled]).detach())

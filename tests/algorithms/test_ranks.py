@@ -10,7 +10,10 @@ import pytest
 
 from tests.conftest import comparisons, demonstrations
 
-SCORE = "def score(prompts, responses, *, response_ids=None, **_):\n    return [ids.count(5) - ids.count(6) for ids in response_ids]\n"
+SCORE = """
+def score(prompts, responses, *, response_ids=None, **_):
+    return [ids.count(5) - ids.count(6) for ids in response_ids]
+"""
 
 
 def curves(arguments, out, ranks):

@@ -45,7 +45,8 @@ def stage_config(tmp_path, tiny_model, jsonl):
         if stage == "sft":
             data = jsonl(demonstrations(30), "sft.jsonl")
             return SFTConfig(
-                model=tiny_model(), data=DataFlags(data=(data,), max_length=32), run=run, optim=optim, eval_every=2, samples=2,
+                model=tiny_model(), data=DataFlags(data=(data,), max_length=32), run=run, optim=optim,
+                eval_every=2, samples=2,
             )  # fmt: skip
         data = jsonl(comparisons(30), "rankings.jsonl")
         return RewardConfig(

@@ -1,8 +1,8 @@
 """The decoder: one transformer for every family, as an explicit program embed -> blocks -> norm -> head.
 
 Right-padded batches (training, prefill) and single-token decoding share the same block. A block holds weights and
-nothing else: what depends on positions (rotary tables, attention bias, cache) is computed once per call by the program
-and handed to every block, so that a block can be fed from anywhere.
+nothing else: what depends on positions (rotary tables, attention bias) is computed once per call by the program and
+handed to every block, as is the cache, so that a block can be fed from anywhere.
 
 Shapes: B rows, T tokens, D width, H query heads, G key/value heads, E head_dim, S cache slots, V vocabulary.
 """
@@ -86,9 +86,7 @@ class Norm(nn.Module):
         """Normalises the last dimension."""
         if self.kind == "layer":
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        # In fp32 and rounded before the weight, as every RMSNorm family does.
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 ACTIVATIONS = {
@@ -101,14 +99,14 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Positions:
-    """What every block needs to know about where its tokens stand."""
+    """Where the tokens of a call stand and what each of them may see."""
 
     rotary: tuple[Tensor, Tensor] | None
     """cos, sin: [B or 1, 1, T, rotary_dim]."""
-    biases: Sequence[Tensor | None]
-    """Per layer, what attention adds to its scores, [B or 1, H or 1, T, S]; None: plain causal."""
+    bias: Tensor | None
+    """Added to the attention scores, [B or 1, H or 1, T, S]; None: plain causal."""
     slots: Tensor | None
-    """Decoding: the cache slot each row writes, [B]. None: a whole batch from slot 0."""
+    """Decoding: the cache slot each row writes, [B], and the bias says what it sees. None: whole rows from slot 0."""
 
 
 class Block(nn.Module):
@@ -128,22 +126,18 @@ class Block(nn.Module):
         self.up = nn.Linear(width, config.d_ff * (2 if config.gated else 1), bias=config.mlp_bias)  # gate, then up
         self.down = nn.Linear(config.d_ff, width, bias=config.mlp_bias)
 
-    def forward(
-        self, x: Tensor, positions: Positions, bias: Tensor | None, cache: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one."""
         if not self.config.pre_norm:
-            x = self.norm1(x + self.attention(x, positions, bias, cache))
+            x = self.norm1(x + self.attention(x, positions, cache))
             return self.norm2(x + self.mlp(x))
-        attended = self.attention(self.norm1(x), positions, bias, cache)
+        attended = self.attention(self.norm1(x), positions, cache)
         if self.config.parallel_residual:
             return x + attended + self.mlp(self.norm2(x))
         x = x + attended
         return x + self.mlp(self.norm2(x))
 
-    def attention(
-        self, x: Tensor, positions: Positions, bias: Tensor | None, cache: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def attention(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         """Causal self-attention over the row itself, or over the cache when decoding."""
         c = self.config
         rows, length, _ = x.shape
@@ -154,17 +148,14 @@ class Block(nn.Module):
         if positions.rotary is not None:
             q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
         if cache is not None:
-            keys, values = cache
-            if positions.slots is None:
-                keys[:, :, :length], values[:, :, :length] = k, v
-            else:
-                row = torch.arange(rows, device=x.device)
-                keys[row, :, positions.slots], values[row, :, positions.slots] = k[:, :, 0], v[:, :, 0]
-                k, v = keys, values
-                if bias is not None and bias.shape[-1] < keys.shape[2]:
-                    k, v = keys[:, :, : bias.shape[-1]], values[:, :, : bias.shape[-1]]
+            k, v = write(cache, k, v, positions)
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=c.num_kv_heads != c.num_heads
+            q,
+            k,
+            v,
+            attn_mask=positions.bias,
+            is_causal=positions.bias is None,
+            enable_gqa=c.num_kv_heads != c.num_heads,
         )
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
 
@@ -175,6 +166,27 @@ class Block(nn.Module):
             gate, up = self.up(x).chunk(2, dim=-1)
             return self.down(act(gate) * up)
         return self.down(act(self.up(x)))
+
+
+def write(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    """Puts k and v [B, G, T, E] in their slots, in place, and returns the keys and values that attention reads."""
+    keys, values = cache  # [B, G, S, E]
+    if positions.slots is None:
+        keys[:, :, : k.shape[2]], values[:, :, : v.shape[2]] = k, v
+        return k, v
+    assert positions.bias is not None
+    row, seen = torch.arange(k.shape[0], device=k.device), positions.bias.shape[-1]
+    keys[row, :, positions.slots], values[row, :, positions.slots] = k[:, :, 0], v[:, :, 0]
+    return keys[:, :, :seen], values[:, :, :seen]
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions in the half-split layout (Su et al. 2021, as Hugging Face stores weights): x [B, H, T, E]."""
+    cos, sin = rotary
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 
 class Embedding(nn.Module):
@@ -192,7 +204,7 @@ class Embedding(nn.Module):
         self.norm = Norm(config.d_model, config) if config.embed_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens [B, T], positions [T] or [B, T] -> [B, T, D]."""
+        """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
         x = F.embedding(tokens, self.tokens)
         if self.project is not None:
             x = self.project(x)
@@ -217,7 +229,7 @@ class Decoder(nn.Module):
         dtype and device are torch's defaults when not given; on `meta` nothing is allocated.
         """
         super().__init__()
-        with torch.device(device if device is not None else torch.get_default_device()):
+        with torch.device("meta"):  # so that no weight is drawn twice
             self.config = config
             self.embed = Embedding(config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -226,15 +238,21 @@ class Decoder(nn.Module):
             width = config.embed_dim or config.d_model
             self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, width))
         self.to(dtype or torch.get_default_dtype())
+        home = torch.device(device) if device is not None else torch.get_default_device()
+        if home.type != "meta":
+            self.to_empty(device=home)
+            self._draw(generator)
+
+    def _draw(self, generator: torch.Generator | None) -> None:
         for name, parameter in self.named_parameters():
-            if parameter.is_meta or "norm" in name:
-                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-                continue
-            residual = name.endswith(("out.weight", "down.weight"))
-            std = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
-            nn.init.normal_(parameter, std=std, generator=generator)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                residual = name.endswith(("out.weight", "down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
 
     @staticmethod
     def from_pretrained(source: str, **where: Any) -> "Decoder":
@@ -260,70 +278,63 @@ class Decoder(nn.Module):
         No mask is needed: a valid token never sees the padding to its right (`lengths` only documents the contract).
         With `cache`, keys and values of all positions are written to its slots 0 .. T-1 as well.
         """
-        self._fits(tokens.shape[1])
-        where = torch.arange(tokens.shape[1], device=tokens.device)
-        biases = self._biases(where[None], tokens.shape[1])
-        return self._run(tokens, where, Positions(self._rotary(where[None]), biases, None), cache)
+        length = tokens.shape[1]
+        if self.config.position == "learned" and length > self.config.max_length:
+            raise ValueError(f"a row of {length} tokens does not fit the model's {self.config.max_length} positions")
+        return self._run(tokens, torch.arange(length, device=tokens.device)[None], length, None, cache)
 
     def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor:
-        """One token per row: tokens [B], positions [B] -> [B, D]; row b writes slot positions[b] and sees up to it."""
-        where = positions[:, None]  # [B, 1]
-        slots = min(int(positions.max()) + 1, cache[0][0].shape[2])  # sync on GPU: issue of the fast engine
-        biases = self._biases(where, slots, always=True)
-        return self._run(tokens[:, None], where, Positions(self._rotary(where), biases, positions), cache)[:, 0]
+        """One token per row: tokens [B], positions [B] -> hidden [B, D].
+
+        Row b writes slot positions[b] and sees the slots up to it, so what lies beyond may be anything finite.
+        """
+        used = int(positions.max()) + 1  # sync
+        return self._run(tokens[:, None], positions[:, None], used, positions, cache)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the weights' dtype."""
         return F.linear(hidden, self.head_weight)
 
-    def _run(self, tokens: Tensor, where: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+    def _run(self, tokens: Tensor, where: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Tensor:
+        """The program. tokens [B, T] stand at `where` [B or 1, T] and see key positions 0 .. seen-1."""
+        c = self.config
         x = self.embed(tokens, where)
+        windows = c.windows or (0,) * c.num_layers
+        rotary = rotary_tables(c, where, x.dtype) if c.position == "rotary" else None
+        positions = {  # one per kind of layer
+            window: Positions(rotary, attention_bias(c, window, where, seen, x.dtype, slots is not None), slots)
+            for window in set(windows)
+        }
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, positions.biases[i], None if cache is None else cache[i])
+            x = block(x, positions[windows[i]], None if cache is None else cache[i])
         if self.norm is not None:
             x = self.norm(x)
         return x if self.unproject is None else self.unproject(x)
 
-    def _fits(self, length: int) -> None:
-        if self.config.position == "learned" and length > self.config.max_length:
-            raise ValueError(f"a row of {length} tokens does not fit the model's {self.config.max_length} positions")
 
-    def _rotary(self, where: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin, [B or 1, 1, T, rotary_dim], for positions [B or 1, T]."""
-        if self.config.position != "rotary":
-            return None
-        angles = where[:, None, :, None].float() * rope_frequencies(self.config, where.device)
-        angles = torch.cat((angles, angles), dim=-1)
-        dtype = self.embed.tokens.dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+def attention_bias(
+    config: DecoderConfig, window: int, where: Tensor, seen: int, dtype: torch.dtype, decoding: bool
+) -> Tensor | None:
+    """What attention adds to its scores, [B or 1, H or 1, T, S]: queries at `where` [B or 1, T], keys 0 .. seen-1.
 
-    def _biases(self, where: Tensor, slots: int, always: bool = False) -> list[Tensor | None]:
-        """Per layer, the attention bias for queries at `where` [B or 1, T] over key positions 0 .. slots-1."""
-        c = self.config
-        windows = c.windows or (0,) * c.num_layers
-        made: dict[int, Tensor | None] = {}
-        for window in set(windows):
-            narrow = window if 0 < window < slots else 0
-            if not (always or narrow or c.position == "alibi"):
-                made[window] = None
-                continue
-            distance = where[:, None, :, None] - torch.arange(slots, device=where.device)  # [B or 1, 1, T, S]
-            hidden = (distance < 0) | (distance >= narrow) if narrow else distance < 0
-            dtype = self.embed.tokens.dtype
-            bias = torch.zeros((), dtype=dtype, device=where.device)
-            if c.position == "alibi":
-                bias = -alibi_slopes(c.num_heads).to(where.device, dtype)[:, None, None] * distance.to(dtype)
-            made[window] = bias.masked_fill(hidden, -torch.inf)
-        return [made[window] for window in windows]
+    None where plain causal says it all: whole rows without ALiBi whose window, if any, they do not exceed.
+    """
+    narrow = 0 < window < seen
+    if not (decoding or narrow or config.position == "alibi"):
+        return None
+    distance = where[:, None, :, None] - torch.arange(seen, device=where.device)  # [B or 1, 1, T, S]
+    hidden = (distance < 0) | (distance >= window) if narrow else distance < 0
+    bias = torch.zeros((), device=where.device)
+    if config.position == "alibi":
+        bias = -alibi_slopes(config.num_heads).to(where.device)[:, None, None] * distance
+    return bias.masked_fill(hidden, -torch.inf).to(dtype)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions in the half-split layout (Su et al. 2021, as Hugging Face stores weights): x [B, H, T, E]."""
-    cos, sin = rotary
-    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
+def rotary_tables(config: DecoderConfig, where: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [B or 1, 1, T, rotary_dim], for positions `where` [B or 1, T]."""
+    angles = where[:, None, :, None].float() * rope_frequencies(config, where.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:

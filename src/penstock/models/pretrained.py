@@ -6,6 +6,9 @@ the usual index. A source's generation_config is never applied (PPO.md 4).
 
 import dataclasses
 import json
+import os
+import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +27,15 @@ from penstock.models.families.weights import Weight
 
 INDEX, SINGLE, CLASSIFIER_HEAD = "model.safetensors.index.json", "model.safetensors", "score.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-IGNORED = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
-"""Buffers that old checkpoints carry and no weight."""
+IGNORED = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "rotary_emb.inv_freq",
+    "decoder.version",
+)
+"""Endings of what old checkpoints carry beside their weights: buffers."""
 
 
 def load(
@@ -40,47 +50,80 @@ def load(
     Those extras are what a head needs: `score.weight` [1, D] of a *ForSequenceClassification checkpoint, else nothing.
     Raises UserError for an unknown family, missing files, and missing, unexpected or mis-shaped weights, by name.
     """
-    directory = _local(source)
+    directory = _local(source, allow_pickle)
     hf = read_config(directory)
     family = family_of(hf.get("model_type"), str(directory / "config.json"))
     try:
         config = _with_hf(family.config_from_hf(hf), hf)
     except KeyError as error:
         raise UserError(f"{directory / 'config.json'}: needs {error} and does not have it.") from error
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{directory / 'config.json'}: {error}.") from error
     decoder = Decoder(config, dtype=dtype, device="meta")
     home = device if device is not None else torch.get_default_device()
     decoder.to_empty(device=home)
     names, get = _open(directory, allow_pickle)
-
-    def find(name: str) -> Tensor:
-        # The base model alone saves no prefix; a classifier's or LM's checkpoint has it.
-        for candidate in (family.PREFIX + name, name, _without_first(family.PREFIX) + name):
-            if candidate in names:
-                used.add(candidate)
-                return get(candidate)
-        raise UserError(f"{directory}: weight {family.PREFIX + name!r} is missing; is the checkpoint complete?")
-
-    used: set[str] = set()
-    with torch.no_grad():
-        parameters = dict(decoder.named_parameters())
-        for weight in _weights(family, config):
-            if weight.ours in parameters:
-                _fill(parameters.pop(weight.ours), weight.read(find, config), weight, directory)
-        if "head" in parameters:
-            if family.HEAD in names:
-                used.add(family.HEAD)
-                head = Weight("head", (family.HEAD,))
-                _fill(parameters.pop("head"), get(family.HEAD), head, directory)
-            elif CLASSIFIER_HEAD in names:  # a reward model needs no language-model head: tie it to nothing
-                parameters.pop("head").zero_()
-    if parameters:
-        raise UserError(f"{directory}: weights are missing for {', '.join(sorted(parameters))}.")
+    parameters: dict[str, Tensor] = dict(decoder.named_parameters())
+    if CLASSIFIER_HEAD in names and family.HEAD not in names and "head" in parameters:
+        parameters.pop("head").detach().zero_()  # a reward model has no language-model head, and uses none
+    used = _fill(parameters, names, get, family, config, directory)
     rest = {name for name in names - used if not name.endswith(IGNORED)} - {family.HEAD}
     extras = {name: get(name) for name in rest if name == CLASSIFIER_HEAD}
     if unexpected := sorted(rest - set(extras)):
-        shown = ", ".join(unexpected[:5])
-        raise UserError(f"{directory}: {len(unexpected)} weights belong to no {config.family} model, as {shown}.")
+        raise UserError(
+            f"{directory}: {len(unexpected)} weights belong to no {config.family} model of this config.json: "
+            f"{_some(unexpected)}."
+        )
+    for name, tensor in extras.items():
+        if tensor.shape != (1, decoder.head_weight.shape[1]):
+            raise UserError(
+                f"{directory}: {name} has shape {tuple(tensor.shape)}; a reward model gives one score, "
+                f"so it must be {(1, decoder.head_weight.shape[1])}."
+            )
     return decoder, extras
+
+
+@torch.no_grad()
+def _fill(
+    parameters: dict[str, Tensor],
+    names: set[str],
+    get: Callable[[str], Tensor],
+    family: ModuleType,
+    config: DecoderConfig,
+    directory: Path,
+) -> set[str]:
+    """Reads every parameter from the weights that hold it, one at a time. Returns the names that were used."""
+    used, missing = set(), []
+
+    def find(name: str, shape: torch.Size) -> Tensor:
+        # A base model saved alone lacks the first word of the prefix: OPT's says decoder., GPT-2's nothing at all.
+        bare = name.removeprefix(family.PREFIX)
+        shorter = family.PREFIX.split(".", 1)[1] + bare
+        found = next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
+        if found is None:
+            missing.append(name)
+            return torch.zeros(shape)
+        used.add(found)
+        tensor = get(found)
+        if tensor.shape != shape:
+            raise UserError(
+                f"{directory}: weight {found!r} has shape {tuple(tensor.shape)} and config.json says {tuple(shape)}; "
+                "config and weights belong to different models."
+            )
+        return tensor
+
+    for weight in _weights(family, config):
+        if weight.ours in parameters:
+            ours = parameters[weight.ours]
+            theirs = [find(name, part.shape) for name, part in weight.write(ours, config).items()]
+            ours.copy_(weight.read(theirs, config))
+    if missing:
+        raise UserError(f"{directory}: {len(missing)} weights are missing: {_some(missing)}; is the download complete?")
+    return used
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def save(
@@ -102,6 +145,7 @@ def save(
     architecture = family.CAUSAL_LM if score is None else family.CLASSIFIER
     hf["architectures"] = [architecture[config.family] if isinstance(architecture, dict) else architecture]
     hf["dtype"] = str(decoder.head_weight.dtype).removeprefix("torch.")
+    hf.pop("torch_dtype", None)  # the older name of dtype
     if score is not None:
         hf |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
@@ -109,35 +153,49 @@ def save(
     shards: list[dict[str, Tensor]] = [{}]
     held = total = 0
     for name, tensor in _theirs(decoder, family, score):
-        size = tensor.numel() * tensor.element_size()
-        if held and held + size > max_shard_bytes:
+        if held and held + tensor.nbytes > max_shard_bytes:
             shards.append({})
             held = 0
         shards[-1][name] = tensor
-        held, total = held + size, total + size
-    if len(shards) == 1:
-        save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
-        return
+        held, total = held + tensor.nbytes, total + tensor.nbytes
     where: dict[str, str] = {}
     for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        _write(shard, directory / file)
         where |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for path in directory.glob("model*.safetensors*"):  # what an earlier model in other shards left here
+        if path.name not in where.values() and not (len(shards) > 1 and path.name == INDEX):
+            path.unlink()
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # it tells a full disk by its message alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises UserError when it is missing or no JSON."""
-    path = directory / "config.json"
+    """config.json of a model directory. Raises UserError when it is missing or no JSON object."""
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory}: has no config.json, so it is no model; give a Hugging Face directory.")
+    return _json(directory / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{directory}: has no config.json, so it is no model; give a Hugging Face directory."
-        ) from error
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object.")
+    return found
 
 
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
@@ -156,7 +214,7 @@ def copy_tokenizer(source: str | Path, directory: Path) -> None:
                 shutil.copyfile(path, directory / path.name)
 
 
-def _local(source: str | Path) -> Path:
+def _local(source: str | Path, allow_pickle: bool = False) -> Path:
     """The directory itself, or a hub id's snapshot."""
     path = Path(source)
     if path.is_dir():
@@ -166,8 +224,8 @@ def _local(source: str | Path) -> Path:
         raise UserError(f"{source}: no such model directory.")
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.bin"] * allow_pickle
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
         raise UserError(
@@ -178,79 +236,68 @@ def _local(source: str | Path) -> Path:
 
 def _open(directory: Path, allow_pickle: bool) -> tuple[set[str], Callable[[str], Tensor]]:
     """Names of all weights, and a function that reads one."""
+    if (directory / SINGLE).exists():
+        handle = _safetensors(directory / SINGLE)
+        return set(handle.keys()), handle.get_tensor
     if (directory / INDEX).exists():
-        where = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = {file: directory / file for file in set(where.values())}
-    elif (directory / SINGLE).exists():
-        files, where = {SINGLE: directory / SINGLE}, None
-    elif any((directory / name).exists() for name in PICKLES):
-        if not allow_pickle:
-            raise UserError(
-                f"{directory}: has only pickled weights (.bin); convert them to safetensors, or pass --allow-pickle "
-                "to read them with torch.load(weights_only=True)."
-            )
-        return _open_pickles(directory)
-    else:
+        where = _json(directory / INDEX).get("weight_map")
+        if not isinstance(where, dict):
+            raise UserError(f"{directory / INDEX}: has no weight_map; fetch it again.")
+        handles = {file: _safetensors(directory / file) for file in sorted(set(where.values()))}
+        for name, file in where.items():
+            if name not in set(handles[file].keys()):
+                raise UserError(f"{directory / file}: the index names weight {name!r} in it and it is not there.")
+        return set(where), lambda name: handles[where[name]].get_tensor(name)
+    if not any((directory / name).exists() for name in PICKLES):
         raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}; is the download complete?")
-    handles = {}
-    for name, path in files.items():
-        try:
-            handles[name] = safetensors.safe_open(path, framework="pt")
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{path}: the index names this file and it is missing; is the download complete?"
-            ) from error
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
-    if where is None:
-        where = dict.fromkeys(handles[SINGLE].keys(), SINGLE)
-    return set(where), lambda name: handles[where[name]].get_tensor(name)
-
-
-def _open_pickles(directory: Path) -> tuple[set[str], Callable[[str], Tensor]]:
+    if not allow_pickle:
+        raise UserError(
+            f"{directory}: has only pickled weights (.bin); convert them to safetensors, or pass --allow-pickle "
+            "to read them with torch.load(weights_only=True)."
+        )
     weights: dict[str, Tensor] = {}
     for path in sorted(directory.glob("pytorch_model*.bin")):
-        weights |= torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            weights |= torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{path}: damaged, or holds more than weights; fetch it again.") from error
     return set(weights), weights.__getitem__
 
 
+def _safetensors(path: Path) -> Any:  # safetensors has no public type for an open file
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the index names this file and it is missing; is the download complete?") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
+
+
 def _weights(family: ModuleType, config: DecoderConfig) -> Iterator[Weight]:
-    """Every line of the family's tables, with the layer number filled in."""
-    yield from family.TOP
+    """Every line of the family's tables under its full name, with the layer number filled in."""
+    for weight in family.TOP:
+        yield dataclasses.replace(weight, theirs=tuple(family.PREFIX + name for name in weight.theirs))
     for layer in range(config.num_layers):
         for weight in family.BLOCK:
-            theirs = tuple(name.format(layer) for name in weight.theirs)
+            theirs = tuple(family.PREFIX + name.format(layer) for name in weight.theirs)
             yield dataclasses.replace(weight, ours=f"blocks.{layer}.{weight.ours}", theirs=theirs)
+    yield Weight("head", (family.HEAD,))
 
 
 def _theirs(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds, by name, on the CPU; with a score head, no language-model head."""
     parameters = dict(decoder.named_parameters())
+    if score is not None:
+        yield CLASSIFIER_HEAD, score.detach().contiguous().cpu()
+        parameters.pop("head", None)
     for weight in _weights(family, decoder.config):
         if weight.ours in parameters:
             ours = parameters[weight.ours].detach()
             for name, tensor in weight.write(ours, decoder.config).items():
-                yield family.PREFIX + name, tensor.contiguous().cpu()
-    if score is not None:
-        yield CLASSIFIER_HEAD, score.contiguous().cpu()
-    elif "head" in parameters:
-        yield family.HEAD, parameters["head"].detach().contiguous().cpu()
-
-
-def _fill(ours: Tensor, theirs: Tensor, weight: Weight, directory: Path) -> None:
-    if ours.shape != theirs.shape:
-        raise UserError(
-            f"{directory}: weight {weight.theirs[0]!r} has shape {tuple(theirs.shape)} and config.json says "
-            f"{tuple(ours.shape)}; config and weights belong to different models."
-        )
-    ours.copy_(theirs)
+                yield name, tensor.contiguous().cpu()
 
 
 def _with_hf(config: DecoderConfig, hf: dict[str, Any]) -> DecoderConfig:
     eos = hf.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     return dataclasses.replace(config, hf=hf, eos_ids=eos_ids)
-
-
-def _without_first(prefix: str) -> str:
-    """OPT's base model says `decoder.`, its language model `model.decoder.`."""
-    return prefix.split(".", 1)[1]

@@ -177,9 +177,9 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     def strip(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
             data = value.detach().cpu().contiguous()
-            if data.data_ptr() in addresses:  # safetensors refuses two names for one memory
+            if data.untyped_storage().data_ptr() in addresses:  # safetensors refuses two names for one memory
                 data = data.clone()
-            addresses.add(data.data_ptr())
+            addresses.add(data.untyped_storage().data_ptr())
             while name in tensors:  # {"a.b": x, "a": {"b": y}}
                 name += "'"
             tensors[name] = data

@@ -3,14 +3,11 @@
 from typing import Any
 
 from penstock.models.decoder import DecoderConfig
+from penstock.models.families.settings import require
 from penstock.models.families.weights import Weight, pair
 
-CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = (
-    "BloomForCausalLM",
-    "BloomForSequenceClassification",
-    "transformer.",
-    "lm_head.weight",
-)
+CAUSAL_LM, CLASSIFIER = "BloomForCausalLM", "BloomForSequenceClassification"
+PREFIX, HEAD = "transformer.", "lm_head.weight"
 TOP = (
     Weight("embed.tokens", ("word_embeddings.weight",)),
     *pair("embed.norm", "word_embeddings_layernorm"),
@@ -28,6 +25,7 @@ BLOCK = (
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """BloomConfig -> DecoderConfig. ALiBi has no longest row; 2048 is what the published models were trained on."""
+    require(hf, apply_residual_connection_post_layernorm=False)
     width, heads = hf.get("hidden_size", hf.get("n_embed", 64)), hf.get("n_head", hf.get("num_attention_heads", 8))
     return DecoderConfig(
         family="bloom",

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from penstock.errors import UserError
 from penstock.models.decoder import DecoderConfig
+from penstock.models.families.settings import activation, activation_name, rope
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER = "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"
@@ -17,16 +17,13 @@ BLOCK = (
     *pair("up", "layers.{}.mlp.dense_h_to_4h"),
     *pair("down", "layers.{}.mlp.dense_4h_to_h"),
 )
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """GPTNeoXConfig -> DecoderConfig."""
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"config.json: rope scaling {rope['rope_type']!r} is not supported in this family.")
-    part = rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
+    _, rotary = rope(hf, ("default",))
+    part = rotary.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
     biased = hf.get("attention_bias", True)
     return DecoderConfig(
         family="gpt_neox",
@@ -40,13 +37,13 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         max_length=hf.get("max_position_embeddings", 2048),
         position="rotary",
         norm_eps=hf.get("layer_norm_eps", 1e-5),
-        activation=ACTIVATIONS[hf.get("hidden_act", "gelu")],
+        activation=activation(hf, "hidden_act", "gelu"),
         parallel_residual=hf.get("use_parallel_residual", True),
         qkv_bias=biased,
         out_bias=biased,
         tied=hf.get("tie_word_embeddings", False),
         rotary_dim=int(width // heads * part),
-        rope_theta=float(rope.get("rope_theta", hf.get("rotary_emb_base", 10_000))),
+        rope_theta=float(rotary.get("rope_theta", hf.get("rotary_emb_base", 10_000))),
     )
 
 
@@ -62,7 +59,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "intermediate_size": config.d_ff,
         "max_position_embeddings": config.max_length,
         "layer_norm_eps": config.norm_eps,
-        "hidden_act": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "hidden_act": activation_name(config.activation),
         "use_parallel_residual": config.parallel_residual,
         "attention_bias": config.qkv_bias,
         "tie_word_embeddings": config.tied,

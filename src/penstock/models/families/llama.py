@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from penstock.errors import UserError
 from penstock.models.decoder import DecoderConfig
+from penstock.models.families.settings import activation, activation_name, rope
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = "LlamaForCausalLM", "LlamaForSequenceClassification", "model.", "lm_head.weight"
@@ -25,14 +25,8 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """LlamaConfig and its descendants (Mistral, Qwen) -> DecoderConfig."""
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    # transformers 5 writes rope_parameters; older checkpoints rope_theta and rope_scaling.
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"config.json: rope scaling {kind!r} is not supported; supported are default, linear, llama3.")
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "type", "rope_type")}
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"config.json: activation {hf['hidden_act']!r} is not supported in this family; only silu.")
+    kind, scaling = rope(hf, ("default", "linear", "llama3"))
+    theta = scaling.pop("rope_theta", hf.get("rope_theta", 10_000.0))
     biased = bool(hf.get("attention_bias", False))
     return DecoderConfig(
         family=hf["model_type"],
@@ -47,14 +41,14 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         position="rotary",
         norm="rms",
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        activation="silu",
+        activation=activation(hf, "hidden_act", "silu"),
         gated=True,
         qkv_bias=biased,
         out_bias=biased,
         mlp_bias=bool(hf.get("mlp_bias", False)),
         tied=hf.get("tie_word_embeddings", False),
         rotary_dim=head_dim,
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+        rope_theta=float(theta),
         rope_scaling=() if kind == "default" else tuple(sorted({**scaling, "rope_type": kind}.items())),
     )
 
@@ -72,7 +66,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "intermediate_size": config.d_ff,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
+        "hidden_act": activation_name(config.activation),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tied,

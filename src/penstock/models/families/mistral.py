@@ -5,18 +5,16 @@ from typing import Any
 
 from penstock.models.decoder import DecoderConfig
 from penstock.models.families import llama
-from penstock.models.families.llama import BLOCK as BLOCK
-from penstock.models.families.llama import HEAD as HEAD
-from penstock.models.families.llama import PREFIX as PREFIX
-from penstock.models.families.llama import TOP as TOP
 
+TOP, BLOCK, PREFIX, HEAD = llama.TOP, llama.BLOCK, llama.PREFIX, llama.HEAD
 CAUSAL_LM, CLASSIFIER = "MistralForCausalLM", "MistralForSequenceClassification"
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """MistralConfig -> DecoderConfig."""
+    hf = {"num_key_value_heads": 8, "sliding_window": 4096, **hf}  # what MistralConfig takes when they are not named
     config = llama.config_from_hf({**hf, "attention_bias": False, "mlp_bias": False})
-    return dataclasses.replace(config, windows=(hf.get("sliding_window") or 0,) * config.num_layers)
+    return dataclasses.replace(config, windows=(hf["sliding_window"] or 0,) * config.num_layers)
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:

@@ -3,14 +3,11 @@
 from typing import Any
 
 from penstock.models.decoder import DecoderConfig
+from penstock.models.families.settings import activation, activation_name, require
 from penstock.models.families.weights import Weight, pair
 
-CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = (
-    "OPTForCausalLM",
-    "OPTForSequenceClassification",
-    "model.decoder.",
-    "lm_head.weight",
-)
+CAUSAL_LM, CLASSIFIER = "OPTForCausalLM", "OPTForSequenceClassification"
+PREFIX, HEAD = "model.decoder.", "lm_head.weight"
 TOP = (
     Weight("embed.tokens", ("embed_tokens.weight",)),
     Weight("embed.positions", ("embed_positions.weight",)),
@@ -31,6 +28,7 @@ BLOCK = (
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """OPTConfig -> DecoderConfig."""
+    require(hf, layer_norm_elementwise_affine=True)
     width, heads, biased = hf["hidden_size"], hf["num_attention_heads"], hf.get("enable_bias", True)
     pre_norm = hf.get("do_layer_norm_before", True)
     embed = hf.get("word_embed_proj_dim") or width
@@ -44,7 +42,7 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         head_dim=width // heads,
         d_ff=hf["ffn_dim"],
         max_length=hf.get("max_position_embeddings", 2048),
-        activation={"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}[hf.get("activation_function", "relu")],
+        activation=activation(hf, "activation_function", "relu"),
         pre_norm=pre_norm,
         qkv_bias=biased,
         out_bias=biased,
@@ -66,7 +64,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "ffn_dim": config.d_ff,
         "max_position_embeddings": config.max_length,
-        "activation_function": {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}[config.activation],
+        "activation_function": activation_name(config.activation),
         "do_layer_norm_before": config.pre_norm,
         "_remove_final_layer_norm": config.pre_norm and not config.final_norm,
         "word_embed_proj_dim": config.embed_dim or config.d_model,

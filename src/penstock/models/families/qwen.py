@@ -5,11 +5,8 @@ from typing import Any
 
 from penstock.models.decoder import DecoderConfig
 from penstock.models.families import llama
-from penstock.models.families.llama import BLOCK as BLOCK
-from penstock.models.families.llama import HEAD as HEAD
-from penstock.models.families.llama import PREFIX as PREFIX
-from penstock.models.families.llama import TOP as TOP
 
+TOP, BLOCK, PREFIX, HEAD = llama.TOP, llama.BLOCK, llama.PREFIX, llama.HEAD
 CAUSAL_LM = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 CLASSIFIER = {"qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
 

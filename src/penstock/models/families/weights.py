@@ -1,6 +1,5 @@
 """One line per weight: our name, Hugging Face's names, and how one becomes the other. Read in both directions."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +20,8 @@ class Weight:
     """same: one tensor as it is; transposed: [in, out] (GPT-2's Conv1D); stacked: several, one below the other;
     interleaved: q, k, v of head 0, then of head 1, ... (BLOOM, GPT-NeoX)."""
 
-    def read(self, get: Callable[[str], Tensor], config: DecoderConfig) -> Tensor:
-        """Our tensor from theirs."""
-        parts = [get(name) for name in self.theirs]
+    def read(self, parts: list[Tensor], config: DecoderConfig) -> Tensor:
+        """Our tensor from theirs, in the order of their names."""
         if self.layout == "stacked":
             return cat(parts)
         if self.layout == "transposed":
@@ -33,8 +31,8 @@ class Weight:
             return split.transpose(0, 1).flatten(0, 2)
         return parts[0]
 
-    def write(self, ours: Tensor, config: DecoderConfig) -> Mapping[str, Tensor]:
-        """Their tensors from ours."""
+    def write(self, ours: Tensor, config: DecoderConfig) -> dict[str, Tensor]:
+        """Their tensors from ours, in the order of their names."""
         if self.layout == "stacked":
             return dict(zip(self.theirs, ours.split(self._heights(config)), strict=True))
         if self.layout == "transposed":

@@ -1,0 +1,149 @@
+"""The decoder against itself: padding, decoding, feeding a block from elsewhere, construction. No other library."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from penstock.models.decoder import Block, Decoder, DecoderConfig, Positions
+from penstock.models.families import gpt2
+
+PLAIN = DecoderConfig(
+    family="gpt2", vocab_size=50, d_model=24, num_layers=3, num_heads=6, num_kv_heads=6, head_dim=4, d_ff=40,
+    max_length=32,
+)  # fmt: skip
+ROTARY: dict[str, Any] = {"position": "rotary", "rotary_dim": 4, "norm": "rms"}
+KINDS = {
+    "learned": PLAIN,
+    "post-norm, projected": dataclasses.replace(PLAIN, pre_norm=False, final_norm=False, embed_dim=12),
+    "alibi": dataclasses.replace(PLAIN, position="alibi", embed_norm=True),
+    "rotary, grouped, gated, qk-norm": dataclasses.replace(
+        PLAIN, **ROTARY, num_kv_heads=2, gated=True, activation="silu", qk_norm=True, tied=False
+    ),
+    "rotary, windows by layer": dataclasses.replace(PLAIN, **ROTARY, windows=(0, 4, 7)),
+    "partly rotary, parallel": dataclasses.replace(PLAIN, position="rotary", rotary_dim=2, parallel_residual=True),
+}
+LENGTHS = torch.tensor([5, 11, 1, 8])
+
+
+@pytest.fixture(params=KINDS)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    """A small decoder whose weights are all random and large enough to matter."""
+    made = Decoder(KINDS[request.param])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return made
+
+
+def batch() -> Tensor:
+    return torch.randint(50, (4, 11), generator=torch.Generator().manual_seed(2))
+
+
+def empty_cache(decoder: Decoder, rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
+    c = decoder.config
+    shape = (rows, c.num_kv_heads, slots, c.head_dim)
+    return [(torch.full(shape, 1e4), torch.full(shape, 1e4)) for _ in range(c.num_layers)]  # garbage in unused slots
+
+
+@torch.no_grad()
+def test_what_stands_in_the_padding_changes_no_valid_state(decoder: Decoder) -> None:
+    valid = torch.arange(11) < LENGTHS[:, None]
+    tokens = batch()
+    garbage = torch.where(valid, tokens, (tokens + 17) % 50)
+    assert torch.equal(decoder(tokens, LENGTHS)[valid], decoder(garbage, LENGTHS)[valid])
+
+
+@torch.no_grad()
+def test_decoding_token_by_token_gives_the_states_of_the_whole_row(decoder: Decoder) -> None:
+    tokens = batch()
+    expected = decoder(tokens)
+    cache = empty_cache(decoder, 4, 16)
+    for position in range(11):
+        got = decoder.decode(tokens[:, position], cache, torch.full((4,), position))
+        assert (got - expected[:, position]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_rows_go_on_from_a_ragged_prefill_each_at_its_own_position(decoder: Decoder) -> None:
+    tokens, more = batch(), torch.tensor([[3, 9], [4, 8], [5, 7], [6, 6]])
+    cache = empty_cache(decoder, 4, 16)
+    decoder(tokens, LENGTHS, cache)
+    for step in range(2):
+        got = decoder.decode(more[:, step], cache, LENGTHS + step)
+        for row, length in enumerate(LENGTHS):
+            whole = torch.cat((tokens[row, :length], more[row, : step + 1]))[None]
+            assert (got[row] - decoder(whole)[0, -1]).abs().max() < 1e-4
+
+
+def test_a_block_computes_with_weights_fed_from_elsewhere(decoder: Decoder) -> None:
+    """What streaming needs: one template on the meta device, the weights as arguments, gradients for each of them."""
+    with torch.device("meta"):
+        template = Block(decoder.config)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in decoder.blocks[1].named_parameters()}
+    x = torch.randn(2, 7, decoder.config.d_model, generator=torch.Generator().manual_seed(3))
+    rotary = None
+    if decoder.config.position == "rotary":
+        angles = torch.linspace(0, 3, 7)[:, None].expand(7, decoder.config.rotary_dim)[None, None]
+        rotary = (angles.cos(), angles.sin())
+    positions = Positions(rotary, None, None)
+    got = functional_call(template, weights, (x, positions))
+    expected = decoder.blocks[1](x, positions)
+    assert torch.equal(got, expected)
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    for name, parameter in decoder.blocks[1].named_parameters():
+        assert torch.equal(weights[name].grad, parameter.grad), name
+
+
+def test_on_the_meta_device_nothing_is_allocated_and_copies_are_free() -> None:
+    decoder = Decoder(gpt2.size("175b"), dtype=torch.bfloat16, device="meta")
+    copied = copy.deepcopy(decoder)
+    assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in copied.parameters())
+    assert sum(parameter.numel() for parameter in copied.parameters()) == pytest.approx(175e9, rel=0.01)
+
+
+def test_gpt2_small_has_the_124_million_weights_of_the_paper() -> None:
+    decoder = Decoder(gpt2.size("s"), device="meta")
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == 124_439_808
+
+
+@pytest.mark.parametrize("name", gpt2.SIZES)
+def test_every_size_can_be_built(name: str) -> None:
+    config = gpt2.size(name)
+    assert config.num_heads * config.head_dim == config.d_model
+
+
+def test_an_unknown_size_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"no GPT-2 size 'huge'; there are s, m, l, xl"):
+        gpt2.size("huge")
+
+
+def test_random_weights_are_gpt2s_and_depend_on_the_generator_alone() -> None:
+    config = dataclasses.replace(PLAIN, d_model=192, num_heads=6, head_dim=32, d_ff=768)
+    before = torch.get_rng_state()
+    one, two = (Decoder(config, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    block = one.blocks[0]
+    assert float(block.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(block.down.weight.detach().std()) == pytest.approx(0.02 / 6**0.5, rel=0.05)  # sqrt(2 * 3 layers)
+    assert block.qkv.bias.eq(0).all()
+    assert block.norm1.weight.eq(1).all()
+
+
+def test_a_row_longer_than_the_learned_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match="33 tokens does not fit the model's 32 positions"):
+        Decoder(PLAIN)(torch.zeros(1, 33, dtype=torch.int64))
+
+
+@torch.no_grad()
+def test_bf16_weights_give_nearly_the_fp32_states(decoder: Decoder) -> None:
+    rounded = copy.deepcopy(decoder).bfloat16()
+    expected, got = copy.deepcopy(rounded).float()(batch()), rounded(batch()).float()
+    assert (got - expected).norm() / expected.norm() < 0.03

@@ -1,0 +1,275 @@
+"""Weights in and out of directories: every layout that is around, and what is said when one is damaged."""
+
+import dataclasses
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from penstock.errors import UserError
+from penstock.models import pretrained
+from penstock.models.decoder import Decoder, DecoderConfig
+from penstock.models.families import FAMILIES, gpt2
+
+TINY = dataclasses.replace(
+    gpt2.size("s"), vocab_size=40, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=64,
+    max_length=16,
+)  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A directory with a tiny GPT-2."""
+    Decoder(TINY, generator=torch.Generator().manual_seed(0)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same(one: Decoder, two: Decoder) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(directory: Path, **changes: Any) -> None:
+    weights = load_file(directory / "model.safetensors") | changes
+    save_file({name: t for name, t in weights.items() if t is not None}, directory / "model.safetensors")
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_written_and_read(saved: Path, tmp_path: Path) -> None:
+    decoder = Decoder.from_pretrained(str(saved))
+    pretrained.save(decoder, tmp_path / "shards", max_shard_bytes=5_000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    assert same(decoder, Decoder.from_pretrained(str(tmp_path / "shards")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert torch.equal(theirs.transformer.wte.weight, decoder.embed.tokens)
+
+
+def test_saving_over_another_layout_leaves_one_model_there(saved: Path) -> None:
+    decoder = Decoder(TINY, generator=torch.Generator().manual_seed(1))
+    pretrained.save(decoder, saved, max_shard_bytes=5_000)
+    assert same(decoder, Decoder.from_pretrained(str(saved)))
+    decoder = Decoder(TINY, generator=torch.Generator().manual_seed(2))
+    pretrained.save(decoder, saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert same(decoder, Decoder.from_pretrained(str(saved)))
+
+
+SETTINGS = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+BASES = {
+    "gpt2": {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "opt": SETTINGS | {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "bloom": {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_model_saved_without_prefix_is_read(name: str, tmp_path: Path) -> None:
+    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    theirs = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **BASES[name], **ids)).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = theirs(tokens).last_hidden_state
+        assert (Decoder.from_pretrained(str(tmp_path))(tokens) - expected).abs().max() < 1e-5
+
+
+def test_the_mask_buffers_of_old_gpt2_checkpoints_are_passed_over(saved: Path) -> None:
+    decoder = Decoder.from_pretrained(str(saved))
+    edit_weights(saved, **{"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16), "lm_head.weight": torch.ones(40, 16)})
+    assert same(decoder, Decoder.from_pretrained(str(saved)))
+
+
+def test_rope_settings_of_transformers_4_are_understood(tmp_path: Path) -> None:
+    settings = SETTINGS | {"intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**settings, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **scaling})
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"], config["dtype"]
+    old = {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **scaling}, "torch_dtype": "float32"}
+    path.write_text(json.dumps(config | old))
+    decoder = Decoder.from_pretrained(str(tmp_path / "theirs"))
+    assert decoder.config.rope_theta == 500.0
+    assert dict(decoder.config.rope_scaling) == {"rope_type": "llama3", **scaling}
+    decoder.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, theirs.eval()(tokens).logits)
+
+
+def test_settings_we_do_not_use_survive_a_round_trip(saved: Path, tmp_path: Path) -> None:
+    edit_config(saved, eos_token_id=[7, 9], pad_token_id=3, summary_type="cls_index", somebodys_note={"a": [1]})
+    decoder = Decoder.from_pretrained(str(saved))
+    assert decoder.config.eos_ids == (7, 9)
+    decoder.save_pretrained(tmp_path / "again")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (saved, tmp_path / "again"))
+    assert after == before
+
+
+def test_generation_settings_of_the_source_are_not_taken_over(saved: Path, tmp_path: Path) -> None:
+    (saved / "generation_config.json").write_text('{"top_k": 50}')  # PPO.md 4
+    Decoder.from_pretrained(str(saved)).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "generation_config.json").exists()
+
+
+def test_weights_are_cast_to_the_dtype_asked_for(saved: Path) -> None:
+    decoder = Decoder.from_pretrained(str(saved), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
+    expected = Decoder.from_pretrained(str(saved)).bfloat16()
+    assert same(decoder, expected)
+
+
+def test_an_untied_reward_model_needs_no_language_model_head(tmp_path: Path) -> None:
+    decoder = Decoder(dataclasses.replace(TINY, tied=False), generator=torch.Generator().manual_seed(0))
+    pretrained.save(decoder, tmp_path, score=torch.ones(1, 16))
+    again, extras = pretrained.load(tmp_path)
+    assert torch.equal(extras["score.weight"], torch.ones(1, 16))
+    assert again.head_weight.eq(0).all()
+
+
+def test_pickled_weights_are_read_only_when_asked_for(saved: Path) -> None:
+    decoder = Decoder.from_pretrained(str(saved))
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"only pickled weights.*--allow-pickle"):
+        pretrained.load(saved)
+    assert same(decoder, pretrained.load(saved, allow_pickle=True)[0])
+
+
+# --- what is wrong, in one paragraph --------------------------------------------------------------------------------
+
+
+def test_an_unknown_family_lists_the_known_ones(saved: Path) -> None:
+    edit_config(saved, model_type="mamba")
+    with pytest.raises(UserError, match=f"'mamba' is no known family; known are {', '.join(FAMILIES)}"):
+        pretrained.load(saved)
+
+
+YARN = SETTINGS | {"rope_parameters": {"rope_type": "yarn"}}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "complaint"),
+    [
+        ("gpt2", {"activation_function": "mish"}, "activation_function: 'mish' is not supported; supported are gelu"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: False is not supported; only True is"),
+        ("gpt2", {"n_head": 0}, "config.json: .*zero"),
+        ("gpt2", {"n_embd": "wide"}, "config.json: "),
+        ("llama", {}, "needs 'num_attention_heads' and does not have it"),
+        ("llama", YARN, "'yarn' is not supported"),
+        ("gpt_neox", YARN, "'yarn' is not supported; supported: default"),
+    ],
+)
+def test_a_config_that_we_cannot_follow_is_refused(
+    saved: Path, family: str, change: dict[str, Any], complaint: str
+) -> None:
+    edit_config(saved, model_type=family, **change)
+    with pytest.raises(UserError, match=complaint):
+        pretrained.load(saved)
+
+
+WPE = "transformer.wpe.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({WPE: None}, f"1 weights are missing: {WPE};"),
+        ({WPE: torch.zeros(9, 16)}, rf"'{WPE}' has shape \(9, 16\) and config.json says \(16, 16\)"),
+        ({"transformer.h.1.attn.c_attn.weight": torch.zeros(16, 16)}, r"c_attn.weight' has shape \(16, 16\)"),
+        ({"transformer.h.2.ln_1.bias": torch.zeros(16)}, r"1 weights belong to no gpt2 model .*: transformer\.h\.2"),
+        ({"score.weight": torch.zeros(2, 16)}, r"score.weight has shape \(2, 16\); a reward model gives one score"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(saved: Path, changes: dict[str, Any], complaint: str) -> None:
+    edit_weights(saved, **changes)
+    with pytest.raises(UserError, match=complaint):
+        pretrained.load(saved)
+
+
+def test_a_shape_that_does_not_fit_an_interleaved_weight_is_named(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, family="bloom", position="alibi", embed_norm=True)
+    Decoder(config).save_pretrained(tmp_path)
+    edit_weights(tmp_path, **{"transformer.h.0.self_attention.query_key_value.weight": torch.zeros(47, 16)})
+    with pytest.raises(
+        UserError, match=r"query_key_value.weight' has shape \(47, 16\) and config.json says \(48, 16\)"
+    ):
+        pretrained.load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, 5000])
+def test_a_truncated_file_is_damaged_or_cut_short(saved: Path, kept: int) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"model.safetensors: damaged or cut short"):
+        pretrained.load(saved)
+
+
+def test_a_missing_shard_is_named(saved: Path) -> None:
+    pretrained.save(Decoder.from_pretrained(str(saved)), saved, max_shard_bytes=5_000)
+    next(saved.glob("model-00002-*")).unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-.*the index names this file and it is missing"):
+        pretrained.load(saved)
+
+
+def test_an_index_that_names_what_a_shard_does_not_hold_is_refused(saved: Path) -> None:
+    pretrained.save(Decoder.from_pretrained(str(saved)), saved, max_shard_bytes=5_000)
+    index = saved / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("wpe.weight", "wpo.weight"))
+    with pytest.raises(UserError, match=r"the index names weight 'transformer.wpo.weight' in it"):
+        pretrained.load(saved)
+    index.write_text("{")
+    with pytest.raises(UserError, match=r"index.json: not valid JSON"):
+        pretrained.load(saved)
+
+
+@pytest.mark.parametrize(("text", "complaint"), [("{", "not valid JSON"), ("[]", "no JSON object"), (None, "has no c")])
+def test_a_config_that_is_none_is_said_to_be_none(saved: Path, text: str | None, complaint: str) -> None:
+    (saved / "config.json").unlink()
+    if text is not None:
+        (saved / "config.json").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        pretrained.load(saved)
+
+
+def test_a_directory_without_weights_and_a_path_that_is_none(saved: Path, tmp_path: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model.safetensors and no model.safetensors.index.json"):
+        pretrained.load(saved)
+    with pytest.raises(UserError, match="no such model directory"):
+        pretrained.load(tmp_path / "nowhere")
+
+
+def test_a_write_that_the_disk_refuses_is_an_oserror_with_its_number(tmp_path: Path) -> None:
+    decoder = Decoder(TINY)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            decoder.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.filename == str(tmp_path / "model.safetensors")
+
+
+def test_every_family_says_the_same_in_both_directions() -> None:
+    """config -> Hugging Face -> config changes nothing that the family knows."""
+    for name, family in FAMILIES.items():
+        hf = {"model_type": name, "intermediate_size": 32, "ffn_dim": 32, **SETTINGS}
+        config: DecoderConfig = family.config_from_hf(hf)
+        assert family.config_from_hf(hf | family.hf_config(config)) == config, name
