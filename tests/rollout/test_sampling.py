@@ -1,0 +1,84 @@
+"""One token per row by inverting the CDF: the right distribution, the right number, the right stream."""
+
+import pytest
+import torch
+
+from penstock.algorithms.functional import token_logprobs
+from penstock.rollout.sampling import Sampling, pick, stream
+
+
+def frequencies(logits, sampling, draws=20_000):
+    """How often each token comes out, over evenly spaced uniforms (exact up to 1/draws)."""
+    uniforms = (torch.arange(draws) + 0.5) / draws
+    tokens, _ = pick(logits.expand(draws, -1), uniforms, sampling)
+    return torch.bincount(tokens, minlength=logits.shape[-1]) / draws
+
+
+LOGITS = torch.tensor([2.0, 0.5, -1.0, 1.5, 0.0, -torch.inf])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_tokens_come_as_often_as_the_softmax_says(temperature):
+    expected = torch.softmax(LOGITS / temperature, dim=-1)
+    assert torch.allclose(frequencies(LOGITS, Sampling(temperature=temperature)), expected, atol=2e-4)
+
+
+def test_top_k_keeps_the_k_likeliest_and_renormalises():
+    kept = torch.softmax(LOGITS.masked_fill(LOGITS < 1.5, -torch.inf), dim=-1)
+    assert torch.allclose(frequencies(LOGITS, Sampling(top_k=2)), kept, atol=2e-4)
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_p():
+    probabilities = torch.softmax(LOGITS, dim=-1)
+    ordered = probabilities.sort(descending=True)
+    assert ordered.values[0] < 0.6 <= ordered.values[:2].sum()  # so two are needed for 0.6
+    kept = torch.zeros(6).scatter(0, ordered.indices[:2], ordered.values[:2])
+    assert torch.allclose(frequencies(LOGITS, Sampling(top_p=0.6)), kept / kept.sum(), atol=2e-4)
+    only = frequencies(LOGITS, Sampling(top_p=1e-6))
+    assert only[0] == 1  # the likeliest always stays
+
+
+def test_greedy_is_the_argmax_whatever_the_number():
+    tokens, logprobs = pick(LOGITS.expand(3, -1), torch.tensor([0.0, 0.5, 0.99]), Sampling(temperature=0.0))
+    assert tokens.tolist() == [0, 0, 0]
+    assert torch.allclose(logprobs, torch.log_softmax(LOGITS, -1)[0])
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0 - 2**-24])
+def test_an_impossible_token_is_never_picked_at_the_ends_of_the_interval(number):
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    tokens, _ = pick(logits, torch.tensor([number]), Sampling())
+    assert tokens.item() in (1, 2)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.6), Sampling(temperature=1.3, top_k=3)])
+def test_the_logprob_is_the_trainers_number(sampling):
+    """PPO.md 3: same temperature, same fp32 softmax, before truncation."""
+    logits = torch.randn(8, 11, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = pick(logits, stream(0, 0, 8), sampling)
+    assert torch.allclose(logprobs, token_logprobs(logits, tokens, sampling.temperature)[0], atol=1e-6)
+
+
+def test_bf16_logits_are_sampled_in_fp32():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
+    _, logprobs = pick(logits, stream(0, 0, 4), Sampling())
+    assert logprobs.dtype == torch.float32
+
+
+def test_a_stream_depends_on_seed_and_episode_alone_and_begins_the_same_at_any_length():
+    assert torch.equal(stream(3, 7, 5), stream(3, 7, 50)[:5])
+    assert not torch.equal(stream(3, 7, 5), stream(3, 8, 5))
+    assert not torch.equal(stream(3, 7, 5), stream(4, 7, 5))
+    many = torch.stack([stream(0, episode, 4) for episode in range(500)])
+    assert 0.45 < many.mean() < 0.55
+    assert abs(torch.corrcoef(many[:, :2].T)[0, 1]) < 0.15
+    neighbours = torch.corrcoef(torch.stack([many[:-1, 0], many[1:, 0]]))[0, 1]
+    assert abs(neighbours) < 0.15
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"max_new_tokens": 0}, {"n": 0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
