@@ -1,0 +1,230 @@
+"""What PPO learns from, number by number: transformers' GPT-2 gives the logits, the slow oracle does the arithmetic."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from penstock.algorithms import functional as fn
+from penstock.algorithms.ppo import Experience, actor_loss, critic_loss, score, summary, with_advantages
+from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.data.chat import Example
+from penstock.memory.shard import World
+from penstock.memory.strategy import StepStats
+from penstock.models.roles import Actor, Critic
+from penstock.rollout.engine import Answer
+from tests.algorithms import oracle
+
+ANSWERS = [
+    # prompt ids, response ids, how it ended
+    Answer([1, 3, 4], [5, 6, 2], [-1.0, -2.0, -3.0], "stop"),
+    Answer([1, 7, 8, 9, 10], [11, 2], [-1.5, -2.5], "stop"),
+    Answer([1], [5, 5, 5, 5], [-0.1, -0.2, -0.3, -0.4], "length"),
+    Answer([1, 12], [2], [-0.7], "stop"),
+]
+SCORES = [1.0, -2.0, 4.0, 0.5]
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def config(**changes):
+    return PPOConfig(
+        actor="a", reward_fn="f.py:score", data=DataFlags(data=("d",)), run=RunFlags(out="o"),
+        optim=OptimFlags(lr=1e-3), **{"temperature": 0.7, **changes},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def models(tiny_model):
+    """Three different sets of weights, so that a mix-up shows; wide enough weights for logits that matter."""
+    addresses = [tiny_model(name, seed) for seed, name in enumerate(("actor", "reference", "critic"))]
+    actor, reference = Actor.from_pretrained(addresses[0]), Actor.from_pretrained(addresses[1]).frozen()
+    torch.manual_seed(0)
+    critic = Critic.from_pretrained(addresses[2])
+    critic.mean, critic.std = 0.3, 2.0
+    with torch.no_grad():
+        for model in (actor, reference):
+            model.decoder.embed.tokens.mul_(10)
+    actor.save_pretrained(addresses[0])
+    reference.save_pretrained(addresses[1])
+    return actor, reference, critic, addresses
+
+
+def scored(models, size=3):
+    actor, reference, critic, _ = models
+    with torch.no_grad():
+        return score(ANSWERS, [None] * 4, actor, reference, critic, lambda records, answers: SCORES, config(), size)
+
+
+def transformers_logprobs(address, answer, temperature):
+    """Log-probs and entropies of one unpadded answer's tokens, in fp64."""
+    model = AutoModelForCausalLM.from_pretrained(address, dtype=torch.float64, attn_implementation="eager")
+    row = torch.tensor([answer.prompt_ids + answer.response_ids])
+    with torch.no_grad():
+        logits = model(row).logits[0, len(answer.prompt_ids) - 1 : -1] / temperature
+    return oracle.token_logprobs(logits, torch.tensor(answer.response_ids))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_logprobs_and_entropies_are_those_of_transformers_at_the_temperature(models, size):
+    experience = scored(models, size)
+    for i, answer in enumerate(ANSWERS):
+        n = len(answer.response_ids)
+        for address, ours in ((models[3][0], experience.logprobs), (models[3][1], experience.ref_logprobs)):
+            theirs, entropies = transformers_logprobs(address, answer, 0.7)
+            assert torch.allclose(ours[i, :n].double(), theirs, atol=1e-5)
+            assert not ours[i, n:].any()
+            if ours is experience.logprobs:
+                assert torch.allclose(experience.entropy[i, :n].double(), entropies, atol=1e-5)
+
+
+def test_values_are_of_the_state_before_each_token_in_the_reward_models_scale(models):
+    experience, critic = scored(models), models[2]
+    model = AutoModelForCausalLM.from_pretrained(models[3][2], dtype=torch.float64, attn_implementation="eager")
+    for i, answer in enumerate(ANSWERS):
+        row = torch.tensor([answer.prompt_ids + answer.response_ids])
+        with torch.no_grad():
+            hidden = model.transformer(row).last_hidden_state[0]
+        for j in range(len(answer.response_ids)):
+            state = hidden[len(answer.prompt_ids) + j - 1]
+            assert float(experience.values[i, j]) == pytest.approx(
+                (float(state @ critic.score[0].double()) - 0.3) / 2.0, abs=1e-5
+            )
+
+
+def test_lengths_scores_and_endings_are_kept(models):
+    experience = scored(models)
+    assert experience.lengths.tolist() == [3, 2, 4, 1]
+    assert experience.prompt_lengths.tolist() == [3, 5, 1, 2]
+    assert experience.scores.tolist() == SCORES
+    assert experience.ended.tolist() == [True, True, False, True]
+    gap = abs(-1.0 - float(experience.logprobs[0, 0]))
+    assert float(experience.engine_gap[0, 0]) == pytest.approx(gap, abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"gamma": 0.9, "lam": 0.5}, {"missing_eos_score": None}, {"reward_clip": 0.75}, {"whiten_rewards": True},
+    {"missing_eos_score": -3.0, "reward_clip": 2.0, "whiten_rewards": True},
+])  # fmt: skip
+def test_advantages_and_returns_step_by_step(models, changes):
+    """Clip, replace without EOS, KL at every token, whiten if asked, GAE, returns, and only then whiten (7-14)."""
+    setting, beta = config(**changes), 0.3
+    experience = scored(models)
+    scores = torch.tensor(SCORES)
+    if setting.reward_clip:
+        scores = scores.clamp(-setting.reward_clip, setting.reward_clip)
+    scores = oracle.replace_missing_eos(scores, experience.ended, setting.missing_eos_score)
+    rewards = oracle.shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, beta)
+    if setting.whiten_rewards:
+        rewards = oracle.whiten(rewards, experience.mask, shift_mean=False)
+    advantages, returns = oracle.gae(rewards, experience.values, experience.lengths, setting.gamma, setting.lam)
+    ours = with_advantages(experience, beta, setting)
+    assert torch.allclose(ours.returns.double(), returns, atol=1e-5)
+    assert torch.allclose(ours.advantages.double(), oracle.whiten(advantages, experience.mask), atol=1e-5)
+
+
+def test_padding_garbage_reaches_no_gradient(models):
+    """Token ids and NaN in the padding of a batch change neither losses nor gradients (PPO.md 1, 13)."""
+    actor, _, critic, _ = models
+    clean = with_advantages(scored(models), 0.1, config())
+    mask = clean.mask
+    whole = fn.mask_of(clean.prompt_lengths + clean.lengths, clean.tokens.shape[1])
+    dirty = {
+        one.name: torch.where(mask, value, torch.nan)
+        for one in dataclasses.fields(Experience)
+        if (value := getattr(clean, one.name)).dtype == torch.float32 and value.dim() == 2
+    }
+    dirty = dataclasses.replace(clean, tokens=torch.where(whole, clean.tokens, 13), **dirty)
+    for model, loss_of in (
+        (actor, lambda part: actor_loss(actor, part, config(), WORLD, 10, [])[0]),
+        (critic, lambda part: critic_loss(critic, part, config(), 10)[0]),
+    ):
+        grads = []
+        for part in (clean, dirty):
+            model.zero_grad()
+            loss_of(part).backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert grads[0]
+        for a, b in zip(*grads, strict=True):
+            assert torch.allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_give_the_same_gradient(models, size):
+    """1e-6 in fp32, losses divided by the tokens of the whole mini-batch (15)."""
+    actor, _, critic, _ = models
+    experience = with_advantages(scored(models), 0.1, config())
+    count = int(experience.lengths.sum())
+    for model, loss_of in (
+        (actor, lambda part: actor_loss(actor, part, config(), WORLD, count, [])[0]),
+        (critic, lambda part: critic_loss(critic, part, config(), count)[0]),
+    ):
+        model.zero_grad()
+        loss_of(experience).backward()
+        whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        for rows in torch.arange(4).split(size):
+            loss_of(experience.rows(rows)).backward()
+        parts = [p.grad for p in model.parameters() if p.grad is not None]
+        for a, b in zip(whole, parts, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_losses_are_the_oracles(models):
+    actor, _, critic, _ = models
+    experience = with_advantages(scored(models), 0.1, config())
+    moved = dataclasses.replace(experience, logprobs=experience.ref_logprobs, values=experience.values - 0.5)
+    setting = config(clip=0.1, value_clip=0.3)
+    loss, stats = actor_loss(actor, moved, setting, WORLD, 10, [])
+    expected, numbers = oracle.policy_loss(
+        experience.logprobs, moved.logprobs, moved.advantages, moved.mask, clip=0.1, count=10
+    )
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    assert 0 < float(stats["clipfrac"]) == numbers["clipfrac"]
+    assert float(stats["entropy"]) == pytest.approx(float(experience.entropy.sum()), abs=1e-4)
+    loss, stats = critic_loss(critic, moved, setting, 10)
+    expected, clipped = oracle.value_loss(
+        experience.values, moved.values, moved.returns, moved.mask, clip=0.3, count=10
+    )
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    assert 0 < float(stats["clipfrac"]) == clipped
+    loss, _ = critic_loss(critic, moved, config(value_clip=None), 10)
+    expected, _ = oracle.value_loss(experience.values, moved.values, moved.returns, moved.mask, clip=None, count=10)
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_ptx_is_the_sft_loss_times_its_coefficient(models):
+    actor = models[0]
+    examples = [Example([1, 3, 5, 2], [False, False, True, True]), Example([1, 6], [False, True])]
+    loss, stats = actor_loss(actor, examples[:1], config(ptx_coef=3.0), WORLD, 99, examples)
+    logprobs = transformers_logprobs(models[3][0], Answer([1, 3], [5, 2]), 1.0)[0]
+    assert float(stats["ptx"]) == pytest.approx(-float(logprobs.sum()) / 3, abs=1e-5)
+    assert float(loss) == pytest.approx(-float(logprobs.sum()), abs=1e-5)
+
+
+def test_the_metrics_are_means_over_valid_tokens_and_sums_over_sequences(models):
+    experience = with_advantages(scored(models), 0.1, config())
+    policy = {
+        "loss": 1.0, "policy": 1.0, "approxkl": 2.0, "clipfrac": 5.0, "ratio": 11.0, "ratio_sq": 14.0, "entropy": 20.0,
+        "tokens": 10.0, "max_ratio_gap": 0.25,
+    }  # fmt: skip
+    sums = [
+        ("policy", StepStats(True, 3.0, policy)),
+        ("value", StepStats(True, 1.0, {"loss": 7.0, "clipfrac": 4.0, "tokens": 10.0})),
+        ("policy", StepStats(True, 5.0, {**policy, "loss": 3.0, "policy": 3.0, "max_ratio_gap": 9.0})),
+    ]
+    metrics = summary(experience, sums, 0.1, config(missing_eos_score=-1.0, reward_clip=1.5))
+    kl = sum(
+        float(oracle.kl_k1(experience.logprobs[i], experience.ref_logprobs[i])) for i in oracle.chosen(experience.mask)
+    )
+    expected = {
+        "objective/kl": kl / 4, "objective/non_score_reward": -0.1 * kl / 4, "objective/scores": sum(SCORES) / 4,
+        "objective/rlhf_reward": (1.0 - 2.0 - 1.0 + 0.5) / 4 - 0.1 * kl / 4, "objective/response_length": 2.5,
+        "objective/entropy": -float(experience.logprobs.sum()) / 4, "objective/scores_clipfrac": 0.5,
+        "val/num_eos_tokens": 3.0, "val/missing_eos_rate": 0.25, "policy/approxkl_avg": 0.2, "policy/clipfrac_avg": 0.5,
+        "policy/entropy_avg": 2.0, "loss/policy_avg": 2.0, "val/ratio": 1.1, "val/ratio_var": 1.4 - 1.21,
+        "val/first_ratio_gap": 0.25, "loss/value_avg": 7.0, "val/clipfrac_avg": 0.4, "policy/grad_norm": 4.0,
+        "val/explained_variance": oracle.explained_variance(experience.values, experience.returns, experience.mask),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-4), name

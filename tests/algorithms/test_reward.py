@@ -1,0 +1,168 @@
+"""The reward model: the ranking loss against a loop over pairs, the held-out numbers by hand, the file for others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from penstock.algorithms.reward import (
+    Ranking,
+    evaluate,
+    micro_batches,
+    normalize_score,
+    ranking_loss,
+    reward,
+    score_rankings,
+    score_rows,
+)  # fmt: skip
+from penstock.config import DataFlags, OptimFlags, RewardConfig, RunFlags
+from penstock.data.chat import Example
+from penstock.memory.shard import World
+from penstock.models.roles import RewardModel
+from penstock.run.directory import resolve_model
+from tests.algorithms import oracle
+from tests.conftest import comparisons
+
+WORLD = World(0, 1, torch.device("cpu"))
+RANKINGS = [
+    Ranking([[1, 3, 5, 2], [1, 3, 6, 7, 2], [1, 3, 2]], (0, 1, 2), (2, 3, 1)),
+    Ranking([[1, 4, 8, 2], [1, 4, 9, 2]], (1, 0), (2, 2)),
+    Ranking([[1, 5, 3, 2], [1, 5, 4, 2], [1, 5, 5, 5, 5, 2], [1, 5, 2]], (0, 1, 1, 0), (2, 2, 4, 1)),
+    Ranking([[1, 6, 2], [1, 6, 3, 2]], (0, 0), (1, 2)),  # a tie
+]
+
+
+@pytest.fixture
+def model(tiny_model):
+    torch.manual_seed(3)
+    return RewardModel.from_pretrained(tiny_model())
+
+
+def test_the_score_is_read_at_the_last_token_whatever_the_padding(model):
+    rows = [row for ranking in RANKINGS for row in ranking.rows]
+    together = score_rows(model, rows, WORLD)
+    alone = torch.cat([score_rows(model, [row], WORLD) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert together.std() > 0.01
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_loss_and_gradient_in_any_micro_batch_are_a_loop_over_pairs(model, margin, rows):
+    """Mean over a prompt's pairs, then over the 4 prompts of the batch; the tie counts as a prompt with no loss."""
+    model.zero_grad()
+    expected = torch.zeros((), dtype=torch.float64)
+    right = pairs = 0
+    for ranking in RANKINGS:
+        scores = torch.cat([score_rows(model, [row], WORLD) for row in ranking.rows])
+        loss, correct, compared = oracle.pairwise_loss(scores, torch.tensor(ranking.ranks), margin)
+        expected, right, pairs = expected + loss / 4, right + correct, pairs + compared
+    expected.backward()
+    theirs = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    total, correct, compared = 0.0, 0, 0
+    for batch in micro_batches(RANKINGS, rows):
+        loss, stats = ranking_loss(model, batch, WORLD, 4, margin)
+        loss.backward()
+        total, correct, compared = total + float(loss.detach()), correct + stats["correct"], compared + stats["pairs"]
+    assert total == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert (correct, compared) == (right, pairs) == (right, 8)
+    for a, b in zip(theirs, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 100])
+def test_a_prompts_responses_stay_in_one_micro_batch(rows):
+    batches = micro_batches(RANKINGS, rows)
+    assert sorted(r.rows for batch in batches for r in batch) == sorted(r.rows for r in RANKINGS)
+    assert all(len(batch) == 1 or sum(len(r.rows) for r in batch) <= rows for batch in batches)
+
+
+def test_scores_come_back_in_order(model):
+    with torch.no_grad():
+        scores = score_rankings(model, RANKINGS, 4, WORLD)
+        for ranking, values in zip(RANKINGS, scores, strict=True):
+            assert values == pytest.approx(score_rows(model, ranking.rows, WORLD).tolist(), abs=1e-5)
+
+
+def test_heldout_numbers_by_hand():
+    facts = evaluate(RANKINGS[:2], [[3.0, 1.0, 2.0], [0.5, 0.25]])
+    # 1st: 0>1 right, 0>2 right, 1>2 wrong; 2nd: the second is better and scored lower: wrong
+    assert facts["accuracy"] == 0.5
+    assert facts["accuracy_distance_1"] == pytest.approx(1 / 3)
+    assert facts["accuracy_distance_2"] == 1.0
+    assert facts["accuracy_ci95"] == pytest.approx(1.96 * (0.25 / 4) ** 0.5)
+    flat, lengths = torch.tensor([3.0, 1.0, 2.0, 0.5, 0.25]), torch.tensor([2.0, 3.0, 1.0, 2.0, 2.0])
+    assert facts["length_correlation"] == pytest.approx(
+        float(torch.corrcoef(torch.stack([flat, lengths]))[0, 1]), abs=1e-6
+    )
+    assert evaluate(RANKINGS[3:], [[1.0, 1.0]])["length_correlation"] == 0.0
+
+
+def test_normalised_scores_are_centred_on_demonstrations_with_unit_spread_on_responses(model):
+    demos = [
+        Example([1, 3, 5, 2], [False, False, True, True]),
+        Example([1, 4, 9, 9, 2], [False, False, True, True, True]),
+    ]
+    with torch.no_grad():
+        normalize_score(model, RANKINGS, demos, 3, WORLD)
+        assert float(score_rows(model, [d.tokens for d in demos], WORLD).mean()) == pytest.approx(0, abs=1e-5)
+        every = torch.tensor([value for values in score_rankings(model, RANKINGS, 3, WORLD) for value in values])
+        assert float(every.std()) == pytest.approx(1, abs=1e-5)
+        normalize_score(model, RANKINGS, [], 3, WORLD)
+        every = torch.tensor([value for values in score_rankings(model, RANKINGS, 3, WORLD) for value in values])
+        assert float(every.mean()) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_model, jsonl):
+    return reward(
+        RewardConfig(
+            model=tiny_model(), data=DataFlags(data=(jsonl(comparisons(160)),), max_length=32),
+            run=RunFlags(out=str(tmp_path / "run")), optim=OptimFlags(lr=5e-3, batch_size=8, steps=60), heldout=0.25,
+        )
+    )  # fmt: skip
+
+
+def test_it_learns_a_preference_and_transformers_reads_it(trained):
+    rows = [json.loads(line) for line in (Path(trained) / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["heldout/accuracy"] > 0.9  # more of token 5 is better
+    assert rows[0]["loss"] > rows[-1]["loss"]
+    address = resolve_model(str(trained))
+    ours = RewardModel.from_pretrained(address)
+    assert ours.facts["pair_accuracy"] == rows[-1]["heldout/accuracy"]
+    theirs = AutoModelForSequenceClassification.from_pretrained(address, pad_token_id=0)
+    for row in ([1, 3, 5, 5, 2], [1, 3, 6, 4, 2]):
+        with torch.no_grad():
+            raw = float(theirs(torch.tensor([row])).logits)
+            mine = float(score_rows(ours, [row], WORLD))
+        assert mine == pytest.approx((raw - ours.mean) / ours.std, abs=1e-4)
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path, tiny_model, jsonl, monkeypatch):
+    """Split by prompt, never by pair (PPO.md 23): two rankings of one prompt are on one side."""
+    from penstock.algorithms import reward as module
+
+    data = jsonl([{**row, "prompt_ids": [1, 3 + i % 8]} for i, row in enumerate(comparisons(64))])
+    seen = {"train": set(), "heldout": set()}
+
+    def spy(name, real, at):
+        def call(*arguments):
+            seen[name] |= {tuple(r.rows[0][:2]) for r in arguments[at]}
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(module, "ranking_loss", spy("train", module.ranking_loss, 1))
+    monkeypatch.setattr(module, "score_rankings", spy("heldout", module.score_rankings, 1))
+    reward(
+        RewardConfig(
+            model=tiny_model(), data=DataFlags(data=(data,), max_length=32), run=RunFlags(out=str(tmp_path / "r")),
+            optim=OptimFlags(lr=1e-3, batch_size=8, steps=12), heldout=0.3,
+        )
+    )  # fmt: skip
+    assert seen["train"]
+    assert seen["heldout"]
+    assert not seen["train"] & seen["heldout"]
