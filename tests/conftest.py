@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from penstock.config import DataFlags, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig
 from penstock.models.decoder import Decoder, DecoderConfig
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
@@ -20,17 +21,17 @@ TINY = DecoderConfig(
 EOS = 2
 
 
+def save_tiny(path: Path, seed: int = 0, **changes: Any) -> str:
+    """Saves a tiny GPT-2 with random weights."""
+    decoder = Decoder(dataclasses.replace(TINY, **changes), generator=torch.Generator().manual_seed(seed))
+    decoder.save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Callable[..., str]:
     """Makes a model directory: tiny_model(name="model", seed=0, **changes to the config)."""
-
-    def make(name: str = "model", seed: int = 0, **changes: Any) -> str:
-        config = dataclasses.replace(TINY, **changes)
-        decoder = Decoder(config, generator=torch.Generator().manual_seed(seed))
-        decoder.save_pretrained(tmp_path / name)
-        return str(tmp_path / name)
-
-    return make
+    return lambda name="model", seed=0, **changes: save_tiny(tmp_path / name, seed, **changes)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -69,3 +70,33 @@ def comparisons(count: int, seed: int = 0) -> list[dict[str, Any]]:
         ranking = [[j for j in range(k) if counts[j] == level] for level in sorted(set(counts), reverse=True)]
         rows.append({"prompt_ids": [1, 3 + i % 13, 3 + i // 13], "response_ids": many, "ranking": ranking})
     return rows
+
+
+REWARD_FN = """
+import random
+def score(prompts, responses, *, response_ids=None, **_):
+    return [ids.count(5) + random.random() for ids in response_ids]  # draws from the global generator on purpose
+"""
+
+
+def stage_config(
+    directory: Path, stage: str, out: str, *, steps: int = 8, checkpoint_every: int = 3
+) -> SFTConfig | RewardConfig | PPOConfig:
+    """A run of a stage that takes a second, with every kind of state in it: `directory`/`out` is its run directory."""
+    model = save_tiny(directory / "model")
+    optim = OptimFlags(lr=1e-2, batch_size=8, micro_batch_size=4, epochs=2 if stage == "ppo" else 1, steps=steps)
+    run = RunFlags(out=str(directory / out), checkpoint_every=checkpoint_every)
+    if stage == "ppo":
+        (directory / "fn.py").write_text(REWARD_FN)
+        data = write_jsonl(directory / "prompts.jsonl", [{"prompt_ids": [1, 3 + i]} for i in range(12)])
+        return PPOConfig(
+            actor=model, reward_fn=f"{directory}/fn.py:score", data=DataFlags(data=(data,), max_length=32), run=run,
+            optim=optim, max_new_tokens=6, kl_target=2.0, mini_batch_size=4, value_warmup=False, samples=2,
+        )  # fmt: skip
+    if stage == "sft":
+        data = write_jsonl(directory / "sft.jsonl", demonstrations(30))
+        return SFTConfig(
+            model=model, data=DataFlags(data=(data,), max_length=32), run=run, optim=optim, eval_every=2, samples=2
+        )
+    data = write_jsonl(directory / "rankings.jsonl", comparisons(30))
+    return RewardConfig(model=model, data=DataFlags(data=(data,), max_length=32), run=run, optim=optim, eval_every=4)

@@ -160,3 +160,31 @@ def test_reward_runs_on_token_ids_and_reports_its_accuracy(tmp_path, tiny_model,
 def test_doctor_says_ready():
     done = run("doctor")
     assert "ready to train" in done.stdout + done.stderr or done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (MemoryError(), 3, "smaller --micro-batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), 3, "out of memory"),
+        (OSError(28, "No space left on device", "/data/x"), 3, "/data/x: the disk is full"),
+        (OSError(5, "Input/output error"), 5, "internal error (OSError)"),
+        (ZeroDivisionError(), 5, "internal error (ZeroDivisionError)"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_the_machine_refuses_has_its_own_exit_code(capsys, monkeypatch, error, code, text):
+    def refuse(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_doctor", refuse)
+    got, _, err = exit_of(capsys, "doctor")
+    assert got == code
+    assert text in err
+    assert ("Traceback" in err) == (code == 5)
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m penstock --help | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""

@@ -1,5 +1,6 @@
 """The `penstock` command: one line per command, nothing imported before it is needed."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,35 +31,41 @@ Several processes: torchrun --nproc_per_node N -m penstock ppo ..."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its code; a user's error is one paragraph on stderr, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP.format(commands="\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())))
-        sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        from penstock import __version__
-
-        print(f"penstock {__version__}")
-        sys.exit(0)
+    name = arguments[0] if arguments else ""
     try:
-        _command(arguments[0])(arguments[1:])
+        _run(name, arguments[1:])
+        sys.stdout.flush()
     except PenstockError as error:
-        print(f"penstock {arguments[0]}: {error}", file=sys.stderr)
+        print(f"penstock {name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:
-        problem = _resource(error)
-        if problem is None:
-            raise
-        print(f"penstock {arguments[0]}: {problem}", file=sys.stderr)
-        sys.exit(ResourceError.exit_code)
-    except BrokenPipeError:
-        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # penstock generate ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Exception as error:
+        problem = _resource(error)
+        if problem is not None:
+            print(f"penstock {name}: {problem}", file=sys.stderr)
+            sys.exit(ResourceError.exit_code)
         import traceback
 
         traceback.print_exc()
-        print(f"penstock {arguments[0]}: internal error ({type(error).__name__}): please report it.", file=sys.stderr)
+        print(f"penstock {name}: internal error ({type(error).__name__}): please report it.", file=sys.stderr)
         sys.exit(5)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    if name in ("", "-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())))
+        sys.stdout.flush()
+        sys.exit(0 if name else 2)
+    if name == "--version":
+        from penstock import __version__
+
+        print(f"penstock {__version__}")
+        return
+    _command(name)(arguments)
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
@@ -191,10 +198,18 @@ def _one_path(arguments: list[str], command: str, what: str) -> str:
     return arguments[0]
 
 
-def _resource(error: OSError) -> str | None:
-    """The paragraph for what the operating system refused, or None when it is not the user's to mend."""
+def _resource(error: Exception) -> str | None:
+    """The paragraph for what the machine could not give, or None when the error is something else."""
     import errno
 
+    # On a CPU torch says "DefaultCPUAllocator: can't allocate memory" in a plain RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return (
+            "out of memory; give a smaller --micro-batch-size, a smaller --max-length or --dtype bf16. "
+            "Checkpoints that were written are intact: penstock resume RUN."
+        )
+    if not isinstance(error, OSError):
+        return None
     where = f"{error.filename}: " if error.filename else ""
     texts = {
         errno.ENOSPC: "the disk is full; free some space, then penstock resume the run: its last checkpoint is intact.",

@@ -1,71 +1,31 @@
 """A killed run goes on exactly: same weights (sha256), same metrics.jsonl, for all three stages (DESIGN 9)."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.kills import campaign, outcome
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig, from_dict, to_dict
+from penstock.config import PPOConfig, RewardConfig, SFTConfig, from_dict, to_dict
 from penstock.run import checkpoint
 from penstock.run.session import StoppedError
-from tests.conftest import comparisons, demonstrations
+from tests import conftest
 
-REWARD_FN = """
-import random
-def score(prompts, responses, *, response_ids=None, **_):
-    return [ids.count(5) + random.random() for ids in response_ids]  # draws from the global generator on purpose
-"""
 STAGES = {"sft": (sft, SFTConfig), "reward": (reward, RewardConfig), "ppo": (ppo, PPOConfig)}
 STEPS = 8
 
 
 @pytest.fixture
-def stage_config(tmp_path, tiny_model, jsonl):
-    def make(stage, out, steps=STEPS):
-        optim = OptimFlags(lr=1e-2, batch_size=8, micro_batch_size=4, epochs=2 if stage == "ppo" else 1, steps=steps)
-        run = RunFlags(out=str(tmp_path / out), checkpoint_every=3)
-        if stage == "ppo":
-            (tmp_path / "fn.py").write_text(REWARD_FN)
-            data = jsonl([{"prompt_ids": [1, 3 + i]} for i in range(12)], "prompts.jsonl")
-            return PPOConfig(
-                actor=tiny_model(), reward_fn=f"{tmp_path}/fn.py:score", data=DataFlags(data=(data,), max_length=32),
-                run=run, optim=optim, max_new_tokens=6, kl_target=2.0, mini_batch_size=4, value_warmup=False, samples=2,
-            )  # fmt: skip
-        if stage == "sft":
-            data = jsonl(demonstrations(30), "sft.jsonl")
-            return SFTConfig(
-                model=tiny_model(), data=DataFlags(data=(data,), max_length=32), run=run, optim=optim,
-                eval_every=2, samples=2,
-            )  # fmt: skip
-        data = jsonl(comparisons(30), "rankings.jsonl")
-        return RewardConfig(
-            model=tiny_model(), data=DataFlags(data=(data,), max_length=32), run=run, optim=optim, eval_every=4
-        )
-
-    return make
-
-
-def outcome(run):
-    """What must be equal: sha256 of every file of the last models, and metrics and samples byte by byte."""
-    run = Path(run)
-    last = run / "checkpoints" / f"step-{STEPS:06d}"
-    weights = {
-        str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in ("model", "critic")
-        for path in sorted((last / name).glob("*.safetensors"))
-    }
-    return weights, (run / "metrics.jsonl").read_bytes(), (run / "samples.jsonl").read_bytes()
+def stage_config(tmp_path):
+    return lambda stage, out: conftest.stage_config(tmp_path, stage, out, steps=STEPS)
 
 
 def cut_at(run: Path, kept_step: int) -> None:
@@ -159,57 +119,9 @@ def test_a_flipped_byte_falls_back_to_the_older_checkpoint(stage_config, capsys)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_kill_9_once_in_a_process_of_its_own(stage, stage_config, tmp_path):
-    kill_campaign(stage, stage_config, tmp_path, kills=1, steps=STEPS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_kill_9_at_ten_random_times(stage, stage_config, tmp_path):
-    kill_campaign(stage, stage_config, tmp_path, kills=10, steps=STEPS)
-
-
-def kill_campaign(stage, stage_config, tmp_path, kills, steps):
-    """Starts the real command, kills it at a random moment, resumes, `kills` times; then lets it finish."""
-    configs = {name: stage_config(stage, name, steps) for name in ("whole", "killed")}
-    assert command(stage, configs["whole"]).wait(timeout=300) == 0
-    rng = random.Random(f"{stage} {kills}")
-    run = Path(configs["killed"].run.out)
-    done = 0
-    process = command(stage, configs["killed"])
-    while done < kills:
-        # Anywhere from the first written byte to a few steps later, so that some kills hit a checkpoint's writing.
-        wait_for(lambda: (run / "config.toml").exists() and (run / "metrics.jsonl").exists(), process)
-        time.sleep(rng.random() * 0.6)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        done += 1
-        process = subprocess.Popen([*PENSTOCK, "resume", str(run)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    assert process.wait(timeout=300) == 0
-    assert done >= min(kills, 1), "the run was over before it could be killed"
-    assert outcome(run)[:2] == outcome(configs["whole"].run.out)[:2]
-
-
-PENSTOCK = [sys.executable, "-m", "penstock"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(stage, config):
-    """The stage as a process, its flags in a TOML file."""
-    import tomli_w
-
-    path = Path(config.run.out + ".toml")
-    path.write_text(tomli_w.dumps(to_dict(config)))
-    return subprocess.Popen([*PENSTOCK, stage, "--config", str(path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-
-
-def wait_for(ready, process, seconds=60):
-    """Until `ready` or the process ends."""
-    end = time.monotonic() + seconds
-    while not ready() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
+def test_kill_9_at_a_random_time(stage, tmp_path):
+    """The real commands in processes of their own; `python -m benchmarks.kills` does it ten times per stage."""
+    assert [one["equal"] for one in campaign(stage, tmp_path, kills=1)] == [True]
 
 
 def test_metrics_hold_no_times(stage_config):

@@ -1,0 +1,65 @@
+"""What the demo takes and what it learns: `make demo` as a user runs it, then five seeds.
+
+    python -m benchmarks.demo [--seeds 5]
+
+Writes demo.json: wall seconds and peak resident bytes of one demo in its own process, then each seed's gold scores,
+the reward model's held-out accuracy beside the labellers' noise ceiling, and whether each seed learned.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.facts import write
+
+
+def run(out: Path, seeds: int) -> tuple[dict[str, Any], float]:
+    """The demo's report.json and its wall seconds."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "penstock", "demo", "--out", str(out), "--seeds", str(seeds)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - started
+    assert (out / "report.html").stat().st_size > 0
+    return json.loads((out / "report.json").read_text(encoding="utf-8")), seconds
+
+
+def main() -> None:
+    """Exits with 1 when a seed did not learn what it should."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    seeds = parser.parse_args().seeds
+    with tempfile.TemporaryDirectory() as directory:
+        _, seconds = run(Path(directory) / "one", 1)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        report, _ = run(Path(directory) / "many", seeds)
+    verdicts = [
+        {
+            "seed": one["seed"],
+            "standard_errors_of_ppo_above_sft": (one["ppo_gold"] - one["sft_gold"]) / one["gold_se"],
+            "accuracy_of_attainable": one["rm_accuracy"] / one["rm_ceiling"],
+            "sft_above_base": one["sft_gold"] - one["base_gold"],
+        }
+        for one in report["seeds"]
+    ]
+    path = write(
+        "demo", {"one_demo": {"seconds": seconds, "peak_rss_bytes": peak}, **report, "verdicts": verdicts},
+        "transformers", "numpy",
+    )  # fmt: skip
+    print(path.read_text(encoding="utf-8"))
+    learned = all(
+        one["standard_errors_of_ppo_above_sft"] > 3
+        and one["accuracy_of_attainable"] >= 0.75
+        and one["sft_above_base"] > 0
+        for one in verdicts
+    )
+    sys.exit(not learned)
+
+
+if __name__ == "__main__":
+    main()

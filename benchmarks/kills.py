@@ -1,0 +1,118 @@
+"""A promise kept: kill -9 at random moments, `penstock resume`, and compare with the run that nobody touched.
+
+    python -m benchmarks.kills [--kills 10]
+
+For each stage the real command trains a tiny model in a process of its own and is killed at a moment drawn from the
+whole length of its training (checkpoints are written every third step, so some kills hit one). After the resume, every
+weight file's sha256, `metrics.jsonl` and `samples.jsonl` must equal those of the undisturbed run, byte for byte.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from benchmarks.facts import write
+from penstock.config import to_dict
+from tests.conftest import stage_config
+
+STEPS = 60
+PENSTOCK = [sys.executable, "-m", "penstock"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def outcome(run: str | Path) -> tuple[dict[str, str], bytes, bytes]:
+    """What must be equal: sha256 of every weight file of the last checkpoint, metrics and samples byte by byte."""
+    run = Path(run)
+    last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    weights = {
+        str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("model", "critic")
+        for path in sorted((last / name).glob("*.safetensors"))
+    }
+    return weights, (run / "metrics.jsonl").read_bytes(), (run / "samples.jsonl").read_bytes()
+
+
+def campaign(stage: str, directory: Path, kills: int) -> list[dict[str, Any]]:
+    """One record per kill: where it struck and whether the resumed run ended equal."""
+    whole = directory / "whole"
+    length = training_seconds(start(stage, directory, "whole"), whole)
+    expected, rng, records = outcome(whole), random.Random(f"{stage} {kills}"), []
+    while len(records) < kills:
+        run = directory / "killed"
+        process = start(stage, directory, "killed")
+        wait_for(run / "config.toml", process)
+        time.sleep(rng.random() * length)
+        if process.poll() is not None:  # it was faster than the one that was timed
+            shutil.rmtree(run)
+            continue
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        metrics = run / "metrics.jsonl"
+        record = {
+            "stage": stage,
+            "steps_logged": len(metrics.read_text().splitlines()) if metrics.exists() else 0,
+            "checkpoints": sorted(path.name for path in run.glob("checkpoints/step-*")),
+        }
+        resumed = subprocess.run([*PENSTOCK, "resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True)
+        record["equal"] = resumed.returncode == 0 and outcome(run) == expected
+        if not record["equal"]:
+            record["stderr"] = resumed.stderr[-2000:]
+        records.append(record)
+        shutil.rmtree(run)
+    return records
+
+
+def start(stage: str, directory: Path, out: str) -> subprocess.Popen:
+    """The stage as a process, its flags in a TOML file."""
+    config = stage_config(directory, stage, out, steps=STEPS)
+    path = directory / f"{out}.toml"
+    path.write_text(tomli_w.dumps(to_dict(config)))
+    return subprocess.Popen([*PENSTOCK, stage, "--config", str(path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+
+
+def training_seconds(process: subprocess.Popen, run: Path) -> float:
+    """From the first file of the run to the end of the process. Raises RuntimeError when it fails."""
+    wait_for(run / "config.toml", process)
+    started = time.monotonic()
+    if process.wait(timeout=600) != 0:
+        raise RuntimeError(f"the undisturbed run failed with {process.returncode}")
+    return time.monotonic() - started
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until the file is there or the process has ended."""
+    end = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+def main() -> None:
+    """Exits with 1 when a resumed run differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10, help="per stage")
+    kills = parser.parse_args().kills
+    records = []
+    for stage in ("sft", "reward", "ppo"):
+        with tempfile.TemporaryDirectory() as directory:
+            some = campaign(stage, Path(directory), kills)
+        print(f"{stage}: {sum(one['equal'] for one in some)} of {kills} equal", flush=True)
+        records += some
+    equal = sum(one["equal"] for one in records)
+    midway = sum(any(".tmp-" in name for name in one["checkpoints"]) for one in records)
+    write("kills", {"kills": len(records), "equal": equal, "while_writing_a_checkpoint": midway, "records": records})
+    sys.exit(equal != len(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Do the tests notice? Plants the classic mistakes of RLHF code, one at a time, and runs the tests on each.
+
+    python -m benchmarks.planted_bugs [--only WORD]
+
+Each line of BUGS is one wrong line in a copy of src/ (the tree itself is never touched). A bug is caught when the
+tests of algorithms/, rollout/ and memory/ fail on it; the unchanged copy must pass. The sources of the ideas are the
+war stories of PPO.md (TRL, trlX, DeepSpeed-Chat and the 2023 reference system had several of these in releases).
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.facts import ROOT, write
+
+TESTS = (
+    "test_functional.py", "test_experience.py", "test_sft.py", "test_reward.py", "test_ppo.py",
+)  # fmt: skip
+
+FN, PPO, SFT, RM = (f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward"))
+STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
+
+BUGS: list[tuple[str, str, str, str]] = [
+    # (file, what is wrong, the right line, the wrong line)
+    # masks and shifts
+    (FN, "mask one token too long", "< lengths[:, None]", "<= lengths[:, None]"),
+    (FN, "log-prob read from the token's own state", "index_select(0, flat - 1)", "index_select(0, flat)"),
+    (FN, "log-prob read two states before", "index_select(0, flat - 1)", "index_select(0, (flat - 2).clamp(min=0))"),
+    (FN, "a row's first token is trained on", "if bool(mask[:, 0].any()):", "if False:"),
+    (FN, "score read at the last column, padding or not", "lengths - 1]\n\n\ndef pack", "-1 + 0 * lengths]\n\n\ndef pack"),
+    (FN, "padding is multiplied by 0, so NaN survives", "return x.masked_fill(~mask, 0.0)", "return x * mask"),
+    (FN, "prompt tokens are in the response mask", " & ~mask_of(prompt_lengths, width)", ""),
+    # log-probs and KL
+    (FN, "temperature forgotten in training", "if temperature != 1.0:", "if False:"),
+    (FN, "temperature multiplies", "logits = logits / temperature", "logits = logits * temperature"),
+    (FN, "softmax in bf16", "logits = logits.float()\n", "logits = logits\n"),
+    (FN, "entropy with the wrong sign", "torch.special.entr(log_prob", "-torch.special.entr(log_prob"),
+    (FN, "entropy carries a gradient", "with torch.no_grad():\n        log_prob", "with torch.enable_grad():\n        log_prob"),
+    (FN, "log-ratio not clamped", "(logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "logprobs - other"),
+    (FN, "KL the wrong way round", "return log_ratio(logprobs, ref_logprobs)", "return log_ratio(ref_logprobs, logprobs)"),
+    (FN, "k2 without its half", "return 0.5 * log_ratio", "return log_ratio"),
+    (FN, "k3 with the ratio upside down", "reverse = log_ratio(ref_logprobs, logprobs)", "reverse = log_ratio(logprobs, ref_logprobs)"),
+    # rewards
+    (FN, "KL rewarded instead of penalised", "rewards = -kl_coef * kl_k1", "rewards = kl_coef * kl_k1"),
+    (FN, "score added at every token", "rewards[torch.arange(len(scores), device=scores.device), lengths - 1] += scores.float()", "rewards = rewards + scores[:, None] * mask"),
+    (FN, "score added in the padding", "lengths - 1] += scores.float()", "-1 + 0 * lengths] += scores.float()"),
+    (FN, "score replaces the last token's KL", "lengths - 1] += scores.float()", "lengths - 1] = scores.float()"),
+    (FN, "missing-EOS score added, not put in place", "torch.full_like(scores, missing_eos_score))", "scores + missing_eos_score)"),
+    (FN, "answers that did end are punished", "torch.where(has_eos, scores,", "torch.where(~has_eos, scores,"),
+    (FN, "missing-EOS score 0 read as off", "if missing_eos_score is None:", "if not missing_eos_score:"),
+    (FN, "KL controller steers away", "1.0 + error * episodes", "1.0 - error * episodes"),
+    (FN, "KL controller's error not clipped", "min(max(kl_per_sequence / self.target - 1.0, -0.2), 0.2)", "kl_per_sequence / self.target - 1.0"),
+    (FN, "KL controller counts batches, not episodes", "error * episodes / self.horizon", "error / self.horizon"),
+    # advantages
+    (FN, "lambda forgotten", "gamma * lam * running", "gamma * running"),
+    (FN, "gamma forgotten in the recursion", "gamma * lam * running", "lam * running"),
+    (FN, "gamma forgotten in delta", "deltas = rewards + gamma * next_values", "deltas = rewards + next_values"),
+    (FN, "lambda in the place of gamma", "deltas = rewards + gamma * next_values", "deltas = rewards + lam * next_values"),
+    (FN, "last value bootstraps itself", "F.pad(values[:, 1:], (0, 1))", "torch.cat([values[:, 1:], values[:, -1:]], 1)"),
+    (FN, "values of the padding leak into GAE", "clean(rewards.float(), mask), clean(values.float(), mask)\n    # Zeros", "clean(rewards.float(), mask), values.float()\n    # Zeros"),
+    (FN, "returns are the advantages", "return advantages, clean(advantages + values, mask)", "return advantages, advantages"),
+    (FN, "whitening counts the padding", "count = mask.sum()\n    mean", "count = mask.numel()\n    mean"),
+    (FN, "variance over the padding", "clean((x - mean).square(), mask).sum() /", "(x - mean).square().sum() /"),
+    (FN, "biased variance", "(count - 1).clamp(min=1)", "count"),
+    (FN, "mean not shifted", "whitened if shift_mean else whitened + mean", "whitened + mean"),
+    (FN, "divided by the variance", "torch.rsqrt(variance + eps)", "1 / (variance + eps)"),
+    (FN, "explained variance upside down", "1 - (returns - values).var(unbiased=False) / variance", "(returns - values).var(unbiased=False) / variance"),
+    # losses
+    (FN, "policy gradient with the wrong sign", "unclipped = -advantages * ratio\n    clipped = -advantages", "unclipped = advantages * ratio\n    clipped = advantages"),
+    (FN, "the better of the two instead of the worse", "torch.maximum(unclipped, clipped), mask, count)", "torch.minimum(unclipped, clipped), mask, count)"),
+    (FN, "never clipped", "torch.maximum(unclipped, clipped), mask, count)", "unclipped, mask, count)"),
+    (FN, "always clipped", "torch.maximum(unclipped, clipped), mask, count)", "clipped, mask, count)"),
+    (FN, "clipped on one side only", "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(max=1 + clip)"),
+    (FN, "ratio upside down", "ratio = log_ratio(logprobs, old_logprobs).exp()", "ratio = log_ratio(old_logprobs, logprobs).exp()"),
+    (FN, "old log-probs not detached", "clean(old_logprobs.float().detach(), mask)", "clean(old_logprobs.float(), mask)"),
+    (FN, "advantages not detached", "clean(advantages.detach(), mask)", "clean(advantages, mask)"),
+    (FN, "policy loss is a mean of this micro-batch", "loss = masked_mean(torch.maximum(unclipped, clipped), mask, count)\n    with", "loss = masked_mean(torch.maximum(unclipped, clipped), mask)\n    with"),
+    (FN, "mean of sequence means", "loss = masked_mean(torch.maximum(unclipped, clipped), mask, count)\n    with", "loss = (clean(torch.maximum(unclipped, clipped), mask).sum(1) / mask.sum(1)).mean()\n    with"),
+    (FN, "mean over the padding too", "mask.sum() if count is None else count)", "mask.numel() if count is None else count)"),
+    (FN, "value loss without its half", "loss = 0.5 * masked_mean(torch.maximum(squared", "loss = masked_mean(torch.maximum(squared"),
+    (FN, "the smaller value error", "torch.maximum(squared, squared_clipped)", "torch.minimum(squared, squared_clipped)"),
+    (FN, "values clipped around the returns", "torch.clamp(values, old_values - clip, old_values + clip)", "torch.clamp(values, returns - clip, returns + clip)"),
+    (FN, "returns not detached", "clean(returns.float().detach(), mask)", "clean(returns.float(), mask)"),
+    (FN, "SFT loss with the wrong sign", "return -logprobs.sum()", "return logprobs.sum()"),
+    (FN, "SFT loss is a mean of this micro-batch", "(max(len(logprobs), 1) if count is None else count)", "max(len(logprobs), 1)"),
+    (FN, "ties count as pairs", "if a < b]", "if a <= b and i != j]"),
+    (FN, "the worse answer preferred", "if a < b]", "if a > b]"),
+    (FN, "only neighbours in rank compared", "if a < b]", "if a + 1 == b]"),
+    (FN, "sum over a prompt's pairs", "F.logsigmoid(gaps - margin).mean()", "F.logsigmoid(gaps - margin).sum()"),
+    (FN, "margin with the wrong sign", "F.logsigmoid(gaps - margin)", "F.logsigmoid(gaps + margin)"),
+    (FN, "log of a sigmoid that underflows", "-F.logsigmoid(gaps - margin).mean()", "-torch.sigmoid(gaps - margin).log().mean()"),
+    (FN, "first update at learning rate 0", "return (step + 1) / warmup", "return step / warmup"),
+    # PPO's own lines
+    (PPO, "old log-probs taken from the reference", "            logprobs=logprobs,\n", "            logprobs=ref_logprobs,\n"),
+    (PPO, "reference scored by the actor", "logprobs_of(reference, tokens", "logprobs_of(actor, tokens"),
+    (PPO, "reference at temperature 1", "logprobs_of(reference, tokens, prompt_lengths, response_lengths, config.temperature)", "logprobs_of(reference, tokens, prompt_lengths, response_lengths, 1.0)"),
+    (PPO, "training at temperature 1", "logprobs_of(actor, part.tokens, part.prompt_lengths, part.lengths, config.temperature)", "logprobs_of(actor, part.tokens, part.prompt_lengths, part.lengths, 1.0)"),
+    (PPO, "value of the token itself", "fn.response_states(hidden, prompt_lengths, lengths)", "hidden[fn.response_mask(prompt_lengths, lengths, tokens.shape[1])]"),
+    (PPO, "rewards whitened with their mean shifted", "fn.whiten(rewards, experience.mask, shift_mean=False)", "fn.whiten(rewards, experience.mask)"),
+    (PPO, "advantages not whitened", "advantages=fn.whiten(advantages, experience.mask)", "advantages=advantages"),
+    (PPO, "returns from whitened advantages", "returns=returns)", "returns=fn.whiten(advantages, experience.mask) + experience.values)"),
+    (PPO, "score clipped after the missing-EOS rule", "scores = scores.clamp(-config.reward_clip, config.reward_clip)\n    scores = fn.replace_missing_eos(scores, experience.ended, config.missing_eos_score)", "scores = fn.replace_missing_eos(scores, experience.ended, config.missing_eos_score)\n        scores = scores.clamp(-config.reward_clip, config.reward_clip)"),
+    (PPO, "gamma and lambda swapped", "config.gamma, config.lam)", "config.lam, config.gamma)"),
+    (PPO, "advantages in the place of returns", "fn.value_loss(values, part.values, part.returns,", "fn.value_loss(values, part.values, part.advantages,"),
+    (PPO, "values clipped around themselves", "fn.value_loss(values, part.values,", "fn.value_loss(values, values.detach(),"),
+    (PPO, "ratio against the reference", "fn.policy_loss(logprobs, part.logprobs,", "fn.policy_loss(logprobs, part.ref_logprobs,"),
+    (PPO, "ptx coefficient forgotten", "return config.ptx_coef * loss,", "return loss,"),
+    (PPO, "every epoch in the same order", "(step << 16) + epoch", "step << 16"),
+    (PPO, "trimmed rows lose their last token", "[:, :responses] for one", "[:, :max(responses - 1, 1)] for one"),
+    (PPO, "KL of the batch, not per sequence", "mask).sum()) / rows\n    scores", "mask).sum())\n    scores"),
+    (PPO, "an answer cut short counts as ended", 'a.finish_reason == "stop" for a', 'a.finish_reason != "" for a'),
+    # what stands around
+    (SFT, "prompts are trained on", "[int(flag) for flag in example.trained]", "[int(i > 0) for i in range(len(example.trained))]"),
+    (RM, "loss over responses instead of prompts", 'return loss / count, {"correct"', 'return loss / len(scores), {"correct"'),
+    (RM, "a prompt's scores shifted by one answer", "here = scores[start : start + len(ranking.rows)]", "here = scores.roll(1)[start : start + len(ranking.rows)]"),
+    (RM, "held-out accuracy counts every pair", "                if a < b:\n", "                if i < j:\n"),
+    (RM, "split by row, not by prompt", "split_by_prompt([record.prompt_key for record in records]", "split_by_prompt([str(i) for i, _ in enumerate(records)]"),
+    (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
+    (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),
+    (STRATEGY, "only the last micro-batch counts", "                loss.backward()\n", "                sink.zero_grad()\n                loss.backward()\n"),
+    (STRATEGY, "gradients never cleared", "        sink.zero_grad()\n        sums", "        sums"),
+    (STRATEGY, "gradients scaled up to the norm", "max_grad_norm / (norm + 1e-6), max=1.0)", "max_grad_norm / (norm + 1e-6), min=1.0)"),
+    (STRATEGY, "a NaN loss is stepped on", "        if finite:\n", "        if True:\n"),
+    (SAMPLING, "log-prob at temperature 1", "return tokens, logprobs.gather", "return tokens, torch.log_softmax(logits * (sampling.temperature or 1.0), -1).gather"),
+    (SAMPLING, "every episode has the same stream", "manual_seed(_mix(_mix(seed) ^ episode))", "manual_seed(_mix(seed))"),
+    (SAMPLING, "log-prob of the truncated distribution", "logprobs = torch.log_softmax(logits, dim=-1)\n    if", "logprobs = _truncate(torch.log_softmax(logits, dim=-1), sampling).log_softmax(-1)\n    if"),
+    (ENGINE, "EOS is left out of the answer", "            if not done[i]:\n", "            if not done[i] and token not in eos_ids:\n"),
+    (ENGINE, "answers go on after EOS", "done[i] = token in eos_ids or", "done[i] ="),
+]  # fmt: skip
+
+
+def plant(copy: Path, file: str, right: str, wrong: str) -> None:
+    """Writes the wrong line into the copy. Raises ValueError when the right one is not there exactly once."""
+    path = copy / "src" / "penstock" / file
+    text = path.read_text(encoding="utf-8")
+    if text.count(right) != 1:
+        raise ValueError(
+            f"{file}: {right!r} is there {text.count(right)} times instead of once; mend benchmarks/planted_bugs.py"
+        )
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+
+
+def verdict(copy: Path) -> tuple[bool, str]:
+    """Whether the tests fail on the copy, and the first that does. In a fork: torch is imported once for all."""
+    log = copy / "log.txt"
+    child = os.fork()
+    if child == 0:
+        handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(copy)
+        sys.path[:0] = [str(copy / "src"), str(copy)]
+        sys.dont_write_bytecode = True
+        import pytest
+
+        # The tests beside the file first, then everything that algorithms stand on.
+        where = [*(f"tests/algorithms/{name}" for name in TESTS), "tests/rollout", "tests/memory"]
+        code = pytest.main([*where, "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:timeout"])
+        import penstock
+
+        os._exit(int(code) if str(penstock.__file__).startswith(str(copy)) else 9)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    text = log.read_text(encoding="utf-8", errors="replace")
+    failed = [line.removeprefix("FAILED ").split(" - ")[0] for line in text.splitlines() if line.startswith("FAILED ")]
+    if code not in (0, 1) or (code == 1 and not failed):
+        raise RuntimeError(f"the tests did not run (exit {code}):\n{text[-3000:]}")
+    return code == 1, failed[0] if failed else ""
+
+
+def campaign(pristine: Path, only: str) -> list[dict[str, object]]:
+    """Every bug with what became of it. Raises RuntimeError when the unchanged copy fails."""
+    results: list[dict[str, object]] = []
+    for file, what, right, wrong in [("", "nothing: the control", "", ""), *BUGS]:
+        if only and file and only not in f"{file} {what}":
+            continue
+        with tempfile.TemporaryDirectory() as directory:
+            copy = shutil.copytree(pristine, Path(directory) / "copy")
+            if file:
+                plant(copy, file, right, wrong)
+            caught, by = verdict(copy)
+        if not file and caught:
+            raise RuntimeError(f"the tests fail without any bug: {by}")
+        print(f"{'caught' if caught else 'passed' if not file else 'MISSED':7} {file:26} {what}  {by}", flush=True)
+        if file:
+            results.append({"file": file, "bug": what, "caught": caught, "by": by})
+    return results
+
+
+def main() -> None:
+    """Exits with 1 when a bug was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a word of the file or of the bug; writes no result")
+    only = parser.parse_args().only
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch  # noqa: F401  (before the forks: seconds each)
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    started = time.time()
+    with tempfile.TemporaryDirectory() as directory:
+        pristine = Path(directory)
+        for tree in ("src", "tests"):
+            shutil.copytree(ROOT / tree, pristine / tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copy(ROOT / "pyproject.toml", pristine)
+        results = campaign(pristine, only)
+    missed = [one for one in results if not one["caught"]]
+    print(f"{len(results) - len(missed)} of {len(results)} planted bugs were caught, {time.time() - started:.0f} s")
+    if not only:
+        write("planted_bugs", {"planted": len(results), "caught": len(results) - len(missed), "bugs": results})
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
