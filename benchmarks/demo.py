@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo [--seeds 5]
 
-Writes demo.json: wall seconds and peak resident bytes of one demo in its own process, then each seed's gold scores,
-the reward model's held-out accuracy beside the labellers' noise ceiling, and whether each seed learned.
+Writes docs/demo.png, and demo.json: wall seconds and peak resident bytes of one demo in its own process, then each
+seed's gold scores, the reward model's held-out accuracy beside the labellers' noise ceiling, and how far each learned.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.facts import write
+from benchmarks.facts import ROOT, write
 
 
 def run(out: Path, seeds: int) -> tuple[dict[str, Any], float]:
@@ -27,6 +27,32 @@ def run(out: Path, seeds: int) -> tuple[dict[str, Any], float]:
     seconds = time.perf_counter() - started
     assert (out / "report.html").stat().st_size > 0
     return json.loads((out / "report.json").read_text(encoding="utf-8")), seconds
+
+
+def picture(report: dict[str, Any]) -> None:
+    """docs/demo.png: gold by stage on held-out questions, and what PPO did on the way, each line one seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3), dpi=110, layout="constrained")
+    stages, *others = figure.subplots(1, 4)
+    for one in report["seeds"]:
+        golds = [one["base_gold"], one["sft_gold"], one["ppo_gold"]]
+        stages.plot(["base", "SFT", "PPO"], golds, color="#1f6f8b", marker="o", markersize=4, linewidth=1, alpha=0.7)
+    stages.set_title("hidden gold score, held-out questions", fontsize=9)
+    for axes, title in zip(others, report["curves"][0], strict=True):
+        for curves in report["curves"]:
+            for colour, (name, (xs, ys)) in zip(("#1f6f8b", "#d68a3c"), curves[title].items(), strict=False):
+                label = name if curves is report["curves"][0] and len(curves[title]) > 1 else None
+                axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.7, label=label)
+        if len(curves[title]) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("PPO step", fontsize=8)
+    for axes in (stages, *others):
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs" / "demo.png")
 
 
 def main() -> None:
@@ -47,6 +73,8 @@ def main() -> None:
         }
         for one in report["seeds"]
     ]
+    picture(report)
+    del report["curves"]
     path = write(
         "demo", {"one_demo": {"seconds": seconds, "peak_rss_bytes": peak}, **report, "verdicts": verdicts},
         "transformers", "numpy",

@@ -3,7 +3,7 @@
     python -m benchmarks.planted_bugs [--only WORD]
 
 Each line of BUGS is one wrong line in a copy of src/ (the tree itself is never touched). A bug is caught when the
-tests of algorithms/, rollout/ and memory/ fail on it; the unchanged copy must pass. The sources of the ideas are the
+tests of algorithms/, rollout/, memory/ and models/ fail on it; the unchanged copy must pass. The sources of the ideas are the
 war stories of PPO.md (TRL, trlX, DeepSpeed-Chat and the 2023 reference system had several of these in releases).
 """
 
@@ -22,6 +22,7 @@ TESTS = (
 )  # fmt: skip
 
 FN, PPO, SFT, RM = (f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward"))
+DECODER = "models/decoder.py"
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
 BUGS: list[tuple[str, str, str, str]] = [
@@ -36,10 +37,12 @@ BUGS: list[tuple[str, str, str, str]] = [
     (FN, "prompt tokens are in the response mask", " & ~mask_of(prompt_lengths, width)", ""),
     # log-probs and KL
     (FN, "temperature forgotten in training", "if temperature != 1.0:", "if False:"),
-    (FN, "temperature multiplies", "logits = logits / temperature", "logits = logits * temperature"),
-    (FN, "softmax in bf16", "logits = logits.float()\n", "logits = logits\n"),
-    (FN, "entropy with the wrong sign", "torch.special.entr(log_prob", "-torch.special.entr(log_prob"),
-    (FN, "entropy carries a gradient", "with torch.no_grad():\n        log_prob", "with torch.enable_grad():\n        log_prob"),
+    (FN, "temperature multiplies", "logits = logits.float() / temperature", "logits = logits.float() * temperature"),
+    (FN, "softmax in bf16", "torch.log_softmax(logits, dim=-1, dtype=torch.float32)", "torch.log_softmax(logits, dim=-1).float()"),
+    (FN, "gradient of the log-prob upside down", "every.exp_().mul_(-grad[:, None])", "every.exp_().mul_(grad[:, None])"),
+    (FN, "gradient without the target's own", "wanted.scatter_add_(1, targets[:, None], grad[:, None])", "pass"),
+    (FN, "entropy with the wrong sign", "torch.special.entr(tile", "-torch.special.entr(tile"),
+    (FN, "entropy over part of the rows", "every.split(64)", "every[:64].split(64)"),
     (FN, "log-ratio not clamped", "(logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "logprobs - other"),
     (FN, "KL the wrong way round", "return log_ratio(logprobs, ref_logprobs)", "return log_ratio(ref_logprobs, logprobs)"),
     (FN, "k2 without its half", "return 0.5 * log_ratio", "return log_ratio"),
@@ -121,6 +124,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (RM, "split by row, not by prompt", "split_by_prompt([record.prompt_key for record in records]", "split_by_prompt([str(i) for i, _ in enumerate(records)]"),
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
     (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),
+    (DECODER, "embedding's gradient overwrites what is there", "ctx.table.grad.index_add_(0,", "ctx.table.grad.index_copy_(0,"),
     (STRATEGY, "only the last micro-batch counts", "                loss.backward()\n", "                sink.zero_grad()\n                loss.backward()\n"),
     (STRATEGY, "gradients never cleared", "        sink.zero_grad()\n        sums", "        sums"),
     (STRATEGY, "gradients scaled up to the norm", "max_grad_norm / (norm + 1e-6), max=1.0)", "max_grad_norm / (norm + 1e-6), min=1.0)"),
@@ -158,7 +162,7 @@ def verdict(copy: Path) -> tuple[bool, str]:
         import pytest
 
         # The tests beside the file first, then everything that algorithms stand on.
-        where = [*(f"tests/algorithms/{name}" for name in TESTS), "tests/rollout", "tests/memory"]
+        where = [*(f"tests/algorithms/{name}" for name in TESTS), "tests/rollout", "tests/memory", "tests/models"]
         code = pytest.main([*where, "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:timeout"])
         import penstock
 

@@ -63,10 +63,14 @@ def demo(config: DemoConfig) -> Path:
             f"{result['rm_ceiling']:.3f}; kl {result['kl']:.1f} nats; {result['seconds']:.0f} s",
             flush=True,
         )
-    report = {"seeds": [one.facts for one in results], "peak_rss_bytes": peak_rss_bytes()}
+    report = {
+        "seeds": [one.facts for one in results],
+        "curves": [one.curves for one in results],
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "report.html").write_text(page_of(results), encoding="utf-8")
-    print(json.dumps(report) if config.json else f"wrote {out / 'report.html'}")
+    print(json.dumps(report["seeds"]) if config.json else f"wrote {out / 'report.html'}")
     return out
 
 
@@ -78,6 +82,7 @@ class SeedResult:
     """seed, base_gold, sft_gold, ppo_gold, gold_se, rm_accuracy, rm_ceiling, kl, seconds; gold_se is the standard
     error of ppo_gold - sft_gold."""
     curves: dict[str, dict[str, Curve]]
+    """Title of a picture -> name of a line -> its points; also in report.json, for those who draw their own."""
     answers: list[tuple[str, dict[str, tuple[str, float | None]]]]
     """Per held-out question, what base, sft and ppo answered, with gold."""
 
@@ -184,7 +189,7 @@ def measure(
             gold_by_step.setdefault(row["step"], []).append(world.gold(asked[row["prompt"]], row["response"], ended))
     steps = [row["step"] for row in learned]
     curves: dict[str, dict[str, Curve]] = {
-        "gold (hidden) and proxy (reward model) scores": {
+        "gold (hidden) and proxy scores": {
             "gold": (list(gold_by_step), [statistics.mean(values) for values in gold_by_step.values()]),
             "proxy": (steps, [row["objective/scores"] for row in learned]),
         },
@@ -265,7 +270,7 @@ def page_of(results: list[SeedResult]) -> str:
     sections.append(Table(f"Gold scores on {HELDOUT} held-out questions", header, rows))
     for result in results:
         seed = result.facts["seed"]
-        scores = result.curves["gold (hidden) and proxy (reward model) scores"]
+        scores = result.curves["gold (hidden) and proxy scores"]
         if over_optimised(scores):
             sections.append(Text(f"Seed {seed}: the proxy score rose while gold fell: over-optimisation.", loud=True))
         sections.append(Curves(f"PPO, seed {seed}", result.curves))

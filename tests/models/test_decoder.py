@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from penstock.memory.adam import AdamW
 from penstock.models.decoder import Block, Decoder, DecoderConfig, Positions
 from penstock.models.families import gpt2
 
@@ -147,3 +148,17 @@ def test_bf16_weights_give_nearly_the_fp32_states(decoder: Decoder) -> None:
     rounded = copy.deepcopy(decoder).bfloat16()
     expected, got = copy.deepcopy(rounded).float()(batch()), rounded(batch()).float()
     assert (got - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gradient_that_has_a_place_is_added_there(tied):
+    """With room made by a sink, the embedding's rows are added in place; twice gives twice, as autograd's own does."""
+    config = dataclasses.replace(PLAIN, tied=tied)
+    ours, plain = (Decoder(config, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    AdamW(ours.parameters())  # makes the room
+    tokens = torch.tensor([[1, 3, 3, 5], [1, 3, 9, 0]])
+    for decoder in (ours, plain):
+        for _ in range(2):
+            decoder.logits(decoder(tokens, torch.tensor([4, 3]))).square().sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6), name

@@ -205,12 +205,31 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
-        x = F.embedding(tokens, self.tokens)
+        x = F.embedding(tokens, self.tokens) if self.tokens.grad is None else _Rows.apply(self.tokens, tokens)
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
             x = x + F.embedding(positions + self.config.position_offset, self.positions)
         return x if self.norm is None else self.norm(x)
+
+
+class _Rows(torch.autograd.Function):
+    """Embedding of a table whose gradient has a place already: the rows that were read are added there.
+
+    autograd would fill a table of zeros for a few hundred rows, and another for the sum with a tied head's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, tokens: Tensor) -> Tensor:
+        ctx.table = table
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        (tokens,) = ctx.saved_tensors
+        ctx.table.grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+        return None, None
 
 
 class Decoder(nn.Module):
