@@ -123,7 +123,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         return every.gather(1, targets[:, None])[:, 0], every
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:
         every, targets = ctx.saved_tensors
         # d log p(target) / d logits = onehot(target) - p
         wanted = every.exp_().mul_(-grad[:, None])

@@ -226,7 +226,7 @@ class _Rows(torch.autograd.Function):
         return F.embedding(tokens, table)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         (tokens,) = ctx.saved_tensors
         ctx.table.grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
         return None, None
