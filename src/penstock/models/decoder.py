@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.models.linear import Linear, attention, linear
+
 KVCache = Sequence[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [B, G, S, E], preallocated and written in place."""
 
@@ -118,13 +120,13 @@ class Block(nn.Module):
         width, heads = config.d_model, config.num_heads * config.head_dim
         kv = config.num_kv_heads * config.head_dim
         self.norm1 = Norm(width, config)
-        self.qkv = nn.Linear(width, heads + 2 * kv, bias=config.qkv_bias)  # q, then k, then v
+        self.qkv = Linear(width, heads + 2 * kv, bias=config.qkv_bias)  # q, then k, then v
         self.q_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
-        self.out = nn.Linear(heads, width, bias=config.out_bias)
+        self.out = Linear(heads, width, bias=config.out_bias)
         self.norm2 = Norm(width, config)
-        self.up = nn.Linear(width, config.d_ff * (2 if config.gated else 1), bias=config.mlp_bias)  # gate, then up
-        self.down = nn.Linear(config.d_ff, width, bias=config.mlp_bias)
+        self.up = Linear(width, config.d_ff * (2 if config.gated else 1), bias=config.mlp_bias)  # gate, then up
+        self.down = Linear(config.d_ff, width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one."""
@@ -149,14 +151,7 @@ class Block(nn.Module):
             q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
         if cache is not None:
             k, v = write(cache, k, v, positions)
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=positions.bias,
-            is_causal=positions.bias is None,
-            enable_gqa=c.num_kv_heads != c.num_heads,
-        )
+        mixed = attention(q, k, v, positions.bias, grouped=c.num_kv_heads != c.num_heads)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -200,7 +195,7 @@ class Embedding(nn.Module):
         learned = config.position == "learned"
         rows = config.max_length + config.position_offset
         self.positions = nn.Parameter(torch.empty(rows, config.d_model)) if learned else None
-        self.project = nn.Linear(width, config.d_model, bias=False) if config.embed_dim else None
+        self.project = Linear(width, config.d_model, bias=False) if config.embed_dim else None
         self.norm = Norm(config.d_model, config) if config.embed_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -253,7 +248,7 @@ class Decoder(nn.Module):
             self.embed = Embedding(config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
             self.norm = Norm(config.d_model, config) if config.final_norm else None
-            self.unproject = nn.Linear(config.d_model, config.embed_dim, bias=False) if config.embed_dim else None
+            self.unproject = Linear(config.d_model, config.embed_dim, bias=False) if config.embed_dim else None
             width = config.embed_dim or config.d_model
             self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, width))
         self.to(dtype or torch.get_default_dtype())
@@ -312,7 +307,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the weights' dtype."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def _run(self, tokens: Tensor, where: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Tensor:
         """The program. tokens [B, T] stand at `where` [B or 1, T] and see key positions 0 .. seen-1."""

@@ -1,0 +1,62 @@
+"""bf16 products widened to fp32 agree with PyTorch's own, forward and backward, and keep nothing wide."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from penstock.models import linear as module
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch):
+    """Take the path of a processor without bf16 instructions, whatever runs the tests."""
+    monkeypatch.setattr(module, "slow_in_bf16", lambda device_type: True)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7)])
+def test_a_widened_product_is_the_rounded_exact_one(shape, with_bias):
+    torch.manual_seed(0)
+    x = torch.randn(shape).bfloat16().requires_grad_()
+    weight = torch.randn(4, 7).bfloat16().requires_grad_()
+    bias = torch.randn(4).bfloat16().requires_grad_() if with_bias else None
+    given = [t for t in (x, weight, bias) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    ours = module.linear(x, weight, bias)
+    oracle = F.linear(*exact)
+    upstream = torch.randn(oracle.shape).bfloat16()
+    ours.backward(upstream)
+    oracle.backward(upstream.double())
+    assert ours.dtype == torch.bfloat16
+    for mine, theirs in [(ours, oracle), *((a.grad, b.grad) for a, b in zip(given, exact, strict=True))]:
+        assert mine.dtype == torch.bfloat16
+        assert torch.allclose(mine.double(), theirs, rtol=2**-7, atol=1e-6)
+
+
+def test_fp32_and_gpus_take_the_plain_path(monkeypatch):
+    monkeypatch.setattr(module._Widened, "apply", lambda *arguments: pytest.fail("widened"))
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    assert torch.equal(module.linear(x, weight), F.linear(x, weight))
+    monkeypatch.undo()
+    assert not module.slow_in_bf16("cuda")
+
+
+def test_frozen_inputs_get_no_gradient():
+    x = torch.randn(2, 3).bfloat16()
+    weight = torch.randn(4, 3).bfloat16().requires_grad_()
+    module.linear(x, weight).sum().backward()
+    assert x.grad is None
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_attention_is_torchs_own(biased):
+    q, k, v = torch.randn(2, 4, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16()
+    bias = torch.randn(2, 1, 5, 5).bfloat16() if biased else None
+    exact = F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), None if bias is None else bias.double(), is_causal=not biased,
+        enable_gqa=True,
+    )  # fmt: skip
+    ours = module.attention(q, k, v, bias, grouped=True)
+    assert ours.dtype == torch.bfloat16
+    assert torch.allclose(ours.double(), exact, rtol=2**-7, atol=2**-7)
