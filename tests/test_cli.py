@@ -46,29 +46,43 @@ def test_help_lists_every_command(capsys):
     assert all(name in out for name in cli.COMMANDS)
 
 
+SFT = "sft --model {model} --data {data} --out {tmp}/run"
+PPO = "ppo --actor {model} --reward {model} --data {data} --out {tmp}/run"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code", "text"),
+    ("line", "text"),
     [
-        (["pp"], 2, "did you mean ppo?"),
-        (["sft", "--model", "nowhere/at/all", "--data", "x.jsonl", "--out", "{tmp}/run"], 2, "no such model directory"),
-        (["sft", "--model", "{model}", "--data", "{tmp}/no.jsonl", "--out", "{tmp}/run"], 2, "no such file"),
-        (["sft", "--model", "{model}", "--data", "{data}", "--out", "{tmp}"], 2, "exists and is not empty"),
-        (["sft", "--model", "{model}", "--data", "{data}", "--out", "/proc/nothing/run"], 2, "cannot be written"),
-        (["sft", "--model", "{model}", "--data", "{data}", "--out", "{tmp}/run", "--strategy", "x"], 2, "no such str"),
-        (["sft", "--config", "{tmp}/no.toml"], 2, "No such file"),
-        (["resume", "{tmp}"], 2, "is no run directory"),
-        (["resume", "a", "b"], 2, "exactly one RUN"),
-        (["export", "{tmp}", "--out", "{tmp}/x"], 2, "is no run directory"),
-        (["generate", "--model", "{model}"], 2, "either --prompt TEXT or --data FILE"),
-        (["generate", "--model", "{model}", "--prompt", "hi", "--top-p", "2"], 2, "top_p=2.0 is not in (0, 1]"),
-        (["data", "check", "{tmp}/no.jsonl"], 2, "no such file"),
-        (["data", "look"], 2, "penstock data check FILE"),
+        ("pp", "did you mean ppo?"),
+        ("sft --model nowhere/at/all --data x.jsonl --out {tmp}/run", "no such model directory"),
+        ("sft --model {model} --data {tmp}/no.jsonl --out {tmp}/run", "no such file"),
+        ("sft --model {model} --data {data} --out {tmp}", "exists and is not empty"),
+        ("sft --model {model} --data {data} --out /proc/nothing/run", "cannot be written"),
+        (f"{SFT} --strategy x", "no such strategy"),
+        (f"{SFT} --lr nan", "--lr nan: must be above 0"),
+        (f"{SFT} --steps 0", "--steps 0: must be at least 1"),
+        (f"{SFT} --device cudaa", "this machine has cpu"),
+        ("sft --config {tmp}/no.toml", "No such file"),
+        (f"{PPO} --max-length 32 --max-new-tokens 8", "is no reward model"),
+        (f"{PPO} --ptx-coef 0.1", "belong together"),
+        (f"{PPO} --temperature 0", "--temperature 0"),
+        (f"{PPO} --max-new-tokens 32", "leave no room for a prompt"),
+        ("resume {tmp}", "is no run directory"),
+        ("resume a b", "exactly one RUN"),
+        ("export {tmp} --out {tmp}/x", "is no run directory"),
+        ("generate --model {model}", "either --prompt TEXT or --data FILE"),
+        ("generate --model {model} --prompt hi --top-p 2", "must be above 0 and at most 1"),
+        ("generate --model {model} --data {data} --out /proc/x/y.jsonl --max-new-tokens 2", "cannot be written"),
+        ("data check {tmp}/no.jsonl", "no such file"),
+        ("data look", "penstock data check FILE"),
+        ("demo --out /proc/demo", "cannot be written"),
+        ("demo --seeds 0", "must be at least 1"),
     ],
-)  # fmt: skip
-def test_a_user_error_is_one_paragraph(capsys, tmp_path, tiny_model, jsonl, arguments, code, text):
+)
+def test_a_user_error_is_one_paragraph(capsys, tmp_path, tiny_model, jsonl, line, text):
     names = {"tmp": tmp_path, "model": tiny_model(), "data": jsonl(demonstrations(8))}
-    got, _, err = exit_of(capsys, *(one.format(**names) for one in arguments))
-    assert got == code
+    got, _, err = exit_of(capsys, *(word.format(**names) for word in line.split()))
+    assert got == 2
     assert text in err
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -81,6 +95,81 @@ def test_an_unknown_key_in_a_config_file_is_named_with_the_nearest(capsys, tmp_p
     assert "learning_rte" in err
     (tmp_path / "run.toml").write_text("batch_sise = 4\n")
     assert "did you mean batch_size?" in exit_of(capsys, "sft", "--config", tmp_path / "run.toml")[2]
+
+
+def test_only_the_known_sections_group_keys(capsys, tmp_path):
+    (tmp_path / "run.toml").write_text('model = "m"\n[optin]\nlr = 1.0\n')
+    code, _, err = exit_of(capsys, "sft", "--config", tmp_path / "run.toml")
+    assert code == 2
+    assert "unknown key 'optin'" in err
+
+
+def test_none_turns_off_numbers_and_is_a_word_elsewhere():
+    from penstock.config import GenerateConfig, PPOConfig, parse
+
+    ppo = parse(
+        PPOConfig,
+        [
+            "--actor",
+            "a",
+            "--reward",
+            "r",
+            "--data",
+            "d",
+            "--out",
+            "o",
+            "--missing-eos-score",
+            "none",
+            "--value-clip",
+            "None",
+        ],
+    )
+    assert ppo.missing_eos_score is None
+    assert ppo.value_clip is None
+    assert parse(GenerateConfig, ["--model", "m", "--prompt", "none"]).prompt == "none"
+
+
+def test_a_runs_own_config_repeats_it_from_anywhere(capsys, tmp_path, tiny_model, jsonl, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model(), jsonl(demonstrations(8))
+    flags = ("--max-length", 32, "--batch-size", 4, "--steps", 2, "--samples", 1, "--max-new-tokens", 4)
+    assert exit_of(capsys, "sft", "--model", "model", "--data", "data.jsonl", "--out", "first", *flags)[0] == 0
+    monkeypatch.chdir("/")
+    again = ("sft", "--config", tmp_path / "first" / "config.toml", "--out", tmp_path / "again")
+    assert exit_of(capsys, *again)[0] == 0
+    assert (tmp_path / "first/metrics.jsonl").read_bytes() == (tmp_path / "again/metrics.jsonl").read_bytes()
+    assert exit_of(capsys, "resume", tmp_path / "first")[0] == 0
+    code, _, err = exit_of(capsys, "reward", *again[1:-1], tmp_path / "other")
+    assert code == 2
+    assert "is of penstock sft" in err
+
+
+def test_a_run_whose_data_has_changed_is_not_resumed(capsys, tmp_path, tiny_model, jsonl):
+    data = jsonl(demonstrations(8))
+    flags = ("--max-length", 32, "--batch-size", 4, "--steps", 2, "--samples", 1, "--max-new-tokens", 4)
+    exit_of(capsys, "sft", "--model", tiny_model(), "--data", data, "--out", tmp_path / "run", *flags)
+    lines = Path(data).read_text().splitlines()
+    Path(data).write_text("\n".join(reversed(lines)) + "\n")
+    code, _, err = exit_of(capsys, "resume", tmp_path / "run")
+    assert code == 2
+    assert "has changed since step-000002" in err
+    (tmp_path / "run" / "config.toml").write_text('command = "foo"\n')
+    assert exit_of(capsys, "resume", tmp_path / "run")[0] == 2
+
+
+def test_a_failed_export_leaves_nothing(capsys, tmp_path, tiny_model, jsonl, monkeypatch):
+    flags = ("--max-length", 32, "--batch-size", 4, "--steps", 1, "--samples", 1, "--max-new-tokens", 4)
+    exit_of(capsys, "sft", "--model", tiny_model(), "--data", jsonl(demonstrations(8)), "--out", tmp_path / "r", *flags)
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    code, _, err = exit_of(capsys, "export", tmp_path / "r", "--out", tmp_path / "out")
+    assert code == 3
+    assert "the disk is full" in err
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_flags_win_over_the_config_file(tmp_path):
@@ -138,9 +227,11 @@ def test_the_three_stages_then_generate_export_and_chat(tmp_path, tiny_model, js
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")(texts[0]).input_ids[0] == 1
 
-    done = run("chat", tmp_path / "ppo", "--max-new-tokens", 4, "--json", input="hello\n/reset\nagain\n/quit\n")
+    said = "hello\n" + "much too long " * 300 + "\n/reset\nagain\n/quit\n"
+    done = run("chat", tmp_path / "ppo", "--max-new-tokens", 4, "--json", input=said)
     assert done.returncode == 0, done.stderr
     assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"response"}] * 2
+    assert "was not sent" in done.stderr
 
 
 def test_reward_runs_on_token_ids_and_reports_its_accuracy(tmp_path, tiny_model, jsonl):

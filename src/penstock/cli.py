@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        problem = _resource(error)
+        problem = _refused(error)
         if problem is not None:
             print(f"penstock {name}: {problem}", file=sys.stderr)
-            sys.exit(ResourceError.exit_code)
+            sys.exit(problem.exit_code)
         import traceback
 
         traceback.print_exc()
@@ -113,6 +113,8 @@ def _resume(arguments: list[str]) -> None:
     saved = RunDirectory.peek(path)
     configs = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
     command = str(saved.pop("command"))
+    if command not in configs:
+        raise UserError(f"{path}/config.toml: no command {command!r} can be resumed; there are {', '.join(configs)}.")
     config: Any = from_dict(configs[command], {**saved, "out": path})
     if command == "sft":
         from penstock.algorithms.sft import sft
@@ -160,7 +162,7 @@ def _export(arguments: list[str]) -> None:
 
 
 def _data(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(
             "usage: penstock data check FILE [FILE ...]\n\nSays what files are and names each bad line; exit 4 if any."
         )
@@ -184,6 +186,9 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _doctor(arguments: list[str]) -> None:
+    if arguments:
+        print(f"usage: penstock doctor\n\n{COMMANDS['doctor']}")
+        sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
     from penstock.doctor import doctor
 
     sys.exit(doctor())
@@ -198,24 +203,28 @@ def _one_path(arguments: list[str], command: str, what: str) -> str:
     return arguments[0]
 
 
-def _resource(error: Exception) -> str | None:
-    """The paragraph for what the machine could not give, or None when the error is something else."""
+def _refused(error: Exception) -> PenstockError | None:
+    """What the machine would not give, in words, or None when the error is something else."""
     import errno
 
     # On a CPU torch says "DefaultCPUAllocator: can't allocate memory" in a plain RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
-        return (
+        return ResourceError(
             "out of memory; give a smaller --micro-batch-size, a smaller --max-length or --dtype bf16. "
             "Checkpoints that were written are intact: penstock resume RUN."
         )
     if not isinstance(error, OSError):
         return None
     where = f"{error.filename}: " if error.filename else ""
-    texts = {
-        errno.ENOSPC: "the disk is full; free some space, then penstock resume the run: its last checkpoint is intact.",
-        errno.EDQUOT: "the disk quota is used up; free some space, then penstock resume the run.",
-        errno.EROFS: "the file system is read-only; choose another --out.",
-        errno.EACCES: "permission denied; choose a place that you may read and write.",
+    resources = {
+        errno.ENOSPC: "the disk is full; free some space and try again; checkpoints that were written are intact.",
+        errno.EDQUOT: "the disk quota is used up; free some space and try again; written checkpoints are intact.",
         errno.EMFILE: "too many open files; raise ulimit -n.",
     }
-    return where + texts[error.errno] if error.errno in texts else None
+    mistakes = {
+        errno.EROFS: "the file system is read-only; choose another place.",
+        errno.EACCES: "permission denied; choose a place that you may read and write.",
+    }
+    if error.errno in resources:
+        return ResourceError(where + resources[error.errno])
+    return UserError(where + mistakes[error.errno]) if error.errno in mistakes else None

@@ -6,8 +6,10 @@ dataclass of its own; on the command line and in TOML files all names are flat (
 
 import dataclasses
 import difflib
+import math
 import tomllib
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,9 +18,36 @@ from penstock.errors import UserError
 
 Config = TypeVar("Config")
 
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    # (what it must be, the check, the flags); nan passes none of them
+    ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size epochs steps checkpoint_every "
+     "eval_every max_length max_new_tokens n seeds"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef temperature margin"),
+    ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
+     "clip value_clip"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout"),
+    ("a finite number", math.isfinite, "missing_eos_score"),
+]  # fmt: skip
+PATHS = ("model", "actor", "reward", "critic", "reference", "data", "ptx_data", "normalize", "reward_fn")
+"""Flags that may name something on this machine."""
+SECTIONS = ("data", "run", "optim")
+
+
+class Flags:
+    """A group of flags. Raises UserError, when it is made, for a number that makes no sense."""
+
+    def __post_init__(self) -> None:
+        for wanted, fits, names in RANGES:
+            for name in names.split():
+                value = getattr(self, name, None)
+                if isinstance(value, int | float) and not fits(value):
+                    raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}.")
+
 
 @dataclass(frozen=True)
-class RunFlags:
+class RunFlags(Flags):
     """What the run leaves, and on what it runs."""
 
     out: str
@@ -42,7 +71,7 @@ class RunFlags:
 
 
 @dataclass(frozen=True)
-class DataFlags:
+class DataFlags(Flags):
     """What is learned from."""
 
     data: tuple[str, ...]
@@ -58,7 +87,7 @@ class DataFlags:
 
 
 @dataclass(frozen=True)
-class OptimFlags:
+class OptimFlags(Flags):
     """How weights move."""
 
     lr: float
@@ -80,7 +109,7 @@ class OptimFlags:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(Flags):
     """Supervised fine-tuning: teach a language model to answer from demonstrations."""
 
     model: str
@@ -99,7 +128,7 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Flags):
     """Reward modelling: learn a score from rankings of K answers to one prompt."""
 
     model: str
@@ -114,11 +143,11 @@ class RewardConfig:
     margin: float = 0.0
     """Score gap asked for between a better and a worse response."""
     normalize: tuple[str, ...] = ()
-    """Demonstrations whose mean score becomes 0; the held-out responses ranked best when not given."""
+    """Demonstrations whose mean score becomes 0; all held-out responses when not given."""
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Flags):
     """PPO: improve the actor against a score, staying near the reference."""
 
     actor: str
@@ -179,7 +208,7 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Flags):
     """Answer prompts from a file, or one prompt from the command line."""
 
     model: str
@@ -217,7 +246,7 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Flags):
     """Talk with a model in the terminal; the conversation is kept until /reset."""
 
     model: str
@@ -245,7 +274,7 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Flags):
     """Write a run's model (its best or newest checkpoint) as a directory that transformers loads."""
 
     run: str
@@ -261,7 +290,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Flags):
     """The whole way on a small world of its own: base model, SFT, labellers, reward model, PPO, and a report."""
 
     out: str = "runs/demo"
@@ -290,9 +319,28 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, one.name)
         if _is_group(one.type):
             flat |= to_dict(value)
-        elif one.name != "config":
+        elif one.name != "config" and not (value is None and one.default is None):
             flat[one.name] = "none" if value is None else list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
+    """The same flags, so that they mean the same from any directory; what is no path here (a hub id) stays."""
+
+    def absolute(text: str) -> str:
+        path, colon, name = text.rpartition(":")
+        if colon and Path(path).is_file():  # file.py:name
+            return f"{Path(path).absolute()}:{name}"
+        return str(Path(text).absolute()) if Path(text).exists() else text
+
+    return {
+        name: value
+        if name not in PATHS
+        else absolute(value)
+        if isinstance(value, str)
+        else [absolute(x) for x in value]
+        for name, value in flat.items()
+    }
 
 
 def from_dict(config_class: type[Config], flat: dict[str, Any]) -> Config:
@@ -306,7 +354,7 @@ def to_arguments(config_class: type, flat: dict[str, Any], where: str) -> list[s
     arguments: list[str] = []
     for key, value in flat.items():
         name = key.replace("-", "_")
-        if isinstance(value, dict):  # a [section] only groups: names are flat
+        if isinstance(value, dict) and name in SECTIONS:  # it only groups: names are flat
             arguments += to_arguments(config_class, value, where)
             continue
         if name not in known:
@@ -330,14 +378,34 @@ def parse(config_class: type[Config], arguments: Sequence[str], command: str = "
     arguments = list(arguments)
     path = _value_of("--config", arguments)
     if path is not None:
-        arguments = _unless_given(to_arguments(config_class, _read_toml(path), path), arguments)
-    arguments = ["None" if one.lower() == "none" else one for one in arguments]
+        table = _read_toml(path)
+        made_by = table.pop("command", command)  # a run's own config.toml says it
+        if made_by != command:
+            raise UserError(f"--config {path}: is of penstock {made_by}, and this is penstock {command}.")
+        arguments = _unless_given(to_arguments(config_class, table, path), arguments)
+    may_be_none = _flags_that_may_be_none(config_class)
+    arguments = [
+        "None" if one.lower() == "none" and i and arguments[i - 1] in may_be_none else one
+        for i, one in enumerate(arguments)
+    ]
     return tyro.cli(
         config_class,
         args=arguments,
         prog=f"penstock {command}".strip(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _flags_that_may_be_none(config_class: type) -> set[str]:
+    """Numbers that `none` turns off; for text it is a word like any other."""
+    found: set[str] = set()
+    for one in dataclasses.fields(config_class):
+        kind: Any = one.type
+        if _is_group(kind):
+            found |= _flags_that_may_be_none(kind)
+        elif isinstance(kind, types.UnionType) and types.NoneType in kind.__args__ and str not in kind.__args__:
+            found.add("--" + one.name.replace("_", "-"))
+    return found
 
 
 def _read_toml(path: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from penstock.models.families import gpt2
 from penstock.models.roles import Actor
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
-from penstock.run.directory import resolve_model
+from penstock.run.directory import refused, resolve_model
 from penstock.run.metrics import peak_rss_bytes, read_lines
 from penstock.run.report import Curve, Curves, Samples, Section, Table, Text, page
 
@@ -46,12 +46,15 @@ MARK = ".penstock-demo"
 def demo(config: DemoConfig) -> Path:
     """Runs all seeds and writes report.html and report.json in `config.out`."""
     out = Path(config.out)
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).exists():
-            raise UserError(f"--out {out}: is not empty and no demo made it; choose another --out.")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARK).touch()
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not (out / MARK).exists():
+                raise UserError(f"--out {out}: is not empty and no demo made it; choose another --out.")
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+    except OSError as error:
+        raise refused(f"--out {out}", error) from error
     results = []
     for seed in range(config.seed, config.seed + config.seeds):
         here = out if config.seeds == 1 else out / f"seed-{seed}"

@@ -1,6 +1,8 @@
 """`penstock generate` and `penstock chat`: a trained model answers, from a file or in the terminal."""
 
+import contextlib
 import functools
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.rollout import engine
 from penstock.rollout.sampling import Sampling
-from penstock.run.directory import resolve_model
+from penstock.run.directory import refused, resolve_model
 
 
 def generate(config: GenerateConfig) -> None:
@@ -36,13 +38,20 @@ def generate(config: GenerateConfig) -> None:
     lines = _answers(config, actor, encoder, prompts, sampling)
     if config.out is None:
         for line in lines:
-            print(json.dumps(line, ensure_ascii=False) if config.json else line["response"])
+            as_text = line["response"] if encoder.tokenizer else " ".join(map(str, line["response_ids"]))
+            print(json.dumps(line, ensure_ascii=False) if config.json else as_text)
         return
     unfinished = Path(config.out + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    unfinished.rename(config.out)
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        unfinished.rename(config.out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise refused(f"--out {config.out}", error) from error
     print(f"wrote {config.out}", file=sys.stderr)
 
 
@@ -72,6 +81,8 @@ def chat(config: ChatConfig) -> None:
         )
     sampling = _sampling(config)
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn = list(opening), 0
     if interactive:
@@ -89,7 +100,12 @@ def chat(config: ChatConfig) -> None:
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        messages, prompt = _fit(encoder, messages, opening)
+        try:
+            messages, prompt = _fit(encoder, messages, opening)
+        except DataError:
+            messages.pop()
+            print("(that message is too long for the model's context and was not sent)", file=sys.stderr)
+            continue
         reply = _say(config, actor, encoder, prompt, sampling, turn)
         messages.append({"role": "assistant", "content": reply})
         turn += 1
@@ -107,8 +123,8 @@ def _fit(
             rest = messages[len(opening) :]
             if len(rest) <= 1:
                 raise
-            print("(the oldest turn no longer fits the context and is forgotten)", file=sys.stderr)
             messages = [*opening, *rest[2:]]
+            print("(the oldest turn no longer fits the context and is forgotten)", file=sys.stderr)
 
 
 def _say(config: ChatConfig, actor: Actor, encoder: Encoder, prompt: list[int], sampling: Sampling, turn: int) -> str:

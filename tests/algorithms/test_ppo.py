@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from penstock.algorithms import scoring
 from penstock.algorithms.ppo import Experience, concatenate, in_order, permutation, ppo
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
-from penstock.errors import UserError
-from penstock.models.roles import Actor
+from penstock.data.chat import Encoder
+from penstock.errors import ResourceError, UserError
+from penstock.models.roles import Actor, RewardModel
+from penstock.rollout.engine import Answer
 
 REWARD_FN = """
 def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
@@ -162,6 +165,57 @@ def test_a_bad_reward_function_is_named(tmp_path, tiny_model, jsonl, text, messa
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}])
     with pytest.raises(UserError, match=message):
         ppo(config(tmp_path, model, data, write_reward_fn(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        ("def score(prompts, responses):\n    return [1.0] * len(responses)\n", [1.0, 1.0]),
+        ("def score(prompts, responses, response_ids):\n    return [len(x) for x in response_ids]\n", [1.0, 2.0]),
+        ("from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int\n\n"
+         "def score(prompts, responses, **_):\n    return [A(2).x for _ in responses]\n", [2.0, 2.0]),
+    ],
+)  # fmt: skip
+def test_a_reward_function_takes_what_it_wants(tmp_path, text, scores):
+    address = write_reward_fn(tmp_path, text)
+    scorer = scoring._from_function(scoring.load_reward_fn(address), Encoder(None, eos_ids=[2], vocab_size=16,
+                                                                             max_length=32), address)  # fmt: skip
+    assert scorer([None] * 2, [Answer([1], [3], [0.0]), Answer([1], [4, 5], [0.0, 0.0])]) == scores
+
+
+@pytest.mark.parametrize("role", ["reference", "critic"])
+def test_roles_that_read_other_tokens_are_refused(tmp_path, tiny_model, jsonl, role):
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
+    for changes, message in (({"vocab_size": 12}, "another tokenizer"), ({"max_length": 16}, "--max-length 16")):
+        other = tiny_model(f"other{changes}", **changes)
+        with pytest.raises(UserError, match=message):
+            ppo(config(tmp_path, model, data, reward_fn, **{role: other}))
+
+
+def test_a_critic_made_from_a_language_model_starts_at_zero(tmp_path, tiny_model, jsonl):
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
+    rows = metrics(ppo(config(tmp_path, model, data, reward_fn, critic=tiny_model("lm", seed=3), value_warmup=True)))
+    assert "policy/updates" not in rows[0]
+
+
+def test_a_reward_model_is_no_actor(tmp_path, tiny_model):
+    torch.manual_seed(0)
+    RewardModel.from_pretrained(tiny_model()).save_pretrained(tmp_path / "reward")
+    with pytest.raises(UserError, match="is a reward model"):
+        Actor.from_pretrained(str(tmp_path / "reward"))
+
+
+def test_three_skips_of_one_model_stop_the_run_whatever_the_other_does(tmp_path, tiny_model, jsonl, monkeypatch):
+    from penstock.algorithms import ppo as module
+
+    real = module.actor_loss
+    monkeypatch.setattr(module, "actor_loss", lambda *a: (real(*a)[0] * torch.nan, real(*a)[1]))
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
+    with pytest.raises(ResourceError, match="3 updates in a row"):
+        ppo(config(tmp_path, model, data, reward_fn, target_kl=None))
 
 
 def experience(rows: int, width: int, responses: int, start: int = 0) -> Experience:

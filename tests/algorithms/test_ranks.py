@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from penstock.algorithms.ppo import ppo
+from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.errors import UserError
+from penstock.memory.shard import World
 from tests.conftest import comparisons, demonstrations
 
 SCORE = """
@@ -47,3 +52,48 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
         assert a.keys() == b.keys()
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
+
+
+GRADIENT = """
+import sys, torch
+from penstock.algorithms.sft import micro_batches, response_logprobs
+from penstock.algorithms.functional import sft_loss
+from penstock.data.chat import Example
+from penstock.memory.strategy import Strategy
+from penstock.models.roles import Actor
+
+model, out = sys.argv[1:]
+strategy = Strategy.named("ddp", device="cpu")
+actor = Actor.from_pretrained(model)
+sink = strategy.prepare(actor)
+lengths = [3, 9, 4, 7, 2, 8, 5, 6]
+rows = [Example([1] + [3 + (i * j) % 12 for j in range(n)], [False] + [True] * n) for i, n in enumerate(lengths)]
+loss = lambda batch: (sft_loss(response_logprobs(actor, batch, strategy.world), sum(lengths)), {})
+strategy.step(sink, micro_batches(strategy.world.mine(rows), 2), loss, lr=0.0, max_grad_norm=1e9)
+if strategy.world.first:
+    torch.save([p.grad.clone() for p in actor.parameters()], out)
+strategy.world.leave()
+"""
+
+
+def test_two_ranks_have_the_gradient_of_one_to_1e_6(tmp_path, tiny_model):
+    model = tiny_model()
+    (tmp_path / "gradient.py").write_text(GRADIENT)
+    for ranks in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *launch, tmp_path / "gradient.py", model, tmp_path / f"{ranks}.pt"]
+        subprocess.run(command, check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2))
+    assert sum(float(grad.abs().sum()) for grad in one) > 1
+    for a, b in zip(one, two, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_fewer_episodes_than_ranks_are_refused(tmp_path, tiny_model, jsonl, monkeypatch):
+    monkeypatch.setattr(World, "join", staticmethod(lambda device: World(0, 4, torch.device("cpu"))))
+    config = PPOConfig(
+        actor=tiny_model(), reward_fn="f.py:score", data=DataFlags(data=(jsonl([{"prompt_ids": [1]}]),)),
+        run=RunFlags(out=str(tmp_path / "run")), optim=OptimFlags(lr=1e-3, batch_size=3),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="4 ranks"):
+        ppo(config)

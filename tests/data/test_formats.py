@@ -263,7 +263,7 @@ BAD: list[tuple[Kind, Any, str]] = [
     ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": 0},
      "ranking: a number, and a list is expected."),
     ("comparisons", {"prompt": "Q", "responses": ["a", "a"], "ranking": [0, 1]},
-     "responses: both are the same, so neither is better; give two different answers."),
+     "responses: 0 and 1 are the same, so neither is better; give different answers."),
     ("prompts", {"prompt": {"text": "Q"}}, "prompt: an object, and text is expected; put it in quotes."),
     ("prompts", {"prompt": False}, "prompt: true or false, and text is expected; put it in quotes."),
     ("prompts", {"messages": [assistant("x")]}, "messages: has no user turn to answer."),

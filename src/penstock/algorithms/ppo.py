@@ -4,6 +4,7 @@ Numbers in comments are the lines of docs/ppo.md: what decides whether RLHF conv
 `ppo()`; what it calls stands below it in the order it is called.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows
-from penstock.algorithms.scoring import Scorer, scorer_of
+from penstock.algorithms.scoring import Scorer, check_room, scorer_of
 from penstock.algorithms.sft import micro_batches as example_batches
 from penstock.algorithms.sft import response_logprobs
 from penstock.config import PPOConfig
 from penstock.data.batching import Shuffle, pad
-from penstock.data.chat import Example
+from penstock.data.chat import Encoder, Example
 from penstock.errors import UserError
 from penstock.memory.shard import World
 from penstock.memory.strategy import StepStats, Strategy
@@ -89,23 +90,36 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     optim, run = config.optim, config.run
     if (config.reward is None) == (config.reward_fn is None):
         raise UserError("ppo needs one score: give either --reward (a reward model) or --reward-fn file.py:name.")
+    if bool(config.ptx_coef) != bool(config.ptx_data):
+        raise UserError("--ptx-coef and --ptx-data belong together: give both or neither.")
+    if config.temperature <= 0:
+        raise UserError("--temperature 0: PPO learns from sampled answers; give a temperature above 0, 1 is usual.")
     strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
     world = strategy.world
+    if optim.batch_size < world.size:
+        raise UserError(f"--batch-size {optim.batch_size}: fewer episodes than the {world.size} ranks; give more.")
     session = Session("ppo", config, world, resume=resume)
     source = resolve_model(config.actor)
+    pickled = config.data.allow_pickle
     with strategy.init():
-        actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
-        reference = actor.frozen()
-        if config.reference:
-            reference = Actor.from_pretrained(resolve_model(config.reference)).frozen()
-        critic_source = config.critic or config.reward
-        if critic_source:
-            critic = Critic.from_pretrained(resolve_model(critic_source, "critic"))
-        else:
-            critic = Critic.zero_head(actor.decoder)
+        actor = Actor.from_pretrained(source, allow_pickle=pickled)
     encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
     keep_tokenizer(session, source)
-    scorer = scorer_of(config, encoder, strategy, session)
+    scorer, reads_our_tokens = scorer_of(config, encoder, strategy, session)
+    critic_source = config.critic or (config.reward if reads_our_tokens else None)
+    with strategy.init():
+        if config.reference:
+            found = resolve_model(config.reference)
+            reference = Actor.from_pretrained(found, allow_pickle=pickled).eval().requires_grad_(False)
+            check_role("reference", found, reference, encoder, config)
+        else:
+            reference = actor.frozen()
+        if critic_source:
+            found = resolve_model(critic_source, "critic")
+            critic = Critic.from_pretrained(found, allow_pickle=pickled)
+            check_role("critic", found, critic, encoder, config)
+        else:
+            critic = Critic(copy.deepcopy(actor.decoder))
     records, prompts = read(session.say, encoder, config.data.data, "prompts", config.data)
     ptx_examples: list[Example] = []
     if config.ptx_coef:
@@ -206,7 +220,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                             lr=optim.lr * lr,
                             max_grad_norm=optim.max_grad_norm,
                         )
-                        session.check(one)
+                        session.check(one, "policy")
                         sums.append(("policy", one))
                     one = strategy.step(
                         critic_sink,
@@ -215,7 +229,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                         lr=(config.critic_lr or 5 * optim.lr) * lr,
                         max_grad_norm=optim.max_grad_norm,
                     )
-                    session.check(one)
+                    session.check(one, "value")
                     sums.append(("value", one))
                 update += 1
                 last_policy = next((s.sums for name, s in reversed(sums) if name == "policy"), None)
@@ -234,6 +248,14 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 show(step)
             session.checkpoint(step, {"model": actor, "critic": critic}, state)
         return session.finish()
+
+
+def check_role(flag: str, source: str, role: Actor | Critic, encoder: Encoder, config: PPOConfig) -> None:
+    """Raises UserError when a model does not read the actor's tokens, or not so many of them."""
+    check_room(flag, source, role.decoder.config, encoder)
+    own = encoder_of(source, role.decoder.config, config.data)
+    if role.decoder.config.vocab_size < encoder.vocab_size or not own.same_tokenizer(encoder):
+        raise UserError(f"--{flag} {source}: has another tokenizer than the actor, and the two must share one.")
 
 
 # --- score ----------------------------------------------------------------------------------------------------------

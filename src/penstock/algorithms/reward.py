@@ -107,7 +107,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
             if step == total:
                 with strategy.phase("score"):
                     normalize_score(model, heldout or train, normalize, optim.micro_batch_size, world)
-                if heldout:
+                if any(ranking.pairs for ranking in heldout):
                     model.facts = {
                         "pair_accuracy": facts["accuracy"],
                         "length_correlation": facts["length_correlation"],

@@ -1,7 +1,11 @@
 """What gives a response its score: a reward model, or any Python function of prompts and responses (PPO.md 11, 12)."""
 
+import dataclasses
 import importlib.util
+import inspect
 import math
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from penstock.config import PPOConfig
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
+from penstock.models.decoder import DecoderConfig
 from penstock.models.roles import RewardModel
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
@@ -20,18 +25,20 @@ Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
 """(prompt records, answers) -> one score per answer."""
 
 
-def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: Session) -> Scorer:
-    """The scorer that `--reward` or `--reward-fn` names."""
+def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: Session) -> tuple[Scorer, bool]:
+    """The scorer that `--reward` or `--reward-fn` names, and whether it is a model that reads the actor's tokens."""
     if config.reward_fn:
-        return _from_function(load_reward_fn(config.reward_fn), encoder, config.reward_fn)
+        return _from_function(load_reward_fn(config.reward_fn), encoder, config.reward_fn), False
     assert config.reward is not None
     source = resolve_model(config.reward)
     with strategy.init():
-        model = RewardModel.from_pretrained(source).eval().requires_grad_(False)
+        model = RewardModel.trained(source, allow_pickle=config.data.allow_pickle).eval().requires_grad_(False)
     _warn_if_weak(model, session, config.reward)
-    own = encoder_of(source, model.decoder.config, config.data)
+    own = encoder_of(source, model.decoder.config, dataclasses.replace(config.data, max_length=1 << 30))
     # The reward model must see what it was trained on (11): its own tokens, where its tokenizer is another one.
     same_tokens = own.same_tokenizer(encoder)
+    if same_tokens:
+        check_room("reward", config.reward, model.decoder.config, encoder)
     size = config.optim.micro_batch_size
 
     def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
@@ -47,7 +54,16 @@ def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: 
             scores += score_rows(model, rows[start : start + size], strategy.world).tolist()
         return scores
 
-    return score
+    return score, same_tokens
+
+
+def check_room(flag: str, source: str, config: DecoderConfig, encoder: Encoder) -> None:
+    """Raises UserError when a model cannot hold the actor's rows."""
+    if config.max_length < encoder.max_length:
+        raise UserError(
+            f"--{flag} {source}: holds rows of {config.max_length} tokens, and the actor's may have "
+            f"{encoder.max_length}; give --max-length {config.max_length}."
+        )
 
 
 def load_reward_fn(address: str) -> Callable[..., list[float]]:
@@ -56,9 +72,10 @@ def load_reward_fn(address: str) -> Callable[..., list[float]]:
     if not path or not Path(path).is_file():
         raise UserError(f"--reward-fn {address}: no such file; give file.py:name, a path and a function in it.")
     spec = importlib.util.spec_from_file_location("penstock_reward_fn", path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"--reward-fn {path}: is no Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -71,16 +88,23 @@ def load_reward_fn(address: str) -> Callable[..., list[float]]:
 
 
 def _from_function(function: Callable[..., list[float]], encoder: Encoder, address: str) -> Scorer:
+    parameters = inspect.signature(function).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
     def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
         prompt_ids, response_ids = [a.prompt_ids for a in answers], [a.response_ids for a in answers]
         prompts, responses = (
             [encoder.decode(ids) for ids in many] if encoder.tokenizer else [""] * len(answers)
             for many in (prompt_ids, response_ids)
         )
+        extras = {"prompt_ids": prompt_ids, "response_ids": response_ids}
+        extras = {name: ids for name, ids in extras.items() if takes_any or name in parameters}
         try:
-            scores = [float(x) for x in function(prompts, responses, prompt_ids=prompt_ids, response_ids=response_ids)]
+            scores = [float(x) for x in function(prompts, responses, **extras)]
         except Exception as error:
-            raise UserError(f"--reward-fn {address}: raised {type(error).__name__}: {error}.") from error
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{line.filename}:{line.lineno}"
+            raise UserError(f"--reward-fn {address}: raised {type(error).__name__}: {error} ({where}).") from error
         if len(scores) != len(answers):
             raise UserError(f"--reward-fn {address}: gave {len(scores)} scores for {len(answers)} responses.")
         bad = next((i for i, x in enumerate(scores) if not math.isfinite(x)), None)

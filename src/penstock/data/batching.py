@@ -73,7 +73,7 @@ def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple
     distinct = sorted(set(prompts))
     random.Random(seed).shuffle(distinct)
     count = round(len(distinct) * fraction)
-    if fraction > 0 and len(distinct) > 1:
+    if fraction > 0:
         count = min(max(count, 1), len(distinct) - 1)
     heldout = set(distinct[:count])
     return (

@@ -53,6 +53,11 @@ class Encoder:
                 "the model names no end-of-sequence token, so no response could ever end; set eos_token_id in its "
                 "config.json, or eos_token in its tokenizer."
             )
+        if self.reserve >= self.max_length:
+            raise UserError(
+                f"{self.reserve} new tokens leave no room for a prompt in rows of {self.max_length}; lower "
+                "--max-new-tokens, or raise --max-length if the model allows."
+            )
         # Only a tokenizer that puts a BOS in front by itself wants one: GPT-2's has one and never uses it.
         bos = [tokenizer.bos_token_id] if tokenizer is not None else []
         self._bos: list[int] = bos if bos and tokenizer("a").input_ids[:1] == bos else []
@@ -128,12 +133,8 @@ class Encoder:
     def same_tokenizer(self, other: "Encoder") -> bool:
         """True when both would write the same ids, template included."""
         if self.tokenizer is None or other.tokenizer is None:
-            return True
-        mine, theirs = (
-            (one.backend_tokenizer.to_str(), one.chat_template, one.eos_token_id)
-            for one in (self.tokenizer, other.tokenizer)
-        )
-        return mine == theirs
+            return self.vocab_size == other.vocab_size
+        return _fingerprint(self.tokenizer) == _fingerprint(other.tokenizer)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -234,13 +235,21 @@ class Encoder:
         return list(ids)
 
     def _cut(self, example: Example, where: str) -> Example:
-        example = Example(example.tokens[: self.max_length], example.trained[: self.max_length])
+        # Not beyond the last trained token: a row that ends within a user's turn teaches nothing there.
+        end = max((i + 1 for i, flag in enumerate(example.trained[: self.max_length]) if flag), default=0)
+        example = Example(example.tokens[:end], example.trained[:end])
         if not any(example.trained[1:]):
             raise DataError(
                 f"{where}: response: no token of it is within the limit of {self.max_length}; shorten the prompt, "
                 "raise --max-length if the model allows, or --skip-bad."
             )
         return example
+
+
+def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
+    words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return words, tokenizer.chat_template, tokenizer.eos_token_id
 
 
 def load_tokenizer(source: str) -> Any:

@@ -1,5 +1,6 @@
 """The values in a record's fields: checked, or named with what is wrong and how to fix it."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,8 +83,9 @@ def ranks(value: Any, responses: Sequence[Any]) -> tuple[int, ...]:
     if len(ranks) != count:
         missing = next(i for i in range(count) if i not in ranks)
         raise FieldError("ranking", f"leaves out response {missing}; rank all {count}, ties as nested lists.")
-    if count == 2 and responses[0] == responses[1] and ranks[0] != ranks[1]:
-        raise FieldError("responses", "both are the same, so neither is better; give two different answers.")
+    for i, j in itertools.combinations(range(count), 2):
+        if responses[i] == responses[j] and ranks[i] != ranks[j]:
+            raise FieldError("responses", f"{i} and {j} are the same, so neither is better; give different answers.")
     return tuple(ranks[i] for i in range(count))
 
 

@@ -101,7 +101,7 @@ class AdamW:
             if "exp_avg" in one:
                 master = optimizer.param_groups[0]["params"][0]
                 optimizer.state[master] = {
-                    "step": one["step"].clone(),
+                    "step": one["step"].to(flat.master.device, copy=True),  # fused: beside the weights
                     "exp_avg": one["exp_avg"].to(flat.master.device),
                     "exp_avg_sq": one["exp_avg_sq"].to(flat.master.device),
                 }

@@ -4,6 +4,7 @@ Ranks come from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE); the backe
 gloo on a CPU.
 """
 
+import datetime
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from penstock.errors import UserError
+
+PATIENCE = datetime.timedelta(hours=2)
+"""How long a rank waits for the others: one of them may be writing a large checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,27 @@ class World:
 
     @staticmethod
     def join(device: str | None = None) -> "World":
-        """Joins torchrun's process group, or stands alone. `device` None takes the accelerator if there is one."""
+        """Joins torchrun's process group, or stands alone. `device` None takes the accelerator if there is one.
+
+        Raises UserError for a device that this machine does not have.
+        """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            device = accelerator.type if accelerator else "cpu"
-        here = torch.device(device)
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        there = ["cpu", accelerator.type] if accelerator else ["cpu"]
+        kind, _, index = (device or there[-1]).partition(":")
+        if kind not in there or not (index or "0").isdecimal():
+            raise UserError(f"--device {device}: this machine has {' and '.join(there)}; see penstock doctor.")
+        here = torch.device(device or kind)
         if here.type == "cuda":
-            here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if size > 1 or here.index is None:
+                here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if here.index >= torch.cuda.device_count():
+                raise UserError(f"{here}: this machine has {torch.cuda.device_count()} GPUs; see penstock doctor.")
             torch.cuda.set_device(here)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", rank=rank, world_size=size)
+            dist.init_process_group(
+                "nccl" if here.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE
+            )
         return World(rank, size, here)
 
     def leave(self) -> None:

@@ -106,7 +106,8 @@ class Strategy:
 
         `loss_of` returns this micro-batch's part of the loss, already divided by the *global* token count, so that
         the gradient is a sum whatever the micro-batch size or world (PPO.md 15), and statistics to be summed (or,
-        named max_*, maximised). A non-finite loss or gradient leaves the weights alone on all ranks (PPO.md 20).
+        named max_*, maximised). Gradients add up in the weights' dtype: with bf16 weights, hundreds of micro-batches
+        lose the smallest parts. A non-finite loss or gradient leaves the weights alone on all ranks (PPO.md 20).
         """
         sink.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -116,7 +117,7 @@ class Strategy:
             with record_function("backward"):
                 loss.backward()
             for key, value in {"loss": loss.detach(), **stats}.items():
-                value = value.detach().float()
+                value = value.detach().to(self.world.device, torch.float32)
                 if key not in sums:
                     sums[key] = value
                 else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.errors import UserError
 from penstock.models import pretrained
 from penstock.models.decoder import Decoder
 
@@ -25,8 +26,14 @@ class Actor(nn.Module):
 
     @staticmethod
     def from_pretrained(source: str, *, allow_pickle: bool = False) -> "Actor":
-        """From a Hugging Face directory or hub id, on torch's default device and in its default dtype."""
-        return Actor(_load(source, allow_pickle)[0])
+        """From a Hugging Face directory or hub id, on torch's default device and in its default dtype.
+
+        Raises UserError for a reward model: what it says was never trained.
+        """
+        decoder, extras = _load(source, allow_pickle)
+        if extras:
+            raise UserError(f"{source}: is a reward model, and a language model is needed; give the one it came from.")
+        return Actor(decoder)
 
     def frozen(self) -> "Actor":
         """A copy that takes no gradient: the reference."""
@@ -51,10 +58,7 @@ class ScalarModel(nn.Module):
     def __init__(self, decoder: Decoder, weight: Tensor | None = None, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
         self.decoder = decoder
-        width = decoder.head_weight.shape[1]
-        if weight is None:
-            # PPO.md 22: N(0, 1/sqrt(D+1)) keeps the first scores near unit scale whatever the width.
-            weight = torch.randn(1, width, dtype=torch.float32, device=decoder.head_weight.device) / (width + 1) ** 0.5
+        weight = self.new_head(decoder) if weight is None else weight
         self.score = nn.Parameter(weight.to(decoder.head_weight.device, torch.float32).clone())
         self.mean, self.std = mean, std
         self.facts: dict[str, float] = {}
@@ -62,19 +66,19 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str, *, allow_pickle: bool = False) -> Self:
-        """From a language model (new random head) or from what `save_pretrained` wrote (its head and scale)."""
+        """From a language model (a new head) or from what `save_pretrained` wrote (its head and scale)."""
         decoder, extras = _load(source, allow_pickle)
-        weight = extras.get("score.weight")
+        weight = extras.get("score.weight", cls.new_head(decoder))
         config = decoder.config.hf
         mean, std = float(config.get("penstock_score_mean", 0.0)), float(config.get("penstock_score_std", 1.0))
         model = cls(decoder, weight, mean, std)
         model.facts = config.get("penstock_facts", {})
         return model
 
-    @classmethod
-    def zero_head(cls, decoder: Decoder) -> Self:
-        """A critic that starts by predicting 0 everywhere (PPO.md 19), on a copy of the decoder."""
-        return cls(copy.deepcopy(decoder), torch.zeros(1, decoder.head_weight.shape[1]))
+    @staticmethod
+    def new_head(decoder: Decoder) -> Tensor:
+        """What a head without training starts from, [1, D] fp32."""
+        raise NotImplementedError
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states [B, T, D]."""
@@ -94,11 +98,31 @@ class ScalarModel(nn.Module):
 
 
 class Critic(ScalarModel):
-    """Predicts the return from the state before each response token."""
+    """Predicts the return from the state before each response token; made from a language model it starts at 0."""
+
+    @staticmethod
+    def new_head(decoder: Decoder) -> Tensor:
+        """Zeros (PPO.md 19)."""
+        return torch.zeros(1, decoder.head_weight.shape[1], dtype=torch.float32)
 
 
 class RewardModel(ScalarModel):
     """Scores a whole response at its last token."""
+
+    @staticmethod
+    def new_head(decoder: Decoder) -> Tensor:
+        """N(0, 1/sqrt(D+1)): the first scores are near unit scale whatever the width (PPO.md 22)."""
+        width, device = decoder.head_weight.shape[1], decoder.head_weight.device
+        return torch.randn(1, width, dtype=torch.float32, device=device) / (width + 1) ** 0.5
+
+    @staticmethod
+    def trained(source: str, *, allow_pickle: bool = False) -> "RewardModel":
+        """A reward model that has been trained. Raises UserError for a language model, which has no score to give."""
+        decoder, extras = _load(source, allow_pickle)
+        if not extras:
+            raise UserError(f"{source}: is no reward model (no score head in it); make one with penstock reward.")
+        del decoder
+        return RewardModel.from_pretrained(source, allow_pickle=allow_pickle)
 
 
 def _load(source: str, allow_pickle: bool) -> tuple[Decoder, dict[str, Tensor]]:

@@ -85,11 +85,11 @@ def verify(path: Path) -> dict[str, Any]:
         there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
         if odd := sorted(there ^ set(files)):
             raise DamagedError(f"{path / odd[0]}: {'is missing' if odd[0] in files else 'does not belong there'}")
-        for name, (size, digest) in files.items():
+        for name, (size, sha256) in files.items():
             found = (path / name).stat().st_size
             if found != size:
                 raise DamagedError(f"{path / name}: has {found} bytes instead of {size}")
-            if _digest(path / name) != digest:
+            if digest(path / name) != sha256:
                 raise DamagedError(f"{path / name}: its bytes have changed since they were written (sha256)")
     except FileNotFoundError as error:
         raise DamagedError(f"{error.filename}: is missing") from error
@@ -255,7 +255,7 @@ def _write(parent: Path, step: int, write: Callable[[Path], None], meta: Mapping
         unfinished.mkdir()
         write(unfinished)
         files = {
-            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": digest(path)}
             for path in sorted(unfinished.rglob("*"))
             if path.is_file()
         }
@@ -306,7 +306,8 @@ def _prune(parent: Path, step: int, keep: int) -> None:
             shutil.rmtree(gone)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -41,7 +41,7 @@ class RunDirectory:
             directory = RunDirectory(path)
             checkpoint.write_whole(path / "config.toml", tomli_w.dumps({"command": command, **config}))
         except OSError as error:
-            raise _refused(f"--out {path}", error) from error
+            raise refused(f"--out {path}", error) from error
         return directory
 
     @staticmethod
@@ -50,7 +50,7 @@ class RunDirectory:
         try:
             used = path.exists() and (not path.is_dir() or {one.name for one in path.iterdir()} - UNCLAIMED)
         except OSError as error:
-            raise _refused(f"--out {path}", error) from error
+            raise refused(f"--out {path}", error) from error
         if used:
             hint = f"go on with it (penstock resume {path}), or " if (path / "config.toml").exists() else ""
             raise UserError(f"--out {path}: exists and is not empty; {hint}choose another directory.")
@@ -64,7 +64,7 @@ class RunDirectory:
             if directory.checkpoints.exists():
                 checkpoint.sweep(directory.checkpoints)
         except OSError as error:
-            raise _refused(str(path), error) from error
+            raise refused(str(path), error) from error
         return directory
 
     @staticmethod
@@ -120,7 +120,8 @@ def resolve_model(source: str, which: str = "model") -> str:
     return str(found / which if (found / which).exists() else found / "model")
 
 
-def _refused(where: str, error: OSError) -> PenstockError:
+def refused(where: str, error: OSError) -> PenstockError:
+    """What to raise when the operating system will not write there."""
     if reason := checkpoint.out_of_space(error):
         return ResourceError(f"{where}: {reason}; free some space and try again.")
     return UserError(

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from penstock import config as flags
-from penstock.errors import PenstockError, ResourceError
+from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.memory.shard import World
 from penstock.memory.strategy import StepStats
 from penstock.run import checkpoint
@@ -26,6 +26,7 @@ from penstock.run.metrics import Lines, peak_rss_bytes
 from penstock.run.progress import Progress
 
 STREAMS = ("metrics", "perf", "samples")
+MODEL_FLAG = {"sft": "model", "reward": "model", "ppo": "actor"}
 SKIPS_IN_A_ROW = 3
 """Non-finite updates before a run stops itself (PPO.md 20)."""
 
@@ -60,8 +61,10 @@ class Session:
         """Called with each saved model's directory: puts the tokenizer's files beside the weights."""
         self._resume = resume
         self._notes: list[str] = []
-        self._flags = flags.to_dict(config)
-        self._signal = self._skips = self._total = 0
+        self._flags = flags.with_absolute_paths(flags.to_dict(config))
+        self._signal = self._total = 0
+        self._skips: dict[str, int] = {}
+        self._data: dict[str, str] = {}
         self._since = time.perf_counter()
         self._progress: Progress | None = None
         self._handlers: dict[int, Any] = {}
@@ -79,6 +82,11 @@ class Session:
             for note in self._notes:
                 self.directory.say(note)
         self.world.broadcast(None)  # nobody reads the directory before it is made
+        self._data = {
+            path: checkpoint.digest(Path(path))
+            for name in ("data", "ptx_data", "normalize")
+            for path in self._flags.get(name, ())
+        }
         checkpoint.seed_everything(self.config.run.seed + self.world.rank)
         if self._resume:
             self._restore()
@@ -123,7 +131,13 @@ class Session:
                 "samples stay the same, random numbers that a --reward-fn draws do not"
             )
         checkpoint.set_rng_state(ranks[self.world.rank % len(ranks)])
-        self.episode = self.state["episode"]
+        self.episode, self._skips = self.state["episode"], self.state["skips"]
+        for path, digest in self.state["data"].items():
+            if self._data.get(path, digest) != digest:
+                raise UserError(
+                    f"{path}: has changed since {newest.name} was written, and a resumed run must see the same rows. "
+                    f"Put it back, or start a new run from this one's model: --{MODEL_FLAG[self.command]} {self.path}"
+                )
         self.say(f"resumed from {newest.name}")
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -158,12 +172,12 @@ class Session:
             for row in rows:
                 self._lines["samples"].write({"step": step, **row})
 
-    def check(self, stats: StepStats) -> None:
-        """Counts updates that were not finite; three in a row end the run, and nothing of them is saved (PPO.md 20)."""
-        self._skips = 0 if stats.applied else self._skips + 1
+    def check(self, stats: StepStats, name: str = "model") -> None:
+        """Counts a model's updates that were not finite; three in a row end the run, never saved (PPO.md 20)."""
+        self._skips[name] = 0 if stats.applied else self._skips.get(name, 0) + 1
         if not stats.applied:
-            self.say(f"an update was skipped: loss {stats.sums['loss']}, gradient norm {stats.grad_norm}")
-        if self._skips == SKIPS_IN_A_ROW:
+            self.say(f"{name}: an update was skipped: loss {stats.sums['loss']}, gradient norm {stats.grad_norm}")
+        if self._skips[name] == SKIPS_IN_A_ROW:
             raise ResourceError(
                 f"{self.path}: {SKIPS_IN_A_ROW} updates in a row were not finite, so the run stopped; its last "
                 "checkpoint is from before them. Try a lower --lr, or --dtype fp32."
@@ -216,7 +230,7 @@ class Session:
         rng = self.world.gather(checkpoint.rng_state())
         if self.world.first:
             offsets = {name: lines.sync() for name, lines in self._lines.items()}
-            state |= {"rng": rng, "episode": self.episode, "offsets": offsets}
+            state |= {"rng": rng, "episode": self.episode, "offsets": offsets, "skips": self._skips, "data": self._data}
 
             def write(directory: Path) -> None:
                 for name, model in models.items():
