@@ -60,3 +60,11 @@ def test_attention_is_torchs_own(biased):
     ours = module.attention(q, k, v, bias, grouped=True)
     assert ours.dtype == torch.bfloat16
     assert torch.allclose(ours.double(), exact, rtol=2**-7, atol=2**-7)
+
+
+def test_a_few_rows_without_gradient_take_the_plain_path(monkeypatch):
+    monkeypatch.setattr(module._Widened, "apply", lambda *arguments: torch.ones(()))
+    weight = torch.randn(4, 3).bfloat16()
+    with torch.no_grad():
+        assert module.linear(torch.randn(module.FEW, 3).bfloat16(), weight).shape == (module.FEW, 4)
+        assert module.linear(torch.randn(module.FEW + 1, 3).bfloat16(), weight).shape == ()

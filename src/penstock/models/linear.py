@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEW = 16
+
 
 @functools.cache
 def slow_in_bf16(device_type: str) -> bool:
@@ -22,7 +24,9 @@ def slow_in_bf16(device_type: str) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own, fast on every processor."""
-    if x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type):
+    # A token or a few at a time (decoding): casting the weight would cost more than the slow product.
+    many = torch.is_grad_enabled() or x.shape[:-1].numel() > FEW
+    if many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type):
         return _Widened.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
