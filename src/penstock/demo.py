@@ -137,13 +137,14 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     sampled = answer(tuned, asked, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed + 1))
     comparisons = []
     for question, four in zip(asked, sampled, strict=True):
-        if not all(text for text, _ in four):
+        told = dict(four)  # text -> whether it ended; the same answer given twice is judged once, and ties with itself
+        if "" in told:
             continue  # nobody can judge an empty answer
-        golds = [world.gold(question, text, ended) for text, ended in four]
-        labels = ranks(golds, LABEL_NOISE, rng)
-        comparisons.append(
-            {"prompt": question.prompt, "responses": [text for text, _ in four], "ranking": ranking(labels)}
-        )
+        judged = ranks([world.gold(question, text, ended) for text, ended in told.items()], LABEL_NOISE, rng)
+        place = dict(zip(told, judged, strict=True))
+        texts = [text for text, _ in four]
+        labels = ranking([place[text] for text in texts])
+        comparisons.append({"prompt": question.prompt, "responses": texts, "ranking": labels})
     write_lines(data / "comparisons.jsonl", comparisons)
     judge = reward(
         RewardConfig(
