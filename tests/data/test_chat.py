@@ -178,8 +178,12 @@ def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_s
     assert encoder.encode_response(compared, answer, ended=False) == row.tokens[:-1]
 
 
+# A text that spells a special token becomes that token, as in transformers; hypothesis knows to try "<bos>".
+ORDINARY = st.text(min_size=1, max_size=9).filter(lambda text: "<" not in text)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prompt=st.text(min_size=1, max_size=9), answer=st.text(min_size=1, max_size=9))
+@given(prompt=ORDINARY, answer=ORDINARY)
 def test_text_prompts_too(encoder: Encoder, prompt: str, answer: str) -> None:
     record = Comparison(where="f:1", prompt=prompt, responses=(answer, "x"), ranks=(0, 1))
     ids, (response, _) = encoder.encode_comparison(record)
