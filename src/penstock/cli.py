@@ -106,16 +106,21 @@ def _ppo(arguments: list[str]) -> None:
 
 
 def _resume(arguments: list[str]) -> None:
-    path = _one_path(arguments, "resume", "RUN, a run directory")
-    from penstock.config import PPOConfig, RewardConfig, SFTConfig, from_dict
+    from penstock.config import PPOConfig, ResumeConfig, RewardConfig, SFTConfig, from_dict, parse, to_dict
     from penstock.run.directory import RunDirectory
 
+    if arguments and not arguments[0].startswith("-"):
+        if len(arguments) > 1 and not arguments[1].startswith("-"):
+            raise UserError("give exactly one RUN, a run directory: everything else is in its config.toml.")
+        arguments = ["--run", *arguments]  # penstock resume RUN
+    place = to_dict(parse(ResumeConfig, arguments, "resume"))
+    path = place.pop("run")
     saved = RunDirectory.peek(path)
     configs = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
     command = str(saved.pop("command"))
     if command not in configs:
         raise UserError(f"{path}/config.toml: no command {command!r} can be resumed; there are {', '.join(configs)}.")
-    config: Any = from_dict(configs[command], {**saved, "out": path})
+    config: Any = from_dict(configs[command], {**saved, "out": path, **place})
     if command == "sft":
         from penstock.algorithms.sft import sft
 
@@ -192,15 +197,6 @@ def _doctor(arguments: list[str]) -> None:
     from penstock.doctor import doctor
 
     sys.exit(doctor())
-
-
-def _one_path(arguments: list[str], command: str, what: str) -> str:
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: penstock {command} {what.split(',')[0]}\n\n{COMMANDS[command]}")
-        sys.exit(0)
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError(f"give exactly one {what}, and no flags: everything else is in its config.toml.")
-    return arguments[0]
 
 
 def _refused(error: Exception) -> PenstockError | None:

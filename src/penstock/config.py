@@ -57,7 +57,17 @@ class RunFlags(Flags):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What the weights compute in; the optimizer keeps an fp32 master either way."""
     strategy: str = "ddp"
-    """Where weights, gradients and optimizer states live: naive (one process) or ddp (one or many)."""
+    """Where weights, gradients and optimizer states live: naive, ddp, zero1, zero1_cpu, zero2, zero2_cpu, gemini,
+    gemini_cpu, gemini_nvme. The further down, the less device memory and the more traffic."""
+    device_memory: str | None = None
+    """Device memory per process, for what lives there or passes through: 6GB. All there is, when not given."""
+    host_memory: str | None = None
+    """Host memory per process, for what lives there: 48GB. All there is, when not given."""
+    disk: str | None = None
+    """Where gemini_nvme keeps weights and optimizer states: PATH or PATH:200GB, per process."""
+    recompute: bool = False
+    """Run each block again in backward instead of keeping what is inside it: less memory, a third more compute. Always
+    on where weights move."""
     device: str | None = None
     """cpu, cuda, ... The accelerator if there is one, when not given."""
     checkpoint_every: int = 50
@@ -205,6 +215,26 @@ class PPOConfig(Flags):
     """Demonstrations mixed into the actor's updates when --ptx-coef is above 0."""
     samples: int = 8
     """Prompts answered before and after training, for the report."""
+
+
+@dataclass(frozen=True)
+class ResumeConfig(Flags):
+    """Go on with a run that was stopped or killed. Its config.toml says how; only where things live may change."""
+
+    run: str
+    """Run directory."""
+    strategy: str | None = None
+    """Another placement of weights, gradients and optimizer states than before."""
+    device_memory: str | None = None
+    """Device memory per process."""
+    host_memory: str | None = None
+    """Host memory per process."""
+    disk: str | None = None
+    """Where gemini_nvme keeps weights and optimizer states."""
+    device: str | None = None
+    """cpu, cuda, ..."""
+    config: str | None = None
+    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ def load(config: GenerateConfig | ChatConfig) -> tuple[Actor, Encoder]:
     strategy = Strategy.named("naive", dtype=config.dtype, device=config.device)
     source = resolve_model(config.model)
     with strategy.init():
-        actor = Actor.from_pretrained(source).eval()
+        actor = Actor.from_pretrained(source).requires_grad_(False)
+    strategy.prepare(actor)
     return actor, encoder_of(
         source, actor.decoder.config, DataFlags(data=(), max_length=actor.decoder.config.max_length)
     )

@@ -1,5 +1,6 @@
 """What PPO learns from, number by number: transformers' GPT-2 gives the logits, the slow oracle does the arithmetic."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.ppo import Experience, actor_loss, critic_loss, score, summary, with_advantages
+from penstock.algorithms.sft import rows_of
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.data.chat import Example
-from penstock.memory.shard import World
-from penstock.memory.strategy import StepStats
+from penstock.memory.strategy import StepStats, Strategy
 from penstock.models.roles import Actor, Critic
 from penstock.rollout.engine import Answer
 from tests.algorithms import oracle
@@ -24,7 +25,6 @@ ANSWERS = [
     Answer([1, 12], [2], [-0.7], "stop"),
 ]
 SCORES = [1.0, -2.0, 4.0, 0.5]
-WORLD = World(0, 1, torch.device("cpu"))
 
 
 def config(**changes):
@@ -51,9 +51,17 @@ def models(tiny_model):
 
 
 def scored(models, size=3):
-    actor, reference, critic, _ = models
-    with torch.no_grad():
-        return score(ANSWERS, [None] * 4, actor, reference, critic, lambda records, answers: SCORES, config(), size)
+    strategy = Strategy.named("naive", device="cpu")
+    streams = [strategy.prepare(copy.deepcopy(model)) for model in models[:3]]
+    return score(strategy, ANSWERS, [None] * 4, *streams, lambda records, answers: SCORES, config(), size)
+
+
+def loss_of_actor(actor, part, setting, count):
+    return actor_loss(actor, actor(part.tokens, part.lengths), part, setting, count, 0)
+
+
+def loss_of_critic(critic, part, setting, count):
+    return critic_loss(critic, critic(part.tokens, part.lengths), part, setting, count)
 
 
 def transformers_logprobs(address, answer, temperature):
@@ -136,8 +144,8 @@ def test_padding_garbage_reaches_no_gradient(models):
     }
     dirty = dataclasses.replace(clean, tokens=torch.where(whole, clean.tokens, 13), **dirty)
     for model, loss_of in (
-        (actor, lambda part: actor_loss(actor, part, config(), WORLD, 10, [])[0]),
-        (critic, lambda part: critic_loss(critic, part, config(), 10)[0]),
+        (actor, lambda part: loss_of_actor(actor, part, config(), 10)[0]),
+        (critic, lambda part: loss_of_critic(critic, part, config(), 10)[0]),
     ):
         grads = []
         for part in (clean, dirty):
@@ -156,8 +164,8 @@ def test_micro_batches_give_the_same_gradient(models, size):
     experience = with_advantages(scored(models), 0.1, config())
     count = int(experience.lengths.sum())
     for model, loss_of in (
-        (actor, lambda part: actor_loss(actor, part, config(), WORLD, count, [])[0]),
-        (critic, lambda part: critic_loss(critic, part, config(), count)[0]),
+        (actor, lambda part: loss_of_actor(actor, part, config(), count)[0]),
+        (critic, lambda part: loss_of_critic(critic, part, config(), count)[0]),
     ):
         model.zero_grad()
         loss_of(experience).backward()
@@ -175,20 +183,20 @@ def test_losses_are_the_oracles(models):
     experience = with_advantages(scored(models), 0.1, config())
     moved = dataclasses.replace(experience, logprobs=experience.ref_logprobs, values=experience.values - 0.5)
     setting = config(clip=0.1, value_clip=0.3)
-    loss, stats = actor_loss(actor, moved, setting, WORLD, 10, [])
+    loss, stats = loss_of_actor(actor, moved, setting, 10)
     expected, numbers = oracle.policy_loss(
         experience.logprobs, moved.logprobs, moved.advantages, moved.mask, clip=0.1, count=10
     )
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert 0 < float(stats["clipfrac"]) == numbers["clipfrac"]
     assert float(stats["entropy"]) == pytest.approx(float(experience.entropy.sum()), abs=1e-4)
-    loss, stats = critic_loss(critic, moved, setting, 10)
+    loss, stats = loss_of_critic(critic, moved, setting, 10)
     expected, clipped = oracle.value_loss(
         experience.values, moved.values, moved.returns, moved.mask, clip=0.3, count=10
     )
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert 0 < float(stats["clipfrac"]) == clipped
-    loss, _ = critic_loss(critic, moved, config(value_clip=None), 10)
+    loss, _ = loss_of_critic(critic, moved, config(value_clip=None), 10)
     expected, _ = oracle.value_loss(experience.values, moved.values, moved.returns, moved.mask, clip=None, count=10)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
 
@@ -196,7 +204,8 @@ def test_losses_are_the_oracles(models):
 def test_ptx_is_the_sft_loss_times_its_coefficient(models):
     actor = models[0]
     examples = [Example([1, 3, 5, 2], [False, False, True, True]), Example([1, 6], [False, True])]
-    loss, stats = actor_loss(actor, examples[:1], config(ptx_coef=3.0), WORLD, 99, examples)
+    rows, count = rows_of(examples[:1], torch.device("cpu")), sum(sum(example.trained) for example in examples)
+    loss, stats = actor_loss(actor, actor(rows.tokens, None), rows, config(ptx_coef=3.0), 99, count)
     logprobs = transformers_logprobs(models[3][0], Answer([1, 3], [5, 2]), 1.0)[0]
     assert float(stats["ptx"]) == pytest.approx(-float(logprobs.sum()) / 3, abs=1e-5)
     assert float(loss) == pytest.approx(-float(logprobs.sum()), abs=1e-5)

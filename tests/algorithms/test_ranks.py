@@ -65,11 +65,12 @@ from penstock.models.roles import Actor
 model, out = sys.argv[1:]
 strategy = Strategy.named("ddp", device="cpu")
 actor = Actor.from_pretrained(model)
-sink = strategy.prepare(actor)
+stream = strategy.prepare(actor)
 lengths = [3, 9, 4, 7, 2, 8, 5, 6]
 rows = [Example([1] + [3 + (i * j) % 12 for j in range(n)], [False] + [True] * n) for i, n in enumerate(lengths)]
-loss = lambda batch: (sft_loss(response_logprobs(actor, batch, strategy.world), sum(lengths)), {})
-strategy.step(sink, micro_batches(strategy.world.mine(rows), 2), loss, lr=0.0, max_grad_norm=1e9)
+loss = lambda hidden, batch: (sft_loss(response_logprobs(actor, hidden, batch), sum(lengths)), {})
+mine = micro_batches(strategy.world.mine(rows), 2, strategy.world.device)
+strategy.step(stream, mine, loss, lr=0.0, max_grad_norm=1e9)
 if strategy.world.first:
     torch.save([p.grad.clone() for p in actor.parameters()], out)
 strategy.world.leave()

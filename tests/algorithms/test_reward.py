@@ -1,5 +1,6 @@
 """The reward model: the ranking loss against a loop over pairs, the held-out numbers by hand, the file for others."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -14,18 +15,20 @@ from penstock.algorithms.reward import (
     normalize_score,
     ranking_loss,
     reward,
+    rows_of,
     score_rankings,
     score_rows,
+    score_states,
 )  # fmt: skip
 from penstock.config import DataFlags, OptimFlags, RewardConfig, RunFlags
 from penstock.data.chat import Example
-from penstock.memory.shard import World
+from penstock.memory.strategy import Strategy
 from penstock.models.roles import RewardModel
 from penstock.run.directory import resolve_model
 from tests.algorithms import oracle
 from tests.conftest import comparisons
 
-WORLD = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
 RANKINGS = [
     Ranking([[1, 3, 5, 2], [1, 3, 6, 7, 2], [1, 3, 2]], (0, 1, 2), (2, 3, 1)),
     Ranking([[1, 4, 8, 2], [1, 4, 9, 2]], (1, 0), (2, 2)),
@@ -40,10 +43,21 @@ def model(tiny_model):
     return RewardModel.from_pretrained(tiny_model())
 
 
+def prepared(model):
+    """A copy of the model at home in a strategy: what the functions below take."""
+    strategy, model = Strategy.named("naive", device="cpu"), copy.deepcopy(model)
+    return strategy, strategy.prepare(model), model
+
+
+def with_gradient(model, rows):
+    """Scores of rows through one graph, batch by batch of one."""
+    return torch.cat([score_states(model, model(one.tokens, one.lengths), one) for one in rows])
+
+
 def test_the_score_is_read_at_the_last_token_whatever_the_padding(model):
     rows = [row for ranking in RANKINGS for row in ranking.rows]
-    together = score_rows(model, rows, WORLD)
-    alone = torch.cat([score_rows(model, [row], WORLD) for row in rows])
+    together = torch.tensor(score_rows(*prepared(model), rows, len(rows)))
+    alone = torch.tensor(score_rows(*prepared(model), rows, 1))
     assert torch.allclose(together, alone, atol=1e-6)
     assert together.std() > 0.01
 
@@ -56,15 +70,15 @@ def test_loss_and_gradient_in_any_micro_batch_are_a_loop_over_pairs(model, margi
     expected = torch.zeros((), dtype=torch.float64)
     right = pairs = 0
     for ranking in RANKINGS:
-        scores = torch.cat([score_rows(model, [row], WORLD) for row in ranking.rows])
+        scores = with_gradient(model, [rows_of([row], CPU) for row in ranking.rows])
         loss, correct, compared = oracle.pairwise_loss(scores, torch.tensor(ranking.ranks), margin)
         expected, right, pairs = expected + loss / 4, right + correct, pairs + compared
     expected.backward()
     theirs = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     total, correct, compared = 0.0, 0, 0
-    for batch in micro_batches(RANKINGS, rows):
-        loss, stats = ranking_loss(model, batch, WORLD, 4, margin)
+    for batch in micro_batches(RANKINGS, rows, CPU):
+        loss, stats = ranking_loss(with_gradient(model, [batch]), batch, 4, margin)
         loss.backward()
         total, correct, compared = total + float(loss.detach()), correct + stats["correct"], compared + stats["pairs"]
     assert total == pytest.approx(float(expected.detach()), abs=1e-6)
@@ -75,16 +89,15 @@ def test_loss_and_gradient_in_any_micro_batch_are_a_loop_over_pairs(model, margi
 
 @pytest.mark.parametrize("rows", [1, 4, 6, 100])
 def test_a_prompts_responses_stay_in_one_micro_batch(rows):
-    batches = micro_batches(RANKINGS, rows)
+    batches = [batch.rankings for batch in micro_batches(RANKINGS, rows, CPU)]
     assert sorted(r.rows for batch in batches for r in batch) == sorted(r.rows for r in RANKINGS)
     assert all(len(batch) == 1 or sum(len(r.rows) for r in batch) <= rows for batch in batches)
 
 
 def test_scores_come_back_in_order(model):
-    with torch.no_grad():
-        scores = score_rankings(model, RANKINGS, 4, WORLD)
-        for ranking, values in zip(RANKINGS, scores, strict=True):
-            assert values == pytest.approx(score_rows(model, ranking.rows, WORLD).tolist(), abs=1e-5)
+    scores = score_rankings(*prepared(model), RANKINGS, 4)
+    for ranking, values in zip(RANKINGS, scores, strict=True):
+        assert values == pytest.approx(score_rows(*prepared(model), ranking.rows, 9), abs=1e-5)
 
 
 def test_heldout_numbers_by_hand():
@@ -106,14 +119,14 @@ def test_normalised_scores_are_centred_on_demonstrations_with_unit_spread_on_res
         Example([1, 3, 5, 2], [False, False, True, True]),
         Example([1, 4, 9, 9, 2], [False, False, True, True, True]),
     ]
-    with torch.no_grad():
-        normalize_score(model, RANKINGS, demos, 3, WORLD)
-        assert float(score_rows(model, [d.tokens for d in demos], WORLD).mean()) == pytest.approx(0, abs=1e-5)
-        every = torch.tensor([value for values in score_rankings(model, RANKINGS, 3, WORLD) for value in values])
-        assert float(every.std()) == pytest.approx(1, abs=1e-5)
-        normalize_score(model, RANKINGS, [], 3, WORLD)
-        every = torch.tensor([value for values in score_rankings(model, RANKINGS, 3, WORLD) for value in values])
-        assert float(every.mean()) == pytest.approx(0, abs=1e-5)
+    here = prepared(model)
+    normalize_score(*here, RANKINGS, demos, 3)
+    assert sum(score_rows(*here, [d.tokens for d in demos], 9)) / len(demos) == pytest.approx(0, abs=1e-5)
+    every = torch.tensor([value for values in score_rankings(*here, RANKINGS, 3) for value in values])
+    assert float(every.std()) == pytest.approx(1, abs=1e-5)
+    normalize_score(*here, RANKINGS, [], 3)
+    every = torch.tensor([value for values in score_rankings(*here, RANKINGS, 3) for value in values])
+    assert float(every.mean()) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.fixture
@@ -137,7 +150,7 @@ def test_it_learns_a_preference_and_transformers_reads_it(trained):
     for row in ([1, 3, 5, 5, 2], [1, 3, 6, 4, 2]):
         with torch.no_grad():
             raw = float(theirs(torch.tensor([row])).logits)
-            mine = float(score_rows(ours, [row], WORLD))
+            mine = float(with_gradient(ours, [rows_of([row], CPU)]))
         assert mine == pytest.approx((raw - ours.mean) / ours.std, abs=1e-4)
 
 
@@ -148,15 +161,15 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, tiny_model, jsonl, monk
     data = jsonl([{**row, "prompt_ids": [1, 3 + i % 8]} for i, row in enumerate(comparisons(64))])
     seen = {"train": set(), "heldout": set()}
 
-    def spy(name, real, at):
+    def spy(name, real, rankings_of):
         def call(*arguments):
-            seen[name] |= {tuple(r.rows[0][:2]) for r in arguments[at]}
+            seen[name] |= {tuple(r.rows[0][:2]) for r in rankings_of(arguments)}
             return real(*arguments)
 
         return call
 
-    monkeypatch.setattr(module, "ranking_loss", spy("train", module.ranking_loss, 1))
-    monkeypatch.setattr(module, "score_rankings", spy("heldout", module.score_rankings, 1))
+    monkeypatch.setattr(module, "ranking_loss", spy("train", module.ranking_loss, lambda a: a[1].rankings))
+    monkeypatch.setattr(module, "score_rankings", spy("heldout", module.score_rankings, lambda a: a[3]))
     reward(
         RewardConfig(
             model=tiny_model(), data=DataFlags(data=(data,), max_length=32), run=RunFlags(out=str(tmp_path / "r")),

@@ -11,11 +11,11 @@ from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import heldout_loss, micro_batches, prompt_of, response_logprobs, sft
 from penstock.config import DataFlags, OptimFlags, RunFlags, SFTConfig
 from penstock.data.chat import Example
-from penstock.memory.shard import World
+from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from tests.conftest import demonstrations
 
-WORLD = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
 EXAMPLES = [
     Example([1, 3, 4, 5, 2], [False, False, False, True, True]),
     Example([1, 6, 2], [False, True, True]),
@@ -42,8 +42,8 @@ def test_loss_and_gradient_are_those_of_transformers_in_any_micro_batch(tiny_mod
     address = tiny_model()
     loss, grads = theirs(address)
     actor, total = Actor.from_pretrained(address), 0.0
-    for batch in micro_batches(EXAMPLES, size):
-        part = fn.sft_loss(response_logprobs(actor, batch, WORLD), COUNT)
+    for batch in micro_batches(EXAMPLES, size, CPU):
+        part = fn.sft_loss(response_logprobs(actor, actor(batch.tokens, None), batch), COUNT)
         part.backward()
         total += float(part.detach())
     assert total == pytest.approx(loss, abs=1e-6)
@@ -55,16 +55,18 @@ def test_loss_and_gradient_are_those_of_transformers_in_any_micro_batch(tiny_mod
 
 def test_heldout_loss_is_a_mean_over_trained_tokens(tiny_model):
     address = tiny_model()
-    with torch.no_grad():
-        found = heldout_loss(Actor.from_pretrained(address), EXAMPLES, 2, WORLD)
+    strategy, actor = Strategy.named("naive", device="cpu"), Actor.from_pretrained(address)
+    found = heldout_loss(strategy, strategy.prepare(actor), actor, EXAMPLES, 2)
     assert found == pytest.approx(theirs(address)[0], abs=1e-6)
 
 
 def test_micro_batches_hold_every_row_once_and_neighbours_in_length():
-    batches = micro_batches(EXAMPLES, 3)
-    assert sorted(len(e.tokens) for batch in batches for e in batch) == sorted(len(e.tokens) for e in EXAMPLES)
-    assert [len(batch) for batch in batches] == [3, 1]
-    assert len(batches[1][0].tokens) == 8
+    batches = micro_batches(EXAMPLES, 3, CPU)
+    rows = [[token for token in row if token] for batch in batches for row in batch.tokens.tolist()]  # 0 pads
+    assert sorted(rows) == sorted(example.tokens for example in EXAMPLES)
+    assert sum(int(batch.trained.sum()) for batch in batches) == COUNT
+    assert [len(batch.tokens) for batch in batches] == [3, 1]
+    assert batches[1].tokens.shape[1] == 8
 
 
 def test_a_probe_is_everything_before_the_last_answer():

@@ -1,28 +1,58 @@
 """Strategy.step: one sum whatever the micro-batches, one clip, and no step on what is not finite."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from penstock.errors import UserError
+from penstock.errors import ResourceError, UserError
+from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.memory.shard import World
 from penstock.memory.strategy import STRATEGIES, Strategy
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 
 
+class Line(nn.Module):
+    """The smallest program: one part, one group."""
+
+    def __init__(self, dtype=None):
+        super().__init__()
+        self.linear = nn.Linear(4, 2, dtype=dtype)
+        self.feed = ALWAYS_THERE
+
+    def groups(self):
+        return [("line", ["linear.weight", "linear.bias"])]
+
+    def parts(self):
+        return [Part(("line",), lambda x, context: self.linear(x))]
+
+    def reads(self):
+        return ()
+
+    def begin(self, tokens):
+        return None
+
+
+@dataclass
+class Rows:
+    tokens: Tensor
+
+
 def trained(parts, *, steps=3, max_grad_norm=1.0, scale=1.0):
     torch.manual_seed(1)
-    net = nn.Linear(4, 2)
+    net = Line()
     strategy = Strategy.named("naive", device="cpu")
-    sink = strategy.prepare(net)
+    stream = strategy.prepare(net)
 
-    def loss_of(rows):
-        loss = scale * net(rows).square().sum() / len(X)
-        return loss, {"rows": torch.tensor(len(rows)), "max_row": rows.max()}
+    def loss_of(states, rows):
+        loss = scale * states.square().sum() / len(X)
+        return loss, {"rows": torch.tensor(len(rows.tokens)), "max_row": rows.tokens.max()}
 
-    stats = [strategy.step(sink, X.split(parts), loss_of, lr=1e-2, max_grad_norm=max_grad_norm) for _ in range(steps)]
-    return net, stats
+    batches = [Rows(part) for part in X.split(parts)]
+    stats = [strategy.step(stream, batches, loss_of, lr=1e-2, max_grad_norm=max_grad_norm) for _ in range(steps)]
+    return net.linear, stats
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 5])
@@ -41,7 +71,7 @@ def test_micro_batches_never_change_the_gradient(parts):
 def test_clipping_is_by_the_global_norm(max_grad_norm):
     """Against torch.nn.utils.clip_grad_norm_ and torch.optim.AdamW."""
     torch.manual_seed(1)
-    oracle = nn.Linear(4, 2)
+    oracle = Line().linear
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     for _ in range(3):
         optimizer.zero_grad()
@@ -54,14 +84,90 @@ def test_clipping_is_by_the_global_norm(max_grad_norm):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_nothing_moves_when_something_is_not_finite(poison):
-    net = nn.Linear(4, 2)
-    before = net.weight.detach().clone()
+    net = Line()
+    before = net.linear.weight.detach().clone()
     strategy = Strategy.named(device="cpu")
-    sink = strategy.prepare(net)
-    stats = strategy.step(sink, [X], lambda rows: (net(rows).sum() * poison, {}), lr=1.0)
+    stream = strategy.prepare(net)
+    stats = strategy.step(stream, [Rows(X)], lambda states, rows: (states.sum() * poison, {}), lr=1.0)
     assert not stats.applied
-    assert torch.equal(net.weight, before)
-    assert strategy.step(sink, [X], lambda rows: (net(rows).square().sum(), {}), lr=1.0).applied
+    assert torch.equal(net.linear.weight, before)
+    assert strategy.step(stream, [Rows(X)], lambda states, rows: (states.square().sum(), {}), lr=1.0).applied
+
+
+@pytest.mark.parametrize("name", ["gemini_cpu", "gemini_nvme"])
+def test_nothing_moves_anywhere_when_one_gradient_is_not_finite(name, tmp_path):
+    """Known before the first chunk is updated: weights, moments and step count stay."""
+    strategy = Strategy.named(name, device="cpu", disk=str(tmp_path) if name == "gemini_nvme" else None)
+    stream = strategy.prepare(Line())
+    strategy.step(stream, [Rows(X)], lambda states, rows: (states.square().sum(), {}), lr=1.0)
+    before = [state.clone() for state in stream.sink.saved_states()]
+    assert not strategy.step(stream, [Rows(X)], lambda states, rows: (states.sum() * torch.nan, {}), lr=1.0).applied
+    assert all(torch.equal(a, b) for a, b in zip(before, stream.sink.saved_states(), strict=True))
+    assert stream.sink.steps == 1
+
+
+def test_the_norm_is_global_over_dtypes():
+    """Two chunks, one in fp32 and one in bf16: sqrt(8 * 1 + 2 * 16)."""
+    net = Line()
+    net.linear.weight = nn.Parameter(net.linear.weight.detach())
+    net.linear.bias = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    strategy = Strategy.named(device="cpu")
+    stream = strategy.prepare(net)
+    assert len(stream.stored) == 2
+    net.linear.weight.grad.fill_(1.0)
+    net.linear.bias.grad.fill_(4.0)
+    assert float(stream.sink.norm()) == pytest.approx(40**0.5)
+
+
+def test_a_tied_weight_is_one_weight():
+    class Tied(Line):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4, bias=False)
+            self.again = nn.Linear(4, 4, bias=False)
+            self.again.weight = self.linear.weight
+
+        def groups(self):
+            return [("line", ["linear.weight"])]
+
+        def parts(self):
+            return [Part(("line",), lambda x, context: torch.nn.functional.linear(self.linear(x), self.linear.weight))]
+
+    strategy = Strategy.named("gemini_cpu", device="cpu")
+    stream = strategy.prepare(Tied())
+    assert [weight.name for weight in stream.sink.weights] == ["linear.weight"]
+    assert strategy.step(stream, [Rows(X)], lambda states, rows: (states.square().sum(), {}), lr=1e-2).grad_norm > 0
+
+
+def test_a_frozen_model_has_weights_and_nothing_else():
+    strategy = Strategy.named("gemini_cpu", device="cpu")
+    stream = strategy.prepare(Line().requires_grad_(False))
+    assert stream.sink is None
+    assert strategy.tiers["host"].used == sum(one.chunk.nbytes for one in stream.stored)
+
+
+def test_a_host_budget_that_is_too_small_says_how_much_would_do():
+    strategy = Strategy.named("gemini_cpu", device="cpu", host_memory="10kB")
+    with pytest.raises(ResourceError, match=r"--host-memory 10\.00 kB: Line under --strategy gemini_cpu .* 32\.77 kB"):
+        strategy.prepare(Line())
+    assert strategy.tiers["host"].used == 0  # nothing was made
+    strategy = Strategy.named("gemini_cpu", device="cpu", host_memory="32768B")
+    strategy.prepare(Line())
+
+
+def test_a_device_budget_that_is_too_small_says_how_much_would_do():
+    strategy = Strategy.named("gemini_cpu", device="cpu", device_memory="10kB")
+    stream = strategy.prepare(Line())
+    with pytest.raises(ResourceError, match=r"--device-memory 10\.00 kB: .* at least 16\.38 kB"):
+        strategy.evaluate(stream, [Rows(X)], lambda states, rows: None)
+
+
+def test_models_share_one_buffer_of_gradients():
+    strategy = Strategy.named("gemini_cpu", device="cpu")
+    one = strategy.prepare(Line())
+    used = strategy.tiers["host"].used
+    strategy.prepare(Line())
+    assert strategy.tiers["host"].used == 2 * used - sum(stored.chunk.nbytes for stored in one.stored)
 
 
 def test_phases_switch_gradients_and_keep_time():
@@ -77,7 +183,24 @@ def test_models_are_born_in_the_strategys_dtype():
     strategy = Strategy.named(dtype="bf16", device="cpu")
     with strategy.init():
         assert nn.Linear(2, 2).weight.dtype == torch.bfloat16
+        assert nn.Linear(2, 2).weight.is_meta  # a recipe, until it is prepared
     assert nn.Linear(2, 2).weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("colossalai_zero2", "zero2"), ("colossalai_zero2_cpu", "zero2_cpu"), ("colossalai_gemini", "gemini"),
+     ("colossalai_gemini_cuda", "gemini"), ("colossalai_gemini_cpu", "gemini_cpu"), ("ddp", "ddp")],
+)  # fmt: skip
+def test_the_references_names_mean_the_same_rows(theirs, ours):
+    assert Strategy.named(theirs, device="cpu").name == ours
+
+
+def test_a_disk_strategy_asks_for_a_disk(tmp_path):
+    with pytest.raises(UserError, match="--disk PATH"):
+        Strategy.named("gemini_nvme", device="cpu")
+    assert Strategy.named("gemini_nvme", device="cpu", disk=f"{tmp_path}:1GB").tiers["disk"].budget == 10**9
+    assert Strategy.named("gemini_nvme", device="cpu", disk=str(tmp_path)).tiers["disk"].budget is None
 
 
 def test_unknown_names_are_answered_with_the_known_ones():

@@ -13,9 +13,11 @@ def slow(monkeypatch):
     monkeypatch.setattr(module, "slow_in_bf16", lambda device_type: True)
 
 
+@pytest.mark.parametrize("tile", [1 << 22, 14, 1])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7)])
-def test_a_widened_product_is_the_rounded_exact_one(shape, with_bias):
+def test_a_widened_product_is_the_rounded_exact_one(shape, with_bias, tile, monkeypatch):
+    monkeypatch.setattr(module, "TILE", tile)
     torch.manual_seed(0)
     x = torch.randn(shape).bfloat16().requires_grad_()
     weight = torch.randn(4, 7).bfloat16().requires_grad_()
@@ -33,8 +35,28 @@ def test_a_widened_product_is_the_rounded_exact_one(shape, with_bias):
         assert torch.allclose(mine.double(), theirs, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [1 << 22, 14])
+def test_a_gradient_that_has_a_place_is_added_there_and_twice_gives_twice(dtype, tile, monkeypatch):
+    monkeypatch.setattr(module, "TILE", tile)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, 7), (4, 7), (4,)))
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    places = [torch.ones_like(t) for t in (weight, bias)]
+    weight.grad, bias.grad = places
+    upstream = torch.randn(2, 3, 4).to(dtype)
+    for _ in range(2):
+        module.linear(x, weight, bias).backward(upstream)
+        F.linear(*exact).backward(upstream.double())
+    assert weight.grad is places[0]
+    assert bias.grad is places[1]
+    tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-5
+    for ours, theirs, start in ((x, exact[0], 0), (weight, exact[1], 1), (bias, exact[2], 1)):
+        assert torch.allclose(ours.grad.double(), theirs.grad + start, rtol=tolerance, atol=tolerance)
+
+
 def test_fp32_and_gpus_take_the_plain_path(monkeypatch):
-    monkeypatch.setattr(module._Widened, "apply", lambda *arguments: pytest.fail("widened"))
+    monkeypatch.setattr(module._Product, "apply", lambda *arguments: pytest.fail("widened"))
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     assert torch.equal(module.linear(x, weight), F.linear(x, weight))
     monkeypatch.undo()
@@ -63,7 +85,7 @@ def test_attention_is_torchs_own(biased):
 
 
 def test_a_few_rows_without_gradient_take_the_plain_path(monkeypatch):
-    monkeypatch.setattr(module._Widened, "apply", lambda *arguments: torch.ones(()))
+    monkeypatch.setattr(module._Product, "apply", lambda *arguments: torch.ones(()))
     weight = torch.randn(4, 3).bfloat16()
     with torch.no_grad():
         assert module.linear(torch.randn(module.FEW, 3).bfloat16(), weight).shape == (module.FEW, 4)

@@ -4,15 +4,24 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penstock.config import DataFlags
+from penstock.config import DataFlags, RunFlags
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
 from penstock.errors import DataError, UserError
+from penstock.memory.strategy import Strategy
 from penstock.models import pretrained
 from penstock.models.decoder import DecoderConfig
 from penstock.rollout.engine import Answer
 from penstock.run.session import Session
+
+
+def strategy_of(flags: RunFlags) -> Strategy:
+    """The strategy that a command's flags name."""
+    return Strategy.named(
+        flags.strategy, dtype=flags.dtype, device=flags.device, device_memory=flags.device_memory,
+        host_memory=flags.host_memory, disk=flags.disk, recompute=flags.recompute or None,
+    )  # fmt: skip
 
 
 def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:

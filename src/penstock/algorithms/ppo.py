@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows, strategy_of
 from penstock.algorithms.scoring import Scorer, check_room, scorer_of
+from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.algorithms.sft import micro_batches as example_batches
-from penstock.algorithms.sft import response_logprobs
 from penstock.config import PPOConfig
 from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Encoder, Example
 from penstock.errors import UserError
 from penstock.memory.shard import World
 from penstock.memory.strategy import StepStats, Strategy
+from penstock.memory.stream import Stream
 from penstock.models.roles import Actor, Critic
 from penstock.rollout.engine import Answer, generate
 from penstock.rollout.sampling import Sampling, stream
@@ -94,7 +95,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         raise UserError("--ptx-coef and --ptx-data belong together: give both or neither.")
     if config.temperature <= 0:
         raise UserError("--temperature 0: PPO learns from sampled answers; give a temperature above 0, 1 is usual.")
-    strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
+    strategy = strategy_of(run)
     world = strategy.world
     if optim.batch_size < world.size:
         raise UserError(f"--batch-size {optim.batch_size}: fewer episodes than the {world.size} ranks; give more.")
@@ -126,8 +127,10 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         ptx_examples = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
 
     with session:
-        actor_sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
-        critic_sink = strategy.prepare(critic, weight_decay=optim.weight_decay)
+        critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
+        actors = strategy.prepare(actor, weight_decay=optim.weight_decay)
+        critics = strategy.prepare(critic, weight_decay=optim.weight_decay)
+        references = strategy.prepare(reference)
         kl = fn.KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         shuffle, ptx_shuffle = Shuffle(len(prompts), run.seed), Shuffle(max(len(ptx_examples), 1), run.seed + 1)
         sampling = Sampling(
@@ -139,11 +142,10 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
         done = update = 0
         experience: Experience | None = None
-        critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
+        trained = {"model": actors, "critic": critics}
+        session.restore(trained)
         if session.state:
             saved = session.state
-            actor_sink.load_state_dict(saved["actor"])
-            critic_sink.load_state_dict(saved["critic"])
             shuffle.load_state_dict(saved["shuffle"])
             ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
             done, update, kl.beta, critic_ready = (saved[key] for key in ("step", "update", "beta", "critic_ready"))
@@ -152,7 +154,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
         def state() -> dict:
             return {
-                "actor": actor_sink.state_dict(), "critic": critic_sink.state_dict(),
+                
                 "shuffle": shuffle.state_dict(), "ptx_shuffle": ptx_shuffle.state_dict(),
                 "step": done, "update": update, "beta": kl.beta, "critic_ready": critic_ready,
                 "experience": vars(experience) if experience else None,
@@ -168,11 +170,11 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         if done == 0 and experience is None:
             show(0)
 
-        def policy_loss(part: Experience | list[Example]) -> tuple[Tensor, dict[str, Tensor]]:
-            return actor_loss(actor, part, config, world, count, extra)
+        def policy_loss(hidden: Tensor, part: Experience | Rows) -> tuple[Tensor, dict[str, Tensor]]:
+            return actor_loss(actor, hidden, part, config, count, ptx_count)
 
-        def value_loss(part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-            return critic_loss(critic, part, config, count)
+        def value_loss(hidden: Tensor, part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+            return critic_loss(critic, hidden, part, config, count)
 
         mini = config.mini_batch_size or optim.batch_size
         updates = optim.epochs * math.ceil(optim.batch_size / mini)
@@ -188,7 +190,9 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                     )  # fmt: skip
                 with strategy.phase("score"):
                     asked = [records[chosen[i]] for i in mine]
-                    local = score(rollout, asked, actor, reference, critic, scorer, config, optim.micro_batch_size)
+                    local = score(
+                        strategy, rollout, asked, actors, references, critics, scorer, config, optim.micro_batch_size
+                    )
                 session.sample(
                     step, sample_rows(encoder, rollout[: config.samples], local.scores.tolist(), kind="rollout")
                 )
@@ -200,7 +204,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 critic_ready = float(fn.explained_variance(experience.values, experience.returns, experience.mask)) > 0
 
             while update < updates:
-                session.pause(done, {"model": actor, "critic": critic}, state)  # SIGTERM arrived: experience in flight
+                session.pause(done, trained, state)  # SIGTERM arrived: experience in flight
                 epoch, part = divmod(update, math.ceil(optim.batch_size / mini))
                 order = permutation(len(experience.tokens), run.seed, step, epoch)  # new each epoch (17)
                 index = order[part * mini : (part + 1) * mini]
@@ -213,9 +217,10 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 with strategy.phase("train"):
                     if critic_ready:
                         extra = [ptx_examples[i] for i in ptx_shuffle.next(mini)] if ptx_examples else []
+                        ptx_count = sum(sum(example.trained) for example in extra)
                         one = strategy.step(
-                            actor_sink,
-                            [*share, *example_batches(world.mine(extra), optim.micro_batch_size)],
+                            actors,
+                            [*share, *example_batches(world.mine(extra), optim.micro_batch_size, world.device)],
                             policy_loss,
                             lr=optim.lr * lr,
                             max_grad_norm=optim.max_grad_norm,
@@ -223,7 +228,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                         session.check(one, "policy")
                         sums.append(("policy", one))
                     one = strategy.step(
-                        critic_sink,
+                        critics,
                         share,
                         value_loss,
                         lr=(config.critic_lr or 5 * optim.lr) * lr,
@@ -246,7 +251,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
             if step == total:
                 show(step)
-            session.checkpoint(step, {"model": actor, "critic": critic}, state)
+            session.checkpoint(step, trained, state)
         return session.finish()
 
 
@@ -261,63 +266,91 @@ def check_role(flag: str, source: str, role: Actor | Critic, encoder: Encoder, c
 # --- score ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A micro-batch of answers, as the models see it."""
+
+    tokens: Tensor
+    """[B, T] int64, prompt and response, right-padded."""
+    prompt_lengths: Tensor
+    """[B] int64."""
+    lengths: Tensor
+    """[B] int64, response tokens, EOS included."""
+    answers: Sequence[Answer]
+
+
+def scoring_batches(rollout: Sequence[Answer], size: int, device: torch.device) -> list[Answered]:
+    """The rollout in micro-batches of `size` answers."""
+    batches = []
+    for start in range(0, len(rollout), size):
+        answers = rollout[start : start + size]
+        tokens, lengths = (x.to(device) for x in pad([a.prompt_ids + a.response_ids for a in answers]))
+        response_lengths = torch.tensor([len(a.response_ids) for a in answers], device=device)
+        batches.append(Answered(tokens, lengths - response_lengths, response_lengths, answers))
+    return batches
+
+
 def score(
+    strategy: Strategy,
     rollout: Sequence[Answer],
     records: Sequence,
-    actor: Actor,
-    reference: Actor,
-    critic: Critic,
+    actors: Stream,
+    references: Stream,
+    critics: Stream,
     scorer: Scorer,
     config: PPOConfig,
     micro_batch_size: int,
 ) -> Experience:
-    """The rollout seen by all four models, micro-batch by micro-batch, on the CPU."""
-    device = actor.decoder.head_weight.device
+    """The rollout seen by all four models, one model after the other, on the CPU."""
+    batches = scoring_batches(rollout, micro_batch_size, strategy.world.device)
+
+    def logprobs(stream: Stream) -> list[tuple[Tensor, Tensor]]:
+        return strategy.evaluate(
+            stream, batches, lambda hidden, rows: logprobs_of(stream.model, hidden, rows, config.temperature)
+        )
+
+    # The actor first: if it streams, what fits of it is still on the device from the rollout.
+    of_actor, of_reference = logprobs(actors), logprobs(references)
+    values = strategy.evaluate(critics, batches, lambda hidden, rows: values_of(critics.model, hidden, rows))
+    seen = zip(batches, of_actor, of_reference, values, strict=True)
     parts: list[Experience] = []
-    for start in range(0, len(rollout), micro_batch_size):
-        answers = rollout[start : start + micro_batch_size]
-        tokens, lengths = (x.to(device) for x in pad([a.prompt_ids + a.response_ids for a in answers]))
-        response_lengths = torch.tensor([len(a.response_ids) for a in answers], device=device)
-        prompt_lengths = lengths - response_lengths
-        logprobs, entropy = logprobs_of(actor, tokens, prompt_lengths, response_lengths, config.temperature)
-        ref_logprobs, _ = logprobs_of(reference, tokens, prompt_lengths, response_lengths, config.temperature)
-        values = values_of(critic, tokens, prompt_lengths, response_lengths)
-        engine = fn.unpack(torch.tensor([p for a in answers for p in a.logprobs], device=device), response_lengths)
-        zeros = torch.zeros_like(logprobs)
+    for batch, (own, entropy), (ref_logprobs, _), state_values in seen:
+        engine = fn.unpack(
+            torch.tensor([p for a in batch.answers for p in a.logprobs], device=own.device), batch.lengths
+        )
+        zeros = torch.zeros_like(own)
         part = Experience(
-            tokens=tokens,
-            prompt_lengths=prompt_lengths,
-            lengths=response_lengths,
-            logprobs=logprobs,
+            tokens=batch.tokens,
+            prompt_lengths=batch.prompt_lengths,
+            lengths=batch.lengths,
+            logprobs=own,
             ref_logprobs=ref_logprobs,
-            values=values,
+            values=state_values,
             entropy=entropy,
-            engine_gap=(engine - logprobs).abs(),
-            scores=torch.zeros(len(answers)),
-            ended=torch.tensor([a.finish_reason == "stop" for a in answers]),
+            engine_gap=(engine - own).abs(),
+            scores=torch.zeros(len(batch.answers)),
+            ended=torch.tensor([a.finish_reason == "stop" for a in batch.answers]),
             advantages=zeros,
             returns=zeros,
         )
         parts.append(part.to("cpu"))
-    experience = concatenate(parts)
-    return dataclasses.replace(experience, scores=torch.tensor(scorer(records, rollout), dtype=torch.float32))
+    scores = torch.tensor(scorer(records, rollout), dtype=torch.float32)
+    return dataclasses.replace(concatenate(parts), scores=scores)
 
 
-def logprobs_of(
-    actor: Actor, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens, [B, R] fp32: the one path for actor, reference and training."""
-    mask = fn.response_mask(prompt_lengths, lengths, tokens.shape[1])
-    states = fn.states_before(actor(tokens, prompt_lengths + lengths), mask)
-    logprobs, entropy = fn.token_logprobs(actor.decoder.logits(states), tokens[mask], temperature)
+    mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
+    states = fn.states_before(hidden, mask)
+    logprobs, entropy = fn.token_logprobs(actor.decoder.logits(states), rows.tokens[mask], temperature)
     assert entropy is not None
-    return fn.unpack(logprobs, lengths), fn.unpack(entropy, lengths)
+    return fn.unpack(logprobs, rows.lengths), fn.unpack(entropy, rows.lengths)
 
 
-def values_of(critic: Critic, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+def values_of(critic: Critic, hidden: Tensor, rows: Answered | Experience) -> Tensor:
     """Values of the states before each response token, [B, R] fp32 (2)."""
-    hidden = critic(tokens, prompt_lengths + lengths)
-    return fn.unpack(critic.read(fn.response_states(hidden, prompt_lengths, lengths)), lengths)
+    states = fn.response_states(hidden, rows.prompt_lengths, rows.lengths)
+    return fn.unpack(critic.read(states), rows.lengths)
 
 
 def concatenate(parts: Sequence[Experience]) -> Experience:
@@ -366,21 +399,22 @@ def shares(index: Tensor, world: World, size: int) -> list[Tensor]:
 
 
 def actor_loss(
-    actor: Actor, part: "Experience | list[Example]", config: PPOConfig, world: World, count: int, ptx: list[Example]
+    actor: Actor, hidden: Tensor, part: Experience | Rows, config: PPOConfig, count: int, ptx_count: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss of a micro-batch of episodes, or the ptx loss of one of demonstrations (16, 21)."""
-    if isinstance(part, list):
-        ptx_count = sum(sum(example.trained) for example in ptx)
-        loss = fn.sft_loss(response_logprobs(actor, part, world), ptx_count)
+    if isinstance(part, Rows):
+        loss = fn.sft_loss(response_logprobs(actor, hidden, part), ptx_count)
         return config.ptx_coef * loss, {"ptx": loss}
-    logprobs, entropy = logprobs_of(actor, part.tokens, part.prompt_lengths, part.lengths, config.temperature)
+    logprobs, entropy = logprobs_of(actor, hidden, part, config.temperature)
     loss, stats = fn.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip, count)
     return loss, {**stats, "policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
 
 
-def critic_loss(critic: Critic, part: Experience, config: PPOConfig, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+def critic_loss(
+    critic: Critic, hidden: Tensor, part: Experience, config: PPOConfig, count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped value loss of a micro-batch; coefficient 1: the critic has its own optimizer (16)."""
-    values = values_of(critic, part.tokens, part.prompt_lengths, part.lengths)
+    values = values_of(critic, hidden, part)
     loss, stats = fn.value_loss(values, part.values, part.returns, part.mask, config.value_clip, count)
     return loss, {**stats, "tokens": part.lengths.sum()}
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, strategy_of
 from penstock.config import RewardConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
 from penstock.errors import DataError
-from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
+from penstock.memory.stream import Stream
 from penstock.models.roles import RewardModel
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
@@ -46,7 +46,7 @@ class Ranking:
 def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint."""
     optim, run = config.optim, config.run
-    strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
+    strategy = strategy_of(run)
     world = strategy.world
     session = Session("reward", config, world, resume=resume)
     source = resolve_model(config.model)
@@ -68,30 +68,30 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
         raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
 
     with session:
-        sink = strategy.prepare(model, weight_decay=optim.weight_decay)
+        stream = strategy.prepare(model, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(train), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
         done = 0
+        session.restore({"model": stream})
         if session.state:
-            sink.load_state_dict(session.state["sink"])
             shuffle.load_state_dict(session.state["shuffle"])
             done = session.state["step"]
             model.mean, model.std, model.facts = (session.state[key] for key in ("mean", "std", "facts"))
 
-        def loss_of(batch: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
-            return ranking_loss(model, batch, world, optim.batch_size, config.margin)
+        def loss_of(hidden: Tensor, batch: Rankings) -> tuple[Tensor, dict[str, Tensor]]:
+            return ranking_loss(score_states(model, hidden, batch), batch, optim.batch_size, config.margin)
 
         def state() -> dict[str, Any]:
             scale = {"mean": model.mean, "std": model.std, "facts": model.facts}
-            return {"sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step, **scale}
+            return {"shuffle": shuffle.state_dict(), "step": step, **scale}
 
         for step in session.steps(done, total):
             rankings = [train[i] for i in shuffle.next(optim.batch_size)]
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
             with strategy.phase("train"):
                 stats = strategy.step(
-                    sink,
-                    micro_batches(world.mine(rankings), optim.micro_batch_size),
+                    stream,
+                    micro_batches(world.mine(rankings), optim.micro_batch_size, world.device),
                     loss_of,
                     lr=lr,
                     max_grad_norm=optim.max_grad_norm,
@@ -101,12 +101,12 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
             metrics |= {"grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
             if heldout and (step % config.eval_every == 0 or step == total):
                 with strategy.phase("score"):
-                    scores = score_rankings(model, heldout, optim.micro_batch_size, world)
+                    scores = score_rankings(strategy, stream, model, heldout, optim.micro_batch_size)
                 facts = evaluate(heldout, scores)
                 metrics |= {f"heldout/{name}": value for name, value in facts.items()}
             if step == total:
                 with strategy.phase("score"):
-                    normalize_score(model, heldout or train, normalize, optim.micro_batch_size, world)
+                    normalize_score(strategy, stream, model, heldout or train, normalize, optim.micro_batch_size)
                 if any(ranking.pairs for ranking in heldout):
                     model.facts = {
                         "pair_accuracy": facts["accuracy"],
@@ -114,40 +114,64 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
                     }
             tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
-            session.checkpoint(step, {"model": model}, state)
+            session.checkpoint(step, {"model": stream}, state)
         return session.finish()
 
 
-def ranking_loss(
-    model: RewardModel, rankings: Sequence[Ranking], world: World, count: int, margin: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Rankings:
+    """A micro-batch: whole rankings, their responses below each other."""
+
+    tokens: Tensor
+    """[B, T] int64, right-padded."""
+    lengths: Tensor
+    """[B] int64."""
+    rankings: Sequence[Ranking] = ()
+
+
+def rows_of(rows: Sequence[Sequence[int]], device: torch.device, rankings: Sequence[Ranking] = ()) -> Rankings:
+    """Rows of token ids as one micro-batch."""
+    tokens, lengths = pad([list(row) for row in rows])
+    return Rankings(tokens.to(device), lengths.to(device), rankings)
+
+
+def ranking_loss(scores: Tensor, batch: Rankings, count: int, margin: float) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's part of the mean loss over `count` prompts; sums of ordered pairs and of pairs."""
-    scores = score_rows(model, [row for ranking in rankings for row in ranking.rows], world)
     loss = scores.sum() * 0.0
     correct = pairs = start = 0
-    for ranking in rankings:
+    for ranking in batch.rankings:
         here = scores[start : start + len(ranking.rows)]
         one, right, compared = fn.pairwise_loss(here, ranking.ranks, margin)
         loss, correct, pairs, start = loss + one, correct + right, pairs + compared, start + len(ranking.rows)
     return loss / count, {"correct": torch.tensor(correct), "pairs": torch.tensor(pairs)}
 
 
-def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], world: World) -> Tensor:
-    """Scores [B] fp32 of whole rows, each read at its last token."""
-    tokens, lengths = (part.to(world.device) for part in pad([list(row) for row in rows]))
-    return model.read(fn.last_states(model(tokens, lengths), lengths))
+def score_states(model: RewardModel, hidden: Tensor, batch: Rankings) -> Tensor:
+    """Scores [B] fp32 of whole rows, each read at its last token: hidden [B, T, D]."""
+    return model.read(fn.last_states(hidden, batch.lengths))
 
 
-def score_rankings(model: RewardModel, rankings: Sequence[Ranking], size: int, world: World) -> list[list[float]]:
+def score_rows(
+    strategy: Strategy, stream: Stream, model: RewardModel, rows: Sequence[Sequence[int]], size: int
+) -> list[float]:
+    """Scores of whole rows, `size` of them at a time."""
+    batches = [rows_of(rows[i : i + size], strategy.world.device) for i in range(0, len(rows), size)]
+    scored = strategy.evaluate(stream, batches, lambda hidden, batch: score_states(model, hidden, batch).tolist())
+    return [score for scores in scored for score in scores]
+
+
+def score_rankings(
+    strategy: Strategy, stream: Stream, model: RewardModel, rankings: Sequence[Ranking], size: int
+) -> list[list[float]]:
     """Every ranking's scores, in order, on every rank."""
+    world = strategy.world
     mine = world.mine(list(enumerate(rankings)))
+    rows = [row for _, ranking in mine for row in ranking.rows]
+    scores = score_rows(strategy, stream, model, rows, size)
     scored: list[tuple[int, list[float]]] = []
-    for start in range(0, len(mine), max(size // 2, 1)):
-        batch = mine[start : start + max(size // 2, 1)]
-        scores = score_rows(model, [row for _, ranking in batch for row in ranking.rows], world).tolist()
-        for index, ranking in batch:
-            scored.append((index, scores[: len(ranking.rows)]))
-            scores = scores[len(ranking.rows) :]
+    for index, ranking in mine:
+        scored.append((index, scores[: len(ranking.rows)]))
+        scores = scores[len(ranking.rows) :]
     everyone = sorted((item for part in world.gather(scored) for item in part), key=lambda item: item[0])
     return [scores for _, scores in everyone]
 
@@ -176,7 +200,7 @@ def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> 
     return facts
 
 
-def micro_batches(rankings: Sequence[Ranking], rows: int) -> list[list[Ranking]]:
+def micro_batches(rankings: Sequence[Ranking], rows: int, device: torch.device) -> list[Rankings]:
     """Whole rankings in groups of about `rows` responses: a prompt's responses stay together."""
     ordered = sorted(rankings, key=lambda ranking: max(map(len, ranking.rows)))
     groups: list[list[Ranking]] = []
@@ -187,7 +211,7 @@ def micro_batches(rankings: Sequence[Ranking], rows: int) -> list[list[Ranking]]
             held = 0
         groups[-1].append(ranking)
         held += len(ranking.rows)
-    return groups
+    return [rows_of([row for one in group for row in one.rows], device, group) for group in groups]
 
 
 def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...]) -> Ranking:
@@ -196,14 +220,16 @@ def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...])
 
 
 def normalize_score(
-    model: RewardModel, rankings: Sequence[Ranking], demonstrations: Sequence[Example], size: int, world: World
-) -> None:
+    strategy: Strategy, stream: Stream, model: RewardModel, rankings: Sequence[Ranking],
+    demonstrations: Sequence[Example], size: int,
+) -> None:  # fmt: skip
     """Mean 0 on demonstrations (on all held-out responses without any), spread 1 on held-out responses (PPO.md 10)."""
     model.mean, model.std = 0.0, 1.0
-    flat = torch.tensor([value for values in score_rankings(model, rankings, size, world) for value in values])
+    scored = score_rankings(strategy, stream, model, rankings, size)
+    flat = torch.tensor([value for values in scored for value in values])
     mean = flat.mean()
     if demonstrations:
         rows = [example.tokens for example in demonstrations]
-        mean = torch.cat([score_rows(model, rows[i : i + size], world) for i in range(0, len(rows), size)]).mean()
+        mean = torch.tensor(score_rows(strategy, stream, model, rows, size)).mean()
     model.mean = float(mean)
     model.std = max(float(flat.std()), 1e-6) if len(flat) > 1 else 1.0

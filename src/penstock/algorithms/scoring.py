@@ -40,6 +40,7 @@ def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: 
     if same_tokens:
         check_room("reward", config.reward, model.decoder.config, encoder)
     size = config.optim.micro_batch_size
+    stream = strategy.prepare(model)
 
     def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
         if same_tokens:
@@ -49,10 +50,7 @@ def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: 
                 own.encode_response(record, encoder.decode(answer.response_ids), ended=answer.finish_reason == "stop")
                 for record, answer in zip(records, answers, strict=True)
             ]
-        scores: list[float] = []
-        for start in range(0, len(rows), size):
-            scores += score_rows(model, rows[start : start + size], strategy.world).tolist()
-        return scores
+        return score_rows(strategy, stream, model, rows, size)
 
     return score, same_tokens
 

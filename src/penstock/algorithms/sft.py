@@ -6,6 +6,7 @@ another; the best checkpoint is the one with the lowest held-out loss (PPO.md 24
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows, strategy_of
 from penstock.config import SFTConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
-from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
+from penstock.memory.stream import Stream
 from penstock.models.roles import Actor
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
@@ -32,7 +33,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     Raises UserError, DataError or ResourceError, each with the fix; what the last checkpoint holds stays.
     """
     optim, run = config.optim, config.run
-    strategy = Strategy.named(run.strategy, dtype=run.dtype, device=run.device)
+    strategy = strategy_of(run)
     world = strategy.world
     session = Session("sft", config, world, resume=resume)
     source = resolve_model(config.model)
@@ -45,12 +46,12 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     examples, heldout_examples = [encoded[i] for i in train], [encoded[i] for i in heldout]
 
     with session:
-        sink = strategy.prepare(actor, weight_decay=optim.weight_decay)
+        stream = strategy.prepare(actor, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(examples), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(examples) / optim.batch_size)
         done, best = 0, math.inf
+        session.restore({"model": stream})
         if session.state:
-            sink.load_state_dict(session.state["sink"])
             shuffle.load_state_dict(session.state["shuffle"])
             done, best = session.state["step"], session.state["best"]
 
@@ -64,11 +65,11 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
         if done == 0:
             show(0)
 
-        def loss_of(batch: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
-            return fn.sft_loss(response_logprobs(actor, batch, world), count), {}
+        def loss_of(hidden: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+            return fn.sft_loss(response_logprobs(actor, hidden, rows), count), {}
 
         def state() -> dict[str, Any]:
-            return {"sink": sink.state_dict(), "shuffle": shuffle.state_dict(), "step": step, "best": best}
+            return {"shuffle": shuffle.state_dict(), "step": step, "best": best}
 
         for step in session.steps(done, total):
             rows = [examples[i] for i in shuffle.next(optim.batch_size)]
@@ -76,8 +77,8 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
             with strategy.phase("train"):
                 stats = strategy.step(
-                    sink,
-                    micro_batches(world.mine(rows), optim.micro_batch_size),
+                    stream,
+                    micro_batches(world.mine(rows), optim.micro_batch_size, world.device),
                     loss_of,
                     lr=lr,
                     max_grad_norm=optim.max_grad_norm,
@@ -88,20 +89,39 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             improved = False
             if heldout_examples and (step % config.eval_every == 0 or step == total):
                 with strategy.phase("score"):
-                    metrics["heldout/loss"] = heldout_loss(actor, heldout_examples, optim.micro_batch_size, world)
+                    metrics["heldout/loss"] = heldout_loss(
+                        strategy, stream, actor, heldout_examples, optim.micro_batch_size
+                    )
                 improved = metrics["heldout/loss"] < best
                 best = min(best, metrics["heldout/loss"])
             session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), timing=strategy.take_seconds())
             if step == total:
                 show(step)
-            session.checkpoint(step, {"model": actor}, state, best=improved)
+            session.checkpoint(step, {"model": stream}, state, best=improved)
         return session.finish()
 
 
-def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of demonstrations."""
+
+    tokens: Tensor
+    """[B, T] int64, right-padded."""
+    trained: Tensor
+    """[B, T] bool: the tokens that the loss is on."""
+
+
+def micro_batches(examples: Sequence[Example], size: int, device: torch.device) -> list[Rows]:
     """Rows in groups of `size`, neighbours in length, so that little of a batch is padding."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [rows_of(ordered[i : i + size], device) for i in range(0, len(ordered), size)]
+
+
+def rows_of(examples: Sequence[Example], device: torch.device) -> Rows:
+    """These demonstrations as one micro-batch."""
+    tokens, _ = pad([example.tokens for example in examples])
+    trained, _ = pad([[int(flag) for flag in example.trained] for example in examples])
+    return Rows(tokens.to(device), trained.bool().to(device))
 
 
 def prompt_of(example: Example) -> list[int]:
@@ -110,19 +130,20 @@ def prompt_of(example: Example) -> list[int]:
     return example.tokens[:last]
 
 
-def response_logprobs(actor: Actor, examples: Sequence[Example], world: World) -> Tensor:
-    """Log-probabilities of every trained token of the rows, packed: [N] fp32."""
-    tokens, lengths = pad([example.tokens for example in examples])
-    trained, _ = pad([[int(flag) for flag in example.trained] for example in examples])
-    tokens, lengths, mask = tokens.to(world.device), lengths.to(world.device), trained.bool().to(world.device)
-    states = fn.states_before(actor(tokens, lengths), mask)
-    logprobs, _ = fn.token_logprobs(actor.decoder.logits(states), tokens[mask], entropy=False)
+def response_logprobs(actor: Actor, hidden: Tensor, rows: Rows) -> Tensor:
+    """Log-probabilities of every trained token of the rows, packed: hidden [B, T, D] -> [N] fp32."""
+    states = fn.states_before(hidden, rows.trained)
+    logprobs, _ = fn.token_logprobs(actor.decoder.logits(states), rows.tokens[rows.trained], entropy=False)
     return logprobs
 
 
-def heldout_loss(actor: Actor, examples: Sequence[Example], size: int, world: World) -> float:
+def heldout_loss(strategy: Strategy, stream: Stream, actor: Actor, examples: Sequence[Example], size: int) -> float:
     """Mean negative log-likelihood per trained token over all ranks' examples."""
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in micro_batches(world.mine(list(examples)), size):
-        total -= response_logprobs(actor, batch, world).double().sum()
+    world = strategy.world
+
+    def read(hidden: Tensor, rows: Rows) -> Tensor:
+        return response_logprobs(actor, hidden, rows).double().sum()
+
+    sums = strategy.evaluate(stream, micro_batches(world.mine(list(examples)), size, world.device), read)
+    total = -sum(sums, torch.zeros((), dtype=torch.float64, device=world.device))
     return float(world.sum(total)) / max(sum(sum(example.trained) for example in examples), 1)

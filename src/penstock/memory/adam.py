@@ -1,107 +1,83 @@
-"""AdamW over flat memory: all trained weights of a model in one run of bytes per dtype, their gradients in another.
+"""AdamW where the state lives: one chunk's shard at a time, tile by tile, in place.
 
-The fp32 master copy is kept always (PPO.md 18: at lr 1e-6 most bf16 updates vanish). For fp32 weights the master *is*
-the weights; for bf16 weights it stands beside them. Everything lies on the model's own device: this is the resident
-sink, the one for models that fit.
+bf16 weights have a *split master* (PPO.md 18: at lr 1e-6 most bf16 updates vanish): the fp32 master's bits are the
+bf16 compute weight, rounded to nearest, plus a 16-bit remainder kept beside the moments. It costs 2 + 2 + 4 + 4 = 12
+bytes per parameter instead of 16 and is exact: joining gives back every bit. fp32 weights are their own master.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+TILE = 1 << 20
+"""Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
 
 
-class FlatWeights:
-    """Parameters of one dtype laid end to end. `weights` and `grads` are [numel]; each parameter becomes a view."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        like = parameters[0]
-        numel = sum(p.numel() for p in parameters)
-        self.weights = torch.empty(numel, dtype=like.dtype, device=like.device)
-        self.grads = torch.zeros_like(self.weights)
-        offset = 0
-        for parameter in parameters:
-            here = slice(offset, offset + parameter.numel())
-            self.weights[here] = parameter.detach().reshape(-1)
-            parameter.data = self.weights[here].view(parameter.shape)
-            parameter.grad = self.grads[here].view(parameter.shape)  # autograd adds in place: the view survives
-            offset = here.stop
-        self.master = self.weights if like.dtype == torch.float32 else self.weights.float()
+def states_of(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What AdamW keeps per element beside the weight, by name: torch's own names, and `remainder` of the master."""
+    moments = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+    return moments if dtype == torch.float32 else {"remainder": torch.int16, **moments}
 
 
+@dataclass(frozen=True)
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with the defaults of PPO.md 18, on the trainable parameters of one model.
+    """AdamW (Loshchilov & Hutter 2019) with the defaults of PPO.md 18: the rule, without any state."""
 
-    The parameters' storage moves into flat buffers at construction and their `.grad` are views from then on: call
-    `zero_grad()` here rather than on the model. 16 bytes per fp32 parameter, 20 per bf16 parameter.
-    """
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-5,
-        weight_decay: float = 0.0,
+    def update(
+        self, weights: Tensor, states: Mapping[str, Tensor], grads: Tensor, *, lr: float, scale: float, step: int
     ) -> None:
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            if parameter.requires_grad:
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        if not by_dtype:
-            raise ValueError("no trainable parameters were given to AdamW")
-        self.flats = [FlatWeights(group) for group in by_dtype.values()]
-        self._optimizers = [
-            torch.optim.AdamW([nn.Parameter(flat.master)], betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-            for flat in self.flats
-        ]
+        """Moves weights and states, in place, by gradients times `scale` (the clip factor).
 
-    def zero_grad(self) -> None:
-        """Empties the gradient buffers in place."""
-        for flat in self.flats:
-            flat.grads.zero_()
+        weights, grads: [n] in one dtype; states: [n] each, as `states_of` says; all on one device. step counts from 1.
+        """
+        count = torch.tensor(float(step), device=weights.device)
+        divisor = None if scale == 1.0 else torch.tensor(1.0 / scale, device=weights.device)
+        size = min(TILE, weights.numel())
+        split_master = "remainder" in states
+        master, wide = torch.empty(size, device=weights.device), torch.empty(size, device=weights.device)
+        scratch = torch.empty(size if split_master else 0, dtype=torch.int32, device=weights.device)
+        beta1, beta2 = self.betas
+        for start in range(0, weights.numel(), TILE):
+            here = slice(start, min(start + TILE, weights.numel()))
+            count_here = here.stop - here.start
+            moments = [[states[name][here]] for name in ("exp_avg", "exp_avg_sq")]
+            gradient = wide[:count_here].copy_(grads[here])  # a copy: the kernel divides it in place
+            whole = master[:count_here] if split_master else weights[here]
+            if split_master:
+                join(weights[here], states["remainder"][here], whole, scratch[:count_here])
+            torch._fused_adamw_(
+                [whole], [gradient], moments[0], moments[1], [], [count],
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=self.weight_decay, eps=self.eps,
+                amsgrad=False, maximize=False, grad_scale=divisor,
+            )  # fmt: skip
+            if split_master:
+                split(whole, weights[here], states["remainder"][here], scratch[:count_here])
 
-    def grad_norm(self) -> Tensor:
-        """Global 2-norm over everything trainable, fp32 scalar (PPO.md 17)."""
-        norms = [torch.linalg.vector_norm(flat.grads, dtype=torch.float32) for flat in self.flats]
-        return torch.linalg.vector_norm(torch.stack(norms))
 
-    def update(self, lr: float, scale: Tensor | float = 1.0) -> None:
-        """One AdamW update with the gradients times `scale` (the clip factor)."""
-        for flat, optimizer in zip(self.flats, self._optimizers, strict=True):
-            group = optimizer.param_groups[0]
-            group["lr"] = lr
-            master = group["params"][0]
-            master.grad = flat.grads.float().mul_(scale)
-            optimizer.step()
-            master.grad = None
-            if flat.master is not flat.weights:
-                flat.weights.copy_(master.detach())
+def join(weights: Tensor, remainder: Tensor, master: Tensor, scratch: Tensor | None = None) -> None:
+    """master [n] fp32 <- weights [n] bf16 and remainder [n] int16: bits = bf16 bits * 65536 + remainder.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and step counts; and masters where the weights themselves are rounded."""
-        flats = []
-        for flat, optimizer in zip(self.flats, self._optimizers, strict=True):
-            moments = optimizer.state[optimizer.param_groups[0]["params"][0]]
-            state: dict[str, Any] = {name: moments[name] for name in ("step", "exp_avg", "exp_avg_sq") if moments}
-            state["master"] = flat.master
-            flats.append(state)
-        return {"flats": flats}
+    `scratch` is [n] int32. Conversions are passes of their own: mixed dtypes in one operation take twice as long.
+    """
+    bits = master.view(torch.int32)
+    high = torch.empty_like(bits) if scratch is None else scratch
+    high.copy_(weights.view(torch.int16))
+    bits.copy_(remainder).add_(high, alpha=65536)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores weights and moments bit by bit. Raises ValueError when they belong to another model."""
-        saved = state["flats"]
-        if [s["master"].numel() for s in saved] != [f.master.numel() for f in self.flats]:
-            raise ValueError("the optimizer state in the checkpoint belongs to a model of another size")
-        for flat, optimizer, one in zip(self.flats, self._optimizers, saved, strict=True):
-            flat.master.copy_(one["master"])
-            if flat.master is not flat.weights:
-                flat.weights.copy_(flat.master)
-            if "exp_avg" in one:
-                master = optimizer.param_groups[0]["params"][0]
-                optimizer.state[master] = {
-                    "step": one["step"].to(flat.master.device, copy=True),  # fused: beside the weights
-                    "exp_avg": one["exp_avg"].to(flat.master.device),
-                    "exp_avg_sq": one["exp_avg_sq"].to(flat.master.device),
-                }
+
+def split(master: Tensor, weights: Tensor, remainder: Tensor, scratch: Tensor | None = None) -> None:
+    """weights [n] bf16, remainder [n] int16 <- master [n] fp32, which it overwrites; `scratch` is [n] int32.
+
+    Rounds to nearest, ties away from zero: a tie to even would need a remainder of +32768, which int16 has not.
+    """
+    bits = master.view(torch.int32)
+    high = torch.empty_like(bits) if scratch is None else scratch
+    torch.add(bits, 0x8000, out=high).bitwise_right_shift_(16)
+    weights.view(torch.int16).copy_(high)
+    remainder.copy_(bits.sub_(high, alpha=65536))

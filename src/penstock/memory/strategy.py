@@ -1,8 +1,7 @@
-"""A strategy is a named placement: where params, gradients and optimizer states live, and whether ranks share them.
+"""A strategy is a named placement: where weights, gradients and optimizer states live, and whether ranks share them.
 
-Algorithms see four verbs: `init()` to make models, `prepare()` to train one, `phase()` to say what comes next,
-`step()` for one optimizer step. The rows below are the ones whose weights stay on the device; a streaming row is
-one more line here and an executor behind the same four verbs.
+Algorithms see a few verbs: `init()` to make models, `prepare()` to give a model its home, `phase()` to say what comes
+next, `evaluate()` and `step()` to use and to train it. All rows of the table are run by one engine (`stream.py`).
 """
 
 import contextlib
@@ -15,28 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from penstock.errors import UserError
-from penstock.memory.adam import AdamW
+from penstock.errors import ResourceError, UserError
+from penstock.memory import plan
+from penstock.memory.adam import AdamW, states_of
+from penstock.memory.arena import Arena
+from penstock.memory.chunks import Chunk, Weight, layout
+from penstock.memory.placement import STRATEGIES, Row, known
+from penstock.memory.program import owners
 from penstock.memory.shard import World
+from penstock.memory.sink import SET_BYTES, SETS, Sink
+from penstock.memory.stored import Stored
+from penstock.memory.stream import LossOf, Stream
+from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages, parse_bytes, show_bytes
 
 Phase = Literal["rollout", "score", "train"]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where one kind of bytes lives: on which tier, whole on every rank or one shard each."""
-
-    tier: Literal["device"]
-    sharded: bool
-
-
-WHOLE = Placement("device", sharded=False)
-
-STRATEGIES: dict[str, tuple[Placement, Placement, Placement]] = {
-    # name    params, grads, optimizer states
-    "naive": (WHOLE, WHOLE, WHOLE),
-    "ddp": (WHOLE, WHOLE, WHOLE),
-}
+RESERVED = 0.25
+"""Share of a device budget that is left to activations when slots are cut."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,36 +43,196 @@ class Strategy:
     name: str
     world: World
     dtype: torch.dtype
+    recompute: bool | None = None
+    """Run each block again in backward instead of keeping what is inside it; None: where weights move."""
+    chunk_size: int | None = None
+    """Elements per chunk at most; None: a block is a chunk."""
+    tiers: dict[str, Ram | Disk] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds spent in each phase since `take_seconds`."""
+    streams: list[Stream] = field(default_factory=list)
+    gradients: list[RamHome] = field(default_factory=list)
+    """Bytes for one chunk's gradients each; one model at a time uses them."""
+    buffers: list[Tensor] = field(default_factory=list)
+    arenas: tuple[Arena, Arena] | None = None
+    """Slots for weights and for gradients, shared by all models; cut when the first of them is needed."""
 
     @staticmethod
-    def named(name: str = "ddp", *, dtype: str = "fp32", device: str | None = None) -> "Strategy":
-        """The strategy of that name, after joining torchrun's ranks. Raises UserError for names that do not exist."""
-        if name not in STRATEGIES:
-            raise UserError(f"--strategy {name}: no such strategy; there are {', '.join(STRATEGIES)}.")
+    def named(
+        name: str = "ddp",
+        *,
+        dtype: str = "fp32",
+        device: str | None = None,
+        device_memory: str | None = None,
+        host_memory: str | None = None,
+        disk: str | None = None,
+        recompute: bool | None = None,
+        chunk_size: int | None = None,
+    ) -> "Strategy":
+        """The strategy of that name, after joining torchrun's ranks.
+
+        Budgets are per rank: "6GB", and PATH or PATH:200GB for the disk. Raises UserError for what does not exist.
+        """
+        row = STRATEGIES[known(name)]
         if dtype not in DTYPES:
             raise UserError(f"--dtype {dtype}: weights compute in {' or '.join(DTYPES)}.")
+        on_disk = "disk" in {one.tier for one in (row.params, row.grads, row.optimizer)}
+        if on_disk and disk is None:
+            raise UserError(f"--strategy {name} keeps weights on a disk; give --disk PATH or --disk PATH:200GB.")
         world = World.join(device)
         if name == "naive" and world.size > 1:
             raise UserError(f"--strategy naive is one process and torchrun started {world.size}; use --strategy ddp.")
-        return Strategy(name, world, DTYPES[dtype])
+        tiers: dict[str, Ram | Disk] = {
+            "device": Ram("device", world.device, _budget(device_memory, "--device-memory")),
+            "host": Ram("host", torch.device("cpu"), _budget(host_memory, "--host-memory")),
+        }
+        if on_disk and disk is not None:
+            directory, _, size = disk.rpartition(":")
+            if not directory or "/" in size:  # no budget: a colon in a path is a path's
+                directory, size = disk, ""
+            tiers["disk"] = Disk(directory, _budget(size or None, "--disk"))
+        return Strategy(known(name), world, DTYPES[dtype], recompute, chunk_size, tiers)
 
     @contextlib.contextmanager
     def init(self) -> Iterator[None]:
-        """Models made inside are born on the strategy's device in its dtype (torch's own defaults carry both)."""
+        """Models made inside are recipes, in the strategy's dtype: on `meta`, no memory is taken until `prepare`."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            with self.world.device:
+            with torch.device("meta"):
                 yield
         finally:
             torch.set_default_dtype(before)
 
-    def prepare(self, model: nn.Module, **adamw: Any) -> AdamW:
-        """Gives the model's trainable weights their sink. Every rank must hold the same weights already."""
-        model.train()
-        return AdamW(model.parameters(), **adamw)
+    def prepare(self, model: Any, **adamw: Any) -> Stream:
+        """Makes the model's weights, chunk by chunk, where the strategy keeps them, and gives its trained ones a sink.
+
+        `model` is a module and a `Program`. A weight on `meta` is made from the recipe; any other is taken as it is,
+        and must be the same on every rank. Raises ResourceError when a tier's budget is too small.
+        """
+        row, world = STRATEGIES[self.name], self.world
+        for arena in self.arenas or ():  # cut again when next needed: this model passes through it too
+            arena.close()
+        self.arenas = None
+        where = owners(model)
+        groups = [(group, [_weight(name, where) for name in names]) for group, names in model.groups()]
+        chunks = layout(groups, world=world.size, max_numel=self.chunk_size)
+        self._check_room(type(model).__name__, chunks, row)
+        taken: set[int] = set()
+        stored = [self._store(model, chunk, row, taken) for chunk in chunks]
+        model.train(any(chunk.trained for chunk in chunks))
+        moves = not all(one.resident for one in stored)
+        trained = [one for one in stored if one.chunk.trained]
+        sink = Sink(trained, world, AdamW(**adamw), self._update_buffers) if trained else None
+        stream = Stream(
+            model,
+            stored,
+            world,
+            sink=sink,
+            recompute=moves if self.recompute is None else self.recompute or moves,
+            arenas=self._cut_arenas,
+        )
+        self.streams.append(stream)
+        return stream
+
+    def _check_room(self, name: str, chunks: Sequence[Chunk], row: Row) -> None:
+        """Raises ResourceError, before anything is made, when a tier cannot take this model beside the others."""
+        pooled = sum(home.tensor.nbytes for home in self.gradients)
+        for tier, nbytes in plan.homes(chunks, row, self.world.size, pooled).items():
+            self.tiers[tier].check(nbytes, f"{name} under --strategy {self.name}")
+
+    def _store(self, model: Any, chunk: Chunk, row: Row, taken: set[int]) -> Stored:
+        """Homes for one chunk on this rank, with its first weights in them."""
+        size, rank = self.world.size, self.world.rank
+        shard = slice(rank * (chunk.numel // size), (rank + 1) * (chunk.numel // size))
+        dtype = getattr(torch, chunk.dtype)
+        what = f"the weights of {type(model).__name__} {chunk.group}"
+        whole = not row.params.sharded or size == 1
+        weights = self.tiers[row.params.tier].home(chunk.numel // (1 if whole else size), dtype, what)
+        here = isinstance(weights, RamHome) and whole and weights.tensor.device.type == "cpu"
+        flat = weights.tensor if here and isinstance(weights, RamHome) else _pages(chunk.numel, dtype)
+        self._first_values(model, chunk, flat)
+        if not here:
+            weights.write(flat if whole else flat[shard])
+        states, grads = {}, None
+        share = shard if row.optimizer.sharded else slice(0, chunk.numel)
+        if chunk.trained:
+            what = f"the optimizer states of {type(model).__name__} {chunk.group}"
+            states = {
+                name: self.tiers[row.optimizer.tier].home(share.stop - share.start, kind, what)
+                for name, kind in states_of(dtype).items()
+            }
+            grads_whole = not row.grads.sharded or size == 1
+            what = f"the gradients of {type(model).__name__} {chunk.group}"
+            numel = chunk.numel // (1 if grads_whole else size)
+            grads = self._gradient_home(row.grads.tier, numel, dtype, what, taken)
+        return Stored(chunk, weights, whole, states, grads, not row.grads.sharded or size == 1, share)
+
+    def _gradient_home(self, tier: str, numel: int, dtype: torch.dtype, what: str, taken: set[int]) -> Home:
+        """A home for gradients, which all models share: no two of them step at the same time."""
+        nbytes = numel * dtype.itemsize
+        free = [home for i, home in enumerate(self.gradients) if i not in taken and home.tensor.numel() >= nbytes]
+        home = min(free, key=lambda one: one.tensor.numel(), default=None)
+        if home is None:
+            ram = self.tiers[tier]
+            assert isinstance(ram, Ram)
+            home = ram.home(nbytes, torch.uint8, what)
+            self.gradients.append(home)
+        taken.add(next(i for i, one in enumerate(self.gradients) if one is home))
+        return RamHome(home.tier, home.tensor[:nbytes].view(dtype))
+
+    def _first_values(self, model: Any, chunk: Chunk, flat: Tensor) -> None:
+        where = owners(model)
+        recipes: dict[str, Tensor] = {}
+        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
+            view = flat[offset : offset + weight.numel].view(weight.shape)
+            parameter = getattr(*where[weight.name])
+            if parameter.is_meta:
+                recipes[weight.name] = view
+            else:
+                view.copy_(parameter.detach())
+        if recipes:
+            model.fill(recipes)
+
+    def _update_buffers(self) -> list[Tensor]:
+        """What states on a disk pass through on their way to an update and back."""
+        host = self.tiers["host"]
+        assert isinstance(host, Ram)
+        while len(self.buffers) < SETS:
+            self.buffers.append(host.home(SET_BYTES, torch.uint8, "buffers between disk and optimizer").tensor)
+        return self.buffers
+
+    def _cut_arenas(self) -> tuple[Arena, Arena]:
+        """The two arenas, allocated when first needed: by then all models are known."""
+        if self.arenas is None:
+            tier = self.tiers["device"]
+            assert isinstance(tier, Ram)
+            visits = {id(stream): stream.visits() for stream in self.streams}
+            moving = [[one.chunk for one in stream.stored if not one.resident] for stream in self.streams]
+            passing = [
+                [one.chunk for one in stream.stored if one.chunk.trained and not one.in_place]
+                for stream in self.streams
+            ]
+            gradients = plan.together(
+                [plan.gradient_slots(chunks, visits[id(s)]) for chunks, s in zip(passing, self.streams, strict=True)]
+            )
+            weights = plan.together(
+                [plan.weight_slots(chunks, visits[id(s)]) for chunks, s in zip(moving, self.streams, strict=True)]
+            )
+            room = None
+            if tier.budget is not None:
+                least = tier.used + sum(gradients) + sum(weights)
+                if least > tier.budget:
+                    raise ResourceError(
+                        f"--device-memory {show_bytes(tier.budget)}: under --strategy {self.name} these models pass "
+                        f"through at least {show_bytes(least)}, activations not counted; give more than that."
+                    )
+                room = int(sum(weights) + (tier.budget - least) * (1 - RESERVED))
+            self.arenas = (
+                Arena(tier, plan.filled(weights, moving, room), "the slots that weights pass through"),
+                Arena(tier, gradients, "the slots that gradients pass through"),
+            )
+        return self.arenas
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -93,43 +248,40 @@ class Strategy:
         self.seconds.clear()
         return taken
 
+    def evaluate(self, stream: Stream, micro_batches: Sequence[Any], read: Callable[[Tensor, Any], Any]) -> list[Any]:
+        """read(last states [B, T, D], micro-batch) of each micro-batch, without gradients; each has `.tokens`."""
+        with torch.no_grad():
+            return stream.evaluate(micro_batches, read)
+
     def step(
-        self,
-        sink: AdamW,
-        micro_batches: Sequence[Any],
-        loss_of: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
-        *,
-        lr: float,
-        max_grad_norm: float = 1.0,
+        self, stream: Stream, micro_batches: Sequence[Any], loss_of: LossOf, *, lr: float, max_grad_norm: float = 1.0
     ) -> "StepStats":
         """One optimizer step: backward through every micro-batch, one sum over ranks, one clip, one update.
 
-        `loss_of` returns this micro-batch's part of the loss, already divided by the *global* token count, so that
-        the gradient is a sum whatever the micro-batch size or world (PPO.md 15), and statistics to be summed (or,
-        named max_*, maximised). Gradients add up in the weights' dtype: with bf16 weights, hundreds of micro-batches
-        lose the smallest parts. A non-finite loss or gradient leaves the weights alone on all ranks (PPO.md 20).
+        A micro-batch has `.tokens` [B, T] on the device. `loss_of` gets its last states and returns its part of the
+        loss, already divided by the *global* token count, so that the gradient is a sum whatever the micro-batch size
+        or world (PPO.md 15), and statistics to be summed (or, named max_*, maximised). Gradients add up in the
+        weights' dtype: with bf16 weights, hundreds of micro-batches lose the smallest parts. A non-finite loss or
+        gradient leaves the weights alone on all ranks (PPO.md 20): that is known before the first chunk is updated.
         """
-        sink.zero_grad()
+        sink = stream.sink
+        assert sink is not None, "a frozen model takes no steps"
+        sink.clear()
         sums: dict[str, Tensor] = {}
-        for micro_batch in micro_batches:
-            with record_function("forward"):
-                loss, stats = loss_of(micro_batch)
-            with record_function("backward"):
-                loss.backward()
-            for key, value in {"loss": loss.detach(), **stats}.items():
+        for loss, stats in stream.backward(micro_batches, loss_of):
+            for key, value in {"loss": loss, **stats}.items():
                 value = value.detach().to(self.world.device, torch.float32)
                 if key not in sums:
                     sums[key] = value
                 else:
                     sums[key] = torch.maximum(sums[key], value) if key.startswith("max_") else sums[key] + value
         sums = self._over_ranks(sums)
-        for flat in sink.flats:
-            self.world.sum(flat.grads)
-        norm = sink.grad_norm()
+        sink.sum_over_ranks()
+        norm = sink.norm()
         finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))  # sync: the only one of a step
         if finite:
             with record_function("optimizer"):
-                sink.update(lr, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+                stream.update(lr, float(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)))
         return StepStats(finite, float(norm), {key: float(value) for key, value in sums.items()})
 
     def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,9 +297,25 @@ class Strategy:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step learned. `applied` False: something was not finite and the weights did not move."""
+    """What one optimizer step did. Example: StepStats(True, 0.8, {"loss": 2.1})."""
 
     applied: bool
+    """False: something was not finite and the weights did not move."""
     grad_norm: float
+    """Before clipping."""
     sums: dict[str, float]
-    """Statistics of all micro-batches and ranks; `loss` is the global mini-batch's."""
+    """The statistics of `loss_of` over all micro-batches and ranks, and `loss`."""
+
+
+def _budget(text: str | None, flag: str) -> int | None:
+    return None if text is None else parse_bytes(text, flag)
+
+
+def _pages(numel: int, dtype: torch.dtype) -> Tensor:
+    return empty_pages(numel * dtype.itemsize, torch.device("cpu")).view(dtype)
+
+
+def _weight(name: str, where: dict[str, tuple[nn.Module, str]]) -> Weight:
+    parameter = getattr(*where[name])
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return Weight(name, tuple(parameter.shape), dtype, parameter.requires_grad)

@@ -8,14 +8,17 @@ Shapes: B rows, T tokens, D width, H query heads, G key/value heads, E head_dim,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models.linear import Linear, attention, linear
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
@@ -109,6 +112,17 @@ class Positions:
     """Added to the attention scores, [B or 1, H or 1, T, S]; None: plain causal."""
     slots: Tensor | None
     """Decoding: the cache slot each row writes, [B], and the bias says what it sees. None: whole rows from slot 0."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every part of the program is told of a call beside the hidden states: all that follows from positions."""
+
+    where: Tensor
+    """Positions of the tokens, [B or 1, T] int64."""
+    positions: dict[int, Positions]
+    """Per attention window."""
+    cache: KVCache | None
 
 
 class Block(nn.Module):
@@ -252,21 +266,37 @@ class Decoder(nn.Module):
             width = config.embed_dim or config.d_model
             self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, width))
         self.to(dtype or torch.get_default_dtype())
+        self.feed: Any = ALWAYS_THERE
+        """Who brings the weights: a memory.stream.Stream once a strategy has prepared the model."""
+        self.source: Callable[[dict[str, Tensor]], None] | None = None
+        """On `meta`: fills weights, by name, from a checkpoint. None: they are drawn, keyed by `seed` and name."""
+        self.seed = 0
         home = torch.device(device) if device is not None else torch.get_default_device()
         if home.type != "meta":
             self.to_empty(device=home)
-            self._draw(generator)
+            for name, parameter in self.named_parameters():
+                self._draw(name, parameter, generator)
+        else:
+            self.seed = int(torch.randint(1 << 62, (), device="cpu"))
 
-    def _draw(self, generator: torch.Generator | None) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                residual = name.endswith(("out.weight", "down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
-                nn.init.normal_(parameter, std=std, generator=generator)
+    def fill(self, weights: dict[str, Tensor]) -> None:
+        """Writes these weights' first values, by name: a decoder on `meta` is its recipe, and this is the cooking."""
+        if self.source is not None:
+            self.source(weights)
+            return
+        for name, weight in weights.items():
+            self._draw(name, weight, torch.Generator(weight.device).manual_seed(self.seed ^ crc32(name.encode())))
+
+    @torch.no_grad()
+    def _draw(self, name: str, weight: Tensor, generator: torch.Generator | None) -> None:
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif "norm" in name:
+            nn.init.ones_(weight)
+        else:
+            residual = name.endswith(("out.weight", "down.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
+            nn.init.normal_(weight, std=std, generator=generator)
 
     @staticmethod
     def from_pretrained(source: str, **where: Any) -> "Decoder":
@@ -282,6 +312,11 @@ class Decoder(nn.Module):
         pretrained.save(self, directory)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.feed.device or self.embed.tokens.device
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, D], the token embedding when tied."""
         return self.embed.tokens if self.head is None else self.head
@@ -292,10 +327,7 @@ class Decoder(nn.Module):
         No mask is needed: a valid token never sees the padding to its right (`lengths` only documents the contract).
         With `cache`, keys and values of all positions are written to its slots 0 .. T-1 as well.
         """
-        length = tokens.shape[1]
-        if self.config.position == "learned" and length > self.config.max_length:
-            raise ValueError(f"a row of {length} tokens does not fit the model's {self.config.max_length} positions")
-        return self._run(tokens, torch.arange(length, device=tokens.device)[None], length, None, cache)
+        return self._run(tokens, self.begin(tokens, cache))
 
     def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor:
         """One token per row: tokens [B], positions [B] -> hidden [B, D].
@@ -303,24 +335,70 @@ class Decoder(nn.Module):
         Row b writes slot positions[b] and sees the slots up to it, so what lies beyond may be anything finite.
         """
         used = int(positions.max()) + 1  # sync
-        return self._run(tokens[:, None], positions[:, None], used, positions, cache)[:, 0]
+        return self._run(tokens[:, None], self._context(positions[:, None], used, positions, cache))[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the weights' dtype."""
-        return linear(hidden, self.head_weight)
+        with self.feed.visit(*self.reads()):
+            return linear(hidden, self.head_weight)
 
-    def _run(self, tokens: Tensor, where: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Tensor:
-        """The program. tokens [B, T] stand at `where` [B or 1, T] and see key positions 0 .. seen-1."""
-        c = self.config
-        x = self.embed(tokens, where)
-        windows = c.windows or (0,) * c.num_layers
-        rotary = rotary_tables(c, where, x.dtype) if c.position == "rotary" else None
+    def _run(self, tokens: Tensor, context: Context) -> Tensor:
+        x = tokens
+        for part in self.parts():
+            with self.feed.visit(*part.groups):
+                x = part.run(x, context)
+        return x
+
+    # --- the program, as memory.stream reads it -----------------------------------------------------------------------
+
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """Which weights move together, in operational order; the token table is a group of its own, used at both
+        ends when the head is tied."""
+        names = [name for name, _ in self.named_parameters()]
+        found = [
+            ("tokens", ["embed.tokens"]),
+            ("embed", [n for n in names if n.startswith("embed.") and n != "embed.tokens"]),
+        ]
+        for i in range(self.config.num_layers):
+            found.append((f"blocks.{i}", [name for name in names if name.startswith(f"blocks.{i}.")]))
+        found.append(("last", [name for name in names if name.startswith(("norm.", "unproject."))]))
+        found.append(("head", [name for name in names if name == "head"]))
+        return [(group, members) for group, members in found if members]
+
+    def parts(self) -> list[Part]:
+        """embed -> blocks -> norm. A micro-batch's first x is its tokens, the last one its hidden states."""
+        return [
+            Part(("tokens", "embed"), lambda tokens, context: self.embed(tokens, context.where)),
+            *(Part((f"blocks.{i}",), partial(self._block, i)) for i in range(self.config.num_layers)),
+            Part(("last",), self._last),
+        ]
+
+    def reads(self) -> tuple[str, ...]:
+        """The group of the head's weight."""
+        return ("tokens",) if self.head is None else ("head",)
+
+    def begin(self, tokens: Tensor, cache: KVCache | None = None) -> Context:
+        """The context of whole rows, tokens [B, T]."""
+        length = tokens.shape[1]
+        if self.config.position == "learned" and length > self.config.max_length:
+            raise ValueError(f"a row of {length} tokens does not fit the model's {self.config.max_length} positions")
+        return self._context(torch.arange(length, device=tokens.device)[None], length, None, cache)
+
+    def _context(self, where: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Context:
+        """Tokens stand at `where` [B or 1, T] and see key positions 0 .. seen-1."""
+        c, dtype = self.config, self.embed.tokens.dtype
+        rotary = rotary_tables(c, where, dtype) if c.position == "rotary" else None
         positions = {  # one per kind of layer
-            window: Positions(rotary, attention_bias(c, window, where, seen, x.dtype, slots is not None), slots)
-            for window in set(windows)
+            window: Positions(rotary, attention_bias(c, window, where, seen, dtype, slots is not None), slots)
+            for window in set(c.windows or (0,))
         }
-        for i, block in enumerate(self.blocks):
-            x = block(x, positions[windows[i]], None if cache is None else cache[i])
+        return Context(where, positions, cache)
+
+    def _block(self, i: int, x: Tensor, context: Context) -> Tensor:
+        window = self.config.windows[i] if self.config.windows else 0
+        return self.blocks[i](x, context.positions[window], None if context.cache is None else context.cache[i])
+
+    def _last(self, x: Tensor, context: Context) -> Tensor:
         if self.norm is not None:
             x = self.norm(x)
         return x if self.unproject is None else self.unproject(x)

@@ -1,10 +1,12 @@
-"""Matrix products of bf16 weights on processors without bf16 instructions: stored in bf16, multiplied in fp32.
+"""Matrix products of weights: gradients go to their place, and bf16 is fast on processors without bf16 instructions.
 
-Most laptop CPUs (AVX2) have none, and PyTorch's fall-back there is 10 to 60 times slower than fp32. Casting each
-weight where it is used costs a few per cent; weights, gradients and what is kept for backward stay in bf16.
+Where a weight's gradient has room already (a sink made it), the product is added there: autograd would fill a tensor of
+the weight's size and then add it. Most laptop CPUs (AVX2) multiply bf16 in software, 10 to 60 times slower than fp32:
+there weights are stored in bf16 and widened where they are used, a tile of rows at a time, and only for the call.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FEW = 16
+TILE = 1 << 22
+"""Elements of a weight that are widened at once: 16 MB in fp32."""
 
 
 @functools.cache
@@ -23,11 +27,13 @@ def slow_in_bf16(device_type: str) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own, fast on every processor."""
+    """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own."""
+    learning = torch.is_grad_enabled()
     # A token or a few at a time (decoding): casting the weight would cost more than the slow product.
-    many = torch.is_grad_enabled() or x.shape[:-1].numel() > FEW
-    if many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type):
-        return _Widened.apply(x, weight, bias)
+    many = learning or x.shape[:-1].numel() > FEW
+    widen = many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type)
+    if widen or (learning and weight.grad is not None):
+        return _Product.apply(x, weight, bias, widen)
     return F.linear(x, weight, bias)
 
 
@@ -48,22 +54,69 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class _Widened(torch.autograd.Function):
-    """F.linear in fp32 on bf16 tensors; nothing wide outlives a call."""
+class _Product(torch.autograd.Function):
+    """F.linear, whose backward adds to weight.grad and bias.grad where they are."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, widen: bool) -> Tensor:
+        ctx.weight, ctx.bias, ctx.widen = weight, bias, widen  # the parameters themselves: their .grad is the place
+        ctx.save_for_backward(x)
+        if not widen:
+            return F.linear(x, weight, bias)
+        wide = x.float()
+        if weight.numel() <= TILE:
+            return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        result = x.new_empty(*x.shape[:-1], len(weight))
+        for rows in _tiles(weight):
+            part = None if bias is None else bias[rows].float()
+            result[..., rows] = F.linear(wide, weight[rows].float(), part)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
-        wide = grad.float()
-        rows = wide.flatten(0, -2)
-        return (
-            (wide @ weight.float()).to(x.dtype) if wanted_x else None,
-            (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if wanted_weight else None,
-            rows.sum(0).to(weight.dtype) if wanted_bias else None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
+        wanted_x, wanted_weight, wanted_bias, _ = ctx.needs_input_grad
+        flat, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        back = _backward_to_x(grad, weight, ctx.widen) if wanted_x else None
+        of_weight = of_bias = None
+        if wanted_weight:
+            place = weight.grad
+            if place is None:
+                place = of_weight = torch.zeros_like(weight)
+            _add_product(place, flat, inputs, ctx.widen)
+        if wanted_bias:
+            summed = flat.sum(0, dtype=torch.float32 if ctx.widen else None)
+            if bias.grad is None:
+                of_bias = summed.to(bias.dtype)
+            else:
+                bias.grad.add_(summed)
+        return back, of_weight, of_bias, None
+
+
+def _backward_to_x(grad: Tensor, weight: Tensor, widen: bool) -> Tensor:
+    if not widen:
+        return grad @ weight
+    if weight.numel() <= TILE:
+        return (grad.float() @ weight.float()).to(grad.dtype)
+    summed: Tensor | None = None
+    for rows in _tiles(weight):
+        part = grad[..., rows].float() @ weight[rows].float()
+        summed = part if summed is None else summed.add_(part)
+    assert summed is not None
+    return summed.to(grad.dtype)
+
+
+def _add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
+    """place [O, I] += grad [N, O]^T x [N, I]."""
+    if not widen:
+        place.addmm_(grad.t(), x)
+        return
+    wide = x.float()
+    for rows in _tiles(place):
+        place[rows].add_(grad[:, rows].float().t() @ wide)
+
+
+def _tiles(weight: Tensor) -> Iterator[slice]:
+    height = max(TILE // weight.shape[1], 1)
+    return (slice(start, start + height) for start in range(0, len(weight), height))

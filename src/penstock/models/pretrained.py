@@ -5,25 +5,25 @@ the usual index. A source's generation_config is never applied (PPO.md 4).
 """
 
 import dataclasses
+import itertools
 import json
-import os
 import pickle
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from penstock.errors import UserError
+from penstock.models import tensorfile
 from penstock.models.decoder import Decoder, DecoderConfig
 from penstock.models.families import family_of
 from penstock.models.families.weights import Weight
+from penstock.models.tensorfile import Entry
 
 INDEX, SINGLE, CLASSIFIER_HEAD = "model.safetensors.index.json", "model.safetensors", "score.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -60,66 +60,93 @@ def load(
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{directory / 'config.json'}: {error}.") from error
     decoder = Decoder(config, dtype=dtype, device="meta")
-    home = device if device is not None else torch.get_default_device()
-    decoder.to_empty(device=home)
-    names, get = _open(directory, allow_pickle)
-    parameters: dict[str, Tensor] = dict(decoder.named_parameters())
-    if CLASSIFIER_HEAD in names and family.HEAD not in names and "head" in parameters:
-        parameters.pop("head").detach().zero_()  # a reward model has no language-model head, and uses none
-    used = _fill(parameters, names, get, family, config, directory)
-    rest = {name for name in names - used if not name.endswith(IGNORED)} - {family.HEAD}
-    extras = {name: get(name) for name in rest if name == CLASSIFIER_HEAD}
-    if unexpected := sorted(rest - set(extras)):
-        raise UserError(
-            f"{directory}: {len(unexpected)} weights belong to no {config.family} model of this config.json: "
-            f"{_some(unexpected)}."
-        )
-    for name, tensor in extras.items():
-        if tensor.shape != (1, decoder.head_weight.shape[1]):
-            raise UserError(
-                f"{directory}: {name} has shape {tuple(tensor.shape)}; a reward model gives one score, "
-                f"so it must be {(1, decoder.head_weight.shape[1])}."
-            )
+    checkpoint = Checkpoint(directory, config, family, allow_pickle)
+    extras = checkpoint.check(decoder)
+    decoder.source = checkpoint.fill
+    home = torch.device(device) if device is not None else torch.get_default_device()
+    if home.type != "meta":
+        decoder.to_empty(device=home)
+        checkpoint.fill(dict(decoder.named_parameters()))
     return decoder, extras
 
 
-@torch.no_grad()
-def _fill(
-    parameters: dict[str, Tensor],
-    names: set[str],
-    get: Callable[[str], Tensor],
-    family: ModuleType,
-    config: DecoderConfig,
-    directory: Path,
-) -> set[str]:
-    """Reads every parameter from the weights that hold it, one at a time. Returns the names that were used."""
-    used, missing = set(), []
+class Checkpoint:
+    """The weights of a model directory, under our names. On `meta` a decoder holds this as its recipe."""
 
-    def find(name: str, shape: torch.Size) -> Tensor:
-        # A base model saved alone lacks the first word of the prefix: OPT's says decoder., GPT-2's nothing at all.
-        bare = name.removeprefix(family.PREFIX)
-        shorter = family.PREFIX.split(".", 1)[1] + bare
-        found = next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
-        if found is None:
-            missing.append(name)
-            return torch.zeros(shape)
-        used.add(found)
-        tensor = get(found)
-        if tensor.shape != shape:
+    def __init__(self, directory: Path, config: DecoderConfig, family: ModuleType, allow_pickle: bool) -> None:
+        self.directory, self.config, self.family, self.allow_pickle = directory, config, family, allow_pickle
+        self.headless = False
+        """A reward model: it has no language-model head and uses none, so that one is zeros."""
+
+    def __deepcopy__(self, memo: dict) -> "Checkpoint":
+        return self  # a copy of a recipe names the same files
+
+    def check(self, decoder: Decoder) -> dict[str, Tensor]:
+        """Compares names and shapes with the decoder's, reading no weights; returns the extras, see `load`."""
+        weights = _open(self.directory, self.allow_pickle)
+        parameters: dict[str, Tensor] = dict(decoder.named_parameters())
+        if CLASSIFIER_HEAD in weights.names and self.family.HEAD not in weights.names and "head" in parameters:
+            self.headless = True
+            parameters.pop("head")
+        used = self._fill(parameters, weights.names, lambda name: torch.empty(weights.shape(name), device="meta"))
+        rest = {name for name in weights.names - used if not name.endswith(IGNORED)} - {self.family.HEAD}
+        extras = {name: weights.get(name) for name in rest if name == CLASSIFIER_HEAD}
+        if unexpected := sorted(rest - set(extras)):
             raise UserError(
-                f"{directory}: weight {found!r} has shape {tuple(tensor.shape)} and config.json says {tuple(shape)}; "
-                "config and weights belong to different models."
+                f"{self.directory}: {len(unexpected)} weights belong to no {self.config.family} model of this "
+                f"config.json: {_some(unexpected)}."
             )
-        return tensor
+        for name, tensor in extras.items():
+            if tensor.shape != (1, decoder.head_weight.shape[1]):
+                raise UserError(
+                    f"{self.directory}: {name} has shape {tuple(tensor.shape)}; a reward model gives one score, "
+                    f"so it must be {(1, decoder.head_weight.shape[1])}."
+                )
+        return extras
 
-    for weight in _weights(family, config):
-        if weight.ours in parameters:
-            ours = parameters[weight.ours]
-            theirs = [find(name, part.shape) for name, part in weight.write(ours, config).items()]
-            ours.copy_(weight.read(theirs, config))
-    if missing:
-        raise UserError(f"{directory}: {len(missing)} weights are missing: {_some(missing)}; is the download complete?")
-    return used
+    def fill(self, parameters: dict[str, Tensor]) -> None:
+        """Reads these parameters, by our names, one at a time. Files are open only meanwhile."""
+        weights = _open(self.directory, self.allow_pickle)
+        if self.headless and "head" in parameters:
+            parameters = dict(parameters)
+            parameters.pop("head").detach().zero_()
+        self._fill(parameters, weights.names, weights.get)
+
+    @torch.no_grad()
+    def _fill(self, parameters: dict[str, Tensor], names: set[str], get: Callable[[str], Tensor]) -> set[str]:
+        """Makes every parameter of the weights that hold it. Returns the names that were used."""
+        used, missing = set(), []
+        config, family = self.config, self.family
+
+        def find(name: str, shape: torch.Size) -> Tensor:
+            # A base model saved alone lacks the first word of the prefix: OPT's says decoder., GPT-2's nothing at all.
+            bare = name.removeprefix(family.PREFIX)
+            shorter = family.PREFIX.split(".", 1)[1] + bare
+            found = next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
+            if found is None:
+                missing.append(name)
+                return torch.zeros(shape, device="meta")
+            used.add(found)
+            tensor = get(found)
+            if tensor.shape != shape:
+                raise UserError(
+                    f"{self.directory}: weight {found!r} has shape {tuple(tensor.shape)} and config.json says "
+                    f"{tuple(shape)}; config and weights belong to different models."
+                )
+            return tensor
+
+        for weight in _weights(family, config):
+            if weight.ours in parameters:
+                ours = parameters[weight.ours]
+                parts = weight.write(torch.empty(ours.shape, device="meta"), config)
+                theirs = [find(name, part.shape) for name, part in parts.items()]
+                if not missing:
+                    ours.copy_(weight.read(theirs, config))
+        if missing:
+            raise UserError(
+                f"{self.directory}: {len(missing)} weights are missing: {_some(missing)}; is the download complete?"
+            )
+        return used
 
 
 def _some(names: list[str]) -> str:
@@ -128,7 +155,7 @@ def _some(names: list[str]) -> str:
 
 def save(
     decoder: Decoder,
-    directory: str | Path,
+    directory: str | Path | None,
     *,
     score: Tensor | None = None,
     extra_config: dict[str, Any] | None = None,
@@ -136,49 +163,47 @@ def save(
 ) -> None:
     """Writes what `transformers.AutoModelForCausalLM` loads; with `score` [1, D], what
     `AutoModelForSequenceClassification` loads (one label, head `score`). `extra_config` is added to config.json.
+
+    Where ranks share the weights all of them call it, and those that do not write give None.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     config = decoder.config
     family = family_of(config.family, str(directory))
+    if directory is None:
+        if decoder.feed.collective:
+            for _ in _theirs(decoder, family, score):
+                pass
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     hf = {**config.hf, **family.hf_config(config), **(extra_config or {})}
     architecture = family.CAUSAL_LM if score is None else family.CLASSIFIER
     hf["architectures"] = [architecture[config.family] if isinstance(architecture, dict) else architecture]
-    hf["dtype"] = str(decoder.head_weight.dtype).removeprefix("torch.")
+    hf["dtype"] = str(decoder.embed.tokens.dtype).removeprefix("torch.")
     hf.pop("torch_dtype", None)  # the older name of dtype
     if score is not None:
         hf |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[list[Entry]] = [[]]
     held = total = 0
-    for name, tensor in _theirs(decoder, family, score):
-        if held and held + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+    for entry in _entries(decoder, family, score):
+        if held and held + entry.nbytes > max_shard_bytes:
+            shards.append([])
             held = 0
-        shards[-1][name] = tensor
-        held, total = held + tensor.nbytes, total + tensor.nbytes
+        shards[-1].append(entry)
+        held, total = held + entry.nbytes, total + entry.nbytes
     where: dict[str, str] = {}
+    tensors = _theirs(decoder, family, score)
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        _write(shard, directory / file)
-        where |= dict.fromkeys(shard, file)
+        tensorfile.write(directory / file, shard, itertools.islice(tensors, len(shard)), {"format": "pt"})
+        where |= dict.fromkeys((entry.name for entry in shard), file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for path in directory.glob("model*.safetensors*"):  # what an earlier model in other shards left here
         if path.name not in where.values() and not (len(shards) > 1 and path.name == INDEX):
             path.unlink()
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:  # it tells a full disk by its message alone
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -234,11 +259,20 @@ def _local(source: str | Path, allow_pickle: bool = False) -> Path:
         ) from error
 
 
-def _open(directory: Path, allow_pickle: bool) -> tuple[set[str], Callable[[str], Tensor]]:
-    """Names of all weights, and a function that reads one."""
+@dataclasses.dataclass
+class Weights:
+    """An open checkpoint."""
+
+    names: set[str]
+    get: Callable[[str], Tensor]
+    shape: Callable[[str], Sequence[int]]
+    """Without reading the weight."""
+
+
+def _open(directory: Path, allow_pickle: bool) -> Weights:
     if (directory / SINGLE).exists():
         handle = _safetensors(directory / SINGLE)
-        return set(handle.keys()), handle.get_tensor
+        return Weights(set(handle.keys()), handle.get_tensor, lambda name: handle.get_slice(name).get_shape())
     if (directory / INDEX).exists():
         where = _json(directory / INDEX).get("weight_map")
         if not isinstance(where, dict):
@@ -247,7 +281,11 @@ def _open(directory: Path, allow_pickle: bool) -> tuple[set[str], Callable[[str]
         for name, file in where.items():
             if name not in set(handles[file].keys()):
                 raise UserError(f"{directory / file}: the index names weight {name!r} in it and it is not there.")
-        return set(where), lambda name: handles[where[name]].get_tensor(name)
+        return Weights(
+            set(where),
+            lambda name: handles[where[name]].get_tensor(name),
+            lambda name: handles[where[name]].get_slice(name).get_shape(),
+        )
     if not any((directory / name).exists() for name in PICKLES):
         raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}; is the download complete?")
     if not allow_pickle:
@@ -261,7 +299,7 @@ def _open(directory: Path, allow_pickle: bool) -> tuple[set[str], Callable[[str]
             weights |= torch.load(path, weights_only=True, map_location="cpu")
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UserError(f"{path}: damaged, or holds more than weights; fetch it again.") from error
-    return set(weights), weights.__getitem__
+    return Weights(set(weights), weights.__getitem__, lambda name: weights[name].shape)
 
 
 def _safetensors(path: Path) -> Any:  # safetensors has no public type for an open file
@@ -284,17 +322,36 @@ def _weights(family: ModuleType, config: DecoderConfig) -> Iterator[Weight]:
     yield Weight("head", (family.HEAD,))
 
 
-def _theirs(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint holds, by name, on the CPU; with a score head, no language-model head."""
-    parameters = dict(decoder.named_parameters())
+def _entries(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Entry]:
+    """What a checkpoint holds; with a score head, no language-model head."""
     if score is not None:
-        yield CLASSIFIER_HEAD, score.detach().contiguous().cpu()
-        parameters.pop("head", None)
-    for weight in _weights(family, decoder.config):
-        if weight.ours in parameters:
-            ours = parameters[weight.ours].detach()
-            for name, tensor in weight.write(ours, decoder.config).items():
-                yield name, tensor.contiguous().cpu()
+        yield Entry(CLASSIFIER_HEAD, score.dtype, tuple(score.shape))
+    for weight in _saved(decoder, family, score):
+        ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta")
+        for name, tensor in weight.write(ours, decoder.config).items():
+            yield Entry(name, tensor.dtype, tuple(tensor.shape))
+
+
+def _theirs(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Tensor]:
+    """The tensors of `_entries`, on the CPU."""
+    if score is not None:
+        yield score.detach().cpu()
+    group_of = {name: group for group, names in decoder.groups() for name in names}
+    for weight in _saved(decoder, family, score):
+        with decoder.feed.visit(group_of[weight.ours]):
+            ours = decoder.get_parameter(weight.ours).detach()
+            theirs = [_own(part) for part in weight.write(ours, decoder.config).values()]
+        yield from theirs
+
+
+def _saved(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Weight]:
+    parameters = {name for name, _ in decoder.named_parameters()} - ({"head"} if score is not None else set())
+    return (weight for weight in _weights(family, decoder.config) if weight.ours in parameters)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy on the CPU that outlives the visit."""
+    return part.clone(memory_format=torch.contiguous_format).cpu()
 
 
 def _with_hf(config: DecoderConfig, hf: dict[str, Any]) -> DecoderConfig:

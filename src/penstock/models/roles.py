@@ -5,24 +5,63 @@ fp32. All of them take right-padded tokens with lengths and return packed values
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import UserError
+from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import pretrained
-from penstock.models.decoder import Decoder
+from penstock.models.decoder import Context, Decoder
 
 
-class Actor(nn.Module):
-    """A language model that answers. The reference is one too, frozen."""
+class Role(nn.Module):
+    """A decoder at work, as a program that a strategy can feed (memory.program.Program)."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Hidden states [B, T, D]."""
+        return self.decoder(tokens, lengths)
+
+    @property
+    def feed(self) -> Any:
+        """Who brings the weights."""
+        return self.decoder.feed
+
+    @feed.setter
+    def feed(self, feed: Any) -> None:
+        self.decoder.feed = feed
+
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """The decoder's, under this role's names."""
+        return [(group, [f"decoder.{name}" for name in names]) for group, names in self.decoder.groups()]
+
+    def parts(self) -> Sequence[Part]:
+        """The decoder's."""
+        return self.decoder.parts()
+
+    def reads(self) -> tuple[str, ...]:
+        """What log-probabilities are read with: the decoder's head."""
+        return self.decoder.reads()
+
+    def begin(self, tokens: Tensor) -> Context:
+        """The decoder's."""
+        return self.decoder.begin(tokens)
+
+    def fill(self, weights: dict[str, Tensor]) -> None:
+        """First values, from the decoder's recipe."""
+        self.decoder.fill({name.removeprefix("decoder."): weight for name, weight in weights.items()})
+
+
+class Actor(Role):
+    """A language model that answers. The reference is one too, frozen."""
 
     @staticmethod
     def from_pretrained(source: str, *, allow_pickle: bool = False) -> "Actor":
@@ -36,19 +75,17 @@ class Actor(nn.Module):
         return Actor(decoder)
 
     def frozen(self) -> "Actor":
-        """A copy that takes no gradient: the reference."""
+        """A copy that takes no gradient: the reference. Raises ValueError once a strategy feeds the model."""
+        if self.feed is not ALWAYS_THERE:
+            raise ValueError("this model's weights have moved to a strategy's keeping; copy it before prepare()")
         return copy.deepcopy(self).eval().requires_grad_(False)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Hidden states [B, T, D]."""
-        return self.decoder(tokens, lengths)
-
-    def save_pretrained(self, directory: Path) -> None:
+    def save_pretrained(self, directory: Path | None) -> None:
         """A directory that `transformers.AutoModelForCausalLM` loads."""
         pretrained.save(self.decoder, directory)
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(Role):
     """A decoder with one number per state: the reward model reads it at the last token, the critic at every state.
 
     The number is (state . weight - mean) / std; mean and std are the reward model's normalisation (PPO.md 10), so a
@@ -56,10 +93,10 @@ class ScalarModel(nn.Module):
     """
 
     def __init__(self, decoder: Decoder, weight: Tensor | None = None, mean: float = 0.0, std: float = 1.0) -> None:
-        super().__init__()
-        self.decoder = decoder
+        super().__init__(decoder)
         weight = self.new_head(decoder) if weight is None else weight
-        self.score = nn.Parameter(weight.to(decoder.head_weight.device, torch.float32).clone())
+        home = decoder.head_weight.device
+        self.score = nn.Parameter(weight.to("cpu" if home.type == "meta" else home, torch.float32).clone())
         self.mean, self.std = mean, std
         self.facts: dict[str, float] = {}
         """What training found out about the score (held-out pair accuracy, ...); saved with the model."""
@@ -80,21 +117,28 @@ class ScalarModel(nn.Module):
         """What a head without training starts from, [1, D] fp32."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Hidden states [B, T, D]."""
-        return self.decoder(tokens, lengths)
-
     def read(self, states: Tensor) -> Tensor:
         """States [N, D] -> numbers [N], in fp32 whatever the weights' dtype (PPO.md 22)."""
-        return (F.linear(states.float(), self.score)[:, 0] - self.mean) / self.std
+        with self.feed.visit("score"):
+            return (F.linear(states.float(), self.score)[:, 0] - self.mean) / self.std
 
-    def save_pretrained(self, directory: Path) -> None:
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """The decoder's and the score head. A language-model head that nobody reads stays behind."""
+        return [(group, names) for group, names in super().groups() if group != "head"] + [("score", ["score"])]
+
+    def reads(self) -> tuple[str, ...]:
+        """The score head."""
+        return ("score",)
+
+    def save_pretrained(self, directory: Path | None) -> None:
         """A directory that `transformers.AutoModelForSequenceClassification` loads, with head `score`.
 
         transformers gives the raw score; mean and std lie in config.json as penstock_score_mean and _std.
         """
         scale = {"penstock_score_mean": self.mean, "penstock_score_std": self.std, "penstock_facts": self.facts}
-        pretrained.save(self.decoder, directory, score=self.score.detach(), extra_config=scale)
+        with self.feed.visit("score"):
+            score = self.score.detach().clone()
+        pretrained.save(self.decoder, directory, score=score, extra_config=scale)
 
 
 class Critic(ScalarModel):
@@ -103,7 +147,7 @@ class Critic(ScalarModel):
     @staticmethod
     def new_head(decoder: Decoder) -> Tensor:
         """Zeros (PPO.md 19)."""
-        return torch.zeros(1, decoder.head_weight.shape[1], dtype=torch.float32)
+        return torch.zeros(1, decoder.head_weight.shape[1], dtype=torch.float32, device="cpu")
 
 
 class RewardModel(ScalarModel):
@@ -112,8 +156,8 @@ class RewardModel(ScalarModel):
     @staticmethod
     def new_head(decoder: Decoder) -> Tensor:
         """N(0, 1/sqrt(D+1)): the first scores are near unit scale whatever the width (PPO.md 22)."""
-        width, device = decoder.head_weight.shape[1], decoder.head_weight.device
-        return torch.randn(1, width, dtype=torch.float32, device=device) / (width + 1) ** 0.5
+        width = decoder.head_weight.shape[1]
+        return torch.randn(1, width, dtype=torch.float32, device="cpu") / (width + 1) ** 0.5
 
     @staticmethod
     def trained(source: str, *, allow_pickle: bool = False) -> "RewardModel":

@@ -72,7 +72,7 @@ def _decode(
     decoder: Decoder, answers: list[Answer], uniforms: Tensor, sampling: Sampling, eos_ids: Sequence[int]
 ) -> Iterator[None]:
     """Fills the answers in place, one token each per iteration."""
-    device = decoder.head_weight.device
+    device = decoder.device
     lengths = torch.tensor([len(answer.prompt_ids) for answer in answers], device=device)
     width = int(lengths.max())
     if int(lengths.min()) < 1:
@@ -84,15 +84,17 @@ def _decode(
         tokens[row, : len(answer.prompt_ids)] = torch.tensor(answer.prompt_ids, device=device)
     room = decoder.config.max_length
     limits = [min(sampling.max_new_tokens, room - len(answer.prompt_ids)) for answer in answers]
-    cache = allocate(decoder, len(answers), min(width + max(limits), room))
+    slots = min(width + max(limits), room)
+    cache = allocate(decoder, len(answers), slots)
     uniforms = uniforms.to(device)
     hidden = decoder.forward(tokens, lengths, cache)[torch.arange(len(answers), device=device), lengths - 1]
 
+    most = decoder.feed.most(max(limits))
     live = list(range(len(answers)))  # rows of the batch -> answers
     done = [False] * len(answers)
     positions = lengths
-    for step in range(max(limits)):
-        picked, logprobs = pick(decoder.logits(hidden), uniforms[live, step], sampling)
+    for step in range(most):
+        picked, logprobs = pick(decoder.logits(hidden), uniforms[live, min(step, uniforms.shape[1] - 1)], sampling)
         # sync: the host must know who has ended
         for i, token, logprob in zip(live, picked.tolist(), logprobs.tolist(), strict=True):
             if not done[i]:
@@ -103,11 +105,11 @@ def _decode(
                 done[i] = token in eos_ids or len(answers[i].response_ids) == limits[i]
         yield
         still = [row for row, i in enumerate(live) if not done[i]]
-        if not still:
+        if not decoder.feed.together(bool(still)):  # weights sharded over ranks: who is done goes on visiting
             return
-        if len(still) <= len(live) // 2:
+        if 0 < len(still) <= len(live) // 2:
             rows = torch.tensor(still, device=device)
             live, cache = [live[row] for row in still], keep_rows(cache, rows)
             picked, positions = picked[rows], positions[rows]
         hidden = decoder.decode(picked, cache, positions)
-        positions = (positions + 1).clamp(max=room - 1)  # a row that has ended may idle at the last position
+        positions = (positions + 1).clamp(max=slots - 1)  # a row that has ended may idle at the last position

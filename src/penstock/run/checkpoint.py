@@ -2,7 +2,8 @@
 
 checkpoints/step-000100/manifest.json        size and sha256 of every other file
 checkpoints/step-000100/model/ [critic/]     Hugging Face directories
-checkpoints/step-000100/state.safetensors    tensors of optimizers, generators, experience in flight
+checkpoints/step-000100/model.optimizer.safetensors    fp32 masters and moments, by weight name [critic. ...]
+checkpoints/step-000100/state.safetensors    tensors of generators and of experience in flight
 checkpoints/step-000100/state.json           everything else
 checkpoints/latest, checkpoints/best         names of checkpoints
 

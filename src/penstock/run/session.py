@@ -12,14 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+import safetensors
 import torch
 
 from penstock import config as flags
 from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.memory.shard import World
+from penstock.memory.sink import SAVED
 from penstock.memory.strategy import StepStats
+from penstock.memory.stream import Stream
+from penstock.models import tensorfile
 from penstock.run import checkpoint
 from penstock.run.directory import RunDirectory
 from penstock.run.metrics import Lines, peak_rss_bytes
@@ -29,13 +33,6 @@ STREAMS = ("metrics", "perf", "samples")
 MODEL_FLAG = {"sft": "model", "reward": "model", "ppo": "actor"}
 SKIPS_IN_A_ROW = 3
 """Non-finite updates before a run stops itself (PPO.md 20)."""
-
-
-class Saved(Protocol):
-    """A model that can write itself as a Hugging Face directory."""
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Writes config and weights."""
 
 
 class StoppedError(PenstockError):
@@ -60,6 +57,7 @@ class Session:
         self.finishing: Callable[[Path], None] = lambda directory: None
         """Called with each saved model's directory: puts the tokenizer's files beside the weights."""
         self._resume = resume
+        self._newest: Path | None = None
         self._notes: list[str] = []
         self._flags = flags.with_absolute_paths(flags.to_dict(config))
         self._signal = self._total = 0
@@ -123,6 +121,7 @@ class Session:
         if newest is None:
             self.say("no checkpoint yet: starting at step 0")
             return
+        self._newest = newest
         self.state = checkpoint.read_state(newest / "state")
         ranks = self.state["rng"]
         if len(ranks) != self.world.size:
@@ -194,8 +193,15 @@ class Session:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    def restore(self, models: Mapping[str, Stream]) -> None:
+        """Gives the models back the weights and optimizer states of the checkpoint that this run goes on from."""
+        if self._newest is None or self.state is None:
+            return
+        for name, stream in models.items():
+            read_optimizer(self._newest / f"{name}.optimizer.safetensors", self.state["updates"][name], stream)
+
     def checkpoint(
-        self, step: int, models: Mapping[str, Saved], state: Callable[[], dict[str, Any]], *, best: bool = False
+        self, step: int, models: Mapping[str, Stream], state: Callable[[], dict[str, Any]], *, best: bool = False
     ) -> None:
         """At the end of a step: saves when one is due, when it is the best, at the last step, or when told to stop."""
         stopping = self._stopping()
@@ -204,7 +210,7 @@ class Session:
         if stopping and step < self._total:
             self._stop(stopping)
 
-    def pause(self, step: int, models: Mapping[str, Saved], state: Callable[[], dict[str, Any]]) -> None:
+    def pause(self, step: int, models: Mapping[str, Stream], state: Callable[[], dict[str, Any]]) -> None:
         """A safe point inside a step, of which `step` are complete: saves and stops if a signal has arrived."""
         if stopping := self._stopping():
             self._save(step, models, state(), best=False)
@@ -226,20 +232,59 @@ class Session:
         name = signal.Signals(signum).name
         raise StoppedError(f"{name}: stopped after a checkpoint; go on with: penstock resume {self.path}", signum)
 
-    def _save(self, step: int, models: Mapping[str, Saved], state: dict[str, Any], best: bool) -> None:
+    def _save(self, step: int, models: Mapping[str, Stream], state: dict[str, Any], best: bool) -> None:
         rng = self.world.gather(checkpoint.rng_state())
         if self.world.first:
             offsets = {name: lines.sync() for name, lines in self._lines.items()}
-            state |= {"rng": rng, "episode": self.episode, "offsets": offsets, "skips": self._skips, "data": self._data}
+            updates = {name: stream.sink.steps for name, stream in models.items() if stream.sink}
+            state |= {
+                "updates": updates,
+                "rng": rng,
+                "episode": self.episode,
+                "offsets": offsets,
+                "skips": self._skips,
+                "data": self._data,
+            }
 
             def write(directory: Path) -> None:
-                for name, model in models.items():
-                    model.save_pretrained(directory / name)
+                for name, stream in models.items():
+                    stream.model.save_pretrained(directory / name)
                     self.finishing(directory / name)
+                    write_optimizer(directory / f"{name}.optimizer.safetensors", stream)
                 checkpoint.write_state(directory / "state", state)
 
             digest = hashlib.sha256(json.dumps(self._flags, sort_keys=True).encode()).hexdigest()
             meta = {"command": self.command, "config_sha256": digest, "world_size": self.world.size}
             keep = self.config.run.keep
             checkpoint.save(self.path / "checkpoints", step, write, meta, keep=keep, best=best)
+        else:
+            for stream in models.values():  # helps the first rank to gather what ranks share
+                stream.model.save_pretrained(None)
+                write_optimizer(None, stream)
         self.world.broadcast(None)  # no rank goes on before the checkpoint is whole
+
+
+def write_optimizer(path: Path | None, stream: Stream) -> None:
+    """Every trained weight's fp32 master and moments, by name: any strategy and world can go on from them.
+
+    None: this rank only helps to gather them.
+    """
+    sink = stream.sink
+    assert sink is not None
+    if path is None:
+        if any(not one.whole or one.split for one in sink.stored):
+            for _ in sink.saved_states():
+                pass
+        return
+    entries = [
+        tensorfile.Entry(f"{weight.name}.{kind}", torch.float32, weight.shape)
+        for weight in sink.weights
+        for kind in SAVED
+    ]
+    tensorfile.write(path, entries, sink.saved_states(), {"format": "pt"})
+
+
+def read_optimizer(path: Path, updates: int, stream: Stream) -> None:
+    """Gives a model the masters and moments that `write_optimizer` wrote after so many updates, bit by bit."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        stream.restore(updates, lambda weight, kind: file.get_tensor(f"{weight}.{kind}"))

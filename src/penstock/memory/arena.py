@@ -1,0 +1,91 @@
+"""Fixed slots of device memory through which chunks pass: allocated once, cut once, addresses never change.
+
+All models of a run share one arena. A slot keeps the chunk it last held until somebody needs its place, so an arena
+with enough slots is a resident model, and one with two is a stream.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from penstock.errors import ResourceError
+from penstock.memory.tiers import Ram, show_bytes
+
+Key = Hashable
+"""What a slot holds: (model, chunk index)."""
+
+
+@dataclass
+class Slot:
+    """One run of device memory. Free: key None. Cached: a key, nobody uses it. Leased: users > 0."""
+
+    memory: Tensor
+    """[nbytes] uint8, on a page."""
+    key: Key | None = None
+    users: int = 0
+    landing: Callable[[], None] | None = None
+    """Waits for the copy that fills the slot; None once it has landed."""
+    age: int = field(default=0)
+
+    def wait(self) -> None:
+        """Returns when the chunk's bytes are there."""
+        if self.landing is not None:
+            landing, self.landing = self.landing, None
+            landing()
+
+
+class Arena:
+    """Slots of a few sizes on one tier. `sizes` are bytes, one entry per slot."""
+
+    def __init__(self, tier: Ram, sizes: Iterable[int], what: str = "slots") -> None:
+        homes = [tier.home(nbytes, torch.uint8, what) for nbytes in sorted(sizes)]
+        self.slots = [Slot(home.tensor) for home in homes]
+        self._tier = tier
+        self._clock = 0
+
+    def find(self, key: Key) -> Slot | None:
+        """The slot that holds the chunk, landed or on its way."""
+        return next((slot for slot in self.slots if slot.key == key), None)
+
+    def claim(self, key: Key, nbytes: int, next_use: Callable[[Key], int]) -> Slot | None:
+        """A slot for a chunk of `nbytes`, or None when all that fit are leased.
+
+        The smallest size that fits is taken; within it an empty slot first, else the one whose chunk is used latest
+        from now, which is optimal when the order is known (Belady 1966), and ours is.
+        """
+        fitting = [slot for slot in self.slots if len(slot.memory) >= nbytes and not slot.users]
+        if not fitting:
+            return None
+        size = min(len(slot.memory) for slot in fitting)
+        slot = max(
+            (slot for slot in fitting if len(slot.memory) == size),
+            key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age),
+        )
+        slot.wait()  # a prefetch that nobody came for must not write into the next chunk
+        self._clock += 1
+        slot.key, slot.age = key, self._clock
+        return slot
+
+    def forget(self, belongs: Callable[[Key], bool]) -> None:
+        """Empties the slots of chunks whose homes have changed."""
+        for slot in self.slots:
+            if slot.key is not None and belongs(slot.key):
+                assert not slot.users
+                slot.wait()
+                slot.key = None
+
+    def close(self) -> None:
+        """Gives the memory back; nobody may be using a slot."""
+        self.forget(lambda key: True)
+        self._tier.give(sum(len(slot.memory) for slot in self.slots))
+        self.slots = []
+
+    def too_small(self, nbytes: int) -> ResourceError:
+        """What to say when a chunk has no slot to go to."""
+        have = ", ".join(show_bytes(len(slot.memory)) for slot in self.slots)
+        return ResourceError(
+            f"--device-memory: a chunk of {show_bytes(nbytes)} must be in device memory and all slots ({have}) are "
+            "smaller or in use; give more device memory or a smaller --chunk-size."
+        )

@@ -1,0 +1,112 @@
+"""How a model's weights lie in chunks: names, offsets and counts. Pure: it never sees a tensor and imports no torch.
+
+The program of a model visits *groups* of weights in a fixed order (the token table, block 0, block 1, ...). A group's
+weights of one dtype, trained or frozen, lie end to end in one chunk; a group above `max_numel` is cut between weights
+into even chunks. Equal blocks give equal chunks, so that one slot serves them all. Every chunk is padded so that its
+shards are equally long and every shard begins and ends on a page, in any dtype: disks and collectives ask for that.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ALIGN = 2048
+"""Elements: 4096 bytes, a page, in two-byte dtypes."""
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes per element of the dtypes that weights compute in."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter. Example: Weight("decoder.blocks.0.qkv.weight", (48, 16), 768, "float32", True)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trained: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A contiguous run of consecutive weights of one group."""
+
+    index: int
+    """Its place in the model's operational order."""
+    group: str
+    weights: tuple[Weight, ...]
+    offsets: tuple[int, ...]
+    """Where each weight begins, in elements."""
+    numel: int
+    """Elements with the padding: a multiple of world * ALIGN."""
+
+    @property
+    def dtype(self) -> str:
+        """What its weights compute in."""
+        return self.weights[0].dtype
+
+    @property
+    def trained(self) -> bool:
+        """Whether an optimizer moves it; a frozen chunk has weights and nothing else."""
+        return self.weights[0].trained
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights, whole."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+def layout(
+    groups: Iterable[tuple[str, Sequence[Weight]]], *, world: int = 1, max_numel: int | None = None
+) -> list[Chunk]:
+    """The chunks of a model whose groups come in operational order. Every weight is in exactly one chunk."""
+    chunks: list[Chunk] = []
+    for group, weights in groups:
+        kinds: dict[tuple[str, bool], list[Weight]] = {}
+        for weight in weights:
+            kinds.setdefault((weight.dtype, weight.trained), []).append(weight)
+        for kind in kinds.values():
+            for run in even_runs(kind, max_numel):
+                offsets, end = [], 0
+                for weight in run:
+                    offsets.append(end)
+                    end += weight.numel
+                padded = -(-end // (world * ALIGN)) * world * ALIGN
+                chunks.append(Chunk(len(chunks), group, tuple(run), tuple(offsets), padded))
+    return chunks
+
+
+def even_runs(weights: Sequence[Weight], max_numel: int | None) -> list[list[Weight]]:
+    """Consecutive weights in the fewest runs of at most `max_numel` elements, the longest run as short as it can be.
+
+    A weight that is longer by itself is a run of its own: weights are never cut.
+    """
+    total = sum(weight.numel for weight in weights)
+    if max_numel is None or total <= max_numel or len(weights) == 1:
+        return [list(weights)]
+    fewest = len(_fill(weights, max_numel))
+    low, high = max((weight.numel for weight in weights if weight.numel <= max_numel), default=1), max_numel
+    while low < high:  # the least capacity that still needs no more runs
+        middle = (low + high) // 2
+        if len(_fill(weights, middle)) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    return _fill(weights, low)
+
+
+def _fill(weights: Sequence[Weight], capacity: int) -> list[list[Weight]]:
+    runs: list[list[Weight]] = [[]]
+    held = 0
+    for weight in weights:
+        if runs[-1] and held + weight.numel > capacity:
+            runs.append([])
+            held = 0
+        runs[-1].append(weight)
+        held += weight.numel
+    return runs

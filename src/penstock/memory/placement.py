@@ -1,0 +1,53 @@
+"""The table of strategies: where weights, gradients and optimizer states live, and whether ranks share them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.errors import UserError
+
+TierName = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one kind of bytes lives: on which tier, whole on every rank or one shard each."""
+
+    tier: TierName
+    sharded: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy of the table."""
+
+    params: Placement
+    grads: Placement
+    optimizer: Placement
+
+
+WHOLE, SHARD = Placement("device", sharded=False), Placement("device", sharded=True)
+HOST, DISK = Placement("host", sharded=True), Placement("disk", sharded=True)
+
+STRATEGIES: dict[str, Row] = {
+    #                  params, grads, optimizer states
+    "naive":       Row(WHOLE, WHOLE, WHOLE),
+    "ddp":         Row(WHOLE, WHOLE, WHOLE),
+    "zero1":       Row(WHOLE, WHOLE, SHARD),
+    "zero1_cpu":   Row(WHOLE, WHOLE, HOST),
+    "zero2":       Row(WHOLE, SHARD, SHARD),
+    "zero2_cpu":   Row(WHOLE, HOST, HOST),
+    "gemini":      Row(SHARD, SHARD, SHARD),
+    "gemini_cpu":  Row(HOST, HOST, HOST),
+    "gemini_nvme": Row(DISK, HOST, DISK),
+}  # fmt: skip
+
+
+def known(name: str) -> str:
+    """The strategy's own name: the reference's names (colossalai_gemini_cpu, ...) mean the same rows.
+
+    Raises UserError for names that do not exist.
+    """
+    ours = name.removeprefix("colossalai_").replace("gemini_cuda", "gemini")
+    if ours not in STRATEGIES:
+        raise UserError(f"--strategy {name}: no such strategy; there are {', '.join(STRATEGIES)}.")
+    return ours

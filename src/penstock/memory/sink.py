@@ -1,0 +1,225 @@
+"""Where gradients go: added up at home, chunk by chunk, clipped by one norm, and turned into an update where the
+optimizer's state lives.
+
+States on a disk pass through three sets of small buffers in RAM: one is read ahead, one is updated, one is written.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from penstock.memory.adam import AdamW, join, split
+from penstock.memory.chunks import Weight
+from penstock.memory.shard import World
+from penstock.memory.stored import CPU, Stored, bring, gather, put_back
+from penstock.memory.tiers import DiskHome, Home, RamHome
+
+PIECE = 1 << 22
+"""Elements that one set of buffers between disk and update holds."""
+SETS, SET_BYTES = 3, PIECE * 14
+"""A weight of up to 4 bytes, or of 2 and its remainder, and two moments."""
+SAVED = ("master", "exp_avg", "exp_avg_sq")
+"""What a checkpoint keeps per weight, fp32, whatever the strategy and the world."""
+
+
+class Sink:
+    """The gradients and optimizer states of one model. `stored` are its trained chunks, in order."""
+
+    def __init__(
+        self, stored: Sequence[Stored], world: World, rule: AdamW, buffers: Callable[[], list[Tensor]]
+    ) -> None:
+        self.stored, self.world, self.rule = list(stored), world, rule
+        self.steps = 0
+        """Updates so far: AdamW's count."""
+        self._buffers = buffers
+        """`SETS` runs of `SET_BYTES` in RAM, shared by all models."""
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="update-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="update-write")
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Before a step: what the homes of gradients hold no longer counts."""
+        for one in self.stored:
+            one.graded = False
+            if one.in_place:
+                assert isinstance(one.grads, RamHome)
+                one.grads.tensor.zero_()
+
+    def open(self, one: Stored, grads: Tensor) -> None:
+        """Before a visit: makes `grads`, [numel] on the device, ready for autograd to add to."""
+        if one.graded and self.world.size == 1:
+            assert one.grads is not None
+            one.grads.read(grads)  # a second visit goes on adding where the first one stopped
+        else:
+            grads.zero_()
+
+    def settle(self, one: Stored, grads: Tensor) -> None:
+        """After a visit: takes its gradients home, reduced over ranks, this rank's shard."""
+        assert one.grads is not None
+        if self.world.size > 1:
+            mine = grads.new_empty(one.chunk.numel // self.world.size)
+            dist.reduce_scatter_tensor(mine, grads)
+            if one.graded:
+                mine += bring(one.grads, mine.device)
+            grads = mine
+        one.grads.write(grads)
+        one.graded = True
+
+    def sum_over_ranks(self) -> None:
+        """After the backward passes: whole gradients become the sum over ranks; sharded ones are that already."""
+        for one in self.stored:
+            if one.grads_whole and self.world.size > 1:
+                assert isinstance(one.grads, RamHome)
+                self.world.sum(one.grads.tensor)
+
+    def norm(self) -> Tensor:
+        """Global 2-norm over everything trained and over ranks, fp32 scalar (PPO.md 17).
+
+        Squares are added up chunk by chunk in fp64, in the same order on every tier.
+        """
+        shared = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for one in self.stored:
+            norm = torch.linalg.vector_norm(self._own_gradients(one, self.world.device), dtype=torch.float32)
+            shared += norm.double().square()
+        if any(not one.grads_whole or one.split for one in self.stored):
+            shared = self.world.sum(shared)
+        return shared.sqrt().float()
+
+    def _own_gradients(self, one: Stored, device: torch.device) -> Tensor:
+        """The gradients of this rank's share of the chunk, summed over ranks."""
+        assert one.grads is not None
+        if not (one.graded or one.in_place):  # nothing of this chunk took part
+            return torch.zeros(one.share.stop - one.share.start, dtype=one.dtype, device=device)
+        if one.grads_whole and isinstance(one.grads, RamHome):
+            return one.grads.tensor[one.share].to(device)
+        return bring(one.grads, device)
+
+    # --- update -------------------------------------------------------------------------------------------------------
+
+    def update(self, lr: float, scale: float) -> None:
+        """One AdamW update of every chunk, where its state lives, with gradients times `scale`."""
+        self.steps += 1
+        move = {"lr": lr, "scale": scale, "step": self.steps}
+        for one in self.stored:
+            if not _homes_on_disk(one):
+                with record_function(f"update.{one.chunk.group}"):
+                    self._update_in_ram(one, move)
+        self._update_on_disk([one for one in self.stored if _homes_on_disk(one)], move)
+
+    def _update_in_ram(self, one: Stored, move: dict[str, Any]) -> None:
+        device = next(home.tensor.device for home in one.states.values() if isinstance(home, RamHome))
+        states = {name: bring(home, device) for name, home in one.states.items()}
+        whole = bring(one.weights, device)
+        weights = whole[one.share] if one.whole else whole
+        self.rule.update(weights, states, self._own_gradients(one, device), **move)
+        if one.whole and one.split:  # ZeRO-1 and 2: every rank has all weights and moves its share of them
+            whole = gather(weights, self.world)
+        put_back(one.weights, whole)
+
+    def _update_on_disk(self, stored: Sequence[Stored], move: dict[str, Any]) -> None:
+        """Piece by piece; while one is updated the next is read and the last one written."""
+        pieces = [
+            (one, start, min(start + PIECE, one.share.stop - one.share.start))
+            for one in stored
+            for start in range(0, one.share.stop - one.share.start, PIECE)
+        ]
+        writing: list[Future | None] = [None] * SETS
+
+        def read(i: int) -> dict[str, Tensor]:
+            one, start, stop = pieces[i]
+            last = writing[i % SETS]
+            if last is not None:
+                last.result()  # the buffers' previous piece is on the disk
+            here, at = {}, 0
+            for name, home in _homes(one).items():
+                if isinstance(home, RamHome):
+                    here[name] = home.tensor[start:stop]
+                else:
+                    end = at + (stop - start) * home.dtype.itemsize
+                    here[name] = buffers[i % SETS][at:end].view(home.dtype)
+                    home.read(here[name], start)
+                    at = end
+            return here
+
+        if not pieces:
+            return
+        buffers = self._buffers()
+        reading: Future | None = self._reader.submit(read, 0)
+        gradients: tuple[Stored, Tensor] | None = None
+        for i, (one, start, stop) in enumerate(pieces):
+            assert reading is not None
+            here = reading.result()
+            reading = self._reader.submit(read, i + 1) if i + 1 < len(pieces) else None
+            if gradients is None or gradients[0] is not one:
+                gradients = (one, self._own_gradients(one, CPU))
+            states = {name: tensor for name, tensor in here.items() if name != "weights"}
+            with record_function(f"update.{one.chunk.group}"):
+                self.rule.update(here["weights"], states, gradients[1][start:stop], **move)
+            writing[i % SETS] = self._writer.submit(_write, _homes(one), here, start)
+        for last in writing:
+            if last is not None:
+                last.result()
+
+    # --- states by weight name ----------------------------------------------------------------------------------------
+
+    def saved_states(self) -> Iterator[Tensor]:
+        """Every weight's `SAVED` states, whole, fp32, on the CPU. Where ranks share, all of them go through it."""
+        for one in self.stored:
+            whole = one.whole_states(self.world)
+            weights = one.whole_weights(self.world)
+            if "remainder" in whole:
+                master = torch.empty(one.chunk.numel)
+                join(weights, whole.pop("remainder"), master)
+                weights = master
+            whole["master"] = weights
+            for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True):
+                for name in SAVED:
+                    yield whole[name][offset : offset + weight.numel].view(weight.shape)
+
+    def load_states(self, read: Callable[[str, str], Tensor]) -> None:
+        """Inverse of `saved_states`, bit by bit: `read(weight name, state name)` gives a whole tensor.
+
+        Raises ValueError when they belong to another model.
+        """
+        for one in self.stored:
+            whole = {name: torch.zeros(one.chunk.numel) for name in SAVED}
+            for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True):
+                for name, tensor in whole.items():
+                    found = read(weight.name, name)
+                    if found.shape != weight.shape:
+                        raise ValueError("the optimizer state in the checkpoint belongs to a model of another size")
+                    tensor[offset : offset + weight.numel] = found.flatten()
+            weights = whole.pop("master")
+            if "remainder" in one.states:
+                high = torch.empty(one.chunk.numel, dtype=one.dtype)
+                whole["remainder"] = torch.empty(one.chunk.numel, dtype=torch.int16)
+                split(weights, high, whole["remainder"])
+                weights = high
+            for name, home in one.states.items():
+                home.write(whole[name][one.share])
+            one.weights.write(weights if one.whole else weights[one.share])
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The trained weights, in the order of `saved_states`."""
+        return [weight for one in self.stored for weight in one.chunk.weights]
+
+
+def _homes(one: Stored) -> dict[str, Home]:
+    return {"weights": one.weights, **one.states}
+
+
+def _homes_on_disk(one: Stored) -> bool:
+    return any(isinstance(home, DiskHome) for home in _homes(one).values())
+
+
+def _write(homes: dict[str, Home], here: dict[str, Tensor], start: int) -> None:
+    for name, home in homes.items():
+        if isinstance(home, DiskHome):
+            home.write(here[name], start)

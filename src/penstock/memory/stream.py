@@ -1,0 +1,420 @@
+"""One model's weights in motion: fetch, compute, drop, in the order of its program.
+
+A `Stream` knows where every chunk is at home, brings chunks to the device while a part of the program runs, and takes
+their gradients away afterwards. It decides nothing: which tiers, how many slots and whether to recompute come from the
+plan. Several micro-batches run inside one visit, so a weight moves once per pass whatever their number.
+"""
+
+import contextlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from penstock.memory.arena import Arena, Slot
+from penstock.memory.chunks import Chunk
+from penstock.memory.program import Part, Program, owners
+from penstock.memory.shard import World
+from penstock.memory.sink import Sink
+from penstock.memory.stored import Stored
+from penstock.memory.tiers import DiskHome, RamHome
+
+NEVER = 1 << 60
+LossOf = Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
+"""(last states [B, T, D], micro-batch) -> its part of the loss, and statistics."""
+
+
+@dataclass
+class Hold:
+    """A chunk in use: what `lease` took and `release` gives back."""
+
+    stored: Stored
+    slot: Slot | None
+    gradient_slot: Slot | None
+    gradients: bool
+
+
+class Stream:
+    """See the module. Made by `Strategy.prepare`; `arena` and `gradient_arena` are called when first needed."""
+
+    def __init__(
+        self,
+        model: Any,
+        stored: Sequence[Stored],
+        world: World,
+        *,
+        sink: Sink | None,
+        recompute: bool,
+        arenas: Callable[[], tuple[Arena, Arena]],
+    ) -> None:
+        self.model: Any = model
+        """A module that is a `Program`."""
+        self.program: Program = model
+        self.world, self.sink = world, sink
+        self.stored = list(stored)
+        self.recompute = recompute
+        self.device: torch.device = world.device
+        """Where weights are when a part runs."""
+        self._arenas = arenas
+        self._owners = owners(model)
+        self._empty = {
+            name: nn.Parameter(torch.empty_like(getattr(*owner), device="meta"), getattr(*owner).requires_grad)
+            for name, owner in self._owners.items()
+        }
+        """Shapes and dtypes: what stands in for weights that are not here."""
+        self._groups: dict[str, list[Stored]] = {}
+        for one in self.stored:
+            self._groups.setdefault(one.chunk.group, []).append(one)
+        self._holds: dict[int, list[Hold]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._order: list[tuple[str, ...]] = []
+        self._positions: dict[str, list[int]] = {}
+        self._at = 0
+        self._repeats = True
+        self._follow(self._cycle(), repeats=True)
+        for one in self.stored:
+            self._unbind(one.chunk)
+            if one.resident:
+                assert isinstance(one.weights, RamHome)
+                grads = one.grads.tensor if isinstance(one.grads, RamHome) and one.in_place else None
+                self._bind(one.chunk, one.weights.tensor, trained=one.chunk.trained)
+                if grads is not None:
+                    self._bind_gradients(one.chunk, grads)
+        model.feed = self
+
+    # --- what models call: weights for a moment, without gradients ----------------------------------------------------
+
+    @contextlib.contextmanager
+    def visit(self, *groups: str) -> Iterator[None]:
+        """Inside, the weights of these groups are on the device, bound to the model's own modules."""
+        with self.lease(groups, gradients=False):
+            yield
+
+    @property
+    def collective(self) -> bool:
+        """Whether a visit brings ranks together: all must make it, in the same order."""
+        return any(not one.whole for one in self.stored)
+
+    def together(self, busy: bool) -> bool:
+        """Whether any rank is still busy with this model: a rank that is done keeps visiting with the others."""
+        return bool(self.most(int(busy)))
+
+    def most(self, count: int) -> int:
+        """The largest count of all ranks, where they must visit as often as each other; else its own."""
+        if not self.collective:
+            return count
+        return int(self.world.max(torch.tensor(count, device=self.world.device)))
+
+    # --- passes -------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, micro_batches: Sequence[Any], read: Callable[[Tensor, Any], Any]) -> list[Any]:
+        """read(last states, micro-batch) of every micro-batch (each has `.tokens` [B, T]), without gradients."""
+        results: list[Any] = []
+        for wave in self._waves(micro_batches, agree=False):
+            xs: list[Tensor] = [one.tokens for one in wave]
+            contexts = [self.program.begin(one.tokens) for one in wave]
+            self._follow(self._cycle(), repeats=True)
+            for part in self.program.parts():
+                with self.lease(part.groups, gradients=False):
+                    xs = [part.run(x, context) for x, context in zip(xs, contexts, strict=True)]
+            with self.lease(self.program.reads(), gradients=False):
+                results += [read(x, one) for x, one in zip(xs, wave, strict=True)]
+        return results
+
+    def backward(self, micro_batches: Sequence[Any], loss_of: LossOf) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Forward and backward of every micro-batch; the gradients' sum is in the homes afterwards.
+
+        Returns each micro-batch's loss and statistics. With `recompute` a block's inner activations live only while
+        it is visited: forward keeps the inputs of blocks, backward runs each block once more.
+        """
+        results: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for wave in self._waves(micro_batches, agree=True):
+            results += self._pass(wave, loss_of)
+        return results
+
+    def _pass(self, wave: Sequence[Any], loss_of: LossOf) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        parts = self.program.parts()
+        first = self._first_trained(parts)
+        order = self.visits()
+        self._follow([*order, *(part.groups for part in reversed(parts[first:-1]))], repeats=False)
+        contexts = [self.program.begin(one.tokens) for one in wave]
+        xs: list[Tensor] = [one.tokens for one in wave]
+        inputs: list[list[Tensor]] = []
+        outputs: list[list[Tensor]] = []
+        for i, part in enumerate(parts[:-1]):
+            keep = i >= first
+            with self.lease(part.groups, gradients=False):
+                if keep:
+                    inputs.append([_leaf(x, i > first) for x in xs])
+                    xs = inputs[-1]
+                with record_function(f"forward.{i}"), torch.set_grad_enabled(keep and not self.recompute):
+                    ys = [part.run(x, context) for x, context in zip(xs, contexts, strict=True)]
+                if keep:
+                    outputs.append([] if self.recompute else ys)
+                xs = [y.detach() for y in ys]
+        results, slopes = [], []
+        with self.lease(order[-1], gradients=True), torch.enable_grad(), record_function("turn"):
+            for x, context, one in zip(xs, contexts, wave, strict=True):
+                x = _leaf(x, len(parts) - 1 > first)
+                loss, stats = loss_of(parts[-1].run(x, context), one)
+                loss.backward()
+                results.append((loss.detach(), stats))
+                slopes.append(x.grad)
+        for i in reversed(range(first, len(parts) - 1)):
+            here, ys = inputs.pop(), outputs.pop()
+            with self.lease(parts[i].groups, gradients=True), record_function(f"backward.{i}"):
+                for j, context in enumerate(contexts):
+                    x = here.pop(0)  # what one micro-batch held is let go of before the next
+                    with torch.enable_grad():
+                        y = parts[i].run(x, context) if self.recompute else ys.pop(0)
+                    if y.requires_grad:
+                        y.backward(slopes[j])
+                    slopes[j] = x.grad
+        return results
+
+    def _first_trained(self, parts: Sequence[Part]) -> int:
+        """The first part that has something to learn; nothing before it needs a gradient."""
+        for i, part in enumerate(parts):
+            if any(one.chunk.trained for group in part.groups for one in self._groups.get(group, ())):
+                return i
+        return len(parts) - 1
+
+    def _waves(self, micro_batches: Sequence[Any], agree: bool) -> list[Sequence[Any]]:
+        """Micro-batches that share one visit: all of them when weights move, else one after the other."""
+        if self.recompute or not all(one.resident for one in self.stored):
+            return [micro_batches]
+        waves: list[Sequence[Any]] = [[one] for one in micro_batches]
+        if agree and any(not one.grads_whole for one in self.stored if one.chunk.trained):
+            # Every wave ends in collectives, so a rank with fewer micro-batches visits with empty hands.
+            most = int(self.world.max(torch.tensor(len(waves), device=self.world.device)))
+            waves += [[] for _ in range(most - len(waves))]
+        return waves
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def update(self, lr: float, scale: float) -> None:
+        """One AdamW update of every trained chunk, with gradients times `scale`; slots forget what they held."""
+        assert self.sink is not None
+        self.sink.update(lr, scale)
+        self._forget()
+
+    def restore(self, steps: int, read: Callable[[str, str], Tensor]) -> None:
+        """Weights and optimizer states of an earlier run after `steps` updates; see `Sink.load_states`."""
+        assert self.sink is not None
+        self.sink.steps = steps
+        self.sink.load_states(read)
+        self._forget()
+
+    def _forget(self) -> None:
+        if not all(one.resident for one in self.stored):
+            self._arenas()[0].forget(lambda key: key[0] == id(self))  # type: ignore[index]
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lease(self, groups: Sequence[str], gradients: bool) -> Iterator[None]:
+        """Inside, the weights of these groups are on the device and, with `gradients`, have a place for theirs."""
+        self._advance(tuple(groups))
+        needed = [one for group in groups for one in self._groups.get(group, ())]
+        # The largest first: a small chunk may have been fetched into the only slot that holds a large one.
+        holds = [self._hold(one, gradients) for one in sorted(needed, key=lambda one: -one.chunk.nbytes)]
+        self._prefetch()
+        try:
+            yield
+        finally:
+            for hold in reversed(holds):
+                self._release(hold)
+
+    def _hold(self, one: Stored, gradients: bool) -> Hold:
+        gradients = gradients and one.chunk.trained
+        outer = self._holds.setdefault(one.chunk.index, [])
+        if outer:  # inside another lease of the same chunk
+            hold = Hold(one, None, None, gradients=False)
+            outer.append(hold)
+            return hold
+        slot = None
+        if not one.resident:
+            slot = self._fetch(one)
+            slot.users += 1
+            slot.wait()
+        gradient_slot = None
+        grads = None
+        if gradients and not one.in_place:
+            gradient_slot = self._gradient_slot(one)
+            grads = gradient_slot.memory[: one.chunk.nbytes].view(one.dtype)
+        if slot is not None:
+            if grads is None and gradients:
+                assert isinstance(one.grads, RamHome)
+                grads = one.grads.tensor
+            weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
+            self._bind(one.chunk, weights, trained=gradients)
+            if grads is not None:
+                self._bind_gradients(one.chunk, grads)
+        elif grads is not None:  # resident weights: the graph knows these very parameters
+            self._bind_gradients(one.chunk, grads)
+        hold = Hold(one, slot, gradient_slot, gradients)
+        outer.append(hold)
+        return hold
+
+    def _release(self, hold: Hold) -> None:
+        one = hold.stored
+        self._holds[one.chunk.index].remove(hold)
+        if hold.gradient_slot is not None:
+            assert self.sink is not None
+            self.sink.settle(one, hold.gradient_slot.memory[: one.chunk.nbytes].view(one.dtype))
+            hold.gradient_slot.users -= 1
+            hold.gradient_slot.key = None
+        elif hold.gradients:
+            one.graded = True
+        if hold.slot is not None:
+            hold.slot.users -= 1
+            self._unbind(one.chunk)
+        elif hold.gradient_slot is not None:
+            for weight in one.chunk.weights:
+                getattr(*self._owners[weight.name]).grad = None
+
+    def _bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> None:
+        """The model's own parameters become views of `weights`."""
+        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
+            view = weights[offset : offset + weight.numel].view(weight.shape)
+            setattr(*self._owners[weight.name], nn.Parameter(view, requires_grad=trained))
+
+    def _bind_gradients(self, chunk: Chunk, grads: Tensor) -> None:
+        """The bound parameters' gradients become views of `grads`: autograd adds in place, so the views survive."""
+        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
+            view = grads[offset : offset + weight.numel].view(weight.shape)
+            getattr(*self._owners[weight.name]).grad = view
+
+    def _unbind(self, chunk: Chunk) -> None:
+        for weight in chunk.weights:
+            setattr(*self._owners[weight.name], self._empty[weight.name])
+
+    def _gradient_slot(self, one: Stored) -> Slot:
+        arena = self._arenas()[1]
+        slot = arena.claim((id(self), one.chunk.index), one.chunk.nbytes, lambda key: 0)
+        if slot is None:
+            raise arena.too_small(one.chunk.nbytes)
+        slot.users += 1
+        assert self.sink is not None
+        self.sink.open(one, slot.memory[: one.chunk.nbytes].view(one.dtype))
+        return slot
+
+    # --- fetching -----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, one: Stored) -> Slot:
+        """The chunk's slot, filled or being filled."""
+        arena = self._arenas()[0]
+        key = (id(self), one.chunk.index)
+        slot = arena.find(key)
+        if slot is None:
+            slot = arena.claim(key, one.chunk.nbytes, self._next_use)
+            if slot is None:
+                raise arena.too_small(one.chunk.nbytes)
+            slot.landing = self._start(one, slot)
+        return slot
+
+    def _start(self, one: Stored, slot: Slot) -> Callable[[], None]:
+        """Begins to fill a slot; calling the result waits until it is full."""
+        out = slot.memory[: one.chunk.nbytes].view(one.dtype)
+        mine = out
+        if not one.whole:
+            size = one.chunk.numel // self.world.size
+            mine = out[self.world.rank * size : (self.world.rank + 1) * size]
+        arrived: Callable[[], None]
+        if isinstance(one.weights, DiskHome):
+            arrived = self._reader.submit(one.weights.read, mine).result
+        else:
+            arrived = _copy_ahead(one.weights, mine)
+
+        def land() -> None:
+            arrived()
+            if mine is not out:
+                dist.all_gather_into_tensor(out, mine.clone())
+
+        return land
+
+    def _prefetch(self) -> None:
+        """Sends for the chunks of the next visit, if a slot holds nothing that is needed sooner."""
+        ahead = self._at + 1
+        if ahead >= len(self._order):
+            if not self._repeats:
+                return
+            ahead = 0
+        for group in self._order[ahead]:
+            for one in self._groups.get(group, ()):
+                key = (id(self), one.chunk.index)
+                if one.resident:
+                    continue
+                arena = self._arenas()[0]
+                if arena.find(key) is None:
+                    slot = arena.claim(key, one.chunk.nbytes, self._next_use)
+                    if slot is not None:
+                        slot.landing = self._start(one, slot)
+
+    def visits(self) -> list[tuple[str, ...]]:
+        """Groups that are needed at once, in order: the parts', the last of them with what reads its states."""
+        parts = self.program.parts()
+        return [*(part.groups for part in parts[:-1]), (*parts[-1].groups, *self.program.reads())]
+
+    def _cycle(self) -> list[tuple[str, ...]]:
+        return [*(part.groups for part in self.program.parts()), self.program.reads()]
+
+    def _follow(self, order: list[tuple[str, ...]], *, repeats: bool) -> None:
+        """What will be visited, in this order: eviction and prefetch read it."""
+        self._order, self._repeats, self._at = order, repeats, -1
+        self._positions = {}
+        for i, groups in enumerate(order):
+            for group in groups:
+                self._positions.setdefault(group, []).append(i)
+
+    def _advance(self, groups: tuple[str, ...]) -> None:
+        for step in range(1, len(self._order) + 1):
+            at = (self._at + step) % len(self._order)
+            if self._order[at] == groups:
+                self._at = at
+                return
+
+    def _next_use(self, key: Any) -> int:
+        """Visits from now until this chunk is needed again."""
+        stream, index = key
+        if stream != id(self):
+            return NEVER
+        positions = self._positions.get(self.stored[index].chunk.group, ())
+        later = bisect_right(positions, self._at)
+        if later < len(positions):
+            return positions[later] - self._at
+        return len(self._order) - self._at + positions[0] if self._repeats and positions else NEVER
+
+
+def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
+    """The same values cut from what made them; with a gradient of its own if wanted."""
+    x = x.detach()
+    return x.requires_grad_() if wants_gradient and x.is_floating_point() else x
+
+
+def _copy_ahead(home: RamHome, out: Tensor) -> Callable[[], None]:
+    """Starts copying a home to a slot; the result waits for it. On a GPU the copy runs on a stream of its own."""
+    if out.device.type == "cpu":
+        return lambda: home.read(out)  # the same cores would do it: copy when it is needed
+    side = _side_stream(out.device)
+    side.wait_stream(torch.accelerator.current_stream(out.device))  # whoever used the slot before has finished
+    with side:
+        home.tier.bytes_read += home.tensor.nbytes
+        out.copy_(home.tensor, non_blocking=True)
+        landed = side.record_event()
+    return lambda: torch.accelerator.current_stream(out.device).wait_event(landed)
+
+
+_SIDE: dict[torch.device, torch.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.Stream:
+    if device not in _SIDE:
+        _SIDE[device] = torch.Stream(device)
+    return _SIDE[device]

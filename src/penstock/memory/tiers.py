@@ -1,0 +1,218 @@
+"""The memories of one rank: device, host and disk, each with a byte budget that is never passed.
+
+A tier hands out *homes*: places of a fixed length that hold one run of elements. RAM homes are tensors and can be used
+where they lie; a disk home is read and written whole, past the page cache where the file system allows it (O_DIRECT),
+in blocks, by a few threads (preadv and pwritev release the GIL).
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.errors import ResourceError, UserError
+
+PAGE = 4096
+BLOCK = 8 << 20
+"""Bytes per disk request: large enough for the disk's full speed, small enough to share among threads."""
+THREADS = 4
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+         "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes of "6GB", "512 MiB", "1.5e9". Raises UserError naming `flag` otherwise."""
+    number = text.strip().rstrip("bBkKmMgGtTiI ")
+    unit = text.strip()[len(number) :].strip().lower()
+    try:
+        nbytes = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"{flag} {text}: not a number of bytes; write 6GB, 512MB or 1.5TB.") from error
+    if nbytes <= 0:
+        raise UserError(f"{flag} {text}: must be above 0.")
+    return nbytes
+
+
+def show_bytes(nbytes: float) -> str:
+    """1234567890 -> "1.23 GB"."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+class Tier:
+    """A memory with a byte budget (None: only the machine's own)."""
+
+    def __init__(self, name: str, budget: int | None = None) -> None:
+        self.name, self.budget = name, budget
+        self.used = self.peak = 0
+        self.bytes_read = self.bytes_written = 0
+
+    def check(self, nbytes: int, what: str) -> None:
+        """Raises ResourceError when so many bytes more would pass the budget."""
+        if self.budget is not None and self.used + nbytes > self.budget:
+            flag = "--disk" if self.name == "disk" else f"--{self.name}-memory"
+            raise ResourceError(
+                f"{flag} {show_bytes(self.budget)}: {what} would bring it to {show_bytes(self.used + nbytes)}; give at "
+                "least that, or a strategy that keeps more elsewhere."
+            )
+
+    def take(self, nbytes: int, what: str) -> None:
+        """Counts bytes in use. Raises ResourceError instead of passing the budget."""
+        self.check(nbytes, what)
+        self.used += nbytes
+        self.peak = max(self.peak, self.used)
+
+    def give(self, nbytes: int) -> None:
+        """Counts bytes no longer in use."""
+        self.used -= nbytes
+        assert self.used >= 0
+
+
+class Ram(Tier):
+    """Device memory, or host memory."""
+
+    def __init__(self, name: str, device: torch.device, budget: int | None = None) -> None:
+        super().__init__(name, budget)
+        self.device = device
+
+    def home(self, numel: int, dtype: torch.dtype, what: str) -> "RamHome":
+        """Zeroed memory for `numel` elements."""
+        nbytes = numel * dtype.itemsize
+        self.take(nbytes, what)
+        return RamHome(self, empty_pages(nbytes, self.device).view(dtype))
+
+
+class RamHome:
+    """A run of elements in RAM, used where it lies."""
+
+    def __init__(self, tier: Ram, tensor: Tensor) -> None:
+        self.tier, self.tensor = tier, tensor
+
+    def read(self, out: Tensor, start: int = 0) -> None:
+        """Fills `out` with the elements from `start` on."""
+        self.tier.bytes_read += out.nbytes
+        out.copy_(self.tensor[start : start + out.numel()])
+
+    def write(self, source: Tensor, start: int = 0) -> None:
+        """Replaces the elements from `start` on by `source`."""
+        self.tier.bytes_written += source.nbytes
+        self.tensor[start : start + source.numel()].copy_(source)
+
+
+class Disk(Tier):
+    """A preallocated file in a directory. It has no name: whatever kills the process, nothing is left behind."""
+
+    def __init__(self, directory: str | Path, budget: int | None = None) -> None:
+        super().__init__("disk", budget)
+        self.directory = Path(directory)
+        self.direct = True
+        """Whether reads and writes go past the page cache; False where the file system refuses."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            handle, path = tempfile.mkstemp(prefix="penstock-", suffix=".tier", dir=self.directory)
+        except OSError as error:
+            raise UserError(f"--disk {directory}: {error.strerror}; name a directory that can be written.") from error
+        self._buffered = handle
+        try:
+            self._file = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+            self.direct = hasattr(os, "O_DIRECT")
+        except OSError:  # tmpfs and some network file systems
+            self._file, self.direct = os.dup(handle), False
+        os.unlink(path)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="disk")
+        self._end = 0
+
+    def home(self, numel: int, dtype: torch.dtype, what: str) -> "DiskHome":
+        """A zeroed extent of the file; its blocks are reserved now, so that no write can meet a full disk later."""
+        nbytes = numel * dtype.itemsize
+        padded = -(-nbytes // PAGE) * PAGE
+        self.take(padded, what)
+        try:
+            os.posix_fallocate(self._file, self._end, padded)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise ResourceError(
+                f"--disk {self.directory}: there is no room for {show_bytes(self._end + padded)} ({what}): "
+                f"{error.strerror}; free some space or name another disk."
+            ) from error
+        home = DiskHome(self, self._end, numel, dtype)
+        self._end += padded
+        return home
+
+    def close(self) -> None:
+        """Gives the space back."""
+        self._threads.shutdown()
+        os.close(self._file)
+        os.close(self._buffered)
+
+    def transfer(self, offset: int, memory: Tensor, write: bool) -> None:
+        """Moves all of `memory` (contiguous, on the CPU) to or from the file; blocks side by side."""
+        data = memory.view(-1).view(torch.uint8)
+        if self.direct and (data.data_ptr() % PAGE or data.numel() % PAGE):  # O_DIRECT wants whole, aligned pages
+            padded = -(-data.numel() // PAGE) * PAGE
+            bounce = empty_pages(padded, torch.device("cpu"))
+            if write:
+                bounce[: data.numel()] = data
+            self.transfer(offset, bounce, write)
+            if not write:
+                data.copy_(bounce[: data.numel()])
+            return
+        blocks = [(offset + at, data[at : at + BLOCK]) for at in range(0, data.numel(), BLOCK)]
+        list(
+            self._threads.map(lambda block: self._move(block[0], block[1], write), blocks)
+        )  # raises what a thread raised
+        if write:
+            self.bytes_written += data.numel()
+        else:
+            self.bytes_read += data.numel()
+
+    def _move(self, offset: int, block: Tensor, write: bool) -> None:
+        view = memoryview((ctypes.c_char * block.numel()).from_address(block.data_ptr())).cast("B")
+        move = os.pwritev if write else os.preadv
+        done = 0
+        while done < len(view):
+            moved = move(self._file, [view[done:]], offset + done)
+            if moved <= 0:
+                raise ResourceError(f"--disk {self.directory}: the file ended early; was it cut by someone else?")
+            done += moved
+
+
+class DiskHome:
+    """An extent of the disk tier's file."""
+
+    def __init__(self, tier: Disk, offset: int, numel: int, dtype: torch.dtype) -> None:
+        self.tier, self.offset, self.numel, self.dtype = tier, offset, numel, dtype
+
+    def read(self, out: Tensor, start: int = 0) -> None:
+        """Fills `out` with the elements from `start` on (a page's first), through RAM when `out` is elsewhere."""
+        here = out
+        if out.device.type != "cpu":
+            here = empty_pages(out.nbytes, torch.device("cpu")).view(self.dtype)
+        self.tier.transfer(self.offset + start * self.dtype.itemsize, here, write=False)
+        if here is not out:
+            out.copy_(here)
+
+    def write(self, source: Tensor, start: int = 0) -> None:
+        """Replaces the elements from `start` on (a page's first) by `source`."""
+        here = source.to("cpu", self.dtype).contiguous()
+        self.tier.transfer(self.offset + start * self.dtype.itemsize, here, write=True)
+
+
+Home = RamHome | DiskHome
+
+
+def empty_pages(nbytes: int, device: torch.device) -> Tensor:
+    """[nbytes] uint8, zeroed; on the CPU it begins on a page and costs no memory until it is written."""
+    if device.type != "cpu" or nbytes == 0:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

@@ -1,0 +1,113 @@
+"""The commands under strategies that move weights: the same run as resident, and checkpoints that any of them reads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from penstock.cli import main
+from penstock.memory.strategy import STRATEGIES, Strategy
+from penstock.models.roles import Actor
+from penstock.run.session import read_optimizer, write_optimizer
+from tests.conftest import comparisons, demonstrations
+
+SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
+SCORE = """
+def score(prompts, responses, *, response_ids=None, **_):
+    return [ids.count(5) - ids.count(6) for ids in response_ids]
+"""
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def place(name, folder):
+    disk = ["--disk", str(folder / "disk")] if name == "gemini_nvme" else []
+    return ["--strategy", name, "--device", "cpu", *disk]
+
+
+def last(run):
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+
+
+def command(stage, folder, model, jsonl):
+    if stage == "ppo":
+        (folder / "fn.py").write_text(SCORE)
+        data = jsonl([{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
+        more = ["--actor", model, "--reward-fn", f"{folder / 'fn.py'}:score", "--max-new-tokens", "6"]
+    else:
+        data = jsonl(demonstrations(12) if stage == "sft" else comparisons(12))
+        more = ["--model", model]
+    return [stage, *more, "--data", data, *SHARED]
+
+
+@pytest.mark.parametrize("name", ["zero2_cpu", "gemini", "gemini_cpu", "gemini_nvme"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_stage_is_the_same_run_wherever_its_weights_live(stage, name, tmp_path, tiny_model, jsonl):
+    arguments = command(stage, tmp_path, tiny_model(), jsonl)
+    for other in ("naive", name):
+        main([*arguments, "--out", str(tmp_path / other), *place(other, tmp_path)])
+    for a, b in zip(metrics(tmp_path / "naive"), metrics(tmp_path / name), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], abs=1e-4), key
+
+
+def test_a_checkpoint_of_two_ranks_on_disk_goes_on_resident_and_back(tmp_path, tiny_model, jsonl):
+    """2 ranks gemini_nvme -> 1 rank naive -> 2 ranks gemini_nvme: not a bit of weights or states is lost on the way."""
+    arguments = [*command("sft", tmp_path, tiny_model(), jsonl), "--checkpoint-every", "2", "--keep", "9"]
+    run, seen = tmp_path / "run", []
+
+    def two_ranks(*rest):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "penstock"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *rest], capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    two_ranks(*arguments, "--out", str(run), *place("gemini_nvme", tmp_path))
+    whole = run / "checkpoints" / "step-000004"
+    for resume in (
+        lambda: main(["resume", str(run), *place("naive", tmp_path)]),
+        lambda: two_ranks("resume", str(run), *place("gemini_nvme", tmp_path)),
+    ):
+        before = {name: load_file(whole / name) for name in ("model/model.safetensors", "model.optimizer.safetensors")}
+        seen.append(before)
+        for old in (whole, *(run / "checkpoints").glob("step-000003*")):
+            if old.exists():
+                os.rename(old, tmp_path / f"{len(seen)}-{old.name}")
+        resume()
+        for name, tensors in before.items():
+            for key, tensor in load_file(whole / name).items():
+                assert torch.allclose(tensor, tensors[key], atol=1e-5), key
+    theirs = AutoModelForCausalLM.from_pretrained(whole / "model").state_dict()
+    for key, tensor in load_file(whole / "model" / "model.safetensors").items():
+        assert torch.equal(theirs[key], tensor)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_a_checkpoint_holds_comes_back_bit_by_bit_under_any_strategy(name, dtype, tmp_path, tiny_model, jsonl):
+    arguments = command("sft", tmp_path, tiny_model(), jsonl)
+    run = tmp_path / "run"
+    main([*arguments, "--out", str(run), "--dtype", dtype, *place("gemini_cpu", tmp_path)])
+    before = load_file(last(run) / "model.optimizer.safetensors")
+
+    disk = str(tmp_path / "disk") if name == "gemini_nvme" else None
+    strategy = Strategy.named(name, dtype=dtype, device="cpu", disk=disk)
+    with strategy.init():
+        actor = Actor.from_pretrained(str(last(run) / "model"))
+    stream = strategy.prepare(actor)
+    read_optimizer(last(run) / "model.optimizer.safetensors", 4, stream)
+    write_optimizer(tmp_path / "again.safetensors", stream)
+    assert (tmp_path / "again.safetensors").read_bytes() == (last(run) / "model.optimizer.safetensors").read_bytes()
+    actor.save_pretrained(tmp_path / "again")
+    for key, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(last(run) / "model" / "model.safetensors")[key])
+    assert any(bool((one != 0).any()) for key, one in before.items() if key.endswith("exp_avg"))
