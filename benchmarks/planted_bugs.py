@@ -23,6 +23,7 @@ TESTS = (
 
 FN, PPO, SFT, RM = (f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward"))
 DECODER = "models/decoder.py"
+STREAM, SINK, ADAM, ARENA = (f"memory/{name}.py" for name in ("stream", "sink", "adam", "arena"))
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
 BUGS: list[tuple[str, str, str, str]] = [
@@ -98,11 +99,11 @@ BUGS: list[tuple[str, str, str, str]] = [
     (FN, "log of a sigmoid that underflows", "-F.logsigmoid(gaps - margin).mean()", "-torch.sigmoid(gaps - margin).log().mean()"),
     (FN, "first update at learning rate 0", "return (step + 1) / warmup", "return step / warmup"),
     # PPO's own lines
-    (PPO, "old log-probs taken from the reference", "            logprobs=logprobs,\n", "            logprobs=ref_logprobs,\n"),
-    (PPO, "reference scored by the actor", "logprobs_of(reference, tokens", "logprobs_of(actor, tokens"),
-    (PPO, "reference at temperature 1", "logprobs_of(reference, tokens, prompt_lengths, response_lengths, config.temperature)", "logprobs_of(reference, tokens, prompt_lengths, response_lengths, 1.0)"),
-    (PPO, "training at temperature 1", "logprobs_of(actor, part.tokens, part.prompt_lengths, part.lengths, config.temperature)", "logprobs_of(actor, part.tokens, part.prompt_lengths, part.lengths, 1.0)"),
-    (PPO, "value of the token itself", "fn.response_states(hidden, prompt_lengths, lengths)", "hidden[fn.response_mask(prompt_lengths, lengths, tokens.shape[1])]"),
+    (PPO, "old log-probs taken from the reference", "            logprobs=own,\n", "            logprobs=ref_logprobs,\n"),
+    (PPO, "reference scored by the actor", "logprobs(actors), logprobs(references)", "logprobs(actors), logprobs(actors)"),
+    (PPO, "reference at temperature 1", "logprobs_of(stream.model, hidden, rows, config.temperature)", "logprobs_of(stream.model, hidden, rows, config.temperature if stream is actors else 1.0)"),
+    (PPO, "training at temperature 1", "logprobs_of(actor, hidden, part, config.temperature)", "logprobs_of(actor, hidden, part, 1.0)"),
+    (PPO, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths)", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
     (PPO, "rewards whitened with their mean shifted", "fn.whiten(rewards, experience.mask, shift_mean=False)", "fn.whiten(rewards, experience.mask)"),
     (PPO, "advantages not whitened", "advantages=fn.whiten(advantages, experience.mask)", "advantages=advantages"),
     (PPO, "returns from whitened advantages", "returns=returns)", "returns=fn.whiten(advantages, experience.mask) + experience.values)"),
@@ -125,8 +126,15 @@ BUGS: list[tuple[str, str, str, str]] = [
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
     (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),
     (DECODER, "embedding's gradient overwrites what is there", "ctx.table.grad.index_add_(0,", "ctx.table.grad.index_copy_(0,"),
-    (STRATEGY, "only the last micro-batch counts", "                loss.backward()\n", "                sink.zero_grad()\n                loss.backward()\n"),
-    (STRATEGY, "gradients never cleared", "        sink.zero_grad()\n        sums", "        sums"),
+    (STREAM, "only the last micro-batch counts", "            results += self._pass(wave, loss_of)\n", "            self.sink.clear()\n            results += self._pass(wave, loss_of)\n"),
+    (STREAM, "slots keep old weights after an update", "        self.sink.update(lr, scale)\n        self._forget()\n", "        self.sink.update(lr, scale)\n"),
+    (STREAM, "a block passes its own slope on", "                    slopes[j] = x.grad\n", "                    slopes[j] = slopes[j]\n"),
+    (SINK, "a second visit forgets the first", "            one.grads.read(grads)  # a", "            grads.zero_()  # a"),
+    (SINK, "each piece of a disk update starts at the beginning", "gradients[1][start:stop]", "gradients[1][: stop - start]"),
+    (ADAM, "the high half is cut off, not rounded", "torch.add(bits, 0x8000, out=high)", "torch.add(bits, 0, out=high)"),
+    (ADAM, "the remainder is forgotten", "bits.copy_(remainder).add_(", "bits.zero_().add_("),
+    (ARENA, "what is needed soonest makes room", "next_use(slot.key), -slot.age", "-next_use(slot.key), -slot.age"),
+    (STRATEGY, "gradients never cleared", "        sink.clear()\n", ""),
     (STRATEGY, "gradients scaled up to the norm", "max_grad_norm / (norm + 1e-6), max=1.0)", "max_grad_norm / (norm + 1e-6), min=1.0)"),
     (STRATEGY, "a NaN loss is stepped on", "        if finite:\n", "        if True:\n"),
     (SAMPLING, "log-prob at temperature 1", "return tokens, logprobs.gather", "return tokens, torch.log_softmax(logits * (sampling.temperature or 1.0), -1).gather"),

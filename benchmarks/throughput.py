@@ -19,7 +19,7 @@ from benchmarks.peers import plain
 from penstock.algorithms import functional as fn
 from penstock.algorithms.ppo import actor_loss, critic_loss, score, with_advantages
 from penstock.algorithms.reward import score_rows
-from penstock.algorithms.sft import response_logprobs
+from penstock.algorithms.sft import Rows, response_logprobs, rows_of
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.data.chat import Example
 from penstock.memory.strategy import Strategy
@@ -41,14 +41,16 @@ def our_sft(strategy: Strategy) -> Callable[[torch.Tensor], object]:
     """One call = one `sft` step."""
     with strategy.init():
         actor = Actor(small())
-    sink = strategy.prepare(actor)
+    stream = strategy.prepare(actor)
 
     def step(tokens: torch.Tensor) -> object:
         rows = [Example(row, [False] + [True] * (len(row) - 1)) for row in tokens.tolist()]
         count = sum(sum(row.trained) for row in rows)
-        return strategy.step(
-            sink, [rows], lambda part: (fn.sft_loss(response_logprobs(actor, part, strategy.world), count), {}), lr=1e-5
-        )
+
+        def loss_of(hidden: torch.Tensor, part: Rows) -> tuple:
+            return fn.sft_loss(response_logprobs(actor, hidden, part), count), {}
+
+        return strategy.step(stream, [rows_of(rows, strategy.world.device)], loss_of, lr=1e-5)
 
     return step
 
@@ -60,31 +62,29 @@ def our_ppo(strategy: Strategy) -> Callable[[torch.Tensor], object]:
         reference = actor.frozen()
         critic = Critic(small())
         reward = RewardModel(small()).eval().requires_grad_(False)
-    actor_sink, critic_sink = strategy.prepare(actor), strategy.prepare(critic)
+    actors, critics = strategy.prepare(actor), strategy.prepare(critic)
+    references, rewards = strategy.prepare(reference), strategy.prepare(reward)
     config = PPOConfig(
         actor="", reward="", data=DataFlags(data=("",)), run=RunFlags(out=""), optim=OptimFlags(lr=1e-5),
         max_new_tokens=NEW,
     )  # fmt: skip
 
     def scorer(records: object, answers: list) -> list[float]:
-        return score_rows(reward, [a.prompt_ids + a.response_ids for a in answers], strategy.world).tolist()
+        return score_rows(strategy, rewards, reward, [a.prompt_ids + a.response_ids for a in answers], ROWS)
 
     def step(prompts: torch.Tensor) -> object:
         with strategy.phase("rollout"):
             rollout = generate(actor.decoder, prompts.tolist(), Sampling(max_new_tokens=NEW), eos_ids=())
         with strategy.phase("score"):
-            experience = score(rollout, [None] * ROWS, actor, reference, critic, scorer, config, ROWS)
+            experience = score(strategy, rollout, [None] * ROWS, actors, references, critics, scorer, config, ROWS)
         experience = with_advantages(experience, config.kl_coef, config).to(strategy.world.device)
         count = int(experience.lengths.sum())
         with strategy.phase("train"):
             strategy.step(
-                actor_sink,
-                [experience],
-                lambda part: actor_loss(actor, part, config, strategy.world, count, []),
-                lr=1e-5,
+                actors, [experience], lambda hidden, part: actor_loss(actor, hidden, part, config, count, 0), lr=1e-5
             )
             return strategy.step(
-                critic_sink, [experience], lambda part: critic_loss(critic, part, config, count), lr=1e-5
+                critics, [experience], lambda hidden, part: critic_loss(critic, hidden, part, config, count), lr=1e-5
             )
 
     return step
