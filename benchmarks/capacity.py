@@ -18,8 +18,8 @@ from penstock.algorithms.reward import score_rows
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk, empty_pages
+from penstock.models import sizes
 from penstock.models.decoder import Decoder
-from penstock.models.families import gpt2
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
@@ -65,7 +65,7 @@ def main() -> None:
         began = time.perf_counter()
 
     def model() -> Decoder:
-        return Decoder(gpt2.size(arguments.size))
+        return Decoder(sizes.named(arguments.size))
 
     with strategy.init():
         actor, reference = Actor(model()), Actor(model()).eval().requires_grad_(False)

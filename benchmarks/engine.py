@@ -23,8 +23,8 @@ from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.memory.adam import AdamW, states_of
 from penstock.memory.meter import Meter
 from penstock.memory.strategy import Strategy
+from penstock.models import sizes
 from penstock.models.decoder import Decoder
-from penstock.models.families import gpt2
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
@@ -71,7 +71,7 @@ def tax(repeats: int = 3, rows: int = 16, length: int = 512, layers: int = 3, dt
         budget = "600MB" if name == "gemini_cpu" else None  # the token table and its gradient are half of that
         strategy = Strategy.named(name, dtype=dtype, device="cpu", device_memory=budget, recompute=recompute)
         with strategy.init():
-            actor = Actor(Decoder(dataclasses.replace(gpt2.size("s"), num_layers=layers)))
+            actor = Actor(Decoder(dataclasses.replace(sizes.named("s"), num_layers=layers)))
         stream = strategy.prepare(actor)
         batches = [Rows(part, torch.arange(length).expand_as(part) >= length - 64) for part in tokens.split(4)]
         count = sum(int(one.trained.sum()) for one in batches)
@@ -102,9 +102,9 @@ def small(prompt: int = 400, new: int = 112, device_memory: str = "180MB") -> di
     """Two iterations of PPO with batch 1: what lives in the device tier, and what tensors take beside it at most."""
     strategy = Strategy.named("gemini_cpu", dtype="bf16", device="cpu", device_memory=device_memory)
     with strategy.init():
-        actor, reference = Actor(Decoder(gpt2.size("s"))), Actor(Decoder(gpt2.size("s"))).requires_grad_(False)
-        critic = Critic(Decoder(gpt2.size("s")))
-        reward = RewardModel(Decoder(gpt2.size("s"))).requires_grad_(False)
+        actor, reference = Actor(Decoder(sizes.named("s"))), Actor(Decoder(sizes.named("s"))).requires_grad_(False)
+        critic = Critic(Decoder(sizes.named("s")))
+        reward = RewardModel(Decoder(sizes.named("s"))).requires_grad_(False)
     actors, references, critics, rewards = map(strategy.prepare, (actor, reference, critic, reward))
     config = PPOConfig(
         actor="", reward="", data=DataFlags(data=("",)), run=RunFlags(out=""), optim=OptimFlags(lr=1e-6),

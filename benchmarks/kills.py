@@ -23,7 +23,7 @@ from typing import Any
 import tomli_w
 
 from benchmarks.facts import write
-from penstock.config import to_dict
+from penstock.flags import to_dict
 from tests.conftest import stage_config
 
 STEPS = 60

@@ -18,12 +18,12 @@ from pathlib import Path
 from benchmarks.facts import ROOT, write
 
 TESTS = (
-    "test_functional.py", "test_experience.py", "test_sft.py", "test_reward.py", "test_ppo.py",
+    "test_functional.py", "test_experience.py", "test_planning.py", "test_sft.py", "test_reward.py", "test_ppo.py",
 )  # fmt: skip
 
 FN, PPO, SFT, RM = (f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward"))
-DECODER = "models/decoder.py"
-STREAM, SINK, ADAM, ARENA = (f"memory/{name}.py" for name in ("stream", "sink", "adam", "arena"))
+DECODER, SHAPES = "models/decoder.py", "models/shapes.py"
+STREAM, SINK, ADAM, PLAN, FORECAST = (f"memory/{name}.py" for name in ("stream", "sink", "adam", "plan", "forecast"))
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
 BUGS: list[tuple[str, str, str, str]] = [
@@ -125,7 +125,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (RM, "split by row, not by prompt", "split_by_prompt([record.prompt_key for record in records]", "split_by_prompt([str(i) for i, _ in enumerate(records)]"),
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
     (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),
-    (DECODER, "embedding's gradient overwrites what is there", "ctx.table.grad.index_add_(0,", "ctx.table.grad.index_copy_(0,"),
+    (DECODER, "embedding's gradient overwrites what is there", "place.index_add_(0,", "place.index_copy_(0,"),
     (STREAM, "only the last micro-batch counts", "            results += self._pass(wave, loss_of)\n", "            self.sink.clear()\n            results += self._pass(wave, loss_of)\n"),
     (STREAM, "slots keep old weights after an update", "        self.sink.update(lr, scale)\n        self._forget()\n", "        self.sink.update(lr, scale)\n"),
     (STREAM, "a block passes its own slope on", "                    slopes[j] = x.grad\n", "                    slopes[j] = slopes[j]\n"),
@@ -133,7 +133,12 @@ BUGS: list[tuple[str, str, str, str]] = [
     (SINK, "each piece of a disk update starts at the beginning", "gradients[1][start:stop]", "gradients[1][: stop - start]"),
     (ADAM, "the high half is cut off, not rounded", "torch.add(bits, 0x8000, out=high)", "torch.add(bits, 0, out=high)"),
     (ADAM, "the remainder is forgotten", "bits.copy_(remainder).add_(", "bits.zero_().add_("),
-    (ARENA, "what is needed soonest makes room", "next_use(slot.key), -slot.age", "-next_use(slot.key), -slot.age"),
+    (PLAN, "what is needed soonest makes room", "next_use(slot.key), -slot.age", "-next_use(slot.key), -slot.age"),
+    (PLAN, "auto gives the device's room twice", "                room[one.tier] = left - nbytes\n", ""),
+    (FORECAST, "the inputs of blocks are not counted", "count * (kept + slopes) + part.backward", "count * slopes + part.backward"),
+    (SHAPES, "relu's result is counted once", "inner * (2 if c.activation == \"relu\" else 1)", "inner"),
+    (STREAM, "statistics keep their graph", "{key: value.detach() for key, value in stats.items()}", "stats"),
+    (STREAM, "weights of another visit are used", "        if slot.views[0] != purpose:\n", "        if slot.views[0] is None:\n"),
     (STRATEGY, "gradients never cleared", "        sink.clear()\n", ""),
     (STRATEGY, "gradients scaled up to the norm", "max_grad_norm / (norm + 1e-6), max=1.0)", "max_grad_norm / (norm + 1e-6), min=1.0)"),
     (STRATEGY, "a NaN loss is stepped on", "        if finite:\n", "        if True:\n"),

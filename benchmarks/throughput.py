@@ -23,8 +23,8 @@ from penstock.algorithms.sft import Rows, response_logprobs, rows_of
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.data.chat import Example
 from penstock.memory.strategy import Strategy
+from penstock.models import sizes
 from penstock.models.decoder import Decoder
-from penstock.models.families import gpt2
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
@@ -34,7 +34,7 @@ ROWS, LENGTH, PROMPT, NEW = 4, 128, 64, 64
 
 def small() -> Decoder:
     """GPT-2 small with random weights, on torch's default device and in its default dtype."""
-    return Decoder(gpt2.size("s"))
+    return Decoder(sizes.named("s"))
 
 
 def our_sft(strategy: Strategy) -> Callable[[torch.Tensor], object]:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig
-from penstock.models.decoder import Decoder, DecoderConfig
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
 
 settings.register_profile("penstock", derandomize=True)  # a commit passes or fails, never by luck
 settings.load_profile("penstock")

@@ -105,7 +105,8 @@ def test_only_the_known_sections_group_keys(capsys, tmp_path):
 
 
 def test_none_turns_off_numbers_and_is_a_word_elsewhere():
-    from penstock.config import GenerateConfig, PPOConfig, parse
+    from penstock.config import GenerateConfig, PPOConfig
+    from penstock.flags import parse
 
     ppo = parse(
         PPOConfig,
@@ -173,7 +174,8 @@ def test_a_failed_export_leaves_nothing(capsys, tmp_path, tiny_model, jsonl, mon
 
 
 def test_flags_win_over_the_config_file(tmp_path):
-    from penstock.config import SFTConfig, from_dict, parse, to_dict
+    from penstock.config import SFTConfig
+    from penstock.flags import from_dict, parse, to_dict
 
     (tmp_path / "run.toml").write_text('model = "m"\ndata = ["a", "b"]\nout = "o"\nlr = 1e-3\n[optim]\nepochs = 3\n')
     config = parse(SFTConfig, ["--config", str(tmp_path / "run.toml"), "--lr", "5e-4"])

@@ -17,7 +17,7 @@ FLOORS = {
     "run": {"memory", "models"},
     "algorithms": {"memory", "models", "rollout", "data", "run"},
 }
-GROUND = {"errors", "config"}
+GROUND = {"errors", "config", "flags"}
 
 
 def imports(path: Path) -> set[str]:

@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "generate": "answer prompts from a file",
     "export": "write a run's model as a Hugging Face directory",
     "data": "data check FILE: say what a file is and name each bad line",
+    "plan": "what a run will need, move and take, before it runs; and what to change if it does not fit",
     "demo": "all three stages on a small world of their own, with a report",
     "doctor": "say what this machine has and what is missing",
     "resume": "go on with a run that was stopped or killed",
@@ -79,7 +80,8 @@ def _command(name: str) -> Callable[[list[str]], None]:
 
 
 def _sft(arguments: list[str]) -> None:
-    from penstock.config import SFTConfig, parse
+    from penstock.config import SFTConfig
+    from penstock.flags import parse
 
     config = parse(SFTConfig, arguments, "sft")
     from penstock.algorithms.sft import sft
@@ -88,7 +90,8 @@ def _sft(arguments: list[str]) -> None:
 
 
 def _reward(arguments: list[str]) -> None:
-    from penstock.config import RewardConfig, parse
+    from penstock.config import RewardConfig
+    from penstock.flags import parse
 
     config = parse(RewardConfig, arguments, "reward")
     from penstock.algorithms.reward import reward
@@ -97,7 +100,8 @@ def _reward(arguments: list[str]) -> None:
 
 
 def _ppo(arguments: list[str]) -> None:
-    from penstock.config import PPOConfig, parse
+    from penstock.config import PPOConfig
+    from penstock.flags import parse
 
     config = parse(PPOConfig, arguments, "ppo")
     from penstock.algorithms.ppo import ppo
@@ -106,7 +110,8 @@ def _ppo(arguments: list[str]) -> None:
 
 
 def _resume(arguments: list[str]) -> None:
-    from penstock.config import PPOConfig, ResumeConfig, RewardConfig, SFTConfig, from_dict, parse, to_dict
+    from penstock.config import PPOConfig, ResumeConfig, RewardConfig, SFTConfig
+    from penstock.flags import from_dict, parse, to_dict
     from penstock.run.directory import RunDirectory
 
     if arguments and not arguments[0].startswith("-"):
@@ -136,7 +141,8 @@ def _resume(arguments: list[str]) -> None:
 
 
 def _generate(arguments: list[str]) -> None:
-    from penstock.config import GenerateConfig, parse
+    from penstock.config import GenerateConfig
+    from penstock.flags import parse
 
     config = parse(GenerateConfig, arguments, "generate")
     from penstock.talk import generate
@@ -145,7 +151,8 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _chat(arguments: list[str]) -> None:
-    from penstock.config import ChatConfig, parse
+    from penstock.config import ChatConfig
+    from penstock.flags import parse
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]  # penstock chat RUN
@@ -156,7 +163,8 @@ def _chat(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    from penstock.config import ExportConfig, parse
+    from penstock.config import ExportConfig
+    from penstock.flags import parse
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--run", *arguments]  # penstock export RUN --out DIR
@@ -181,8 +189,21 @@ def _data(arguments: list[str]) -> None:
     sys.exit(4 if report.bad else 0)
 
 
+def _plan(arguments: list[str]) -> None:
+    from penstock.config import PlanConfig
+    from penstock.flags import parse
+
+    config = parse(PlanConfig, arguments, "plan")
+    from penstock.algorithms.planning import run
+
+    code = run(config)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
 def _demo(arguments: list[str]) -> None:
-    from penstock.config import DemoConfig, parse
+    from penstock.config import DemoConfig
+    from penstock.flags import parse
 
     config = parse(DemoConfig, arguments, "demo")
     from penstock.demo import demo

@@ -4,35 +4,25 @@ No torch in here, so that `penstock ppo --help` answers at once. A group of flag
 dataclass of its own; on the command line and in TOML files all names are flat (`--lr`, `lr = 1e-5`).
 """
 
-import dataclasses
-import difflib
 import math
-import tomllib
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from penstock.errors import UserError
 
-Config = TypeVar("Config")
-
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # (what it must be, the check, the flags); nan passes none of them
-    ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size epochs steps checkpoint_every "
-     "eval_every max_length max_new_tokens n seeds"),
+    ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
+     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef temperature margin"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
-     "clip value_clip"),
+     "clip value_clip tflops"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout"),
     ("a finite number", math.isfinite, "missing_eos_score"),
 ]  # fmt: skip
-PATHS = ("model", "actor", "reward", "critic", "reference", "data", "ptx_data", "normalize", "reward_fn")
-"""Flags that may name something on this machine."""
-SECTIONS = ("data", "run", "optim")
 
 
 class Flags:
@@ -58,13 +48,16 @@ class RunFlags(Flags):
     """What the weights compute in; the optimizer keeps an fp32 master either way."""
     strategy: str = "ddp"
     """Where weights, gradients and optimizer states live: naive, ddp, zero1, zero1_cpu, zero2, zero2_cpu, gemini,
-    gemini_cpu, gemini_nvme. The further down, the less device memory and the more traffic."""
+    gemini_cpu, gemini_nvme, gemini_auto. The further down, the less device memory and the more traffic; gemini_auto
+    fills the device first, then host memory, then the disk."""
     device_memory: str | None = None
     """Device memory per process, for what lives there or passes through: 6GB. All there is, when not given."""
     host_memory: str | None = None
     """Host memory per process, for what lives there: 48GB. All there is, when not given."""
     disk: str | None = None
     """Where gemini_nvme keeps weights and optimizer states: PATH or PATH:200GB, per process."""
+    chunk_size: str | None = None
+    """Bytes of weights that move together at most: 64MB. A block, when not given."""
     recompute: bool = False
     """Run each block again in backward instead of keeping what is inside it: less memory, a third more compute. Always
     on where weights move."""
@@ -177,6 +170,8 @@ class PPOConfig(Flags):
     """Critic's learning rate; 5 times --lr when not given."""
     mini_batch_size: int | None = None
     """Episodes per optimizer step; the whole batch when not given."""
+    rollout_batch_size: int | None = None
+    """Answers that one process generates together; all of its own, when not given. Fewer need a smaller KV cache."""
     max_new_tokens: int = 128
     """Tokens per response."""
     temperature: float = 1.0
@@ -233,6 +228,66 @@ class ResumeConfig(Flags):
     """Where gemini_nvme keeps weights and optimizer states."""
     device: str | None = None
     """cpu, cuda, ..."""
+    config: str | None = None
+    """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(Flags):
+    """What a run will need and move, before it runs. Budgets are per process and may be those of another machine."""
+
+    model: str
+    """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json."""
+    critic_model: str | None = None
+    """Size of critic and reward model; --model's when not given."""
+    stage: Literal["ppo", "sft", "reward"] = "ppo"
+    """Which command is planned."""
+    strategy: str = "gemini_auto"
+    """Where weights, gradients and optimizer states live; see penstock ppo --help."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """What the weights compute in."""
+    device_memory: str | None = None
+    """Device memory per process: 24GB. Without end, when not given."""
+    host_memory: str | None = None
+    """Host memory per process: 128GB. Without end, when not given."""
+    disk: str | None = None
+    """Disk per process: 200GB, or PATH:200GB. Without end, when not given."""
+    world: int = 1
+    """Processes."""
+    batch_size: int = 64
+    """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
+    micro_batch_size: int = 8
+    """Rows per forward pass."""
+    mini_batch_size: int | None = None
+    """ppo: episodes per optimizer step; the whole batch when not given."""
+    epochs: int = 1
+    """ppo: passes over each experience."""
+    rollout_batch_size: int | None = None
+    """ppo: answers that one process generates together; all of its own, when not given."""
+    prompt_length: int = 384
+    """Tokens per prompt."""
+    max_new_tokens: int = 128
+    """Tokens per response."""
+    recompute: bool = False
+    """Run each block again in backward also where weights stay."""
+    chunk_size: str | None = None
+    """Bytes of weights that move together at most: 64MB. A block, when not given."""
+    tflops: float = 200.0
+    """What one device computes, in 10^12 operations per second."""
+    link: str = "25GB"
+    """Bytes per second between host and device, each way."""
+    disk_read: str = "3GB"
+    """Bytes per second that the disk reads."""
+    disk_write: str = "2GB"
+    """Bytes per second that the disk writes."""
+    host_bandwidth: str = "38GB"
+    """Bytes per second of host memory, reads and writes together."""
+    network: str = "25GB"
+    """Bytes per second between processes, each way."""
+    dry_run: bool = False
+    """Also run the engine on tensors without memory, and print what it took beside what was planned."""
+    json: bool = False
+    """Print one JSON object."""
     config: str | None = None
     """A TOML file of these flags; the command line wins over it."""
 
@@ -331,145 +386,3 @@ class DemoConfig(Flags):
     """The first seed."""
     json: bool = False
     """Print report.json at the end."""
-
-
-def field_names(config_class: type) -> list[str]:
-    """All flag names of a command, groups flattened."""
-    names: list[str] = []
-    for one in dataclasses.fields(config_class):
-        kind: Any = one.type
-        names += field_names(kind) if _is_group(kind) else [one.name]
-    return names
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved flags, flat, without the unset ones: what config.toml holds."""
-    flat: dict[str, Any] = {}
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        if _is_group(one.type):
-            flat |= to_dict(value)
-        elif one.name != "config" and not (value is None and one.default is None):
-            flat[one.name] = "none" if value is None else list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
-    """The same flags, so that they mean the same from any directory; what is no path here (a hub id) stays."""
-
-    def absolute(text: str) -> str:
-        path, colon, name = text.rpartition(":")
-        if colon and Path(path).is_file():  # file.py:name
-            return f"{Path(path).absolute()}:{name}"
-        return str(Path(text).absolute()) if Path(text).exists() else text
-
-    return {
-        name: value
-        if name not in PATHS
-        else absolute(value)
-        if isinstance(value, str)
-        else [absolute(x) for x in value]
-        for name, value in flat.items()
-    }
-
-
-def from_dict(config_class: type[Config], flat: dict[str, Any]) -> Config:
-    """Inverse of `to_dict`. Raises UserError for a key that is no flag, with the nearest name."""
-    return parse(config_class, to_arguments(config_class, flat, "config.toml"))
-
-
-def to_arguments(config_class: type, flat: dict[str, Any], where: str) -> list[str]:
-    """A TOML table as command-line arguments, so that both are checked by the same parser."""
-    known = field_names(config_class)
-    arguments: list[str] = []
-    for key, value in flat.items():
-        name = key.replace("-", "_")
-        if isinstance(value, dict) and name in SECTIONS:  # it only groups: names are flat
-            arguments += to_arguments(config_class, value, where)
-            continue
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments += [flag] if value else ["--no-" + flag[2:]]
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)] if value else []
-        else:
-            arguments += [flag, str(value)]
-    return arguments
-
-
-def parse(config_class: type[Config], arguments: Sequence[str], command: str = "") -> Config:
-    """Flags (and the TOML file that --config names) to one checked dataclass. Exits 2 with the nearest flag's name."""
-    import tyro
-
-    arguments = list(arguments)
-    path = _value_of("--config", arguments)
-    if path is not None:
-        table = _read_toml(path)
-        made_by = table.pop("command", command)  # a run's own config.toml says it
-        if made_by != command:
-            raise UserError(f"--config {path}: is of penstock {made_by}, and this is penstock {command}.")
-        arguments = _unless_given(to_arguments(config_class, table, path), arguments)
-    may_be_none = _flags_that_may_be_none(config_class)
-    arguments = [
-        "None" if one.lower() == "none" and i and arguments[i - 1] in may_be_none else one
-        for i, one in enumerate(arguments)
-    ]
-    return tyro.cli(
-        config_class,
-        args=arguments,
-        prog=f"penstock {command}".strip(),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-
-
-def _flags_that_may_be_none(config_class: type) -> set[str]:
-    """Numbers that `none` turns off; for text it is a word like any other."""
-    found: set[str] = set()
-    for one in dataclasses.fields(config_class):
-        kind: Any = one.type
-        if _is_group(kind):
-            found |= _flags_that_may_be_none(kind)
-        elif isinstance(kind, types.UnionType) and types.NoneType in kind.__args__ and str not in kind.__args__:
-            found.add("--" + one.name.replace("_", "-"))
-    return found
-
-
-def _read_toml(path: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--config {path}: {error.strerror}; give a TOML file with flags as keys (lr = 1e-5)."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid TOML: {error}.") from error
-
-
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for i, one in enumerate(arguments):
-        if one == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if one.startswith(flag + "="):
-            return one.split("=", 1)[1]
-    return None
-
-
-def _unless_given(from_file: list[str], given: list[str]) -> list[str]:
-    """File arguments, without those that the command line gives too, then the command line."""
-    names = {one.split("=", 1)[0].removeprefix("--no-").removeprefix("--").replace("_", "-") for one in given}
-    kept: list[str] = []
-    keep = True
-    for one in from_file:
-        if one.startswith("--"):
-            keep = one.removeprefix("--no-").removeprefix("--") not in names
-        if keep:
-            kept.append(one)
-    return kept + given
-
-
-def _is_group(kind: object) -> bool:
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)

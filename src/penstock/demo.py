@@ -25,8 +25,8 @@ from penstock.config import DataFlags, DemoConfig, OptimFlags, PPOConfig, Reward
 from penstock.data.formats import Prompt
 from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
 from penstock.errors import UserError
+from penstock.models import sizes
 from penstock.models.decoder import Decoder
-from penstock.models.families import gpt2
 from penstock.models.roles import Actor
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
@@ -104,7 +104,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     untrained = out / "untrained"
     tokenizer = save_tokenizer(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]])
     architecture = dataclasses.replace(
-        gpt2.size("s"), vocab_size=len(tokenizer), d_model=160, num_layers=3, num_heads=5, num_kv_heads=5,
+        sizes.named("s"), vocab_size=len(tokenizer), d_model=160, num_layers=3, num_heads=5, num_kv_heads=5,
         head_dim=32, d_ff=640, max_length=64,
         hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
     )  # fmt: skip

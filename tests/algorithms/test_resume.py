@@ -14,7 +14,8 @@ from benchmarks.kills import campaign, outcome
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
-from penstock.config import PPOConfig, RewardConfig, SFTConfig, from_dict, to_dict
+from penstock.config import PPOConfig, RewardConfig, SFTConfig
+from penstock.flags import from_dict, to_dict
 from penstock.run import checkpoint
 from penstock.run.session import StoppedError
 from tests import conftest

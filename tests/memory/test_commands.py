@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from penstock.cli import main
-from penstock.memory.strategy import STRATEGIES, Strategy
+from penstock.memory.placement import NAMES
+from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.run.session import read_optimizer, write_optimizer
 from tests.conftest import comparisons, demonstrations
@@ -91,7 +92,7 @@ def test_a_checkpoint_of_two_ranks_on_disk_goes_on_resident_and_back(tmp_path, t
         assert torch.equal(theirs[key], tensor)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_a_checkpoint_holds_comes_back_bit_by_bit_under_any_strategy(name, dtype, tmp_path, tiny_model, jsonl):
     arguments = command("sft", tmp_path, tiny_model(), jsonl)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ResourceError, UserError
+from penstock.memory.placement import NAMES
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.memory.shard import World
-from penstock.memory.strategy import STRATEGIES, Strategy
+from penstock.memory.strategy import Strategy
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 
@@ -204,7 +205,7 @@ def test_a_disk_strategy_asks_for_a_disk(tmp_path):
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=", ".join(STRATEGIES)):
+    with pytest.raises(UserError, match=", ".join(NAMES)):
         Strategy.named("zero9")
     with pytest.raises(UserError, match="fp32 or bf16"):
         Strategy.named(dtype="fp8")

@@ -12,9 +12,12 @@ from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.errors import ResourceError
 from penstock.memory import sink
-from penstock.memory.strategy import STRATEGIES, Strategy
-from penstock.memory.tiers import Disk, show_bytes
-from penstock.models.decoder import Decoder, DecoderConfig
+from penstock.memory.placement import NAMES
+from penstock.memory.strategy import Strategy
+from penstock.memory.tiers import Disk
+from penstock.memory.units import show_bytes
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, Critic
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
@@ -102,7 +105,7 @@ def named(name, tmp_path, **more):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_twenty_steps_are_those_of_plain_pytorch(name, family, tmp_path):
     losses, weights = plain(Actor(decoder(family)))
     ours, found = streamed(Actor(decoder(family)), named(name, tmp_path))
@@ -134,16 +137,18 @@ def test_an_update_from_disk_in_many_small_pieces_is_the_same_update(dtype, tmp_
 
 
 @given(
-    name=st.sampled_from(["zero2_cpu", "gemini_cpu", "gemini_nvme"]),
+    name=st.sampled_from(["zero2_cpu", "gemini_cpu", "gemini_nvme", "gemini_auto"]),
     family=st.sampled_from(sorted(FAMILIES)),
     chunk_size=st.sampled_from([None, 1, 300, 700, 3000]),
     room=st.integers(0, 400_000),
     rows=st.integers(1, 3),
+    ahead=st.integers(1, 4),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(name, family, chunk_size, room, rows, tmp_path):
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(name, family, chunk_size, room, rows, ahead, tmp_path):
     """Whatever the chunks and the device budget: refused with the least that works, or the same bits within it."""
     strategy = named(name, tmp_path, device_memory=f"{room + 1}B", chunk_size=chunk_size, recompute=True)
+    strategy.ahead = ahead
     model = Actor(decoder(family))
     refused = ""
     try:
@@ -163,7 +168,7 @@ def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(name, family, c
     assert all(torch.equal(weights[key], weight) for key, weight in resident.items())
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_answers_do_not_depend_on_where_weights_live(name, tmp_path):
     prompts, sampling = [[1, 5, 6], [1, 7]], Sampling(max_new_tokens=12, seed=3)
     plain_answers = generate(decoder("gpt2"), prompts, sampling, eos_ids=[2])
@@ -173,7 +178,7 @@ def test_answers_do_not_depend_on_where_weights_live(name, tmp_path):
     assert generate(actor.decoder, prompts, sampling, eos_ids=[2]) == plain_answers
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("frozen", ["decoder.embed", "decoder.blocks.0", "qkv", "decoder.norm"])
 def test_frozen_subsets_never_move_and_the_rest_learns_the_same(name, frozen, tmp_path):
     def model():
@@ -192,7 +197,7 @@ def test_frozen_subsets_never_move_and_the_rest_learns_the_same(name, frozen, tm
             assert torch.equal(found[key], before[key])
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_models_made_inside_init_take_no_memory_before_prepare(name, tmp_path, tiny_model):
     source = tiny_model()
     strategy = named(name, tmp_path)

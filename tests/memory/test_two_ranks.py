@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.memory.strategy import STRATEGIES
+from penstock.memory.placement import NAMES
 from penstock.models.roles import Actor
 from tests.memory.test_stream import FAMILIES, decoder, plain
 
 STEPS = 20
-SHARED = [name for name in STRATEGIES if name != "naive"]
+SHARED = [name for name in NAMES if name != "naive"]
 WORKER = """
 import sys, torch
 from penstock.algorithms import functional as fn

@@ -1,19 +1,22 @@
 """What a stage brings in: the model's address, its encoder, and its records with their tokens."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from penstock.config import DataFlags, RunFlags
+from penstock.algorithms.planning import Role, Workload, elements_of, forecast_of
+from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
 from penstock.errors import DataError, UserError
-from penstock.memory.strategy import Strategy
+from penstock.memory.strategy import DTYPES, Strategy
 from penstock.models import pretrained
-from penstock.models.decoder import DecoderConfig
+from penstock.models.config import DecoderConfig
 from penstock.rollout.engine import Answer
 from penstock.run.session import Session
+
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def strategy_of(flags: RunFlags) -> Strategy:
@@ -21,7 +24,37 @@ def strategy_of(flags: RunFlags) -> Strategy:
     return Strategy.named(
         flags.strategy, dtype=flags.dtype, device=flags.device, device_memory=flags.device_memory,
         host_memory=flags.host_memory, disk=flags.disk, recompute=flags.recompute or None,
+        chunk_size=elements_of(flags.chunk_size, flags.dtype),
     )  # fmt: skip
+
+
+def leave_room(
+    strategy: Strategy, stage: str, roles: Mapping[str, Any], optim: OptimFlags, *, longest: int, response: int = 0,
+    mini_batch_size: int | None = None, rollout_batch_size: int | None = None, rows: int | None = None,
+) -> None:  # fmt: skip
+    """Has the strategy leave so much of a device budget to activations as the plan says this work needs.
+
+    `roles`: the models, by name, before they are prepared; `longest`: tokens of the longest row, the last `response`
+    of them generated; `rows` per step over all ranks, the batch size when not given.
+    """
+    if strategy.tiers["device"].budget is None:
+        return
+    batch_size = rows or optim.batch_size
+    work = Workload(
+        stage,
+        tuple(
+            Role(name, model.decoder.config, any(p.requires_grad for p in model.parameters()), hasattr(model, "score"))
+            for name, model in roles.items()
+        ),
+        batch_size, optim.micro_batch_size, mini_batch_size or batch_size, optim.epochs, longest - response, response,
+        rollout_batch_size,
+    )  # fmt: skip
+    found = forecast_of(
+        work, strategy=strategy.name, dtype=NAME_OF[strategy.dtype], world=strategy.world.size,
+        budgets={name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
+        recompute=bool(strategy.recompute), chunk_size=strategy.chunk_size, timed=False,
+    )  # fmt: skip
+    strategy.reserve, strategy.recompute = found.activations, found.recompute or None
 
 
 def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:

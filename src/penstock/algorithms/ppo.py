@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows, strategy_of
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, leave_room, read, sample_rows, strategy_of
 from penstock.algorithms.scoring import Scorer, check_room, scorer_of
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.algorithms.sft import micro_batches as example_batches
@@ -106,7 +106,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         actor = Actor.from_pretrained(source, allow_pickle=pickled)
     encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
     keep_tokenizer(session, source)
-    scorer, reads_our_tokens = scorer_of(config, encoder, strategy, session)
+    reward, scorer_from, reads_our_tokens = scorer_of(config, encoder, strategy, session)
     critic_source = config.critic or (config.reward if reads_our_tokens else None)
     with strategy.init():
         if config.reference:
@@ -128,9 +128,14 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
     with session:
         critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
-        actors = strategy.prepare(actor, weight_decay=optim.weight_decay)
-        critics = strategy.prepare(critic, weight_decay=optim.weight_decay)
-        references = strategy.prepare(reference)
+        roles = {"actor": actor, "critic": critic, "reference": reference, **({"reward": reward} if reward else {})}
+        leave_room(
+            strategy, "ppo", roles, optim, longest=max(map(len, prompts)) + config.max_new_tokens,
+            response=config.max_new_tokens, mini_batch_size=config.mini_batch_size,
+            rollout_batch_size=config.rollout_batch_size,
+        )  # fmt: skip
+        actors, critics, references, *rewards = strategy.prepare_all(*roles.values(), weight_decay=optim.weight_decay)
+        scorer = scorer_from(*rewards)
         kl = fn.KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         shuffle, ptx_shuffle = Shuffle(len(prompts), run.seed), Shuffle(max(len(ptx_examples), 1), run.seed + 1)
         sampling = Sampling(
@@ -170,12 +175,6 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         if done == 0 and experience is None:
             show(0)
 
-        def policy_loss(hidden: Tensor, part: Experience | Rows) -> tuple[Tensor, dict[str, Tensor]]:
-            return actor_loss(actor, hidden, part, config, count, ptx_count)
-
-        def value_loss(hidden: Tensor, part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-            return critic_loss(critic, hidden, part, config, count)
-
         mini = config.mini_batch_size or optim.batch_size
         updates = optim.epochs * math.ceil(optim.batch_size / mini)
         for step in session.steps(done, total):
@@ -187,6 +186,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                     rollout = generate(
                         actor.decoder, [prompts[chosen[i]] for i in mine], sampling,
                         eos_ids=encoder.eos_ids, episodes=[session.episode + i for i in mine],
+                        batch_size=config.rollout_batch_size,
                     )  # fmt: skip
                 with strategy.phase("score"):
                     asked = [records[chosen[i]] for i in mine]
@@ -209,36 +209,18 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 order = permutation(len(experience.tokens), run.seed, step, epoch)  # new each epoch (17)
                 index = order[part * mini : (part + 1) * mini]
                 lr = fn.lr_schedule((step - 1) * updates + update, total * updates, optim.warmup)
-                batch = experience.rows(index)
-                count = int(batch.lengths.sum())
-                share = [
-                    experience.rows(rows).to(world.device) for rows in shares(index, world, optim.micro_batch_size)
-                ]
+                extra = [ptx_examples[i] for i in ptx_shuffle.next(mini)] if ptx_examples and critic_ready else []
                 with strategy.phase("train"):
-                    if critic_ready:
-                        extra = [ptx_examples[i] for i in ptx_shuffle.next(mini)] if ptx_examples else []
-                        ptx_count = sum(sum(example.trained) for example in extra)
-                        one = strategy.step(
-                            actors,
-                            [*share, *example_batches(world.mine(extra), optim.micro_batch_size, world.device)],
-                            policy_loss,
-                            lr=optim.lr * lr,
-                            max_grad_norm=optim.max_grad_norm,
-                        )
-                        session.check(one, "policy")
-                        sums.append(("policy", one))
-                    one = strategy.step(
-                        critics,
-                        share,
-                        value_loss,
-                        lr=(config.critic_lr or 5 * optim.lr) * lr,
-                        max_grad_norm=optim.max_grad_norm,
+                    steps = learn(
+                        strategy, actors if critic_ready else None, critics, experience, index, config, lr, extra
                     )
-                    session.check(one, "value")
-                    sums.append(("value", one))
+                for name, one in steps:
+                    session.check(one, name)
+                sums += steps
                 update += 1
                 last_policy = next((s.sums for name, s in reversed(sums) if name == "policy"), None)
-                if config.target_kl and last_policy and last_policy["approxkl"] / count > 1.5 * config.target_kl:
+                counted = int(experience.lengths[index].sum())
+                if config.target_kl and last_policy and last_policy["approxkl"] > 1.5 * config.target_kl * counted:
                     break  # (20) the experience has been used up; the next one is fresh
 
             metrics = summary(experience, sums, kl.beta, config)
@@ -396,6 +378,41 @@ def permutation(count: int, seed: int, step: int, epoch: int) -> Tensor:
 def shares(index: Tensor, world: World, size: int) -> list[Tensor]:
     """This rank's episodes of a mini-batch, in micro-batches."""
     return [part for part in index[world.rank :: world.size].split(size) if len(part)]
+
+
+def learn(
+    strategy: Strategy,
+    actors: Stream | None,
+    critics: Stream,
+    experience: Experience,
+    index: Tensor,
+    config: PPOConfig,
+    lr: float,
+    extra: Sequence[Example] = (),
+) -> list[tuple[str, StepStats]]:
+    """One optimizer step of the actor (None: it holds still) and one of the critic, on the episodes of `index`.
+
+    `lr` scales both learning rates; `extra` are the demonstrations of the ptx loss.
+    """
+    world, optim = strategy.world, config.optim
+    count, ptx_count = int(experience.lengths[index].sum()), sum(sum(example.trained) for example in extra)
+    share = [experience.rows(rows).to(world.device) for rows in shares(index, world, optim.micro_batch_size)]
+    done = []
+    if actors is not None:
+        actor = actors.model
+        mixed = [*share, *example_batches(world.mine(list(extra)), optim.micro_batch_size, world.device)]
+        step = strategy.step(
+            actors, mixed, lambda hidden, part: actor_loss(actor, hidden, part, config, count, ptx_count),
+            lr=optim.lr * lr, max_grad_norm=optim.max_grad_norm,
+        )  # fmt: skip
+        done.append(("policy", step))
+    critic = critics.model
+    step = strategy.step(
+        critics, share, lambda hidden, part: critic_loss(critic, hidden, part, config, count),
+        lr=(config.critic_lr or 5 * optim.lr) * lr, max_grad_norm=optim.max_grad_norm,
+    )  # fmt: skip
+    done.append(("value", step))
+    return done
 
 
 def actor_loss(

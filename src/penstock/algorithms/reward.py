@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, strategy_of
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, leave_room, read, strategy_of
 from penstock.config import RewardConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
@@ -68,6 +68,9 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
         raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
 
     with session:
+        longest = max(len(row) for ranking in [*train, *heldout] for row in ranking.rows)
+        most = optim.batch_size * max(len(ranking.rows) for ranking in train)
+        leave_room(strategy, "reward", {"model": model}, optim, longest=longest, rows=most)
         stream = strategy.prepare(model, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(train), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)

@@ -15,7 +15,8 @@ from penstock.config import PPOConfig
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
-from penstock.models.decoder import DecoderConfig
+from penstock.memory.stream import Stream
+from penstock.models.config import DecoderConfig
 from penstock.models.roles import RewardModel
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
@@ -25,10 +26,14 @@ Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
 """(prompt records, answers) -> one score per answer."""
 
 
-def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: Session) -> tuple[Scorer, bool]:
-    """The scorer that `--reward` or `--reward-fn` names, and whether it is a model that reads the actor's tokens."""
+def scorer_of(
+    config: PPOConfig, encoder: Encoder, strategy: Strategy, session: Session
+) -> tuple[RewardModel | None, Callable[..., Scorer], bool]:
+    """What `--reward` or `--reward-fn` names: the reward model, if it is one, for the strategy to prepare; what makes
+    a scorer of its stream; and whether it reads the actor's tokens."""
     if config.reward_fn:
-        return _from_function(load_reward_fn(config.reward_fn), encoder, config.reward_fn), False
+        scorer = _from_function(load_reward_fn(config.reward_fn), encoder, config.reward_fn)
+        return None, lambda: scorer, False
     assert config.reward is not None
     source = resolve_model(config.reward)
     with strategy.init():
@@ -40,19 +45,23 @@ def scorer_of(config: PPOConfig, encoder: Encoder, strategy: Strategy, session: 
     if same_tokens:
         check_room("reward", config.reward, model.decoder.config, encoder)
     size = config.optim.micro_batch_size
-    stream = strategy.prepare(model)
 
-    def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
-        if same_tokens:
-            rows = [answer.prompt_ids + answer.response_ids for answer in answers]
-        else:
-            rows = [
-                own.encode_response(record, encoder.decode(answer.response_ids), ended=answer.finish_reason == "stop")
-                for record, answer in zip(records, answers, strict=True)
-            ]
-        return score_rows(strategy, stream, model, rows, size)
+    def scorer_from(stream: Stream) -> Scorer:
+        def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
+            if same_tokens:
+                rows = [answer.prompt_ids + answer.response_ids for answer in answers]
+            else:
+                ended = [answer.finish_reason == "stop" for answer in answers]
+                texts = [encoder.decode(answer.response_ids) for answer in answers]
+                rows = [
+                    own.encode_response(record, text, ended=end)
+                    for record, text, end in zip(records, texts, ended, strict=True)
+                ]
+            return score_rows(strategy, stream, stream.model, rows, size)
 
-    return score, same_tokens
+        return score
+
+    return model, scorer_from, same_tokens
 
 
 def check_room(flag: str, source: str, config: DecoderConfig, encoder: Encoder) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, read, sample_rows, strategy_of
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, leave_room, read, sample_rows, strategy_of
 from penstock.config import SFTConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
@@ -46,6 +46,8 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     examples, heldout_examples = [encoded[i] for i in train], [encoded[i] for i in heldout]
 
     with session:
+        longest = max(len(example.tokens) for example in encoded)
+        leave_room(strategy, "sft", {"model": actor}, optim, longest=longest)
         stream = strategy.prepare(actor, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(examples), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(examples) / optim.batch_size)

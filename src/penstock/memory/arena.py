@@ -8,10 +8,12 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock.errors import ResourceError
-from penstock.memory.tiers import Ram, show_bytes
+from penstock.memory.plan import choose
+from penstock.memory.tiers import Ram
+from penstock.memory.units import show_bytes
 
 Key = Hashable
 """What a slot holds: (model, chunk index)."""
@@ -28,6 +30,13 @@ class Slot:
     landing: Callable[[], None] | None = None
     """Waits for the copy that fills the slot; None once it has landed."""
     age: int = field(default=0)
+    views: tuple[object, list[nn.Parameter]] = (None, [])
+    """The chunk's weights as parameters on this memory, and what they were made for: cut once while it stays."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much it can hold."""
+        return len(self.memory)
 
     def wait(self) -> None:
         """Returns when the chunk's bytes are there."""
@@ -49,20 +58,11 @@ class Arena:
         """The slot that holds the chunk, landed or on its way."""
         return next((slot for slot in self.slots if slot.key == key), None)
 
-    def claim(self, key: Key, nbytes: int, next_use: Callable[[Key], int]) -> Slot | None:
-        """A slot for a chunk of `nbytes`, or None when all that fit are leased.
-
-        The smallest size that fits is taken; within it an empty slot first, else the one whose chunk is used latest
-        from now, which is optimal when the order is known (Belady 1966), and ours is.
-        """
-        fitting = [slot for slot in self.slots if len(slot.memory) >= nbytes and not slot.users]
-        if not fitting:
+    def claim(self, key: Key, nbytes: int, next_use: Callable[[Key], int], before: int = -1) -> Slot | None:
+        """A slot for a chunk of `nbytes`, by the plan's rule, or None when there is none to give."""
+        slot = choose(self.slots, nbytes, next_use, before)
+        if slot is None:
             return None
-        size = min(len(slot.memory) for slot in fitting)
-        slot = max(
-            (slot for slot in fitting if len(slot.memory) == size),
-            key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age),
-        )
         slot.wait()  # a prefetch that nobody came for must not write into the next chunk
         self._clock += 1
         slot.key, slot.age = key, self._clock

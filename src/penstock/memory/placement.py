@@ -40,6 +40,9 @@ STRATEGIES: dict[str, Row] = {
     "gemini_cpu":  Row(HOST, HOST, HOST),
     "gemini_nvme": Row(DISK, HOST, DISK),
 }  # fmt: skip
+AUTO = "gemini_auto"
+"""Each chunk by itself: the device is filled first, then host memory, then the disk; see plan.place."""
+NAMES = (*STRATEGIES, AUTO)
 
 
 def known(name: str) -> str:
@@ -48,6 +51,6 @@ def known(name: str) -> str:
     Raises UserError for names that do not exist.
     """
     ours = name.removeprefix("colossalai_").replace("gemini_cuda", "gemini")
-    if ours not in STRATEGIES:
-        raise UserError(f"--strategy {name}: no such strategy; there are {', '.join(STRATEGIES)}.")
+    if ours not in NAMES:
+        raise UserError(f"--strategy {name}: no such strategy; there are {', '.join(NAMES)}.")
     return ours

@@ -1,36 +1,173 @@
-"""What lives where, and how many slots there are: decided from ids and byte counts alone. No torch in here."""
+"""What lives where, and how many slots there are: decided from ids and byte counts alone. No torch in here.
+
+The engine asks before it allocates anything, and `forecast.py` asks the same functions when nothing will be allocated.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from penstock.memory.chunks import Chunk
-from penstock.memory.placement import Row, TierName
+from penstock.memory.placement import DISK, HOST, SHARD, STRATEGIES, Placement, Row, TierName
 
 STATE_BYTES = {"float32": 8, "bfloat16": 10, "float16": 10}
 """Bytes per element of AdamW's states beside the weight: two fp32 moments, and the remainder of a split master."""
+PIECE = 1 << 22
+"""Elements that one set of buffers between a disk and the update holds."""
+SETS, SET_BYTES = 3, PIECE * 14
+"""A weight of up to 4 bytes, or of 2 and its remainder, and two moments."""
+RESERVED = 0.25
+"""Share of a device budget that is left to activations when nobody says what they need."""
+PAGE = 4096
 
 
-def homes(chunks: Sequence[Chunk], row: Row, world: int, pooled: int = 0) -> dict[TierName, int]:
-    """Bytes that one model's weights, gradients and optimizer states take at home, per tier and rank.
+@dataclass(frozen=True)
+class Placed:
+    """A chunk and the row of the table that says where its bytes live."""
 
-    `pooled` bytes of gradients are there already: all models share them.
+    chunk: Chunk
+    row: Row
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model, as far as memory goes."""
+
+    name: str
+    placed: tuple[Placed, ...]
+    visits: tuple[tuple[str, ...], ...]
+    """Groups that are needed at once, in order."""
+
+    def moving(self, world: int) -> list[Chunk]:
+        """Chunks whose weights must be brought before they are used."""
+        return [one.chunk for one in self.placed if not resident(one.row, world)]
+
+    def passing(self, world: int) -> list[Chunk]:
+        """Trained chunks whose gradients do not stay where autograd makes them."""
+        return [one.chunk for one in self.placed if one.chunk.trained and not in_place(one.row, world)]
+
+
+def resident(row: Row, world: int) -> bool:
+    """Weights are used where they lie."""
+    return row.params.tier == "device" and (world == 1 or not row.params.sharded)
+
+
+def in_place(row: Row, world: int) -> bool:
+    """Autograd adds straight into the home of the gradients."""
+    return row.grads.tier == "device" and (world == 1 or not row.grads.sharded)
+
+
+# --- placement --------------------------------------------------------------------------------------------------------
+
+
+def place(
+    name: str,
+    models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]],
+    world: int,
+    budgets: dict[TierName, int | None],
+    reserve: int | None = None,
+) -> list[list[Placed]]:
+    """Every chunk's row under a strategy, for models as (chunks, visits) that are prepared together.
+
+    `gemini_auto` fills the device first, then host memory, then the disk: weights before gradients before optimizer
+    states, because a weight is read in every pass and a state once a step; and within each the models in order.
+    `budgets` are what is left on each tier (None: no end); `reserve` bytes of the device are left to activations.
+    """
+    if name != "gemini_auto":
+        return [[Placed(chunk, STRATEGIES[name]) for chunk in chunks] for chunks, _ in models]
+    room = dict(budgets)
+    device = room.get("device")
+    if device is not None and not _all_fits(models, world, device, reserve):
+        slots = sum(together([weight_slots(chunks, visits) for chunks, visits in models]))
+        slots += sum(together([gradient_slots([c for c in chunks if c.trained], visits) for chunks, visits in models]))
+        held = int((device - slots) * RESERVED) if reserve is None else reserve
+        room["device"] = max(device - slots - held, 0)
+    host = room.get("host")
+    if host is not None:
+        room["host"] = max(host - SETS * SET_BYTES, 0)
+
+    def take(nbytes: int, tiers: Sequence[Placement]) -> Placement:
+        for one in tiers:
+            left = room.get(one.tier)
+            if left is None and one.tier in room:
+                return one
+            if left is not None and left >= nbytes:
+                room[one.tier] = left - nbytes
+                return one
+        return tiers[-1]  # too little everywhere: the tier itself will say so
+
+    tiers = [one for one in (SHARD, HOST, DISK) if one.tier in room]
+    params = [[take(chunk.nbytes // world, tiers) for chunk in chunks] for chunks, _ in models]
+    # Gradients are shared by all models, and the largest one's decide.
+    most = max(sum(chunk.nbytes for chunk in chunks if chunk.trained) // world for chunks, _ in models)
+    grads = take(most, [one for one in tiers if one.tier != "disk"])
+    placed = []
+    for (chunks, _), homes_of_params in zip(models, params, strict=True):
+        rows = []
+        for chunk, home in zip(chunks, homes_of_params, strict=True):
+            states = take(chunk.numel * STATE_BYTES[chunk.dtype] // world, tiers) if chunk.trained else home
+            rows.append(Placed(chunk, Row(home, grads, states)))
+        placed.append(rows)
+    return placed
+
+
+def _all_fits(
+    models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]], world: int, device: int, reserve: int | None
+) -> bool:
+    """Whether everything may stay on the device: then nothing moves and no slot is needed."""
+    if world > 1:
+        return False  # shards are gathered into slots
+    placed = [[Placed(chunk, STRATEGIES["gemini"]) for chunk in chunks] for chunks, _ in models]
+    held = sum(homes(placed, world).values())
+    return held + (int(device * RESERVED) if reserve is None else reserve) <= device
+
+
+def homes(models: Iterable[Sequence[Placed]], world: int, pooled: int = 0) -> dict[TierName, int]:
+    """Bytes that models' weights, gradients and optimizer states take at home, per tier and rank.
+
+    Models step one at a time, so they share the gradients' bytes; `pooled` of them are there already.
     """
     needs: Counter[TierName] = Counter()
-    for chunk in chunks:
-        needs[row.params.tier] += chunk.nbytes // (world if row.params.sharded else 1)
-        if chunk.trained:
-            states = chunk.numel * STATE_BYTES[chunk.dtype] // (world if row.optimizer.sharded else 1)
-            needs[row.optimizer.tier] += states
-    grads = sum(chunk.nbytes for chunk in chunks if chunk.trained) // (world if row.grads.sharded else 1)
-    needs[row.grads.tier] += max(grads - pooled, 0)
+    for placed in models:
+        grads: Counter[TierName] = Counter()
+        for one in placed:
+            chunk, row = one.chunk, one.row
+            needs[row.params.tier] += _on(row.params.tier, chunk.nbytes // _parts(row.params, world))
+            if chunk.trained:
+                count = chunk.numel // _parts(row.optimizer, world)
+                for width in _widths(chunk.dtype):
+                    needs[row.optimizer.tier] += _on(row.optimizer.tier, count * width)
+                grads[row.grads.tier] += chunk.nbytes // _parts(row.grads, world)
+        for tier, nbytes in grads.items():
+            needs[tier] += max(nbytes - pooled, 0)
+            pooled = max(pooled, nbytes)
     return dict(needs)
 
 
-def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:
-    """Bytes of the fewest slots that let a model's chunks pass with one visit fetched ahead; `chunks` are those that
-    move, `visits` the groups that are needed at once, in order."""
-    pairs = zip(visits, [*visits[1:], *visits[:1]], strict=True)
-    return together([[chunk.nbytes for chunk in chunks if chunk.group in {*now, *then}] for now, then in pairs])
+def _parts(placement: Placement, world: int) -> int:
+    return world if placement.sharded else 1
+
+
+def _widths(dtype: str) -> list[int]:
+    return [4, 4] if dtype == "float32" else [2, 4, 4]
+
+
+def _on(tier: TierName, nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE if tier == "disk" else nbytes
+
+
+# --- slots ------------------------------------------------------------------------------------------------------------
+
+
+def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]], ahead: int = 1) -> list[int]:
+    """Bytes of the fewest slots that let a model's chunks pass with `ahead` visits fetched beforehand; `chunks` are
+    those that move, `visits` the groups that are needed at once, in order."""
+    needs = []
+    for i in range(len(visits)):
+        near = {group for step in range(ahead + 1) for group in visits[(i + step) % len(visits)]}
+        needs.append([chunk.nbytes for chunk in chunks if chunk.group in near])
+    return together(needs)
 
 
 def gradient_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:
@@ -58,3 +195,74 @@ def filled(slots: Sequence[int], models: Sequence[Sequence[Chunk]], room: int | 
         result.append(nbytes)
         held += nbytes
     return result
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the two arenas are cut into, bytes each."""
+
+    weights: list[int]
+    gradients: list[int]
+    least: int
+    """Bytes of the fewest slots that work."""
+
+    @property
+    def nbytes(self) -> int:
+        """All of them."""
+        return sum(self.weights) + sum(self.gradients)
+
+
+def cut(models: Sequence[Model], world: int, room: int | None, reserve: int | None = None, ahead: int = 1) -> Slots:
+    """The slots for these models in `room` bytes of device memory, of which `reserve` are left to activations.
+
+    Where room is too small the fewest that work are given, and `least` says what they take.
+    """
+    moving = [model.moving(world) for model in models]
+    pairs = list(zip(models, moving, strict=True))
+    weights = together([weight_slots(chunks, model.visits, ahead) for model, chunks in pairs])
+    gradients = together([gradient_slots(model.passing(world), model.visits) for model in models])
+    least = sum(weights) + sum(gradients)
+    if room is not None:
+        spare = max(room - least, 0)
+        room = sum(weights) + (int(spare * (1 - RESERVED)) if reserve is None else max(spare - reserve, 0))
+    return Slots(filled(weights, moving, room), gradients, least)
+
+
+class Holder(Protocol):
+    """A slot, real or imagined."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much it can hold."""
+
+    @property
+    def key(self) -> Hashable | None:
+        """What it holds."""
+
+    @property
+    def users(self) -> int:
+        """Above 0: it cannot be taken away."""
+
+    @property
+    def age(self) -> int:
+        """When it was filled: the arena's count."""
+
+
+Slot = TypeVar("Slot", bound=Holder)
+
+
+def choose(slots: Iterable[Slot], nbytes: int, next_use: Callable[[Any], int], before: int = -1) -> Slot | None:
+    """The slot that a chunk of `nbytes` goes to, or None when all that fit are in use.
+
+    The smallest size that fits; within it an empty slot first, else the one whose chunk is used latest from now, which
+    is optimal when the order is known (Belady 1966), and ours is. None too when that is within `before` visits.
+    """
+    fitting = [slot for slot in slots if slot.nbytes >= nbytes and not slot.users]
+    if not fitting:
+        return None
+    size = min(slot.nbytes for slot in fitting)
+    chosen = max(
+        (slot for slot in fitting if slot.nbytes == size),
+        key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age),
+    )
+    return None if chosen.key is not None and next_use(chosen.key) <= before else chosen

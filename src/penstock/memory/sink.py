@@ -5,7 +5,7 @@ States on a disk pass through three sets of small buffers in RAM: one is read ah
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -15,14 +15,11 @@ from torch.profiler import record_function
 
 from penstock.memory.adam import AdamW, join, split
 from penstock.memory.chunks import Weight
+from penstock.memory.plan import PIECE, SETS
 from penstock.memory.shard import World
 from penstock.memory.stored import CPU, Stored, bring, gather, put_back
-from penstock.memory.tiers import DiskHome, Home, RamHome
+from penstock.memory.tiers import DiskHome, Home, RamHome, worker
 
-PIECE = 1 << 22
-"""Elements that one set of buffers between disk and update holds."""
-SETS, SET_BYTES = 3, PIECE * 14
-"""A weight of up to 4 bytes, or of 2 and its remainder, and two moments."""
 SAVED = ("master", "exp_avg", "exp_avg_sq")
 """What a checkpoint keeps per weight, fp32, whatever the strategy and the world."""
 
@@ -37,9 +34,9 @@ class Sink:
         self.steps = 0
         """Updates so far: AdamW's count."""
         self._buffers = buffers
-        """`SETS` runs of `SET_BYTES` in RAM, shared by all models."""
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="update-read")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="update-write")
+        """plan.SETS runs of plan.SET_BYTES in RAM, shared by all models."""
+        self._reader = worker("update-read")
+        self._writer = worker("update-write")
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
@@ -85,8 +82,9 @@ class Sink:
         """
         shared = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for one in self.stored:
-            norm = torch.linalg.vector_norm(self._own_gradients(one, self.world.device), dtype=torch.float32)
-            shared += norm.double().square()
+            here = one.grads.tensor.device if isinstance(one.grads, RamHome) else CPU  # 4 bytes travel, not the chunk
+            norm = torch.linalg.vector_norm(self._own_gradients(one, here), dtype=torch.float32)
+            shared += norm.to(shared.device).double().square()
         if any(not one.grads_whole or one.split for one in self.stored):
             shared = self.world.sum(shared)
         return shared.sqrt().float()

@@ -19,19 +19,16 @@ from penstock.memory import plan
 from penstock.memory.adam import AdamW, states_of
 from penstock.memory.arena import Arena
 from penstock.memory.chunks import Chunk, Weight, layout
-from penstock.memory.placement import STRATEGIES, Row, known
+from penstock.memory.placement import AUTO, STRATEGIES, Row, known
 from penstock.memory.program import owners
 from penstock.memory.shard import World
-from penstock.memory.sink import SET_BYTES, SETS, Sink
+from penstock.memory.sink import Sink
 from penstock.memory.stored import Stored
-from penstock.memory.stream import LossOf, Stream
-from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages, parse_bytes, show_bytes
+from penstock.memory.stream import LossOf, Stream, visits_of
+from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages
+from penstock.memory.units import parse_bytes, show_bytes
 
 Phase = Literal["rollout", "score", "train"]
-
-
-RESERVED = 0.25
-"""Share of a device budget that is left to activations when slots are cut."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,10 +44,16 @@ class Strategy:
     """Run each block again in backward instead of keeping what is inside it; None: where weights move."""
     chunk_size: int | None = None
     """Elements per chunk at most; None: a block is a chunk."""
+    reserve: int | None = None
+    """Bytes of device memory that are left to activations; None: a quarter of what is left."""
+    ahead: int = 1
+    """Visits whose weights are fetched beforehand."""
     tiers: dict[str, Ram | Disk] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds spent in each phase since `take_seconds`."""
     streams: list[Stream] = field(default_factory=list)
+    models: list[plan.Model] = field(default_factory=list)
+    """What the plan knows of the streams' models, in the same order."""
     gradients: list[RamHome] = field(default_factory=list)
     """Bytes for one chunk's gradients each; one model at a time uses them."""
     buffers: list[Tensor] = field(default_factory=list)
@@ -73,11 +76,12 @@ class Strategy:
 
         Budgets are per rank: "6GB", and PATH or PATH:200GB for the disk. Raises UserError for what does not exist.
         """
-        row = STRATEGIES[known(name)]
+        name = known(name)
         if dtype not in DTYPES:
             raise UserError(f"--dtype {dtype}: weights compute in {' or '.join(DTYPES)}.")
-        on_disk = "disk" in {one.tier for one in (row.params, row.grads, row.optimizer)}
-        if on_disk and disk is None:
+        row = STRATEGIES.get(name)
+        on_disk = row is None or "disk" in {one.tier for one in (row.params, row.grads, row.optimizer)}
+        if row is not None and on_disk and disk is None:
             raise UserError(f"--strategy {name} keeps weights on a disk; give --disk PATH or --disk PATH:200GB.")
         world = World.join(device)
         if name == "naive" and world.size > 1:
@@ -91,7 +95,7 @@ class Strategy:
             if not directory or "/" in size:  # no budget: a colon in a path is a path's
                 directory, size = disk, ""
             tiers["disk"] = Disk(directory, _budget(size or None, "--disk"))
-        return Strategy(known(name), world, DTYPES[dtype], recompute, chunk_size, tiers)
+        return Strategy(name, world, DTYPES[dtype], recompute, chunk_size, tiers=tiers)
 
     @contextlib.contextmanager
     def init(self) -> Iterator[None]:
@@ -105,41 +109,62 @@ class Strategy:
             torch.set_default_dtype(before)
 
     def prepare(self, model: Any, **adamw: Any) -> Stream:
-        """Makes the model's weights, chunk by chunk, where the strategy keeps them, and gives its trained ones a sink.
+        """`prepare_all` for one model."""
+        return self.prepare_all(model, **adamw)[0]
 
-        `model` is a module and a `Program`. A weight on `meta` is made from the recipe; any other is taken as it is,
-        and must be the same on every rank. Raises ResourceError when a tier's budget is too small.
+    def prepare_all(self, *models: Any, **adamw: Any) -> list[Stream]:
+        """Makes the models' weights, chunk by chunk, where the strategy keeps them; trained ones get a sink each.
+
+        A model is a module and a `Program`. A weight on `meta` is made from the recipe; any other is taken as it is,
+        and must be the same on every rank. Under gemini_auto the models of one call are placed together. Raises
+        ResourceError when a tier's budget is too small.
         """
-        row, world = STRATEGIES[self.name], self.world
-        for arena in self.arenas or ():  # cut again when next needed: this model passes through it too
+        for arena in self.arenas or ():  # cut again when next needed: these models pass through it too
             arena.close()
         self.arenas = None
-        where = owners(model)
-        groups = [(group, [_weight(name, where) for name in names]) for group, names in model.groups()]
-        chunks = layout(groups, world=world.size, max_numel=self.chunk_size)
-        self._check_room(type(model).__name__, chunks, row)
+        laid = []
+        for model in models:
+            where = owners(model)
+            groups = [(group, [_weight(name, where) for name in names]) for group, names in model.groups()]
+            laid.append((layout(groups, world=self.world.size, max_numel=self.chunk_size), visits_of(model)))
+        room = {name: None if tier.budget is None else tier.budget - tier.used for name, tier in self.tiers.items()}
+        placed = plan.place(self.name, laid, self.world.size, room, self.reserve)  # type: ignore[arg-type]
+        for model, one in zip(models, placed, strict=True):
+            pooled = sum(home.tensor.nbytes for home in self.gradients)
+            for tier, nbytes in plan.homes([one], self.world.size, pooled).items():  # before anything is made
+                self.tiers[tier].check(nbytes, f"{type(model).__name__} under --strategy {self.name}")
+        # Under gemini_auto models differ; where some are too large to stay, none may keep what is inside its blocks.
+        moves = self.name == AUTO and not all(plan.resident(it.row, self.world.size) for one in placed for it in one)
+        return [
+            self._stream(model, one, visits, moves, adamw)
+            for model, one, (_, visits) in zip(models, placed, laid, strict=True)
+        ]
+
+    def _stream(
+        self,
+        model: Any,
+        placed: Sequence[plan.Placed],
+        visits: list[tuple[str, ...]],
+        moves: bool,
+        adamw: dict[str, Any],
+    ) -> Stream:
         taken: set[int] = set()
-        stored = [self._store(model, chunk, row, taken) for chunk in chunks]
-        model.train(any(chunk.trained for chunk in chunks))
-        moves = not all(one.resident for one in stored)
+        stored = [self._store(model, one.chunk, one.row, taken) for one in placed]
+        model.train(any(one.chunk.trained for one in placed))
+        moves = moves or not all(one.resident for one in stored)
         trained = [one for one in stored if one.chunk.trained]
-        sink = Sink(trained, world, AdamW(**adamw), self._update_buffers) if trained else None
         stream = Stream(
             model,
             stored,
-            world,
-            sink=sink,
+            self.world,
+            sink=Sink(trained, self.world, AdamW(**adamw), self._update_buffers) if trained else None,
             recompute=moves if self.recompute is None else self.recompute or moves,
+            ahead=self.ahead,
             arenas=self._cut_arenas,
         )
         self.streams.append(stream)
+        self.models.append(plan.Model(type(model).__name__, tuple(placed), tuple(visits)))
         return stream
-
-    def _check_room(self, name: str, chunks: Sequence[Chunk], row: Row) -> None:
-        """Raises ResourceError, before anything is made, when a tier cannot take this model beside the others."""
-        pooled = sum(home.tensor.nbytes for home in self.gradients)
-        for tier, nbytes in plan.homes(chunks, row, self.world.size, pooled).items():
-            self.tiers[tier].check(nbytes, f"{name} under --strategy {self.name}")
 
     def _store(self, model: Any, chunk: Chunk, row: Row, taken: set[int]) -> Stored:
         """Homes for one chunk on this rank, with its first weights in them."""
@@ -171,7 +196,11 @@ class Strategy:
     def _gradient_home(self, tier: str, numel: int, dtype: torch.dtype, what: str, taken: set[int]) -> Home:
         """A home for gradients, which all models share: no two of them step at the same time."""
         nbytes = numel * dtype.itemsize
-        free = [home for i, home in enumerate(self.gradients) if i not in taken and home.tensor.numel() >= nbytes]
+        free = [
+            home
+            for i, home in enumerate(self.gradients)
+            if i not in taken and home.tier.name == tier and home.tensor.numel() >= nbytes
+        ]
         home = min(free, key=lambda one: one.tensor.numel(), default=None)
         if home is None:
             ram = self.tiers[tier]
@@ -198,8 +227,8 @@ class Strategy:
         """What states on a disk pass through on their way to an update and back."""
         host = self.tiers["host"]
         assert isinstance(host, Ram)
-        while len(self.buffers) < SETS:
-            self.buffers.append(host.home(SET_BYTES, torch.uint8, "buffers between disk and optimizer").tensor)
+        while len(self.buffers) < plan.SETS:
+            self.buffers.append(host.home(plan.SET_BYTES, torch.uint8, "buffers between disk and optimizer").tensor)
         return self.buffers
 
     def _cut_arenas(self) -> tuple[Arena, Arena]:
@@ -207,30 +236,18 @@ class Strategy:
         if self.arenas is None:
             tier = self.tiers["device"]
             assert isinstance(tier, Ram)
-            visits = {id(stream): stream.visits() for stream in self.streams}
-            moving = [[one.chunk for one in stream.stored if not one.resident] for stream in self.streams]
-            passing = [
-                [one.chunk for one in stream.stored if one.chunk.trained and not one.in_place]
-                for stream in self.streams
-            ]
-            gradients = plan.together(
-                [plan.gradient_slots(chunks, visits[id(s)]) for chunks, s in zip(passing, self.streams, strict=True)]
-            )
-            weights = plan.together(
-                [plan.weight_slots(chunks, visits[id(s)]) for chunks, s in zip(moving, self.streams, strict=True)]
-            )
-            room = None
-            if tier.budget is not None:
-                least = tier.used + sum(gradients) + sum(weights)
-                if least > tier.budget:
-                    raise ResourceError(
-                        f"--device-memory {show_bytes(tier.budget)}: under --strategy {self.name} these models pass "
-                        f"through at least {show_bytes(least)}, activations not counted; give more than that."
-                    )
-                room = int(sum(weights) + (tier.budget - least) * (1 - RESERVED))
+            room = None if tier.budget is None else tier.budget - tier.used
+            slots = plan.cut(self.models, self.world.size, room, self.reserve, self.ahead)
+            least = slots.least + (self.reserve or 0)
+            if room is not None and least > room:
+                beside = "with their activations" if self.reserve else "activations not counted"
+                raise ResourceError(
+                    f"--device-memory {show_bytes(tier.used + room)}: under --strategy {self.name} these models need "
+                    f"at least {show_bytes(tier.used + least)}, {beside}; give more than that."
+                )
             self.arenas = (
-                Arena(tier, plan.filled(weights, moving, room), "the slots that weights pass through"),
-                Arena(tier, gradients, "the slots that gradients pass through"),
+                Arena(tier, slots.weights, "the slots that weights pass through"),
+                Arena(tier, slots.gradients, "the slots that gradients pass through"),
             )
         return self.arenas
 

@@ -8,7 +8,6 @@ plan. Several micro-batches run inside one visit, so a weight moves once per pas
 import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from penstock.memory.program import Part, Program, owners
 from penstock.memory.shard import World
 from penstock.memory.sink import Sink
 from penstock.memory.stored import Stored
-from penstock.memory.tiers import DiskHome, RamHome
+from penstock.memory.tiers import DiskHome, RamHome, worker
 
 NEVER = 1 << 60
 LossOf = Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
@@ -51,6 +50,7 @@ class Stream:
         *,
         sink: Sink | None,
         recompute: bool,
+        ahead: int,
         arenas: Callable[[], tuple[Arena, Arena]],
     ) -> None:
         self.model: Any = model
@@ -58,7 +58,7 @@ class Stream:
         self.program: Program = model
         self.world, self.sink = world, sink
         self.stored = list(stored)
-        self.recompute = recompute
+        self.recompute, self.ahead = recompute, ahead
         self.device: torch.device = world.device
         """Where weights are when a part runs."""
         self._arenas = arenas
@@ -72,7 +72,7 @@ class Stream:
         for one in self.stored:
             self._groups.setdefault(one.chunk.group, []).append(one)
         self._holds: dict[int, list[Hold]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._reader = worker("prefetch")
         self._order: list[tuple[str, ...]] = []
         self._positions: dict[str, list[int]] = {}
         self._at = 0
@@ -141,7 +141,7 @@ class Stream:
     def _pass(self, wave: Sequence[Any], loss_of: LossOf) -> list[tuple[Tensor, dict[str, Tensor]]]:
         parts = self.program.parts()
         first = self._first_trained(parts)
-        order = self.visits()
+        order = visits_of(self.program)
         self._follow([*order, *(part.groups for part in reversed(parts[first:-1]))], repeats=False)
         contexts = [self.program.begin(one.tokens) for one in wave]
         xs: list[Tensor] = [one.tokens for one in wave]
@@ -151,31 +151,35 @@ class Stream:
             keep = i >= first
             with self.lease(part.groups, gradients=False):
                 if keep:
-                    inputs.append([_leaf(x, i > first) for x in xs])
-                    xs = inputs[-1]
+                    xs = [_leaf(x, i > first) for x in xs]
+                    inputs.append(xs)
                 with record_function(f"forward.{i}"), torch.set_grad_enabled(keep and not self.recompute):
                     ys = [part.run(x, context) for x, context in zip(xs, contexts, strict=True)]
                 if keep:
                     outputs.append([] if self.recompute else ys)
                 xs = [y.detach() for y in ys]
+                del ys
         results, slopes = [], []
         with self.lease(order[-1], gradients=True), torch.enable_grad(), record_function("turn"):
-            for x, context, one in zip(xs, contexts, wave, strict=True):
-                x = _leaf(x, len(parts) - 1 > first)
+            for context, one in zip(contexts, wave, strict=True):
+                x = _leaf(xs.pop(0), len(parts) - 1 > first)  # what one micro-batch held is let go of before the next
                 loss, stats = loss_of(parts[-1].run(x, context), one)
                 loss.backward()
-                results.append((loss.detach(), stats))
+                # Undetached, a statistic would hold the whole graph, and with it the states it began from.
+                results.append((loss.detach(), {key: value.detach() for key, value in stats.items()}))
                 slopes.append(x.grad)
+                del x, loss, stats
         for i in reversed(range(first, len(parts) - 1)):
             here, ys = inputs.pop(), outputs.pop()
             with self.lease(parts[i].groups, gradients=True), record_function(f"backward.{i}"):
                 for j, context in enumerate(contexts):
-                    x = here.pop(0)  # what one micro-batch held is let go of before the next
+                    x = here.pop(0)
                     with torch.enable_grad():
                         y = parts[i].run(x, context) if self.recompute else ys.pop(0)
                     if y.requires_grad:
                         y.backward(slopes[j])
                     slopes[j] = x.grad
+                    del x, y
         return results
 
     def _first_trained(self, parts: Sequence[Part]) -> int:
@@ -252,8 +256,7 @@ class Stream:
             if grads is None and gradients:
                 assert isinstance(one.grads, RamHome)
                 grads = one.grads.tensor
-            weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
-            self._bind(one.chunk, weights, trained=gradients)
+            self._bind_slot(one, slot, trained=gradients)
             if grads is not None:
                 self._bind_gradients(one.chunk, grads)
         elif grads is not None:  # resident weights: the graph knows these very parameters
@@ -272,18 +275,31 @@ class Stream:
             hold.gradient_slot.key = None
         elif hold.gradients:
             one.graded = True
+        if hold.gradients and not (hold.slot is None and one.in_place):
+            for weight in one.chunk.weights:
+                getattr(*self._owners[weight.name]).grad = None
         if hold.slot is not None:
             hold.slot.users -= 1
             self._unbind(one.chunk)
-        elif hold.gradient_slot is not None:
-            for weight in one.chunk.weights:
-                getattr(*self._owners[weight.name]).grad = None
 
-    def _bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> None:
+    def _bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> list[nn.Parameter]:
         """The model's own parameters become views of `weights`."""
+        bound = []
         for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
             view = weights[offset : offset + weight.numel].view(weight.shape)
-            setattr(*self._owners[weight.name], nn.Parameter(view, requires_grad=trained))
+            bound.append(nn.Parameter(view, requires_grad=trained))
+            setattr(*self._owners[weight.name], bound[-1])
+        return bound
+
+    def _bind_slot(self, one: Stored, slot: Slot, *, trained: bool) -> None:
+        """The same for a chunk in a slot. While it stays there it is cut once: decoding visits it for every token."""
+        purpose = (id(self), one.chunk.index, trained)
+        if slot.views[0] != purpose:
+            weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
+            slot.views = (purpose, self._bind(one.chunk, weights, trained=trained))
+            return
+        for weight, parameter in zip(one.chunk.weights, slot.views[1], strict=True):
+            setattr(*self._owners[weight.name], parameter)
 
     def _bind_gradients(self, chunk: Chunk, grads: Tensor) -> None:
         """The bound parameters' gradients become views of `grads`: autograd adds in place, so the views survive."""
@@ -340,27 +356,19 @@ class Stream:
         return land
 
     def _prefetch(self) -> None:
-        """Sends for the chunks of the next visit, if a slot holds nothing that is needed sooner."""
-        ahead = self._at + 1
-        if ahead >= len(self._order):
-            if not self._repeats:
+        """Sends for the chunks of the next visits, where a slot holds nothing that is needed sooner."""
+        for step in range(1, self.ahead + 1):
+            at = self._at + step
+            if at >= len(self._order) and not self._repeats:
                 return
-            ahead = 0
-        for group in self._order[ahead]:
-            for one in self._groups.get(group, ()):
-                key = (id(self), one.chunk.index)
-                if one.resident:
-                    continue
-                arena = self._arenas()[0]
-                if arena.find(key) is None:
-                    slot = arena.claim(key, one.chunk.nbytes, self._next_use)
+            for group in self._order[at % len(self._order)]:
+                for one in self._groups.get(group, ()):
+                    key = (id(self), one.chunk.index)
+                    if one.resident or self._arenas()[0].find(key) is not None:
+                        continue
+                    slot = self._arenas()[0].claim(key, one.chunk.nbytes, self._next_use, before=step)
                     if slot is not None:
                         slot.landing = self._start(one, slot)
-
-    def visits(self) -> list[tuple[str, ...]]:
-        """Groups that are needed at once, in order: the parts', the last of them with what reads its states."""
-        parts = self.program.parts()
-        return [*(part.groups for part in parts[:-1]), (*parts[-1].groups, *self.program.reads())]
 
     def _cycle(self) -> list[tuple[str, ...]]:
         return [*(part.groups for part in self.program.parts()), self.program.reads()]
@@ -390,6 +398,12 @@ class Stream:
         if later < len(positions):
             return positions[later] - self._at
         return len(self._order) - self._at + positions[0] if self._repeats and positions else NEVER
+
+
+def visits_of(program: Program) -> list[tuple[str, ...]]:
+    """Groups that are needed at once, in order: the parts', the last of them with what reads its states."""
+    parts = program.parts()
+    return [*(part.groups for part in parts[:-1]), (*parts[-1].groups, *program.reads())]
 
 
 def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:

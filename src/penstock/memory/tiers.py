@@ -10,42 +10,21 @@ import errno
 import mmap
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from penstock.errors import ResourceError, UserError
+from penstock.memory.units import show_bytes
 
 PAGE = 4096
 BLOCK = 8 << 20
 """Bytes per disk request: large enough for the disk's full speed, small enough to share among threads."""
 THREADS = 4
-
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-         "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
-
-
-def parse_bytes(text: str, flag: str) -> int:
-    """Bytes of "6GB", "512 MiB", "1.5e9". Raises UserError naming `flag` otherwise."""
-    number = text.strip().rstrip("bBkKmMgGtTiI ")
-    unit = text.strip()[len(number) :].strip().lower()
-    try:
-        nbytes = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"{flag} {text}: not a number of bytes; write 6GB, 512MB or 1.5TB.") from error
-    if nbytes <= 0:
-        raise UserError(f"{flag} {text}: must be above 0.")
-    return nbytes
-
-
-def show_bytes(nbytes: float) -> str:
-    """1234567890 -> "1.23 GB"."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} bytes"
 
 
 class Tier:
@@ -211,8 +190,28 @@ class DiskHome:
 Home = RamHome | DiskHome
 
 
+class _AtOnce(Executor):
+    """Does it now: fake tensors are not for threads."""
+
+    def submit(self, do: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """What came of it."""
+        future: Future = Future()
+        future.set_result(do(*args, **kwargs))
+        return future
+
+
+def worker(name: str) -> Executor:
+    """Something that does one thing after the other beside the caller."""
+    return _AtOnce() if _pretending() else ThreadPoolExecutor(1, thread_name_prefix=name)
+
+
+def _pretending() -> bool:
+    """Whether tensors are fake: in a dry run."""
+    return torch._guards.detect_fake_mode() is not None
+
+
 def empty_pages(nbytes: int, device: torch.device) -> Tensor:
     """[nbytes] uint8, zeroed; on the CPU it begins on a page and costs no memory until it is written."""
-    if device.type != "cpu" or nbytes == 0:
+    if device.type != "cpu" or nbytes == 0 or _pretending():
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

@@ -9,9 +9,9 @@ Shapes: B rows, T tokens, D width, H query heads, G key/value heads, E head_dim,
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -19,63 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.memory.program import ALWAYS_THERE, Part
+from penstock.models.config import DecoderConfig
 from penstock.models.linear import Linear, attention, linear
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [B, G, S, E], preallocated and written in place."""
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """What distinguishes one decoder from another. Families translate Hugging Face configs to and from this."""
-
-    family: str
-    """Hugging Face `model_type`: gpt2, opt, bloom, gpt_neox, llama, mistral, qwen2, qwen3."""
-    vocab_size: int
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    """Fewer than num_heads: grouped-query attention."""
-    head_dim: int
-    d_ff: int
-    max_length: int
-    """Tokens of context the model was built for."""
-    position: Literal["learned", "rotary", "alibi"] = "learned"
-    norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float = 1e-5
-    activation: str = "gelu_tanh"
-    """gelu, gelu_tanh, relu or silu: a key of ACTIVATIONS."""
-    gated: bool = False
-    """SwiGLU and friends: activation(gate) * up."""
-    pre_norm: bool = True
-    """Norm before attention and MLP; False (OPT-350m) after the residual sum."""
-    parallel_residual: bool = False
-    """GPT-NeoX: attention and MLP read the same input and are added together."""
-    qkv_bias: bool = True
-    out_bias: bool = True
-    mlp_bias: bool = True
-    tied: bool = True
-    """The head is the token embedding."""
-    qk_norm: bool = False
-    """RMSNorm on each query and key head (Qwen3)."""
-    rotary_dim: int = 0
-    """Leading dimensions of each head that rotate."""
-    rope_theta: float = 10_000.0
-    rope_scaling: tuple[tuple[str, Any], ...] = ()
-    """Items of Hugging Face's rope_scaling: types linear and llama3."""
-    windows: tuple[int, ...] = ()
-    """Per layer, how many latest tokens attention sees; 0 is all. Empty: all, in every layer."""
-    embed_norm: bool = False
-    """BLOOM: a norm right behind the embedding."""
-    embed_dim: int = 0
-    """OPT-350m: width of the embedding when it is not d_model, with projections in and out."""
-    position_offset: int = 0
-    """OPT keeps two unused rows at the start of its position table."""
-    final_norm: bool = True
-    eos_ids: tuple[int, ...] = ()
-    hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
-    """The config.json this came from: keys we do not use survive a round trip."""
 
 
 class Norm(nn.Module):
@@ -94,7 +42,7 @@ class Norm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-ACTIVATIONS = {
+FUNCTIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
@@ -170,7 +118,7 @@ class Block(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """down(activation(up(x))), gated or not."""
-        act = ACTIVATIONS[self.config.activation]
+        act = FUNCTIONS[self.config.activation]
         if self.config.gated:
             gate, up = self.up(x).chunk(2, dim=-1)
             return self.down(act(gate) * up)
@@ -214,7 +162,8 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
-        x = F.embedding(tokens, self.tokens) if self.tokens.grad is None else _Rows.apply(self.tokens, tokens)
+        learning = torch.is_grad_enabled() and self.tokens.requires_grad
+        x = _Rows.apply(self.tokens, tokens) if learning else F.embedding(tokens, self.tokens)
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
@@ -223,7 +172,7 @@ class Embedding(nn.Module):
 
 
 class _Rows(torch.autograd.Function):
-    """Embedding of a table whose gradient has a place already: the rows that were read are added there.
+    """Embedding whose gradient is added, row by row, where the table's gradient has its place, if it has one by then.
 
     autograd would fill a table of zeros for a few hundred rows, and another for the sum with a tied head's gradient.
     """
@@ -235,10 +184,12 @@ class _Rows(torch.autograd.Function):
         return F.embedding(tokens, table)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (tokens,) = ctx.saved_tensors
-        ctx.table.grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
-        return None, None
+        made = torch.zeros_like(ctx.table) if ctx.table.grad is None else None
+        place = ctx.table.grad if made is None else made
+        place.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+        return made, None
 
 
 class Decoder(nn.Module):

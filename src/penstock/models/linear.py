@@ -5,6 +5,8 @@ the weight's size and then add it. Most laptop CPUs (AVX2) multiply bf16 in soft
 there weights are stored in bf16 and widened where they are used, a tile of rows at a time, and only for the call.
 """
 
+import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +20,26 @@ TILE = 1 << 22
 """Elements of a weight that are widened at once: 16 MB in fp32."""
 
 
-@functools.cache
+_AS_IF_FAST = contextvars.ContextVar("as_if_fast", default=False)
+
+
+@contextlib.contextmanager
+def as_if_fast() -> Iterator[None]:
+    """Inside, every processor counts as one with bf16 instructions: a dry run is of another machine than this."""
+    token = _AS_IF_FAST.set(True)
+    try:
+        yield
+    finally:
+        _AS_IF_FAST.reset(token)
+
+
 def slow_in_bf16(device_type: str) -> bool:
     """Whether bf16 matrix products have no instructions of their own there."""
-    if device_type != "cpu":
-        return False
+    return device_type == "cpu" and not _AS_IF_FAST.get() and _cpu_is_slow()
+
+
+@functools.cache
+def _cpu_is_slow() -> bool:
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -32,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # A token or a few at a time (decoding): casting the weight would cost more than the slow product.
     many = learning or x.shape[:-1].numel() > FEW
     widen = many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type)
-    if widen or (learning and weight.grad is not None):
+    if widen or (learning and weight.requires_grad):
         return _Product.apply(x, weight, bias, widen)
     return F.linear(x, weight, bias)
 

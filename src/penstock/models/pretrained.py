@@ -20,7 +20,8 @@ from torch import Tensor
 
 from penstock.errors import UserError
 from penstock.models import tensorfile
-from penstock.models.decoder import Decoder, DecoderConfig
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
 from penstock.models.families import family_of
 from penstock.models.families.weights import Weight
 from penstock.models.tensorfile import Entry

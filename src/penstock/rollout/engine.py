@@ -52,7 +52,7 @@ def generate(
     for start in range(0, len(order), max(size, 1)):
         rows = order[start : start + size]
         numbers = torch.stack([uniforms[i] for i in rows])
-        for _ in _decode(decoder, [answers[i] for i in rows], numbers, sampling, eos_ids):
+        for _ in decode_steps(decoder, [answers[i] for i in rows], numbers, sampling, eos_ids):
             pass
     return answers
 
@@ -64,14 +64,17 @@ def stream_tokens(
     """The tokens of one answer as they are made, EOS included. Stop iterating to cancel."""
     answer = Answer(list(prompt))
     numbers = stream(sampling.seed, episode, sampling.max_new_tokens)[None]
-    for _ in _decode(decoder, [answer], numbers, sampling, eos_ids):
+    for _ in decode_steps(decoder, [answer], numbers, sampling, eos_ids):
         yield answer.response_ids[-1]
 
 
-def _decode(
+def decode_steps(
     decoder: Decoder, answers: list[Answer], uniforms: Tensor, sampling: Sampling, eos_ids: Sequence[int]
 ) -> Iterator[None]:
-    """Fills the answers in place, one token each per iteration."""
+    """Fills the answers in place, one token each per iteration; the prefill belongs to the first.
+
+    uniforms: [answers, max_new_tokens], the random numbers that pick each one's tokens.
+    """
     device = decoder.device
     lengths = torch.tensor([len(answer.prompt_ids) for answer in answers], device=device)
     width = int(lengths.max())

@@ -17,7 +17,7 @@ from typing import Any
 import safetensors
 import torch
 
-from penstock import config as flags
+from penstock import flags
 from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.memory.shard import World
 from penstock.memory.sink import SAVED

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from penstock.models.decoder import DecoderConfig
+from penstock.models.config import DecoderConfig
 from penstock.models.families.settings import activation, activation_name, require
 from penstock.models.families.weights import Weight, pair
 
@@ -60,36 +60,3 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "attn_pdrop": 0.0,
         "tie_word_embeddings": config.tied,
     }
-
-
-SIZES = {
-    # name: layers, width, heads, positions. s to xl: Radford et al. 2019; the others as in Colossal-AI's coati
-    # benchmarks, so that figures compare.
-    "s": (12, 768, 12, 1024),
-    "m": (24, 1024, 16, 1024),
-    "l": (36, 1280, 20, 1024),
-    "xl": (48, 1600, 25, 1024),
-    "2b": (40, 2048, 16, 1024),
-    "4b": (64, 2304, 16, 1024),
-    "6b": (30, 4096, 16, 1024),
-    "8b": (40, 4096, 16, 1024),
-    "10b": (50, 4096, 16, 1024),
-    "12b": (60, 4096, 16, 1024),
-    "15b": (78, 4096, 16, 1024),
-    "18b": (90, 4096, 16, 1024),
-    "20b": (25, 8192, 16, 1024),
-    "24b": (30, 8192, 16, 1024),
-    "28b": (35, 8192, 16, 1024),
-    "32b": (40, 8192, 16, 1024),
-    "36b": (45, 8192, 16, 1024),
-    "40b": (50, 8192, 16, 1024),
-    "175b": (96, 12288, 96, 2048),
-}
-
-
-def size(name: str) -> DecoderConfig:
-    """A GPT-2 of a named size, vocabulary 50257. Raises ValueError for a name not in SIZES."""
-    if name not in SIZES:
-        raise ValueError(f"no GPT-2 size {name!r}; there are {', '.join(SIZES)}")
-    layers, width, heads, positions = SIZES[name]
-    return config_from_hf({"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": positions})

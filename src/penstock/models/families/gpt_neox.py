@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from penstock.models.decoder import DecoderConfig
+from penstock.models.config import DecoderConfig
 from penstock.models.families.settings import activation, activation_name, rope
 from penstock.models.families.weights import Weight, pair
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from penstock.models.decoder import DecoderConfig
+from penstock.models.config import DecoderConfig
 from penstock.models.families import llama
 
 TOP, BLOCK, PREFIX, HEAD = llama.TOP, llama.BLOCK, llama.PREFIX, llama.HEAD

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from penstock.models.decoder import ACTIVATIONS
+from penstock.models.config import ACTIVATIONS
 
 NAMES: dict[str, str] = {
     # theirs: ours; the first of ours is the name we write

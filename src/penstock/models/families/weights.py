@@ -1,11 +1,12 @@
 """One line per weight: our name, Hugging Face's names, and how one becomes the other. Read in both directions."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, cat
+from penstock.models.config import DecoderConfig
 
-from penstock.models.decoder import DecoderConfig
+if TYPE_CHECKING:  # a plan reads families without torch
+    from torch import Tensor
 
 Layout = Literal["same", "transposed", "stacked", "interleaved"]
 
@@ -20,9 +21,11 @@ class Weight:
     """same: one tensor as it is; transposed: [in, out] (GPT-2's Conv1D); stacked: several, one below the other;
     interleaved: q, k, v of head 0, then of head 1, ... (BLOOM, GPT-NeoX)."""
 
-    def read(self, parts: list[Tensor], config: DecoderConfig) -> Tensor:
+    def read(self, parts: "list[Tensor]", config: DecoderConfig) -> "Tensor":
         """Our tensor from theirs, in the order of their names."""
         if self.layout == "stacked":
+            from torch import cat
+
             return cat(parts)
         if self.layout == "transposed":
             return parts[0].t() if parts[0].dim() == 2 else parts[0]
@@ -31,7 +34,7 @@ class Weight:
             return split.transpose(0, 1).flatten(0, 2)
         return parts[0]
 
-    def write(self, ours: Tensor, config: DecoderConfig) -> dict[str, Tensor]:
+    def write(self, ours: "Tensor", config: DecoderConfig) -> "dict[str, Tensor]":
         """Their tensors from ours, in the order of their names."""
         if self.layout == "stacked":
             return dict(zip(self.theirs, ours.split(self._heights(config)), strict=True))

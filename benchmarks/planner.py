@@ -1,0 +1,113 @@
+"""The plan against the engine: predicted and measured peak bytes per tier and bytes moved, over many configurations.
+
+python -m benchmarks.planner           strategies x sizes x batches x processes, on pretended tensors
+python -m benchmarks.planner 175b      the dry runs of 175B on 32 and on 8 processes: seconds, RSS, what fits
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks.facts import write
+from penstock.algorithms.planning import Role, Workload, config_of, forecast_of
+from penstock.algorithms.rehearsal import rehearse
+
+SIZES = {
+    # name: (layers kept, device budgets in MB: none, and one that is tight)
+    "s": (6, (None, 900)), "xl": (4, (None, 1700)), "opt-1.3b": (4, (None, 2300)), "opt-350m": (6, (None, 1100)),
+    "bloom-560m": (4, (None, 4200)), "llama-3-8b": (2, (None, 11000)),
+}  # fmt: skip
+BATCHES = ((8, 4, 64, 16), (16, 8, 400, 112))
+"""Episodes, micro-batch, tokens per prompt, tokens per response."""
+RUNS = (
+    ("gemini_cpu", 1), ("gemini_nvme", 1), ("gemini_auto", 1), ("zero2_cpu", 2), ("gemini", 4), ("gemini_cpu", 4),
+    ("ddp", 1), ("zero1", 4),
+)  # fmt: skip
+
+
+def work(size: str, batch: tuple[int, int, int, int]) -> Workload:
+    """PPO of four models of a size, a few of its blocks."""
+    config = dataclasses.replace(config_of(size, "--model"), num_layers=SIZES[size][0], windows=())
+    rows, micro, prompt, response = batch
+    roles = (
+        Role("actor", config, trained=True, scalar=False), Role("critic", config, trained=True, scalar=True),
+        Role("reference", config, trained=False, scalar=False), Role("reward", config, trained=False, scalar=True),
+    )  # fmt: skip
+    return Workload("ppo", roles, rows, micro, rows, 1, prompt, response)
+
+
+def compare(size: str, batch: tuple[int, int, int, int], strategy: str, world: int, device: int | None) -> dict:
+    """One configuration."""
+    budgets: Any = {"device": device, "host": None, "disk": None}
+    setting: Any = {"strategy": strategy, "dtype": "bf16", "world": world, "budgets": budgets}
+    planned, measured = forecast_of(work(size, batch), **setting), rehearse(work(size, batch), **setting)
+    traffic = measured.pop("traffic")
+    keys = ("host_read", "host_written", "disk_read", "disk_written")
+    moved = {
+        key: (sum(one[key] for one in planned.traffic.values()), sum(one[key] for one in traffic.values()))
+        for key in keys
+    }
+    return {
+        "size": size, "layers": SIZES[size][0], "batch": batch, "strategy": strategy, "world": world, "budget": device,
+        "predicted": planned.peak, "measured": measured,
+        "ratio": {tier: planned.peak[tier] / nbytes for tier, nbytes in measured.items() if nbytes},
+        "moved": moved, "moved_ratio": {key: said / done for key, (said, done) in moved.items() if done},
+    }  # fmt: skip
+
+
+def grid() -> None:
+    """Every strategy with every size and batch."""
+    rows = []
+    for i, size in enumerate(SIZES):
+        for j, batch in enumerate(BATCHES):
+            for k, (strategy, world) in enumerate(RUNS):
+                if (i + j + k) % 2 and size != "s":  # half of them: every pair of strategy and size is there
+                    continue
+                tight = SIZES[size][1][1] * 10**6 if strategy in ("gemini_cpu", "gemini_nvme", "gemini_auto") else None
+                rows.append(compare(size, batch, strategy, world, tight))
+                print(json.dumps({key: rows[-1][key] for key in ("size", "batch", "strategy", "world", "ratio")}))
+    ratios = [ratio for row in rows for ratio in row["ratio"].values()]
+    moved = [ratio for row in rows for ratio in row["moved_ratio"].values()]
+    write(
+        "planner",
+        {
+            "configurations": len(rows), "lowest": min(ratios), "highest": max(ratios),
+            "moved_lowest": min(moved), "moved_highest": max(moved), "rows": rows,
+        },
+    )  # fmt: skip
+
+
+def largest() -> None:
+    """175B actor and reference with a 6B critic and reward model, 80 GB of device memory per process."""
+    rows = []
+    for world, more in ((32, []), (8, ["--host-memory", "200GB"])):
+        command = [
+            sys.executable, "-m", "penstock", "plan", "--model", "175b", "--critic-model", "6b", "--world", str(world),
+            "--device-memory", "80GB", *more, "--dry-run", "--json",
+        ]  # fmt: skip
+        began = time.perf_counter()
+        code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE);"
+        code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.stdout.flush();"
+        code += "sys.stdout.buffer.write(done.stdout)"
+        out = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True).stdout
+        rss, _, found = out.partition("\n")
+        result = json.loads(found)
+        rows.append(
+            {
+                "command": " ".join(command[2:]), "wall_seconds": time.perf_counter() - began,
+                "peak_rss_bytes": int(rss),
+                **{key: result[key] for key in ("fits", "predicted", "measured", "budgets")},
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1], indent=2))
+    write("planner_175b", {"rows": rows})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["grid", "175b"], default="grid")
+    (largest if parser.parse_args().what == "175b" else grid)()

@@ -1,0 +1,208 @@
+"""A training command's iteration, run by the real engine on tensors without memory: what it takes, tier by tier.
+
+`penstock plan --dry-run` prints it beside the forecast. The models are made from their shapes; the rollout, the
+scoring and the optimizer steps are the very functions that `penstock ppo`, `sft` and `reward` call.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.algorithms import functional as fn
+from penstock.algorithms import ppo
+from penstock.algorithms.planning import Workload, forecast_of
+from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranking_loss, score_rows, score_states
+from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.memory.meter import Meter
+from penstock.memory.placement import TierName
+from penstock.memory.pretend import PretendDisk, PretendWorld, pretend
+from penstock.memory.strategy import DTYPES, Strategy
+from penstock.memory.stream import Stream
+from penstock.memory.tiers import Ram
+from penstock.models import linear
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.roles import Actor, Critic, RewardModel
+from penstock.rollout.engine import Answer, decode_steps
+from penstock.rollout.sampling import Sampling
+
+CPU = torch.device("cpu")
+
+
+def rehearse(
+    work: Workload,
+    *,
+    strategy: str,
+    dtype: str,
+    world: int,
+    budgets: dict[TierName, int | None],
+    recompute: bool = False,
+    chunk_size: int | None = None,
+) -> dict[str, Any]:
+    """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written.
+
+    Raises ResourceError where a budget does not suffice.
+    """
+    planned = forecast_of(
+        work, strategy=strategy, dtype=dtype, world=world, budgets=budgets, recompute=recompute,
+        chunk_size=chunk_size, timed=False,
+    )  # fmt: skip
+    ranks = PretendWorld(0, world, CPU)
+    placed = Strategy(
+        strategy, ranks, DTYPES[dtype], planned.recompute or None, chunk_size, reserve=planned.activations,
+        tiers={
+            "device": Ram("device", CPU, budgets.get("device")),
+            "host": Ram("host", CPU, budgets.get("host")),
+            "disk": PretendDisk(budgets.get("disk")),
+        },
+    )  # fmt: skip
+    models = models_of(work, placed)
+    with pretend(ranks), linear.as_if_fast():
+        return iterate(work, placed, models)
+
+
+def models_of(work: Workload, strategy: Strategy) -> list[Any]:
+    """The recipes of random models."""
+    with strategy.init():
+        return [_model(role.name, role.config, role.trained, role.scalar) for role in work.roles]
+
+
+def iterate(work: Workload, strategy: Strategy, models: Sequence[Any]) -> dict[str, Any]:
+    """One iteration of a workload under a strategy that nobody has used yet; see `rehearse`."""
+    streams = dict(zip((role.name for role in work.roles), strategy.prepare_all(*models), strict=True))
+    traffic: dict[str, dict[str, int]] = {}
+    with Meter() as meter:
+        for stream in streams.values():
+            _updates_count_at_home(stream, meter)
+
+        @contextmanager
+        def phase(name: Any) -> Iterator[None]:
+            before = _moved(strategy)
+            with strategy.phase(name):
+                yield
+            traffic[name] = {key: count - before[key] for key, count in _moved(strategy).items()}
+
+        run = {"ppo": _ppo, "sft": _sft, "reward": _reward}[work.stage]
+        run(work, strategy, streams, phase)
+    peaks = {name: tier.peak + meter.peaks[name] for name, tier in strategy.tiers.items()}
+    return {**peaks, "traffic": traffic}
+
+
+def _model(name: str, config: DecoderConfig, trained: bool, scalar: bool) -> Any:
+    decoder = Decoder(config)
+    if not scalar:
+        return Actor(decoder).requires_grad_(trained)
+    kind = Critic if name == "critic" else RewardModel
+    return kind(decoder).requires_grad_(trained)
+
+
+def _updates_count_at_home(stream: Stream, meter: Meter) -> None:
+    """Where optimizer states live off the device, what an update needs in between lives there too."""
+    if stream.sink is None:
+        return
+    homes = {home.tier.name for one in stream.sink.stored for home in one.states.values()}
+    update = stream.sink.update
+
+    def counted(lr: float, scale: float) -> None:
+        with meter.on("device" if homes == {"device"} else "host"):
+            update(lr, scale)
+
+    stream.sink.update = counted  # type: ignore[method-assign]
+
+
+def _moved(strategy: Strategy) -> dict[str, int]:
+    tiers = strategy.tiers
+    return {
+        f"{name}_{way}": getattr(tiers[name], f"bytes_{way}") for name in ("host", "disk") if name in tiers
+        for way in ("read", "written")
+    }  # fmt: skip
+
+
+def _generate(strategy: Strategy, decoder: Decoder, answers: list[Answer], sampling: Sampling) -> None:
+    """The prefill and the first decoding steps. The others are like the last of these: counted, and not run."""
+    uniforms = torch.zeros(len(answers), sampling.max_new_tokens)
+    before = after = _moved(strategy)
+    steps = 0
+    with torch.no_grad():
+        for _ in itertools.islice(decode_steps(decoder, answers, uniforms, sampling, ()), STEPS):
+            before, after, steps = after, _moved(strategy), steps + 1
+    rest = sampling.max_new_tokens - steps
+    for key in after:
+        tier, _, way = key.partition("_")
+        counter, more = f"bytes_{way}", (after[key] - before[key]) * rest
+        setattr(strategy.tiers[tier], counter, getattr(strategy.tiers[tier], counter) + more)
+    for answer in answers:
+        answer.response_ids += [1] * rest
+        answer.logprobs += [1.0] * rest
+
+
+STEPS = 6
+"""Tokens that a dry run generates: by the fourth, slots hold what they will hold."""
+
+Phases = Callable[[Any], Any]
+
+
+def _ppo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
+    """One iteration as in algorithms.ppo.ppo."""
+    world = strategy.world
+    actor = streams["actor"].model
+    optim = OptimFlags(1e-6, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size, epochs=work.epochs)
+    config = PPOConfig("actor", DataFlags(("-",)), RunFlags("-"), reward="-", optim=optim)
+    count, response = math.ceil(work.batch_size / world.size), work.length - work.prompt_length
+    rollout = [Answer([1] * work.prompt_length) for _ in range(count)]
+    sampling, rows = Sampling(max_new_tokens=response), work.rollout_batch_size or count
+    with phase("rollout"):
+        for start in range(0, count, rows):
+            _generate(strategy, actor.decoder, rollout[start : start + rows], sampling)
+    with phase("score"):
+
+        def scorer(records: Any, answers: Any) -> list[float]:
+            rows = [answer.prompt_ids + answer.response_ids for answer in answers]
+            return score_rows(strategy, streams["reward"], streams["reward"].model, rows, work.micro_batch_size)
+
+        experience = ppo.score(
+            strategy, rollout, [None] * len(rollout), streams["actor"], streams["reference"], streams["critic"],
+            scorer, config, work.micro_batch_size,
+        )  # fmt: skip
+        experience = ppo.with_advantages(ppo.in_order(world.gather(experience)), 0.1, config)
+    with phase("train"):
+        for epoch in range(work.epochs):
+            order = ppo.permutation(work.batch_size, 0, 1, epoch)
+            for start in range(0, work.batch_size, work.mini_batch_size):
+                index = order[start : start + work.mini_batch_size]
+                ppo.learn(strategy, streams["actor"], streams["critic"], experience, index, config, 1.0)
+
+
+def _sft(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
+    """One optimizer step as in algorithms.sft.sft, on whole rows."""
+    stream = streams["model"]
+    rows = [[1] * work.length] * math.ceil(work.batch_size / strategy.world.size)
+    trained = [[0] + [1] * (work.length - 1)]
+    batches = []
+    for start in range(0, len(rows), work.micro_batch_size):
+        part = rows[start : start + work.micro_batch_size]
+        batches.append(Rows(torch.tensor(part), torch.tensor(trained * len(part), dtype=torch.bool)))
+
+    def loss_of(hidden: Tensor, part: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        return fn.sft_loss(response_logprobs(stream.model, hidden, part), len(rows) * work.length), {}
+
+    with phase("train"):
+        strategy.step(stream, batches, loss_of, lr=1e-5)
+
+
+def _reward(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
+    """One optimizer step as in algorithms.reward.reward, on pairs of whole rows."""
+    stream, pairs = streams["model"], work.batch_size // 2
+    rankings = [Ranking([[1] * work.length] * 2, (0, 1), (1, 1))] * math.ceil(pairs / strategy.world.size)
+
+    def loss_of(hidden: Tensor, batch: Rankings) -> tuple[Tensor, dict[str, Tensor]]:
+        return ranking_loss(score_states(stream.model, hidden, batch), batch, pairs, 0.0)
+
+    with phase("train"):
+        strategy.step(stream, micro_batches(rankings, work.micro_batch_size, CPU), loss_of, lr=1e-5)

@@ -1,0 +1,496 @@
+"""What a run will need and move: peak bytes per tier and phase, bytes through each tier, seconds. Pure arithmetic.
+
+It walks the same program as `stream.py`, with the same slots and the same rule for who leaves one, on ids and byte
+counts: 175B takes less than a second. How far it is from what a run measures is itself measured (benchmarks/planner).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.memory import plan
+from penstock.memory.chunks import Chunk
+from penstock.memory.placement import TierName
+from penstock.memory.plan import Model, Slots
+
+TIERS: tuple[TierName, ...] = ("device", "host", "disk")
+UPDATE_TILE = 1 << 20
+"""Elements that an update works on at once: adam.TILE."""
+SLACK, SHARE = 1 << 16, 0.01
+"""Bytes, and a share of all activations, for what is too small to be listed: scalars, statistics, gradients of biases
+and norms on their way."""
+WARM = 3
+"""Passes over the same order after which slots hold the same chunks again."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of whole rows."""
+
+    rows: int
+    length: int
+    """Tokens per row, padding included."""
+    read: int
+    """States that log-probabilities or values are read from, all rows."""
+
+
+@dataclass(frozen=True)
+class PartWork:
+    """Bytes that one part of a program holds for one micro-batch, beside its input."""
+
+    groups: tuple[str, ...]
+    output: int
+    saved: int
+    """When its forward has run with gradients: what autograd keeps, the output included."""
+    forward: int
+    """At the fullest instant of a forward without gradients, the output included."""
+    backward: int
+    """At the fullest instant of forward and backward, what is saved included."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one model holds on the device for one micro-batch."""
+
+    parts: tuple[PartWork, ...]
+    """All but the last, which belongs to the head."""
+    context: int
+    """What depends on positions alone, and the tokens."""
+    forward_head: int
+    """The last part and what reads its states, without gradients."""
+    backward_head: int
+    """The same, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One use of a model in a phase. `count` micro-batches on the rank that has most, `times` times over."""
+
+    model: str
+    kind: Literal["generate", "evaluate", "step"]
+    work: Work
+    count: int = 1
+    times: int = 1
+    flops: float = 0.0
+    """Of one time, over all of this rank's micro-batches, recomputation not counted."""
+    beside: int = 0
+    """Bytes on the device meanwhile: the KV cache, the batch itself."""
+    tokens: int = 0
+    """Generating: decoding steps behind the prefill."""
+    decode_flops: float = 0.0
+    """Generating: of all decoding steps."""
+    sampling: int = 0
+    """Generating: bytes that choosing tokens holds."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine can do, per rank: operations and bytes per second."""
+
+    flops: float = 200e12
+    link: float = 25e9
+    """Between host and device, each way."""
+    disk_read: float = 3e9
+    disk_write: float = 2e9
+    host: float = 38e9
+    """Host memory, reads and writes together, as the optimizer's update meets it."""
+    network: float = 25e9
+    """Between ranks, each way."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """One phase of one iteration, and which of the machine's limits it meets."""
+
+    total: float
+    compute: float
+    link: float
+    disk: float
+    optimizer: float
+    network: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Per rank. Bytes are peaks; traffic and seconds are those of one iteration once it has settled."""
+
+    phases: dict[str, dict[TierName, int]]
+    worst: dict[str, str]
+    """Per phase: the model and what it does when device memory is fullest."""
+    objects: dict[str, dict[TierName, int]]
+    traffic: dict[str, dict[str, int]]
+    """Phase -> host_read, host_written, disk_read, disk_written, ranks."""
+    seconds: dict[str, Seconds]
+    slots: Slots
+    activations: int
+    """The most that tensors beside homes and slots take."""
+    ahead: int
+    recompute: bool
+    """Whether models that do not move run their blocks again in backward too."""
+
+    @property
+    def peak(self) -> dict[TierName, int]:
+        """Per tier, over all phases."""
+        return {tier: max(phase[tier] for phase in self.phases.values()) for tier in TIERS}
+
+
+def activations_of(one: Pass, moves: bool, recompute: bool) -> int:
+    """Bytes that tensors take beside homes and slots while `one` runs: `stream.Stream`'s loops, line by line.
+
+    `moves`: the model's weights do not stay where they are used, so all micro-batches share a visit.
+    """
+    if one.kind == "generate":
+        return one.beside + max(_forward(one.work, 1), one.sampling + one.work.context)
+    together = one.count if moves or recompute else 1
+    if one.kind == "evaluate":
+        return one.beside + _forward(one.work, together)
+    return one.beside + (_recomputed(one.work, together) if moves or recompute else _kept(one.work))
+
+
+def _forward(work: Work, count: int) -> int:
+    held = count * work.context
+    inputs, fullest = 0, 0
+    for part in work.parts:
+        fullest = max(fullest, count * inputs + (count - 1) * part.output + part.forward)
+        inputs = part.output
+    return held + max(fullest, count * inputs + work.forward_head)
+
+
+def _recomputed(work: Work, count: int) -> int:
+    """Forward keeps the inputs of parts, backward runs each part once more."""
+    states = [part.output for part in work.parts]
+    kept = sum(states[:-1])  # the inputs of all parts but the first, whose are tokens
+    slopes = states[-1]
+    fullest = count * (kept + states[-1]) + work.backward_head
+    fullest = max(fullest, _forward(work, count) - count * work.context + count * kept)
+    for i in reversed(range(len(work.parts))):
+        part = work.parts[i]
+        fullest = max(fullest, count * (kept + slopes) + part.backward)
+        if i:
+            kept -= states[i - 1]
+            slopes = states[i - 1]
+    return count * work.context + fullest
+
+
+def _kept(work: Work) -> int:
+    """Everything that autograd keeps of one micro-batch."""
+    saved = sum(part.saved for part in work.parts)
+    last = work.parts[-1]
+    beyond = max(work.backward_head, last.output + last.backward - last.saved)
+    return work.context + saved + beyond
+
+
+class Walk:
+    """Chunks passing through slots, on ids: what `stream.Stream` and `arena.Arena` do, counted."""
+
+    @dataclass
+    class Place:
+        """An imagined slot."""
+
+        nbytes: int
+        key: tuple[str, int] | None = None
+        users: int = 0
+        age: int = 0
+
+    def __init__(self, sizes: Sequence[int], world: int, ahead: int) -> None:
+        self._places = [Walk.Place(nbytes) for nbytes in sorted(sizes)]
+        self._world, self._ahead, self._clock = world, ahead, 0
+
+    def follow(self, model: Model, order: Sequence[Sequence[str]], *, repeats: bool) -> Counter[str]:
+        """Bytes that one pass over the order fetches: host_read, disk_read, and ranks for what is gathered."""
+        fetched: Counter[str] = Counter()
+        moving: dict[str, list[plan.Placed]] = {}
+        for one in model.placed:
+            if not plan.resident(one.row, self._world):
+                moving.setdefault(one.chunk.group, []).append(one)
+        if not moving:
+            return fetched
+        positions: dict[str, list[int]] = {}
+        for i, groups in enumerate(order):
+            for group in groups:
+                positions.setdefault(group, []).append(i)
+        group_of = {one.chunk.index: one.chunk.group for one in model.placed}
+        at = 0
+
+        def next_use(key: tuple[str, int]) -> int:
+            if key[0] != model.name:
+                return 1 << 60
+            places = positions.get(group_of[key[1]], ())
+            later = next((place for place in places if place > at), None)
+            if later is not None:
+                return later - at
+            return len(order) - at + places[0] if repeats and places else 1 << 60
+
+        def bring(one: plan.Placed, before: int) -> Walk.Place | None:
+            key = (model.name, one.chunk.index)
+            place = next((place for place in self._places if place.key == key), None)
+            if place is None:
+                place = plan.choose(self._places, one.chunk.nbytes, next_use, before)
+                if place is None:
+                    return None
+                self._clock += 1
+                place.key, place.age = key, self._clock
+                nbytes = one.chunk.nbytes // (self._world if one.row.params.sharded else 1)
+                fetched[f"{one.row.params.tier}_read"] += nbytes
+                fetched["ranks"] += one.chunk.nbytes - nbytes
+            return place
+
+        for at, groups in enumerate(order):
+            needed = [one for group in groups for one in moving.get(group, ())]
+            held = [bring(one, 0) for one in sorted(needed, key=lambda one: -one.chunk.nbytes)]
+            for place in held:
+                if place is not None:
+                    place.users += 1
+            for step in range(1, self._ahead + 1):
+                if at + step < len(order) or repeats:
+                    for group in order[(at + step) % len(order)]:
+                        for one in moving.get(group, ()):
+                            bring(one, step)
+            for place in held:
+                if place is not None:
+                    place.users -= 1
+        return fetched
+
+    def forget(self, model: Model) -> None:
+        """After an update: what slots hold of the model is old."""
+        for place in self._places:
+            if place.key is not None and place.key[0] == model.name:
+                place.key = None
+
+
+def forecast(
+    models: Mapping[str, Model],
+    phases: Mapping[str, Sequence[Pass]],
+    *,
+    world: int,
+    device: int | None,
+    recompute: bool = False,
+    ahead: int = 1,
+    rates: Rates | None = None,
+    timed: bool = True,
+) -> Forecast:
+    """What these models need, placed as they are, for one iteration of these phases in `device` bytes.
+
+    Without `timed` there is no traffic and no seconds, in a tenth of the time.
+    """
+    at_home = plan.homes([model.placed for model in models.values()], world)
+    moves = {name: bool(model.moving(world)) for name, model in models.items()}
+    needs = {
+        phase: [(activations_of(one, moves[one.model], recompute), one) for one in passes]
+        for phase, passes in phases.items()
+    }
+    scratch: Counter[str] = Counter()
+    for model in models.values():
+        where, nbytes = _scratch(model, world)
+        scratch[where] = max(scratch[where], nbytes)
+    shard = max((_shard(model, world) for model in models.values()), default=0)
+    fullest = max([*(nbytes for passes in needs.values() for nbytes, _ in passes), scratch["device"]])
+    activations = with_slack(fullest, shard)
+    room = None if device is None else device - at_home.get("device", 0)
+    slots = plan.cut(list(models.values()), world, room, activations, ahead)
+    on_disk = any(one.chunk.trained and "disk" in (one.row.params.tier, one.row.optimizer.tier)
+                  for model in models.values() for one in model.placed)  # fmt: skip
+    buffers = plan.SETS * plan.SET_BYTES if on_disk else 0
+
+    peaks: dict[str, dict[TierName, int]] = {}
+    worst: dict[str, str] = {}
+    for phase, passes in needs.items():
+        most, who = max(passes, key=lambda pair: pair[0])
+        trains = any(one.kind == "step" for one in phases[phase])
+        beside = with_slack(max(most, scratch["device"] if trains else 0), shard)
+        host = at_home.get("host", 0) + (scratch["host"] if trains else 0)
+        peaks[phase] = {
+            "device": at_home.get("device", 0) + slots.nbytes + beside,
+            "host": host + (buffers if trains else 0),
+            "disk": at_home.get("disk", 0),
+        }
+        worst[phase] = f"{who.model} {who.kind}"
+    traffic, seconds = _moved(models, phases, slots, world, recompute, ahead, rates or Rates()) if timed else ({}, {})
+    return Forecast(
+        phases=peaks,
+        worst=worst,
+        objects=_objects(models, needs, phases, slots, world, buffers),
+        traffic=traffic,
+        seconds=seconds,
+        slots=slots,
+        activations=activations,
+        ahead=ahead,
+        recompute=recompute,
+    )
+
+
+def _scratch(model: Model, world: int) -> tuple[str, int]:
+    """Where a model is updated, and what that needs in between: adam.AdamW.update."""
+    trained = [one for one in model.placed if one.chunk.trained]
+    most = 0
+    for one in trained:
+        share = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
+        gathered = one.chunk.nbytes if share < one.chunk.numel and not one.row.params.sharded else 0
+        most = max(most, min(share, UPDATE_TILE) * (8 if one.chunk.dtype == "float32" else 12) + gathered)
+    return ("device" if {one.row.optimizer.tier for one in trained} <= {"device"} else "host"), most
+
+
+def _shard(model: Model, world: int) -> int:
+    """The largest part of a chunk that one rank sends to the others or gets from them."""
+    if world == 1:
+        return 0
+    parts = [one.chunk.nbytes // world for one in model.placed if one.row.params.sharded or one.row.grads.sharded]
+    return max(parts, default=0)
+
+
+def with_slack(activations: int, shard: int) -> int:
+    """What to keep free for these activations: what is too small to be listed, and a shard's copies on their way."""
+    return activations + int(activations * SHARE) + SLACK + 2 * shard
+
+
+def _objects(
+    models: Mapping[str, Model],
+    needs: Mapping[str, Sequence[tuple[int, Pass]]],
+    phases: Mapping[str, Sequence[Pass]],
+    slots: Slots,
+    world: int,
+    buffers: int,
+) -> dict[str, dict[TierName, int]]:
+    kinds: dict[str, Counter[TierName]] = {"weights": Counter(), "grads": Counter(), "optimizer": Counter()}
+    everything = plan.homes([model.placed for model in models.values()], world)
+    for model in models.values():
+        for one in model.placed:
+            kinds["weights"][one.row.params.tier] += one.chunk.nbytes // (world if one.row.params.sharded else 1)
+            if one.chunk.trained:
+                count = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
+                kinds["optimizer"][one.row.optimizer.tier] += count * plan.STATE_BYTES[one.chunk.dtype]
+    for tier, nbytes in everything.items():
+        rest = nbytes - kinds["weights"][tier] - kinds["optimizer"][tier]
+        if tier != "disk":
+            kinds["grads"][tier] += rest
+    passes = [one for each in phases.values() for one in each]
+    generating = [one for one in passes if one.kind == "generate"]
+    heads = [one.work.backward_head if one.kind == "step" else one.work.forward_head for one in passes]
+    held = {
+        "slots": {"device": slots.nbytes},
+        "activations": {"device": max((nbytes - one.beside for each in needs.values() for nbytes, one in each))},
+        "kv_cache": {"device": max((one.beside for one in generating), default=0)},
+        "head_tile": {"device": max(heads, default=0)},
+        "update_buffers": {"host": buffers},
+    }
+    return {**{name: dict(found) for name, found in kinds.items()}, **held}  # type: ignore[dict-item]
+
+
+def _moved(
+    models: Mapping[str, Model],
+    phases: Mapping[str, Sequence[Pass]],
+    slots: Slots,
+    world: int,
+    recompute: bool,
+    ahead: int,
+    rates: Rates,
+) -> tuple[dict[str, dict[str, int]], dict[str, Seconds]]:
+    """Traffic and seconds of one iteration; one before it has filled the slots."""
+    walk = Walk(slots.weights, world, ahead)
+    traffic: dict[str, dict[str, int]] = {}
+    seconds: dict[str, Seconds] = {}
+    for _ in range(2):
+        for phase, passes in phases.items():
+            moved: Counter[str] = Counter()
+            parts = [_time(one, models[one.model], walk, moved, world, recompute, rates) for one in passes]
+            traffic[phase] = {
+                key: int(moved[key]) for key in ("host_read", "host_written", "disk_read", "disk_written", "ranks")
+            }
+            seconds[phase] = Seconds(*(sum(column) for column in zip(*parts, strict=True)))
+    return traffic, seconds
+
+
+def _time(
+    one: Pass, model: Model, walk: Walk, moved: Counter[str], world: int, recompute: bool, rates: Rates
+) -> tuple[float, ...]:
+    """Adds one pass's bytes to `moved`; returns (total, compute, link, disk, optimizer, network) seconds."""
+    cycle = [*model.visits[:-1], (model.visits[-1][0],), model.visits[-1][1:]]
+    seconds = [0.0] * 6
+
+    def spend(bytes_moved: Counter[str], flops: float) -> None:
+        compute = flops / rates.flops
+        link = (bytes_moved["host_read"] + bytes_moved["disk_read"]) / rates.link
+        link = max(link, bytes_moved["host_written"] / rates.link)
+        disk = bytes_moved["disk_read"] / rates.disk_read + bytes_moved["disk_written"] / rates.disk_write
+        network = bytes_moved["ranks"] / rates.network
+        for i, spent in enumerate((max(compute, link, disk, network), compute, link, disk, 0.0, network)):
+            seconds[i] += spent
+        moved.update(bytes_moved)
+
+    if one.kind == "generate":
+        step: Counter[str] = Counter()
+        for i in range(one.times):
+            for j in range(1 + one.tokens):
+                if i + j < WARM:
+                    step = walk.follow(model, cycle, repeats=True)
+                spend(step, one.decode_flops / one.tokens if j else one.flops)
+    elif one.kind == "evaluate":
+        for _ in range(one.times):
+            spend(walk.follow(model, cycle, repeats=True), one.flops)
+    else:
+        first = _first_trained(model)
+        moves = bool(model.moving(world))
+        order = [*model.visits, *reversed(model.visits[first:-1])]
+        waves = 1 if moves or recompute else one.count
+        once: Counter[str] = Counter()
+        for i in range(one.times):
+            if i < WARM:
+                once = Counter()
+                for wave in range(waves):
+                    once.update(walk.follow(model, order, repeats=False))
+                    once.update(_gradients(model, first, world, again=wave > 0))
+                walk.forget(model)
+            spend(once, one.flops * (4 / 3 if moves or recompute else 1))
+            update, spent = _update(model, world, rates)
+            moved.update(update)
+            seconds[0] += spent
+            seconds[4] += spent
+    return tuple(seconds)
+
+
+def _first_trained(model: Model) -> int:
+    trained = {one.chunk.group for one in model.placed if one.chunk.trained}
+    return next((i for i, groups in enumerate(model.visits) if trained & set(groups)), len(model.visits) - 1)
+
+
+def _gradients(model: Model, first: int, world: int, again: bool) -> Counter[str]:
+    """Bytes that a backward's gradients move on their way home; a second visit fetches what the first left there."""
+    moved: Counter[str] = Counter()
+    seen: set[int] = set()
+    by_group: dict[str, list[plan.Placed]] = {}
+    for one in model.placed:
+        if one.chunk.trained and not plan.in_place(one.row, world):
+            by_group.setdefault(one.chunk.group, []).append(one)
+    for groups in reversed(model.visits[first:]):
+        for one in (one for group in groups for one in by_group.get(group, ())):
+            chunk, tier = one.chunk, one.row.grads.tier
+            mine = chunk.nbytes // (world if one.row.grads.sharded else 1)
+            if (again or chunk.index in seen) and world == 1:
+                moved[f"{tier}_read"] += mine
+            moved[f"{tier}_written"] += mine
+            moved["ranks"] += chunk.nbytes - mine
+            seen.add(chunk.index)
+    return moved
+
+
+def _update(model: Model, world: int, rates: Rates) -> tuple[Counter[str], float]:
+    """Bytes of homes on a disk that an update reads and writes, and its seconds."""
+    moved: Counter[str] = Counter()
+    touched = 0
+    for one in model.placed:
+        if not one.chunk.trained:
+            continue
+        count = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
+        states, weights = _states(one.chunk), one.chunk.nbytes // one.chunk.numel
+        touched += count * (2 * states + 3 * weights)
+        for tier, width in ((one.row.optimizer.tier, states), (one.row.params.tier, weights)):
+            if tier == "disk":
+                moved["disk_read"] += count * width
+                moved["disk_written"] += count * width
+    disk = moved["disk_read"] / rates.disk_read + moved["disk_written"] / rates.disk_write
+    return moved, max(touched / rates.host, disk)
+
+
+def _states(chunk: Chunk) -> int:
+    return plan.STATE_BYTES[chunk.dtype]

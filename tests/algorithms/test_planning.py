@@ -1,0 +1,263 @@
+"""The plan against the engine: names and shapes, bytes on real tensors and on pretended ones, and the command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from penstock.algorithms.planning import Role, Workload, config_of, forecast_of
+from penstock.algorithms.rehearsal import iterate, models_of, rehearse
+from penstock.cli import main
+from penstock.errors import ResourceError, UserError
+from penstock.memory.placement import NAMES
+from penstock.memory.shard import World
+from penstock.memory.strategy import Strategy
+from penstock.memory.stream import visits_of
+from penstock.memory.tiers import Disk, Ram
+from penstock.models import shapes
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.roles import Actor, Critic
+
+CPU = torch.device("cpu")
+BASE = DecoderConfig("gpt2", 512, d_model=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512,
+                     max_length=128)  # fmt: skip
+LLAMA = dataclasses.replace(
+    BASE, family="llama", position="rotary", rotary_dim=32, norm="rms", activation="silu", gated=True, d_ff=320,
+    qkv_bias=False, out_bias=False, mlp_bias=False, tied=False, num_kv_heads=2,
+)  # fmt: skip
+FAMILIES = {
+    "gpt2": BASE,
+    "opt": dataclasses.replace(BASE, family="opt", position_offset=2, activation="relu"),
+    "opt 350m": dataclasses.replace(
+        BASE, family="opt", position_offset=2, activation="relu", pre_norm=False, final_norm=False, embed_dim=64
+    ),
+    "bloom": dataclasses.replace(BASE, family="bloom", position="alibi", embed_norm=True),
+    "gpt_neox": dataclasses.replace(
+        BASE, family="gpt_neox", position="rotary", rotary_dim=8, parallel_residual=True, tied=False
+    ),
+    "llama": LLAMA,
+    "qwen3": dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, tied=True),
+    "mistral": dataclasses.replace(LLAMA, family="mistral", windows=(16, 16, 16)),
+}
+
+
+def work(config=BASE, **changes):
+    roles = (
+        Role("actor", config, trained=True, scalar=False), Role("critic", config, trained=True, scalar=True),
+        Role("reference", config, trained=False, scalar=False), Role("reward", config, trained=False, scalar=True),
+    )  # fmt: skip
+    base = {"batch_size": 8, "micro_batch_size": 4, "mini_batch_size": 8, "epochs": 1, "prompt_length": 40,
+            "max_new_tokens": 24}  # fmt: skip
+    return Workload("ppo", roles, **{**base, **changes})
+
+
+def one_model(stage, config=BASE, scalar=False):
+    return dataclasses.replace(work(config), stage=stage, roles=(Role("model", config, trained=True, scalar=scalar),))
+
+
+def forecast(of, strategy, dtype="fp32", world=1, device=None, host=None):
+    budgets = {"device": device, "host": host, "disk": None}
+    return forecast_of(of, strategy=strategy, dtype=dtype, world=world, budgets=budgets)
+
+
+def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
+    budgets = {"device": device, "host": host, "disk": None}
+    return rehearse(of, strategy=strategy, dtype=dtype, world=world, budgets=budgets)
+
+
+def real(of, name, tmp_path, device=None):
+    """The same iteration on tensors that have memory."""
+    reserve = forecast(of, name, device=device).activations
+    tiers = {"device": Ram("device", CPU, device), "host": Ram("host", CPU), "disk": Disk(tmp_path)}
+    strategy = Strategy(name, World(0, 1, CPU), torch.float32, reserve=reserve, tiers=tiers)
+    found = iterate(of, strategy, models_of(of, strategy))
+    tiers["disk"].close()
+    return found
+
+
+def assert_near(planned, measured, most=1.15):
+    for tier, nbytes in measured.items():
+        if tier != "traffic":
+            assert nbytes <= planned.peak[tier] <= most * nbytes, (tier, planned.peak[tier] / max(nbytes, 1))
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plan_knows_every_weight_of_a_model_and_the_order_they_are_needed_in(name, scalar):
+    decoder = Decoder(FAMILIES[name], device="meta")
+    model = (Critic if scalar else Actor)(decoder)
+    where = dict(model.named_parameters())
+    planned = shapes.groups_of(FAMILIES[name], "float32", trained=True, scalar=scalar)
+    assert [(group, [w.name for w in weights]) for group, weights in planned] == model.groups()
+    assert all(w.shape == tuple(where[w.name].shape) for _, weights in planned for w in weights)
+    assert shapes.visits_of(FAMILIES[name], scalar=scalar) == visits_of(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_operations_are_those_that_torch_counts(name):
+    actor, rows, length = Actor(Decoder(FAMILIES[name])), 2, 64
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        actor.decoder.logits(actor(torch.zeros(rows, length, dtype=torch.int64), None))
+    planned = rows * shapes.flops_of(FAMILIES[name], [(length, length)]) + shapes.head_flops(
+        FAMILIES[name], rows * length
+    )
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)  # torch counts the masked half of attention
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "gemini_nvme"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_peaks_are_foretold_on_real_tensors(name, strategy, tmp_path):
+    of = work(FAMILIES[name])
+    device = None if strategy == "ddp" else 9_000_000
+    assert_near(forecast(of, strategy, device=device), real(of, strategy, tmp_path, device))
+
+
+@pytest.mark.parametrize("strategy", ["gemini_cpu", "gemini_nvme", "gemini_auto"])
+def test_a_dry_run_takes_what_the_real_one_takes(strategy, tmp_path):
+    of = work(micro_batch_size=2)
+    pretended, found = dry(of, strategy, device=8_000_000), real(of, strategy, tmp_path, device=8_000_000)
+    for tier in ("device", "host", "disk"):
+        assert pretended[tier] == pytest.approx(found[tier], rel=0.01), tier
+    assert pretended["traffic"] == found["traffic"]
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("strategy", NAMES)
+def test_every_strategys_peaks_are_foretold(strategy, world):
+    if strategy == "naive" and world > 1:
+        pytest.skip("naive is one process")
+    of = work(batch_size=16, prompt_length=100)
+    assert_near(forecast(of, strategy, "bf16", world), dry(of, strategy, "bf16", world), 1.15 if world == 1 else 1.3)
+
+
+@pytest.mark.parametrize(("stage", "scalar"), [("sft", False), ("reward", True)])
+def test_other_stages_are_foretold(stage, scalar):
+    of = one_model(stage, scalar=scalar)
+    assert_near(forecast(of, "gemini_cpu"), dry(of, "gemini_cpu"))
+
+
+def test_traffic_is_foretold(tmp_path):
+    of = work(mini_batch_size=4, epochs=2)
+    planned = forecast(of, "gemini_nvme", device=8_000_000)
+    moved = real(of, "gemini_nvme", tmp_path, device=8_000_000)["traffic"]
+    for key in ("host_written", "disk_read", "disk_written"):
+        said, done = (sum(phase[key] for phase in one.values()) for one in (planned.traffic, moved))
+        assert said == pytest.approx(done, rel=0.1), key
+
+
+def test_a_device_budget_holds_activations_too():
+    of = work(prompt_length=100)
+    least = forecast(of, "gemini_cpu", device=1).peak["device"]
+    assert dry(of, "gemini_cpu", device=least)["device"] <= least
+    with pytest.raises(ResourceError, match=r"at least .* with their activations"):
+        dry(of, "gemini_cpu", device=least - 200_000)
+
+
+def test_auto_fills_the_device_then_host_memory_then_the_disk():
+    of = work()
+    everything = forecast(of, "gemini_auto").peak
+    assert everything["host"] == everything["disk"] == 0
+    some = forecast(of, "gemini_auto", device=everything["device"] // 2).peak
+    assert everything["device"] // 3 < some["device"] <= everything["device"] // 2
+    assert some["host"] > some["disk"] == 0
+    # an update through buffers takes 176 MB of host memory, more than these models
+    tight = forecast(of, "gemini_auto", device=everything["device"] // 2, host=195_000_000).peak
+    assert 0 < tight["host"] <= 195_000_000
+
+
+def plan(capsys, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *flags])
+    return stopped.value.code, capsys.readouterr().out
+
+
+def test_the_command_says_as_json_what_fits(capsys):
+    code, out = plan(capsys, "--model", "8b", "--strategy", "gemini_cpu", "--device-memory", "40GB", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["fits"] is True
+    assert found["advice"] is None
+    assert set(found["predicted"]) == {"device", "host", "disk"}
+    assert {"rollout", "score", "train"} == set(found["phases"]) == set(found["traffic"])
+    assert {"weights", "grads", "optimizer", "activations", "kv_cache", "head_tile", "slots"} <= set(found["objects"])
+    # DESIGN 6: four equal models take 30 bytes a weight, 8.3 billion of them
+    assert found["predicted"]["host"] == pytest.approx(30 * found["parameters"]["actor"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--device-memory 24GB --host-memory 128GB", "--device-memory 24GB --host-memory 400GB",
+     "--device-memory 12GB --batch-size 32", "--host-memory 128GB --device-memory 80GB --strategy ddp --stage sft"],
+)  # fmt: skip
+def test_the_change_it_advises_fits(capsys, flags):
+    base = ["--model", "8b", "--strategy", "gemini_cpu", *flags.split()]
+    code, out = plan(capsys, *base, "--json")
+    found = json.loads(out)
+    assert code == 3
+    assert not found["fits"]
+    assert found["lacking"]
+    change, _, _ = found["advice"].partition(" fits: ")
+    assert change.startswith("--")
+    code, out = plan(capsys, *base, *change.split(), "--json")
+    assert (code, json.loads(out)["fits"]) == (0, True)
+
+
+def test_when_nothing_fits_it_says_what_would(capsys):
+    base = ["--model", "175b", "--strategy", "gemini_cpu", "--device-memory", "2GB", "--host-memory", "1GB"]
+    code, out = plan(capsys, *base, "--disk", "1GB", "--json")
+    assert code == 3
+    change = json.loads(out)["advice"].split(";")[1].removesuffix(" would.")
+    code, _ = plan(capsys, *base, "--disk", "1GB", *change.split(), "--json")
+    assert code == 0
+
+
+def test_the_text_names_the_command_to_run(capsys):
+    code, out = plan(
+        capsys, "--model", "xl", "--critic-model", "s", "--strategy", "colossalai_gemini_cpu", "--world", "2"
+    )
+    assert code == 0
+    assert "torchrun --nproc_per_node 2 -m penstock ppo --strategy gemini_cpu --dtype bf16" in out
+
+
+def test_a_dry_run_stands_beside_the_plan(capsys):
+    code, out = plan(capsys, "--model", "s", "--batch-size", "2", "--prompt-length", "16", "--max-new-tokens", "4",
+                     "--strategy", "gemini_cpu", "--world", "2", "--dry-run", "--json")  # fmt: skip
+    found = json.loads(out)
+    assert code == 0
+    for tier in ("device", "host", "disk"):
+        assert found["measured"][tier] <= found["predicted"][tier] <= 1.15 * found["measured"][tier]
+
+
+def test_planning_imports_no_torch():
+    code = (
+        "import sys; from penstock.cli import main\n"
+        "try: main(['plan', '--model', '175b', '--world', '32', '--json'])\n"
+        "except SystemExit as stopped: assert stopped.code == 0\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [("--model 9b", "no size '9b'"), ("--model xl --prompt-length 1024", "leaves no room"),
+     ("--model xl --strategy zero9", "no such strategy"), ("--model xl --link fast", "--link fast: not a number")],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_said(capsys, flags, what):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *flags.split()])
+    assert stopped.value.code == 2
+    assert what in capsys.readouterr().err
+
+
+def test_a_directory_is_planned_from_its_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2}))
+    assert config_of(str(tmp_path), "--model").d_model == 64
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(UserError, match="mamba"):
+        config_of(str(tmp_path), "--model")
