@@ -8,21 +8,15 @@ import argparse
 import json
 import statistics
 import time
-from functools import partial
 
 import torch
 
 from benchmarks.facts import write
-from penstock.algorithms.ppo import Experience, actor_loss, critic_loss, score, with_advantages
-from penstock.algorithms.reward import score_rows
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from benchmarks.work import Four
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk, empty_pages
 from penstock.models import sizes
 from penstock.models.decoder import Decoder
-from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.rollout.engine import generate
-from penstock.rollout.sampling import Sampling
 from penstock.run.metrics import peak_rss_bytes
 
 
@@ -64,57 +58,19 @@ def main() -> None:
         print(json.dumps(phases[-1]), flush=True)
         began = time.perf_counter()
 
-    def model() -> Decoder:
-        return Decoder(sizes.named(arguments.size))
-
-    with strategy.init():
-        actor, reference = Actor(model()), Actor(model()).eval().requires_grad_(False)
-        critic, reward = Critic(model()), RewardModel(model()).eval().requires_grad_(False)
-    actors, references = strategy.prepare(actor), strategy.prepare(reference)
-    critics, rewards = strategy.prepare(critic), strategy.prepare(reward)
+    four = Four(strategy, sizes.named(arguments.size), arguments.prompts)
     mark("prepare")
-    config = PPOConfig(
-        actor="", reward="", data=DataFlags(data=("",)), run=RunFlags(out=""), optim=OptimFlags(lr=1e-6),
-        max_new_tokens=64,
-    )  # fmt: skip
-
-    def scorer(records: object, answers: list) -> list[float]:
-        rows = [one.prompt_ids + one.response_ids for one in answers]
-        return score_rows(strategy, rewards, reward, rows, len(rows))
-
-    def policy_loss(count: int, hidden: torch.Tensor, part: Experience) -> tuple:
-        return actor_loss(actor, hidden, part, config, count, 0)
-
-    def value_loss(count: int, hidden: torch.Tensor, part: Experience) -> tuple:
-        return critic_loss(critic, hidden, part, config, count)
-
     for iteration in range(arguments.iterations):
         prompts = torch.randint(50257, (arguments.prompts, 64)).tolist()
-        with strategy.phase("rollout"):
-            rollout = generate(actor.decoder, prompts, Sampling(max_new_tokens=64, seed=iteration), eos_ids=())
-        mark("rollout")
-        with strategy.phase("score"):
-            records = [None] * len(prompts)
-            experience = score(
-                strategy, rollout, records, actors, references, critics, scorer, config, arguments.prompts
-            )
-        mark("score")
-        experience = with_advantages(experience, config.kl_coef, config)
-        count = int(experience.lengths.sum())
-        with strategy.phase("train"):
-            one = strategy.step(actors, [experience], partial(policy_loss, count), lr=1e-6)
-            mark("actor step")
-            two = strategy.step(critics, [experience], partial(value_loss, count), lr=1e-6)
-            mark("critic step")
-        assert one.applied
-        assert two.applied
+        for phase in four.iteration(prompts, 64, seed=iteration):
+            mark(phase)
     peak = peak_rss_bytes()
     floors.append(machine_floors(strategy))
     work = [one for one in phases if one["phase"] != "prepare"]
     read, written = (sum(one["read_and_written_bytes"]["disk"][i] for one in work) for i in (0, 1))
     rates = {key: statistics.mean(one[key] for one in floors) for key in floors[0]}
     disk = read / rates["disk_read"] + written / rates["disk_write"]
-    compute = arguments.iterations * compute_seconds(actor.decoder, arguments.prompts, 64, 64, rates)
+    compute = arguments.iterations * compute_seconds(four.actor.decoder, arguments.prompts, 64, 64, rates)
     seconds = sum(one["seconds"] for one in work)
     print(
         f"{seconds:.0f} s; disk floor {disk:.0f} s, compute floor {compute:.0f} s: {seconds / max(disk, compute):.2f}"

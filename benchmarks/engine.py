@@ -11,23 +11,21 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.facts import write
+from benchmarks.work import Four, fill_quickly
 from penstock.algorithms import functional as fn
-from penstock.algorithms.ppo import Experience, actor_loss, critic_loss, score, with_advantages
-from penstock.algorithms.reward import score_rows
 from penstock.algorithms.sft import Rows, response_logprobs
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.memory import native
 from penstock.memory.adam import AdamW, states_of
 from penstock.memory.meter import Meter
 from penstock.memory.strategy import Strategy
 from penstock.models import sizes
 from penstock.models.decoder import Decoder
-from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.rollout.engine import generate
-from penstock.rollout.sampling import Sampling
+from penstock.models.roles import Actor
 
 
 def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -48,32 +46,44 @@ def adamw(repeats: int = 9, numel: int = 100_000_000) -> dict[str, Any]:
     weights, grads = (torch.randn(numel).bfloat16() for _ in range(2))
     states = {name: torch.zeros(numel, dtype=dtype) for name, dtype in states_of(torch.bfloat16).items()}
     x, y = torch.zeros(numel), torch.ones(numel)
-    seconds = in_turns(
-        {
-            "update": lambda: AdamW().update(weights, states, grads, lr=1e-6, scale=0.5, step=1),
-            "copy": lambda: x.copy_(y),
-        },
-        repeats,
-    )
-    rates = {
-        "update": 28 * numel / statistics.median(seconds["update"]),
-        "copy": 8 * numel / statistics.median(seconds["copy"]),
+
+    def update() -> None:
+        AdamW().update(weights, states, grads, lr=1e-6, scale=0.5, step=1)
+
+    def without_compiler() -> None:
+        with mock.patch.object(native, "library", return_value="not this time"):
+            update()
+
+    calls = {"update": update, "in_torch_operations": without_compiler, "copy": lambda: x.copy_(y)}
+    seconds = in_turns(calls, repeats)
+    rates = {name: (8 if name == "copy" else 28) * numel / statistics.median(some) for name, some in seconds.items()}
+    return {
+        "compiled": not isinstance(native.library(), str),
+        "bytes_per_second": rates,
+        "ratio": rates["update"] / rates["copy"],
+        "ratio_in_torch_operations": rates["in_torch_operations"] / rates["copy"],
+        "seconds": seconds,
     }
-    return {"bytes_per_second": rates, "ratio": rates["update"] / rates["copy"], "seconds": seconds}
 
 
-def tax(repeats: int = 3, rows: int = 16, length: int = 512, layers: int = 3, dtype: str = "fp32") -> dict[str, Any]:
-    """GPT2-s with `layers` of its 12 blocks. `resident` recomputes too, as every streamed run does; `kept` is resident
-    and keeps all activations of a micro-batch of 4 rows instead."""
-    tokens = torch.randint(50257, (rows, length))
+def tax(
+    size: str = "s", layers: int = 3, rows: int = 16, length: int = 512, micro: int = 4, *, repeats: int = 7,
+    device: str = "cpu", dtype: str = "fp32", device_memory: str = "600MB",
+) -> dict[str, Any]:  # fmt: skip
+    """SFT steps of a GPT-2 with `layers` of its blocks. `resident` recomputes too, as every streamed run does; `kept`
+    is resident and keeps what is inside a micro-batch's blocks. Half of 600 MB is the token table and its gradient.
+    """
+    tokens = torch.randint(50257, (rows, length), device=device)
 
     def step_under(name: str, recompute: bool) -> Callable[[], object]:
-        budget = "600MB" if name == "gemini_cpu" else None  # the token table and its gradient are half of that
-        strategy = Strategy.named(name, dtype=dtype, device="cpu", device_memory=budget, recompute=recompute)
+        budget = device_memory if name == "gemini_cpu" else None
+        strategy = Strategy.named(name, dtype=dtype, device=device, device_memory=budget, recompute=recompute)
         with strategy.init():
-            actor = Actor(Decoder(dataclasses.replace(sizes.named("s"), num_layers=layers)))
+            actor = Actor(Decoder(dataclasses.replace(sizes.named(size), num_layers=layers)))
+        actor.fill = fill_quickly  # type: ignore[method-assign]
         stream = strategy.prepare(actor)
-        batches = [Rows(part, torch.arange(length).expand_as(part) >= length - 64) for part in tokens.split(4)]
+        trained = torch.arange(length, device=device) >= max(1, length - 64)
+        batches = [Rows(part, trained.expand_as(part)) for part in tokens.split(micro)]
         count = sum(int(one.trained.sum()) for one in batches)
 
         def loss_of(hidden: torch.Tensor, one: Rows) -> tuple:
@@ -88,12 +98,13 @@ def tax(repeats: int = 3, rows: int = 16, length: int = 512, layers: int = 3, dt
     }
     seconds = in_turns(calls, repeats)
     medians = {name: statistics.median(some) for name, some in seconds.items()}
-    pairs = zip(seconds["gemini_cpu"], seconds["resident"], strict=True)
+    ratios = [a / b for a, b in zip(seconds["gemini_cpu"], seconds["resident"], strict=True)]
     return {
         "tokens_per_visit": rows * length,
         "layers": layers,
         "seconds": medians,
-        "ratio_to_resident": statistics.median(a / b for a, b in pairs),
+        "ratio_to_resident": statistics.median(ratios),
+        "ratios_to_resident": ratios,
         "ratio_to_kept": medians["gemini_cpu"] / medians["kept"],
     }
 
@@ -101,45 +112,18 @@ def tax(repeats: int = 3, rows: int = 16, length: int = 512, layers: int = 3, dt
 def small(prompt: int = 400, new: int = 112, device_memory: str = "180MB") -> dict[str, Any]:
     """Two iterations of PPO with batch 1: what lives in the device tier, and what tensors take beside it at most."""
     strategy = Strategy.named("gemini_cpu", dtype="bf16", device="cpu", device_memory=device_memory)
-    with strategy.init():
-        actor, reference = Actor(Decoder(sizes.named("s"))), Actor(Decoder(sizes.named("s"))).requires_grad_(False)
-        critic = Critic(Decoder(sizes.named("s")))
-        reward = RewardModel(Decoder(sizes.named("s"))).requires_grad_(False)
-    actors, references, critics, rewards = map(strategy.prepare, (actor, reference, critic, reward))
-    config = PPOConfig(
-        actor="", reward="", data=DataFlags(data=("",)), run=RunFlags(out=""), optim=OptimFlags(lr=1e-6),
-        max_new_tokens=new,
-    )  # fmt: skip
-    peaks: dict[str, int] = {}
-
-    def scorer(records: object, answers: list) -> list[float]:
-        return score_rows(strategy, rewards, reward, [one.prompt_ids + one.response_ids for one in answers], 1)
-
-    for _ in range(2):
-        meters = {name: Meter() for name in ("rollout", "score", "train")}
-        with meters["rollout"], strategy.phase("rollout"):
-            prompts = torch.randint(50257, (1, prompt)).tolist()
-            rollout = generate(actor.decoder, prompts, Sampling(max_new_tokens=new), eos_ids=())
-        with meters["score"], strategy.phase("score"):
-            experience = score(strategy, rollout, [None], actors, references, critics, scorer, config, 1)
-        experience = with_advantages(experience, config.kl_coef, config)
-        count = int(experience.lengths.sum())
-
-        def policy_loss(hidden: torch.Tensor, part: Experience, count: int = count) -> tuple:
-            return actor_loss(actor, hidden, part, config, count, 0)
-
-        def value_loss(hidden: torch.Tensor, part: Experience, count: int = count) -> tuple:
-            return critic_loss(critic, hidden, part, config, count)
-
-        with meters["train"], strategy.phase("train"):
-            strategy.step(actors, [experience], policy_loss, lr=1e-6)
-            strategy.step(critics, [experience], value_loss, lr=1e-6)
-        peaks = {name: max(meter.peak, peaks.get(name, 0)) for name, meter in meters.items()}
+    four = Four(strategy, sizes.named("s"))
+    beside: dict[str, int] = {}
+    with Meter() as meter:
+        for _ in range(2):
+            for phase in four.iteration(torch.randint(50257, (1, prompt)).tolist(), new):
+                beside[phase] = max(meter.peak, beside.get(phase, 0))
+                meter.peaks["device"] = meter.used["device"]
     tier = strategy.tiers["device"].peak
     return {
-        "device_peak_bytes": tier + max(peaks.values()),
+        "device_peak_bytes": tier + max(beside.values()),
         "device_tier_bytes": tier,
-        "tensors_beside_it_bytes": peaks,
+        "tensors_beside_it_bytes": beside,
         "host_bytes": strategy.tiers["host"].peak,
     }
 

@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
-    """Writes benchmarks/results/NAME.json: the facts, then the figures. Returns its path."""
+    """Writes benchmarks/results/NAME.json ($OUT/NAME.json where that is set): the facts, then the figures."""
     arguments = shlex.join(sys.argv[1:])
     dirty = " with uncommitted changes" if _git("status", "--porcelain", "src") else ""
     facts = {
@@ -26,7 +26,7 @@ def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), "gpu": _gpu()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", *packages)}},
     }
-    path = RESULTS / f"{name}.json"
+    path = Path(os.environ.get("OUT", RESULTS)) / f"{name}.json"
     path.write_text(json.dumps({**facts, **measured}, indent=1) + "\n", encoding="utf-8")
     return path
 

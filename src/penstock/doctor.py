@@ -35,12 +35,23 @@ def doctor() -> int:
     if disk.free < 2**30:
         problems.append("Less than 1 GiB of disk is free here: checkpoints will not fit.")
     if not any("torch is not" in one for one in problems):
-        lines += _devices()
+        lines += [*_devices(), f"AdamW        {_adamw()}"]
     print("\n".join(lines))
     for problem in problems:
         print(f"problem: {problem}")
     print("ready to train" if not problems else f"{len(problems)} to mend")
     return 3 if problems else 0
+
+
+def _adamw() -> str:
+    from penstock.memory import native
+
+    compiled = native.library()
+    return (
+        f"in torch operations, slower ({compiled})"
+        if isinstance(compiled, str)
+        else "in one pass, compiled for this CPU"
+    )
 
 
 def _devices() -> list[str]:

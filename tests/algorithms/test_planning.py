@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from penstock.algorithms.planning import Role, Workload, config_of, forecast_of
 from penstock.algorithms.rehearsal import iterate, models_of, rehearse
 from penstock.cli import main
 from penstock.errors import ResourceError, UserError
+from penstock.memory import native
 from penstock.memory.placement import NAMES
 from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
@@ -71,11 +73,12 @@ def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
 
 
 def real(of, name, tmp_path, device=None):
-    """The same iteration on tensors that have memory."""
+    """The same iteration on tensors that have memory, on a machine without a compiler: updates then need the most."""
     reserve = forecast(of, name, device=device).activations
     tiers = {"device": Ram("device", CPU, device), "host": Ram("host", CPU), "disk": Disk(tmp_path)}
     strategy = Strategy(name, World(0, 1, CPU), torch.float32, reserve=reserve, tiers=tiers)
-    found = iterate(of, strategy, models_of(of, strategy))
+    with mock.patch.object(native, "library", return_value="no compiler"):
+        found = iterate(of, strategy, models_of(of, strategy))
     tiers["disk"].close()
     return found
 
@@ -165,9 +168,11 @@ def test_auto_fills_the_device_then_host_memory_then_the_disk():
     some = forecast(of, "gemini_auto", device=everything["device"] // 2).peak
     assert everything["device"] // 3 < some["device"] <= everything["device"] // 2
     assert some["host"] > some["disk"] == 0
-    # an update through buffers takes 176 MB of host memory, more than these models
-    tight = forecast(of, "gemini_auto", device=everything["device"] // 2, host=195_000_000).peak
-    assert 0 < tight["host"] <= 195_000_000
+    # an update through buffers takes 176 MB of host memory, more than these models, and 12 MB in between
+    for host in range(190_000_000, 200_000_000, 500_000):
+        tight = forecast(of, "gemini_auto", device=everything["device"] // 2, host=host).peak
+        assert 0 < tight["host"] <= host
+        assert tight["disk"] > 0
 
 
 def plan(capsys, *flags):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,35 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
         assert a.keys() == b.keys()
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
+
+
+def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path, tiny_model, jsonl):
+    out, data = tmp_path / "run", jsonl(demonstrations(20))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "penstock", "sft",
+        "--model", tiny_model(), "--data", data, "--out", str(out), "--device", "cpu", "--batch-size", "4",
+        "--max-length", "32", "--steps", "300", "--checkpoint-every", "10",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as torchrun:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("checkpoints/*/manifest.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
+        environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks}
+        (victim,) = [pid for pid, environment in environments.items() if b"RANK=1" in environment]
+        os.kill(victim, signal.SIGKILL)
+        _, err = torchrun.communicate(timeout=90)
+    assert torchrun.returncode != 0
+    assert f"process {victim}) gave no sign of life" in err
+    assert "penstock resume" in err
+    before = len((out / "metrics.jsonl").read_text().splitlines())
+    assert before < 300
+    subprocess.run([sys.executable, "-m", "penstock", "resume", str(out)], check=True, capture_output=True, timeout=120)
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 301))
 
 
 GRADIENT = """

@@ -1,12 +1,22 @@
-"""The update rule against torch.optim.AdamW, and the split master bit by bit."""
+"""The update rule against torch.optim.AdamW, and the split master bit by bit; in C and in torch operations."""
 
 import pytest
 import torch
 from torch import nn
 
+from penstock.memory import native
 from penstock.memory.adam import TILE, AdamW, join, split, states_of
 
 SIZES = [1, 1000, TILE, TILE + 1, 2 * TILE + 77]
+
+
+@pytest.fixture(autouse=True, params=["c", "torch"])
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: "a machine without a compiler")
+    elif isinstance(native.library(), str):
+        pytest.skip(native.library())
+    return request.param
 
 
 def oracle(weights, weight_decay=0.0):
@@ -95,3 +105,39 @@ def test_joining_gives_back_every_bit_that_was_split():
     nearest = master.bfloat16()  # to even in a tie
     normal = master.abs() < 3e38
     assert ((weights.float() - master).abs() <= (nearest.float() - master).abs())[normal].all()
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.4, 0.5, 0.9])
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_every_beta_and_every_clip_gives_the_bits_of_torch(beta1, scale):
+    generator = torch.Generator().manual_seed(1)
+    ours = torch.randn(10_000, generator=generator)
+    theirs = ours.clone()
+    states, others, rule = fresh(ours), fresh(ours), AdamW(betas=(beta1, 0.99), weight_decay=0.01)
+    for step in range(1, 4):
+        grads = torch.randn(10_000, generator=generator)
+        rule.update(ours, states, grads, lr=1e-3, scale=scale, step=step)
+        torch._fused_adamw_(
+            [theirs], [grads.clone()], [others["exp_avg"]], [others["exp_avg_sq"]], [], [torch.tensor(float(step))],
+            lr=1e-3, beta1=beta1, beta2=0.99, weight_decay=0.01, eps=1e-5, amsgrad=False, maximize=False,
+            grad_scale=torch.tensor(1 / scale),
+        )  # fmt: skip
+    assert torch.equal(ours, theirs)
+    assert all(torch.equal(states[name], others[name]) for name in states)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_work_and_change_nothing(threads):
+    before = torch.get_num_threads()
+    weights, grads = torch.randn(100_003).bfloat16(), torch.randn(100_003).bfloat16()
+    alone, states, others = weights.clone(), fresh(weights), fresh(weights)
+    try:
+        torch.set_num_threads(threads)
+        AdamW().update(weights, states, grads, lr=1e-2, scale=0.5, step=1)
+    finally:
+        torch.set_num_threads(before)
+    for part in (slice(0, 50_048), slice(50_048, None)):
+        here = {name: state[part] for name, state in others.items()}
+        AdamW().update(alone[part], here, grads[part], lr=1e-2, scale=0.5, step=1)
+    assert torch.equal(weights, alone)
+    assert all(torch.equal(states[name], others[name]) for name in states)

@@ -138,3 +138,42 @@ def test_what_is_no_byte_count_is_refused_by_flag(text):
 def test_bytes_are_shown_with_three_digits():
     assert [show_bytes(x) for x in (5, 1234, 7_890_000, 3.2e9)] == ["5 bytes", "1.23 kB", "7.89 MB", "3.20 GB"]
     assert tiers.BLOCK % tiers.PAGE == 0
+
+
+class Driver:
+    """Stands in for CUDA's runtime, which a machine without a GPU does not have: it books what is pinned."""
+
+    def __init__(self, answer=0):
+        self.answer, self.pinned = answer, {}
+
+    def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+        if self.answer == 0:
+            assert address not in self.pinned
+            self.pinned[address] = nbytes
+        return self.answer
+
+    def cudaHostUnregister(self, address):  # noqa: N802
+        del self.pinned[address]
+        return 0
+
+
+def test_what_travels_to_a_gpu_is_pinned_for_as_long_as_it_lives(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    host = Ram("host", CPU, pins=True)
+    weights = host.home(5000, torch.bfloat16, "weights", travels=True)
+    host.home(5000, torch.float32, "moments")
+    assert driver.pinned == {weights.tensor.data_ptr(): 10_000}
+    view = weights.tensor[10:20]
+    del weights
+    assert driver.pinned  # somebody still looks at it
+    del view
+    assert not driver.pinned
+
+
+def test_a_driver_that_refuses_to_pin_is_said_aloud_and_nothing_else_changes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(answer=2))
+    with pytest.warns(UserWarning, match="would not pin 20.00 kB"):
+        home = Ram("host", CPU, pins=True).home(5000, torch.float32, "weights", travels=True)
+    home.write(torch.arange(5000.0))
+    assert home.tensor[4999] == 4999

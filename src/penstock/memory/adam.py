@@ -1,15 +1,18 @@
-"""AdamW where the state lives: one chunk's shard at a time, tile by tile, in place.
+"""AdamW where the state lives: one chunk's shard at a time, in place; on a CPU in one pass of C, else tile by tile.
 
 bf16 weights have a *split master* (PPO.md 18: at lr 1e-6 most bf16 updates vanish): the fp32 master's bits are the
 bf16 compute weight, rounded to nearest, plus a 16-bit remainder kept beside the moments. It costs 2 + 2 + 4 + 4 = 12
 bytes per parameter instead of 16 and is exact: joining gives back every bit. fp32 weights are their own master.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from penstock.memory import native
 
 TILE = 1 << 20
 """Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
@@ -36,14 +39,17 @@ class AdamW:
 
         weights, grads: [n] in one dtype; states: [n] each, as `states_of` says; all on one device. step counts from 1.
         """
+        done = native.adamw(
+            [weights, *(states[name] for name in states_of(weights.dtype)), grads], self._rule(lr, scale, step)
+        )
         count = torch.tensor(float(step), device=weights.device)
         divisor = None if scale == 1.0 else torch.tensor(1.0 / scale, device=weights.device)
-        size = min(TILE, weights.numel())
+        size = min(TILE, weights.numel() - done)
         split_master = "remainder" in states
         master, wide = torch.empty(size, device=weights.device), torch.empty(size, device=weights.device)
         scratch = torch.empty(size if split_master else 0, dtype=torch.int32, device=weights.device)
         beta1, beta2 = self.betas
-        for start in range(0, weights.numel(), TILE):
+        for start in range(done, weights.numel(), TILE):
             here = slice(start, min(start + TILE, weights.numel()))
             count_here = here.stop - here.start
             moments = [[states[name][here]] for name in ("exp_avg", "exp_avg_sq")]
@@ -58,6 +64,19 @@ class AdamW:
             )  # fmt: skip
             if split_master:
                 split(whole, weights[here], states["remainder"][here], scratch[:count_here])
+
+    def _rule(self, lr: float, scale: float, step: int) -> native.Rule:
+        beta1, beta2 = self.betas
+        return native.Rule(
+            decay=1 - lr * self.weight_decay,
+            lerp=1 - beta1,
+            beta2=beta2,
+            square=1 - beta2,
+            step_size=lr / (1 - beta1**step),
+            root=math.sqrt(1 - beta2**step),
+            eps=self.eps,
+            divisor=1 / scale,
+        )
 
 
 def join(weights: Tensor, remainder: Tensor, master: Tensor, scratch: Tensor | None = None) -> None:

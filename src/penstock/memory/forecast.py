@@ -12,11 +12,9 @@ from typing import Literal
 from penstock.memory import plan
 from penstock.memory.chunks import Chunk
 from penstock.memory.placement import TierName
-from penstock.memory.plan import Model, Slots
+from penstock.memory.plan import UPDATE_TILE, Model, Slots
 
 TIERS: tuple[TierName, ...] = ("device", "host", "disk")
-UPDATE_TILE = 1 << 20
-"""Elements that an update works on at once: adam.TILE."""
 SLACK, SHARE = 1 << 16, 0.01
 """Bytes, and a share of all activations, for what is too small to be listed: scalars, statistics, gradients of biases
 and norms on their way."""

@@ -17,6 +17,8 @@ PIECE = 1 << 22
 """Elements that one set of buffers between a disk and the update holds."""
 SETS, SET_BYTES = 3, PIECE * 14
 """A weight of up to 4 bytes, or of 2 and its remainder, and two moments."""
+UPDATE_TILE = 1 << 20
+"""Elements that an update works on at once where it is not compiled: adam.TILE. Each takes 12 bytes meanwhile, or 8."""
 RESERVED = 0.25
 """Share of a device budget that is left to activations when nobody says what they need."""
 PAGE = 4096
@@ -85,7 +87,7 @@ def place(
         room["device"] = max(device - slots - held, 0)
     host = room.get("host")
     if host is not None:
-        room["host"] = max(host - SETS * SET_BYTES, 0)
+        room["host"] = max(host - SETS * SET_BYTES - UPDATE_TILE * 12, 0)
 
     def take(nbytes: int, tiers: Sequence[Placement]) -> Placement:
         for one in tiers:

@@ -4,8 +4,10 @@ Ranks come from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE); the backe
 gloo on a CPU.
 """
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from penstock.errors import UserError
+from penstock.errors import ResourceError, UserError
+from penstock.memory import pulse
 
 PATIENCE = datetime.timedelta(hours=2)
-"""How long a rank waits for the others: one of them may be writing a large checkpoint."""
+"""How long a rank waits for others that are alive: one of them may be writing a large checkpoint."""
+
+_pulse: pulse.Pulse | None = None
+"""Of the process group that `World.join` began: there is one per process, as torch has it."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,16 @@ class World:
                 raise UserError(f"{here}: this machine has {torch.cuda.device_count()} GPUs; see penstock doctor.")
             torch.cuda.set_device(here)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if here.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE
-            )
+            _begin("nccl" if here.type == "cuda" else "gloo", rank, size)
         return World(rank, size, here)
 
-    def leave(self) -> None:
-        """Ends the process group that `join` began."""
+    def leave(self, well: bool = True) -> None:
+        """Ends the process group that `join` began. `well` False: the others must not wait for this rank."""
+        global _pulse
         if self.size > 1 and dist.is_initialized():
+            if _pulse is not None:
+                _pulse.leave(well)
+                _pulse = None
             dist.destroy_process_group()
 
     @property
@@ -65,21 +73,38 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensor up over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with _together():
+                dist.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """Takes the maximum over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            with _together():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
+
+    def sum_shards(self, whole: Tensor) -> Tensor:
+        """[n] on every rank -> [n / size]: this rank's part of the sum over ranks."""
+        mine = whole.new_empty(whole.numel() // self.size)
+        with _together():
+            dist.reduce_scatter_tensor(mine, whole)
+        return mine
+
+    def join_shards(self, mine: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n] on every rank -> [n * size], in rank order, on every rank; `out` is where, if given."""
+        whole = mine.new_empty(mine.numel() * self.size) if out is None else out
+        with _together():
+            dist.all_gather_into_tensor(whole, mine)
+        return whole
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, in rank order, on every rank. For small Python objects and CPU tensors."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        with _together():
+            dist.all_gather_object(items, item)
         return items
 
     def broadcast(self, item: Any) -> Any:
@@ -87,9 +112,34 @@ class World:
         if self.size == 1:
             return item
         box = [item]
-        dist.broadcast_object_list(box, src=0)
+        with _together():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def mine(self, items: list[Any]) -> list[Any]:
         """This rank's share of a list that every rank holds: every size-th item, so long and short rows mix."""
         return items[self.rank :: self.size]
+
+
+def _begin(backend: str, rank: int, size: int) -> None:
+    global _pulse
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    finally:
+        _pulse = pulse.Pulse(dist.PrefixStore("pulse", store), rank, size)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """A collective is inside: what its backend says of a lost connection becomes the name of the rank that is gone.
+
+    Raises ResourceError then. An error that has another cause stays as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = _pulse.missing() if _pulse is not None else None
+        if found is None:
+            raise
+        raise ResourceError(pulse.advice(found)) from error

@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -60,8 +59,7 @@ class Sink:
         """After a visit: takes its gradients home, reduced over ranks, this rank's shard."""
         assert one.grads is not None
         if self.world.size > 1:
-            mine = grads.new_empty(one.chunk.numel // self.world.size)
-            dist.reduce_scatter_tensor(mine, grads)
+            mine = self.world.sum_shards(grads)
             if one.graded:
                 mine += bring(one.grads, mine.device)
             grads = mine

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from penstock.memory.chunks import Chunk
@@ -79,7 +78,4 @@ def put_back(home: Home, tensor: Tensor) -> None:
 
 def gather(part: Tensor, world: World) -> Tensor:
     """Every rank's part, in rank order, where `part` is."""
-    mine = part.to(world.device).contiguous()
-    whole = mine.new_empty(part.numel() * world.size)
-    dist.all_gather_into_tensor(whole, mine)
-    return whole.to(part.device)
+    return world.join_shards(part.to(world.device).contiguous()).to(part.device)

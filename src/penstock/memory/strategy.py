@@ -88,7 +88,9 @@ class Strategy:
             raise UserError(f"--strategy naive is one process and torchrun started {world.size}; use --strategy ddp.")
         tiers: dict[str, Ram | Disk] = {
             "device": Ram("device", world.device, _budget(device_memory, "--device-memory")),
-            "host": Ram("host", torch.device("cpu"), _budget(host_memory, "--host-memory")),
+            "host": Ram(
+                "host", torch.device("cpu"), _budget(host_memory, "--host-memory"), pins=world.device.type == "cuda"
+            ),
         }
         if on_disk and disk is not None:
             directory, _, size = disk.rpartition(":")
@@ -173,7 +175,7 @@ class Strategy:
         dtype = getattr(torch, chunk.dtype)
         what = f"the weights of {type(model).__name__} {chunk.group}"
         whole = not row.params.sharded or size == 1
-        weights = self.tiers[row.params.tier].home(chunk.numel // (1 if whole else size), dtype, what)
+        weights = _home(self.tiers[row.params.tier], chunk.numel // (1 if whole else size), dtype, what)
         here = isinstance(weights, RamHome) and whole and weights.tensor.device.type == "cpu"
         flat = weights.tensor if here and isinstance(weights, RamHome) else _pages(chunk.numel, dtype)
         self._first_values(model, chunk, flat)
@@ -205,7 +207,7 @@ class Strategy:
         if home is None:
             ram = self.tiers[tier]
             assert isinstance(ram, Ram)
-            home = ram.home(nbytes, torch.uint8, what)
+            home = ram.home(nbytes, torch.uint8, what, travels=True)
             self.gradients.append(home)
         taken.add(next(i for i, one in enumerate(self.gradients) if one is home))
         return RamHome(home.tier, home.tensor[:nbytes].view(dtype))
@@ -326,6 +328,11 @@ class StepStats:
 
 def _budget(text: str | None, flag: str) -> int | None:
     return None if text is None else parse_bytes(text, flag)
+
+
+def _home(tier: Ram | Disk, numel: int, dtype: torch.dtype, what: str) -> Home:
+    """For weights: the device fetches them from there."""
+    return tier.home(numel, dtype, what, travels=True) if isinstance(tier, Ram) else tier.home(numel, dtype, what)
 
 
 def _pages(numel: int, dtype: torch.dtype) -> Tensor:

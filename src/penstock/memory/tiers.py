@@ -10,6 +10,8 @@ import errno
 import mmap
 import os
 import tempfile
+import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,17 +59,17 @@ class Tier:
 
 
 class Ram(Tier):
-    """Device memory, or host memory."""
+    """Device memory, or host memory. `pins`: a GPU copies from and to it, by itself where the driver agrees."""
 
-    def __init__(self, name: str, device: torch.device, budget: int | None = None) -> None:
+    def __init__(self, name: str, device: torch.device, budget: int | None = None, pins: bool = False) -> None:
         super().__init__(name, budget)
-        self.device = device
+        self.device, self._pins = device, pins
 
-    def home(self, numel: int, dtype: torch.dtype, what: str) -> "RamHome":
-        """Zeroed memory for `numel` elements."""
+    def home(self, numel: int, dtype: torch.dtype, what: str, travels: bool = False) -> "RamHome":
+        """Zeroed memory for `numel` elements. `travels`: what is in it goes to the device and comes from there."""
         nbytes = numel * dtype.itemsize
         self.take(nbytes, what)
-        return RamHome(self, empty_pages(nbytes, self.device).view(dtype))
+        return RamHome(self, empty_pages(nbytes, self.device, pinned=self._pins and travels).view(dtype))
 
 
 class RamHome:
@@ -210,8 +212,30 @@ def _pretending() -> bool:
     return torch._guards.detect_fake_mode() is not None
 
 
-def empty_pages(nbytes: int, device: torch.device) -> Tensor:
-    """[nbytes] uint8, zeroed; on the CPU it begins on a page and costs no memory until it is written."""
+def empty_pages(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
+    """[nbytes] uint8, zeroed; on the CPU it begins on a page and costs no memory until it is written or pinned."""
     if device.type != "cpu" or nbytes == 0 or _pretending():
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    pages = (ctypes.c_ubyte * nbytes).from_buffer(mmap.mmap(-1, nbytes))
+    if pinned:
+        _pin(pages)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _pin(pages: ctypes.Array) -> None:
+    """Registers pages with the driver: a GPU then copies them beside its work, at the link's full speed.
+
+    Where the driver refuses (containers, limits on locked memory, too little RAM), copies wait for each other and
+    everything else stays as it is; a warning says so.
+    """
+    driver, address = torch.cuda.cudart(), ctypes.addressof(pages)
+    refused = driver.cudaHostRegister(address, ctypes.sizeof(pages), 1)  # 1: for every device
+    if int(refused) == 0:
+        weakref.finalize(pages, driver.cudaHostUnregister, address).atexit = False
+        return
+    warnings.warn(
+        f"the driver would not pin {show_bytes(ctypes.sizeof(pages))} of host memory ({refused}): weights travel to "
+        "the GPU at a fraction of the link's speed, and nothing else changes. Leave more RAM free (--host-memory), or "
+        "raise the container's limit on locked memory.",
+        stacklevel=2,
+    )

@@ -108,7 +108,7 @@ class Session:
             for lines in self._lines.values():
                 lines.close()
             self.directory.close()
-        self.world.leave()
+        self.world.leave(error is None)
 
     def _note_signal(self, signum: int, frame: object) -> None:
         if self._signal:  # the second Ctrl-C means now

@@ -1,0 +1,335 @@
+"""Everything that only a GPU can tell, in one call under nine minutes: exactness first, then memory, then time.
+
+    make gpu-check        or: python -m benchmarks.gpu [--only exact small ...] [--seconds 500]
+
+Each check writes benchmarks/results/gpu_CHECK.json (or into $OUT, where that is set) as soon as it has ended, so that
+nothing is lost when time runs out. With `--device cpu --tiny` the same code runs on small shapes without a GPU: that
+tests the checks, and its figures mean nothing.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.engine import in_turns, tax
+from benchmarks.facts import write
+from benchmarks.work import Four
+from penstock.algorithms import functional as fn
+from penstock.algorithms.planning import Role, Workload, forecast_of
+from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.errors import ResourceError
+from penstock.memory.placement import NAMES
+from penstock.memory.strategy import Strategy
+from penstock.models import shapes, sizes
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.roles import Actor
+
+CAP = 16 * 10**9
+"""Bytes of device memory that the capacity check allows either side."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where checks run, and whether shapes are cut down to test the checks themselves."""
+
+    device: str
+    tiny: bool
+    disk: str
+
+    @property
+    def gpu(self) -> bool:
+        """Whether there is memory to reset and to read."""
+        return self.device.startswith("cuda")
+
+    def peak(self) -> int | None:
+        """Bytes of device memory in use at most since `forget`, as PyTorch's allocator counts."""
+        return torch.cuda.max_memory_allocated() if self.gpu else None
+
+    def forget(self) -> None:
+        """Gives everything back and starts counting anew."""
+        gc.collect()
+        if self.gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def settle(self) -> None:
+        """Waits until the device has done what it was given."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+
+def exact(place: Place) -> dict[str, Any]:
+    """Every strategy, fp32 and bf16: ten steps bit-equal to `naive` with recomputation, and close to plain PyTorch."""
+    shape = dataclasses.replace(
+        sizes.named("s"), num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, vocab_size=500,
+    )  # fmt: skip
+    rows: dict[str, Any] = {}
+    for dtype in ("fp32", "bf16"):
+        reference: dict[str, Tensor] = {}
+        for name in NAMES:
+            theirs = None
+            if dtype == "fp32" and not reference:
+                torch.manual_seed(0)
+                theirs = plain_steps(Actor(Decoder(shape)).to(place.device), place)
+            torch.manual_seed(0)
+            actor = Actor(Decoder(shape)).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+            strategy = Strategy.named(name, dtype=dtype, device=place.device, disk=place.disk, recompute=True)
+            stream = strategy.prepare(actor)
+            for batches in ten_steps(place):
+                count = sum(int(one.trained.sum()) for one in batches)
+
+                def loss_of(hidden: Tensor, one: Rows, count: int = count, actor: Actor = actor) -> tuple:
+                    return fn.sft_loss(response_logprobs(actor, hidden, one), count), {}
+
+                strategy.step(stream, batches, loss_of, lr=1e-3)
+            found = {
+                weight.name: one.whole_weights(strategy.world)[offset : offset + weight.numel]
+                .view(weight.shape)
+                .float()
+                for one in stream.stored
+                for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True)
+            }
+            reference = reference or found
+            gap = max(float((found[key] - reference[key]).abs().max()) for key in found)
+            rows[f"{name} {dtype}"] = {"largest_difference_to_naive": gap}
+            if theirs is not None:
+                away = max(float((found[key] - theirs[key]).abs().max()) for key in found)
+                rows[f"{name} {dtype}"]["largest_difference_to_plain_pytorch"] = away
+    equal = all(row["largest_difference_to_naive"] == 0 for row in rows.values())
+    return {"bit_equal": equal, "rows": rows}
+
+
+def ten_steps(place: Place) -> list[list[Rows]]:
+    """Two ragged micro-batches per step."""
+    generator = torch.Generator().manual_seed(1)
+    steps = []
+    for _ in range(10):
+        parts = []
+        for length in (24, 17):
+            tokens = torch.randint(500, (3, length), generator=generator).to(place.device)
+            parts.append(Rows(tokens, torch.arange(length, device=place.device).expand(3, -1) >= 5))
+        steps.append(parts)
+    return steps
+
+
+def plain_steps(actor: Actor, place: Place) -> dict[str, Tensor]:
+    """The same ten steps by autograd and torch.optim.AdamW."""
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    for batches in ten_steps(place):
+        optimizer.zero_grad()
+        count = sum(int(one.trained.sum()) for one in batches)
+        for one in batches:
+            logits = actor.decoder.logits(actor.decoder(one.tokens)[:, :-1]).float()
+            picked = logits.log_softmax(-1).gather(-1, one.tokens[:, 1:, None]).squeeze(-1)
+            (-(picked * one.trained[:, 1:]).sum() / count).backward()
+        nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+        optimizer.step()
+    return {name: weight.detach().float().cpu() for name, weight in actor.named_parameters()}
+
+
+def rates(place: Place) -> dict[str, Any]:
+    """What the machine can do: the link both ways, pinned and not, a device copy, a bf16 product; bytes and FLOP/s."""
+    nbytes, side = (1 << 20, 64) if place.tiny else (1 << 30, 8192)
+    here = torch.empty(nbytes, dtype=torch.uint8, device=place.device)
+    other = torch.empty_like(here)
+    loose = torch.zeros(nbytes, dtype=torch.uint8)
+    fixed = loose.clone().pin_memory() if place.gpu else loose.clone()
+    a = torch.randn(side, side, device=place.device).bfloat16()
+    calls: dict[str, tuple[float, Callable[[], object]]] = {
+        "to_device_pinned": (nbytes, lambda: here.copy_(fixed, non_blocking=True)),
+        "to_host_pinned": (nbytes, lambda: fixed.copy_(here, non_blocking=True)),
+        "to_device_unpinned": (nbytes, lambda: here.copy_(loose)),
+        "device_copy": (2 * nbytes, lambda: other.copy_(here)),
+        "bf16_flops": (2 * side**3, lambda: a @ a),
+    }
+    seconds = in_turns({name: waited(place, call) for name, (_, call) in calls.items()}, 5)
+    return {name: calls[name][0] / min(some) for name, some in seconds.items()}
+
+
+def waited(place: Place, call: Callable[[], object]) -> Callable[[], None]:
+    """The call, until the device is done with it."""
+
+    def run() -> None:
+        call()
+        place.settle()
+
+    return run
+
+
+def small(place: Place) -> dict[str, Any]:
+    """124M PPO, batch 1, 400 + 112 tokens; the reference system needed 1.62 GB."""
+    shape = dataclasses.replace(sizes.named("s"), num_layers=2) if place.tiny else sizes.named("s")
+    prompt, new = (24, 8) if place.tiny else (400, 112)
+    strategy = Strategy.named("gemini_cpu", dtype="bf16", device=place.device, device_memory="180MB")
+    four = Four(strategy, shape)
+    place.forget()
+    seconds: dict[str, float] = {}
+    for _ in range(2):
+        began = time.perf_counter()
+        for phase in four.iteration(torch.randint(50257, (1, prompt)).tolist(), new):
+            seconds[phase] = time.perf_counter() - began
+            began = time.perf_counter()
+    return {
+        "max_memory_allocated": place.peak(), "device_tier_bytes": strategy.tiers["device"].peak, "seconds": seconds,
+    }  # fmt: skip
+
+
+def tax_xl(place: Place) -> dict[str, Any]:
+    """An SFT step of XL streamed from host memory against resident, 16k tokens per step."""
+    if place.tiny:
+        return tax("s", 1, 2, 16, 1, repeats=1, device=place.device, dtype="bf16")
+    return tax("xl", 48, 16, 1024, 4, repeats=3, device=place.device, dtype="bf16", device_memory="12GB")
+
+
+def tax_6b(place: Place) -> dict[str, Any]:
+    """The same for 6b: 72 GB of weights and states on either side."""
+    if place.tiny:
+        return tax_xl(place)
+    return tax("6b", 30, 16, 1024, 2, repeats=2, device=place.device, dtype="bf16", device_memory="24GB")
+
+
+def capacity(place: Place) -> dict[str, Any]:
+    """Full-parameter PPO under a cap of device memory: the largest of plain PyTorch (fp32, four models, AdamW) against
+    the largest that the plan says fits here, which is then run."""
+    width = dataclasses.replace(sizes.named("2b"), num_layers=1) if not place.tiny else sizes.named("s")
+    cap, prompts, new = (CAP, 2, 64) if not place.tiny else (3 * 10**9, 2, 4)
+    if place.gpu:
+        torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.mem_get_info()[1])
+    plain = most_layers(lambda layers: runs_plainly(with_layers(width, layers), cap, prompts, new, place), 1, 64)
+    host = int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")) if not place.tiny else 8 * 10**9
+    budgets: Any = {"device": int(cap * 0.95), "host": host, "disk": 10**9 if place.tiny else 45 * 10**9}
+
+    def planned(layers: int) -> Any:
+        work = work_of(with_layers(width, layers), prompts, new)
+        return forecast_of(work, strategy="gemini_auto", dtype="bf16", world=1, budgets=budgets)
+
+    def fits(layers: int) -> bool:
+        return all(nbytes <= budgets[tier] for tier, nbytes in planned(layers).peak.items())
+
+    ours = most_layers(fits, 1, 400)
+    place.forget()
+    shape = with_layers(width, ours)
+    strategy = Strategy.named(
+        "gemini_auto", dtype="bf16", device=place.device, device_memory=str(budgets["device"]),
+        host_memory=str(host), disk=f"{place.disk}:{budgets['disk']}",
+    )  # fmt: skip
+    strategy.reserve = planned(ours).activations
+    began = time.perf_counter()
+    four = Four(strategy, shape)
+    prepared = time.perf_counter() - began
+    place.forget()
+    began = time.perf_counter()
+    list(four.iteration(torch.randint(50257, (prompts, 64)).tolist(), new))
+    place.settle()
+    parameters = {name: count(with_layers(width, layers)) for name, layers in (("ours", ours), ("plain", plain))}
+    return {
+        "cap": cap, "host_bytes": host, "layers": {"ours": ours, "plain": plain}, "parameters_per_model": parameters,
+        "ratio": parameters["ours"] / parameters["plain"], "seconds_to_prepare": prepared,
+        "seconds_per_iteration": time.perf_counter() - began, "max_memory_allocated": place.peak(),
+        "predicted": planned(ours).peak, "tiers": {name: tier.peak for name, tier in strategy.tiers.items()},
+    }  # fmt: skip
+
+
+def with_layers(shape: DecoderConfig, layers: int) -> DecoderConfig:
+    """The same width, another depth."""
+    return dataclasses.replace(shape, num_layers=layers)
+
+
+def count(shape: DecoderConfig) -> int:
+    """Parameters of one model."""
+    return shapes.count_of(shape, scalar=False)
+
+
+def work_of(shape: DecoderConfig, prompts: int, new: int) -> Workload:
+    """What `Four` does, for the plan."""
+    roles = (
+        Role("actor", shape, trained=True, scalar=False), Role("critic", shape, trained=True, scalar=True),
+        Role("reference", shape, trained=False, scalar=False), Role("reward", shape, trained=False, scalar=True),
+    )  # fmt: skip
+    return Workload("ppo", roles, prompts, 1, prompts, 1, 64, new)
+
+
+def most_layers(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest depth in [low, high] that fits, by bisection. Raises ResourceError when not even `low` does."""
+    if not fits(low):
+        raise ResourceError(f"not even {low} layers fit.")
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def runs_plainly(shape: DecoderConfig, cap: int, prompts: int, new: int, place: Place) -> bool:
+    """Whether plain PyTorch takes a step of actor and critic with a reference and a reward model beside them.
+
+    All of it in fp32, as the reference system's baseline was. On a CPU, which has no cap, bytes are added up instead.
+    """
+    if not place.gpu:
+        return 40 * count(shape) < cap
+    place.forget()
+    optimizers: list[object] = []  # their states stay, as they do between steps
+    try:
+        models = [Decoder(shape).to(place.device) for _ in range(4)]
+        tokens = torch.randint(50257, (prompts, 64 + new), device=place.device)
+        with torch.no_grad():
+            for model in models:
+                model.logits(model(tokens))
+        for model in models[:2]:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+            optimizers.append(optimizer)
+            logits = model.logits(model(tokens))
+            logits.log_softmax(-1).mean().backward()
+            optimizer.step()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        models = optimizers = []
+        place.forget()
+
+
+CHECKS = {"exact": exact, "rates": rates, "small": small, "tax_xl": tax_xl, "capacity": capacity, "tax_6b": tax_6b}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the checks in order; returns 1 when one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--disk", default="/tmp/penstock-gpu-check")
+    parser.add_argument("--seconds", type=float, default=500, help="no check begins later")
+    flags = parser.parse_args(arguments)
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        print("this machine has no CUDA device; --device cpu --tiny tests the checks without one")
+        return 2
+    place, began, failed = Place(flags.device, flags.tiny, flags.disk), time.perf_counter(), False
+    for name in flags.only:
+        if time.perf_counter() - began > flags.seconds:
+            print(f"{name}: no time left")
+            continue
+        try:
+            torch.manual_seed(0)
+            found = CHECKS[name](place)
+        except Exception:
+            found, failed = {"error": traceback.format_exc()}, True
+        found["seconds_in_all"] = time.perf_counter() - began
+        print(name, json.dumps(found, indent=1), flush=True)
+        write(f"gpu_{name}", found)
+        place.forget()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
