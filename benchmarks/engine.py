@@ -20,7 +20,7 @@ from benchmarks.work import Four, fill_quickly
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.memory import native
-from penstock.memory.adam import AdamW, states_of
+from penstock.memory.adam import SOURCE, AdamW, states_of
 from penstock.memory.meter import Meter
 from penstock.memory.strategy import Strategy
 from penstock.models import sizes
@@ -51,14 +51,14 @@ def adamw(repeats: int = 9, numel: int = 100_000_000) -> dict[str, Any]:
         AdamW().update(weights, states, grads, lr=1e-6, scale=0.5, step=1)
 
     def without_compiler() -> None:
-        with mock.patch.object(native, "library", return_value="not this time"):
+        with mock.patch.object(native, "compiled", return_value="not this time"):
             update()
 
     calls = {"update": update, "in_torch_operations": without_compiler, "copy": lambda: x.copy_(y)}
     seconds = in_turns(calls, repeats)
     rates = {name: (8 if name == "copy" else 28) * numel / statistics.median(some) for name, some in seconds.items()}
     return {
-        "compiled": not isinstance(native.library(), str),
+        "compiled": not isinstance(native.compiled(SOURCE), str),
         "bytes_per_second": rates,
         "ratio": rates["update"] / rates["copy"],
         "ratio_in_torch_operations": rates["in_torch_operations"] / rates["copy"],

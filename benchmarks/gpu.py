@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import os
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.engine import in_turns, tax
 from benchmarks.facts import write
+from benchmarks.rollout import both
 from benchmarks.work import Four
 from penstock.algorithms import functional as fn
 from penstock.algorithms.planning import Role, Workload, forecast_of
@@ -33,6 +35,9 @@ from penstock.models import shapes, sizes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
+from penstock.rollout.cache import KVCache
+from penstock.rollout.engine import Engine
+from penstock.rollout.sampling import Sampling
 
 CAP = 16 * 10**9
 """Bytes of device memory that the capacity check allows either side."""
@@ -299,7 +304,61 @@ def runs_plainly(shape: DecoderConfig, cap: int, prompts: int, new: int, place: 
         place.forget()
 
 
-CHECKS = {"exact": exact, "rates": rates, "small": small, "tax_xl": tax_xl, "capacity": capacity, "tax_6b": tax_6b}
+def rollout(place: Place) -> dict[str, Any]:
+    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64; and the
+    bytes of the KV cache against those of the plan."""
+    rows: dict[str, Any] = {}
+    for size in ("s",) if place.tiny else ("xl", "8b"):
+        shape = with_layers(sizes.named(size), 2) if place.tiny else sizes.named(size)
+        decoder, theirs = both(shape, place.device)
+        for batch in (1, 2) if place.tiny else (1, 64):
+            rows[f"{size}, batch {batch}"] = against_transformers(decoder, theirs, batch, place)
+        del decoder, theirs
+        place.forget()
+    return {"rows": rows}
+
+
+def against_transformers(decoder: Decoder, theirs: Any, batch: int, place: Place) -> dict[str, Any]:
+    """One row of `rollout`."""
+    prompt, new = (8, 4) if place.tiny else (64, 128)
+    ids = torch.randint(10, 50000, (batch, prompt))
+    there = ids.to(place.device)
+    greedy = Sampling(temperature=0.0, max_new_tokens=new)
+
+    def ours(fixed: bool) -> None:
+        Engine(decoder, eos_ids=(), rows=batch, length=prompt + new, fixed=fixed).generate(ids.tolist(), greedy)
+
+    def hf(cache: str | None) -> None:
+        theirs.generate(
+            there, attention_mask=torch.ones_like(there), do_sample=False, max_new_tokens=new, min_new_tokens=new,
+            pad_token_id=0, cache_implementation=cache,
+        )  # fmt: skip
+
+    calls: dict[str, Callable[[], object]] = {
+        "ours": lambda: ours(True), "ours, launched one by one": lambda: ours(False),
+        "transformers, dynamic cache": lambda: hf(None), "transformers, static cache": lambda: hf("static"),
+    }  # fmt: skip
+    seconds = in_turns({name: waited(place, call) for name, call in calls.items()}, 1 if place.tiny else 3)
+    rate = {name: batch * new / statistics.median(some) for name, some in seconds.items()}
+    before = torch.cuda.memory_allocated() if place.gpu else None
+    cache = KVCache(decoder, batch, prompt + new)
+    allocated = torch.cuda.memory_allocated() - before if before is not None else None
+    del cache
+    weights = sum(p.nbytes for p in decoder.parameters())
+    return {
+        "tokens_per_second": rate,
+        "ratio": rate["ours"] / max(rate[name] for name in calls if name.startswith("transformers")),
+        "weights_bytes": weights, "weights_bytes_per_second": rate["ours"] / batch * weights,
+        "cache_bytes": {
+            "allocated": allocated, "planned": shapes.cache_of(decoder.config, "bfloat16", batch, prompt + new)
+        },
+    }  # fmt: skip
+
+
+CHECKS = {
+    "exact": exact, "rates": rates, "small": small, "tax_xl": tax_xl, "rollout": rollout, "capacity": capacity,
+    "tax_6b": tax_6b,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from penstock.demo import SeedResult, noise_ceiling, over_optimised, page_of, wr
 from penstock.errors import UserError
 
 FACTS = {
-    "seed": 0, "base_gold": 0.1, "sft_gold": 1.0, "ppo_gold": 2.0, "gold_se": 0.1, "rm_accuracy": 0.7,
-    "rm_ceiling": 0.8, "kl": 3.0, "seconds": 100.0,
+    "seed": 0, "base_gold": 0.1, "sft_gold": 1.0, "best_of_gold": 1.5, "ppo_gold": 2.0, "gold_se": 0.1,
+    "rm_accuracy": 0.7, "rm_ceiling": 0.8, "kl": 3.0, "seconds": 100.0,
 }  # fmt: skip
 STEPS = list(range(20))
 
@@ -66,4 +66,4 @@ def test_reports_of_all_seeds_are_written(tmp_path, monkeypatch, capsys):
     assert [one["seed"] for one in report["seeds"]] == [5, 6, 7]
     assert set(report["seeds"][0]) == set(FACTS)
     assert (tmp_path / "demo" / "report.html").exists()
-    assert "seed 7: gold base +0.10, sft +1.00, ppo +2.00" in capsys.readouterr().out
+    assert "seed 7: gold base +0.10, sft +1.00, best of 8 +1.50, ppo +2.00" in capsys.readouterr().out

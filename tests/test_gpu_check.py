@@ -7,7 +7,7 @@ import pytest
 from benchmarks import gpu
 
 
-@pytest.mark.parametrize("check", ["exact", "rates", "small", "tax_xl"])
+@pytest.mark.parametrize("check", ["exact", "rates", "small", "tax_xl", "rollout"])
 def test_every_quick_check_runs_and_writes_its_result(check, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu.main(["--device", "cpu", "--tiny", "--disk", str(tmp_path / "disk"), "--only", check]) == 0

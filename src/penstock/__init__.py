@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from penstock.models.roles import Actor as Actor
     from penstock.models.roles import Critic as Critic
     from penstock.models.roles import RewardModel as RewardModel
+    from penstock.rollout.engine import Engine as Engine
+    from penstock.rollout.engine import Rollout as Rollout
     from penstock.rollout.sampling import Sampling as Sampling
 
 _HOMES = {
     "sft": "algorithms.sft", "reward": "algorithms.reward", "ppo": "algorithms.ppo",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
-    "Strategy": "memory.strategy", "Decoder": "models.decoder", "Sampling": "rollout.sampling",
+    "Strategy": "memory.strategy", "Decoder": "models.decoder", "Engine": "rollout.engine",
+    "Rollout": "rollout.engine", "Sampling": "rollout.sampling",
     "Actor": "models.roles", "Critic": "models.roles", "RewardModel": "models.roles",
 }  # fmt: skip
 

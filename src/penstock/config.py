@@ -14,10 +14,10 @@ from penstock.errors import UserError
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # (what it must be, the check, the flags); nan passes none of them
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
-     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length"),
+     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef temperature margin"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
-     "clip value_clip tflops"),
+     "clip value_clip tflops lora_alpha"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout"),
@@ -112,6 +112,23 @@ class OptimFlags(Flags):
 
 
 @dataclass(frozen=True)
+class LoraFlags(Flags):
+    """What learns: all weights, or an adapter beside frozen ones."""
+
+    lora: int | None = None
+    """Learn through a low-rank adapter of this rank and leave the model frozen (LoRA)."""
+    lora_alpha: float | None = None
+    """The adapter's share is multiplied by alpha / rank; twice the rank when not given."""
+    lora_targets: tuple[str, ...] = ()
+    """Modules that get an adapter, by the endings of their Hugging Face names: q_proj v_proj; lm_head and the token
+    table only when named. All products, when not given."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
+    adapter: str | None = None
+    """An adapter (peft's format, or a run) that the model is read with; it is what learns on."""
+
+
+@dataclass(frozen=True)
 class SFTConfig(Flags):
     """Supervised fine-tuning: teach a language model to answer from demonstrations."""
 
@@ -119,6 +136,7 @@ class SFTConfig(Flags):
     """Hugging Face directory, hub id or run directory."""
     data: DataFlags
     run: RunFlags
+    peft: LoraFlags = field(default_factory=LoraFlags)
     optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
     heldout: float = 0.05
     """Fraction of prompts kept aside for the held-out loss; 0 trains on everything."""
@@ -138,6 +156,7 @@ class RewardConfig(Flags):
     """The SFT model to start from: Hugging Face directory, hub id or run directory."""
     data: DataFlags
     run: RunFlags
+    peft: LoraFlags = field(default_factory=LoraFlags)
     optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
     heldout: float = 0.1
     """Fraction of prompts kept aside for the pair accuracy; split by prompt, never by pair."""
@@ -157,6 +176,7 @@ class PPOConfig(Flags):
     """The SFT model: Hugging Face directory, hub id or run directory."""
     data: DataFlags
     run: RunFlags
+    peft: LoraFlags = field(default_factory=LoraFlags)
     reward: str | None = None
     """Reward model: a directory or run made by `penstock reward`."""
     reward_fn: str | None = None
@@ -298,12 +318,14 @@ class GenerateConfig(Flags):
 
     model: str
     """Hugging Face directory, hub id or run directory."""
+    adapter: str | None = None
+    """An adapter for that model: peft's format, or a run."""
     prompt: str | None = None
     """One prompt; the answer is printed."""
     data: str | None = None
     """Prompts, JSON lines: {"prompt"}, {"messages"} or {"prompt_ids"}."""
     out: str | None = None
-    """Answers, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason."""
+    """Answers, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason, and score."""
     n: int = 1
     """Answers per prompt."""
     max_new_tokens: int = 128
@@ -314,12 +336,26 @@ class GenerateConfig(Flags):
     """Keep only the k likeliest tokens; 0 is off."""
     top_p: float = 1.0
     """Keep only the likeliest tokens that hold this much probability; 1 is off."""
+    min_p: float = 0.0
+    """Keep only tokens at least this many times as likely as the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were said become less likely; 1 is off."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and are no part of it."""
+    top_logprobs: int = 0
+    """With each token, so many of the likeliest and their log-probabilities."""
+    best_of: int = 0
+    """Sample so many answers per prompt, score them, and keep the best --n."""
+    reward: str | None = None
+    """The reward model that scores answers: a run of penstock reward."""
+    reward_fn: str | None = None
+    """Or a function that does: file.py:name."""
     batch_size: int = 32
-    """Prompts answered together."""
+    """Answers decoded together."""
     seed: int = 0
     """Same seed, same answers, whatever the batch size."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the weights compute in."""
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What the weights compute in; int8: weights only, beside bf16, for speed."""
     device: str | None = None
     """cpu, cuda, ... The accelerator if there is one, when not given."""
     skip_bad: bool = False
@@ -336,6 +372,8 @@ class ChatConfig(Flags):
 
     model: str
     """Hugging Face directory, hub id or run directory."""
+    adapter: str | None = None
+    """An adapter for that model: peft's format, or a run."""
     system: str | None = None
     """A system message that opens the conversation."""
     max_new_tokens: int = 256
@@ -348,8 +386,8 @@ class ChatConfig(Flags):
     """Keep only the likeliest tokens that hold this much probability; 1 is off."""
     seed: int = 0
     """Same seed, same talk."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the weights compute in."""
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What the weights compute in; int8: weights only, beside bf16, for speed."""
     device: str | None = None
     """cpu, cuda, ... The accelerator if there is one, when not given."""
     json: bool = False
@@ -370,6 +408,8 @@ class ExportConfig(Flags):
     """A PPO run has a critic too."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Round or widen the weights; as trained when not given."""
+    merge: bool = False
+    """Of a run that trained an adapter: write the whole model with the adapter in it, instead of the adapter."""
     config: str | None = None
     """A TOML file of these flags; the command line wins over it."""
 

@@ -21,7 +21,16 @@ from penstock.algorithms.inputs import encoder_of
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
-from penstock.config import DataFlags, DemoConfig, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig
+from penstock.config import (
+    DataFlags,
+    DemoConfig,
+    GenerateConfig,
+    OptimFlags,
+    PPOConfig,
+    RewardConfig,
+    RunFlags,
+    SFTConfig,
+)
 from penstock.data.formats import Prompt
 from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
 from penstock.errors import UserError
@@ -33,12 +42,15 @@ from penstock.rollout.sampling import Sampling
 from penstock.run.directory import refused, resolve_model
 from penstock.run.metrics import peak_rss_bytes, read_lines
 from penstock.run.report import Curve, Curves, Samples, Section, Table, Text, page
+from penstock.talk import generate as answer_file
 
 HELDOUT = 256
 """Questions that nothing is trained on."""
 LABEL_NOISE = 0.7
 """Standard deviation of a labeller's judgement, in units of gold."""
 RESPONSE_TOKENS = 40
+BEST_OF = 8
+"""Answers of the SFT model from which the reward model takes one: what PPO has to beat at an eighth of the price."""
 MARK = ".penstock-demo"
 """Only a directory that holds this file is ever replaced."""
 
@@ -62,6 +74,7 @@ def demo(config: DemoConfig) -> Path:
         result = results[-1].facts
         print(
             f"seed {seed}: gold base {result['base_gold']:+.2f}, sft {result['sft_gold']:+.2f}, "
+            f"best of {BEST_OF} {result['best_of_gold']:+.2f}, "
             f"ppo {result['ppo_gold']:+.2f} (se {result['gold_se']:.2f}); reward model {result['rm_accuracy']:.3f} of "
             f"{result['rm_ceiling']:.3f}; kl {result['kl']:.1f} nats; {result['seconds']:.0f} s",
             flush=True,
@@ -82,8 +95,8 @@ class SeedResult:
     """One repetition: the facts of report.json, and what its part of the page shows."""
 
     facts: dict[str, Any]
-    """seed, base_gold, sft_gold, ppo_gold, gold_se, rm_accuracy, rm_ceiling, kl, seconds; gold_se is the standard
-    error of ppo_gold - sft_gold."""
+    """seed, base_gold, sft_gold, best_of_gold, ppo_gold, gold_se, rm_accuracy, rm_ceiling, kl, seconds; gold_se is the
+    standard error of ppo_gold - sft_gold."""
     curves: dict[str, dict[str, Curve]]
     """Title of a picture -> name of a line -> its points; also in report.json, for those who draw their own."""
     answers: list[tuple[str, dict[str, tuple[str, float | None]]]]
@@ -173,12 +186,15 @@ def one_seed(out: Path, seed: int) -> SeedResult:
 def measure(
     out: Path, seed: int, world: Toyland, heldout: list[Question], runs: dict[str, Path], judge: Path, started: float
 ) -> SeedResult:
-    """Gold of base, SFT and PPO on the held-out questions, one sampled answer each, and what the runs logged."""
+    """Gold of base, SFT, the best of 8 of SFT and PPO on the held-out questions, one answer each, and what the runs
+    logged."""
     sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
+    answers = {name: [one for (one,) in answer(run, heldout, sampling)] for name, run in runs.items()}
+    best = best_of(out, runs["sft"], heldout, judge, seed + 2)
+    answers = {"base": answers["base"], "sft": answers["sft"], f"best of {BEST_OF}": best, "ppo": answers["ppo"]}
     golds: dict[str, list[float]] = {}
     texts: dict[str, list[str]] = {}
-    for name, run in runs.items():
-        told = [four[0] for four in answer(run, heldout, sampling)]
+    for name, told in answers.items():
         texts[name] = [text for text, _ in told]
         golds[name] = [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, told, strict=True)]
     mean = {name: statistics.mean(values) for name, values in golds.items()}
@@ -205,6 +221,7 @@ def measure(
         "seed": seed,
         "base_gold": mean["base"],
         "sft_gold": mean["sft"],
+        "best_of_gold": mean[f"best of {BEST_OF}"],
         "ppo_gold": mean["ppo"],
         "gold_se": math.sqrt(variance["sft"] + variance["ppo"]),
         "rm_accuracy": judged["heldout/accuracy"],
@@ -213,7 +230,7 @@ def measure(
         "seconds": time.perf_counter() - started,
     }
     shown: list[tuple[str, dict[str, tuple[str, float | None]]]] = [
-        (q.prompt.strip(), {name: (texts[name][i], golds[name][i]) for name in runs})
+        (q.prompt.strip(), {name: (texts[name][i], golds[name][i]) for name in answers})
         for i, q in enumerate(heldout[:10])
     ]
     return SeedResult(facts, curves, shown)
@@ -246,6 +263,19 @@ def answer(run: Path, questions: list[Question], sampling: Sampling) -> list[lis
     return [told[i : i + sampling.n] for i in range(0, len(told), sampling.n)]
 
 
+def best_of(out: Path, run: Path, questions: list[Question], judge: Path, seed: int) -> list[tuple[str, bool]]:
+    """Per question the answer, of `BEST_OF`, that the reward model likes most: (text, ended by itself)."""
+    asked, answered = out / "data" / "heldout.jsonl", out / "data" / "best-of.jsonl"
+    write_lines(asked, [{"prompt": question.prompt} for question in questions])
+    answer_file(
+        GenerateConfig(
+            model=str(run), data=str(asked), out=str(answered), reward=str(judge), best_of=BEST_OF, seed=seed,
+            max_new_tokens=RESPONSE_TOKENS, batch_size=256,
+        )
+    )  # fmt: skip
+    return [(row["response"], row["finish_reason"] == "stop") for row in read_lines(answered)]
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -261,13 +291,14 @@ def page_of(results: list[SeedResult]) -> str:
             "shown to nobody, and measured all of them on questions that nothing was trained on."
         )
     ]
-    header = ("seed", "gold: base", "gold: sft", "gold: ppo", "se of ppo - sft", "ppo - sft in se", "reward accuracy",
+    header = ("seed", "gold: base", "gold: sft", f"gold: best of {BEST_OF}", "gold: ppo",
+              "se of ppo - sft", "ppo - sft in se", "reward accuracy",
               "noise ceiling", "KL, nats", "seconds")  # fmt: skip
     rows = []
     for facts in (result.facts for result in results):
         gain = facts["ppo_gold"] - facts["sft_gold"]
         rows.append(
-            (str(facts["seed"]), *(f"{facts[k]:+.2f}" for k in ("base_gold", "sft_gold", "ppo_gold")),
+            (str(facts["seed"]), *(f"{facts[k]:+.2f}" for k in ("base_gold", "sft_gold", "best_of_gold", "ppo_gold")),
              f"{facts['gold_se']:.3f}", f"{gain / facts['gold_se']:+.1f}", f"{facts['rm_accuracy']:.3f}",
              f"{facts['rm_ceiling']:.3f}", f"{facts['kl']:.1f}", f"{facts['seconds']:.0f}")
         )  # fmt: skip

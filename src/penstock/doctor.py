@@ -35,7 +35,7 @@ def doctor() -> int:
     if disk.free < 2**30:
         problems.append("Less than 1 GiB of disk is free here: checkpoints will not fit.")
     if not any("torch is not" in one for one in problems):
-        lines += [*_devices(), f"AdamW        {_adamw()}"]
+        lines += [*_devices(), f"C            {_compiler()}"]
     print("\n".join(lines))
     for problem in problems:
         print(f"problem: {problem}")
@@ -43,15 +43,13 @@ def doctor() -> int:
     return 3 if problems else 0
 
 
-def _adamw() -> str:
-    from penstock.memory import native
+def _compiler() -> str:
+    from penstock.memory import adam, native
 
-    compiled = native.library()
-    return (
-        f"in torch operations, slower ({compiled})"
-        if isinstance(compiled, str)
-        else "in one pass, compiled for this CPU"
-    )
+    made = native.compiled(adam.SOURCE)
+    if isinstance(made, str):
+        return f"none ({made}): decoding and optimizer updates on this CPU take two to five times as long"
+    return "compiled for this CPU: decoding and optimizer updates"
 
 
 def _devices() -> list[str]:

@@ -12,9 +12,9 @@ from penstock.errors import UserError
 
 Config = TypeVar("Config")
 
-PATHS = ("model", "actor", "reward", "critic", "reference", "data", "ptx_data", "normalize", "reward_fn")
+PATHS = ("model", "actor", "reward", "critic", "reference", "data", "ptx_data", "normalize", "reward_fn", "adapter")
 """Flags that may name something on this machine."""
-SECTIONS = ("data", "run", "optim")
+SECTIONS = ("data", "run", "optim", "peft")
 
 
 def field_names(config_class: type) -> list[str]:

@@ -77,7 +77,7 @@ def real(of, name, tmp_path, device=None):
     reserve = forecast(of, name, device=device).activations
     tiers = {"device": Ram("device", CPU, device), "host": Ram("host", CPU), "disk": Disk(tmp_path)}
     strategy = Strategy(name, World(0, 1, CPU), torch.float32, reserve=reserve, tiers=tiers)
-    with mock.patch.object(native, "library", return_value="no compiler"):
+    with mock.patch.object(native, "compiled", return_value="no compiler"):
         found = iterate(of, strategy, models_of(of, strategy))
     tiers["disk"].close()
     return found
@@ -196,8 +196,8 @@ def test_the_command_says_as_json_what_fits(capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--device-memory 24GB --host-memory 128GB", "--device-memory 24GB --host-memory 400GB",
-     "--device-memory 12GB --batch-size 32", "--host-memory 128GB --device-memory 80GB --strategy ddp --stage sft"],
+    ["--device-memory 24GB --host-memory 128GB", "--device-memory 8GB --host-memory 400GB",
+     "--device-memory 7GB --batch-size 32", "--host-memory 128GB --device-memory 80GB --strategy ddp --stage sft"],
 )  # fmt: skip
 def test_the_change_it_advises_fits(capsys, flags):
     base = ["--model", "8b", "--strategy", "gemini_cpu", *flags.split()]
@@ -266,3 +266,22 @@ def test_a_directory_is_planned_from_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(UserError, match="mamba"):
         config_of(str(tmp_path), "--model")
+
+
+@pytest.mark.parametrize("strategy", ["gemini_cpu", "naive"])
+def test_a_kv_cache_that_does_not_fit_is_swapped(strategy, tmp_path):
+    """A budget below what the cache takes beside the rest, and above what two layers of it do."""
+    of = work(batch_size=32, micro_batch_size=1, mini_batch_size=1, prompt_length=8, max_new_tokens=120)
+    roomy = forecast(of, strategy)
+    assert not roomy.swapped
+    least = roomy.peak["device"] - roomy.slots.nbytes
+    device = least - roomy.objects["kv_cache"]["device"] // 4 + sum(roomy.slots.weights[:3]) * (strategy != "naive")
+    planned = forecast(of, strategy, device=device)
+    assert planned.swapped
+    assert planned.peak["device"] <= device
+    measured = dry(of, strategy, device=device)
+    assert_near(planned, measured)
+    assert measured["host"] >= shapes.cache_of(BASE, "float32", 32, 128)
+    rollout, done = planned.traffic["rollout"], measured["traffic"]["rollout"]
+    for way in ("host_read", "host_written"):
+        assert done[way] <= rollout[way] <= 1.2 * done[way]

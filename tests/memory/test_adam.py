@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from penstock.memory import native
-from penstock.memory.adam import TILE, AdamW, join, split, states_of
+from penstock.memory.adam import SOURCE, TILE, AdamW, _in_one_pass, join, split, states_of
 
 SIZES = [1, 1000, TILE, TILE + 1, 2 * TILE + 77]
 
@@ -13,9 +13,9 @@ SIZES = [1, 1000, TILE, TILE + 1, 2 * TILE + 77]
 @pytest.fixture(autouse=True, params=["c", "torch"])
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: "a machine without a compiler")
-    elif isinstance(native.library(), str):
-        pytest.skip(native.library())
+        monkeypatch.setattr(native, "compiled", lambda *source: "a machine without a compiler")
+    elif isinstance(native.compiled(SOURCE), str):
+        pytest.skip(native.compiled(SOURCE))
     return request.param
 
 
@@ -124,6 +124,13 @@ def test_every_beta_and_every_clip_gives_the_bits_of_torch(beta1, scale):
         )  # fmt: skip
     assert torch.equal(ours, theirs)
     assert all(torch.equal(states[name], others[name]) for name in states)
+
+
+def test_c_takes_whole_vectors_of_cpu_tensors_only(way):
+    rule = AdamW()._rule(1e-3, 1.0, 1)
+    done = [_in_one_pass([torch.zeros(n, device=at) for _ in range(4)], rule) for n, at in ((130, "cpu"), (63, "cpu"))]
+    assert done == ([128, 0] if way == "c" else [0, 0])
+    assert _in_one_pass([torch.zeros(64, device="meta") for _ in range(4)], rule) == 0
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -3,6 +3,8 @@
 transformers is the oracle. All weights are random, biases and norms too, so that a swapped or forgotten one shows.
 """
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from penstock.data.batching import pad
+from penstock.memory import native
 from penstock.models import pretrained
 from penstock.models.decoder import Decoder
+from penstock.rollout.engine import generate
+from penstock.rollout.sampling import Sampling
+from tests.algorithms.oracle import token_logprobs
 
 SMALL = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6}
 LLAMA = SMALL | {"intermediate_size": 80, "max_position_embeddings": 64, "num_key_value_heads": 2}
@@ -107,31 +114,56 @@ def test_logits_are_those_of_transformers_on_a_ragged_batch(both: tuple[Any, Dec
     assert (got - expected).abs().max() <= 1e-4
 
 
-def test_greedy_text_is_that_of_transformers_for_32_tokens(both: tuple[Any, Decoder, Path]) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_greedy_text_is_that_of_transformers_for_32_tokens(
+    both: tuple[Any, Decoder, Path], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged prompts, two rows of a cache for four answers; log-probs are those of the trainer's forward."""
     theirs, ours, _ = both
+    if not compiled:
+        monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
     tokens, lengths = ragged_batch(ours.config.vocab_size)
-    got = greedy(ours, tokens, lengths, 32)
-    for row, length in enumerate(lengths):
-        prompt = tokens[row : row + 1, :length]
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    for rows in (None, 2):
+        greedy = Sampling(temperature=0.0, max_new_tokens=32)
+        for answer in generate(ours, prompts, greedy, eos_ids=(), batch_size=rows):
+            prompt = torch.tensor([answer.prompt_ids])
+            with torch.no_grad():
+                expected = theirs.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
+                )
+                whole = torch.tensor([answer.prompt_ids + answer.response_ids])
+                logprobs = ours.logits(ours(whole)[0, :-1]).log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+            assert answer.response_ids == expected[0, prompt.shape[1] :].tolist()
+            assert answer.logprobs == pytest.approx(logprobs[prompt.shape[1] - 1 :].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(
+    both: tuple[Any, Decoder, Path], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one bf16 ulp of the loudest logit (0.016 for logits up to 4): states are rounded to bf16 between products,
+    and one that is rounded the other way moves what follows by as much.
+    """
+    _, ours, _ = both
+    if not compiled:
+        monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
+    half = copy.deepcopy(ours).bfloat16()
+    tokens, lengths = ragged_batch(half.config.vocab_size)
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    answers = generate(half, prompts, Sampling(n=4, max_new_tokens=16, seed=3), eos_ids=())
+    gaps, loudest = [], 0.0
+    for start in range(0, len(answers), 8):
+        rows, sizes = pad([one.prompt_ids + one.response_ids for one in answers[start : start + 8]])
         with torch.no_grad():
-            expected = theirs.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
-            )
-        assert got[row].tolist() == expected[0, length:].tolist()
-
-
-@torch.no_grad()
-def greedy(decoder: Decoder, tokens: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """Prefill and `count` steps of decoding; the sampler without sampling. Returns [B, count]."""
-    config, rows = decoder.config, len(lengths)
-    shape = (rows, config.num_kv_heads, tokens.shape[1] + count, config.head_dim)
-    cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
-    hidden = decoder(tokens, lengths, cache)[torch.arange(rows), lengths - 1]
-    picked = []
-    for step in range(count):
-        picked.append(decoder.logits(hidden).argmax(-1))
-        hidden = decoder.decode(picked[-1], cache, lengths + step)
-    return torch.stack(picked, dim=1)
+            logits = half.logits(half(rows, sizes))
+        loudest = max(loudest, float(logits.abs().max()))
+        for i, one in enumerate(answers[start : start + 8]):
+            n = len(one.prompt_ids)
+            said = token_logprobs(logits[i, n - 1 : sizes[i] - 1], rows[i, n : sizes[i]])[0]
+            gaps.append((said - torch.tensor(one.logprobs)).abs())
+    assert torch.cat(gaps).max() <= 2.0 ** (math.floor(math.log2(loudest)) - 7)
+    assert torch.cat(gaps).mean() <= 1e-3
 
 
 def test_what_we_save_transformers_loads_bit_for_bit(both: tuple[Any, Decoder, Path], tmp_path: Path) -> None:

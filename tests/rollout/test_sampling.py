@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import transformers
 
-from penstock.algorithms.functional import token_logprobs
-from penstock.rollout.sampling import Sampling, pick, stream
+from penstock.rollout.sampling import Sampling, adjust, pick, stream
+from tests.algorithms.oracle import token_logprobs
 
 
 def frequencies(logits, sampling, draws=20_000):
@@ -36,6 +37,32 @@ def test_top_p_keeps_the_smallest_set_that_holds_p():
     assert torch.allclose(frequencies(LOGITS, Sampling(top_p=0.6)), kept / kept.sum(), atol=2e-4)
     only = frequencies(LOGITS, Sampling(top_p=1e-6))
     assert only[0] == 1  # the likeliest always stays
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 12, "top_p": 0.9}, {"min_p": 0.05}])
+def test_a_hundred_thousand_random_draws_pass_a_chi_square_test(temperature, cut):
+    """With the engine's own random numbers, against probabilities that transformers' warpers leave."""
+    draws = 100_000
+    logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    warped = logits[None] / temperature
+    if "top_k" in cut:
+        warped = transformers.TopKLogitsWarper(cut["top_k"])(None, warped)
+    if "top_p" in cut:
+        warped = transformers.TopPLogitsWarper(cut["top_p"])(None, warped)
+    if "min_p" in cut:
+        warped = transformers.MinPLogitsWarper(cut["min_p"])(None, warped)
+    expected = warped[0].softmax(-1) * draws
+    uniforms = torch.cat([stream(11, episode, 1000) for episode in range(draws // 1000)])
+    tokens, _ = pick(logits.expand(draws, -1), uniforms, Sampling(temperature=temperature, **cut))
+    counts = torch.bincount(tokens, minlength=40).float()
+    assert counts[expected == 0].sum() == 0
+    common = expected >= 5  # the rest is one cell, as the test wants it
+    seen = torch.cat((counts[common], counts[~common].sum()[None]))
+    wanted = torch.cat((expected[common], expected[~common].sum()[None]))
+    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
+    statistic, freedom = ((seen - wanted) ** 2 / wanted).sum().double(), torch.tensor(len(wanted) - 1.0).double()
+    assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-3  # the probability of so much by chance
 
 
 def test_greedy_is_the_argmax_whatever_the_number():
@@ -82,3 +109,42 @@ def test_a_stream_depends_on_seed_and_episode_alone_and_begins_the_same_at_any_l
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"repetition_penalty": 1.3}, lambda: transformers.RepetitionPenaltyLogitsProcessor(1.3)),
+        ({"repetition_penalty": 0.7}, lambda: transformers.RepetitionPenaltyLogitsProcessor(0.7)),
+        ({"logit_bias": {3: 2.0, 5: -4.0}}, lambda: transformers.SequenceBiasLogitsProcessor({(3,): 2.0, (5,): -4.0})),
+    ],
+)  # fmt: skip
+def test_adjusted_logits_are_those_of_transformers(ours, theirs):
+    logits, said = torch.randn(1, 20), [4, 4, 7, 3]
+    expected = theirs()(torch.tensor([said]), logits.clone())
+    adjust(logits[0], Sampling(**ours), said[:2], said[2:])
+    assert torch.allclose(logits, expected)
+
+
+def test_presence_and_frequency_penalties_count_the_response_alone():
+    """OpenAI's: logit[j] - c[j] * frequency - (c[j] > 0) * presence, with c the counts in what was generated."""
+    logits = torch.zeros(6)
+    adjust(logits, Sampling(presence_penalty=0.5, frequency_penalty=0.25), [1, 1, 5], [2, 3, 2])
+    assert logits.tolist() == [0, 0, -1.0, -0.75, 0, 0]
+
+
+@pytest.mark.parametrize("min_p", [0.02, 0.3, 1.0])
+def test_min_p_is_that_of_transformers(min_p):
+    logits = torch.randn(1, 50) * 2
+    kept = torch.isfinite(transformers.MinPLogitsWarper(min_p)(None, logits.clone()))[0]
+    numbers = (torch.arange(2000) + 0.5) / 2000
+    tokens, _ = pick(logits.expand(2000, -1), numbers, Sampling(min_p=min_p))
+    assert set(tokens.tolist()) <= set(kept.nonzero()[:, 0].tolist())
+    shares = logits[0].softmax(0) * kept
+    counts = torch.bincount(tokens, minlength=50) / 2000
+    assert torch.allclose(counts, shares / shares.sum(), atol=2e-3)
+
+
+def test_answers_with_different_limits_and_seeds_have_the_same_rule():
+    assert Sampling(n=3, seed=4, max_new_tokens=9, stop="x").rule == Sampling().rule
+    assert Sampling(top_k=3).rule != Sampling().rule

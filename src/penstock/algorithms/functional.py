@@ -9,7 +9,6 @@ row after row, V = vocabulary, D = width of a hidden state.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,53 +81,6 @@ def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) ->
     """Sum of x over valid positions / count. Give the *global* count when this is one part of a batch (PPO.md 15)."""
     total = clean(x, mask).sum()
     return total / (mask.sum() if count is None else count)
-
-
-# --- log-probabilities ----------------------------------------------------------------------------------------------
-
-
-def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target and the entropy of each distribution: logits [N, V], targets [N] -> [N], [N].
-
-    Softmax in fp32 whatever the weights' dtype; the temperature divides the logits here, so rollout, reference and
-    training all speak of the distribution that was sampled (PPO.md 3). The entropy carries no gradient; with
-    `entropy=False` it is None and costs nothing.
-    """
-    if temperature != 1.0:
-        logits = logits.float() / temperature
-    chosen, every = _ChosenLogprobs.apply(logits, targets)
-    if not entropy:
-        return chosen, None
-    with torch.no_grad():  # in tiles: a temporary of the whole [N, V] would cost more than the sums
-        # A token ruled out with -inf contributes nothing: p log p -> 0.
-        tiles = [torch.special.entr(tile.exp()).sum(dim=-1) for tile in every.split(64)]
-        return chosen, torch.cat(tiles)
-
-
-class _ChosenLogprobs(torch.autograd.Function):
-    """log_softmax(logits)[targets] and the whole log_softmax, [N, V] fp32, whose memory becomes the gradient.
-
-    cross_entropy's own backward fills two more [N, V] tensors: on a CPU that is a tenth of a GPT-2 step.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        every = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(every, targets)
-        ctx.mark_non_differentiable(every)
-        ctx.set_materialize_grads(False)  # no zeros for the second output
-        return every.gather(1, targets[:, None])[:, 0], every
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:
-        every, targets = ctx.saved_tensors
-        # d log p(target) / d logits = onehot(target) - p
-        wanted = every.exp_().mul_(-grad[:, None])
-        wanted.scatter_add_(1, targets[:, None], grad[:, None])
-        return wanted.to(ctx.dtype), None
 
 
 # --- KL and rewards -------------------------------------------------------------------------------------------------

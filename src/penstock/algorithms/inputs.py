@@ -5,15 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from penstock.algorithms.planning import Role, Workload, elements_of, forecast_of
-from penstock.config import DataFlags, OptimFlags, RunFlags
+from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
 from penstock.errors import DataError, UserError
 from penstock.memory.strategy import DTYPES, Strategy
+from penstock.memory.tiers import Ram
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
+from penstock.models.places import ALL_LINEAR, Spec
 from penstock.rollout.engine import Answer
+from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
@@ -28,17 +31,30 @@ def strategy_of(flags: RunFlags) -> Strategy:
     )  # fmt: skip
 
 
+def learns(flags: LoraFlags, seed: int) -> dict[str, Any]:
+    """How a role is read, for its `from_pretrained`: whole, with a new adapter, or with one that was saved."""
+    spec = None
+    if flags.lora is not None:
+        spec = Spec(flags.lora, flags.lora_alpha, flags.lora_targets or ALL_LINEAR, flags.rslora)
+    elif flags.lora_alpha is not None or flags.lora_targets or flags.rslora:
+        raise UserError("--lora-alpha, --lora-targets and --rslora shape a new adapter: give its rank too, --lora 16.")
+    adapter = None if flags.adapter is None else resolve_model(flags.adapter)
+    return {"lora": spec, "adapter": adapter, "seed": seed}
+
+
 def leave_room(
     strategy: Strategy, stage: str, roles: Mapping[str, Any], optim: OptimFlags, *, longest: int, response: int = 0,
     mini_batch_size: int | None = None, rollout_batch_size: int | None = None, rows: int | None = None,
-) -> None:  # fmt: skip
+) -> Ram | None:  # fmt: skip
     """Has the strategy leave so much of a device budget to activations as the plan says this work needs.
+
+    Returns the host tier where the KV cache must be swapped for that.
 
     `roles`: the models, by name, before they are prepared; `longest`: tokens of the longest row, the last `response`
     of them generated; `rows` per step over all ranks, the batch size when not given.
     """
     if strategy.tiers["device"].budget is None:
-        return
+        return None
     batch_size = rows or optim.batch_size
     work = Workload(
         stage,
@@ -55,6 +71,9 @@ def leave_room(
         recompute=bool(strategy.recompute), chunk_size=strategy.chunk_size, timed=False,
     )  # fmt: skip
     strategy.reserve, strategy.recompute = found.activations, found.recompute or None
+    strategy.swapped = found.swapped
+    host = strategy.tiers["host"]
+    return host if found.swapped and isinstance(host, Ram) else None
 
 
 def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:

@@ -15,7 +15,8 @@ from penstock.config import PlanConfig
 from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, layout
-from penstock.memory.forecast import TIERS, Batch, Forecast, Pass, Rates, activations_of, forecast, with_slack
+from penstock.memory.forecast import TIERS, Forecast, Rates, forecast, with_slack
+from penstock.memory.passes import Batch, Pass, activations_of
 from penstock.memory.placement import AUTO, NAMES, STRATEGIES, TierName, known
 from penstock.memory.units import parse_bytes, show_bytes
 from penstock.models import shapes, sizes
@@ -97,15 +98,17 @@ def config_of(name: str, flag: str) -> DecoderConfig:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
 
-def passes(work: Workload, dtype: str, world: int) -> dict[str, list[Pass]]:
-    """What each phase does with each model, on the rank that has most rows."""
+def passes(work: Workload, dtype: str, world: int, swap: bool = False) -> dict[str, list[Pass]]:
+    """What each phase does with each model, on the rank that has most rows. `swap`: the KV cache is on the host."""
     share = math.ceil(work.batch_size / world)
     phases: dict[str, list[Pass]] = {"rollout": [], "score": [], "train": []}
     response = work.length - work.prompt_length
     if work.stage == "ppo":
         actor = work.roles[0].config
         rows = min(work.rollout_batch_size or share, share)
-        prefill = shapes.work_of(actor, dtype, Batch(rows, work.prompt_length, rows), scalar=False)
+        groups = shapes.prefills([work.prompt_length] * rows)
+        prefill = shapes.work_of(actor, dtype, Batch(groups[0].stop, work.prompt_length, rows), scalar=False)
+        cache, token = (shapes.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
         phases["rollout"].append(
             Pass(
                 "actor", "generate", prefill, times=math.ceil(share / rows), tokens=response - 1,
@@ -114,8 +117,11 @@ def passes(work: Workload, dtype: str, world: int) -> dict[str, list[Pass]]:
                     shapes.flops_of(actor, [(1, work.prompt_length + i)]) + shapes.head_flops(actor, 1)
                     for i in range(1, response)
                 ) * rows,
-                beside=shapes.cache_of(actor, dtype, rows, work.length),
+                beside=2 * cache // actor.num_layers if swap else cache,
                 sampling=shapes.sampling_of(actor, dtype, rows),
+                prefills=len(groups),
+                swapped=cache + token if swap else 0,
+                swap_writes=(cache, token) if swap else (0, 0),
             )
         )  # fmt: skip
         roles = {role.name: role for role in work.roles}
@@ -161,24 +167,30 @@ def forecast_of(
     """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements."""
     dtype = DTYPES[dtype]
     laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
-    phases = passes(work, dtype, world)
     shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
+    device = budgets.get("device")
 
-    def under(moves: bool, again: bool) -> Forecast:
+    def under(moves: bool, again: bool, swap: bool = False) -> Forecast:
         """With room for the activations of models that move, or of models that stay."""
+        phases = passes(work, dtype, world, swap)
         fullest = max(activations_of(one, moves, again) for each in phases.values() for one in each)
-        placed = plan.place(strategy, laid, world, budgets, with_slack(fullest, shard))
+        left = dict(budgets)
+        if swap and (host := budgets.get("host")) is not None:
+            left["host"] = max(host - max(one.swapped for one in phases["rollout"]), 0)
+        placed = plan.place(strategy, laid, world, left, with_slack(fullest, shard))
         models = {
             role.name: plan.Model(role.name, tuple(one), tuple(visits))
             for role, one, (_, visits) in zip(work.roles, placed, laid, strict=True)
         }
         if strategy == AUTO and not moves and any(model.moving(world) for model in models.values()):
-            return under(moves=True, again=True)
-        return forecast(
-            models, phases, world=world, device=budgets.get("device"), recompute=again, rates=rates, timed=timed
-        )
+            return under(True, True, swap)
+        return forecast(models, phases, world=world, device=device, recompute=again, rates=rates, timed=timed)
 
-    return under(moves=strategy != AUTO or recompute, again=recompute)
+    found = under(strategy != AUTO or recompute, recompute)
+    if work.stage == "ppo" and device is not None and found.peak["device"] > device:
+        swapped = under(strategy != AUTO or recompute, recompute, swap=True)
+        return min(found, swapped, key=lambda one: one.peak["device"])
+    return found
 
 
 @functools.cache
@@ -278,7 +290,13 @@ def advice(config: PlanConfig, work: Workload, setting: Setting) -> str:
         key=lambda pair: sum(short(pair[0], setting).values()),
     )
     flags: dict[TierName, str] = {"device": "--device-memory", "host": "--host-memory", "disk": "--disk"}
-    budgets = " ".join(f"{flags[tier]} {_flag(found.peak[tier])}" for tier in short(found, setting))
+    asked: dict[TierName, str] = {}
+    while lacking := short(found, best):  # in larger budgets a strategy may place more
+        asked |= {tier: _flag(found.peak[tier]) for tier in lacking}
+        larger = {tier: parse_bytes(asked[tier], flags[tier]) for tier in lacking}
+        best = dataclasses.replace(best, budgets={**best.budgets, **larger})
+        found = _forecast(config, work, best, timed=False)
+    budgets = " ".join(f"{flags[tier]} {nbytes}" for tier, nbytes in asked.items())
     return f"nothing else fits, up to {setting.world * 8} processes; --strategy {best.strategy} {budgets} would."
 
 

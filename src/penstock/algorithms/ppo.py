@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, leave_room, read, sample_rows, strategy_of
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, learns, leave_room, read, sample_rows, strategy_of
 from penstock.algorithms.scoring import Scorer, check_room, scorer_of
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.algorithms.sft import micro_batches as example_batches
@@ -24,9 +24,10 @@ from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Encoder, Example
 from penstock.errors import UserError
 from penstock.memory.shard import World
-from penstock.memory.strategy import StepStats, Strategy
+from penstock.memory.strategy import Step, StepStats, Strategy, Work
 from penstock.memory.stream import Stream
-from penstock.models.roles import Actor, Critic
+from penstock.models.adapterfile import is_adapter_directory
+from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import Answer, generate
 from penstock.rollout.sampling import Sampling, stream
 from penstock.run.directory import resolve_model
@@ -101,12 +102,14 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         raise UserError(f"--batch-size {optim.batch_size}: fewer episodes than the {world.size} ranks; give more.")
     session = Session("ppo", config, world, resume=resume)
     source = resolve_model(config.actor)
-    pickled = config.data.allow_pickle
+    pickled, how = config.data.allow_pickle, learns(config.peft, run.seed)
     with strategy.init():
-        actor = Actor.from_pretrained(source, allow_pickle=pickled)
+        actor = Actor.from_pretrained(source, allow_pickle=pickled, **how)
     encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
     keep_tokenizer(session, source)
-    reward, scorer_from, reads_our_tokens = scorer_of(config, encoder, strategy, session)
+    reward, scorer_from, reads_our_tokens = scorer_of(
+        config.reward, config.reward_fn, encoder, strategy, config.data, optim.micro_batch_size, session.say
+    )
     critic_source = config.critic or (config.reward if reads_our_tokens else None)
     with strategy.init():
         if config.reference:
@@ -117,7 +120,8 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             reference = actor.frozen()
         if critic_source:
             found = resolve_model(critic_source, "critic")
-            critic = Critic.from_pretrained(found, allow_pickle=pickled)
+            adapter = None if is_adapter_directory(Path(found)) else how["lora"]  # its own learns on
+            critic = Critic.from_pretrained(found, allow_pickle=pickled, lora=adapter, seed=run.seed + 1)
             check_role("critic", found, critic, encoder, config)
         else:
             critic = Critic(copy.deepcopy(actor.decoder))
@@ -129,7 +133,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     with session:
         critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
         roles = {"actor": actor, "critic": critic, "reference": reference, **({"reward": reward} if reward else {})}
-        leave_room(
+        swap = leave_room(
             strategy, "ppo", roles, optim, longest=max(map(len, prompts)) + config.max_new_tokens,
             response=config.max_new_tokens, mini_batch_size=config.mini_batch_size,
             rollout_batch_size=config.rollout_batch_size,
@@ -159,7 +163,6 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
         def state() -> dict:
             return {
-                
                 "shuffle": shuffle.state_dict(), "ptx_shuffle": ptx_shuffle.state_dict(),
                 "step": done, "update": update, "beta": kl.beta, "critic_ready": critic_ready,
                 "experience": vars(experience) if experience else None,
@@ -168,7 +171,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
         def show(step: int) -> None:
             greedy = dataclasses.replace(sampling, temperature=0.0)
-            answers = generate(actor.decoder, prompts[: config.samples], greedy, eos_ids=encoder.eos_ids)
+            answers = generate(actor.decoder, prompts[: config.samples], greedy, eos_ids=encoder.eos_ids, swap=swap)
             scores = scorer(records[: config.samples], answers)
             session.sample(step, sample_rows(encoder, answers, scores, kind="greedy"))
 
@@ -186,13 +189,14 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                     rollout = generate(
                         actor.decoder, [prompts[chosen[i]] for i in mine], sampling,
                         eos_ids=encoder.eos_ids, episodes=[session.episode + i for i in mine],
-                        batch_size=config.rollout_batch_size,
+                        batch_size=config.rollout_batch_size, swap=swap,
                     )  # fmt: skip
                 with strategy.phase("score"):
                     asked = [records[chosen[i]] for i in mine]
                     local = score(
-                        strategy, rollout, asked, actors, references, critics, scorer, config, optim.micro_batch_size
-                    )
+                        strategy, rollout, asked, actors, references, critics, scorer, config, optim.micro_batch_size,
+                        rewards[0] if rewards and reads_our_tokens else None,
+                    )  # fmt: skip
                 session.sample(
                     step, sample_rows(encoder, rollout[: config.samples], local.scores.tolist(), kind="rollout")
                 )
@@ -282,18 +286,23 @@ def score(
     scorer: Scorer,
     config: PPOConfig,
     micro_batch_size: int,
+    rewards: Stream | None = None,
 ) -> Experience:
-    """The rollout seen by all four models, one model after the other, on the CPU."""
+    """The rollout seen by all four models, on the CPU; the models on one base side by side, others in turn.
+
+    `rewards`: the reward model, where it reads the actor's tokens; else `scorer` gives the scores.
+    """
     batches = scoring_batches(rollout, micro_batch_size, strategy.world.device)
 
-    def logprobs(stream: Stream) -> list[tuple[Tensor, Tensor]]:
-        return strategy.evaluate(
-            stream, batches, lambda hidden, rows: logprobs_of(stream.model, hidden, rows, config.temperature)
-        )
+    def logprobs(stream: Stream) -> Work:
+        return stream, batches, lambda hidden, rows: logprobs_of(stream.model, hidden, rows, config.temperature)
 
     # The actor first: if it streams, what fits of it is still on the device from the rollout.
-    of_actor, of_reference = logprobs(actors), logprobs(references)
-    values = strategy.evaluate(critics, batches, lambda hidden, rows: values_of(critics.model, hidden, rows))
+    works = [logprobs(actors), logprobs(references)]
+    works.append((critics, batches, lambda hidden, rows: values_of(critics.model, hidden, rows)))
+    if rewards is not None:
+        works.append((rewards, batches, lambda hidden, rows: score_of(rewards.model, hidden, rows)))
+    of_actor, of_reference, values, *given = strategy.evaluate_all(works)
     seen = zip(batches, of_actor, of_reference, values, strict=True)
     parts: list[Experience] = []
     for batch, (own, entropy), (ref_logprobs, _), state_values in seen:
@@ -316,7 +325,10 @@ def score(
             returns=zeros,
         )
         parts.append(part.to("cpu"))
-    scores = torch.tensor(scorer(records, rollout), dtype=torch.float32)
+    if given:
+        scores = torch.cat(given[0]).float().cpu()
+    else:
+        scores = torch.tensor(scorer(records, rollout), dtype=torch.float32)
     return dataclasses.replace(concatenate(parts), scores=scores)
 
 
@@ -324,9 +336,14 @@ def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, tempe
     """Log-probs and entropies of the response tokens, [B, R] fp32: the one path for actor, reference and training."""
     mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
     states = fn.states_before(hidden, mask)
-    logprobs, entropy = fn.token_logprobs(actor.decoder.logits(states), rows.tokens[mask], temperature)
+    logprobs, entropy = actor.decoder.logprobs(states, rows.tokens[mask], temperature)
     assert entropy is not None
     return fn.unpack(logprobs, rows.lengths), fn.unpack(entropy, rows.lengths)
+
+
+def score_of(reward: RewardModel, hidden: Tensor, rows: Answered) -> Tensor:
+    """Scores [B] fp32 of whole rows, read at the last token."""
+    return reward.read(fn.last_states(hidden, rows.prompt_lengths + rows.lengths))
 
 
 def values_of(critic: Critic, hidden: Tensor, rows: Answered | Experience) -> Tensor:
@@ -397,22 +414,21 @@ def learn(
     world, optim = strategy.world, config.optim
     count, ptx_count = int(experience.lengths[index].sum()), sum(sum(example.trained) for example in extra)
     share = [experience.rows(rows).to(world.device) for rows in shares(index, world, optim.micro_batch_size)]
-    done = []
+    steps = {}
     if actors is not None:
         actor = actors.model
         mixed = [*share, *example_batches(world.mine(list(extra)), optim.micro_batch_size, world.device)]
-        step = strategy.step(
+        steps["policy"] = Step(
             actors, mixed, lambda hidden, part: actor_loss(actor, hidden, part, config, count, ptx_count),
-            lr=optim.lr * lr, max_grad_norm=optim.max_grad_norm,
+            optim.lr * lr,
         )  # fmt: skip
-        done.append(("policy", step))
     critic = critics.model
-    step = strategy.step(
+    steps["value"] = Step(
         critics, share, lambda hidden, part: critic_loss(critic, hidden, part, config, count),
-        lr=(config.critic_lr or 5 * optim.lr) * lr, max_grad_norm=optim.max_grad_norm,
+        (config.critic_lr or 5 * optim.lr) * lr,
     )  # fmt: skip
-    done.append(("value", step))
-    return done
+    done = strategy.step_all([*steps.values()], max_grad_norm=optim.max_grad_norm)
+    return list(zip(steps, done, strict=True))
 
 
 def actor_loss(

@@ -4,8 +4,8 @@
 scoring and the optimizer steps are the very functions that `penstock ppo`, `sft` and `reward` call.
 """
 
-import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +29,7 @@ from penstock.models import linear
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.rollout.engine import Answer, decode_steps
+from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -55,7 +55,8 @@ def rehearse(
     )  # fmt: skip
     ranks = PretendWorld(0, world, CPU)
     placed = Strategy(
-        strategy, ranks, DTYPES[dtype], planned.recompute or None, chunk_size, reserve=planned.activations,
+        strategy, ranks, DTYPES[dtype], planned.recompute or None, chunk_size,
+        reserve=planned.activations, swapped=planned.swapped,
         tiers={
             "device": Ram("device", CPU, budgets.get("device")),
             "host": Ram("host", CPU, budgets.get("host")),
@@ -64,7 +65,7 @@ def rehearse(
     )  # fmt: skip
     models = models_of(work, placed)
     with pretend(ranks), linear.as_if_fast():
-        return iterate(work, placed, models)
+        return iterate(work, placed, models, swap=planned.swapped > 0)
 
 
 def models_of(work: Workload, strategy: Strategy) -> list[Any]:
@@ -73,10 +74,11 @@ def models_of(work: Workload, strategy: Strategy) -> list[Any]:
         return [_model(role.name, role.config, role.trained, role.scalar) for role in work.roles]
 
 
-def iterate(work: Workload, strategy: Strategy, models: Sequence[Any]) -> dict[str, Any]:
-    """One iteration of a workload under a strategy that nobody has used yet; see `rehearse`."""
+def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: bool = False) -> dict[str, Any]:
+    """One iteration of a workload under a strategy that nobody has used yet; see `rehearse`. `swap`: the KV cache."""
     streams = dict(zip((role.name for role in work.roles), strategy.prepare_all(*models), strict=True))
     traffic: dict[str, dict[str, int]] = {}
+    peaks: Counter[str] = Counter()
     with Meter() as meter:
         for stream in streams.values():
             _updates_count_at_home(stream, meter)
@@ -86,11 +88,17 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any]) -> dict[s
             before = _moved(strategy)
             with strategy.phase(name):
                 yield
+            for one, tier in strategy.tiers.items():
+                peaks[one] = max(peaks[one], tier.peak + meter.peaks[one])
+                tier.peak = tier.used
+            meter.peaks = Counter(meter.used)
             traffic[name] = {key: count - before[key] for key, count in _moved(strategy).items()}
 
-        run = {"ppo": _ppo, "sft": _sft, "reward": _reward}[work.stage]
-        run(work, strategy, streams, phase)
-    peaks = {name: tier.peak + meter.peaks[name] for name, tier in strategy.tiers.items()}
+        if work.stage == "ppo":
+            host = strategy.tiers["host"]
+            _ppo(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
+        else:
+            {"sft": _sft, "reward": _reward}[work.stage](work, strategy, streams, phase)
     return {**peaks, "traffic": traffic}
 
 
@@ -124,14 +132,20 @@ def _moved(strategy: Strategy) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _generate(strategy: Strategy, decoder: Decoder, answers: list[Answer], sampling: Sampling) -> None:
+def _generate(
+    strategy: Strategy, decoder: Decoder, rows: int, prompt: int, sampling: Sampling, swap: Ram | None
+) -> list[Answer]:
     """The prefill and the first decoding steps. The others are like the last of these: counted, and not run."""
-    uniforms = torch.zeros(len(answers), sampling.max_new_tokens)
+    engine = Engine(decoder, eos_ids=(), rows=rows, length=prompt + sampling.max_new_tokens, swap=swap)
+    answers = []
+    for row in range(rows):  # all different: a prompt that is known is not read again
+        digits = [row // 10**i % 10 for i in range(min(prompt, 9))]
+        answers += engine.submit([1] * (prompt - len(digits)) + digits, sampling)
     before = after = _moved(strategy)
-    steps = 0
-    with torch.no_grad():
-        for _ in itertools.islice(decode_steps(decoder, answers, uniforms, sampling, ()), STEPS):
-            before, after, steps = after, _moved(strategy), steps + 1
+    steps = min(STEPS, sampling.max_new_tokens)
+    for _ in range(steps):
+        engine.step()
+        before, after = after, _moved(strategy)
     rest = sampling.max_new_tokens - steps
     for key in after:
         tier, _, way = key.partition("_")
@@ -140,6 +154,7 @@ def _generate(strategy: Strategy, decoder: Decoder, answers: list[Answer], sampl
     for answer in answers:
         answer.response_ids += [1] * rest
         answer.logprobs += [1.0] * rest
+    return answers
 
 
 STEPS = 6
@@ -148,18 +163,19 @@ STEPS = 6
 Phases = Callable[[Any], Any]
 
 
-def _ppo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
+def _ppo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases, swap: Ram | None) -> None:
     """One iteration as in algorithms.ppo.ppo."""
     world = strategy.world
     actor = streams["actor"].model
     optim = OptimFlags(1e-6, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size, epochs=work.epochs)
     config = PPOConfig("actor", DataFlags(("-",)), RunFlags("-"), reward="-", optim=optim)
     count, response = math.ceil(work.batch_size / world.size), work.length - work.prompt_length
-    rollout = [Answer([1] * work.prompt_length) for _ in range(count)]
+    rollout: list[Answer] = []
     sampling, rows = Sampling(max_new_tokens=response), work.rollout_batch_size or count
     with phase("rollout"):
         for start in range(0, count, rows):
-            _generate(strategy, actor.decoder, rollout[start : start + rows], sampling)
+            some = min(rows, count - start)
+            rollout += _generate(strategy, actor.decoder, some, work.prompt_length, sampling, swap)
     with phase("score"):
 
         def scorer(records: Any, answers: Any) -> list[float]:

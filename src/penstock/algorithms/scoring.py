@@ -11,7 +11,7 @@ from pathlib import Path
 
 from penstock.algorithms.inputs import encoder_of
 from penstock.algorithms.reward import score_rows
-from penstock.config import PPOConfig
+from penstock.config import DataFlags
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
@@ -20,31 +20,30 @@ from penstock.models.config import DecoderConfig
 from penstock.models.roles import RewardModel
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
-from penstock.run.session import Session
 
 Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
 """(prompt records, answers) -> one score per answer."""
 
 
 def scorer_of(
-    config: PPOConfig, encoder: Encoder, strategy: Strategy, session: Session
-) -> tuple[RewardModel | None, Callable[..., Scorer], bool]:
+    reward: str | None, reward_fn: str | None, encoder: Encoder, strategy: Strategy, flags: DataFlags, size: int,
+    say: Callable[[str], None],
+) -> tuple[RewardModel | None, Callable[..., Scorer], bool]:  # fmt: skip
     """What `--reward` or `--reward-fn` names: the reward model, if it is one, for the strategy to prepare; what makes
-    a scorer of its stream; and whether it reads the actor's tokens."""
-    if config.reward_fn:
-        scorer = _from_function(load_reward_fn(config.reward_fn), encoder, config.reward_fn)
+    a scorer of its stream, `size` rows at a time; and whether it reads the actor's tokens."""
+    if reward_fn:
+        scorer = _from_function(load_reward_fn(reward_fn), encoder, reward_fn)
         return None, lambda: scorer, False
-    assert config.reward is not None
-    source = resolve_model(config.reward)
+    assert reward is not None
+    source = resolve_model(reward)
     with strategy.init():
-        model = RewardModel.trained(source, allow_pickle=config.data.allow_pickle).eval().requires_grad_(False)
-    _warn_if_weak(model, session, config.reward)
-    own = encoder_of(source, model.decoder.config, dataclasses.replace(config.data, max_length=1 << 30))
+        model = RewardModel.trained(source, allow_pickle=flags.allow_pickle).eval().requires_grad_(False)
+    _warn_if_weak(model, say, reward)
+    own = encoder_of(source, model.decoder.config, dataclasses.replace(flags, max_length=1 << 30))
     # The reward model must see what it was trained on (11): its own tokens, where its tokenizer is another one.
     same_tokens = own.same_tokenizer(encoder)
     if same_tokens:
-        check_room("reward", config.reward, model.decoder.config, encoder)
-    size = config.optim.micro_batch_size
+        check_room("reward", reward, model.decoder.config, encoder)
 
     def scorer_from(stream: Stream) -> Scorer:
         def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
@@ -122,14 +121,12 @@ def _from_function(function: Callable[..., list[float]], encoder: Encoder, addre
     return score
 
 
-def _warn_if_weak(model: RewardModel, session: Session, name: str) -> None:
+def _warn_if_weak(model: RewardModel, say: Callable[[str], None], name: str) -> None:
     """PPO.md 23: nobody starts PPO on a bad reward model without being told."""
     accuracy, length = model.facts.get("pair_accuracy"), model.facts.get("length_correlation", 0.0)
     if accuracy is None:
-        session.say(
-            f"{name}: this reward model carries no held-out pair accuracy; check it before trusting PPO's score"
-        )
+        say(f"{name}: this reward model carries no held-out pair accuracy; check it before trusting its scores")
     elif accuracy < 0.6:
-        session.say(f"{name}: held-out pair accuracy is {accuracy:.2f}, near chance; PPO will optimise noise")
+        say(f"{name}: held-out pair accuracy is {accuracy:.2f}, near chance: its scores are noise")
     if abs(length) > 0.7:
-        session.say(f"{name}: its score follows response length (r = {length:.2f}); expect answers to grow or shrink")
+        say(f"{name}: its score follows response length (r = {length:.2f}); expect answers to grow or shrink")

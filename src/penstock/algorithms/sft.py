@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, leave_room, read, sample_rows, strategy_of
+from penstock.algorithms.inputs import encoder_of, keep_tokenizer, learns, leave_room, read, sample_rows, strategy_of
 from penstock.config import SFTConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
@@ -38,7 +38,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     session = Session("sft", config, world, resume=resume)
     source = resolve_model(config.model)
     with strategy.init():
-        actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle)
+        actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle, **learns(config.peft, run.seed))
     encoder = encoder_of(source, actor.decoder.config, config.data)
     keep_tokenizer(session, source)
     records, encoded = read(session.say, encoder, config.data.data, "demonstrations", config.data)
@@ -135,7 +135,7 @@ def prompt_of(example: Example) -> list[int]:
 def response_logprobs(actor: Actor, hidden: Tensor, rows: Rows) -> Tensor:
     """Log-probabilities of every trained token of the rows, packed: hidden [B, T, D] -> [N] fp32."""
     states = fn.states_before(hidden, rows.trained)
-    logprobs, _ = fn.token_logprobs(actor.decoder.logits(states), rows.tokens[rows.trained], entropy=False)
+    logprobs, _ = actor.decoder.logprobs(states, rows.tokens[rows.trained], entropy=False)
     return logprobs
 
 

@@ -7,13 +7,11 @@ SFT was trained on (PPO.md 11).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from penstock.data.formats import Comparison, Demonstration, Message, Prompt
 from penstock.errors import DataError, UserError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+from penstock.models.tokenizers import check_fit, load_tokenizer, one_line
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}"
@@ -224,7 +222,7 @@ class Encoder:
                 list(messages), chat_template=template, tokenize=False, add_generation_prompt=answer
             )
         except Exception as error:  # jinja's own, or what a template raises on purpose
-            raise DataError(f"{where}: messages: the chat template refuses them: {_one_line(error)}.") from error
+            raise DataError(f"{where}: messages: the chat template refuses them: {one_line(error)}.") from error
 
     def _checked(self, ids: Sequence[int], where: str, name: str) -> list[int]:
         if max(ids, default=0) >= self.vocab_size:
@@ -252,32 +250,6 @@ def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
     return words, tokenizer.chat_template, tokenizer.eos_token_id
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer beside a model, or None when it has no tokenizer files. Never runs remote code."""
-    path = Path(source)
-    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"{source}: its tokenizer cannot be read ({type(error).__name__}: {_one_line(error)}); put the model's own "
-            "tokenizer files beside it."
-        ) from error
-
-
-def check_fit(tokenizer: Any, vocab_size: int, source: str) -> None:
-    """Raises UserError when the tokenizer can write ids that the model has no embedding for."""
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer writes ids up to {highest} and the model has {vocab_size} embeddings; they "
-            "belong to different models. Put the model's own tokenizer files beside it."
-        )
-
-
 def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
@@ -285,7 +257,3 @@ def _check_unicode(text: str, where: str) -> None:
         raise DataError(
             f"{where}: text: character {error.start + 1} is half a character; type or export it again."
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

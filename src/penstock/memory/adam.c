@@ -30,18 +30,20 @@ static inline float move(float weight, float gradient, float *restrict exp_avg, 
 }
 
 void adamw_fp32(float *restrict weights, float *restrict exp_avg, float *restrict exp_avg_sq,
-                const float *restrict gradients, int64_t count, const Rule *rule)
+                const float *restrict gradients, int64_t count, const Rule *rule, int threads)
 {
     Rule r = *rule;
+#pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++)
         weights[i] = move(weights[i], gradients[i], exp_avg + i, exp_avg_sq + i, r);
 }
 
 /* The split master: see join and split in adam.py. */
 void adamw_bf16(uint16_t *restrict weights, int16_t *restrict remainder, float *restrict exp_avg,
-                float *restrict exp_avg_sq, const uint16_t *restrict gradients, int64_t count, const Rule *rule)
+                float *restrict exp_avg_sq, const uint16_t *restrict gradients, int64_t count, const Rule *rule, int threads)
 {
     Rule r = *rule;
+#pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++) {
         float master = as_float(((uint32_t)weights[i] << 16) + (uint32_t)(int32_t)remainder[i]);
         float gradient = as_float((uint32_t)gradients[i] << 16);

@@ -5,15 +5,20 @@ bf16 compute weight, rounded to nearest, plus a 16-bit remainder kept beside the
 bytes per parameter instead of 16 and is exact: joining gives back every bit. fp32 weights are their own master.
 """
 
+import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from penstock.memory import native
 
+SOURCE = Path(__file__).with_name("adam.c")
+ALIGN = 64
+"""Elements: torch's kernel rounds the few beyond its last vector another way."""
 TILE = 1 << 20
 """Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
 
@@ -22,6 +27,15 @@ def states_of(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """What AdamW keeps per element beside the weight, by name: torch's own names, and `remainder` of the master."""
     moments = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
     return moments if dtype == torch.float32 else {"remainder": torch.int16, **moments}
+
+
+class Rule(ctypes.Structure):
+    """What adam.c calls Rule, in its order."""
+
+    _fields_ = [
+        (name, ctypes.c_float)
+        for name in ("decay", "lerp", "beta2", "square", "step_size", "root", "eps", "divisor")
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,9 +53,8 @@ class AdamW:
 
         weights, grads: [n] in one dtype; states: [n] each, as `states_of` says; all on one device. step counts from 1.
         """
-        done = native.adamw(
-            [weights, *(states[name] for name in states_of(weights.dtype)), grads], self._rule(lr, scale, step)
-        )
+        tensors = [weights, *(states[name] for name in states_of(weights.dtype)), grads]
+        done = _in_one_pass(tensors, self._rule(lr, scale, step))
         count = torch.tensor(float(step), device=weights.device)
         divisor = None if scale == 1.0 else torch.tensor(1.0 / scale, device=weights.device)
         size = min(TILE, weights.numel() - done)
@@ -65,9 +78,9 @@ class AdamW:
             if split_master:
                 split(whole, weights[here], states["remainder"][here], scratch[:count_here])
 
-    def _rule(self, lr: float, scale: float, step: int) -> native.Rule:
+    def _rule(self, lr: float, scale: float, step: int) -> Rule:
         beta1, beta2 = self.betas
-        return native.Rule(
+        return Rule(
             decay=1 - lr * self.weight_decay,
             lerp=1 - beta1,
             beta2=beta2,
@@ -77,6 +90,24 @@ class AdamW:
             eps=self.eps,
             divisor=1 / scale,
         )
+
+
+def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
+    """Updates in place and returns how many elements are done: 0 where there is no compiler, or no CPU tensors.
+
+    `tensors` are [n] each, in the order of adam.c's arguments: five for a split master, four for fp32.
+    """
+    whole = tensors[0].numel() // ALIGN * ALIGN
+    if not whole or any(one.device.type != "cpu" for one in tensors) or not native.real():
+        return 0
+    compiled = native.compiled(SOURCE)
+    if isinstance(compiled, str):
+        return 0
+    assert all(one.is_contiguous() and one.numel() >= whole for one in tensors)
+    update = compiled.adamw_bf16 if len(tensors) == 5 else compiled.adamw_fp32
+    places = (ctypes.c_void_p(one.data_ptr()) for one in tensors)
+    update(*places, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())
+    return whole
 
 
 def join(weights: Tensor, remainder: Tensor, master: Tensor, scratch: Tensor | None = None) -> None:

@@ -4,8 +4,9 @@ All models of a run share one arena. A slot keeps the chunk it last held until s
 with enough slots is a resident model, and one with two is a stream.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from penstock.memory.plan import choose
 from penstock.memory.tiers import Ram
 from penstock.memory.units import show_bytes
 
-Key = Hashable
-"""What a slot holds: (model, chunk index)."""
+Key = Any
+"""What a slot holds: a memory.stored.Stored."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ shards are equally long and every shard begins and ends on a page, in any dtype:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 ALIGN = 2048
@@ -25,6 +25,9 @@ class Weight:
     shape: tuple[int, ...]
     dtype: str
     trained: bool
+    recipe: Hashable = None
+    """Where its first value comes from: frozen weights of equal recipes are the same bytes in every model. None: only
+    its own model knows."""
 
     @property
     def numel(self) -> int:
@@ -56,6 +59,11 @@ class Chunk:
         return self.weights[0].trained
 
     @property
+    def shared(self) -> tuple[Weight, ...] | None:
+        """What models that were made of the same frozen weights have in common, as a key; None: nothing."""
+        return None if self.trained or any(weight.recipe is None for weight in self.weights) else self.weights
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its weights, whole."""
         return self.numel * ITEMSIZE[self.dtype]
@@ -67,9 +75,10 @@ def layout(
     """The chunks of a model whose groups come in operational order. Every weight is in exactly one chunk."""
     chunks: list[Chunk] = []
     for group, weights in groups:
-        kinds: dict[tuple[str, bool], list[Weight]] = {}
+        kinds: dict[Hashable, list[Weight]] = {}
         for weight in weights:
-            kinds.setdefault((weight.dtype, weight.trained), []).append(weight)
+            recipe = None if weight.trained else weight.recipe  # an adapter does not hinder sharing what it stands on
+            kinds.setdefault((weight.dtype, weight.trained, recipe), []).append(weight)
         for kind in kinds.values():
             for run in even_runs(kind, max_numel):
                 offsets, end = [], 0

@@ -7,10 +7,10 @@ counts: 175B takes less than a second. How far it is from what a run measures is
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from penstock.memory import plan
 from penstock.memory.chunks import Chunk
+from penstock.memory.passes import Pass, activations_of
 from penstock.memory.placement import TierName
 from penstock.memory.plan import UPDATE_TILE, Model, Slots
 
@@ -20,66 +20,6 @@ SLACK, SHARE = 1 << 16, 0.01
 and norms on their way."""
 WARM = 3
 """Passes over the same order after which slots hold the same chunks again."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of whole rows."""
-
-    rows: int
-    length: int
-    """Tokens per row, padding included."""
-    read: int
-    """States that log-probabilities or values are read from, all rows."""
-
-
-@dataclass(frozen=True)
-class PartWork:
-    """Bytes that one part of a program holds for one micro-batch, beside its input."""
-
-    groups: tuple[str, ...]
-    output: int
-    saved: int
-    """When its forward has run with gradients: what autograd keeps, the output included."""
-    forward: int
-    """At the fullest instant of a forward without gradients, the output included."""
-    backward: int
-    """At the fullest instant of forward and backward, what is saved included."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one model holds on the device for one micro-batch."""
-
-    parts: tuple[PartWork, ...]
-    """All but the last, which belongs to the head."""
-    context: int
-    """What depends on positions alone, and the tokens."""
-    forward_head: int
-    """The last part and what reads its states, without gradients."""
-    backward_head: int
-    """The same, forward and backward."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One use of a model in a phase. `count` micro-batches on the rank that has most, `times` times over."""
-
-    model: str
-    kind: Literal["generate", "evaluate", "step"]
-    work: Work
-    count: int = 1
-    times: int = 1
-    flops: float = 0.0
-    """Of one time, over all of this rank's micro-batches, recomputation not counted."""
-    beside: int = 0
-    """Bytes on the device meanwhile: the KV cache, the batch itself."""
-    tokens: int = 0
-    """Generating: decoding steps behind the prefill."""
-    decode_flops: float = 0.0
-    """Generating: of all decoding steps."""
-    sampling: int = 0
-    """Generating: bytes that choosing tokens holds."""
 
 
 @dataclass(frozen=True)
@@ -126,57 +66,13 @@ class Forecast:
     ahead: int
     recompute: bool
     """Whether models that do not move run their blocks again in backward too."""
+    swapped: int
+    """Bytes of a KV cache that lives in host memory; 0: on the device."""
 
     @property
     def peak(self) -> dict[TierName, int]:
         """Per tier, over all phases."""
         return {tier: max(phase[tier] for phase in self.phases.values()) for tier in TIERS}
-
-
-def activations_of(one: Pass, moves: bool, recompute: bool) -> int:
-    """Bytes that tensors take beside homes and slots while `one` runs: `stream.Stream`'s loops, line by line.
-
-    `moves`: the model's weights do not stay where they are used, so all micro-batches share a visit.
-    """
-    if one.kind == "generate":
-        return one.beside + max(_forward(one.work, 1), one.sampling + one.work.context)
-    together = one.count if moves or recompute else 1
-    if one.kind == "evaluate":
-        return one.beside + _forward(one.work, together)
-    return one.beside + (_recomputed(one.work, together) if moves or recompute else _kept(one.work))
-
-
-def _forward(work: Work, count: int) -> int:
-    held = count * work.context
-    inputs, fullest = 0, 0
-    for part in work.parts:
-        fullest = max(fullest, count * inputs + (count - 1) * part.output + part.forward)
-        inputs = part.output
-    return held + max(fullest, count * inputs + work.forward_head)
-
-
-def _recomputed(work: Work, count: int) -> int:
-    """Forward keeps the inputs of parts, backward runs each part once more."""
-    states = [part.output for part in work.parts]
-    kept = sum(states[:-1])  # the inputs of all parts but the first, whose are tokens
-    slopes = states[-1]
-    fullest = count * (kept + states[-1]) + work.backward_head
-    fullest = max(fullest, _forward(work, count) - count * work.context + count * kept)
-    for i in reversed(range(len(work.parts))):
-        part = work.parts[i]
-        fullest = max(fullest, count * (kept + slopes) + part.backward)
-        if i:
-            kept -= states[i - 1]
-            slopes = states[i - 1]
-    return count * work.context + fullest
-
-
-def _kept(work: Work) -> int:
-    """Everything that autograd keeps of one micro-batch."""
-    saved = sum(part.saved for part in work.parts)
-    last = work.parts[-1]
-    beyond = max(work.backward_head, last.output + last.backward - last.saved)
-    return work.context + saved + beyond
 
 
 class Walk:
@@ -300,7 +196,7 @@ def forecast(
         host = at_home.get("host", 0) + (scratch["host"] if trains else 0)
         peaks[phase] = {
             "device": at_home.get("device", 0) + slots.nbytes + beside,
-            "host": host + (buffers if trains else 0),
+            "host": host + (buffers if trains else 0) + max(one.swapped for one in phases[phase]),
             "disk": at_home.get("disk", 0),
         }
         worst[phase] = f"{who.model} {who.kind}"
@@ -315,6 +211,7 @@ def forecast(
         activations=activations,
         ahead=ahead,
         recompute=recompute,
+        swapped=max((one.swapped for passes in phases.values() for one in passes), default=0),
     )
 
 
@@ -368,7 +265,10 @@ def _objects(
     held = {
         "slots": {"device": slots.nbytes},
         "activations": {"device": max((nbytes - one.beside for each in needs.values() for nbytes, one in each))},
-        "kv_cache": {"device": max((one.beside for one in generating), default=0)},
+        "kv_cache": {
+            "device": max((one.beside for one in generating), default=0),
+            "host": max((one.swapped for one in generating), default=0),
+        },
         "head_tile": {"device": max(heads, default=0)},
         "update_buffers": {"host": buffers},
     }
@@ -419,10 +319,15 @@ def _time(
     if one.kind == "generate":
         step: Counter[str] = Counter()
         for i in range(one.times):
-            for j in range(1 + one.tokens):
+            for j in range(one.prefills + one.tokens):
                 if i + j < WARM:
                     step = walk.follow(model, cycle, repeats=True)
-                spend(step, one.decode_flops / one.tokens if j else one.flops)
+                if j < one.prefills:
+                    swap = Counter(host_written=one.swap_writes[0] // one.prefills)
+                    spend(step + swap, one.flops / one.prefills)
+                else:
+                    swap = Counter(host_read=one.swapped, host_written=one.swap_writes[1])
+                    spend(step + swap, one.decode_flops / one.tokens)
     elif one.kind == "evaluate":
         for _ in range(one.times):
             spend(walk.follow(model, cycle, repeats=True), one.flops)

@@ -1,7 +1,7 @@
-"""The engine's one piece of C: compiled by this machine's own compiler when first needed, and kept in the user's cache.
+"""C where torch has no operation for it: compiled by this machine's own compiler when first needed, kept in a cache.
 
-It saves time and changes nothing: without a compiler torch operations do the same work, to the same bits, at 0.4 of the
-speed (benchmarks/results/engine_adamw.json). `penstock doctor` says which of the two it will be.
+It saves time and nothing else: without a compiler torch operations do the same work, slower. `penstock doctor` says
+which of the two it will be. Threads come from OpenMP, so that torch's own pool is shared and not fought with.
 """
 
 import ctypes
@@ -12,76 +12,44 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-SOURCE = Path(__file__).with_name("adam.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-ALIGN = 64
-"""Elements: threads begin on a cache line, and torch's kernel rounds the few beyond its last vector another way."""
-
-
-class Rule(ctypes.Structure):
-    """What adam.c calls Rule, in its order."""
-
-    _fields_ = [
-        (name, ctypes.c_float)
-        for name in ("decay", "lerp", "beta2", "square", "step_size", "root", "eps", "divisor")
-    ]  # fmt: skip
-
-
-def adamw(tensors: list[Tensor], rule: Rule) -> int:
-    """Updates in place and returns how many elements are done: 0 where there is no compiler, or no CPU tensors.
-
-    `tensors` are [n] each, in the order of adam.c's arguments: five for a split master, four for fp32.
-    """
-    whole = tensors[0].numel() // ALIGN * ALIGN
-    if not whole or any(one.device.type != "cpu" for one in tensors) or torch._guards.detect_fake_mode() is not None:
-        return 0
-    compiled = library()
-    if isinstance(compiled, str):
-        return 0
-    assert all(one.is_contiguous() and one.numel() >= whole for one in tensors)
-    update = compiled.adamw_bf16 if len(tensors) == 5 else compiled.adamw_fp32
-
-    def run(start: int) -> None:
-        places = (ctypes.c_void_p(one.data_ptr() + start * one.element_size()) for one in tensors)
-        update(*places, ctypes.c_int64(min(share, whole - start)), ctypes.byref(rule))  # without the GIL
-
-    threads = torch.get_num_threads()
-    share = -(-whole // (threads * ALIGN)) * ALIGN
-    if threads == 1:
-        run(0)
-    else:
-        list(_pool(threads).map(run, range(0, whole, share)))
-    return whole
+FLAGS = (
+    "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
+    "-fPIC",
+)  # fmt: skip
 
 
 @functools.cache
-def library() -> ctypes.CDLL | str:
-    """adam.c, compiled for this machine, or why it is not."""
+def compiled(source: Path) -> ctypes.CDLL | str:
+    """The C file, compiled for this machine, or why it is not."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "no C compiler (cc)"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
-    stamp = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS, _cpu())).encode()).hexdigest()[:16]
-    compiled = cache / f"adam-{stamp}.so"
+    command = [compiler, *FLAGS]
+    stamp = hashlib.sha256(source.read_bytes() + " ".join((*command, _cpu())).encode()).hexdigest()[:16]
+    made = cache / f"{source.stem}-{stamp}.so"
     try:
-        if not compiled.exists():
+        if not made.exists():
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=cache) as beside:
-                fresh = Path(beside) / compiled.name
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh), "-lm"]
+                fresh = Path(beside) / made.name
+                command += [str(source), "-o", str(fresh), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-                fresh.replace(compiled)  # whole or not at all: ranks may compile side by side
-        return ctypes.CDLL(str(compiled))
+                fresh.replace(made)  # whole or not at all: ranks may compile side by side
+        return ctypes.CDLL(str(made))
     except subprocess.CalledProcessError as error:
-        return f"{compiler}: {(error.stderr or '').strip().splitlines()[-1:]}"
+        return f"{compiler}: {' '.join((error.stderr or 'failed').strip().splitlines()[-1:])}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
+
+
+def real() -> bool:
+    """Whether tensors have memory: in a dry run they have not."""
+    return torch._guards.detect_fake_mode() is None
 
 
 def _cpu() -> str:
@@ -91,8 +59,3 @@ def _cpu() -> str:
     except OSError:
         return platform.machine() + platform.processor()
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="adamw")

@@ -4,7 +4,7 @@ The engine asks before it allocates anything, and `forecast.py` asks the same fu
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -100,7 +100,15 @@ def place(
         return tiers[-1]  # too little everywhere: the tier itself will say so
 
     tiers = [one for one in (SHARD, HOST, DISK) if one.tier in room]
-    params = [[take(chunk.nbytes // world, tiers) for chunk in chunks] for chunks, _ in models]
+    shared: dict[Hashable, Placement] = {}
+
+    def once(chunk: Chunk) -> Placement:
+        home = shared.get(chunk.shared) or take(chunk.nbytes // world, tiers)
+        if chunk.shared is not None:
+            shared[chunk.shared] = home
+        return home
+
+    params = [[once(chunk) for chunk in chunks] for chunks, _ in models]
     # Gradients are shared by all models, and the largest one's decide.
     most = max(sum(chunk.nbytes for chunk in chunks if chunk.trained) // world for chunks, _ in models)
     grads = take(most, [one for one in tiers if one.tier != "disk"])
@@ -125,25 +133,35 @@ def _all_fits(
     return held + (int(device * RESERVED) if reserve is None else reserve) <= device
 
 
-def homes(models: Iterable[Sequence[Placed]], world: int, pooled: int = 0) -> dict[TierName, int]:
+def homes(
+    models: Iterable[Sequence[Placed]], world: int, pooled: int = 0, there: Container[Hashable] = ()
+) -> dict[TierName, int]:
     """Bytes that models' weights, gradients and optimizer states take at home, per tier and rank.
 
-    Models step one at a time, so they share the gradients' bytes; `pooled` of them are there already.
+    Models step one at a time, so they share the gradients' bytes, of which `pooled` are there already; those that stand
+    on the same frozen weights step side by side and do not. Such weights have one home; `there`: who has it already.
     """
     needs: Counter[TierName] = Counter()
+    seen: set[Hashable] = set()
+    companies: list[tuple[set[Hashable], Counter[TierName]]] = []
     for placed in models:
-        grads: Counter[TierName] = Counter()
+        mine: set[Hashable] = {one.chunk.shared for one in placed if one.chunk.shared}
+        grads = next((grads for weights, grads in companies if weights & mine), Counter())
+        companies.append((mine, grads))
         for one in placed:
             chunk, row = one.chunk, one.row
+            if chunk.shared is not None:
+                if chunk.shared in seen or chunk.shared in there:
+                    continue
+                seen.add(chunk.shared)
             needs[row.params.tier] += _on(row.params.tier, chunk.nbytes // _parts(row.params, world))
             if chunk.trained:
                 count = chunk.numel // _parts(row.optimizer, world)
                 for width in _widths(chunk.dtype):
                     needs[row.optimizer.tier] += _on(row.optimizer.tier, count * width)
                 grads[row.grads.tier] += chunk.nbytes // _parts(row.grads, world)
-        for tier, nbytes in grads.items():
-            needs[tier] += max(nbytes - pooled, 0)
-            pooled = max(pooled, nbytes)
+    for tier in {tier for _, grads in companies for tier in grads}:
+        needs[tier] += max(max(grads[tier] for _, grads in companies) - pooled, 0)
     return dict(needs)
 
 

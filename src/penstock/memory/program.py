@@ -1,7 +1,7 @@
 """What the memory engine knows of a model: an ordered list of parts, and which groups of weights each part reads."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +33,8 @@ class AlwaysThere:
     """Where they are then: wherever its parameters are."""
     collective = False
     """Whether a visit brings ranks together."""
+    moves = False
+    """Whether any weight comes and goes: if none does, all have fixed addresses."""
 
     def visit(self, *groups: str) -> AbstractContextManager[None]:
         """Nothing to do."""
@@ -70,6 +72,9 @@ class Program(Protocol):
 
     def begin(self, tokens: Tensor) -> Any:
         """The context of a micro-batch, for every part: what depends on positions alone, and no weights."""
+
+    def recipe(self, name: str) -> Hashable:
+        """Where this parameter's initial value comes from: equal recipes and names, equal bytes. None: ask nobody."""
 
     def fill(self, weights: dict[str, Tensor]) -> None:
         """Writes the initial values of these parameters, by name, from the checkpoint or the random recipe."""

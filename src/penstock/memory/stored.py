@@ -12,9 +12,9 @@ from penstock.memory.tiers import DiskHome, Home, RamHome, empty_pages
 CPU = torch.device("cpu")
 
 
-@dataclass
+@dataclass(eq=False)
 class Stored:
-    """The homes of one chunk."""
+    """The homes of one chunk; models that share it hold the same one."""
 
     chunk: Chunk
     weights: Home

@@ -24,10 +24,12 @@ from penstock.memory.program import owners
 from penstock.memory.shard import World
 from penstock.memory.sink import Sink
 from penstock.memory.stored import Stored
-from penstock.memory.stream import LossOf, Stream, visits_of
+from penstock.memory.stream import Losses, LossOf, Result, Stream, Visits, side_by_side, visits_of
 from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages
 from penstock.memory.units import parse_bytes, show_bytes
 
+Work = tuple[Stream, Sequence[Any], Callable[[Tensor, Any], Any]]
+"""A model, its micro-batches, and what is read of each: `evaluate`'s arguments."""
 Phase = Literal["rollout", "score", "train"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,6 +48,8 @@ class Strategy:
     """Elements per chunk at most; None: a block is a chunk."""
     reserve: int | None = None
     """Bytes of device memory that are left to activations; None: a quarter of what is left."""
+    swapped: int = 0
+    """Bytes of host memory that are left to a KV cache."""
     ahead: int = 1
     """Visits whose weights are fetched beforehand."""
     tiers: dict[str, Ram | Disk] = field(default_factory=dict)
@@ -54,6 +58,10 @@ class Strategy:
     streams: list[Stream] = field(default_factory=list)
     models: list[plan.Model] = field(default_factory=list)
     """What the plan knows of the streams' models, in the same order."""
+    shared: dict[tuple[Weight, ...], Stored] = field(default_factory=dict)
+    """Frozen chunks that more than one model may be made of: each has one home."""
+    apart: list[tuple[set[Any], set[int]]] = field(default_factory=list)
+    """Of trained models that share weights: which, and their gradients."""
     gradients: list[RamHome] = field(default_factory=list)
     """Bytes for one chunk's gradients each; one model at a time uses them."""
     buffers: list[Tensor] = field(default_factory=list)
@@ -127,13 +135,18 @@ class Strategy:
         laid = []
         for model in models:
             where = owners(model)
-            groups = [(group, [_weight(name, where) for name in names]) for group, names in model.groups()]
+            groups = [(group, [_weight(model, name, where) for name in names]) for group, names in model.groups()]
             laid.append((layout(groups, world=self.world.size, max_numel=self.chunk_size), visits_of(model)))
         room = {name: None if tier.budget is None else tier.budget - tier.used for name, tier in self.tiers.items()}
+        if (host := room["host"]) is not None:
+            room["host"] = max(host - self.swapped, 0)
         placed = plan.place(self.name, laid, self.world.size, room, self.reserve)  # type: ignore[arg-type]
         for model, one in zip(models, placed, strict=True):
-            pooled = sum(home.tensor.nbytes for home in self.gradients)
-            for tier, nbytes in plan.homes([one], self.world.size, pooled).items():  # before anything is made
+            taken = self._taken(one)
+            pooled = sum(home.tensor.nbytes for i, home in enumerate(self.gradients) if i not in taken)
+            for tier, nbytes in plan.homes(
+                [one], self.world.size, pooled, self.shared
+            ).items():  # before anything is made
                 self.tiers[tier].check(nbytes, f"{type(model).__name__} under --strategy {self.name}")
         # Under gemini_auto models differ; where some are too large to stay, none may keep what is inside its blocks.
         moves = self.name == AUTO and not all(plan.resident(it.row, self.world.size) for one in placed for it in one)
@@ -150,8 +163,11 @@ class Strategy:
         moves: bool,
         adamw: dict[str, Any],
     ) -> Stream:
-        taken: set[int] = set()
-        stored = [self._store(model, one.chunk, one.row, taken) for one in placed]
+        taken = self._taken(placed)
+        before = set(taken)
+        stored = [self._shared(model, one, taken) for one in placed]
+        if taken != before:
+            self.apart.append(({one.chunk.shared for one in placed} - {None}, taken))
         model.train(any(one.chunk.trained for one in placed))
         moves = moves or not all(one.resident for one in stored)
         trained = [one for one in stored if one.chunk.trained]
@@ -167,6 +183,20 @@ class Strategy:
         self.streams.append(stream)
         self.models.append(plan.Model(type(model).__name__, tuple(placed), tuple(visits)))
         return stream
+
+    def _taken(self, placed: Sequence[plan.Placed]) -> set[int]:
+        """Gradient homes of models that stand on the same weights: all of them may step side by side."""
+        mine = {one.chunk.shared for one in placed}
+        return {home for weights, homes in self.apart if weights & mine for home in homes}
+
+    def _shared(self, model: Any, placed: plan.Placed, taken: set[int]) -> Stored:
+        """The chunk's homes: made now, or the ones that another model of the same frozen weights has."""
+        key = placed.chunk.shared
+        if key is None:
+            return self._store(model, placed.chunk, placed.row, taken)
+        if key not in self.shared:
+            self.shared[key] = self._store(model, placed.chunk, placed.row, taken)
+        return self.shared[key]
 
     def _store(self, model: Any, chunk: Chunk, row: Row, taken: set[int]) -> Stored:
         """Homes for one chunk on this rank, with its first weights in them."""
@@ -269,8 +299,16 @@ class Strategy:
 
     def evaluate(self, stream: Stream, micro_batches: Sequence[Any], read: Callable[[Tensor, Any], Any]) -> list[Any]:
         """read(last states [B, T, D], micro-batch) of each micro-batch, without gradients; each has `.tokens`."""
+        return self.evaluate_all([(stream, micro_batches, read)])[0]
+
+    def evaluate_all(self, works: Sequence[Work]) -> list[list[Any]]:
+        """`evaluate` of several models; those that share weights that move go through them side by side."""
         with torch.no_grad():
-            return stream.evaluate(micro_batches, read)
+            return _in_companies(
+                [stream for stream, _, _ in works],
+                lambda i: works[i][0].evaluation(works[i][1], works[i][2]),
+                lambda i, result: result,
+            )
 
     def step(
         self, stream: Stream, micro_batches: Sequence[Any], loss_of: LossOf, *, lr: float, max_grad_norm: float = 1.0
@@ -283,11 +321,26 @@ class Strategy:
         weights' dtype: with bf16 weights, hundreds of micro-batches lose the smallest parts. A non-finite loss or
         gradient leaves the weights alone on all ranks (PPO.md 20): that is known before the first chunk is updated.
         """
-        sink = stream.sink
-        assert sink is not None, "a frozen model takes no steps"
-        sink.clear()
+        return self.step_all([Step(stream, micro_batches, loss_of, lr)], max_grad_norm=max_grad_norm)[0]
+
+    def step_all(self, steps: Sequence["Step"], *, max_grad_norm: float = 1.0) -> list["StepStats"]:
+        """`step` of several models; those that share weights that move go through them side by side."""
+
+        def begin(i: int) -> Visits[list[Losses]]:
+            sink = steps[i].stream.sink
+            assert sink is not None, "a frozen model takes no steps"
+            sink.clear()
+            return steps[i].stream.backward(steps[i].micro_batches, steps[i].loss_of)
+
+        return _in_companies(
+            [one.stream for one in steps], begin, lambda i, losses: self._update(steps[i], losses, max_grad_norm)
+        )
+
+    def _update(self, step: "Step", losses: list[Losses], max_grad_norm: float) -> "StepStats":
+        sink = step.stream.sink
+        assert sink is not None
         sums: dict[str, Tensor] = {}
-        for loss, stats in stream.backward(micro_batches, loss_of):
+        for loss, stats in losses:
             for key, value in {"loss": loss, **stats}.items():
                 value = value.detach().to(self.world.device, torch.float32)
                 if key not in sums:
@@ -300,7 +353,7 @@ class Strategy:
         finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))  # sync: the only one of a step
         if finite:
             with record_function("optimizer"):
-                stream.update(lr, float(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)))
+                step.stream.update(step.lr, float(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)))
         return StepStats(finite, float(norm), {key: float(value) for key, value in sums.items()})
 
     def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -312,6 +365,34 @@ class Strategy:
         summed = self.world.sum(torch.stack([zero if k.startswith("max_") else sums.get(k, zero) for k in keys]))
         highest = self.world.max(torch.stack([sums.get(k, zero) for k in keys]))
         return {k: (highest if k.startswith("max_") else summed)[i] for i, k in enumerate(keys)}
+
+
+def _in_companies(
+    streams: Sequence[Stream], begin: Callable[[int], Visits[Any]], end: Callable[[int, Any], Result]
+) -> list[Result]:
+    """`begin`s every stream's pass and `end`s it with what it gave: company by company, those of one side by side."""
+    results: dict[int, Result] = {}
+    while len(results) < len(streams):
+        first = next(i for i in range(len(streams)) if i not in results)
+        beside = [i for i in range(len(streams)) if i not in results and _keep_company(streams[first], streams[i])]
+        given = side_by_side([begin(i) for i in beside])
+        results |= {i: end(i, one) for i, one in zip(beside, given, strict=True)}
+    return [results[i] for i in range(len(streams))]
+
+
+def _keep_company(one: Stream, other: Stream) -> bool:
+    """Where weights stay, one model after the other holds fewer states at once."""
+    return one is other or (one.moves and one.shares(other))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model's part in `Strategy.step_all`."""
+
+    stream: Stream
+    micro_batches: Sequence[Any]
+    loss_of: LossOf
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -339,7 +420,7 @@ def _pages(numel: int, dtype: torch.dtype) -> Tensor:
     return empty_pages(numel * dtype.itemsize, torch.device("cpu")).view(dtype)
 
 
-def _weight(name: str, where: dict[str, tuple[nn.Module, str]]) -> Weight:
+def _weight(model: Any, name: str, where: dict[str, tuple[nn.Module, str]]) -> Weight:
     parameter = getattr(*where[name])
     dtype = str(parameter.dtype).removeprefix("torch.")
-    return Weight(name, tuple(parameter.shape), dtype, parameter.requires_grad)
+    return Weight(name, tuple(parameter.shape), dtype, parameter.requires_grad, model.recipe(name))

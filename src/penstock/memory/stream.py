@@ -7,9 +7,9 @@ plan. Several micro-batches run inside one visit, so a weight moves once per pas
 
 import contextlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,15 @@ from penstock.memory.program import Part, Program, owners
 from penstock.memory.shard import World
 from penstock.memory.sink import Sink
 from penstock.memory.stored import Stored
-from penstock.memory.tiers import DiskHome, RamHome, worker
+from penstock.memory.tiers import DiskHome, Ram, RamHome, worker
 
 NEVER = 1 << 60
-LossOf = Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
+Losses = tuple[Tensor, dict[str, Tensor]]
+LossOf = Callable[[Tensor, Any], Losses]
 """(last states [B, T, D], micro-batch) -> its part of the loss, and statistics."""
+Result = TypeVar("Result")
+Visits = Generator[None, None, Result]
+"""A pass through a model that stops behind every visit, so that another model's can go beside it."""
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Stream:
         self.program: Program = model
         self.world, self.sink = world, sink
         self.stored = list(stored)
+        self._mine = set(stored)
         self.recompute, self.ahead = recompute, ahead
         self.device: torch.device = world.device
         """Where weights are when a part runs."""
@@ -70,7 +75,7 @@ class Stream:
         self._groups: dict[str, list[Stored]] = {}
         for one in self.stored:
             self._groups.setdefault(one.chunk.group, []).append(one)
-        self._holds: dict[int, list[Hold]] = {}
+        self._holds: dict[Stored, list[Hold]] = {}
         self._reader = worker("prefetch")
         self._order: list[tuple[str, ...]] = []
         self._positions: dict[str, list[int]] = {}
@@ -100,6 +105,15 @@ class Stream:
         """Whether a visit brings ranks together: all must make it, in the same order."""
         return any(not one.whole for one in self.stored)
 
+    def shares(self, other: "Stream") -> bool:
+        """Whether the two are made of some of the same weights."""
+        return not self._mine.isdisjoint(other.stored)
+
+    @property
+    def moves(self) -> bool:
+        """Whether any weight comes and goes: if none does, all have fixed addresses."""
+        return not all(one.resident for one in self.stored)
+
     def together(self, busy: bool) -> bool:
         """Whether any rank is still busy with this model: a rank that is done keeps visiting with the others."""
         return bool(self.most(int(busy)))
@@ -112,7 +126,7 @@ class Stream:
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, micro_batches: Sequence[Any], read: Callable[[Tensor, Any], Any]) -> list[Any]:
+    def evaluation(self, micro_batches: Sequence[Any], read: Callable[[Tensor, Any], Any]) -> "Visits[list[Any]]":
         """read(last states, micro-batch) of every micro-batch (each has `.tokens` [B, T]), without gradients."""
         results: list[Any] = []
         for wave in self._waves(micro_batches, agree=False):
@@ -122,22 +136,24 @@ class Stream:
             for part in self.program.parts():
                 with self.lease(part.groups, gradients=False):
                     xs = [part.run(x, context) for x, context in zip(xs, contexts, strict=True)]
+                yield
             with self.lease(self.program.reads(), gradients=False):
                 results += [read(x, one) for x, one in zip(xs, wave, strict=True)]
+            yield
         return results
 
-    def backward(self, micro_batches: Sequence[Any], loss_of: LossOf) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    def backward(self, micro_batches: Sequence[Any], loss_of: LossOf) -> "Visits[list[Losses]]":
         """Forward and backward of every micro-batch; the gradients' sum is in the homes afterwards.
 
         Returns each micro-batch's loss and statistics. With `recompute` a block's inner activations live only while
         it is visited: forward keeps the inputs of blocks, backward runs each block once more.
         """
-        results: list[tuple[Tensor, dict[str, Tensor]]] = []
+        results: list[Losses] = []
         for wave in self._waves(micro_batches, agree=True):
-            results += self._pass(wave, loss_of)
+            results += yield from self._pass(wave, loss_of)
         return results
 
-    def _pass(self, wave: Sequence[Any], loss_of: LossOf) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    def _pass(self, wave: Sequence[Any], loss_of: LossOf) -> "Visits[list[Losses]]":
         parts = self.program.parts()
         first = self._first_trained(parts)
         order = visits_of(self.program)
@@ -158,6 +174,7 @@ class Stream:
                     outputs.append([] if self.recompute else ys)
                 xs = [y.detach() for y in ys]
                 del ys
+            yield
         results, slopes = [], []
         with self.lease(order[-1], gradients=True), torch.enable_grad(), record_function("turn"):
             for context, one in zip(contexts, wave, strict=True):
@@ -168,6 +185,7 @@ class Stream:
                 results.append((loss.detach(), {key: value.detach() for key, value in stats.items()}))
                 slopes.append(x.grad)
                 del x, loss, stats
+        yield
         for i in reversed(range(first, len(parts) - 1)):
             here, ys = inputs.pop(), outputs.pop()
             with self.lease(parts[i].groups, gradients=True), record_function(f"backward.{i}"):
@@ -179,6 +197,7 @@ class Stream:
                         y.backward(slopes[j])
                     slopes[j] = x.grad
                     del x, y
+            yield
         return results
 
     def _first_trained(self, parts: Sequence[Part]) -> int:
@@ -190,7 +209,7 @@ class Stream:
 
     def _waves(self, micro_batches: Sequence[Any], agree: bool) -> list[Sequence[Any]]:
         """Micro-batches that share one visit: all of them when weights move, else one after the other."""
-        if self.recompute or not all(one.resident for one in self.stored):
+        if self.recompute or self.moves:
             return [micro_batches]
         waves: list[Sequence[Any]] = [[one] for one in micro_batches]
         if agree and any(not one.grads_whole for one in self.stored if one.chunk.trained):
@@ -215,8 +234,8 @@ class Stream:
         self._forget()
 
     def _forget(self) -> None:
-        if not all(one.resident for one in self.stored):
-            self._arenas()[0].forget(lambda key: key[0] == id(self))  # type: ignore[index]
+        if self.moves:
+            self._arenas()[0].forget(lambda key: key in self._mine and key.chunk.trained)
 
     # --- leases -------------------------------------------------------------------------------------------------------
 
@@ -236,7 +255,7 @@ class Stream:
 
     def _hold(self, one: Stored, gradients: bool) -> Hold:
         gradients = gradients and one.chunk.trained
-        outer = self._holds.setdefault(one.chunk.index, [])
+        outer = self._holds.setdefault(one, [])
         if outer:  # inside another lease of the same chunk
             hold = Hold(one, None, None, gradients=False)
             outer.append(hold)
@@ -266,7 +285,7 @@ class Stream:
 
     def _release(self, hold: Hold) -> None:
         one = hold.stored
-        self._holds[one.chunk.index].remove(hold)
+        self._holds[one].remove(hold)
         if hold.gradient_slot is not None:
             assert self.sink is not None
             self.sink.settle(one, hold.gradient_slot.memory[: one.chunk.nbytes].view(one.dtype))
@@ -292,7 +311,7 @@ class Stream:
 
     def _bind_slot(self, one: Stored, slot: Slot, *, trained: bool) -> None:
         """The same for a chunk in a slot. While it stays there it is cut once: decoding visits it for every token."""
-        purpose = (id(self), one.chunk.index, trained)
+        purpose = (id(self), one, trained)
         if slot.views[0] != purpose:
             weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
             slot.views = (purpose, self._bind(one.chunk, weights, trained=trained))
@@ -312,7 +331,7 @@ class Stream:
 
     def _gradient_slot(self, one: Stored) -> Slot:
         arena = self._arenas()[1]
-        slot = arena.claim((id(self), one.chunk.index), one.chunk.nbytes, lambda key: 0)
+        slot = arena.claim(one, one.chunk.nbytes, lambda key: 0)
         if slot is None:
             raise arena.too_small(one.chunk.nbytes)
         slot.users += 1
@@ -325,10 +344,9 @@ class Stream:
     def _fetch(self, one: Stored) -> Slot:
         """The chunk's slot, filled or being filled."""
         arena = self._arenas()[0]
-        key = (id(self), one.chunk.index)
-        slot = arena.find(key)
+        slot = arena.find(one)
         if slot is None:
-            slot = arena.claim(key, one.chunk.nbytes, self._next_use)
+            slot = arena.claim(one, one.chunk.nbytes, self._next_use)
             if slot is None:
                 raise arena.too_small(one.chunk.nbytes)
             slot.landing = self._start(one, slot)
@@ -345,7 +363,7 @@ class Stream:
         if isinstance(one.weights, DiskHome):
             arrived = self._reader.submit(one.weights.read, mine).result
         else:
-            arrived = _copy_ahead(one.weights, mine)
+            arrived = copy_ahead(one.weights.tensor, mine, one.weights.tier)
 
         def land() -> None:
             arrived()
@@ -362,10 +380,9 @@ class Stream:
                 return
             for group in self._order[at % len(self._order)]:
                 for one in self._groups.get(group, ()):
-                    key = (id(self), one.chunk.index)
-                    if one.resident or self._arenas()[0].find(key) is not None:
+                    if one.resident or self._arenas()[0].find(one) is not None:
                         continue
-                    slot = self._arenas()[0].claim(key, one.chunk.nbytes, self._next_use, before=step)
+                    slot = self._arenas()[0].claim(one, one.chunk.nbytes, self._next_use, before=step)
                     if slot is not None:
                         slot.landing = self._start(one, slot)
 
@@ -387,16 +404,28 @@ class Stream:
                 self._at = at
                 return
 
-    def _next_use(self, key: Any) -> int:
+    def _next_use(self, one: Stored) -> int:
         """Visits from now until this chunk is needed again."""
-        stream, index = key
-        if stream != id(self):
+        if one not in self._mine:
             return NEVER
-        positions = self._positions.get(self.stored[index].chunk.group, ())
+        positions = self._positions.get(one.chunk.group, ())
         later = bisect_right(positions, self._at)
         if later < len(positions):
             return positions[later] - self._at
         return len(self._order) - self._at + positions[0] if self._repeats and positions else NEVER
+
+
+def side_by_side(passes: Sequence[Visits[Result]]) -> list[Result]:
+    """Several models' passes, one visit of each in turn: frozen weights that they share are brought once for all."""
+    results: dict[int, Result] = {}
+    while len(results) < len(passes):
+        for i, one in enumerate(passes):
+            if i not in results:
+                try:
+                    next(one)
+                except StopIteration as end:
+                    results[i] = end.value
+    return [results[i] for i in range(len(passes))]
 
 
 def visits_of(program: Program) -> list[tuple[str, ...]]:
@@ -411,17 +440,24 @@ def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
     return x.requires_grad_() if wants_gradient and x.is_floating_point() else x
 
 
-def _copy_ahead(home: RamHome, out: Tensor) -> Callable[[], None]:
-    """Starts copying a home to a slot; the result waits for it. On a GPU the copy runs on a stream of its own."""
+def copy_ahead(source: Tensor, out: Tensor, tier: Ram) -> Callable[[], None]:
+    """Starts copying a tier's host memory to the device; calling the result waits.
+
+    On a GPU a stream of its own does it, after all that has been asked of `out` so far.
+    """
     if out.device.type == "cpu":
-        return lambda: home.read(out)  # the same cores would do it: copy when it is needed
+        return lambda: _copy(source, out, tier)  # the same cores would do it: copy when it is needed
     side = _side_stream(out.device)
-    side.wait_stream(torch.accelerator.current_stream(out.device))  # whoever used the slot before has finished
+    side.wait_stream(torch.accelerator.current_stream(out.device))
     with side:
-        home.tier.bytes_read += home.tensor.nbytes
-        out.copy_(home.tensor, non_blocking=True)
+        _copy(source, out, tier)
         landed = side.record_event()
     return lambda: torch.accelerator.current_stream(out.device).wait_event(landed)
+
+
+def _copy(source: Tensor, out: Tensor, tier: Ram) -> None:
+    tier.bytes_read += source.nbytes
+    out.copy_(source, non_blocking=True)
 
 
 _SIDE: dict[torch.device, torch.Stream] = {}

@@ -8,10 +8,10 @@ Shapes: B rows, T tokens, D width, H query heads, G key/value heads, E head_dim,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.memory.program import ALWAYS_THERE, Part
+from penstock.models import decode, head, lora, quantised
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import Linear, attention, linear
+from penstock.models.linear import Linear, add_to, attention, linear, precise
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [B, G, S, E], preallocated and written in place."""
@@ -59,7 +60,12 @@ class Positions:
     bias: Tensor | None
     """Added to the attention scores, [B or 1, H or 1, T, S]; None: plain causal."""
     slots: Tensor | None
-    """Decoding: the cache slot each row writes, [B], and the bias says what it sees. None: whole rows from slot 0."""
+    """Decoding: the cache slot each row writes, [B] int64, the last one it sees. None: whole rows from slot 0."""
+    seen: int = 0
+    """Decoding: cache slots that any row sees."""
+    window: int = 0
+    slopes: Tensor | None = None
+    """Decoding without a bias, which `models.decode` does not need: the attention window, and ALiBi's slopes."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,9 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if positions.rotary is not None:
             q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
+        if cache is not None and positions.slots is not None and positions.bias is None:
+            mixed = decode.attention(q, k, v, cache, positions.slots, positions.slopes, positions.window)
+            return self.out(mixed)
         if cache is not None:
             k, v = write(cache, k, v, positions)
         mixed = attention(q, k, v, positions.bias, grouped=c.num_kv_heads != c.num_heads)
@@ -131,8 +140,7 @@ def write(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Positio
     if positions.slots is None:
         keys[:, :, : k.shape[2]], values[:, :, : v.shape[2]] = k, v
         return k, v
-    assert positions.bias is not None
-    row, seen = torch.arange(k.shape[0], device=k.device), positions.bias.shape[-1]
+    row, seen = torch.arange(k.shape[0], device=k.device), positions.seen
     keys[row, :, positions.slots], values[row, :, positions.slots] = k[:, :, 0], v[:, :, 0]
     return keys[:, :, :seen], values[:, :, :seen]
 
@@ -154,6 +162,10 @@ class Embedding(nn.Module):
         self.config = config
         width = config.embed_dim or config.d_model
         self.tokens = nn.Parameter(torch.empty(config.vocab_size, width))
+        self.scales: Tensor | None = None
+        """[V], where tokens are int8; see models.quantised."""
+        self.lora: nn.ModuleList | None = None
+        """A low-rank addition to the token table; see models.lora."""
         learned = config.position == "learned"
         rows = config.max_length + config.position_offset
         self.positions = nn.Parameter(torch.empty(rows, config.d_model)) if learned else None
@@ -162,8 +174,14 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
-        learning = torch.is_grad_enabled() and self.tokens.requires_grad
-        x = _Rows.apply(self.tokens, tokens) if learning else F.embedding(tokens, self.tokens)
+        if self.scales is not None:
+            x = quantised.rows(self.tokens, self.scales, tokens)
+        elif torch.is_grad_enabled() and self.tokens.requires_grad:
+            x = _Rows.apply(self.tokens, tokens)
+        else:
+            x = F.embedding(tokens, self.tokens)
+        if self.lora is not None:
+            x = x + self.lora[0].rows(tokens)  # type: ignore[operator]
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
@@ -192,6 +210,16 @@ class _Rows(torch.autograd.Function):
         return made, None
 
 
+class Source(Protocol):
+    """A checkpoint (models.pretrained.Checkpoint). Equal ones hold the same weights."""
+
+    def fill(self, parameters: dict[str, Tensor]) -> None:
+        """Reads these weights, by our names."""
+
+    def digest(self) -> str:
+        """What tells it from others."""
+
+
 class Decoder(nn.Module):
     """The program. `blocks[i]` is layer i; nothing is hidden in hooks."""
 
@@ -216,11 +244,17 @@ class Decoder(nn.Module):
             self.unproject = Linear(config.d_model, config.embed_dim, bias=False) if config.embed_dim else None
             width = config.embed_dim or config.d_model
             self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, width))
+        self.head_scales: Tensor | None = None
+        """[V], where the head is int8."""
+        self.lora: nn.ModuleList | None = None
+        """A low-rank addition to the head; see models.lora."""
+        self.adapted: lora.Adapted | None = None
+        """What is known of its adapters, if it carries any."""
         self.to(dtype or torch.get_default_dtype())
         self.feed: Any = ALWAYS_THERE
         """Who brings the weights: a memory.stream.Stream once a strategy has prepared the model."""
-        self.source: Callable[[dict[str, Tensor]], None] | None = None
-        """On `meta`: fills weights, by name, from a checkpoint. None: they are drawn, keyed by `seed` and name."""
+        self.source: Source | None = None
+        """The checkpoint that it is made of. None: its weights are drawn, keyed by `seed` and name."""
         self.seed = 0
         home = torch.device(device) if device is not None else torch.get_default_device()
         if home.type != "meta":
@@ -232,11 +266,22 @@ class Decoder(nn.Module):
 
     def fill(self, weights: dict[str, Tensor]) -> None:
         """Writes these weights' first values, by name: a decoder on `meta` is its recipe, and this is the cooking."""
+        if adapters := {name: weight for name, weight in weights.items() if lora.is_adapter(name)}:
+            lora.fill(self, adapters)
+            weights = {name: weight for name, weight in weights.items() if name not in adapters}
         if self.source is not None:
-            self.source(weights)
+            self.source.fill(weights)
             return
         for name, weight in weights.items():
             self._draw(name, weight, torch.Generator(weight.device).manual_seed(self.seed ^ crc32(name.encode())))
+
+    def recipe(self, name: str) -> Hashable:
+        """Where a weight on `meta` comes from: equal recipes and names, equal bytes. None: it is made already."""
+        if not self.get_parameter(name).is_meta:
+            return None
+        if self.adapted is not None and lora.is_adapter(name):
+            return self.adapted.source
+        return ("drawn", self.seed) if self.source is None else ("read", self.source)
 
     @torch.no_grad()
     def _draw(self, name: str, weight: Tensor, generator: torch.Generator | None) -> None:
@@ -268,6 +313,11 @@ class Decoder(nn.Module):
         return self.feed.device or self.embed.tokens.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: its weights' own, or what int8 weights were made from."""
+        return self.embed.tokens.dtype if self.embed.scales is None else self.embed.scales.dtype
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, D], the token embedding when tied."""
         return self.embed.tokens if self.head is None else self.head
@@ -280,18 +330,41 @@ class Decoder(nn.Module):
         """
         return self._run(tokens, self.begin(tokens, cache))
 
-    def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor, seen: int | None = None) -> Tensor:
         """One token per row: tokens [B], positions [B] -> hidden [B, D].
 
-        Row b writes slot positions[b] and sees the slots up to it, so what lies beyond may be anything finite.
+        Row b writes slot positions[b] and sees the slots up to it, so what lies beyond may be anything finite. `seen`
+        is the largest position and one; without it the device is asked.
         """
-        used = int(positions.max()) + 1  # sync
+        used = int(positions.max()) + 1 if seen is None else seen  # sync
         return self._run(tokens[:, None], self._context(positions[:, None], used, positions, cache))[:, 0]
 
+    def idle(self) -> Tensor:
+        """[0, D]. Visits every part with empty hands: ranks that share the weights visit together, or not at all."""
+        for part in self.parts():
+            with self.feed.visit(*part.groups):
+                pass
+        return torch.empty(0, self.config.embed_dim or self.config.d_model, dtype=self.dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], in the weights' dtype."""
+        """[..., D] -> [..., V], in the weights' dtype, or in fp32 where that costs nothing: a bf16 logit of 5 is off by
+        up to 0.016, and the engine's and the trainer's would be so on different sides."""
         with self.feed.visit(*self.reads()):
-            return linear(hidden, self.head_weight)
+            hidden = precise(hidden)
+            logits = linear(hidden, self.head_weight, scales=self.head_scales)
+            return logits if self.lora is None else add_to(logits, hidden, self.lora)
+
+    def logprobs(
+        self, states: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of tokens `targets` [N] behind states [N, D], and entropies; see `head.logprobs`."""
+        with self.feed.visit(*self.reads()):
+            states = precise(states)
+            products = [(states, self.head_weight)]
+            adapter: Any
+            for adapter in self.lora or ():
+                products.append((linear(states, adapter.a) * adapter.scale, adapter.b))
+            return head.logprobs(products, targets, temperature, entropy=entropy)
 
     def _run(self, tokens: Tensor, context: Context) -> Tensor:
         x = tokens
@@ -313,7 +386,7 @@ class Decoder(nn.Module):
         for i in range(self.config.num_layers):
             found.append((f"blocks.{i}", [name for name in names if name.startswith(f"blocks.{i}.")]))
         found.append(("last", [name for name in names if name.startswith(("norm.", "unproject."))]))
-        found.append(("head", [name for name in names if name == "head"]))
+        found.append(("head", [name for name in names if name == "head" or name.startswith("lora.")]))
         return [(group, members) for group, members in found if members]
 
     def parts(self) -> list[Part]:
@@ -325,8 +398,8 @@ class Decoder(nn.Module):
         ]
 
     def reads(self) -> tuple[str, ...]:
-        """The group of the head's weight."""
-        return ("tokens",) if self.head is None else ("head",)
+        """The groups of what logits are made with."""
+        return tuple(["tokens"] * (self.head is None) + ["head"] * (self.head is not None or self.lora is not None))
 
     def begin(self, tokens: Tensor, cache: KVCache | None = None) -> Context:
         """The context of whole rows, tokens [B, T]."""
@@ -337,12 +410,16 @@ class Decoder(nn.Module):
 
     def _context(self, where: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Context:
         """Tokens stand at `where` [B or 1, T] and see key positions 0 .. seen-1."""
-        c, dtype = self.config, self.embed.tokens.dtype
+        c, dtype = self.config, self.dtype
         rotary = rotary_tables(c, where, dtype) if c.position == "rotary" else None
-        positions = {  # one per kind of layer
-            window: Positions(rotary, attention_bias(c, window, where, seen, dtype, slots is not None), slots)
-            for window in set(c.windows or (0,))
-        }
+        positions = {}
+        for window in set(c.windows or (0,)):  # one per kind of layer
+            if slots is not None and decode.ready(self.device, dtype):
+                slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
+                positions[window] = Positions(rotary, None, slots, seen, window, slopes)
+            else:
+                bias = attention_bias(c, window, where, seen, dtype, slots is not None)
+                positions[window] = Positions(rotary, bias, slots, seen)
         return Context(where, positions, cache)
 
     def _block(self, i: int, x: Tensor, context: Context) -> Tensor:
@@ -369,7 +446,7 @@ def attention_bias(
     hidden = (distance < 0) | (distance >= window) if narrow else distance < 0
     bias = torch.zeros((), device=where.device)
     if config.position == "alibi":
-        bias = -alibi_slopes(config.num_heads).to(where.device)[:, None, None] * distance
+        bias = -alibi_slopes(config.num_heads, where.device)[:, None, None] * distance
     return bias.masked_fill(hidden, -torch.inf).to(dtype)
 
 
@@ -398,11 +475,9 @@ def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
     return frequencies
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     """One slope per head, [H] fp32 (Press et al. 2022; for head counts that are no power of two, as BLOOM does)."""
     power = 2 ** math.floor(math.log2(heads))
-    base = 2.0 ** (-(2.0 ** -(math.log2(power) - 3)))
-    slopes = [base ** (i + 1) for i in range(power)]
-    extra = 2.0 ** (-(2.0 ** -(math.log2(2 * power) - 3)))
-    slopes += [extra ** (2 * i + 1) for i in range(heads - power)]
-    return torch.tensor(slopes)
+    steps = torch.arange(1, power + 1, device=device).double() / power
+    more = (2 * torch.arange(heads - power, device=device) + 1).double() / power
+    return torch.cat((-8 * steps, -4 * more)).exp2().float()

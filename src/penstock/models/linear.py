@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.models import decode, quantised
+
 FEW = 16
 TILE = 1 << 22
 """Elements of a weight that are widened at once: 16 MB in fp32."""
@@ -43,15 +45,29 @@ def _cpu_is_slow() -> bool:
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own; `scales` [O] where the weight is int8.
+
+    With x in fp32 and a weight in bf16 nothing is rounded on the way out.
+    """
     learning = torch.is_grad_enabled()
-    # A token or a few at a time (decoding): casting the weight would cost more than the slow product.
-    many = learning or x.shape[:-1].numel() > FEW
-    widen = many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type)
+    rows = x.shape[:-1].numel()
+    if rows <= decode.FEW and decode.ready(x.device, x.dtype, weight.dtype):
+        return decode.product(x, weight, bias, scales)
+    if scales is not None:
+        return quantised.linear(x, weight, bias, scales, slow_in_bf16(x.device.type))
+    # Without a compiler: casting the weight for a token or a few would cost more than the slow product.
+    many = learning or rows > FEW
+    widen = x.dtype != weight.dtype or (many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
     if widen or (learning and weight.requires_grad):
         return _Product.apply(x, weight, bias, widen)
     return F.linear(x, weight, bias)
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in fp32 where a product with a bf16 weight is summed in fp32 anyway: so its result is not rounded."""
+    summed = decode.ready(x.device, x.dtype) or slow_in_bf16(x.device.type)
+    return x.float() if summed else x
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grouped: bool) -> Tensor:
@@ -66,9 +82,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grouped: boo
 class Linear(nn.Linear):
     """nn.Linear through `linear`."""
 
+    scales: Tensor | None = None
+    """[O], where the weight is int8; see models.quantised."""
+
+    def __init__(self, width: int, height: int, *, bias: bool) -> None:
+        super().__init__(width, height, bias=bias)
+        self.lora: nn.ModuleList | None = None
+        """Low-rank additions to the product; see models.lora."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias, self.scales)
+        return y if self.lora is None else add_to(y, x, self.lora)
+
+
+def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
+    """y [..., O] with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I]."""
+    if len(adapters) == 1 and adapters[0].place.height == y.shape[-1]:
+        return y + adapters[0](x)
+    parts, end = [], 0
+    for one in adapters:
+        start, stop = one.place.start, one.place.start + one.place.height
+        parts += [y[..., end:start], y[..., start:stop] + one(x)]
+        end = stop
+    return torch.cat([*parts, y[..., end:]], dim=-1)
 
 
 class _Product(torch.autograd.Function):
@@ -95,13 +132,13 @@ class _Product(torch.autograd.Function):
         weight, bias = ctx.weight, ctx.bias
         wanted_x, wanted_weight, wanted_bias, _ = ctx.needs_input_grad
         flat, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-        back = _backward_to_x(grad, weight, ctx.widen) if wanted_x else None
+        back = backward_to_x(grad, weight, ctx.widen) if wanted_x else None
         of_weight = of_bias = None
         if wanted_weight:
             place = weight.grad
             if place is None:
                 place = of_weight = torch.zeros_like(weight)
-            _add_product(place, flat, inputs, ctx.widen)
+            add_product(place, flat, inputs, ctx.widen)
         if wanted_bias:
             summed = flat.sum(0, dtype=torch.float32 if ctx.widen else None)
             if bias.grad is None:
@@ -111,7 +148,8 @@ class _Product(torch.autograd.Function):
         return back, of_weight, of_bias, None
 
 
-def _backward_to_x(grad: Tensor, weight: Tensor, widen: bool) -> Tensor:
+def backward_to_x(grad: Tensor, weight: Tensor, widen: bool) -> Tensor:
+    """grad [..., O] and weight [O, I] -> [..., I], in fp32 on the way if `widen`."""
     if not widen:
         return grad @ weight
     if weight.numel() <= TILE:
@@ -124,7 +162,7 @@ def _backward_to_x(grad: Tensor, weight: Tensor, widen: bool) -> Tensor:
     return summed.to(grad.dtype)
 
 
-def _add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
+def add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
     """place [O, I] += grad [N, O]^T x [N, I]."""
     if not widen:
         place.addmm_(grad.t(), x)

@@ -5,6 +5,7 @@ the usual index. A source's generation_config is never applied (PPO.md 4).
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import pickle
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from penstock.errors import UserError
-from penstock.models import tensorfile
+from penstock.models import adapterfile, lora, tensorfile
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.families import family_of
+from penstock.models.families import family_of, weights_of
 from penstock.models.families.weights import Weight
+from penstock.models.places import Spec
 from penstock.models.tensorfile import Entry
 
 INDEX, SINGLE, CLASSIFIER_HEAD = "model.safetensors.index.json", "model.safetensors", "score.weight"
@@ -45,13 +47,17 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     allow_pickle: bool = False,
+    adapter: str | Path | None = None,
 ) -> tuple[Decoder, dict[str, Tensor]]:
     """A decoder from a directory or hub id, and the checkpoint's weights that are not the decoder's.
 
     Those extras are what a head needs: `score.weight` [1, D] of a *ForSequenceClassification checkpoint, else nothing.
+    `adapter`, in peft's format, is put on it; of an adapter's own directory the base is read that it names.
     Raises UserError for an unknown family, missing files, and missing, unexpected or mis-shaped weights, by name.
     """
     directory = _local(source, allow_pickle)
+    if adapter is not None or adapterfile.is_adapter_directory(directory):
+        return _adapted(source, adapter, dtype=dtype, device=device, allow_pickle=allow_pickle)
     hf = read_config(directory)
     family = family_of(hf.get("model_type"), str(directory / "config.json"))
     try:
@@ -63,12 +69,35 @@ def load(
     decoder = Decoder(config, dtype=dtype, device="meta")
     checkpoint = Checkpoint(directory, config, family, allow_pickle)
     extras = checkpoint.check(decoder)
-    decoder.source = checkpoint.fill
+    decoder.source = checkpoint
     home = torch.device(device) if device is not None else torch.get_default_device()
     if home.type != "meta":
         decoder.to_empty(device=home)
         checkpoint.fill(dict(decoder.named_parameters()))
     return decoder, extras
+
+
+def _adapted(source: str | Path, adapter: str | Path | None, **how: Any) -> tuple[Decoder, dict[str, Tensor]]:
+    directory = _local(source if adapter is None else adapter)
+    spec, base = adapterfile.read_spec(directory)
+    base = base if adapter is None else str(source)
+    if not base:
+        raise UserError(f"{directory / adapterfile.CONFIG}: names no base model; give that, and this as --adapter.")
+    if Path(base).is_dir() and adapterfile.is_adapter_directory(Path(base)):
+        raise UserError(f"{base}: is an adapter itself, and a model takes one; penstock export --merge it first.")
+    decoder, extras = load(base, **how)
+    adapt(decoder, spec, base=base, directory=directory)
+    more, said = adapterfile.read_extras(directory)
+    decoder.config.hf.update({f"penstock_{key}": value for key, value in said.items() if key != "base_digest"})
+    return decoder, extras | more
+
+
+def adapt(decoder: Decoder, spec: Spec, *, base: str, seed: int = 0, directory: Path | None = None) -> None:
+    """Puts an adapter on a decoder that `load` made of `base`: a fresh one, or the one that `directory` holds."""
+    digest = "" if decoder.source is None else decoder.source.digest()
+    where = str(Path(base).resolve()) if Path(base).is_dir() else base
+    saved = None if directory is None else adapterfile.AdapterFile(directory.resolve())
+    lora.add(decoder, spec, base=where, digest=digest, seed=seed, saved=saved)
 
 
 class Checkpoint:
@@ -81,6 +110,15 @@ class Checkpoint:
 
     def __deepcopy__(self, memo: dict) -> "Checkpoint":
         return self  # a copy of a recipe names the same files
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checkpoint) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Path, bool]:
+        return self.directory.resolve(), self.headless
 
     def check(self, decoder: Decoder) -> dict[str, Tensor]:
         """Compares names and shapes with the decoder's, reading no weights; returns the extras, see `load`."""
@@ -104,6 +142,15 @@ class Checkpoint:
                     f"so it must be {(1, decoder.head_weight.shape[1])}."
                 )
         return extras
+
+    def digest(self) -> str:
+        """What tells bases apart: a hash of every weight's name, shape and first row, in bf16; training moves those."""
+        weights, digest = _open(self.directory, self.allow_pickle), hashlib.sha256()
+        for name in sorted(weights.names):
+            with torch.device("cpu"):  # a slice lands on the default device
+                shape, row = weights.shape(name), weights.first(name)
+            digest.update(f"{name} {list(shape)}".encode() + row.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def fill(self, parameters: dict[str, Tensor]) -> None:
         """Reads these parameters, by our names, one at a time. Files are open only meanwhile."""
@@ -136,7 +183,7 @@ class Checkpoint:
                 )
             return tensor
 
-        for weight in _weights(family, config):
+        for weight in weights_of(family, config):
             if weight.ours in parameters:
                 ours = parameters[weight.ours]
                 parts = weight.write(torch.empty(ours.shape, device="meta"), config)
@@ -165,16 +212,22 @@ def save(
     """Writes what `transformers.AutoModelForCausalLM` loads; with `score` [1, D], what
     `AutoModelForSequenceClassification` loads (one label, head `score`). `extra_config` is added to config.json.
 
-    Where ranks share the weights all of them call it, and those that do not write give None.
+    Of a decoder that carries an adapter that alone is written, and peft loads it. Where ranks share the weights all of
+    them call it, and those that do not write give None.
     """
     config = decoder.config
     family = family_of(config.family, str(directory))
+    carries = decoder.adapted is not None and decoder.adapted.merged is None
     if directory is None:
         if decoder.feed.collective:
-            for _ in _theirs(decoder, family, score):
+            for _ in adapterfile.tensors(decoder, score) if carries else _theirs(decoder, family, score):
                 pass
         return
     directory = Path(directory)
+    if carries:
+        said = {key.removeprefix("penstock_"): value for key, value in (extra_config or {}).items()}
+        adapterfile.save(decoder, directory, score=score, said=said)
+        return
     directory.mkdir(parents=True, exist_ok=True)
     hf = {**config.hf, **family.hf_config(config), **(extra_config or {})}
     architecture = family.CAUSAL_LM if score is None else family.CLASSIFIER
@@ -227,6 +280,8 @@ def _json(path: Path) -> dict[str, Any]:
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
     """Copies tokenizer and chat template files, byte by byte, beside a saved model; nothing when there are none."""
     origin = _local(source)
+    if not any(origin.glob("tokenizer*")):
+        origin = _local(adapterfile.base_of(str(origin)))  # an adapter without one has its base's
     for pattern in (
         "tokenizer*",
         "special_tokens_map.json",
@@ -268,12 +323,19 @@ class Weights:
     get: Callable[[str], Tensor]
     shape: Callable[[str], Sequence[int]]
     """Without reading the weight."""
+    first: Callable[[str], Tensor]
+    """Its first row."""
 
 
 def _open(directory: Path, allow_pickle: bool) -> Weights:
     if (directory / SINGLE).exists():
         handle = _safetensors(directory / SINGLE)
-        return Weights(set(handle.keys()), handle.get_tensor, lambda name: handle.get_slice(name).get_shape())
+        return Weights(
+            set(handle.keys()),
+            handle.get_tensor,
+            lambda name: handle.get_slice(name).get_shape(),
+            lambda name: handle.get_slice(name)[:1],
+        )
     if (directory / INDEX).exists():
         where = _json(directory / INDEX).get("weight_map")
         if not isinstance(where, dict):
@@ -286,6 +348,7 @@ def _open(directory: Path, allow_pickle: bool) -> Weights:
             set(where),
             lambda name: handles[where[name]].get_tensor(name),
             lambda name: handles[where[name]].get_slice(name).get_shape(),
+            lambda name: handles[where[name]].get_slice(name)[:1],
         )
     if not any((directory / name).exists() for name in PICKLES):
         raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}; is the download complete?")
@@ -300,7 +363,7 @@ def _open(directory: Path, allow_pickle: bool) -> Weights:
             weights |= torch.load(path, weights_only=True, map_location="cpu")
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UserError(f"{path}: damaged, or holds more than weights; fetch it again.") from error
-    return Weights(set(weights), weights.__getitem__, lambda name: weights[name].shape)
+    return Weights(set(weights), weights.__getitem__, lambda name: weights[name].shape, lambda name: weights[name][:1])
 
 
 def _safetensors(path: Path) -> Any:  # safetensors has no public type for an open file
@@ -310,17 +373,6 @@ def _safetensors(path: Path) -> Any:  # safetensors has no public type for an op
         raise UserError(f"{path}: the index names this file and it is missing; is the download complete?") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
-
-
-def _weights(family: ModuleType, config: DecoderConfig) -> Iterator[Weight]:
-    """Every line of the family's tables under its full name, with the layer number filled in."""
-    for weight in family.TOP:
-        yield dataclasses.replace(weight, theirs=tuple(family.PREFIX + name for name in weight.theirs))
-    for layer in range(config.num_layers):
-        for weight in family.BLOCK:
-            theirs = tuple(family.PREFIX + name.format(layer) for name in weight.theirs)
-            yield dataclasses.replace(weight, ours=f"blocks.{layer}.{weight.ours}", theirs=theirs)
-    yield Weight("head", (family.HEAD,))
 
 
 def _entries(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Entry]:
@@ -347,7 +399,7 @@ def _theirs(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Itera
 
 def _saved(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Weight]:
     parameters = {name for name, _ in decoder.named_parameters()} - ({"head"} if score is not None else set())
-    return (weight for weight in _weights(family, decoder.config) if weight.ours in parameters)
+    return (weight for weight in weights_of(family, decoder.config) if weight.ours in parameters)
 
 
 def _own(part: Tensor) -> Tensor:

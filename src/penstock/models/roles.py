@@ -5,7 +5,7 @@ fp32. All of them take right-padded tokens with lengths and return packed values
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,8 @@ from penstock.errors import UserError
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import pretrained
 from penstock.models.decoder import Context, Decoder
+from penstock.models.lora import remove
+from penstock.models.places import Spec
 
 
 class Role(nn.Module):
@@ -55,6 +57,10 @@ class Role(nn.Module):
         """The decoder's."""
         return self.decoder.begin(tokens)
 
+    def recipe(self, name: str) -> Hashable:
+        """The decoder's, of its own weights."""
+        return self.decoder.recipe(name.removeprefix("decoder.")) if name.startswith("decoder.") else None
+
     def fill(self, weights: dict[str, Tensor]) -> None:
         """First values, from the decoder's recipe."""
         self.decoder.fill({name.removeprefix("decoder."): weight for name, weight in weights.items()})
@@ -64,12 +70,17 @@ class Actor(Role):
     """A language model that answers. The reference is one too, frozen."""
 
     @staticmethod
-    def from_pretrained(source: str, *, allow_pickle: bool = False) -> "Actor":
+    def from_pretrained(
+        source: str, *, lora: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
+        allow_pickle: bool = False,
+    ) -> "Actor":  # fmt: skip
         """From a Hugging Face directory or hub id, on torch's default device and in its default dtype.
 
-        Raises UserError for a reward model: what it says was never trained.
+        `lora`, a rank or a Spec: it is frozen and learns through an adapter, drawn from `seed`. `adapter`: one that was
+        saved (peft's format) and learns on; its directory as `source` gives the base that it names. Raises UserError
+        for a reward model: what it says was never trained.
         """
-        decoder, extras = _load(source, allow_pickle)
+        decoder, extras = _load(source, allow_pickle, lora, adapter, seed)
         if extras:
             raise UserError(f"{source}: is a reward model, and a language model is needed; give the one it came from.")
         return Actor(decoder)
@@ -78,7 +89,11 @@ class Actor(Role):
         """A copy that takes no gradient: the reference. Raises ValueError once a strategy feeds the model."""
         if self.feed is not ALWAYS_THERE:
             raise ValueError("this model's weights have moved to a strategy's keeping; copy it before prepare()")
-        return copy.deepcopy(self).eval().requires_grad_(False)
+        adapted = self.decoder.adapted
+        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        if adapted is not None and adapted.saved is None:
+            remove(twin.decoder)  # it starts by adding nothing
+        return twin
 
     def save_pretrained(self, directory: Path | None) -> None:
         """A directory that `transformers.AutoModelForCausalLM` loads."""
@@ -102,9 +117,15 @@ class ScalarModel(Role):
         """What training found out about the score (held-out pair accuracy, ...); saved with the model."""
 
     @classmethod
-    def from_pretrained(cls, source: str, *, allow_pickle: bool = False) -> Self:
-        """From a language model (a new head) or from what `save_pretrained` wrote (its head and scale)."""
-        decoder, extras = _load(source, allow_pickle)
+    def from_pretrained(
+        cls, source: str, *, lora: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
+        allow_pickle: bool = False,
+    ) -> Self:  # fmt: skip
+        """From a language model (a new head) or from what `save_pretrained` wrote (its head and scale).
+
+        `lora` and `adapter` as in Actor.from_pretrained; the score head learns in full either way.
+        """
+        decoder, extras = _load(source, allow_pickle, lora, adapter, seed)
         weight = extras.get("score.weight", cls.new_head(decoder))
         config = decoder.config.hf
         mean, std = float(config.get("penstock_score_mean", 0.0)), float(config.get("penstock_score_std", 1.0))
@@ -169,7 +190,20 @@ class RewardModel(ScalarModel):
         return RewardModel.from_pretrained(source, allow_pickle=allow_pickle)
 
 
-def _load(source: str, allow_pickle: bool) -> tuple[Decoder, dict[str, Tensor]]:
-    return pretrained.load(
-        source, dtype=torch.get_default_dtype(), device=torch.get_default_device(), allow_pickle=allow_pickle
-    )
+def _load(
+    source: str, allow_pickle: bool, spec: Spec | int | None = None, adapter: str | None = None, seed: int = 0
+) -> tuple[Decoder, dict[str, Tensor]]:
+    decoder, extras = pretrained.load(
+        source, dtype=torch.get_default_dtype(), device=torch.get_default_device(), allow_pickle=allow_pickle,
+        adapter=adapter,
+    )  # fmt: skip
+    if spec is not None:
+        spec = Spec(spec) if isinstance(spec, int) else spec
+        if decoder.adapted is None:
+            pretrained.adapt(decoder, spec, base=source, seed=seed)
+        elif decoder.adapted.spec.rank != spec.rank:
+            raise UserError(
+                f"--lora {spec.rank}: {source} has an adapter of rank {decoder.adapted.spec.rank}, which goes on "
+                "learning; leave --lora out, or start from penstock export --merge of it."
+            )
+    return decoder, extras

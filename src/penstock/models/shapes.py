@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.memory.chunks import ITEMSIZE, Weight
-from penstock.memory.forecast import Batch, PartWork, Work
+from penstock.memory.passes import Batch, PartWork, Work
 from penstock.models.config import DecoderConfig
 
 FP32 = 4
@@ -203,9 +203,24 @@ def count_of(config: DecoderConfig, *, scalar: bool) -> int:
 
 
 def cache_of(config: DecoderConfig, dtype: str, rows: int, slots: int) -> int:
-    """Bytes of a KV cache: rollout.cache.allocate."""
+    """Bytes of a KV cache: rollout.cache.KVCache."""
     c = config
     return 2 * c.num_layers * rows * c.num_kv_heads * slots * c.head_dim * ITEMSIZE[dtype]
+
+
+PREFILL_TOKENS = 16384
+"""Prompt tokens, padding included, that one forward reads: enough to keep a GPU busy, and what it holds has an end."""
+
+
+def prefills(lengths: Sequence[int]) -> list[slice]:
+    """Which of these prompts, in their order, are read together."""
+    found, start, longest = [], 0, 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i > start and longest * (i + 1 - start) > PREFILL_TOKENS:
+            found.append(slice(start, i))
+            start, longest = i, length
+    return [*found, slice(start, len(lengths))] if lengths else []
 
 
 def sampling_of(config: DecoderConfig, dtype: str, rows: int) -> int:

@@ -1,18 +1,31 @@
-"""Text from a decoder: right-padded prefill, then one token per row and step until EOS.
+"""Text from a decoder: continuous batching over the rows of one fixed KV cache.
 
-It works on token ids and the trainer's own weights; text and templates belong to `data.chat`. Rows that have ended
-leave the batch when half of it is idle.
+Answers that run together are rows 0 .. n-1 of the cache. Every step gives each of them one token; a row that has ended
+is filled from the last one at once, and waiting prompts take the rows behind. A prompt is read once, whatever the
+number of its answers. The weights are the trainer's own, wherever they live, and an answer depends on its prompt, seed
+and episode number alone, not on what happens beside it.
 """
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from penstock.memory.strategy import Strategy
+from penstock.memory.tiers import Ram
+from penstock.models import decode, lora
 from penstock.models.decoder import Decoder
-from penstock.rollout.cache import allocate, keep_rows
-from penstock.rollout.sampling import Sampling, pick, stream
+from penstock.models.quantised import quantise
+from penstock.models.roles import Actor
+from penstock.models.shapes import prefills
+from penstock.rollout.cache import KVCache
+from penstock.rollout.graphs import Steps
+from penstock.rollout.sampling import Sampling, adjust, pick, stream
 
 
 @dataclass
@@ -25,10 +38,347 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of each response token at the sampling temperature."""
     finish_reason: str = "length"
-    """`stop` when EOS was sampled, `length` when the limit came first."""
+    """`stop` when EOS or a stop string was sampled, `length` when the limit came first, `cancelled`, or `error`."""
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Per response token the likeliest ones and their log-probabilities, if they were asked for."""
+    error: str | None = None
+    """What was wrong with this request; the others went on."""
+    text: str | None = None
+    """The response without its EOS and stop string, where the engine has a tokenizer."""
 
 
-@torch.no_grad()
+Rollout = list[Answer]
+"""Sampled answers, those of one prompt side by side, in the order of the prompts."""
+MOST_ANSWERS = 4096
+"""Answers to one prompt at most."""
+
+
+class _Prompt:
+    """A prompt that several answers may share."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+        self.state: Tensor | None = None
+        """[D], the hidden state behind its last token, once it has been read."""
+
+
+@dataclass(eq=False)
+class _Run:
+    """An answer on its way."""
+
+    answer: Answer
+    prompt: _Prompt
+    sampling: Sampling
+    numbers: list[float]
+    """The random numbers that pick its tokens."""
+    limit: int
+    """Tokens it may have."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in its row."""
+        return len(self.prompt.ids) + len(self.answer.response_ids)
+
+
+class Engine:
+    """See the module. Not for several threads: whoever owns it calls `step` while it is `busy`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        eos_ids: Sequence[int] | None = None,
+        rows: int = 32,
+        length: int | None = None,
+        tokenizer: Any = None,
+        swap: Ram | None = None,
+        fixed: bool | None = None,
+    ) -> None:
+        """`rows` answers run together, each of at most `length` tokens with its prompt (the model's own limit). The KV
+        cache lives in `swap`, a tier of host memory, and not on the device, if there is one. `fixed`: decode at fixed
+        addresses, as rollout.graphs does; by default on a GPU whose weights and cache do not move."""
+        most = decoder.config.max_length
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.eos_ids = frozenset(decoder.config.eos_ids if eos_ids is None else eos_ids)
+        self.rows, self.length, self._swap = rows, min(length or most, most), swap
+        self.prompts_read = 0
+        """Prompts that a prefill has gone through."""
+        self._waiting: list[_Run] = []
+        self._running: list[_Run] = []
+        self._cache: KVCache | None = None
+        moves = decoder.feed.moves or swap is not None
+        self._fixed = fixed if fixed is not None else decoder.device.type == "cuda" and not moves
+        self._steps: Steps | None = None
+        self._prompts: WeakValueDictionary[tuple[int, ...], _Prompt] = WeakValueDictionary()
+        """Prompts of answers that wait or run, by their tokens."""
+
+    @staticmethod
+    def from_pretrained(source: str, *, dtype: str = "fp32", device: str | None = None, rows: int = 32) -> "Engine":
+        """Weights and tokenizer of a Hugging Face directory or hub id; dtype fp32, bf16 or int8 (weights only)."""
+        from penstock.models.tokenizers import load_tokenizer
+
+        return Engine(load(source, dtype, device)[1].decoder, tokenizer=load_tokenizer(source), rows=rows)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: str | Sequence[int], sampling: Sampling, *, episodes: Sequence[int] | None = None
+    ) -> list[Answer]:
+        """Queues `sampling.n` answers to one prompt; `episodes` are their random streams (0, 1, 2 ... by default).
+
+        A request that cannot be answered comes back with its `error` and takes no part; nothing is raised.
+        """
+        ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) and self.tokenizer else prompt
+        wrong = self._wrong(ids, sampling)
+        if wrong:
+            return [Answer([], finish_reason="error", error=wrong) for _ in range(min(sampling.n, MOST_ANSWERS))]
+        answers = [Answer(list(map(int, ids))) for _ in range(sampling.n)]
+        shared = self._prompts.setdefault(tuple(answers[0].prompt_ids), _Prompt(answers[0].prompt_ids))
+        limit = min(sampling.max_new_tokens, self.length - len(shared.ids))
+        for answer, episode in zip(answers, episodes or range(sampling.n), strict=True):
+            numbers = stream(sampling.seed, episode, limit).tolist()
+            self._waiting.append(_Run(answer, shared, sampling, numbers, limit))
+        return answers
+
+    def _wrong(self, ids: Any, sampling: Sampling) -> str | None:
+        if isinstance(ids, str):
+            return "a text needs a tokenizer, and this model has none; give token ids"
+        if sampling.n > MOST_ANSWERS:
+            return f"n={sampling.n} answers to one prompt; {MOST_ANSWERS} at most"
+        if not ids:
+            return "an empty prompt has no state to continue from; give it a BOS token"
+        if len(ids) >= self.length:
+            return f"a prompt of {len(ids)} tokens leaves no room in the model's {self.length}"
+        if not all(0 <= token < self.decoder.config.vocab_size for token in ids):
+            return f"a prompt holds token ids outside 0 .. {self.decoder.config.vocab_size - 1}"
+        if sampling.stop and self.tokenizer is None:
+            return "stop strings need a tokenizer, and this model has none"
+        return None
+
+    def cancel(self, answer: Answer) -> None:
+        """Ends an answer now; its row is free before the next step. What has ended already stays as it is."""
+        self._waiting = [run for run in self._waiting if run.answer is not answer or _end(run, "cancelled")]
+        for row, run in enumerate(self._running):
+            if run.answer is answer:
+                _end(run, "cancelled")
+                self._leave(row)
+                return
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def free(self) -> int:
+        """Rows that nobody uses."""
+        return self.rows - len(self._running)
+
+    # --- one token each -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> list[Answer]:
+        """One token for every answer that has a row, after free rows were given to waiting ones.
+
+        Returns the answers that got one. Where ranks share the weights, all of them call it while any is busy.
+        """
+        feed, old = self.decoder.feed, len(self._running)
+        if self._cache is None and self._waiting:
+            self._cache = KVCache(self.decoder, self.rows, self.length, self._swap)
+            self._steps = Steps(self.decoder, self._cache, self.rows, self.length) if self._fixed else None
+        new = self._waiting[: self.free]
+        del self._waiting[: len(new)]
+        states = []
+        if feed.most(old):
+            with decode.one_token():
+                states.append(self._decode() if old else self.decoder.idle())
+        first, unread, copies = self._split(new)
+        groups = prefills([len(run.prompt.ids) for run in unread])
+        for i in range(feed.most(len(groups))):
+            if i < len(groups):
+                self._prefill(old + groups[i].start, unread[groups[i]])
+            else:
+                states.append(self.decoder.idle())
+        self._running += unread
+        for run in copies:
+            assert self._cache is not None
+            self._cache.copy_row(first[id(run.prompt)], len(self._running), len(run.prompt.ids))
+            self._running.append(run)
+        states += [run.prompt.state[None] for run in (*unread, *copies) if run.prompt.state is not None]
+        with decode.one_token():
+            logits = self.decoder.logits(torch.cat(states))  # a visit, even without rows
+        return self._give_tokens(logits.float()) if self._running else []
+
+    def _decode(self) -> Tensor:
+        """[n, D]: the states behind the last token of every row."""
+        device, runs = self.decoder.device, self._running
+        last = [run.answer.response_ids[-1] for run in runs]
+        positions = [run.length - 1 for run in runs]
+        if self._steps is not None:
+            return self._steps.run(last, positions)
+        assert self._cache is not None
+        slots = torch.tensor(positions, device=device)
+        with self._cache.lend(0, len(runs), slots) as layers:
+            return self.decoder.decode(torch.tensor(last, device=device), layers, slots, max(positions) + 1)
+
+    def _split(self, new: list[_Run]) -> tuple[dict[int, int], list[_Run], list[_Run]]:
+        """Which of these prompts must be read and which answers copy a row: (prompt -> its row, unread, copies)."""
+        first = {id(run.prompt): row for row, run in enumerate(self._running)}
+        unread: list[_Run] = []
+        copies: list[_Run] = []
+        for run in new:
+            if id(run.prompt) in first:
+                copies.append(run)
+            else:
+                first[id(run.prompt)] = len(self._running) + len(unread)
+                unread.append(run)
+        return first, unread, copies
+
+    def _prefill(self, start: int, new: list[_Run]) -> None:
+        """Reads these prompts into the rows from `start` on."""
+        device = self.decoder.device
+        assert self._cache is not None
+        lengths = torch.tensor([len(run.prompt.ids) for run in new], device=device)
+        tokens = torch.zeros(len(new), int(lengths.max()), dtype=torch.int64, device=device)
+        for row, run in enumerate(new):
+            tokens[row, : len(run.prompt.ids)] = torch.tensor(run.prompt.ids, device=device)
+        with self._cache.lend(start, start + len(new)) as layers:
+            hidden = self.decoder.forward(tokens, lengths, layers)
+        for run, state in zip(new, hidden[torch.arange(len(new), device=device), lengths - 1], strict=True):
+            run.prompt.state = state
+        self.prompts_read += len(new)
+
+    def _give_tokens(self, logits: Tensor) -> list[Answer]:
+        """logits [n, V] fp32, row by row of those that run."""
+        runs = list(self._running)
+        rules: dict[Sampling, list[int]] = {}
+        for row, run in enumerate(runs):
+            rules.setdefault(run.sampling.rule, []).append(row)
+            adjust(logits[row], run.sampling, run.prompt.ids, run.answer.response_ids)
+        numbers = torch.tensor([run.numbers[len(run.answer.response_ids)] for run in runs], device=logits.device)
+        tokens: list[int] = [0] * len(runs)
+        logprobs: list[float] = [0.0] * len(runs)
+        for rule, rows in rules.items():
+            some = slice(None) if len(rules) == 1 else torch.tensor(rows, device=logits.device)
+            picked, likely = pick(logits[some], numbers[some], rule)
+            # sync: the host must know who has ended
+            for row, token, logprob in zip(rows, picked.tolist(), likely.tolist(), strict=True):
+                tokens[row], logprobs[row] = token, logprob
+        for row, run in enumerate(runs):
+            self._take(run, tokens[row], logprobs[row], logits[row])
+        for row in reversed(range(len(runs))):
+            if _ended(runs[row]):
+                self._leave(row)
+        return [run.answer for run in runs]
+
+    def _take(self, run: _Run, token: int, logprob: float, logits: Tensor) -> None:
+        answer = run.answer
+        if math.isnan(logprob):
+            answer.error = f"the model's logits were not finite after {len(answer.response_ids)} tokens"
+            _end(run, "error")
+            return
+        answer.response_ids.append(token)
+        answer.logprobs.append(logprob)
+        if run.sampling.top_logprobs:
+            temperature = run.sampling.temperature or 1.0
+            likely = torch.log_softmax(logits / temperature, dim=-1).topk(run.sampling.top_logprobs)
+            answer.top_logprobs.append(list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True)))
+        if token in self.eos_ids or (run.sampling.stop and self._stopped(run)):
+            _end(run, "stop")
+        elif len(answer.response_ids) == run.limit:
+            _end(run, "length")
+        if _ended(run) and self.tokenizer is not None:
+            answer.text = self._text(run)
+
+    def _stopped(self, run: _Run) -> bool:
+        """Whether a stop string has just been completed: it lies within the last tokens, which are a byte at least."""
+        stops = run.sampling.stop
+        tail = run.answer.response_ids[-(max(len(stop.encode()) for stop in stops) + 8) :]
+        text = self.tokenizer.decode(tail, skip_special_tokens=True)
+        return any(stop in text for stop in stops)
+
+    def _text(self, run: _Run) -> str:
+        text = self.tokenizer.decode(run.answer.response_ids, skip_special_tokens=True)
+        ends = [text.index(stop) for stop in run.sampling.stop if stop in text]
+        return text[: min(ends)] if ends else text
+
+    def _leave(self, row: int) -> None:
+        """Frees a row: the last one moves there, so that those that run stay side by side."""
+        last = self._running.pop()
+        if row < len(self._running):
+            assert self._cache is not None
+            self._cache.copy_row(len(self._running), row, last.length)
+            self._running[row] = last
+
+    # --- all at once --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling, *, first_episode: int = 0
+    ) -> Rollout:
+        """`sampling.n` answers per prompt, those of one prompt side by side; faulty ones carry their `error`."""
+        answers = []
+        for i, prompt in enumerate(prompts):
+            start = first_episode + i * sampling.n
+            answers += self.submit(prompt, sampling, episodes=range(start, start + sampling.n))
+        self._waiting.sort(key=lambda run: len(run.prompt.ids))  # long prompts together: less padding
+        self.run()
+        return answers
+
+    def run(self) -> None:
+        """Until everybody has ended, on every rank that shares the weights."""
+        while self.decoder.feed.together(self.busy):
+            self.step()
+
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling, *, episode: int = 0) -> Iterator[int]:
+        """The tokens of one answer as they are made, EOS included. Stop iterating to cancel.
+
+        Raises ValueError when the request cannot be answered.
+        """
+        (answer,) = self.submit(prompt, dataclasses.replace(sampling, n=1), episodes=[episode])
+        told = 0
+        try:
+            while told < len(answer.response_ids) or self._knows(answer):
+                if told == len(answer.response_ids):
+                    self.step()
+                yield from answer.response_ids[told:]
+                told = len(answer.response_ids)
+            if answer.error:
+                raise ValueError(answer.error)
+        finally:
+            self.cancel(answer)
+
+    def _knows(self, answer: Answer) -> bool:
+        return any(run.answer is answer for run in (*self._waiting, *self._running))
+
+
+def _end(run: _Run, reason: str) -> bool:
+    """Says why; false, so that a comprehension drops it."""
+    run.answer.finish_reason = reason
+    run.limit = 0
+    return False
+
+
+def _ended(run: _Run) -> bool:
+    return run.limit == 0
+
+
+def load(source: str, dtype: str, device: str | None = None, adapter: str | None = None) -> tuple[Strategy, Actor]:
+    """A model for answering, with its adapter merged, and the strategy that holds it: `naive`, all on one device."""
+    strategy = Strategy.named("naive", dtype="bf16" if dtype == "int8" else dtype, device=device)
+    with strategy.init():
+        actor = Actor.from_pretrained(source, adapter=adapter).requires_grad_(False)
+    if dtype != "int8":
+        strategy.prepare(actor)
+        lora.merge(actor.decoder, keep=False)
+        return strategy, actor
+    weights = {name: torch.empty_like(p, device=strategy.world.device) for name, p in actor.named_parameters()}
+    actor.fill(weights)
+    actor.load_state_dict(weights, assign=True)
+    lora.merge(actor.decoder, keep=False)
+    quantise(actor.decoder)
+    return strategy, actor.requires_grad_(False)
+
+
 def generate(
     decoder: Decoder,
     prompts: Sequence[list[int]],
@@ -37,82 +387,27 @@ def generate(
     eos_ids: Sequence[int],
     episodes: Sequence[int] | None = None,
     batch_size: int | None = None,
-) -> list[Answer]:
+    swap: Ram | None = None,
+) -> Rollout:
     """`sampling.n` answers per prompt, those of one prompt side by side.
 
     `episodes` numbers the answers' random streams (0, 1, 2 ... by default). An answer ends at the first of `eos_ids`,
     at `max_new_tokens`, or where the model's positions end. `batch_size` answers are decoded together, all by default.
+    `swap` as in `Engine`.
+    Raises ValueError for prompts that cannot be answered.
     """
-    answers = [Answer(list(prompt)) for prompt in prompts for _ in range(sampling.n)]
-    episodes = range(len(answers)) if episodes is None else episodes
-    uniforms = [stream(sampling.seed, episode, sampling.max_new_tokens) for episode in episodes]
-    size = batch_size or len(answers)
-    # Long prompts together: less padding. The order of decoding changes no answer.
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt_ids))
-    for start in range(0, len(order), max(size, 1)):
-        rows = order[start : start + size]
-        numbers = torch.stack([uniforms[i] for i in rows])
-        for _ in decode_steps(decoder, [answers[i] for i in rows], numbers, sampling, eos_ids):
-            pass
+    if not prompts and not decoder.feed.collective:
+        return []
+    longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
+    count = len(prompts) * sampling.n
+    engine = Engine(decoder, eos_ids=eos_ids, rows=min(batch_size or count, count) or 1, length=longest, swap=swap)
+    answers = []
+    for i, prompt in enumerate(prompts):
+        mine = slice(i * sampling.n, (i + 1) * sampling.n)
+        answers += engine.submit(prompt, sampling, episodes=(range(count) if episodes is None else episodes)[mine])
+    wrong = [answer.error for answer in answers if answer.error]
+    if wrong:
+        raise ValueError(wrong[0])
+    engine._waiting.sort(key=lambda run: len(run.prompt.ids))
+    engine.run()
     return answers
-
-
-@torch.no_grad()
-def stream_tokens(
-    decoder: Decoder, prompt: list[int], sampling: Sampling, *, eos_ids: Sequence[int], episode: int = 0
-) -> Iterator[int]:
-    """The tokens of one answer as they are made, EOS included. Stop iterating to cancel."""
-    answer = Answer(list(prompt))
-    numbers = stream(sampling.seed, episode, sampling.max_new_tokens)[None]
-    for _ in decode_steps(decoder, [answer], numbers, sampling, eos_ids):
-        yield answer.response_ids[-1]
-
-
-def decode_steps(
-    decoder: Decoder, answers: list[Answer], uniforms: Tensor, sampling: Sampling, eos_ids: Sequence[int]
-) -> Iterator[None]:
-    """Fills the answers in place, one token each per iteration; the prefill belongs to the first.
-
-    uniforms: [answers, max_new_tokens], the random numbers that pick each one's tokens.
-    """
-    device = decoder.device
-    lengths = torch.tensor([len(answer.prompt_ids) for answer in answers], device=device)
-    width = int(lengths.max())
-    if int(lengths.min()) < 1:
-        raise ValueError("an empty prompt has no state to continue from; give it a BOS token")
-    if width >= decoder.config.max_length:
-        raise ValueError(f"a prompt of {width} tokens leaves no room in the model's {decoder.config.max_length}")
-    tokens = torch.zeros(len(answers), width, dtype=torch.int64, device=device)
-    for row, answer in enumerate(answers):
-        tokens[row, : len(answer.prompt_ids)] = torch.tensor(answer.prompt_ids, device=device)
-    room = decoder.config.max_length
-    limits = [min(sampling.max_new_tokens, room - len(answer.prompt_ids)) for answer in answers]
-    slots = min(width + max(limits), room)
-    cache = allocate(decoder, len(answers), slots)
-    uniforms = uniforms.to(device)
-    hidden = decoder.forward(tokens, lengths, cache)[torch.arange(len(answers), device=device), lengths - 1]
-
-    most = decoder.feed.most(max(limits))
-    live = list(range(len(answers)))  # rows of the batch -> answers
-    done = [False] * len(answers)
-    positions = lengths
-    for step in range(most):
-        picked, logprobs = pick(decoder.logits(hidden), uniforms[live, min(step, uniforms.shape[1] - 1)], sampling)
-        # sync: the host must know who has ended
-        for i, token, logprob in zip(live, picked.tolist(), logprobs.tolist(), strict=True):
-            if not done[i]:
-                answers[i].response_ids.append(token)
-                answers[i].logprobs.append(logprob)
-                if token in eos_ids:
-                    answers[i].finish_reason = "stop"
-                done[i] = token in eos_ids or len(answers[i].response_ids) == limits[i]
-        yield
-        still = [row for row, i in enumerate(live) if not done[i]]
-        if not decoder.feed.together(bool(still)):  # weights sharded over ranks: who is done goes on visiting
-            return
-        if 0 < len(still) <= len(live) // 2:
-            rows = torch.tensor(still, device=device)
-            live, cache = [live[row] for row in still], keep_rows(cache, rows)
-            picked, positions = picked[rows], positions[rows]
-        hidden = decoder.decode(picked, cache, positions)
-        positions = (positions + 1).clamp(max=slots - 1)  # a row that has ended may idle at the last position

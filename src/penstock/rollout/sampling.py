@@ -4,6 +4,9 @@ Each answer has a random stream of its own, keyed by (seed, episode), so the sam
 answer alone or among others, on one rank or on four, and a resumed run needs only the episode counter.
 """
 
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +29,33 @@ class Sampling:
     """Keep the smallest set of likeliest tokens that holds this much probability; 1 is off."""
     seed: int = 0
     """Keys the random streams, with the episode number."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt and response, multiplies negative ones (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the response has."""
+    frequency_penalty: float = 0.0
+    """Taken from them once per time that the response has them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; needs a tokenizer."""
+    top_logprobs: int = 0
+    """So many of the likeliest tokens are told with each token."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        object.__setattr__(self, "logit_bias", tuple((int(token), float(more)) for token, more in bias))
         for ok, text in (
+            (
+                all(isinstance(stop, str) and stop for stop in self.stop),
+                f"stop={self.stop} holds what is not a text, or an empty one; give texts",
+            ),
+            (0 <= self.min_p <= 1, f"min_p={self.min_p} is not in [0, 1]; 0 turns it off"),
+            (self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty} is not above 0; 1 is off"),
+            (0 <= self.top_logprobs <= 1000, f"top_logprobs={self.top_logprobs} is not in 0 .. 1000"),
             (self.temperature >= 0, f"temperature={self.temperature} is below 0; 0 is greedy, 1 is the model's own"),
             (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} leaves no room for an answer; give >= 1"),
             (self.n >= 1, f"n={self.n} answers per prompt; give >= 1"),
@@ -37,6 +64,36 @@ class Sampling:
         ):
             if not ok:
                 raise ValueError(text)
+
+    @functools.cached_property
+    def rule(self) -> "Sampling":
+        """What `pick` needs of it: answers with the same rule are picked together."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+    @functools.cached_property
+    def adjusts(self) -> bool:
+        """Whether logits change with what has been said."""
+        plain = self.repetition_penalty == 1 and not self.presence_penalty and not self.frequency_penalty
+        return bool(self.logit_bias) or not plain
+
+
+def adjust(logits: Tensor, sampling: Sampling, prompt: Sequence[int], response: Sequence[int]) -> None:
+    """Penalties and biases of one row, logits [V] fp32, in place and before the temperature. Does nothing by default.
+
+    Tokens outside the vocabulary in `logit_bias` are left out.
+    """
+    if not sampling.adjusts:
+        return
+    if sampling.repetition_penalty != 1:
+        said = torch.tensor(sorted({*prompt, *response}), device=logits.device)
+        old = logits[said]
+        logits[said] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+    if response and (sampling.presence_penalty or sampling.frequency_penalty):
+        said, counts = torch.tensor(list(response), device=logits.device).unique(return_counts=True)
+        logits[said] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    for token, more in sampling.logit_bias:
+        if 0 <= token < len(logits):
+            logits[token] += more
 
 
 def stream(seed: int, episode: int, count: int) -> Tensor:
@@ -49,7 +106,7 @@ def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     """One token per row by inverting the distribution's CDF: logits [B, V], uniforms [B] -> tokens [B], logprobs [B].
 
     The log-probability is that of the token under softmax(logits / temperature) in fp32, before any truncation:
-    the same number that `algorithms.functional.token_logprobs` gives (PPO.md 3).
+    the same number that `models.head.logprobs` gives (PPO.md 3).
     """
     logits = logits.float()
     if sampling.temperature not in (0.0, 1.0):
@@ -69,6 +126,9 @@ def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
     if 0 < sampling.top_k < logprobs.shape[-1]:
         weakest_kept = logprobs.topk(sampling.top_k, dim=-1).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < weakest_kept, -torch.inf)
+    if sampling.min_p > 0:
+        likeliest = logprobs.max(dim=-1, keepdim=True).values
+        logprobs = logprobs.masked_fill(logprobs < likeliest + math.log(sampling.min_p), -torch.inf)
     if sampling.top_p < 1.0:
         ordered, order = logprobs.softmax(dim=-1).sort(dim=-1, descending=True)
         # A token goes when the ones before it already hold top_p; the likeliest always stays.

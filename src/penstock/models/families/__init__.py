@@ -1,10 +1,14 @@
 """The families of decoders: one small file each, and this table. A new family is one file and one line here."""
 
+import dataclasses
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 from penstock.errors import UserError
+from penstock.models.config import DecoderConfig
 from penstock.models.families import bloom, gpt2, gpt_neox, llama, mistral, opt, qwen
+from penstock.models.families.weights import Weight
 
 FAMILIES: dict[str, ModuleType] = {
     "gpt2": gpt2,
@@ -23,3 +27,14 @@ def family_of(model_type: Any, where: str) -> ModuleType:
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type {model_type!r} is no known family; known are {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]
+
+
+def weights_of(family: ModuleType, config: DecoderConfig) -> Iterator[Weight]:
+    """Every line of the family's tables under its full name, with the layer number filled in."""
+    for weight in family.TOP:
+        yield dataclasses.replace(weight, theirs=tuple(family.PREFIX + name for name in weight.theirs))
+    for layer in range(config.num_layers):
+        for weight in family.BLOCK:
+            theirs = tuple(family.PREFIX + name.format(layer) for name in weight.theirs)
+            yield dataclasses.replace(weight, ours=f"blocks.{layer}.{weight.ours}", theirs=theirs)
+    yield Weight("head", (family.HEAD,))

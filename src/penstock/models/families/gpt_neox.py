@@ -8,6 +8,7 @@ from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER = "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"
 PREFIX, HEAD = "gpt_neox.", "embed_out.weight"
+HEAD_MODULE = "lm_head"  # what transformers 5 calls the module whose weight it saves as embed_out
 TOP = (Weight("embed.tokens", ("embed_in.weight",)), *pair("norm", "final_layer_norm"))
 BLOCK = (
     *pair("norm1", "layers.{}.input_layernorm"),

@@ -37,14 +37,15 @@ class Weight:
     def write(self, ours: "Tensor", config: DecoderConfig) -> "dict[str, Tensor]":
         """Their tensors from ours, in the order of their names."""
         if self.layout == "stacked":
-            return dict(zip(self.theirs, ours.split(self._heights(config)), strict=True))
+            return dict(zip(self.theirs, ours.split(self.heights(config)), strict=True))
         if self.layout == "transposed":
             ours = ours.t() if ours.dim() == 2 else ours
         elif self.layout == "interleaved":
             ours = ours.unflatten(0, (3, config.num_heads, config.head_dim)).transpose(0, 1).flatten(0, 2)
         return {self.theirs[0]: ours}
 
-    def _heights(self, config: DecoderConfig) -> list[int]:
+    def heights(self, config: DecoderConfig) -> list[int]:
+        """Rows of each of their tensors in ours, of a stacked one."""
         if len(self.theirs) == 2:  # gate, up
             return [config.d_ff, config.d_ff]
         key_value = config.num_kv_heads * config.head_dim

@@ -1,0 +1,298 @@
+/* One token per row: products of few rows with a weight, and attention of one query per row over its cache.
+
+   Both are bound by reading: a weight, or a cache, once. Weights and caches are fp32, bf16 or (weights) int8 with a scale
+   per row, and are widened to fp32 in registers; activations come in fp32 and sums are made in fp32. Every output is
+   summed in the same order whatever the other rows are, so a row's numbers do not depend on its company. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+enum { FP32, BF16, INT8 };
+
+/* `kind` is a constant wherever these are called, so each becomes one instruction or two. */
+INLINE vec load(const void *from, int kind, int64_t at)
+{
+    if (kind == FP32)
+        return *(const vec *)((const float *)from + at);
+    const uint16_t *half = (const uint16_t *)from + at;
+    const int8_t *byte = (const int8_t *)from + at;
+#if defined(__AVX512F__)
+    if (kind == BF16)
+        return (vec)((bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)half)) << 16);
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)byte)));
+#elif defined(__AVX2__) /* gcc 12 makes sixteen instructions of the general form */
+    if (kind == BF16)
+        return (vec)((bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)half)) << 16);
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)byte)));
+#else
+    if (kind == BF16)
+        return (vec)(__builtin_convertvector(*(const halves *)half, bits) << 16);
+    return __builtin_convertvector(__builtin_convertvector(*(const bytes *)byte, ints), vec);
+#endif
+}
+
+INLINE float load_one(const void *from, int kind, int64_t at)
+{
+    if (kind == FP32)
+        return ((const float *)from)[at];
+    if (kind == INT8)
+        return ((const int8_t *)from)[at];
+    uint32_t wide = (uint32_t)((const uint16_t *)from)[at] << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+INLINE void store_one(void *to, int kind, int64_t at, float x)
+{
+    if (kind == FP32) {
+        ((float *)to)[at] = x;
+        return;
+    }
+    uint32_t wide;
+    memcpy(&wide, &x, sizeof wide);
+    if (x != x) /* rounding up must not make an infinity of a NaN */
+        wide |= 0x400000u;
+    else
+        wide += 0x7fffu + ((wide >> 16) & 1); /* to nearest, ties to even, as torch does */
+    ((uint16_t *)to)[at] = (uint16_t)(wide >> 16);
+}
+
+/* a * b + c in one rounding, said aloud: left to itself, gcc fuses in one loop and not in its neighbour. */
+INLINE vec fma_of(vec a, vec b, vec c)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    for (int lane = 0; lane < LANES; lane++)
+        c[lane] = fmaf(a[lane], b[lane], c[lane]);
+    return c;
+#endif
+}
+
+INLINE float sum(vec x)
+{
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        total += x[lane];
+    return total;
+}
+
+/* --- products ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const void *x;       /* [rows, in], x_kind */
+    const void *weight;  /* [out, in], kind */
+    const void *bias;    /* [out], bias_kind, or NULL */
+    const float *scales; /* [out], INT8 only */
+    void *y;             /* [rows, out], x_kind */
+    float *wide;         /* [rows, in], room for x in fp32 if it is not */
+    int64_t rows, in, out;
+    int32_t kind, bias_kind, x_kind, threads;
+} Product;
+
+/* Sums that are made at once, in registers: 8 columns of one row, 4 of two, or 2 of four. A block of columns stays in the
+   second cache while all rows pass by. */
+#define BLOCK 16
+
+INLINE void tile(const Product *p, int kind, int64_t row, int64_t column, int rows, int columns)
+{
+    int64_t in = p->in, k = 0;
+    const float *x = p->wide + row * in;
+    vec sums[4][8] = {0};
+    int64_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
+    const char *next = (const char *)p->weight + (column + columns) * in * size; /* the columns after these */
+    for (; k + LANES <= in; k += LANES) {
+        vec w[8];
+        for (int c = 0; c < columns; c++)
+            w[c] = load(p->weight, kind, (column + c) * in + k);
+        if (row == 0)
+            for (int64_t line = 0; line < columns * LANES * size; line += 64)
+                __builtin_prefetch(next + k * columns * size + line);
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < columns; c++)
+                sums[r][c] = fma_of(*(const vec *)(x + r * in + k), w[c], sums[r][c]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) {
+            float total = sum(sums[r][c]);
+            for (int64_t rest = k; rest < in; rest++)
+                total = fmaf(x[r * in + rest], load_one(p->weight, kind, (column + c) * in + rest), total);
+            if (kind == INT8)
+                total *= p->scales[column + c];
+            if (p->bias)
+                total += load_one(p->bias, p->bias_kind, column + c);
+            store_one(p->y, p->x_kind, (row + r) * p->out + column + c, total);
+        }
+}
+
+INLINE void row_group(const Product *p, int kind, int64_t row, int rows, int64_t column, int64_t end)
+{
+    if (rows == 1)
+        for (; column + 8 <= end; column += 8)
+            tile(p, kind, row, column, 1, 8);
+    else if (rows == 2)
+        for (; column + 4 <= end; column += 4)
+            tile(p, kind, row, column, 2, 4);
+    else
+        for (; column + 2 <= end; column += 2)
+            tile(p, kind, row, column, rows, 2);
+    for (; column < end; column++)
+        tile(p, kind, row, column, rows, 1);
+}
+
+INLINE void block(const Product *p, int kind, int64_t column)
+{
+    int64_t end = column + BLOCK < p->out ? column + BLOCK : p->out, row = 0;
+    for (; row + 4 <= p->rows; row += 4)
+        row_group(p, kind, row, 4, column, end);
+    switch (p->rows - row) {
+    case 1: row_group(p, kind, row, 1, column, end); break;
+    case 2: row_group(p, kind, row, 2, column, end); break;
+    case 3: row_group(p, kind, row, 3, column, end); break;
+    }
+}
+
+void product(Product *p)
+{
+    if (p->x_kind == FP32)
+        p->wide = (float *)p->x;
+    else
+        for (int64_t i = 0; i < p->rows * p->in; i++)
+            p->wide[i] = load_one(p->x, BF16, i);
+#pragma omp parallel for num_threads(p->threads) schedule(static)
+    for (int64_t column = 0; column < p->out; column += BLOCK) {
+        if (p->kind == FP32)
+            block(p, FP32, column);
+        else if (p->kind == BF16)
+            block(p, BF16, column);
+        else
+            block(p, INT8, column);
+    }
+}
+
+/* --- attention ----------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const void *q, *k, *v;  /* this token's: row b, head h at b * x_row + h * x_head; x_kind */
+    void *keys, *values;    /* the cache: row b, group g: [slots, width] at b * row + g * group; kind */
+    const float *slopes;    /* [heads] ALiBi, or NULL */
+    const int64_t *slots;   /* [rows]: where k and v go, and the last slot that the query sees */
+    void *y;                /* [rows, heads, width], x_kind */
+    int64_t rows, heads, groups, width, x_row, x_head, row, group, window;
+    float scale;
+    int32_t kind, x_kind, threads;
+} Attention;
+
+#define BATCH 64 /* keys at once: their scores stay in the first cache */
+#define WIDEST 512
+
+/* e^x for x <= 0, within 2 ulp: 2^(x log2 e) by its whole and its broken part (Cephes' polynomial). */
+INLINE vec exp_of(vec x)
+{
+    vec lowest = (vec){0} - 87.0f;
+    x = (vec)(((bits)x & (bits)(x > lowest)) | ((bits)lowest & ~(bits)(x > lowest)));
+    ints whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ints); /* to nearest: x is below zero */
+    vec n = __builtin_convertvector(whole, vec), zero = {0};
+    vec r = fma_of(n, zero + 2.12194440e-4f, fma_of(n, zero - 0.693359375f, x));
+    vec p = zero + 1.9875691500e-4f;
+    p = fma_of(p, r, zero + 1.3981999507e-3f);
+    p = fma_of(p, r, zero + 8.3334519073e-3f);
+    p = fma_of(p, r, zero + 4.1665795894e-2f);
+    p = fma_of(p, r, zero + 1.6666665459e-1f);
+    p = fma_of(p, r, zero + 5.0000001201e-1f);
+    p = fma_of(p, r * r, r) + 1.0f;
+    return p * (vec)((whole + 127) << 23);
+}
+
+INLINE void attend(const Attention *a, int kind, int64_t row, int64_t head)
+{
+    int64_t width = a->width, last = a->slots[row], first = 0;
+    int64_t base = row * a->row + head / (a->heads / a->groups) * a->group;
+    float slope = a->slopes ? a->slopes[head] : 0, highest = -INFINITY, weight = 0, q[WIDEST];
+    for (int64_t e = 0; e < width; e++)
+        q[e] = load_one(a->q, a->x_kind, row * a->x_row + head * a->x_head + e) * a->scale;
+    float mixed[WIDEST] = {0}, scores[BATCH];
+    if (a->window && last >= a->window)
+        first = last - a->window + 1;
+    for (int64_t start = first; start <= last; start += BATCH) {
+        int64_t count = last + 1 - start < BATCH ? last + 1 - start : BATCH;
+        float top = -INFINITY;
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = base + (start + i) * width, e = 0;
+            vec dot = {0};
+            for (; e + LANES <= width; e += LANES)
+                dot = fma_of(*(const vec *)(q + e), load(a->keys, kind, at + e), dot);
+            float score = sum(dot);
+            for (; e < width; e++)
+                score = fmaf(q[e], load_one(a->keys, kind, at + e), score);
+            score = fmaf(-slope, (float)(last - start - i), score);
+            scores[i] = score;
+            top = score > top ? score : top;
+        }
+        for (int64_t i = count; i < BATCH; i++)
+            scores[i] = -INFINITY;
+        if (top > highest) { /* what was summed so far was relative to a lower score */
+            float shrink = weight ? expf(highest - top) : 0;
+            highest = top;
+            weight *= shrink;
+            for (int64_t e = 0; e < width; e++)
+                mixed[e] *= shrink;
+        }
+        for (int64_t i = 0; i < BATCH; i += LANES) {
+            vec s = exp_of(*(vec *)(scores + i) - highest);
+            *(vec *)(scores + i) = s;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = base + (start + i) * width, e = 0;
+            float share = scores[i];
+            weight += share;
+            for (; e + LANES <= width; e += LANES)
+                *(vec *)(mixed + e) = fma_of((vec){0} + share, load(a->values, kind, at + e), *(vec *)(mixed + e));
+            for (; e < width; e++)
+                mixed[e] = fmaf(share, load_one(a->values, kind, at + e), mixed[e]);
+        }
+    }
+    for (int64_t e = 0; e < width; e++)
+        store_one(a->y, a->x_kind, (row * a->heads + head) * width + e, mixed[e] / weight);
+}
+
+static void keep(const Attention *a, int64_t row, int64_t group)
+{
+    int64_t from = row * a->x_row + group * a->x_head, to = row * a->row + group * a->group + a->slots[row] * a->width;
+    for (int64_t e = 0; e < a->width; e++) {
+        store_one(a->keys, a->kind, to + e, load_one(a->k, a->x_kind, from + e));
+        store_one(a->values, a->kind, to + e, load_one(a->v, a->x_kind, from + e));
+    }
+}
+
+void attention(const Attention *a)
+{
+    for (int64_t i = 0; i < a->rows * a->groups; i++)
+        keep(a, i / a->groups, i % a->groups);
+#pragma omp parallel for num_threads(a->threads) schedule(dynamic, 4)
+    for (int64_t i = 0; i < a->rows * a->heads; i++) {
+        if (a->kind == FP32)
+            attend(a, FP32, i / a->heads, i % a->heads);
+        else
+            attend(a, BF16, i / a->heads, i % a->heads);
+    }
+}

@@ -1,0 +1,109 @@
+"""One token per row on a CPU: products of few rows with a weight, and attention over a cache, by `decode.c`.
+
+torch's own are made for many rows: with 8 of them an fp32 product runs at a fifth of the processor's rate, and bf16 on
+processors without bf16 instructions at a tenth. Here a weight is read once at memory speed, widened in registers, and
+a row's result does not depend, to the last bit, on the rows beside it. Where there is no compiler, torch does it.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.memory import native
+
+SOURCE = Path(__file__).with_name("decode.c")
+FEW = 64
+"""Rows up to which a product is made here: with more, torch's blocking wins."""
+WIDEST = 512
+"""Elements per head at most."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def _struct(name: str, pointers: str, sizes: str, floats: str, kinds: str) -> type[ctypes.Structure]:
+    """A C struct: its pointers, int64, float and int32 members, in this order."""
+    types = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (floats, ctypes.c_float), (kinds, ctypes.c_int32))
+    return type(
+        name, (ctypes.Structure,), {"_fields_": [(field, kind) for names, kind in types for field in names.split()]}
+    )
+
+
+_Product = _struct("Product", "x weight bias scales y wide", "rows inputs outputs", "", "kind bias_kind x_kind threads")
+_Attention = _struct(
+    "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window", "scale",
+    "kind x_kind threads",
+)  # fmt: skip
+
+_ONE_TOKEN = contextvars.ContextVar("one_token", default=False)
+
+
+@contextlib.contextmanager
+def one_token() -> Iterator[None]:
+    """Inside, rows are single tokens and nobody will ask for a gradient.
+
+    A forward over whole rows stays outside, however few they are: scoring and training must round alike (PPO.md 6).
+    """
+    before = _ONE_TOKEN.set(native.real() and not isinstance(_library(), str))
+    try:
+        yield
+    finally:
+        _ONE_TOKEN.reset(before)
+
+
+def ready(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether these go through here: inside `one_token`, on a CPU with a compiler, in dtypes that the C knows."""
+    return _ONE_TOKEN.get() and device.type == "cpu" and all(dtype in KINDS for dtype in dtypes)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """x [..., I] fp32 or bf16, weight [O, I], bias [O] -> [..., O] in x's dtype, summed in fp32.
+
+    The weight is fp32, bf16, or int8 with `scales` [O]. All on the CPU, weights without gaps.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    scales = scales if scales is None else scales.float()
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    wide = x if x.dtype == torch.float32 else torch.empty(x.shape)
+    call = _Product(
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        0 if scales is None else scales.data_ptr(), y.data_ptr(), wide.data_ptr(), x.shape[:-1].numel(), x.shape[-1],
+        len(weight), KINDS[weight.dtype], 0 if bias is None else KINDS[bias.dtype], KINDS[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _library().product(ctypes.byref(call))  # type: ignore[union-attr]
+    return y
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, slopes: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:  # fmt: skip
+    """One token per row: q [B, H, 1, E], k and v [B, G, 1, E], cache [B, G, S, E] twice -> [B, 1, H * E].
+
+    Row b's k and v are written to slot `slots[b]` (int64), and its query sees the slots up to it, the nearest `window`
+    of them if that is not 0; `slopes` [H] fp32 are ALiBi's. q, k and v lie alike, and so do both halves of the cache,
+    each [S, E] without gaps.
+    """
+    (rows, heads, _, width), (keys, values) = q.shape, cache
+    if len({one.stride()[:2] for one in (q, k, v)}) > 1 or q.stride(3) != 1:  # rotated, or normed
+        q, k, v = torch.cat((q, k, v), dim=1).split((heads, k.shape[1], v.shape[1]), dim=1)
+    assert keys.stride() == values.stride()
+    assert keys.stride()[2:] == (width, 1)
+    y = q.new_empty(rows, 1, heads * width)
+    call = _Attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        0 if slopes is None else slopes.data_ptr(), slots.data_ptr(), y.data_ptr(), rows, heads, keys.shape[1], width,
+        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), window, 1 / math.sqrt(width), KINDS[keys.dtype],
+        KINDS[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _library().attention(ctypes.byref(call))  # type: ignore[union-attr]
+    return y
+
+
+def _library() -> ctypes.CDLL | str:
+    return native.compiled(SOURCE)

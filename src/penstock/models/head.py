@@ -1,0 +1,105 @@
+"""Log-probabilities of chosen tokens straight from hidden states: logits exist a tile of rows at a time.
+
+Logits of a whole batch, [N, V], are the largest tensor of a language model's step: 0.8 GB for 4,096 tokens of GPT-2.
+Here a tile is made, read and forgotten, and made once more in backward (Wijmans et al. 2024, Cut Your Losses; Hsu et
+al. 2024, Liger Kernel), where its memory becomes the gradient. torch's own linear_cross_entropy gives a loss and no
+log-probabilities before 2.13, and is ten times slower on a CPU there.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.models.linear import add_product, backward_to_x, linear, slow_in_bf16
+
+TILE = 1 << 23
+"""Logits that exist at once: 34 MB in fp32."""
+
+
+def logprobs(
+    products: Sequence[tuple[Tensor, Tensor]], targets: Tensor, temperature: float = 1.0, *, entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target [N] and the entropy of each distribution, [N] fp32 both.
+
+    The logits are the sum of x w^T over the products (x [N, I], w [V, I]): states and head, an adapter's two halves.
+    Softmax in fp32 whatever the weights' dtype; the temperature divides the logits here, so rollout, reference and
+    training all speak of the distribution that was sampled (PPO.md 3). The entropy carries no gradient; with
+    `entropy=False` it is None and costs nothing.
+    """
+    flat = [tensor for pair in products for tensor in pair]
+    chosen, spread = _Chosen.apply(targets, temperature, entropy, *flat)
+    return chosen, spread if entropy else None
+
+
+class _Chosen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, targets: Tensor, temperature: float, entropy: bool, *flat: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))
+        count = len(targets)
+        chosen = torch.empty(count, dtype=torch.float32, device=targets.device)
+        top, rest = torch.empty_like(chosen), torch.empty_like(chosen)
+        spread = torch.empty_like(chosen) if entropy else None
+        for rows in _tiles(count, len(pairs[0][1])):
+            logits = _logits(pairs, rows, temperature)
+            top[rows] = logits.amax(dim=-1)  # apart from the rest, so that large logits keep their differences
+            mine = logits.sub_(top[rows, None]).gather(1, targets[rows, None])[:, 0]
+            sums = logits.exp_().sum(dim=-1)
+            rest[rows] = sums.log()
+            chosen[rows] = mine - rest[rows]
+            if spread is not None:
+                every = logits.div_(sums[:, None])
+                spread[rows] = torch.special.entr(every).sum(dim=-1)  # a token ruled out adds nothing: p log p -> 0
+            del logits
+        ctx.weights, ctx.temperature = flat[1::2], temperature  # the parameters themselves: their .grad is the place
+        ctx.save_for_backward(targets, top, rest, *flat[::2])
+        if spread is not None:
+            ctx.mark_non_differentiable(spread)
+        ctx.set_materialize_grads(False)
+        return chosen, spread
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        targets, top, rest, *xs = ctx.saved_tensors
+        pairs = list(zip(xs, ctx.weights, strict=True))
+        wanted = ctx.needs_input_grad[3:]
+        backs = [torch.empty_like(x) if wanted[2 * i] else None for i, x in enumerate(xs)]
+        made: list[Tensor | None] = [None] * len(pairs)
+        places: list[Tensor | None] = [None] * len(pairs)
+        for i, weight in enumerate(ctx.weights):
+            if wanted[2 * i + 1]:
+                places[i] = weight.grad
+                if weight.grad is None:
+                    places[i] = made[i] = torch.zeros_like(weight)
+        for rows in _tiles(len(targets), len(ctx.weights[0])):
+            # d log p(target) / d logits = onehot(target) - p
+            slope = _logits(pairs, rows, ctx.temperature).sub_(top[rows, None]).sub_(rest[rows, None]).exp_()
+            slope.mul_(-grad[rows, None])
+            slope.scatter_add_(1, targets[rows, None], grad[rows, None])
+            slope.div_(ctx.temperature)
+            for (x, weight), back, place in zip(pairs, backs, places, strict=True):
+                widen = x.dtype != weight.dtype or (x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
+                mine = slope if widen else slope.to(x.dtype)
+                if back is not None:
+                    back[rows] = backward_to_x(mine, weight, widen)
+                if place is not None:
+                    add_product(place, mine, x[rows], widen)
+            del slope
+        return None, None, None, *[one for pair in zip(backs, made, strict=True) for one in pair]
+
+
+def _tiles(count: int, vocabulary: int) -> Iterator[slice]:
+    height = max(TILE // vocabulary, 1)
+    return (slice(start, min(start + height, count)) for start in range(0, count, height))
+
+
+def _logits(pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, temperature: float) -> Tensor:
+    """[n, V] fp32, in memory of its own."""
+    with torch.no_grad():
+        logits = linear(pairs[0][0][rows], pairs[0][1])
+        for x, weight in pairs[1:]:
+            logits += linear(x[rows], weight)
+        return logits.float().div_(temperature) if temperature != 1.0 else logits.float()

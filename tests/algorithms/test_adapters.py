@@ -1,0 +1,233 @@
+"""Adapters in the three stages: what a run leaves, what it goes on from, and four roles on one base."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+from penstock.algorithms import ppo as ppo_module
+from penstock.algorithms.ppo import ppo
+from penstock.algorithms.sft import sft
+from penstock.cli import main
+from penstock.config import DataFlags, LoraFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.memory.strategy import Strategy
+from penstock.models import lora
+from penstock.models.roles import Actor, Critic, RewardModel
+from penstock.rollout.engine import Answer
+from tests.conftest import comparisons, demonstrations, stage_config
+
+
+def adapter_of(run):
+    checkpoints = Path(run) / "checkpoints"
+    return checkpoints / (checkpoints / "latest").read_text().strip() / "model"
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def logits_of(source, **how):
+    actor = Actor.from_pretrained(str(source), **how)
+    with torch.no_grad():
+        return actor.decoder.logits(actor.decoder(torch.arange(3, 12)[None]))
+
+
+def cli(*arguments):
+    try:
+        main([*map(str, arguments)])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def test_the_whole_way_by_command(tmp_path, tiny_model, jsonl, capsys):
+    """sft, reward and ppo through adapters; export, with peft and transformers as judges; generate."""
+    base = tiny_model()
+    quick = ["--steps", "3", "--batch-size", "4", "--lr", "1e-2", "--max-new-tokens", "4", "--samples", "2"]
+    assert cli("sft", "--model", base, "--data", jsonl(demonstrations(12), "demos.jsonl"), "--out", tmp_path / "sft",
+               "--lora", "4", "--lora-targets", "c_attn", "c_fc", *quick) == 0  # fmt: skip
+    trained = adapter_of(tmp_path / "sft")
+    assert {file.name for file in trained.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "penstock.json"
+    }  # fmt: skip
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(theirs, trained).eval()
+    with torch.no_grad():
+        expected = theirs(torch.arange(3, 12)[None]).logits
+    assert (logits_of(trained) - expected).abs().max() <= 1e-5
+    assert (logits_of(base) - expected).abs().max() > 1e-3
+
+    assert cli("reward", "--model", tmp_path / "sft", "--data", jsonl(comparisons(12), "pairs.jsonl"), "--out",
+               tmp_path / "reward", "--steps", "3", "--batch-size", "4", "--lr", "1e-2") == 0  # fmt: skip
+    assert cli("ppo", "--actor", tmp_path / "sft", "--reward", tmp_path / "reward", "--lora", "4",
+               "--data", jsonl([{"prompt_ids": [1, 3 + i]} for i in range(8)], "prompts.jsonl"),
+               "--out", tmp_path / "ppo", *quick) == 0  # fmt: skip
+    assert (logits_of(adapter_of(tmp_path / "ppo")) - expected).abs().max() > 1e-4
+
+    assert cli("export", tmp_path / "ppo", "--out", tmp_path / "whole", "--merge") == 0
+    assert cli("export", tmp_path / "ppo", "--out", tmp_path / "part") == 0
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        merged = whole(torch.arange(3, 12)[None]).logits
+    assert (merged - logits_of(base, adapter=str(tmp_path / "part"))).abs().max() <= 1e-5
+    assert cli("export", tmp_path / "reward", "--out", tmp_path / "judge", "--merge") == 0
+    judge = RewardModel.from_pretrained(str(tmp_path / "judge"))
+    other = RewardModel.from_pretrained(str(adapter_of(tmp_path / "reward")))
+    assert (judge.mean, judge.std) == (other.mean, other.std)
+    assert judge.std != 1.0
+    capsys.readouterr()
+    said = []
+    for flags in (["--model", tmp_path / "whole"], ["--model", base, "--adapter", tmp_path / "ppo"]):
+        assert cli("generate", *flags, "--data", tmp_path / "prompts.jsonl", "--temperature", "0", "--json",
+                   "--max-new-tokens", "4") == 0  # fmt: skip
+        said.append([json.loads(line)["response_ids"] for line in capsys.readouterr().out.splitlines()])
+    assert said[0] == said[1]
+
+
+def test_flags_that_shape_no_adapter_are_refused(tmp_path, tiny_model, jsonl, capsys):
+    data = jsonl(demonstrations(8))
+    start = ["sft", "--model", tiny_model(), "--data", data, "--out", tmp_path / "run"]
+    for flags, word in [
+        (["--lora-alpha", "8"], "give its rank too"),
+        (["--lora", "0"], "must be at least 1"),
+        (["--lora", "17"], "from 1 to 16"),
+        (["--lora", "2", "--lora-targets", "q_proj"], "c_attn"),
+    ]:
+        assert cli(*start, *flags) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
+    def config(out):
+        one = stage_config(tmp_path, "sft", out, steps=4, checkpoint_every=2)
+        return dataclasses.replace(one, peft=LoraFlags(lora=4), heldout=0.0)
+
+    straight, stopped = sft(config("straight")), sft(config("stopped"))
+    shutil.rmtree(stopped / "checkpoints" / "step-000004")
+    (stopped / "checkpoints" / "latest").write_text("step-000002\n")
+    sft(config("stopped"), resume=True)
+    weights = [adapter_of(run) / "adapter_model.safetensors" for run in (straight, stopped)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert metrics(straight) == metrics(stopped)
+
+
+# --- hydra ------------------------------------------------------------------------------------------------------------
+
+PLACES = {
+    "naive": {},
+    "gemini_cpu": {"device_memory": "1MB"},
+    "gemini_nvme": {"device_memory": "1MB"},
+    "zero2_cpu": {},
+}
+
+
+def hydra_config(tmp_path, base, data, reward, name, out):
+    disk = {"disk": str(tmp_path / f"disk-{out}")} if name == "gemini_nvme" else {}
+    return PPOConfig(
+        actor=base, reward=reward, data=DataFlags(data=(data,), max_length=32),
+        run=RunFlags(out=str(tmp_path / out), strategy=name, checkpoint_every=1000, **PLACES[name], **disk),
+        peft=LoraFlags(lora=4), critic_lr=1e-2, value_warmup=False, max_new_tokens=6, samples=0,
+        optim=OptimFlags(lr=5e-3, batch_size=8, micro_batch_size=3, epochs=2, steps=3), mini_batch_size=4,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def reward_run(tmp_path, tiny_model, jsonl):
+    def make():
+        base = tiny_model()
+        assert cli("reward", "--model", base, "--data", jsonl(comparisons(12), "pairs.jsonl"), "--lora", "4", "--out",
+                   tmp_path / "reward", "--steps", "3", "--batch-size", "4", "--lr", "1e-2") == 0  # fmt: skip
+        return base, str(tmp_path / "reward")
+
+    return make
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_four_roles_on_one_base_learn_as_four_models_do(name, tmp_path, reward_run, jsonl, monkeypatch):
+    base, reward = reward_run()
+    data = jsonl([{"prompt_ids": [1, 3 + i % 9, 4]} for i in range(8)])
+    shared = ppo(hydra_config(tmp_path, base, data, reward, name, "shared"))
+    with monkeypatch.context() as patch:  # nobody knows where weights come from: four copies
+        patch.setattr(Actor, "recipe", lambda self, name: None)
+        patch.setattr(Critic, "recipe", lambda self, name: None)
+        patch.setattr(RewardModel, "recipe", lambda self, name: None)
+        apart = ppo(hydra_config(tmp_path, base, data, reward, "naive", "apart"))
+    for one, other in zip(metrics(shared), metrics(apart), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert metrics(shared)[-1]["policy/grad_norm"] > 0
+
+
+def prepared(tmp_path, base, reward, strategy_name="gemini_cpu", **budgets):
+    strategy = Strategy.named(strategy_name, **budgets)
+    with strategy.init():
+        actor = Actor.from_pretrained(base, lora=4)
+        models = [actor, actor.frozen(), Critic.from_pretrained(base, lora=4, seed=1)]
+        models.append(RewardModel.trained(str(adapter_of(reward))).eval().requires_grad_(False))
+    return strategy, models, strategy.prepare_all(*models)
+
+
+def test_four_roles_take_the_bytes_of_one_base_and_their_adapters(tmp_path, reward_run):
+    base, reward = reward_run()
+    strategy, models, _ = prepared(tmp_path, base, reward)
+    weights = sum(p.numel() for n, p in models[1].named_parameters()) * 4
+    adapters = sum(p.numel() for model in models for n, p in model.named_parameters() if lora.is_adapter(n)) * 4
+    heads = 2 * models[2].score.numel() * 4
+    trained = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad) * 4
+    pages = 4 * 8 * 8192  # chunks end on pages
+    assert strategy.tiers["host"].used <= weights + adapters + heads + 3 * trained + 4 * pages
+    assert strategy.tiers["host"].used < 2 * weights + 4 * trained + 4 * pages or weights < 10 * trained
+
+
+def test_one_weight_stream_serves_all_four_roles(tmp_path, reward_run):
+    """Bytes that scoring fetches from the host: the base once, not four times."""
+    base, reward = reward_run()
+    answers = [Answer([1, 3 + i], [4, 5, 2], [-1.0] * 3, "stop") for i in range(6)]
+    config = hydra_config(tmp_path, base, "-", reward, "gemini_cpu", "none")
+    fetched = {}
+    for company in (True, False):
+        strategy, models, streams = prepared(tmp_path, base, reward, device_memory="150kB")
+        actors, references, critics, rewards = streams
+        if not company:
+            for stream in streams:
+                stream.shares = lambda other, stream=stream: other is stream
+        tier = strategy.tiers["host"]
+        before = tier.bytes_read
+        with strategy.phase("score"):
+            ppo_module.score(strategy, answers, [None] * 6, actors, references, critics, None, config, 2, rewards)
+        fetched[company] = tier.bytes_read - before
+    weights = sum(p.numel() for p in models[1].parameters()) * 4
+    others = sum(p.numel() for model in models for n, p in model.named_parameters() if lora.is_adapter(n)) * 4
+    pages = 4 * 8 * 8192
+    assert weights <= fetched[True] <= weights + others + pages
+    assert fetched[False] > 1.9 * weights
+
+
+def test_only_equal_frozen_weights_are_shared(tmp_path, tiny_model):
+    base, other = tiny_model(), tiny_model("other", seed=3)
+    strategy = Strategy.named("gemini_cpu")
+    with strategy.init():
+        actor = Actor.from_pretrained(base, lora=4)
+        stranger = Actor.from_pretrained(other).eval().requires_grad_(False)
+        full = Actor.from_pretrained(base)
+    one, two, three, four = strategy.prepare_all(actor, actor.frozen(), stranger, full)
+    assert [one.shares(other) for other in (two, three, four)] == [True, False, False]
+
+
+def test_a_loaded_adapter_stays_in_the_reference(tmp_path, tiny_model):
+    base = tiny_model()
+    actor = Actor.from_pretrained(base, lora=4)
+    with torch.no_grad():
+        for adapter in lora.adapters_of(actor.decoder):
+            adapter.b.normal_()
+    actor.save_pretrained(tmp_path / "adapter")
+    again = Actor.from_pretrained(str(tmp_path / "adapter"))
+    assert not any(p.requires_grad for p in again.frozen().parameters())
+    tokens = torch.arange(3, 12)[None]
+    assert torch.equal(again.frozen().decoder(tokens), again.decoder(tokens))
+    assert not lora.adapters_of(Actor.from_pretrained(base, lora=4).frozen().decoder)
+    assert dataclasses.replace(lora.Adapted(again.decoder.adapted.spec, "", None, 1)).source != 0

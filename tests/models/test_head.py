@@ -1,0 +1,143 @@
+"""Log-probabilities without logits: against the plain formula, values and gradients, tiles, adapters, and bytes."""
+
+import math
+
+import pytest
+import torch
+
+from penstock.memory.meter import Meter
+from penstock.models import head
+from penstock.models.places import Spec
+from penstock.models.roles import Actor
+from tests.algorithms import oracle
+from tests.algorithms.test_functional import TOLERANCE, agree, agree_with_gradients
+
+
+def of_logits(logits, targets, temperature=1.0, **more):
+    """The distribution of given logits: states are the logits and the head is the identity."""
+    identity = torch.eye(logits.shape[1], dtype=logits.dtype)
+    return head.logprobs([(logits, identity)], targets, temperature, **more)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_token_logprobs_and_entropy(temperature, count):
+    rng = torch.Generator().manual_seed(count)
+    logits = 3 * torch.randn(count, 7, generator=rng)
+    targets = torch.randint(7, (count,), generator=rng)
+    agree_with_gradients(
+        lambda x: of_logits(x, targets, temperature)[0],
+        lambda x: oracle.token_logprobs(x, targets, temperature)[0],
+        logits,
+    )
+    entropy = of_logits(logits.requires_grad_(), targets, temperature)[1]
+    agree(entropy, oracle.token_logprobs(logits, targets, temperature)[1])
+    assert not entropy.requires_grad
+
+
+def test_token_logprobs_by_hand():
+    logits = torch.tensor([[math.log(1.0), math.log(4.0)]])
+    logprobs, entropy = of_logits(logits, torch.tensor([1]), temperature=2.0)  # odds 1 : 2
+    assert logprobs.item() == pytest.approx(math.log(2 / 3), abs=TOLERANCE)
+    assert entropy.item() == pytest.approx(-(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_softmax_of_half_precision_logits_is_taken_in_fp32(dtype):
+    logits = (4 * torch.randn(6, 33, generator=torch.Generator().manual_seed(0))).to(dtype)
+    targets = torch.arange(6)
+    for temperature in (1.0, 0.7):
+        ours = of_logits(logits, targets, temperature)
+        for mine, theirs in zip(ours, oracle.token_logprobs(logits, targets, temperature), strict=True):
+            agree(mine, theirs, 2e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_their_differences():
+    logits = torch.tensor([[1e4, 1e4 - 1, -1e4]], requires_grad=True)
+    logprobs, entropy = of_logits(logits, torch.tensor([1]))
+    want = oracle.token_logprobs(logits, torch.tensor([1]))
+    agree(logprobs, want[0])
+    agree(entropy, want[1])
+    logprobs.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_a_token_ruled_out_adds_nothing_to_the_entropy():
+    logprobs, entropy = of_logits(torch.tensor([[0.0, -1e30, 0.0]]), torch.tensor([2]))
+    agree(logprobs, torch.tensor([-math.log(2)]))
+    agree(entropy, torch.tensor([math.log(2)]))
+
+
+def test_without_entropy_the_log_probs_are_the_same():
+    logits, targets = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    logprobs, entropy = of_logits(logits, targets, 0.7, entropy=False)
+    assert entropy is None
+    assert torch.equal(logprobs, of_logits(logits, targets, 0.7)[0])
+
+
+def test_many_tokens_are_scored_like_few(monkeypatch):
+    """Rows are visited in tiles, and the seams do not show."""
+    monkeypatch.setattr(head, "TILE", 5 * 1024)
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(5003, 5, generator=rng), torch.randint(5, (5003,), generator=rng)
+    logprobs, entropy = of_logits(logits, targets)
+    assert logprobs.shape == entropy.shape == (5003,)
+    for n in (0, 1, 1023, 1024, 2047, 2048, 4095, 4096, 5002):
+        want = oracle.token_logprobs(logits[n : n + 1], targets[n : n + 1])
+        agree(logprobs[n : n + 1], want[0])
+        agree(entropy[n : n + 1], want[1])
+
+
+@pytest.mark.parametrize("tile", [1, 40, 1 << 23])
+@pytest.mark.parametrize("placed", [True, False])
+def test_gradients_reach_states_head_and_adapter(tile, placed, monkeypatch):
+    """`placed`: the weights have gradients already, and theirs are added to them."""
+    monkeypatch.setattr(head, "TILE", tile)
+    rng = torch.Generator().manual_seed(0)
+    given = [torch.randn(*shape, generator=rng) for shape in ((9, 6), (13, 6), (9, 2), (13, 2))]
+    targets, upstream = torch.randint(13, (9,), generator=rng), torch.randn(9, generator=rng)
+    ours, plain = ([one.clone().requires_grad_() for one in given] for _ in range(2))
+    for i in (1, 3):
+        if placed:
+            ours[i].grad, plain[i].grad = torch.ones_like(given[i]), torch.ones_like(given[i])
+    got, entropy = head.logprobs([(ours[0], ours[1]), (ours[2], ours[3])], targets, 0.7)
+    want, spread = oracle.token_logprobs(plain[0] @ plain[1].t() + plain[2] @ plain[3].t(), targets, 0.7)
+    agree(got, want, 2e-6)
+    agree(entropy, spread, 2e-6)
+    (got * upstream).sum().backward()
+    (want * upstream).sum().backward()
+    for one, other in zip(ours, plain, strict=True):
+        assert (one.grad - other.grad).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("lm_head", "wte")])
+def test_a_decoder_says_what_its_logits_say(tiny_model, targets):
+    actor = Actor.from_pretrained(tiny_model(), lora=Spec(3, targets=targets))
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    hidden = actor(torch.arange(3, 13)[None], None)[0]
+    wanted = torch.arange(4, 14)
+    logprobs, entropy = actor.decoder.logprobs(hidden, wanted, 1.3)
+    want = oracle.token_logprobs(actor.decoder.logits(hidden), wanted, 1.3)
+    agree(logprobs, want[0], 2e-6)
+    agree(entropy, want[1], 2e-6)
+
+
+def test_frozen_weights_get_no_gradient():
+    states, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
+    head.logprobs([(states, weight)], torch.arange(5))[0].sum().backward()
+    assert weight.grad is None
+    assert states.grad is not None
+
+
+def test_logits_exist_a_tile_at_a_time(monkeypatch):
+    rows, vocabulary, width = 512, 2000, 16
+    monkeypatch.setattr(head, "TILE", 8 * vocabulary)
+    states = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    with Meter() as meter:
+        head.logprobs([(states, weight)], torch.arange(rows))[0].sum().backward()
+    assert meter.peak <= 3 * 8 * vocabulary * 4 + 4 * rows * width * 4
+    assert meter.peak < 0.1 * rows * vocabulary * 4
