@@ -17,7 +17,7 @@ from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, layout
 from penstock.memory.forecast import TIERS, Forecast, Rates, forecast, with_slack
 from penstock.memory.passes import Batch, Pass, activations_of
-from penstock.memory.placement import AUTO, NAMES, STRATEGIES, TierName, known
+from penstock.memory.placement import AUTO, EIGHT_BIT, NAMES, TierName, bits_of, known, tiers_of
 from penstock.memory.units import parse_bytes, show_bytes
 from penstock.models import shapes, sizes
 from penstock.models.config import DecoderConfig
@@ -168,7 +168,7 @@ def forecast_of(
     dtype = DTYPES[dtype]
     laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
     shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
-    device = budgets.get("device")
+    device, auto = budgets.get("device"), bits_of(strategy)[0] == AUTO
 
     def under(moves: bool, again: bool, swap: bool = False) -> Forecast:
         """With room for the activations of models that move, or of models that stay."""
@@ -182,13 +182,13 @@ def forecast_of(
             role.name: plan.Model(role.name, tuple(one), tuple(visits))
             for role, one, (_, visits) in zip(work.roles, placed, laid, strict=True)
         }
-        if strategy == AUTO and not moves and any(model.moving(world) for model in models.values()):
+        if auto and not moves and any(model.moving(world) for model in models.values()):
             return under(True, True, swap)
         return forecast(models, phases, world=world, device=device, recompute=again, rates=rates, timed=timed)
 
-    found = under(strategy != AUTO or recompute, recompute)
+    found = under(not auto or recompute, recompute)
     if work.stage == "ppo" and device is not None and found.peak["device"] > device:
-        swapped = under(strategy != AUTO or recompute, recompute, swap=True)
+        swapped = under(not auto or recompute, recompute, swap=True)
         return min(found, swapped, key=lambda one: one.peak["device"])
     return found
 
@@ -317,8 +317,9 @@ def on_this_machine(setting: Setting, work: Workload) -> Iterator[Setting]:
 
 
 def _strategies(setting: Setting) -> list[str]:
-    """The one that was asked for, then from the one that needs least device memory upward."""
-    others = [name for name in reversed(NAMES) if name != "naive" or setting.world == 1]
+    """The one that was asked for, then from the one that needs least device memory upward, with moments as exact."""
+    moments = EIGHT_BIT if bits_of(setting.strategy)[1] == 8 else ""
+    others = [name + moments for name in reversed(NAMES) if name != "naive" or setting.world == 1]
     return [setting.strategy, *(name for name in others if name != setting.strategy)]
 
 
@@ -391,8 +392,7 @@ def command(config: PlanConfig, setting: Setting) -> str:
         for flag, value in (("--device-memory", config.device_memory), ("--host-memory", config.host_memory))
         if value
     ]
-    row = STRATEGIES.get(setting.strategy)
-    if row is None or "disk" in (row.params.tier, row.optimizer.tier):
+    if "disk" in tiers_of(setting.strategy):
         size = (config.disk or "").rpartition(":")[2]
         budgets.append("--disk PATH" + (f":{size}" if size else ""))
     return " ".join([start, config.stage, f"--strategy {setting.strategy}", f"--dtype {config.dtype}", *budgets, "..."])

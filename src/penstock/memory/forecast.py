@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from penstock.memory import plan
-from penstock.memory.chunks import Chunk
+from penstock.memory.chunks import ITEMSIZE
 from penstock.memory.passes import Pass, activations_of
 from penstock.memory.placement import TierName
-from penstock.memory.plan import UPDATE_TILE, Model, Slots
+from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
 
 TIERS: tuple[TierName, ...] = ("device", "host", "disk")
 SLACK, SHARE = 1 << 16, 0.01
@@ -222,7 +222,8 @@ def _scratch(model: Model, world: int) -> tuple[str, int]:
     for one in trained:
         share = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
         gathered = one.chunk.nbytes if share < one.chunk.numel and not one.row.params.sharded else 0
-        most = max(most, min(share, UPDATE_TILE) * (8 if one.chunk.dtype == "float32" else 12) + gathered)
+        wide = UPDATE_WIDTH[one.row.bits] + (0 if one.chunk.dtype == "float32" else 4)
+        most = max(most, min(share, UPDATE_TILE) * wide + gathered)
     return ("device" if {one.row.optimizer.tier for one in trained} <= {"device"} else "host"), most
 
 
@@ -254,7 +255,7 @@ def _objects(
             kinds["weights"][one.row.params.tier] += one.chunk.nbytes // (world if one.row.params.sharded else 1)
             if one.chunk.trained:
                 count = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
-                kinds["optimizer"][one.row.optimizer.tier] += count * plan.STATE_BYTES[one.chunk.dtype]
+                kinds["optimizer"][one.row.optimizer.tier] += plan.state_bytes(count, one.chunk.dtype, one.row.bits)
     for tier, nbytes in everything.items():
         rest = nbytes - kinds["weights"][tier] - kinds["optimizer"][tier]
         if tier != "disk":
@@ -385,15 +386,12 @@ def _update(model: Model, world: int, rates: Rates) -> tuple[Counter[str], float
         if not one.chunk.trained:
             continue
         count = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
-        states, weights = _states(one.chunk), one.chunk.nbytes // one.chunk.numel
-        touched += count * (2 * states + 3 * weights)
-        for tier, width in ((one.row.optimizer.tier, states), (one.row.params.tier, weights)):
+        states = plan.state_bytes(count, one.chunk.dtype, one.row.bits)
+        weights = count * ITEMSIZE[one.chunk.dtype]
+        touched += 2 * states + 3 * weights
+        for tier, nbytes in ((one.row.optimizer.tier, states), (one.row.params.tier, weights)):
             if tier == "disk":
-                moved["disk_read"] += count * width
-                moved["disk_written"] += count * width
+                moved["disk_read"] += nbytes
+                moved["disk_written"] += nbytes
     disk = moved["disk_read"] / rates.disk_read + moved["disk_written"] / rates.disk_write
     return moved, max(touched / rates.host, disk)
-
-
-def _states(chunk: Chunk) -> int:
-    return plan.STATE_BYTES[chunk.dtype]

@@ -1,0 +1,65 @@
+"""AdamW's moments in 8 bits each: a code per element and an fp32 scale per block of 256 (Dettmers et al. 2022, 8-bit
+Optimizers via Block-wise Quantization).
+
+A code names a share of its block's largest magnitude. Codes lie densest near 1 and reach down seven decades, because
+moments of one block differ by orders of magnitude. The second moment's are the squares of eight decades of roots: the
+root is what an update divides by. What has been decoded encodes to the same values again.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Elements that share a scale."""
+SIGN = 128
+"""A first moment's code has 7 bits of magnitude; the eighth is the sign."""
+ONE = 0x3F80
+"""The bits of 1.0 in bf16: a share's code is looked up by the share's own bits."""
+
+
+def _levels(bits: int) -> Tensor:
+    """[2**bits] fp64 from 0 to 1: decade i from below has 2**i levels, the middles of as many equal parts."""
+    found = [torch.zeros(1, dtype=torch.float64)]
+    for i in range(bits):
+        ends = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float64)
+        found.append((ends[:-1] + ends[1:]) / 2 * 10.0 ** (i - bits + 1))
+    found[-1][-1] = 1.0
+    return torch.cat(found)
+
+
+@functools.cache
+def shares(signed: bool) -> Tensor:
+    """fp32, rising: the share of the largest magnitude that each code stands for, [128] of a first moment without its
+    sign, [256] of a second one. Code 0 is nothing at all, the last is 1."""
+    with torch.device("cpu"):
+        return _levels(7).float() if signed else _levels(8).square().float()
+
+
+@functools.cache
+def codes(signed: bool) -> Tensor:
+    """[ONE + 1] uint8: the nearest code of every bf16 share from 0 to 1 (of a second moment: nearest by the root)."""
+    with torch.device("cpu"):
+        every = torch.arange(ONE + 1, dtype=torch.int16).view(torch.bfloat16).double()
+        levels = _levels(7 if signed else 8)
+        middles = (levels[:-1] + levels[1:]) / 2
+        return torch.bucketize(every if signed else every.sqrt(), middles).to(torch.uint8)
+
+
+def encode(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """moment [n] fp32, n a multiple of BLOCK -> codes [n] uint8, scales [n / BLOCK] fp32."""
+    blocks = moment.view(-1, BLOCK)
+    sizes = blocks.abs() if signed else blocks
+    scales = sizes.amax(dim=1)
+    share = (sizes / torch.where(scales > 0, scales, 1.0)[:, None]).to(torch.bfloat16)
+    found = codes(signed).to(moment.device)[share.view(torch.int16).int()]
+    if signed:
+        found += SIGN * (blocks < 0)
+    return found.view(-1), scales
+
+
+def decode(code: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """The moment that `encode` was given, rounded: [n] fp32."""
+    table = torch.cat([shares(True), -shares(True)]) if signed else shares(False)
+    return (table.to(code.device)[code.int()].view(-1, BLOCK) * scales[:, None]).view(-1)
