@@ -274,6 +274,10 @@ class PlanConfig(Flags):
     """Disk per process: 200GB, or PATH:200GB. Without end, when not given."""
     world: int = 1
     """Processes."""
+    lora: int | None = None
+    """Everything learns through adapters of this rank, and all models of one size stand on one frozen base."""
+    lora_targets: tuple[str, ...] = ()
+    """Modules that get an adapter: q_proj v_proj. All products, when not given."""
     batch_size: int = 64
     """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
     micro_batch_size: int = 8

@@ -6,7 +6,7 @@ from torch import nn
 
 from penstock.memory import native
 from penstock.memory.adam import SOURCE, AdamW, narrow, states_of, widen
-from penstock.memory.eightbit import BLOCK, codes, decode, encode, shares
+from penstock.memory.eightbit import BLOCK, CODES_FIRST, CODES_SECOND, FIRST, SECOND, decode, encode
 from penstock.memory.plan import state_bytes
 from penstock.memory.strategy import Strategy
 from penstock.models.decoder import Decoder
@@ -31,15 +31,15 @@ def moments(blocks=40, seed=0):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_rise_from_nothing_to_all_and_are_the_nearest(signed):
-    table = shares(signed).double()
+    table, codes = (FIRST.double(), CODES_FIRST) if signed else (SECOND.double(), CODES_SECOND)
     assert len(table) == (128 if signed else 256)
     assert (table[0], table[-1]) == (0.0, 1.0)
     assert (table[1:] > table[:-1]).all()
-    every = torch.arange(len(codes(signed)), dtype=torch.int16).view(torch.bfloat16).double()
+    every = torch.arange(len(codes), dtype=torch.int16).view(torch.bfloat16).double()
     if not signed:  # nearest by the root, which is what an update divides by
         table, every = table.sqrt(), every.sqrt()
     best = (every[:, None] - table[None]).abs().min(dim=1).values
-    assert ((every - table[codes(signed).int()]).abs() <= best + 1e-7).all()
+    assert ((every - table[codes.int()]).abs() <= best + 1e-7).all()
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -58,10 +58,7 @@ def leave_room(
     batch_size = rows or optim.batch_size
     work = Workload(
         stage,
-        tuple(
-            Role(name, model.decoder.config, any(p.requires_grad for p in model.parameters()), hasattr(model, "score"))
-            for name, model in roles.items()
-        ),
+        tuple(_role(name, model, strategy) for name, model in roles.items()),
         batch_size, optim.micro_batch_size, mini_batch_size or batch_size, optim.epochs, longest - response, response,
         rollout_batch_size,
     )  # fmt: skip
@@ -74,6 +71,15 @@ def leave_room(
     strategy.swapped = found.swapped
     host = strategy.tiers["host"]
     return host if found.swapped and isinstance(host, Ram) else None
+
+
+def _role(name: str, model: Any, strategy: Strategy) -> Role:
+    adapted = model.decoder.adapted
+    return Role(
+        name, model.decoder.config, any(p.requires_grad for p in model.parameters()), hasattr(model, "score"),
+        adapted.spec if adapted else None,
+        groups=tuple((group, tuple(weights)) for group, weights in strategy.groups_of(model)),
+    )  # fmt: skip
 
 
 def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:

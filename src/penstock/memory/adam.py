@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.memory import native, plan
-from penstock.memory.eightbit import BLOCK, codes, decode, encode, shares
+from penstock.memory.eightbit import BLOCK, CODES_FIRST, CODES_SECOND, FIRST, SECOND, decode, encode
 
 SOURCE = Path(__file__).with_name("adam.c")
 ALIGN = 64
@@ -111,7 +111,7 @@ def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
         return 0
     assert all(one.is_contiguous() for one in tensors)
     update = getattr(compiled, ("adamw8_" if narrow else "adamw_") + ("fp32" if tensors[0].itemsize == 4 else "bf16"))
-    tables = [shares(True), shares(False), codes(True), codes(False)] if narrow else []
+    tables = [FIRST, SECOND, CODES_FIRST, CODES_SECOND] if narrow else []
     places = (ctypes.c_void_p(one.data_ptr()) for one in (*tensors, *tables))
     update(*places, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())
     return whole

@@ -6,8 +6,6 @@ moments of one block differ by orders of magnitude. The second moment's are the 
 root is what an update divides by. What has been decoded encodes to the same values again.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -29,22 +27,18 @@ def _levels(bits: int) -> Tensor:
     return torch.cat(found)
 
 
-@functools.cache
-def shares(signed: bool) -> Tensor:
-    """fp32, rising: the share of the largest magnitude that each code stands for, [128] of a first moment without its
-    sign, [256] of a second one. Code 0 is nothing at all, the last is 1."""
-    with torch.device("cpu"):
-        return _levels(7).float() if signed else _levels(8).square().float()
+def _codes(bits: int, rooted: bool) -> Tensor:
+    """[ONE + 1] uint8: the nearest code of every bf16 share from 0 to 1, by the share's bits; `rooted`: of its root."""
+    every = torch.arange(ONE + 1, dtype=torch.int16).view(torch.bfloat16).double()
+    levels = _levels(bits)
+    return torch.bucketize(every.sqrt() if rooted else every, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
 
 
-@functools.cache
-def codes(signed: bool) -> Tensor:
-    """[ONE + 1] uint8: the nearest code of every bf16 share from 0 to 1 (of a second moment: nearest by the root)."""
-    with torch.device("cpu"):
-        every = torch.arange(ONE + 1, dtype=torch.int16).view(torch.bfloat16).double()
-        levels = _levels(7 if signed else 8)
-        middles = (levels[:-1] + levels[1:]) / 2
-        return torch.bucketize(every if signed else every.sqrt(), middles).to(torch.uint8)
+with torch.device("cpu"):
+    FIRST, SECOND = _levels(7).float(), _levels(8).square().float()
+    """The share of the largest magnitude that each code stands for: [128] of a first moment without its sign, [256] of
+    a second one. Code 0 is nothing at all, the last is 1."""
+    CODES_FIRST, CODES_SECOND = _codes(7, rooted=False), _codes(8, rooted=True)
 
 
 def encode(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -53,13 +47,13 @@ def encode(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     sizes = blocks.abs() if signed else blocks
     scales = sizes.amax(dim=1)
     share = (sizes / torch.where(scales > 0, scales, 1.0)[:, None]).to(torch.bfloat16)
-    found = codes(signed).to(moment.device)[share.view(torch.int16).int()]
+    found = (CODES_FIRST if signed else CODES_SECOND).to(moment.device)[share.view(torch.int16).int()]
     if signed:
-        found += SIGN * (blocks < 0)
+        found += (blocks < 0).to(torch.uint8) * SIGN
     return found.view(-1), scales
 
 
 def decode(code: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The moment that `encode` was given, rounded: [n] fp32."""
-    table = torch.cat([shares(True), -shares(True)]) if signed else shares(False)
+    table = torch.cat([FIRST, -FIRST]) if signed else SECOND
     return (table.to(code.device)[code.int()].view(-1, BLOCK) * scales[:, None]).view(-1)

@@ -117,6 +117,11 @@ class Strategy:
         finally:
             torch.set_default_dtype(before)
 
+    def groups_of(self, model: Any) -> list[tuple[str, list[Weight]]]:
+        """What the plan needs to know of a model's weights, group by group, before it is prepared."""
+        where = owners(model)
+        return [(group, [_weight(model, name, where) for name in names]) for group, names in model.groups()]
+
     def prepare(self, model: Any, **adamw: Any) -> Stream:
         """`prepare_all` for one model."""
         return self.prepare_all(model, **adamw)[0]
@@ -133,9 +138,9 @@ class Strategy:
         self.arenas = None
         laid = []
         for model in models:
-            where = owners(model)
-            groups = [(group, [_weight(model, name, where) for name in names]) for group, names in model.groups()]
-            laid.append((layout(groups, world=self.world.size, max_numel=self.chunk_size), visits_of(model)))
+            laid.append(
+                (layout(self.groups_of(model), world=self.world.size, max_numel=self.chunk_size), visits_of(model))
+            )
         room = {name: None if tier.budget is None else tier.budget - tier.used for name, tier in self.tiers.items()}
         if (host := room["host"]) is not None:
             room["host"] = max(host - self.swapped, 0)

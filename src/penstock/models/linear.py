@@ -97,15 +97,16 @@ class Linear(nn.Linear):
 
 
 def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
-    """y [..., O] with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I]."""
+    """y [..., O], in place, with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I]."""
     if len(adapters) == 1 and adapters[0].place.height == y.shape[-1]:
-        return y + adapters[0](x)
+        return y.add_(adapters[0](x))
     parts, end = [], 0
     for one in adapters:
-        start, stop = one.place.start, one.place.start + one.place.height
-        parts += [y[..., end:start], y[..., start:stop] + one(x)]
-        end = stop
-    return torch.cat([*parts, y[..., end:]], dim=-1)
+        start = one.place.start
+        parts += [y.new_zeros(*y.shape[:-1], start - end)] * (start > end) + [one(x)]
+        end = start + one.place.height
+    rest = y.shape[-1] - end
+    return y.add_(torch.cat([*parts, *[y.new_zeros(*y.shape[:-1], rest)] * (rest > 0)], dim=-1))
 
 
 class _Product(torch.autograd.Function):

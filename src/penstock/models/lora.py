@@ -39,11 +39,11 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> what to add to its rows, [..., height]."""
-        return linear(linear(x, self.a), self.b) * self.scale
+        return linear(linear(x, self.a) * self.scale, self.b)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> what to add to their rows of the table, [..., D]."""
-        return linear(F.embedding(tokens, self.a.t()), self.b) * self.scale
+        return linear(F.embedding(tokens, self.a.t()) * self.scale, self.b)
 
     def delta(self) -> Tensor:
         """What merging adds to its rows of a weight, [height, I] fp32 (of a token table: [V, D])."""
