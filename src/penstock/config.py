@@ -14,7 +14,8 @@ from penstock.errors import UserError
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # (what it must be, the check, the flags); nan passes none of them
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
-     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora"),
+     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
+     "num_layers_unfrozen"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef temperature margin"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha"),
@@ -126,6 +127,10 @@ class LoraFlags(Flags):
     """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
     adapter: str | None = None
     """An adapter (peft's format, or a run) that the model is read with; it is what learns on."""
+    base_dtype: Literal["int8", "nf4"] | None = None
+    """Beside an adapter: keep the frozen blocks' products in 8 bits a weight, or in 4 (QLoRA's NF4)."""
+    num_layers_unfrozen: int | None = None
+    """Without an adapter: only so many of the last blocks learn, and models that start alike share the others."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,8 @@ class PlanConfig(Flags):
     """Everything learns through adapters of this rank, and all models of one size stand on one frozen base."""
     lora_targets: tuple[str, ...] = ()
     """Modules that get an adapter: q_proj v_proj. All products, when not given."""
+    base_dtype: Literal["int8", "nf4"] | None = None
+    """Beside --lora: what the frozen blocks' products are kept in."""
     batch_size: int = 64
     """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
     micro_batch_size: int = 8

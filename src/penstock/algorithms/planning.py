@@ -39,6 +39,8 @@ class Role:
     """The adapters that it carries; if it is trained, they alone learn."""
     base: Hashable = None
     """What its frozen weights are: roles of equal bases share them. None: nobody else has them."""
+    base_dtype: shapes.BaseDtype | None = None
+    """What its frozen products are packed in."""
     groups: tuple[tuple[str, tuple[Weight, ...]], ...] | None = None
     """Its weights, where a real model said them; None: as its config has it."""
 
@@ -70,6 +72,8 @@ def workload(config: PlanConfig) -> Workload:
     model = config_of(config.model, "--model")
     scalar = config_of(config.critic_model, "--critic-model") if config.critic_model else model
     spec = None
+    if config.base_dtype is not None and config.lora is None:
+        raise UserError(f"--base-dtype {config.base_dtype}: packed weights cannot learn; give --lora 16 beside it.")
     if config.lora is not None:
         spec = Spec(config.lora, targets=config.lora_targets or ALL_LINEAR)
     whose = config.critic_model or config.model
@@ -77,7 +81,7 @@ def workload(config: PlanConfig) -> Workload:
     def role(name: str, trained: bool, scalar_head: bool) -> Role:
         own, base = (scalar, whose) if scalar_head else (model, config.model)
         adapter = None if name == "reference" else spec
-        return Role(name, own, trained, scalar_head, adapter, base if spec else None)
+        return Role(name, own, trained, scalar_head, adapter, base if spec else None, config.base_dtype)
 
     roles = {
         "ppo": (
@@ -124,8 +128,10 @@ def passes(work: Workload, dtype: str, world: int, swap: bool = False) -> dict[s
         actor = work.roles[0].config
         rows = min(work.rollout_batch_size or share, share)
         groups = shapes.prefills([work.prompt_length] * rows)
-        spec = work.roles[0].spec
-        prefill = places.work_of(actor, dtype, spec, Batch(groups[0].stop, work.prompt_length, rows), scalar=False)
+        prefill = places.work_of(
+            actor, dtype, work.roles[0].spec, Batch(groups[0].stop, work.prompt_length, rows), scalar=False,
+            packed=work.roles[0].base_dtype,
+        )  # fmt: skip
         cache, token = (shapes.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
         phases["rollout"].append(
             Pass(
@@ -163,7 +169,7 @@ def _pass(work: Workload, role: Role, dtype: str, rows: int, response: int, kind
         role.name, kind,
         places.work_of(
             role.config, dtype, role.spec, Batch(micro, work.length, read), scalar=role.scalar,
-            entropy=work.stage != "sft",
+            entropy=work.stage != "sft", packed=role.base_dtype,
         ),
         count=math.ceil(rows / micro), times=times,
         flops=_flops(role.config, rows, work.length, 0 if role.scalar else whole) * (3 if kind == "step" else 1),
@@ -242,7 +248,13 @@ def _laid(role: Role, dtype: str, world: int, chunk_size: int | None) -> tuple[l
         groups = role.groups
     elif role.spec or role.base:
         groups = places.groups_of(
-            role.config, dtype, role.spec, trained=role.trained, scalar=role.scalar, base=role.base
+            role.config,
+            dtype,
+            role.spec,
+            trained=role.trained,
+            scalar=role.scalar,
+            base=role.base,
+            packed=role.base_dtype,
         )
     else:
         groups = shapes.groups_of(role.config, dtype, trained=role.trained, scalar=role.scalar)

@@ -28,6 +28,7 @@ from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
 from penstock.models import linear, lora
 from penstock.models.decoder import Decoder
+from penstock.models.quantised import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
@@ -106,6 +107,8 @@ def _model(role: Role) -> Any:
     decoder = Decoder(role.config)
     if role.base is not None:
         decoder.seed = crc32(str(role.base).encode())  # equal bases are drawn alike, so they are one
+    if role.base_dtype is not None:
+        quantise_base(decoder, role.base_dtype)
     if role.spec is not None:
         lora.add(decoder, role.spec, seed=crc32(role.name.encode()))
     if not role.scalar:

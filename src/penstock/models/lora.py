@@ -174,6 +174,8 @@ def merge(decoder: "Decoder", *, keep: bool = True) -> None:
     adapted = decoder.adapted
     if adapted is None or adapted.merged is not None:
         return
+    if decoder.base_dtype is not None:
+        raise ValueError(f"an adapter does not merge into {decoder.base_dtype} weights: load the base in full")
     if decoder.head is None and (decoder.lora is not None or decoder.embed.lora is not None):
         decoder.head = nn.Parameter(decoder.embed.tokens.detach().clone(), requires_grad=False)
         decoder.config = replace(decoder.config, tied=False)

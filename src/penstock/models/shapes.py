@@ -6,8 +6,10 @@ is alive at the fullest instant); tests hold them against what a Meter counts, f
 N = tokens of a micro-batch (rows * length), D = width, F = feed-forward, E = head_dim.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from penstock.memory.chunks import ITEMSIZE, Weight
 from penstock.memory.passes import Batch, PartWork, Work
@@ -18,6 +20,20 @@ INDEX = 8
 """Bytes of a token id."""
 HEAD_TILE = 1 << 23
 """Logits that exist at once: 34 MB in fp32; models.head."""
+
+
+PRODUCT_TILE = 1 << 22
+"""Elements of a weight that are widened or unpacked at once: models.linear."""
+BaseDtype = Literal["int8", "nf4"]
+PACKED_BLOCK = 64
+"""Inputs that share a scale in nf4."""
+
+
+def packed_shapes(kind: BaseDtype, height: int, width: int) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of a packed weight [height, width], and of its scales: models.quantised."""
+    if kind == "int8":
+        return [((height, width), "int8"), ((height,), "float32")]
+    return [((height, width // 2), "uint8"), ((height, width // math.gcd(width, PACKED_BLOCK)), "float32")]
 
 
 def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool) -> list[tuple[str, list[Weight]]]:
