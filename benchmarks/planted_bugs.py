@@ -21,8 +21,11 @@ TESTS = (
     "test_functional.py", "test_experience.py", "test_planning.py", "test_sft.py", "test_reward.py", "test_ppo.py",
 )  # fmt: skip
 
-FN, PPO, SFT, RM = (f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward"))
-DECODER, SHAPES = "models/decoder.py", "models/shapes.py"
+FN, PPO, SFT, RM, EXPERIENCE = (
+    f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward", "experience")
+)
+DECODER, SHAPES, HEAD = "models/decoder.py", "models/shapes.py", "models/head.py"
+LORA, QUANTISED, EIGHTBIT, PASSES = "models/lora.py", "models/quantised.py", "memory/eightbit.py", "memory/passes.py"
 STREAM, SINK, ADAM, PLAN, FORECAST = (f"memory/{name}.py" for name in ("stream", "sink", "adam", "plan", "forecast"))
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
@@ -37,13 +40,13 @@ BUGS: list[tuple[str, str, str, str]] = [
     (FN, "padding is multiplied by 0, so NaN survives", "return x.masked_fill(~mask, 0.0)", "return x * mask"),
     (FN, "prompt tokens are in the response mask", " & ~mask_of(prompt_lengths, width)", ""),
     # log-probs and KL
-    (FN, "temperature forgotten in training", "if temperature != 1.0:", "if False:"),
-    (FN, "temperature multiplies", "logits = logits.float() / temperature", "logits = logits.float() * temperature"),
-    (FN, "softmax in bf16", "torch.log_softmax(logits, dim=-1, dtype=torch.float32)", "torch.log_softmax(logits, dim=-1).float()"),
-    (FN, "gradient of the log-prob upside down", "every.exp_().mul_(-grad[:, None])", "every.exp_().mul_(grad[:, None])"),
-    (FN, "gradient without the target's own", "wanted.scatter_add_(1, targets[:, None], grad[:, None])", "pass"),
-    (FN, "entropy with the wrong sign", "torch.special.entr(tile", "-torch.special.entr(tile"),
-    (FN, "entropy over part of the rows", "every.split(64)", "every[:64].split(64)"),
+    (HEAD, "temperature forgotten in training", "if temperature != 1.0 else", "if False else"),
+    (HEAD, "temperature multiplies", "logits.float().div_(temperature)", "logits.float().mul_(temperature)"),
+    (HEAD, "softmax in bf16", "else logits.float()", "else logits.bfloat16()"),
+    (HEAD, "gradient of the log-prob upside down", "slope.mul_(-grad[rows, None])", "slope.mul_(grad[rows, None])"),
+    (HEAD, "gradient without the target's own", "slope.scatter_add_(1, targets[rows, None], grad[rows, None])", "pass"),
+    (HEAD, "entropy with the wrong sign", "torch.special.entr(every)", "-torch.special.entr(every)"),
+    (HEAD, "the last tile of rows is left out", "for start in range(0, count, height))", "for start in range(0, count - height + 1, height))"),
     (FN, "log-ratio not clamped", "(logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "logprobs - other"),
     (FN, "KL the wrong way round", "return log_ratio(logprobs, ref_logprobs)", "return log_ratio(ref_logprobs, logprobs)"),
     (FN, "k2 without its half", "return 0.5 * log_ratio", "return log_ratio"),
@@ -99,11 +102,11 @@ BUGS: list[tuple[str, str, str, str]] = [
     (FN, "log of a sigmoid that underflows", "-F.logsigmoid(gaps - margin).mean()", "-torch.sigmoid(gaps - margin).log().mean()"),
     (FN, "first update at learning rate 0", "return (step + 1) / warmup", "return step / warmup"),
     # PPO's own lines
-    (PPO, "old log-probs taken from the reference", "            logprobs=own,\n", "            logprobs=ref_logprobs,\n"),
-    (PPO, "reference scored by the actor", "logprobs(actors), logprobs(references)", "logprobs(actors), logprobs(actors)"),
-    (PPO, "reference at temperature 1", "logprobs_of(stream.model, hidden, rows, config.temperature)", "logprobs_of(stream.model, hidden, rows, config.temperature if stream is actors else 1.0)"),
+    (EXPERIENCE, "old log-probs taken from the reference", "            logprobs=own,\n", "            logprobs=ref_logprobs,\n"),
+    (EXPERIENCE, "reference scored by the actor", "logprobs(actors), logprobs(references)", "logprobs(actors), logprobs(actors)"),
+    (EXPERIENCE, "reference at temperature 1", "logprobs_of(stream.model, hidden, rows, config.temperature)", "logprobs_of(stream.model, hidden, rows, config.temperature if stream is actors else 1.0)"),
     (PPO, "training at temperature 1", "logprobs_of(actor, hidden, part, config.temperature)", "logprobs_of(actor, hidden, part, 1.0)"),
-    (PPO, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths)", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
+    (EXPERIENCE, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths)", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
     (PPO, "rewards whitened with their mean shifted", "fn.whiten(rewards, experience.mask, shift_mean=False)", "fn.whiten(rewards, experience.mask)"),
     (PPO, "advantages not whitened", "advantages=fn.whiten(advantages, experience.mask)", "advantages=advantages"),
     (PPO, "returns from whitened advantages", "returns=returns)", "returns=fn.whiten(advantages, experience.mask) + experience.values)"),
@@ -114,9 +117,9 @@ BUGS: list[tuple[str, str, str, str]] = [
     (PPO, "ratio against the reference", "fn.policy_loss(logprobs, part.logprobs,", "fn.policy_loss(logprobs, part.ref_logprobs,"),
     (PPO, "ptx coefficient forgotten", "return config.ptx_coef * loss,", "return loss,"),
     (PPO, "every epoch in the same order", "(step << 16) + epoch", "step << 16"),
-    (PPO, "trimmed rows lose their last token", "[:, :responses] for one", "[:, :max(responses - 1, 1)] for one"),
+    (EXPERIENCE, "trimmed rows lose their last token", "[:, :responses] for one", "[:, :max(responses - 1, 1)] for one"),
     (PPO, "KL of the batch, not per sequence", "mask).sum()) / rows\n    scores", "mask).sum())\n    scores"),
-    (PPO, "an answer cut short counts as ended", 'a.finish_reason == "stop" for a', 'a.finish_reason != "" for a'),
+    (EXPERIENCE, "an answer cut short counts as ended", 'a.finish_reason == "stop" for a', 'a.finish_reason != "" for a'),
     # what stands around
     (SFT, "prompts are trained on", "[int(flag) for flag in example.trained]", "[int(i > 0) for i in range(len(example.trained))]"),
     (RM, "loss over responses instead of prompts", 'return loss / count, {"correct"', 'return loss / len(scores), {"correct"'),
@@ -126,7 +129,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
     (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),
     (DECODER, "embedding's gradient overwrites what is there", "place.index_add_(0,", "place.index_copy_(0,"),
-    (STREAM, "only the last micro-batch counts", "            results += self._pass(wave, loss_of)\n", "            self.sink.clear()\n            results += self._pass(wave, loss_of)\n"),
+    (STREAM, "only the last micro-batch counts", "            results += yield from self._pass(wave, loss_of)\n", "            self.sink.clear()\n            results += yield from self._pass(wave, loss_of)\n"),
     (STREAM, "slots keep old weights after an update", "        self.sink.update(lr, scale)\n        self._forget()\n", "        self.sink.update(lr, scale)\n"),
     (STREAM, "a block passes its own slope on", "                    slopes[j] = x.grad\n", "                    slopes[j] = slopes[j]\n"),
     (SINK, "a second visit forgets the first", "            one.grads.read(grads)  # a", "            grads.zero_()  # a"),
@@ -135,7 +138,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (ADAM, "the remainder is forgotten", "bits.copy_(remainder).add_(", "bits.zero_().add_("),
     (PLAN, "what is needed soonest makes room", "next_use(slot.key), -slot.age", "-next_use(slot.key), -slot.age"),
     (PLAN, "auto gives the device's room twice", "                room[one.tier] = left - nbytes\n", ""),
-    (FORECAST, "the inputs of blocks are not counted", "count * (kept + slopes) + part.backward", "count * slopes + part.backward"),
+    (PASSES, "the inputs of blocks are not counted", "kept + slopes), work.parts[i].backward", "slopes), work.parts[i].backward"),
     (SHAPES, "relu's result is counted once", "inner * (2 if c.activation == \"relu\" else 1)", "inner"),
     (STREAM, "statistics keep their graph", "{key: value.detach() for key, value in stats.items()}", "stats"),
     (STREAM, "weights of another visit are used", "        if slot.views[0] != purpose:\n", "        if slot.views[0] is None:\n"),
@@ -145,8 +148,15 @@ BUGS: list[tuple[str, str, str, str]] = [
     (SAMPLING, "log-prob at temperature 1", "return tokens, logprobs.gather", "return tokens, torch.log_softmax(logits * (sampling.temperature or 1.0), -1).gather"),
     (SAMPLING, "every episode has the same stream", "manual_seed(_mix(_mix(seed) ^ episode))", "manual_seed(_mix(seed))"),
     (SAMPLING, "log-prob of the truncated distribution", "logprobs = torch.log_softmax(logits, dim=-1)\n    if", "logprobs = _truncate(torch.log_softmax(logits, dim=-1), sampling).log_softmax(-1)\n    if"),
-    (ENGINE, "EOS is left out of the answer", "            if not done[i]:\n", "            if not done[i] and token not in eos_ids:\n"),
-    (ENGINE, "answers go on after EOS", "done[i] = token in eos_ids or", "done[i] ="),
+    (ENGINE, "EOS is left out of the answer", "        answer.response_ids.append(token)\n", "        answer.response_ids += [token] * (token not in self.eos_ids)\n"),
+    (ENGINE, "answers go on after EOS", "if token in self.eos_ids or (", "if ("),
+    # adapters and fewer bits
+    (LORA, "an adapter's scale is forgotten", "linear(linear(x, self.a) * self.scale, self.b)", "linear(linear(x, self.a), self.b)"),
+    (LORA, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
+    (LORA, "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
+    (QUANTISED, "nf4's two numbers of a byte change places", "levels[(some >> 4).int()], levels[(some & 15).int()]", "levels[(some & 15).int()], levels[(some >> 4).int()]"),
+    (EIGHTBIT, "a first moment's sign is lost", "found += (blocks < 0)", "found += 0 * (blocks < 0)"),
+    (PPO, "the value loss is not weighed on a shared trunk", "policy + config.vf_coef * value", "policy + value"),
 ]  # fmt: skip
 
 

@@ -16,7 +16,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
      "num_layers_unfrozen"),
-    ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef temperature margin"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef vf_coef temperature "
+     "margin"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
@@ -191,6 +192,10 @@ class PPOConfig(Flags):
     reference: str | None = None
     """The frozen model that KL is measured from; the actor's start when not given."""
     optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=3e-6, batch_size=64, epochs=4, steps=200))
+    value_head: bool = False
+    """No model as critic: a value head on the actor's own states, which one loss teaches both."""
+    vf_coef: float = 0.1
+    """With --value-head: weight of the value loss beside the policy's."""
     critic_lr: float | None = None
     """Critic's learning rate; 5 times --lr when not given."""
     mini_batch_size: int | None = None

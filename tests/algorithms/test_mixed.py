@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
+import torch
 
-from penstock.algorithms.ppo import ppo
+from penstock.algorithms import functional as fn
+from penstock.algorithms.experience import Experience
+from penstock.algorithms.ppo import learn, ppo
 from penstock.cli import main
 from penstock.config import DataFlags, LoraFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.memory.strategy import Strategy
-from penstock.models.roles import Actor, Critic, RewardModel
+from penstock.models.decoder import Decoder
+from penstock.models.roles import Actor, ActorCritic, Critic, RewardModel
 from tests.conftest import comparisons, demonstrations
 
 
@@ -106,3 +111,64 @@ def test_a_frozen_start_is_left_as_it_was(config):
     moved = {name for name, weight in before.items() if not weight.equal(after[name])}
     assert moved
     assert all(name.startswith(("decoder.blocks.1", "decoder.norm")) for name in moved)
+
+
+# --- a critic on the actor's trunk ------------------------------------------------------------------------------------
+
+
+def oracle_of(source, config, experience, still):
+    """The joint gradient in plain PyTorch: one decoder, two heads, two losses."""
+    model = ActorCritic(Decoder.from_pretrained(source))
+    rows = experience
+    hidden = model.decoder(rows.tokens)
+    mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
+    logits = model.decoder.logits(fn.states_before(hidden, mask))
+    logprobs = fn.unpack(torch.log_softmax(logits, -1).gather(1, rows.tokens[mask][:, None])[:, 0], rows.lengths)
+    values = fn.unpack((fn.states_before(hidden.detach() if still else hidden, mask) @ model.score[0]), rows.lengths)
+    count = int(rows.lengths.sum())
+    policy, _ = fn.policy_loss(logprobs, rows.logprobs, rows.advantages, rows.mask, config.clip, count)
+    value, _ = fn.value_loss(values, rows.values, rows.returns, rows.mask, config.value_clip, count)
+    (config.vf_coef * value + (0.0 if still else policy)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_both_losses_reach_one_trunk(config, still, tiny_model):
+    one = dataclasses.replace(config("none"), value_head=True, vf_coef=0.3)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 16, (6, 9), generator=generator)
+    numbers = [torch.randn(6, 6, generator=generator) * 0.1 for _ in range(7)]
+    experience = Experience(
+        tokens, torch.full((6,), 3), torch.full((6,), 6), numbers[0] - 2.7, *numbers[1:5], torch.zeros(6),
+        torch.ones(6, dtype=torch.bool), *numbers[5:],
+    )  # fmt: skip
+    strategy = Strategy.named("naive", device="cpu")
+    with strategy.init():
+        actor = ActorCritic(Actor.from_pretrained(one.actor).decoder)
+    stream = strategy.prepare(actor)
+    steps = learn(strategy, stream, None, experience, torch.arange(6), one, 0.0, still=still)
+    assert [name for name, _ in steps] == (["value"] if still else ["policy", "value"])
+    expected = oracle_of(one.actor, one, experience, still)
+    for name, p in actor.named_parameters():
+        assert torch.allclose(p.grad, expected.get(name, torch.zeros_like(p)), atol=1e-6), name
+    assert expected["score"].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["naive", "gemini_cpu"])
+def test_a_value_head_learns_and_a_stopped_run_goes_on(config, strategy, capsys):
+    budget = {} if strategy == "naive" else {"device_memory": "1MB"}
+    one = dataclasses.replace(config("run", strategy, **budget), value_head=True, value_warmup=True)
+    run = ppo(one)
+    found = metrics(run)
+    assert found[-1]["val/explained_variance"] != found[0]["val/explained_variance"]
+    again = dataclasses.replace(config("again", strategy, **budget), value_head=True, value_warmup=True)
+    ppo(dataclasses.replace(again, optim=dataclasses.replace(again.optim, steps=3)))
+    for step in ("step-000002", "step-000003"):
+        shutil.rmtree(again_dir := run.parent / "again" / "checkpoints" / step)
+        assert not again_dir.exists()
+    (run.parent / "again" / "checkpoints" / "latest").write_text("step-000001\n")
+    ppo(again, resume=True)
+    assert metrics(run.parent / "again") == found
+    assert cli("ppo", "--actor", one.actor, "--reward-fn", one.reward_fn, "--data", *one.data.data, "--out",
+               run.parent / "no", "--value-head", "--critic", one.actor) == 2  # fmt: skip
+    assert "give one of the two" in capsys.readouterr().err

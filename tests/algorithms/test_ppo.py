@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from penstock.algorithms import scoring
-from penstock.algorithms.ppo import Experience, concatenate, in_order, permutation, ppo
+from penstock.algorithms.experience import Experience, concatenate, in_order
+from penstock.algorithms.ppo import permutation, ppo
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.data.chat import Encoder
 from penstock.errors import ResourceError, UserError

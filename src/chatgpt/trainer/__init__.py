@@ -9,6 +9,7 @@ import torch
 from chatgpt.nn import RewardModel
 from chatgpt.trainer.strategies import Strategy
 from penstock.algorithms import ppo
+from penstock.algorithms.experience import Experience, concatenate
 from penstock.algorithms.reward import score_rows
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.errors import UserError
@@ -83,7 +84,7 @@ class PPOTrainer:
             raise UserError("PPOTrainer.fit: there are no prompts.")
         every = update_timesteps or 1
         steps = 0
-        kept: list[ppo.Experience] = []
+        kept: list[Experience] = []
         self._call("on_fit_start")
         for episode in range(num_episodes):
             self._call("on_episode_start", episode)
@@ -93,15 +94,15 @@ class PPOTrainer:
                 self._call("on_make_experience_end", kept[-1])
                 steps += 1
                 if steps % every == 0:
-                    self._learn(ppo.concatenate(kept))
+                    self._learn(concatenate(kept))
                     kept = []
             self._call("on_episode_end", episode)
         if kept:
-            self._learn(ppo.concatenate(kept))
+            self._learn(concatenate(kept))
         self._call("on_fit_end")
         return self.metrics
 
-    def _experience(self, rows: list[list[int]]) -> ppo.Experience:
+    def _experience(self, rows: list[list[int]]) -> Experience:
         """Prompts drawn by this trainer's own random stream, answered, scored by all four models."""
         world, count = self.engine.world, self.experience_batch_size * self.engine.world.size
         picks = (stream(self.sampling.seed ^ 0xC0A7, self._episodes, count) * len(rows)).long().tolist()
@@ -129,7 +130,7 @@ class PPOTrainer:
         rows = [answer.prompt_ids + answer.response_ids for answer in answers]
         return score_rows(self.engine, self._rewards, self._rewards.model, rows, self.train_batch_size)
 
-    def _learn(self, experience: ppo.Experience) -> None:
+    def _learn(self, experience: Experience) -> None:
         size = self.train_batch_size * self.engine.world.size
         sums = []
         for epoch in range(self.max_epochs):

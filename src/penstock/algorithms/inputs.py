@@ -15,6 +15,7 @@ from penstock.memory.tiers import Ram
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
 from penstock.models.places import ALL_LINEAR, Spec
+from penstock.models.roles import ScalarModel
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
@@ -89,7 +90,8 @@ def leave_room(
 def _role(name: str, model: Any, strategy: Strategy) -> Role:
     adapted = model.decoder.adapted
     return Role(
-        name, model.decoder.config, any(p.requires_grad for p in model.parameters()), hasattr(model, "score"),
+        name, model.decoder.config, any(p.requires_grad for p in model.parameters()),
+        isinstance(model, ScalarModel),
         adapted.spec if adapted else None, base_dtype=model.decoder.base_dtype,
         groups=tuple((group, tuple(weights)) for group, weights in strategy.groups_of(model)),
     )  # fmt: skip

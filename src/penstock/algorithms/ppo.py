@@ -8,13 +8,12 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms.experience import Experience, in_order, logprobs_of, score, values_of
 from penstock.algorithms.inputs import (
     check_learns,
     encoder_of,
@@ -25,72 +24,22 @@ from penstock.algorithms.inputs import (
     sample_rows,
     strategy_of,
 )
-from penstock.algorithms.scoring import Scorer, check_room, scorer_of
+from penstock.algorithms.scoring import check_room, scorer_of
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.algorithms.sft import micro_batches as example_batches
 from penstock.config import PPOConfig
-from penstock.data.batching import Shuffle, pad
+from penstock.data.batching import Shuffle
 from penstock.data.chat import Encoder, Example
 from penstock.errors import UserError
 from penstock.memory.shard import World
-from penstock.memory.strategy import Step, StepStats, Strategy, Work
-from penstock.memory.stream import Stream
+from penstock.memory.strategy import Step, StepStats, Strategy
+from penstock.memory.stream import Losses, Stream
 from penstock.models.adapterfile import is_adapter_directory
-from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.rollout.engine import Answer, generate
+from penstock.models.roles import Actor, ActorCritic, Critic
+from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling, stream
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
-
-
-@dataclass
-class Experience:
-    """A rollout scored by all four models. Rows are episodes; [B, R] tensors are aligned with the response tokens."""
-
-    tokens: Tensor
-    """[B, T] int64, prompt and response, right-padded."""
-    prompt_lengths: Tensor
-    """[B] int64."""
-    lengths: Tensor
-    """[B] int64, response tokens, EOS included."""
-    logprobs: Tensor
-    """[B, R] fp32, under the actor that wrote them, from the trainer's own forward (6)."""
-    ref_logprobs: Tensor
-    """[B, R] fp32, under the reference."""
-    values: Tensor
-    """[B, R] fp32, the critic's at the state before each token."""
-    entropy: Tensor
-    """[B, R] fp32, of the distribution each token was drawn from."""
-    engine_gap: Tensor
-    """[B, R] fp32, |engine's log-prob - trainer's|."""
-    scores: Tensor
-    """[B] fp32, the reward model's."""
-    ended: Tensor
-    """[B] bool, the response ended with EOS."""
-    advantages: Tensor
-    """[B, R] fp32, whitened; zeros until `with_advantages`."""
-    returns: Tensor
-    """[B, R] fp32, before whitening; zeros until `with_advantages`."""
-
-    @property
-    def mask(self) -> Tensor:
-        """Valid response tokens, [B, R] bool, from lengths alone (1)."""
-        return fn.mask_of(self.lengths, self.logprobs.shape[1])
-
-    def rows(self, index: Tensor) -> "Experience":
-        """The episodes of `index`, trimmed to their own longest rows."""
-        part = Experience(*(getattr(self, one.name)[index] for one in dataclasses.fields(self)))
-        width, responses = int((part.prompt_lengths + part.lengths).max()), int(part.lengths.max())
-        trimmed = {one.name: getattr(part, one.name)[:, :responses] for one in PER_TOKEN}
-        return dataclasses.replace(part, tokens=part.tokens[:, :width], **trimmed)
-
-    def to(self, device: torch.device | str) -> "Experience":
-        """The same episodes on another device."""
-        return Experience(*(getattr(self, one.name).to(device) for one in dataclasses.fields(self)))
-
-
-PER_TOKEN = [one for one in dataclasses.fields(Experience) if one.name in
-             {"logprobs", "ref_logprobs", "values", "entropy", "engine_gap", "advantages", "returns"}]  # fmt: skip
 
 
 def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
@@ -101,6 +50,8 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     optim, run = config.optim, config.run
     if (config.reward is None) == (config.reward_fn is None):
         raise UserError("ppo needs one score: give either --reward (a reward model) or --reward-fn file.py:name.")
+    if config.value_head and config.critic:
+        raise UserError("--value-head and --critic: the critic is a head on the actor or a model; give one of the two.")
     if bool(config.ptx_coef) != bool(config.ptx_data):
         raise UserError("--ptx-coef and --ptx-data belong together: give both or neither.")
     if config.temperature <= 0:
@@ -136,7 +87,10 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             check_role("reference", found, reference, encoder, config)
         else:
             reference = actor.frozen()
-        if critic_source:
+        critic: Critic | None = None
+        if config.value_head:
+            actor = ActorCritic(actor.decoder)
+        elif critic_source:
             found = resolve_model(critic_source, "critic")
             own = {"adapter": None, "seed": run.seed + 1}
             own |= {"lora": None} if is_adapter_directory(Path(found)) else {}  # its own learns on
@@ -151,15 +105,20 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         ptx_examples = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
 
     with session:
-        critic_ready = bool(critic.score.any()) or not config.value_warmup  # (19)
-        roles = {"actor": actor, "critic": critic, "reference": reference, **({"reward": reward} if reward else {})}
+        critic_ready = bool(critic and critic.score.any()) or not config.value_warmup  # (19)
+        roles = {"actor": actor, "reference": reference, "critic": critic, "reward": reward}
+        roles = {name: model for name, model in roles.items() if model is not None}
         swap = leave_room(
             strategy, "ppo", roles, optim, longest=max(map(len, prompts)) + config.max_new_tokens,
             response=config.max_new_tokens, mini_batch_size=config.mini_batch_size,
             rollout_batch_size=config.rollout_batch_size,
         )  # fmt: skip
-        actors, critics, references, *rewards = strategy.prepare_all(*roles.values(), weight_decay=optim.weight_decay)
-        scorer = scorer_from(*rewards)
+        prepared = strategy.prepare_all(*roles.values(), weight_decay=optim.weight_decay)
+        streams = dict(zip(roles, prepared, strict=True))
+        actors, references, critics, rewards = (
+            streams["actor"], streams["reference"], streams.get("critic"), streams.get("reward")
+        )  # fmt: skip
+        scorer = scorer_from(*[rewards] * (rewards is not None))
         kl = fn.KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         shuffle, ptx_shuffle = Shuffle(len(prompts), run.seed), Shuffle(max(len(ptx_examples), 1), run.seed + 1)
         sampling = Sampling(
@@ -171,7 +130,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
         done = update = 0
         experience: Experience | None = None
-        trained = {"model": actors, "critic": critics}
+        trained = {"model": actors, **({"critic": critics} if critics else {})}
         session.restore(trained)
         if session.state:
             saved = session.state
@@ -215,7 +174,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                     asked = [records[chosen[i]] for i in mine]
                     local = score(
                         strategy, rollout, asked, actors, references, critics, scorer, config, optim.micro_batch_size,
-                        rewards[0] if rewards and reads_our_tokens else None,
+                        rewards if reads_our_tokens else None,
                     )  # fmt: skip
                 session.sample(
                     step, sample_rows(encoder, rollout[: config.samples], local.scores.tolist(), kind="rollout")
@@ -236,7 +195,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 extra = [ptx_examples[i] for i in ptx_shuffle.next(mini)] if ptx_examples and critic_ready else []
                 with strategy.phase("train"):
                     steps = learn(
-                        strategy, actors if critic_ready else None, critics, experience, index, config, lr, extra
+                        strategy, actors, critics, experience, index, config, lr, extra, still=not critic_ready
                     )
                 for name, one in steps:
                     session.check(one, name)
@@ -269,128 +228,6 @@ def check_role(flag: str, source: str, role: Actor | Critic, encoder: Encoder, c
         raise UserError(f"--{flag} {source}: has another tokenizer than the actor, and the two must share one.")
 
 
-# --- score ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A micro-batch of answers, as the models see it."""
-
-    tokens: Tensor
-    """[B, T] int64, prompt and response, right-padded."""
-    prompt_lengths: Tensor
-    """[B] int64."""
-    lengths: Tensor
-    """[B] int64, response tokens, EOS included."""
-    answers: Sequence[Answer]
-
-
-def scoring_batches(rollout: Sequence[Answer], size: int, device: torch.device) -> list[Answered]:
-    """The rollout in micro-batches of `size` answers."""
-    batches = []
-    for start in range(0, len(rollout), size):
-        answers = rollout[start : start + size]
-        tokens, lengths = (x.to(device) for x in pad([a.prompt_ids + a.response_ids for a in answers]))
-        response_lengths = torch.tensor([len(a.response_ids) for a in answers], device=device)
-        batches.append(Answered(tokens, lengths - response_lengths, response_lengths, answers))
-    return batches
-
-
-def score(
-    strategy: Strategy,
-    rollout: Sequence[Answer],
-    records: Sequence,
-    actors: Stream,
-    references: Stream,
-    critics: Stream,
-    scorer: Scorer,
-    config: PPOConfig,
-    micro_batch_size: int,
-    rewards: Stream | None = None,
-) -> Experience:
-    """The rollout seen by all four models, on the CPU; the models on one base side by side, others in turn.
-
-    `rewards`: the reward model, where it reads the actor's tokens; else `scorer` gives the scores.
-    """
-    batches = scoring_batches(rollout, micro_batch_size, strategy.world.device)
-
-    def logprobs(stream: Stream) -> Work:
-        return stream, batches, lambda hidden, rows: logprobs_of(stream.model, hidden, rows, config.temperature)
-
-    # The actor first: if it streams, what fits of it is still on the device from the rollout.
-    works = [logprobs(actors), logprobs(references)]
-    works.append((critics, batches, lambda hidden, rows: values_of(critics.model, hidden, rows)))
-    if rewards is not None:
-        works.append((rewards, batches, lambda hidden, rows: score_of(rewards.model, hidden, rows)))
-    of_actor, of_reference, values, *given = strategy.evaluate_all(works)
-    seen = zip(batches, of_actor, of_reference, values, strict=True)
-    parts: list[Experience] = []
-    for batch, (own, entropy), (ref_logprobs, _), state_values in seen:
-        engine = fn.unpack(
-            torch.tensor([p for a in batch.answers for p in a.logprobs], device=own.device), batch.lengths
-        )
-        zeros = torch.zeros_like(own)
-        part = Experience(
-            tokens=batch.tokens,
-            prompt_lengths=batch.prompt_lengths,
-            lengths=batch.lengths,
-            logprobs=own,
-            ref_logprobs=ref_logprobs,
-            values=state_values,
-            entropy=entropy,
-            engine_gap=(engine - own).abs(),
-            scores=torch.zeros(len(batch.answers)),
-            ended=torch.tensor([a.finish_reason == "stop" for a in batch.answers]),
-            advantages=zeros,
-            returns=zeros,
-        )
-        parts.append(part.to("cpu"))
-    if given:
-        scores = torch.cat(given[0]).float().cpu()
-    else:
-        scores = torch.tensor(scorer(records, rollout), dtype=torch.float32)
-    return dataclasses.replace(concatenate(parts), scores=scores)
-
-
-def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the response tokens, [B, R] fp32: the one path for actor, reference and training."""
-    mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
-    states = fn.states_before(hidden, mask)
-    logprobs, entropy = actor.decoder.logprobs(states, rows.tokens[mask], temperature)
-    assert entropy is not None
-    return fn.unpack(logprobs, rows.lengths), fn.unpack(entropy, rows.lengths)
-
-
-def score_of(reward: RewardModel, hidden: Tensor, rows: Answered) -> Tensor:
-    """Scores [B] fp32 of whole rows, read at the last token."""
-    return reward.read(fn.last_states(hidden, rows.prompt_lengths + rows.lengths))
-
-
-def values_of(critic: Critic, hidden: Tensor, rows: Answered | Experience) -> Tensor:
-    """Values of the states before each response token, [B, R] fp32 (2)."""
-    states = fn.response_states(hidden, rows.prompt_lengths, rows.lengths)
-    return fn.unpack(critic.read(states), rows.lengths)
-
-
-def concatenate(parts: Sequence[Experience]) -> Experience:
-    """Parts below each other, padded to the widest."""
-    columns = {}
-    for one in dataclasses.fields(Experience):
-        tensors = [getattr(part, one.name) for part in parts]
-        if tensors[0].dim() == 2:
-            width = max(t.shape[1] for t in tensors)
-            tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]
-        columns[one.name] = torch.cat(tensors)
-    return Experience(**columns)
-
-
-def in_order(shares: Sequence[Experience]) -> Experience:
-    """Undoes `World.mine`: episode i came from rank i mod world. Every rank then holds the whole batch, a few MB."""
-    whole = concatenate(shares)
-    origin = [row * len(shares) + rank for rank, part in enumerate(shares) for row in range(len(part.tokens))]
-    return whole.rows(torch.tensor(origin).argsort())
-
-
 # --- learn ----------------------------------------------------------------------------------------------------------
 
 
@@ -419,29 +256,40 @@ def shares(index: Tensor, world: World, size: int) -> list[Tensor]:
 
 def learn(
     strategy: Strategy,
-    actors: Stream | None,
-    critics: Stream,
+    actors: Stream,
+    critics: Stream | None,
     experience: Experience,
     index: Tensor,
     config: PPOConfig,
     lr: float,
     extra: Sequence[Example] = (),
+    *,
+    still: bool = False,
 ) -> list[tuple[str, StepStats]]:
-    """One optimizer step of the actor (None: it holds still) and one of the critic, on the episodes of `index`.
+    """One optimizer step of the actor (`still`: none) and one of the critic, on the episodes of `index`; one of both
+    together where the critic is the actor's value head.
 
     `lr` scales both learning rates; `extra` are the demonstrations of the ptx loss.
     """
     world, optim = strategy.world, config.optim
     count, ptx_count = int(experience.lengths[index].sum()), sum(sum(example.trained) for example in extra)
     share = [experience.rows(rows).to(world.device) for rows in shares(index, world, optim.micro_batch_size)]
-    steps = {}
-    if actors is not None:
-        actor = actors.model
-        mixed = [*share, *example_batches(world.mine(list(extra)), optim.micro_batch_size, world.device)]
-        steps["policy"] = Step(
-            actors, mixed, lambda hidden, part: actor_loss(actor, hidden, part, config, count, ptx_count),
-            optim.lr * lr,
-        )  # fmt: skip
+    mixed = [*share, *example_batches(world.mine(list(extra)), optim.micro_batch_size, world.device)]
+    actor = actors.model
+    steps: dict[str, Step] = {}
+
+    def policy_loss(hidden: Tensor, part: Experience | Rows) -> Losses:
+        return actor_loss(actor, hidden, part, config, count, ptx_count)
+
+    if critics is None:
+
+        def both(hidden: Tensor, part: Experience | Rows) -> Losses:
+            return joint_loss(actor, hidden, part, config, count, ptx_count, still)
+
+        step = Step(actors, share if still else mixed, both, optim.lr * lr)
+        return apart(strategy.step_all([step], max_grad_norm=optim.max_grad_norm)[0])
+    if not still:
+        steps["policy"] = Step(actors, mixed, policy_loss, optim.lr * lr)
     critic = critics.model
     steps["value"] = Step(
         critics, share, lambda hidden, part: critic_loss(critic, hidden, part, config, count),
@@ -464,12 +312,44 @@ def actor_loss(
 
 
 def critic_loss(
-    critic: Critic, hidden: Tensor, part: Experience, config: PPOConfig, count: int
+    critic: Critic | ActorCritic, hidden: Tensor, part: Experience, config: PPOConfig, count: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped value loss of a micro-batch; coefficient 1: the critic has its own optimizer (16)."""
     values = values_of(critic, hidden, part)
     loss, stats = fn.value_loss(values, part.values, part.returns, part.mask, config.value_clip, count)
     return loss, {**stats, "tokens": part.lengths.sum()}
+
+
+VALUE = "value_"
+"""Before the names of the value head's statistics, in a step that it shares with the actor."""
+
+
+def joint_loss(
+    actor: ActorCritic,
+    hidden: Tensor,
+    part: Experience | Rows,
+    config: PPOConfig,
+    count: int,
+    ptx_count: int,
+    still: bool,
+) -> Losses:
+    """Both losses on one trunk, the value's times --vf-coef (16). `still`: the head learns, the trunk does not."""
+    if isinstance(part, Rows):
+        return actor_loss(actor, hidden, part, config, count, ptx_count)
+    value, its = critic_loss(actor, hidden.detach() if still else hidden, part, config, count)
+    of_value = {VALUE + name: number for name, number in {**its, "loss": value}.items()}
+    if still:
+        return config.vf_coef * value, of_value
+    policy, stats = actor_loss(actor, hidden, part, config, count, ptx_count)
+    return policy + config.vf_coef * value, {**stats, **of_value}
+
+
+def apart(done: StepStats) -> list[tuple[str, StepStats]]:
+    """The statistics of a step that both losses shared, as those of two."""
+    of_value = {name.removeprefix(VALUE): number for name, number in done.sums.items() if name.startswith(VALUE)}
+    of_policy = {name: number for name, number in done.sums.items() if not name.startswith(VALUE)}
+    found = [("value", dataclasses.replace(done, sums=of_value))]
+    return [("policy", dataclasses.replace(done, sums=of_policy)), *found] if "ratio" in of_policy else found
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ class Stream:
                     x = here.pop(0)
                     with torch.enable_grad():
                         y = parts[i].run(x, context) if self.recompute else ys.pop(0)
-                    if y.requires_grad:
+                    if y.requires_grad and slopes[j] is not None:  # None: the loss read nothing of it
                         y.backward(slopes[j])
                     slopes[j] = x.grad
                     del x, y

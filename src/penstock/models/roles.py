@@ -103,6 +103,30 @@ class Actor(Role):
         pretrained.save(self.decoder, directory)
 
 
+class ActorCritic(Actor):
+    """An actor whose own states a value head reads: two of PPO's models in one (Ziegler et al. 2019).
+
+    It is saved as the actor that it is; the head starts at 0 and lives on in the run's checkpoints.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        self.score = nn.Parameter(Critic.new_head(decoder))
+
+    def read(self, states: Tensor) -> Tensor:
+        """States [N, D] -> values [N] fp32."""
+        with self.feed.visit("score"):
+            return F.linear(states.float(), self.score)[:, 0]
+
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """The actor's, and the value head."""
+        return [*super().groups(), ("score", ["score"])]
+
+    def reads(self) -> tuple[str, ...]:
+        """The language-model head and the value head."""
+        return (*super().reads(), "score")
+
+
 class ScalarModel(Role):
     """A decoder with one number per state: the reward model reads it at the last token, the critic at every state.
 
