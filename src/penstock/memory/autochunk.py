@@ -1,0 +1,270 @@
+"""AutoChunk: a module with the same results in less activation memory, by computing regions of its graph in slices.
+
+    block = penstock.autochunk(block, (x,), budget="200MB")
+    print(block.report)
+
+After Zhao et al., "AutoChunk: Automated Activation Chunk for Memory-Efficient Long Sequence Inference" (ICLR 2024), and
+for training too. `graph.py` reads the module, `flow.py` knows how slices pass an op, `regions.py` chooses, `slices.py`
+runs; this file puts them together, holds every plan against a run on fake tensors, and reports. Weights stay the
+module's own: they are looked up at every call.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from penstock.errors import ResourceError
+from penstock.memory.flow import Blocked, Cut, Node, needs
+from penstock.memory.graph import Ops, capture, measured
+from penstock.memory.meter import Meter
+from penstock.memory.regions import LEAVES, Graph, Plan, choose
+from penstock.memory.slices import Program, turning
+from penstock.memory.units import parse_bytes, show_bytes
+
+TRIES = 4
+"""How often a plan whose run on fake tensors passes the budget is made again for less."""
+BARS = " .:-=+*#%@"
+
+
+def autochunk(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    budget: str | int | None = None,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    places: bool = True,
+) -> "Chunked":
+    """The module with the same results, whose activations stay within `budget` ("200MB", bytes; None: no end).
+
+    Planned for these arguments now, and again whenever a call brings other shapes. With gradients enabled the budget
+    holds for forward and backward together. `places`: a weight's gradient is added to its `.grad` where it has one,
+    without passing through autograd (False where hooks wait for it). Raises ResourceError where no plan found is within
+    the budget, with the least that works; UserError for a module that cannot be exported.
+    """
+    nbytes = parse_bytes(budget, "budget") if isinstance(budget, str) else budget
+    made = Chunked(module, nbytes, places=places)
+    made.plan_for(args, kwargs or {})
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found for one set of shapes. `str(report)` is for people."""
+
+    budget: int | None
+    training: bool
+    before: int
+    """Peak bytes of the module as it is, beside what it is given."""
+    after: int
+    """The same with the plan."""
+    regions: tuple[str, ...]
+    whole: tuple[str, ...]
+    """Ops that can be sliced along no dimension, and why."""
+    curve_before: tuple[tuple[str, int], ...]
+    curve_after: tuple[tuple[str, int], ...]
+    """(what runs, estimated bytes alive at its fullest instant)."""
+
+    def __str__(self) -> str:
+        way = "forward and backward" if self.training else "forward"
+        budget = "no budget" if self.budget is None else f"budget {show_bytes(self.budget)}"
+        lines = [
+            f"autochunk, {way}, {budget}: {show_bytes(self.before)} -> {show_bytes(self.after)}",
+            *(f"  {one}" for one in self.regions or ("left as it is",)),
+            *(f"  left whole: {one}" for one in self.whole),
+        ]
+        top = max(nbytes for _, nbytes in self.curve_before) if self.curve_before else 1
+        for name, curve in (("before", self.curve_before), ("after", self.curve_after)):
+            if curve:
+                at, most = max(curve, key=lambda one: one[1])
+                bars = "".join(BARS[min(round((len(BARS) - 1) * n / top), len(BARS) - 1)] for _, n in curve)
+                lines.append(f"  {name:6} |{bars}| fullest at {at}: {show_bytes(most)}")
+        return "\n".join(lines)
+
+
+class Chunked(nn.Module):
+    """See `autochunk`. Plans are kept by the shapes of the arguments."""
+
+    def __init__(
+        self, module: nn.Module, budget: int | None, *, ops: Ops | None = None, places: bool = True, again: bool = False
+    ) -> None:
+        """`ops`: aten op -> what computes it instead. `again`: gradients are asked for under `turning()` alone."""
+        super().__init__()
+        self.module, self.budget, self.ops, self.places, self.again = module, budget, ops or {}, places, again
+        self.reports: dict[Any, Report] = {}
+        self._programs: dict[Any, Program | None] = {}
+        self._latest: Any = None
+
+    @property
+    def report(self) -> Report:
+        """Of the shapes that were called or planned for last."""
+        return self.reports[self._latest]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+        program = self.plan_for(args, kwargs)
+        if program is None:
+            return self.module(*args, **kwargs)
+        flat = pytree.tree_leaves((args, kwargs))
+        return program.run([_value(leaf, self.module, flat) for leaf in program.captured.leaves.values()])
+
+    def plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+        """What runs for arguments like these; None: the module itself."""
+        if self.budget is None:
+            return None
+        flat = pytree.tree_leaves((args, kwargs))
+        training = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (*flat, *self.module.parameters()) if isinstance(x, Tensor)
+        )
+        key = (*(_kind(x, training) for x in flat), *(p.requires_grad for p in self.module.parameters() if training))
+        if key not in self._programs:
+            self._programs[key] = self._plan(args, kwargs, training, key)
+        self._latest = key
+        return self._programs[key]
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, key: Any) -> Program | None:
+        assert self.budget is not None
+        fakes = _Fakes(self.module, args, kwargs, training)
+        again = training and self.again
+        before = fakes.peak(lambda: fakes.call(self.module), again)
+        captured = capture(self.module, args, kwargs)
+        with fakes.mode:
+            leaves = [fakes.leaf(leaf) for leaf in captured.leaves.values()]
+            graph, results = measured(captured, leaves, self.ops, training)
+        plain = choose(graph, None, training, again)
+        program, after, plan = None, before, plain
+        if before > self.budget:
+            target = self.budget
+            for _ in range(TRIES):
+                plan = choose(graph, target, training, again)
+                program = Program(captured, graph, plan, results, self.ops, self.places)
+                after = fakes.peak(lambda program=program: program.run(leaves), again)  # type: ignore[misc]
+                if after <= self.budget or plan.peak > target:
+                    break
+                target -= max(after - self.budget, 1)
+        self.reports[key] = Report(
+            self.budget, training, before, after, tuple(_described(graph, plan)), tuple(left_whole(graph)),
+            plain.curve, plan.curve,
+        )  # fmt: skip
+        if after > self.budget:
+            raise ResourceError(
+                f"autochunk: {type(self.module).__name__} under a budget of {show_bytes(self.budget)}: the least found "
+                f"for these shapes is {show_bytes(after)} (as it is: {show_bytes(before)}); give that much, or "
+                f"shorter rows. " + " ".join(f"Left whole: {one}." for one in left_whole(graph)[:3])
+            )
+        return program
+
+
+def _kind(x: Any, training: bool) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return tuple(x.shape), x.dtype, x.device, x.requires_grad and training
+
+
+def _value(leaf: Any, module: nn.Module, flat: Sequence[Any]) -> Any:
+    if leaf.kind == "argument":
+        return flat[leaf.at]
+    return leaf.at if leaf.kind == "constant" else _named(module, leaf.at)
+
+
+def _named(module: nn.Module, name: str) -> Any:
+    value: Any = module
+    for one in name.split("."):
+        value = getattr(value, one)
+    return value
+
+
+class _Fakes:
+    """Arguments and weights without memory, to count what runs hold."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+        self.mode, self.training, self.module = FakeTensorMode(allow_non_fake_inputs=True), training, module
+        with self.mode:
+            self.args, self.kwargs = pytree.tree_map_only(Tensor, self._like, (args, kwargs))
+            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            self.weights = {name: self._like(tensor) for name, tensor in tensors.items()}
+        self.flat = pytree.tree_leaves((self.args, self.kwargs))
+
+    def _like(self, x: Tensor) -> Tensor:
+        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return made.requires_grad_(x.requires_grad and self.training)
+
+    def leaf(self, leaf: Any) -> Any:
+        """The fake value of a captured graph's leaf."""
+        if leaf.kind == "argument":
+            return self.flat[leaf.at]
+        if leaf.kind == "weight":
+            found = self.weights.get(leaf.at)
+            return (
+                self.weights.setdefault(leaf.at, self._like(_named(self.module, leaf.at))) if found is None else found
+            )
+        return self._like(leaf.at) if isinstance(leaf.at, Tensor) else leaf.at
+
+    def call(self, module: nn.Module) -> Any:
+        """The module itself."""
+        return functional_call(module, self.weights, self.args, self.kwargs)
+
+    def peak(self, run: Callable[[], Any], again: bool) -> int:
+        """Most bytes that forward, and backward when training, hold beside what they are given and weights' gradients."""
+        with self.mode, torch.set_grad_enabled(self.training):
+            for one in (*self.weights.values(), *self.flat):
+                if isinstance(one, Tensor) and one.requires_grad:
+                    one.grad = None
+            for weight in self.weights.values():
+                if weight.requires_grad:
+                    weight.grad = torch.empty_like(weight)
+            with Meter() as meter, turning() if again else contextlib.nullcontext():
+                results = [one for one in pytree.tree_leaves(run()) if isinstance(one, Tensor)]
+                learning = [one for one in results if one.requires_grad]
+                if learning:
+                    del results
+                    with meter.on("given"):
+                        slopes = [torch.empty_like(one) for one in learning]
+                    torch.autograd.backward(learning, slopes)
+            return meter.peak
+
+
+def _described(graph: Graph, plan: Plan) -> list[str]:
+    lines = []
+    for region in plan.regions:
+        end = region.outputs[-1]
+        cut = region.cuts[end]
+        names = [graph.nodes[i] for i in region.ops]
+        told = dict.fromkeys(node.what for node in names if graph.holds[node.index].own)
+        lines.append(
+            f"{region.slices} slices of {region.length} along dimension {cut.dim} of {graph.nodes[end].name} "
+            f"{list(graph.nodes[end].shape)}: {names[0].name} to {names[-1].name}, {len(names)} ops "
+            f"({', '.join(told)})"
+        )
+    return lines
+
+
+def left_whole(graph: Graph) -> list[str]:
+    """Ops that can be sliced along no dimension of their results, the largest first, with the reason."""
+    found = []
+    for node in graph.nodes:
+        if node.op in LEAVES or not graph.sizes[node.index]:
+            continue
+        why = _why_whole(node)
+        if why:
+            found.append((graph.sizes[node.index], f"{node.name} ({why}; {show_bytes(graph.sizes[node.index])})"))
+    return [text for _, text in sorted(found, reverse=True)]
+
+
+def _why_whole(node: Node) -> str:
+    """Why it can be sliced along no dimension; nothing where it can."""
+    reasons = []
+    for dim, extent in enumerate(node.shape):
+        if extent > 1:
+            try:
+                needs(node, Cut(dim, extent))
+                return ""
+            except Blocked as error:
+                reasons.append(str(error))
+    return "; ".join(dict.fromkeys(reasons))
