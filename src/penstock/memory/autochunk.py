@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from penstock.errors import ResourceError
 from penstock.memory.flow import Blocked, Cut, Node, needs
-from penstock.memory.graph import Ops, capture, measured
+from penstock.memory.graph import Leaf, Ops, capture, measured
 from penstock.memory.meter import Meter
 from penstock.memory.regions import LEAVES, Graph, Plan, choose
-from penstock.memory.slices import Program, turning
+from penstock.memory.slices import Program, in_brief, turning
 from penstock.memory.units import parse_bytes, show_bytes
 
 TRIES = 4
@@ -112,7 +112,12 @@ class Chunked(nn.Module):
         if program is None:
             return self.module(*args, **kwargs)
         flat = pytree.tree_leaves((args, kwargs))
-        return program.run([_value(leaf, self.module, flat) for leaf in program.captured.leaves.values()])
+        return program.run([self._value(leaf, flat) for leaf in program.captured.leaves.values()])
+
+    def _value(self, leaf: Leaf, flat: Sequence[Any]) -> Any:
+        if leaf.kind == "argument":
+            return flat[leaf.at]
+        return leaf.at if leaf.kind == "constant" else part_of(_named(self.module, leaf.at), leaf, self.places)
 
     def plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         """What runs for arguments like these; None: the module itself."""
@@ -135,7 +140,7 @@ class Chunked(nn.Module):
         before = fakes.peak(lambda: fakes.call(self.module), again)
         captured = capture(self.module, args, kwargs)
         with fakes.mode:
-            leaves = [fakes.leaf(leaf) for leaf in captured.leaves.values()]
+            leaves = [fakes.leaf(leaf, places=False) for leaf in captured.leaves.values()]
             graph, results = measured(captured, leaves, self.ops, training)
         plain = choose(graph, None, training, again)
         program, after, plan = None, before, plain
@@ -144,10 +149,10 @@ class Chunked(nn.Module):
             for _ in range(TRIES):
                 plan = choose(graph, target, training, again)
                 program = Program(captured, graph, plan, results, self.ops, self.places)
-                after = fakes.peak(lambda program=program: program.run(leaves), again)  # type: ignore[misc]
+                after = fakes.peak(lambda program=program: fakes.run(program, self.places), again)  # type: ignore[misc]
                 if after <= self.budget or plan.peak > target:
                     break
-                target -= max(after - self.budget, 1)
+                target = min(target - 1, target - after + self.budget, target * self.budget // after)
         self.reports[key] = Report(
             self.budget, training, before, after, tuple(_described(graph, plan)), tuple(left_whole(graph)),
             plain.curve, plan.curve,
@@ -167,10 +172,15 @@ def _kind(x: Any, training: bool) -> Any:
     return tuple(x.shape), x.dtype, x.device, x.requires_grad and training
 
 
-def _value(leaf: Any, module: nn.Module, flat: Sequence[Any]) -> Any:
-    if leaf.kind == "argument":
-        return flat[leaf.at]
-    return leaf.at if leaf.kind == "constant" else _named(module, leaf.at)
+def part_of(weight: Tensor, leaf: Leaf, places: bool) -> Tensor:
+    """What a leaf reads of a weight; where the weight's gradient has its place, the part's place is in it."""
+    if leaf.part is None:
+        return weight
+    if not (places and torch.is_grad_enabled() and weight.requires_grad and weight.grad is not None):
+        return weight.narrow(*leaf.part)
+    part = weight.detach().narrow(*leaf.part).requires_grad_()
+    part.grad = weight.grad.narrow(*leaf.part)
+    return part
 
 
 def _named(module: nn.Module, name: str) -> Any:
@@ -195,23 +205,26 @@ class _Fakes:
         made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         return made.requires_grad_(x.requires_grad and self.training)
 
-    def leaf(self, leaf: Any) -> Any:
+    def leaf(self, leaf: Leaf, places: bool) -> Any:
         """The fake value of a captured graph's leaf."""
         if leaf.kind == "argument":
             return self.flat[leaf.at]
         if leaf.kind == "weight":
-            found = self.weights.get(leaf.at)
-            return (
-                self.weights.setdefault(leaf.at, self._like(_named(self.module, leaf.at))) if found is None else found
-            )
+            if leaf.at not in self.weights:  # the second name of a shared one
+                self.weights[leaf.at] = self._like(_named(self.module, leaf.at))
+            return part_of(self.weights[leaf.at], leaf, places)
         return self._like(leaf.at) if isinstance(leaf.at, Tensor) else leaf.at
 
     def call(self, module: nn.Module) -> Any:
         """The module itself."""
         return functional_call(module, self.weights, self.args, self.kwargs)
 
+    def run(self, program: Program, places: bool) -> Any:
+        """The program."""
+        return program.run([self.leaf(leaf, places) for leaf in program.captured.leaves.values()])
+
     def peak(self, run: Callable[[], Any], again: bool) -> int:
-        """Most bytes that forward, and backward when training, hold beside what they are given and weights' gradients."""
+        """Most bytes that forward, and backward when training, hold beside arguments, weights and their gradients."""
         with self.mode, torch.set_grad_enabled(self.training):
             for one in (*self.weights.values(), *self.flat):
                 if isinstance(one, Tensor) and one.requires_grad:
@@ -219,7 +232,7 @@ class _Fakes:
             for weight in self.weights.values():
                 if weight.requires_grad:
                     weight.grad = torch.empty_like(weight)
-            with Meter() as meter, turning() if again else contextlib.nullcontext():
+            with in_brief(), Meter() as meter, turning() if again else contextlib.nullcontext():
                 results = [one for one in pytree.tree_leaves(run()) if isinstance(one, Tensor)]
                 learning = [one for one in results if one.requires_grad]
                 if learning:

@@ -1,20 +1,18 @@
 """Along which dimensions one op can be computed in slices: from a cut of its result to the cuts of what it reads.
 
-The table goes by aten op and looks at shapes alone; `autochunk` holds every entry it uses against a run on fake tensors.
+The table goes by aten op and looks at shapes alone; `autochunk` runs every plan on fake tensors before it is used.
 An op that is not in the table, or that mixes what the cut would part (a softmax over the dimension, a reduction, a
 random draw), is `Blocked`: it is computed whole.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 
 aten = torch.ops.aten
-END = 1 << 62
-"""As large as the end of a slice that means all the rest."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,15 @@ class Node:
     """Of the tensors that are read, in the order of `reads`."""
     several: bool = False
     """Whether the result is a list of tensors."""
+    reads: tuple[int, ...] = field(init=False, compare=False)
+    """Indices of the nodes in its arguments, in order, as often as they appear."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", tuple(ref.index for ref in refs(self.args)))
 
     def arg(self, name: str) -> Any:
         """By its name in the op's schema."""
         return self.args[self.names.index(name)]
-
-    @property
-    def reads(self) -> list[int]:
-        """Indices of the nodes in its arguments, in order, as often as they appear."""
-        return [ref.index for ref in refs(self.args)]
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Of the tensor argument of that name, if it is given."""
@@ -302,7 +300,8 @@ def product(left: str, right: str, added: str | None = None) -> Callable[[Node, 
 def attention(node: Node, cut: Cut) -> Needs:
     """Queries, heads or rows. A slice of causal queries reads the keys up to its end."""
     q, k, mask = node.shape_of("query"), node.shape_of("key"), node.shape_of("attn_mask")
-    assert q is not None and k is not None
+    assert q is not None
+    assert k is not None
     rank = len(q)
     if node.arg("dropout_p") > 0:
         raise Blocked("draws random numbers, which would differ in slices")
@@ -343,7 +342,9 @@ def _getitem() -> Any:
 
 
 RULES: dict[Any, Callable[[Node, Cut], Needs]] = {
-    **dict.fromkeys([aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints], view),
+    **dict.fromkeys(
+        [aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints], view
+    ),
     **dict.fromkeys(
         [aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.to.dtype,
          aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.lift_fresh_copy.default], same,

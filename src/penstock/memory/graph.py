@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from penstock.errors import UserError
-from penstock.memory.flow import RULES, Node, Ref, refs
+from penstock.memory.flow import RULES, SIZED, Blocked, Cut, Node, Ref, needs, refs
 from penstock.memory.meter import Meter
 from penstock.memory.regions import LEAVES, Bytes, Graph
 
@@ -30,6 +30,8 @@ class Leaf:
     """argument, weight or constant."""
     at: Any
     """Its place among the flattened arguments; its name in the module; the constant itself."""
+    part: tuple[int, int, int] | None = None
+    """Of a weight: (dimension, start, length) of what is read of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Captured:
 def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """By `torch.export`: nothing is computed."""
     exported = torch.export.export(module, args, kwargs, strict=False)
+    _take_apart(exported.graph)
     exported.graph.eliminate_dead_code()
     kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     nodes: list[Node] = []
@@ -57,7 +60,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     arguments = 0
 
     def translated(value: Any) -> Any:
-        return torch.fx.node.map_arg(value, lambda one: Ref(index_of[one]))
+        return pytree.tree_map_only(torch.fx.Node, lambda one: Ref(index_of[one]), value)
 
     for one in exported.graph.nodes:
         index = len(nodes)
@@ -84,6 +87,9 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 kind, leaves[index] = "weight", Leaf("weight", spec.target)
         elif one.op == "get_attr":
             kind, leaves[index] = "input", Leaf("constant", _attribute(exported.graph_module, one.target))
+        elif one.meta.get("part"):
+            of = leaves[index_of[one.args[0]]]
+            kind, leaves[index] = "weight", Leaf("weight", of.at, one.meta["part"])
         elif isinstance(kind, torch._ops.OpOverload):
             names, given = _in_order(kind, translated(one.args), translated(one.kwargs))
         else:
@@ -99,6 +105,79 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         shapes.append(shape)
         index_of[one] = index
     return Captured(tuple(nodes), leaves, outputs, exported.call_spec.out_spec)
+
+
+VIEWS = {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default}
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+PRODUCTS = {aten.linear.default: (0, 1, 2, 0), aten.addmm.default: (1, 2, 0, 1)}
+"""Product -> which argument is x, weight and bias, and the weight's dimension of outputs."""
+
+
+def _take_apart(graph: torch.fx.Graph) -> None:
+    """A product that is split right away becomes a product for each piece, by its rows of the weight. So queries can
+    be made where they are needed, slice by slice, when keys and values must be whole."""
+    for split in [one for one in graph.nodes if one.target in SPLITS]:
+        chain, made = [], split.args[0]
+        while made.target in VIEWS and len(made.users) == 1:
+            chain.append(made)
+            made = made.args[0]
+        if made.target not in PRODUCTS or len(made.users) != 1 or made.kwargs:
+            continue
+        where_x, where_weight, where_bias, side = PRODUCTS[made.target]
+        weight = made.args[where_weight]
+        bias = made.args[where_bias] if len(made.args) > where_bias else None
+        if weight.op != "placeholder" or (
+            bias is not None and (bias.op != "placeholder" or bias.meta["val"].dim() != 1)
+        ):
+            continue
+        dim = (split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)) % split.args[0].meta["val"].dim()
+        cuts = [Cut(dim, split.args[0].meta["val"].shape[dim])]
+        try:
+            for one in chain:
+                cuts.append(needs(_single(one), cuts[-1])["self"])  # type: ignore[arg-type]
+        except Blocked:
+            continue
+        if cuts[-1].outer != 1 or cuts[-1].dim != made.meta["val"].dim() - 1:
+            continue
+        start = 0
+        starts = []
+        for piece in split.meta["val"]:
+            starts.append(start)
+            start += piece.shape[dim]
+        for piece in list(split.users):
+            first, size = starts[piece.args[1]], split.meta["val"][piece.args[1]].shape[dim]
+            with graph.inserting_before(piece):
+                parts = []
+                for whole, at in ((weight, side), (bias, 0)):
+                    if whole is not None:
+                        start, length = first * cuts[-1].inner, size * cuts[-1].inner
+                        part = _inserted(graph, aten.slice.Tensor, (whole, at, start, start + length))
+                        part.meta["part"] = (at, start, length)
+                        parts.append(part)
+                arguments = [made.args[where_x], *parts] if where_x == 0 else [parts[1], made.args[where_x], parts[0]]
+                last = _inserted(graph, made.target, tuple(arguments))
+                for one, cut in zip(reversed(chain), reversed(cuts[:-1]), strict=True):
+                    rest: tuple[Any, ...] = tuple(one.args[1:])
+                    if one.target in SIZED:
+                        shape = list(one.meta["val"].shape)
+                        shape[cut.dim] = cut.size(size)
+                        rest = (shape,)
+                    last = _inserted(graph, one.target, (last, *rest))
+            piece.replace_all_uses_with(last)
+    graph.lint()
+
+
+def _inserted(graph: torch.fx.Graph, op: Any, args: tuple[Any, ...]) -> torch.fx.Node:
+    made = graph.call_function(op, args)
+    fakes = pytree.tree_map_only(torch.fx.Node, lambda one: one.meta["val"], args)
+    made.meta["val"] = op(*fakes)
+    return made
+
+
+def _single(one: Any) -> Node:
+    """A view, alone."""
+    names, given = _in_order(one.target, [Ref(0), *one.args[1:]], one.kwargs)
+    return Node(0, one.name, one.target, names, given, tuple(one.meta["val"].shape), (one.args[0].meta["val"].shape,))
 
 
 def _attribute(module: Any, path: str) -> Any:
@@ -136,11 +215,11 @@ def filled(value: Any, find: Callable[[Any], Any]) -> Any:
     return value
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------------
+# --- bytes ------------------------------------------------------------------------------------------------------------
 
 
 def measured(captured: Captured, leaves: Sequence[Any], ops: Ops, training: bool) -> tuple[Graph, list[Any]]:
-    """What each op holds, by running it on fake tensors, and their fake results. `leaves`: the values of the leaves, fake."""
+    """What each op holds, by running it on fake tensors, and their results. `leaves`: fake values of the leaves."""
     values: list[Any] = []
     holds: list[Bytes] = []
     homes: dict[int, int] = {}  # storage -> the op that made it
@@ -215,8 +294,7 @@ def _measure(node: Node, values: list[Any], homes: dict[int, int], alive: list[A
                 meter.peak - sum(one.nbytes for one in learning) - sum(one.nbytes for one in _tensors(slopes)), 0
             )
             del slopes
-    grads = [one.detach().requires_grad_(one.requires_grad) for one in results]
-    values.append(type(result)(grads) if isinstance(result, tuple | list) else grads[0] if grads else result)
+    values.append(pytree.tree_map_only(Tensor, lambda one: one.detach().requires_grad_(one.requires_grad), result))
     alive += [result, saved, *storages.values()]
     mine = sum(own.values())
     return Bytes(

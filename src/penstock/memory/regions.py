@@ -6,7 +6,7 @@ many bytes are alive at each step, forward and backward; regions are added where
 than the budget asks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from penstock.memory.flow import Blocked, Cut, Node, needs, refs, through_view
@@ -51,6 +51,8 @@ class Graph:
     """Bytes of each result, be it new memory or not."""
     before: tuple[int, ...] = field(init=False, compare=False)
     """Of each op, the set of ops that it depends on, as bits."""
+    known: dict[tuple[int, Cut], list[tuple[int, Cut | None]] | str] = field(default_factory=dict, compare=False)
+    """What `reads` has found."""
 
     def __post_init__(self) -> None:
         before: list[int] = []
@@ -60,6 +62,22 @@ class Graph:
                 mask |= before[i] | 1 << i
             before.append(mask)
         object.__setattr__(self, "before", tuple(before))
+
+    def reads(self, index: int, cut: Cut) -> list[tuple[int, Cut | None]]:
+        """(op, cut) for each tensor in the op's arguments, in order, that a slice reads. Raises Blocked."""
+        if (index, cut) not in self.known:
+            node = self.nodes[index]
+            try:
+                wanted = needs(node, cut)
+            except Blocked as error:
+                self.known[index, cut] = str(error)
+            else:
+                pairs = zip(node.names, node.args, strict=True)
+                self.known[index, cut] = [(ref.index, wanted.get(name)) for name, value in pairs for ref in refs(value)]
+        found = self.known[index, cut]
+        if isinstance(found, str):
+            raise Blocked(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -120,21 +138,24 @@ def choose(graph: Graph, budget: int | None, training: bool, turning: bool = Fal
     assert best is not None
     if budget is None or best.peak <= budget:
         return best
-    pool = list(candidates(graph))
+    pool, lowest = list(candidates(graph)), best
     while True:
         regions = best.regions
         options = []
         for one in pool:
             kept = [region for region in regions if not _overlap(region, one)]
             found = plan_of(graph, [*kept, one], training, turning)
-            if found is not None and _excess(found, budget) < _excess(best, budget):
+            if found is None:
+                continue
+            lowest = min(lowest, found, key=lambda one: one.peak)
+            if _excess(found, budget) < _excess(best, budget):
                 options.append(found)
         enough = [one for one in options if one.peak <= budget]
         if enough:
             coarse = [coarsened(graph, one, budget, training, turning) for one in sorted(enough, key=_rank)[:MOST]]
             return min(coarse, key=lambda one: cost(graph, one, training))
         if not options:
-            return best
+            return lowest
         best = min(options, key=lambda one: (_excess(one, budget), _rank(one)))
 
 
@@ -193,8 +214,8 @@ def candidates(graph: Graph) -> Iterator[Region]:
     seen = set()
     for end in reversed(range(len(graph.nodes))):
         node = graph.nodes[end]
-        if node.op in LEAVES or node.several:
-            continue
+        if node.op in LEAVES or node.several or not graph.holds[end].own:
+            continue  # where a view is, what it is a view of will do
         for dim, extent in enumerate(node.shape):
             if extent == 1:
                 continue
@@ -258,36 +279,25 @@ def grow(graph: Graph, end: int, cut: Cut, again: bool) -> Region | None:
     if end not in growth.inside:
         return None
     for index in range(len(graph.nodes)):  # all pieces of what is split inside
-        source = graph.nodes[index].reads[:1]
-        if source and graph.nodes[source[0]].several and source[0] in growth.inside and index not in growth.inside:
-            if source[0] in growth.copies:
-                continue
-            growth.inside[index] = growth.inside[source[0]]
+        for source in graph.nodes[index].reads[:1]:
+            if graph.nodes[source].several and source in growth.inside and source not in growth.copies:
+                growth.inside.setdefault(index, growth.inside[source])
     return growth.region(cut.extent)
 
 
 def _reads(graph: Graph, index: int, cut: Cut, growth: _Growth, again: bool) -> list[tuple[int, Cut | None]] | None:
     """(op, cut) of what a slice reads; None where the op cannot be sliced so."""
-    node = graph.nodes[index]
     try:
-        found = reads_of(node, cut)
+        found = graph.reads(index, cut)
         for source, need in found:
             if graph.nodes[source].several:  # a piece and what it is a piece of, or neither
                 assert need is not None
                 if growth.barred >> source & 1 and not (again and source in graph.cheap):
                     return None
-                needs(graph.nodes[source], need)
+                graph.reads(source, need)
     except Blocked:
         return None
     return found
-
-
-def reads_of(node: Node, cut: Cut) -> list[tuple[int, Cut | None]]:
-    """(op, cut) for each tensor in the node's arguments, in order. Raises Blocked."""
-    wanted = needs(node, cut)
-    return [
-        (ref.index, wanted.get(name)) for name, value in zip(node.names, node.args, strict=True) for ref in refs(value)
-    ]
 
 
 def joined(graph: Graph, region: Region) -> Region:
@@ -350,7 +360,7 @@ def _order(graph: Graph, regions: Sequence[Region]) -> list[Step] | None:
     for at, region in enumerate(regions):
         owner |= {i: at for i in region.cuts if i not in region.copies}
     single = [i for i, node in enumerate(graph.nodes) if i not in owner and node.op not in LEAVES]
-    reads: dict[tuple[int, int], list[int]] = {(i, -1): graph.nodes[i].reads for i in single}
+    reads: dict[tuple[int, int], Sequence[int]] = {(i, -1): graph.nodes[i].reads for i in single}
     reads |= {(max(region.cuts), at): [i for i, _ in region.inputs] for at, region in enumerate(regions)}
     done = {i for i, node in enumerate(graph.nodes) if node.op in LEAVES}
     waiting, ordered = sorted(reads), []
@@ -383,7 +393,7 @@ def _pruned(graph: Graph, region: Region, outputs: tuple[int, ...]) -> Region:
     wanted, inputs = set(outputs), set()
     for i in reversed(region.ops):
         if i in wanted:
-            for source, need in reads_of(graph.nodes[i], region.cuts[i]):
+            for source, need in graph.reads(i, region.cuts[i]):
                 if source in region.cuts and region.cuts[source] == need:
                     wanted.add(source)
                 else:
@@ -440,8 +450,10 @@ def _item_of_region(graph: Graph, region: Region, training: bool) -> _Item:
     forward = _peak(_walk(inner, set(), loose, training=False))
     back = 0
     if training:
-        # the slice once more with all that autograd keeps, beside the gradients of what the region reads
-        back = _peak(_walk(inner, set(region.outputs), loose, training=True))
+        # the slice once more with all that autograd keeps; gradients of what is read whole are made, and added up
+        whole = {i for i, cut in region.inputs if cut is None or cut.prefix}
+        loose |= {i: graph.holds[i].grad for i in whole}
+        back = _peak(_walk(inner, set(region.outputs), loose, training=True, passing=whole))
     reads = tuple(dict.fromkeys(i for i, _ in region.inputs))
     made = {i: graph.sizes[i] for i in region.outputs}
     name = f"{graph.nodes[region.ops[0]].name}..{graph.nodes[region.ops[-1]].name} in {region.slices}"
@@ -452,8 +464,11 @@ def _peak(curve: list[tuple[str, int]]) -> int:
     return max((nbytes for _, nbytes in curve), default=0)
 
 
-def _walk(items: Sequence[_Item], outputs: set[int], grads: dict[int, int], training: bool) -> list[tuple[str, int]]:
-    """Bytes alive at the fullest instant of each item, forward and, when training, backward."""
+def _walk(
+    items: Sequence[_Item], outputs: set[int], grads: dict[int, int], training: bool, passing: Container[int] = ()
+) -> list[tuple[str, int]]:
+    """Bytes alive at the fullest instant of each item, forward and, when training, backward. `passing`: results whose
+    gradients are taken away at once."""
     lies: dict[int, frozenset[int]] = {}  # result -> the results whose memory it lies in
     size: dict[int, int] = {}
     last: dict[int, int] = {}  # memory -> the last item that reads it, forward
@@ -505,7 +520,7 @@ def _walk(items: Sequence[_Item], outputs: set[int], grads: dict[int, int], trai
                 slopes[target] = max(slopes.get(target, 0), mine)
         else:
             for i in item.reads:
-                if grads.get(i):
+                if grads.get(i) and i not in passing:
                     slopes[i] = grads[i]
         alive -= sum(size[memory] for memory in freed.get(at, ()))
         kept -= item.kept

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from penstock.memory.flow import RULES, SIZED, Cut, Node, Ref, attention
 from penstock.memory.graph import Captured, Ops, call, filled
-from penstock.memory.regions import Graph, Plan, Region, reads_of
+from penstock.memory.regions import Graph, Plan, Region
 
 aten = torch.ops.aten
 Key = tuple[int, Cut | None]
@@ -69,7 +69,7 @@ class Sliced:
 
     def _step(self, graph: Graph, index: int) -> tuple[Node, list[Key], Cut]:
         node = graph.nodes[index]
-        return node, reads_of(node, self.region.cuts[index]), self.region.cuts[index]
+        return node, graph.reads(index, self.region.cuts[index]), self.region.cuts[index]
 
     def run(self, inputs: dict[Key, Any], start: int, length: int) -> list[Any]:
         """One slice: its outputs."""
@@ -89,9 +89,10 @@ class Sliced:
         return [made[index] for index in self.region.outputs]
 
     def spans(self) -> list[tuple[int, int]]:
-        """(start, length) of every slice."""
+        """(start, length) of every slice, or of those that differ in what they hold."""
         extent, length = self.region.extent, self.region.length
-        return [(start, min(length, extent - start)) for start in range(0, extent, length)]
+        every = [(start, min(length, extent - start)) for start in range(0, extent, length)]
+        return [every[0], *every[1:][extent // length - 2 :][:1]] if _IN_BRIEF.get() else every
 
     def forward(self, values: Sequence[Any]) -> list[Tensor]:
         """All slices, into outputs made once; without gradients."""
@@ -112,10 +113,11 @@ class Sliced:
         """Gradients of `values`, where wanted: each slice is computed again and its gradients are added up."""
         by_index = dict(zip(self.indices, values, strict=True))
         wants = {index for index, want in zip(self.indices, wanted, strict=True) if want}
-        in_place = {
-            index for index, weight in zip(self.indices, self.weights, strict=True)
-            if self.places and weight and index in wants and by_index[index].grad is not None
-        }  # fmt: skip
+        in_place = set()
+        for index, weight in zip(self.indices, self.weights, strict=True):
+            value = by_index[index]
+            if self.places and weight and index in wants and value.is_leaf and value.grad is not None:
+                in_place.add(index)
         sums: dict[Key, Tensor] = {}
         for index, cut in self.region.inputs:
             if index in in_place:
@@ -206,6 +208,20 @@ class _Region(torch.autograd.Function):
             for weight, tensor in zip(ctx.weights, ctx.saved_tensors, strict=True)
         ]
         return None, None, *ctx.sliced.backward(values, slopes, ctx.needs_input_grad[2:])
+
+
+_IN_BRIEF = contextvars.ContextVar("in_brief", default=False)
+
+
+@contextlib.contextmanager
+def in_brief() -> Iterator[None]:
+    """Inside, regions run their first slice and the last whole one, for their bytes: then sums exist, and causal
+    queries see all keys."""
+    token = _IN_BRIEF.set(True)
+    try:
+        yield
+    finally:
+        _IN_BRIEF.reset(token)
 
 
 _TURNING = contextvars.ContextVar("turning", default=False)
