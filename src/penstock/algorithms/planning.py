@@ -16,7 +16,7 @@ from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, layout
 from penstock.memory.forecast import TIERS, Forecast, Rates, forecast, with_slack
-from penstock.memory.passes import Batch, Pass, activations_of
+from penstock.memory.passes import Batch, Pass, Work, activations_of
 from penstock.memory.placement import AUTO, NAMES, STRATEGIES, TierName, known
 from penstock.memory.units import parse_bytes, show_bytes
 from penstock.models import shapes, sizes
@@ -98,7 +98,9 @@ def config_of(name: str, flag: str) -> DecoderConfig:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
 
-def passes(work: Workload, dtype: str, world: int, swap: bool = False) -> dict[str, list[Pass]]:
+def passes(
+    work: Workload, dtype: str, world: int, swap: bool = False, activation_budget: int | None = None
+) -> dict[str, list[Pass]]:
     """What each phase does with each model, on the rank that has most rows. `swap`: the KV cache is on the host."""
     share = math.ceil(work.batch_size / world)
     phases: dict[str, list[Pass]] = {"rollout": [], "score": [], "train": []}
@@ -127,25 +129,40 @@ def passes(work: Workload, dtype: str, world: int, swap: bool = False) -> dict[s
         roles = {role.name: role for role in work.roles}
         for name in ("actor", "reference", "critic", "reward"):  # in the order of algorithms.ppo.score
             if name in roles:  # a --reward-fn is no model
-                phases["score"].append(_pass(work, roles[name], dtype, share, response, "evaluate"))
+                phases["score"].append(_pass(work, roles[name], dtype, share, response, "evaluate", activation_budget))
     updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.stage == "ppo" else 1)
     for role in work.roles:
         if role.trained:
             rows = math.ceil(work.mini_batch_size / world)
-            phases["train"].append(_pass(work, role, dtype, rows, response, "step", updates))
+            phases["train"].append(_pass(work, role, dtype, rows, response, "step", activation_budget, updates))
     return {phase: found for phase, found in phases.items() if found}
 
 
-def _pass(work: Workload, role: Role, dtype: str, rows: int, response: int, kind: Any, times: int = 1) -> Pass:
+def _pass(
+    work: Workload, role: Role, dtype: str, rows: int, response: int, kind: Any, activation_budget: int | None,
+    times: int = 1,
+) -> Pass:  # fmt: skip
     micro = min(work.micro_batch_size, rows)
     once = role.name == "reward" or work.stage == "reward"  # read at the last token alone
     read = micro if once else micro * (work.length if work.stage == "sft" else response)
     whole = rows if once else rows * (work.length if work.stage == "sft" else response)
+    held = shapes.work_of(role.config, dtype, Batch(micro, work.length, read), scalar=role.scalar)
+    if activation_budget is not None:
+        held = within(held, role.config, dtype, micro, work.length, activation_budget)
     return Pass(
-        role.name, kind, shapes.work_of(role.config, dtype, Batch(micro, work.length, read), scalar=role.scalar),
+        role.name, kind, held,
         count=math.ceil(rows / micro), times=times,
         flops=_flops(role.config, rows, work.length, 0 if role.scalar else whole) * (3 if kind == "step" else 1),
     )  # fmt: skip
+
+
+def within(held: Work, config: DecoderConfig, dtype: str, rows: int, length: int, budget: int) -> Work:
+    """The same where blocks are computed in slices: as many bytes as the engine's own planner of slices finds."""
+    from penstock.models import slicing  # torch, in here alone
+
+    forward, backward, _ = slicing.peaks(config, dtype, rows, length, budget)
+    blocks = [dataclasses.replace(part, forward=forward, backward=backward) for part in held.parts[1:]]
+    return dataclasses.replace(held, parts=(held.parts[0], *blocks))
 
 
 def _flops(config: DecoderConfig, rows: int, length: int, read: int) -> float:
@@ -163,16 +180,17 @@ def forecast_of(
     chunk_size: int | None = None,
     rates: Rates | None = None,
     timed: bool = True,
+    activation_budget: int | None = None,
 ) -> Forecast:
     """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements."""
-    dtype = DTYPES[dtype]
+    dtype, recompute = DTYPES[dtype], recompute or activation_budget is not None
     laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
     shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
     device = budgets.get("device")
 
     def under(moves: bool, again: bool, swap: bool = False) -> Forecast:
         """With room for the activations of models that move, or of models that stay."""
-        phases = passes(work, dtype, world, swap)
+        phases = passes(work, dtype, world, swap, activation_budget)
         fullest = max(activations_of(one, moves, again) for each in phases.values() for one in each)
         left = dict(budgets)
         if swap and (host := budgets.get("host")) is not None:
@@ -234,6 +252,7 @@ def run(config: PlanConfig) -> int:
         measured = rehearse(
             work, strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
             recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
+            activation_budget=_bytes(config.activation_budget, "--activation-budget"),
         )  # fmt: skip
         result["measured_traffic"] = measured.pop("traffic")
         result["measured"] = measured
@@ -341,6 +360,7 @@ def _forecast(config: PlanConfig, work: Workload, setting: Setting, *, timed: bo
         timed=timed,
         strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
         recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
+        activation_budget=_bytes(config.activation_budget, "--activation-budget"),
         rates=Rates(
             config.tflops * 1e12, *(
                 float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}"))

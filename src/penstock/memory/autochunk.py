@@ -18,14 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from penstock.errors import ResourceError
+from penstock.memory.curve import LEAVES, Graph, Plan
 from penstock.memory.flow import Blocked, Cut, Node, needs
-from penstock.memory.graph import Leaf, Ops, capture, measured
+from penstock.memory.graph import Captured, Leaf, Ops, capture, measured
 from penstock.memory.meter import Meter
-from penstock.memory.regions import LEAVES, Graph, Plan, choose
-from penstock.memory.slices import Program, in_brief, turning
+from penstock.memory.program import turning
+from penstock.memory.regions import choose
+from penstock.memory.slices import Program, in_brief
 from penstock.memory.units import parse_bytes, show_bytes
 
 TRIES = 4
@@ -49,16 +54,18 @@ def autochunk(
     the budget, with the least that works; UserError for a module that cannot be exported.
     """
     nbytes = parse_bytes(budget, "budget") if isinstance(budget, str) else budget
-    made = Chunked(module, nbytes, places=places)
-    made.plan_for(args, kwargs or {})
-    return made
+    if nbytes is None:
+        return Chunked(module, None)
+    slicer = Slicer(nbytes, places=places)
+    slicer.plan_for(module, args, kwargs or {})
+    return Chunked(module, slicer)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What was found for one set of shapes. `str(report)` is for people."""
 
-    budget: int | None
+    budget: int
     training: bool
     before: int
     """Peak bytes of the module as it is, beside what it is given."""
@@ -73,9 +80,9 @@ class Report:
 
     def __str__(self) -> str:
         way = "forward and backward" if self.training else "forward"
-        budget = "no budget" if self.budget is None else f"budget {show_bytes(self.budget)}"
         lines = [
-            f"autochunk, {way}, {budget}: {show_bytes(self.before)} -> {show_bytes(self.after)}",
+            f"autochunk, {way}, budget {show_bytes(self.budget)}:"
+            f" {show_bytes(self.before)} -> {show_bytes(self.after)}",
             *(f"  {one}" for one in self.regions or ("left as it is",)),
             *(f"  left whole: {one}" for one in self.whole),
         ]
@@ -88,57 +95,49 @@ class Report:
         return "\n".join(lines)
 
 
-class Chunked(nn.Module):
-    """See `autochunk`. Plans are kept by the shapes of the arguments."""
+class Slicer:
+    """Plans for modules of one kind, kept by the shapes of what they are called with; it holds no weights."""
 
-    def __init__(
-        self, module: nn.Module, budget: int | None, *, ops: Ops | None = None, places: bool = True, again: bool = False
-    ) -> None:
+    def __init__(self, budget: int, *, ops: Ops | None = None, places: bool = True, again: bool = False) -> None:
         """`ops`: aten op -> what computes it instead. `again`: gradients are asked for under `turning()` alone."""
-        super().__init__()
-        self.module, self.budget, self.ops, self.places, self.again = module, budget, ops or {}, places, again
+        self.budget, self.ops, self.places, self.again = budget, ops or {}, places, again
         self.reports: dict[Any, Report] = {}
+        self.latest: Any = None
+        """The key of the report that was planned or called for last."""
         self._programs: dict[Any, Program | None] = {}
-        self._latest: Any = None
 
-    @property
-    def report(self) -> Report:
-        """Of the shapes that were called or planned for last."""
-        return self.reports[self._latest]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""
-        program = self.plan_for(args, kwargs)
+        program = self.plan_for(module, args, kwargs)
         if program is None:
-            return self.module(*args, **kwargs)
+            return module(*args, **kwargs)
         flat = pytree.tree_leaves((args, kwargs))
-        return program.run([self._value(leaf, flat) for leaf in program.captured.leaves.values()])
+        return program.run([self._value(leaf, module, flat) for leaf in program.captured.leaves.values()])
 
-    def _value(self, leaf: Leaf, flat: Sequence[Any]) -> Any:
+    def _value(self, leaf: Leaf, module: nn.Module, flat: Sequence[Any]) -> Any:
         if leaf.kind == "argument":
             return flat[leaf.at]
-        return leaf.at if leaf.kind == "constant" else part_of(_named(self.module, leaf.at), leaf, self.places)
+        return leaf.at if leaf.kind == "constant" else part_of(_named(module, leaf.at), leaf, self.places)
 
-    def plan_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+    def plan_for(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         """What runs for arguments like these; None: the module itself."""
-        if self.budget is None:
-            return None
         flat = pytree.tree_leaves((args, kwargs))
-        training = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (*flat, *self.module.parameters()) if isinstance(x, Tensor)
-        )
-        key = (*(_kind(x, training) for x in flat), *(p.requires_grad for p in self.module.parameters() if training))
+        weights = list(module.parameters())
+        training = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*flat, *weights))
+        key = tuple(_kind(x, training) for x in (*flat, *weights))
         if key not in self._programs:
-            self._programs[key] = self._plan(args, kwargs, training, key)
-        self._latest = key
+            with _disable_current_modes():  # whoever counts or pretends around us need not see the planning
+                self._programs[key] = self._plan(module, args, kwargs, training, key)
+        self.latest = key
         return self._programs[key]
 
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, key: Any) -> Program | None:
-        assert self.budget is not None
-        fakes = _Fakes(self.module, args, kwargs, training)
+    def _plan(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, key: Any
+    ) -> Program | None:
+        fakes = _Fakes(module, args, kwargs, training)
         again = training and self.again
-        before = fakes.peak(lambda: fakes.call(self.module), again)
-        captured = capture(self.module, args, kwargs)
+        before = fakes.peak(lambda: fakes.call(module), again)
+        captured = fakes.capture(module)
         with fakes.mode:
             leaves = [fakes.leaf(leaf, places=False) for leaf in captured.leaves.values()]
             graph, results = measured(captured, leaves, self.ops, training)
@@ -153,17 +152,36 @@ class Chunked(nn.Module):
                 if after <= self.budget or plan.peak > target:
                     break
                 target = min(target - 1, target - after + self.budget, target * self.budget // after)
+        whole = left_whole(graph)
         self.reports[key] = Report(
-            self.budget, training, before, after, tuple(_described(graph, plan)), tuple(left_whole(graph)),
-            plain.curve, plan.curve,
-        )  # fmt: skip
+            self.budget, training, before, after, tuple(_described(graph, plan)), tuple(whole), plain.curve, plan.curve
+        )
         if after > self.budget:
             raise ResourceError(
-                f"autochunk: {type(self.module).__name__} under a budget of {show_bytes(self.budget)}: the least found "
-                f"for these shapes is {show_bytes(after)} (as it is: {show_bytes(before)}); give that much, or "
-                f"shorter rows. " + " ".join(f"Left whole: {one}." for one in left_whole(graph)[:3])
+                f"autochunk: {type(module).__name__} under a budget of {show_bytes(self.budget)}: the least found for "
+                f"these shapes is {show_bytes(after)} (as it is: {show_bytes(before)}); give that much, or shorter "
+                f"rows." + "".join(f" Left whole: {one}." for one in whole[:3])
             )
         return program
+
+
+class Chunked(nn.Module):
+    """A module that computes in slices; see `autochunk`."""
+
+    def __init__(self, module: nn.Module, slicer: Slicer | None) -> None:
+        super().__init__()
+        self.module, self.slicer = module, slicer
+
+    @property
+    def report(self) -> Report | None:
+        """Of the shapes that were planned or called for last; None without a budget."""
+        return None if self.slicer is None else self.slicer.reports[self.slicer.latest]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+        if self.slicer is None:
+            return self.module(*args, **kwargs)
+        return self.slicer.run(self.module, *args, **kwargs)
 
 
 def _kind(x: Any, training: bool) -> Any:
@@ -194,11 +212,17 @@ class _Fakes:
     """Arguments and weights without memory, to count what runs hold."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
-        self.mode, self.training, self.module = FakeTensorMode(allow_non_fake_inputs=True), training, module
+        self.mode, self.training, self.module = FakeTensorMode(shape_env=ShapeEnv()), training, module
+        self.mode.allow_non_fake_inputs = True
         with self.mode:
             self.args, self.kwargs = pytree.tree_map_only(Tensor, self._like, (args, kwargs))
             tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            self.weights = {name: self._like(tensor) for name, tensor in tensors.items()}
+            self.weights = {
+                name: nn.Parameter(self._like(x), x.requires_grad and training)
+                if isinstance(x, nn.Parameter)
+                else self._like(x)
+                for name, x in tensors.items()
+            }
         self.flat = pytree.tree_leaves((self.args, self.kwargs))
 
     def _like(self, x: Tensor) -> Tensor:
@@ -214,6 +238,11 @@ class _Fakes:
                 self.weights[leaf.at] = self._like(_named(self.module, leaf.at))
             return part_of(self.weights[leaf.at], leaf, places)
         return self._like(leaf.at) if isinstance(leaf.at, Tensor) else leaf.at
+
+    def capture(self, module: nn.Module) -> Captured:
+        """The module's graph; its weights are not touched."""
+        with _reparametrize_module(module, self.weights):
+            return capture(module, self.args, self.kwargs)
 
     def call(self, module: nn.Module) -> Any:
         """The module itself."""

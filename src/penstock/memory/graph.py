@@ -13,9 +13,9 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from penstock.errors import UserError
+from penstock.memory.curve import LEAVES, Bytes, Graph
 from penstock.memory.flow import RULES, SIZED, Blocked, Cut, Node, Ref, needs, refs
 from penstock.memory.meter import Meter
-from penstock.memory.regions import LEAVES, Bytes, Graph
 
 aten = torch.ops.aten
 Ops = dict[Any, Callable[..., Any]]

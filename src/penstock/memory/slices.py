@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from penstock.memory.curve import Graph, Plan, Region
 from penstock.memory.flow import RULES, SIZED, Cut, Node, Ref, attention
 from penstock.memory.graph import Captured, Ops, call, filled
-from penstock.memory.regions import Graph, Plan, Region
+from penstock.memory.program import is_turning
 
 aten = torch.ops.aten
 Key = tuple[int, Cut | None]
@@ -224,20 +225,6 @@ def in_brief() -> Iterator[None]:
         _IN_BRIEF.reset(token)
 
 
-_TURNING = contextvars.ContextVar("turning", default=False)
-
-
-@contextlib.contextmanager
-def turning() -> Iterator[None]:
-    """Inside, a module is called for its gradients alone: results that only leave it are not computed, and hold
-    nothing. Where a block is run again for its backward, its output is known already."""
-    token = _TURNING.set(True)
-    try:
-        yield
-    finally:
-        _TURNING.reset(token)
-
-
 class Program:
     """A captured graph with a plan: what a call runs."""
 
@@ -276,7 +263,7 @@ class Program:
             else:
                 given = [values[index] for index in step.indices]
                 learning = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
-                results = _Region.apply(step, _TURNING.get(), *given) if learning else step.forward(given)
+                results = _Region.apply(step, is_turning(), *given) if learning else step.forward(given)
                 values.update(zip(step.region.outputs, results, strict=True))
                 del given, results
             for index in self.ends[at]:
