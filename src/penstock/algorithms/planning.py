@@ -246,6 +246,7 @@ def run(config: PlanConfig) -> int:
     work = workload(config)
     found = _forecast(config, work, setting)
     result = as_dict(config, work, setting, found)
+    result["slices"] = slices(config, work, setting)
     if config.dry_run:
         from penstock.algorithms.rehearsal import rehearse
 
@@ -281,6 +282,19 @@ def as_dict(config: PlanConfig, work: Workload, setting: Setting, found: Forecas
         },
         "lacking": lacking,
         "advice": advice(config, work, setting) if lacking else None,
+    }
+
+
+def slices(config: PlanConfig, work: Workload, setting: Setting) -> dict[str, str]:
+    """Per role, how its blocks are computed within --activation-budget."""
+    budget = _bytes(config.activation_budget, "--activation-budget")
+    if budget is None:
+        return {}
+    from penstock.models import slicing
+
+    rows = min(setting.micro_batch_size, math.ceil(work.mini_batch_size / setting.world))
+    return {
+        role.name: slicing.peaks(role.config, DTYPES[config.dtype], rows, work.length, budget)[2] for role in work.roles
     }
 
 
@@ -389,6 +403,9 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         limit = max(("compute", "link", "disk", "optimizer", "network"), key=lambda key: seconds[key])
         cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[:4])
         lines.append(f"{phase:18}{cells}{seconds['total']:10.1f}  {limit}")
+    for shown in dict.fromkeys(result["slices"].values()):
+        names = ", ".join(name for name, text in result["slices"].items() if text == shown)
+        lines += ["", f"blocks of {names}:", shown]
     lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the given rates"]
     if "measured" in result:
         for tier in TIERS:
@@ -415,6 +432,8 @@ def command(config: PlanConfig, setting: Setting) -> str:
     if row is None or "disk" in (row.params.tier, row.optimizer.tier):
         size = (config.disk or "").rpartition(":")[2]
         budgets.append("--disk PATH" + (f":{size}" if size else ""))
+    if config.activation_budget:
+        budgets.append(f"--activation-budget {config.activation_budget}")
     return " ".join([start, config.stage, f"--strategy {setting.strategy}", f"--dtype {config.dtype}", *budgets, "..."])
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from penstock.errors import ResourceError
+from penstock.errors import ResourceError, UserError
 from penstock.memory.curve import LEAVES, Graph, Plan
 from penstock.memory.flow import Blocked, Cut, Node, needs
 from penstock.memory.graph import Captured, Leaf, Ops, capture, measured
@@ -124,7 +124,7 @@ class Slicer:
         flat = pytree.tree_leaves((args, kwargs))
         weights = list(module.parameters())
         training = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*flat, *weights))
-        key = tuple(_kind(x, training) for x in (*flat, *weights))
+        key = (*(_kind(x, training) for x in (*flat, *weights)), *(name for name, _ in module.named_parameters()))
         if key not in self._programs:
             with _disable_current_modes():  # whoever counts or pretends around us need not see the planning
                 self._programs[key] = self._plan(module, args, kwargs, training, key)
@@ -136,22 +136,25 @@ class Slicer:
     ) -> Program | None:
         fakes = _Fakes(module, args, kwargs, training)
         again = training and self.again
-        before = fakes.peak(lambda: fakes.call(module), again)
         captured = fakes.capture(module)
+        before = fakes.peak(lambda: fakes.call(module), again)
         with fakes.mode:
             leaves = [fakes.leaf(leaf, places=False) for leaf in captured.leaves.values()]
             graph, results = measured(captured, leaves, self.ops, training)
         plain = choose(graph, None, training, again)
         program, after, plan = None, before, plain
-        if before > self.budget:
-            target = self.budget
-            for _ in range(TRIES):
-                plan = choose(graph, target, training, again)
-                program = Program(captured, graph, plan, results, self.ops, self.places)
-                after = fakes.peak(lambda program=program: fakes.run(program, self.places), again)  # type: ignore[misc]
-                if after <= self.budget or plan.peak > target:
-                    break
-                target = min(target - 1, target - after + self.budget, target * self.budget // after)
+        target = self.budget
+        for attempt in range(TRIES + 1):
+            if after <= self.budget:
+                break
+            plan = choose(graph, target if attempt < TRIES else 1, training, again)
+            if plan.peak > target:  # none is known to fit: the lowest of all
+                attempt, plan = TRIES, choose(graph, 1, training, again)
+            program = Program(captured, graph, plan, results, self.ops, self.places)
+            after = fakes.peak(lambda program=program: fakes.run(program, self.places), again)  # type: ignore[misc]
+            if attempt == TRIES:
+                break
+            target = max(min(target - 1, target - after + self.budget, target * self.budget // after), 1)
         whole = left_whole(graph)
         self.reports[key] = Report(
             self.budget, training, before, after, tuple(_described(graph, plan)), tuple(whole), plain.curve, plan.curve
@@ -242,7 +245,14 @@ class _Fakes:
     def capture(self, module: nn.Module) -> Captured:
         """The module's graph; its weights are not touched."""
         with _reparametrize_module(module, self.weights):
-            return capture(module, self.args, self.kwargs)
+            try:
+                return capture(module, self.args, self.kwargs)
+            except Exception as error:  # whatever torch.export raises: the module is a user's
+                first = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"autochunk: {type(module).__name__} cannot be exported by torch.export: {type(error).__name__}: "
+                    f"{first} Slice a part of it that can be, such as one layer."
+                ) from error
 
     def call(self, module: nn.Module) -> Any:
         """The module itself."""

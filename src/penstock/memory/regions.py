@@ -6,14 +6,17 @@ perhaps in a region of their own. Regions are added where the curve passes the b
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 
-from penstock.memory.curve import LEAVES, Graph, Plan, Region, plan_of
+from penstock.memory.curve import LEAVES, Graph, Plan, Region, Step, plan_of
 from penstock.memory.flow import Blocked, Cut, Node, through_view
 
 VISITS = 2e-5
 """Seconds that one more op costs, whatever its size."""
 BANDWIDTH = 1e10
 """Bytes per second at which a slice reads again what is whole: weights, keys and values."""
+SPEED = 1e11
+"""Operations per second. All three are of a laptop, and only their proportions matter."""
 
 
 def choose(graph: Graph, budget: int | None, training: bool, turning: bool = False) -> Plan:
@@ -39,7 +42,7 @@ def choose(graph: Graph, budget: int | None, training: bool, turning: bool = Fal
         enough = [one for one in options if one.peak <= budget]
         if enough:
             coarse = [coarsened(graph, one, budget, training, turning) for one in sorted(enough, key=_rank)[:MOST]]
-            return min(coarse, key=lambda one: cost(graph, one, training))
+            return min(coarse, key=lambda one: cost(graph, one, training, turning))
         if not options:
             return lowest
         best = min(options, key=lambda one: (_excess(one, budget), _rank(one)))
@@ -105,15 +108,31 @@ def _cut_in(region: Region, slices: int) -> Region:
     return replace(region, length=-(-region.extent // slices))
 
 
-def cost(graph: Graph, plan: Plan, training: bool) -> float:
-    """Seconds that slicing adds, roughly: more ops, and reading again what every slice needs whole."""
+def cost(graph: Graph, plan: Plan, training: bool, turning: bool = False) -> float:
+    """Seconds that slicing adds, roughly: more ops, reading again what every slice needs whole, and in training the
+    products that are computed once more for their gradients."""
     seconds = 0.0
+    left = set(graph.outputs) - {i for step in plan.steps for i in read_by(graph, step)}
     for region in plan.regions:
         whole = sum(graph.sizes[i] for i, cut in region.inputs if cut is None or cut.prefix)
         again = sum(graph.sizes[i] for i in region.copies)
         visits = VISITS * len(region.cuts) * region.slices
-        seconds += ((region.slices - 1) * whole + 2 * again) / BANDWIDTH + visits
-    return seconds * (3 if training else 1)
+        seconds += (((region.slices - 1) * whole + 2 * again) / BANDWIDTH + visits) * (3 if training else 1)
+        if training and not (turning and left.issuperset(region.outputs)):
+            seconds += sum(_operations(graph.nodes[i]) for i in region.cuts if i not in graph.cheap) / SPEED
+    return seconds
+
+
+def read_by(graph: Graph, step: Step) -> Sequence[int]:
+    """Results that a step reads."""
+    return graph.nodes[step].reads if isinstance(step, int) else [i for i, _ in step.inputs]
+
+
+def _operations(node: Node) -> float:
+    """Of a product or an attention."""
+    attention = "query" in node.names
+    inner = 2 * node.shapes[1][-2] if attention else node.shapes[min(1, len(node.shapes) - 1)][-1]
+    return 2.0 * prod(node.shape) * inner
 
 
 # --- growing ----------------------------------------------------------------------------------------------------------

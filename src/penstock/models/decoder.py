@@ -432,7 +432,7 @@ class Decoder(nn.Module):
         """From now on, whole rows hold at most so many bytes inside a block; see models.slicing."""
         from penstock.models.slicing import slicer_of
 
-        self.slicer = slicer_of(budget)
+        self.slicer = slicer_of(self.config, budget)
 
     def _block(self, i: int, x: Tensor, context: Context) -> Tensor:
         window = self.config.windows[i] if self.config.windows else 0

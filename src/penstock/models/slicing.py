@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from penstock.memory.autochunk import Report, Slicer
 from penstock.memory.program import owners
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import as_if_fast, linear
+from penstock.models.linear import as_if_fast, linear, slow_in_bf16
 
 
 def one_layer(config: DecoderConfig) -> DecoderConfig:
@@ -21,8 +21,14 @@ def one_layer(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(config, num_layers=1, windows=tuple(dict.fromkeys(config.windows)))
 
 
-def slicer_of(budget: int) -> Slicer:
-    """For the blocks of a model whose gradients are made by recomputation, in at most so many bytes each."""
+def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
+    """For the blocks of a model whose gradients are made by recomputation, in at most so many bytes each. Models of
+    one shape share it, and so does the plan: it holds no weights."""
+    return _slicer_of(config, budget, slow_in_bf16("cpu"))
+
+
+@functools.cache
+def _slicer_of(config: DecoderConfig, budget: int, slow: bool) -> Slicer:
     return Slicer(budget, ops={torch.ops.aten.linear.default: linear}, again=True)
 
 
@@ -35,13 +41,14 @@ def peaks(config: DecoderConfig, dtype: str, rows: int, length: int, budget: int
     """
     from penstock.models.decoder import Decoder
 
-    slicer, found, reports = slicer_of(budget), [0, 0], []
+    found, reports = [0, 0], []
     kind = getattr(torch, dtype)
     decoder = Decoder(one_layer(config), dtype=kind, device="meta")
     with FakeTensorMode(), as_if_fast():  # as the plan counts everything else
         for module, name in owners(decoder).values():
             shape = getattr(module, name).shape
             setattr(module, name, nn.Parameter(torch.empty(shape, dtype=kind)))
+        slicer = slicer_of(config, budget)
         context = decoder.begin(torch.empty(rows, length, dtype=torch.int64))
         for positions in context.positions.values():
             for training in (False, True):
