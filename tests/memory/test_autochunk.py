@@ -60,7 +60,7 @@ def assert_same(found: Found, expected: Found) -> None:
     assert (found.output - expected.output).abs().max() <= 1e-5 * expected.output.abs().max()
     assert len(found.gradients) == len(expected.gradients)
     for got, wanted in zip(found.gradients, expected.gradients, strict=True):
-        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1e-3)
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=0.1)
 
 
 def compare(module: nn.Module, args: tuple[Any, ...], training: bool, share: float) -> Chunked:
@@ -253,6 +253,19 @@ def test_a_random_op_is_left_whole_and_named() -> None:
         autochunk(module, (torch.randn(2, 64, 8),), 4000)
 
 
+def test_a_module_that_writes_in_place_is_left_whole_and_says_so() -> None:
+    class Writing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y[:, 0].add_(1)
+            return (y @ y.transpose(1, 2)).softmax(-1) @ y
+
+    x = torch.randn(2, 32, 8)
+    with pytest.raises(ResourceError, match=r"Left whole: everything \(add_ write in place\)"):
+        autochunk(Writing(), (x,), 10_000)
+    assert torch.equal(autochunk(Writing(), (x,), 10**9)(x), Writing()(x))
+
+
 def test_a_module_that_cannot_be_exported_is_refused_with_the_reason() -> None:
     class Asking(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -425,6 +438,8 @@ def test_every_rule_says_what_a_slice_reads() -> None:
         if node.index in captured.leaves or not isinstance(whole, Tensor):
             continue
         for dim, extent in enumerate(whole.shape):
+            if extent == 1:
+                continue
             try:
                 keys = graph.reads(node.index, Cut(dim, extent))
             except Blocked:

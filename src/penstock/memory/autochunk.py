@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from penstock.errors import ResourceError, UserError
 from penstock.memory.curve import LEAVES, Graph, Plan
 from penstock.memory.flow import Blocked, Cut, Node, needs
-from penstock.memory.graph import Captured, Leaf, Ops, capture, measured
+from penstock.memory.graph import Captured, Leaf, Ops, capture, measured, writes
 from penstock.memory.meter import Meter
 from penstock.memory.program import turning
 from penstock.memory.regions import choose
@@ -137,6 +137,7 @@ class Slicer:
         fakes = _Fakes(module, args, kwargs, training)
         again = training and self.again
         captured = fakes.capture(module)
+        writing = writes(captured)
         before = fakes.peak(lambda: fakes.call(module), again)
         with fakes.mode:
             leaves = [fakes.leaf(leaf, places=False) for leaf in captured.leaves.values()]
@@ -145,7 +146,7 @@ class Slicer:
         program, after, plan = None, before, plain
         target = self.budget
         for attempt in range(TRIES + 1):
-            if after <= self.budget:
+            if after <= self.budget or writing:
                 break
             plan = choose(graph, target if attempt < TRIES else 1, training, again)
             if plan.peak > target:  # none is known to fit: the lowest of all
@@ -156,6 +157,8 @@ class Slicer:
                 break
             target = max(min(target - 1, target - after + self.budget, target * self.budget // after), 1)
         whole = left_whole(graph)
+        if writing:
+            whole = [f"everything ({', '.join(writing)} write in place)"]
         self.reports[key] = Report(
             self.budget, training, before, after, tuple(_described(graph, plan)), tuple(whole), plain.curve, plan.curve
         )

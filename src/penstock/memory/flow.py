@@ -210,6 +210,8 @@ def permute(node: Node, cut: Cut) -> Needs:
 def unsqueeze(node: Node, cut: Cut) -> Needs:
     """A dimension of 1 comes in."""
     new = node.arg("dim") % len(node.shape)
+    if cut.dim == new:
+        raise Blocked("the dimension is new")
     return {"self": cut.at(cut.dim - (cut.dim > new))}
 
 

@@ -69,6 +69,9 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             continue
         if one.op == "call_function" and one.target is aten._assert_tensor_metadata.default:
             continue
+        if one.op == "call_function" and one.target is aten.lift_fresh_copy.default:
+            index_of[one] = index_of[one.args[0]]  # a constant that nobody writes to
+            continue
         value = one.meta.get("val")
         several = isinstance(value, tuple | list)
         first = value[0] if isinstance(value, tuple | list) else value
@@ -178,6 +181,12 @@ def _single(one: Any) -> Node:
     """A view, alone."""
     names, given = _in_order(one.target, [Ref(0), *one.args[1:]], one.kwargs)
     return Node(0, one.name, one.target, names, given, tuple(one.meta["val"].shape), (one.args[0].meta["val"].shape,))
+
+
+def writes(captured: Captured) -> list[str]:
+    """Ops that write where they read: their order is more than what they read of each other."""
+    ops = [node for node in captured.nodes if isinstance(node.op, torch._ops.OpOverload)]
+    return [node.name for node in ops if node.op._schema.is_mutable]
 
 
 def _attribute(module: Any, path: str) -> Any:
