@@ -5,8 +5,8 @@
 
 Blocks are transformers' own, fp32, on one row of hidden states. Two ways of use: forward without gradients, and a
 block that is recomputed (forward without gradients; then forward and backward), which is how penstock trains. The peak
-is counted by memory.meter: every tensor made inside, the output and the input's gradient among them; `beside` is what
-remains when those two are taken away. Times are A B A B, medians. Long sequences that no one here can hold are counted
+is counted by memory.meter: every tensor made inside, the output and the input's gradient among them: each is
+as large as one state, `state_bytes`. Times are A B A B, medians. Long sequences that no one here can hold are counted
 on fake tensors.
 """
 
@@ -109,7 +109,6 @@ def measure(name: str, attention: str, length: int, training: bool, repeats: int
     x, given = torch.randn(1, length, SHAPES[name]["width"]), layer.given(length)
     slope = torch.randn_like(x)
     found: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
-    state = x.nbytes * (1 + training)
 
     def counted(call: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
         for weight in layer.parameters():
@@ -136,7 +135,7 @@ def measure(name: str, attention: str, length: int, training: bool, repeats: int
     medians = {way: statistics.median(times) for way, times in seconds.items()}
     found |= {
         "peak_before": before, "peak_after": after, "cut": 1 - after / before,
-        "cut_beside_input_and_output": 1 - (after - state * (not training)) / (before - state * (not training)),
+        "state_bytes": x.nbytes,
         "seconds": medians, "extra_time": medians["sliced"] / medians["plain"] - 1,
         "ratios": [b / a for a, b in zip(seconds["plain"], seconds["sliced"], strict=True)],
         "difference": max(errors), "report": [str(report) for report in slicer.reports.values()],

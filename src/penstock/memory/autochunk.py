@@ -229,6 +229,7 @@ class _Fakes:
                 else self._like(x)
                 for name, x in tensors.items()
             }
+        self.constants: dict[int, Tensor] = {}
         self.flat = pytree.tree_leaves((self.args, self.kwargs))
 
     def _like(self, x: Tensor) -> Tensor:
@@ -243,7 +244,9 @@ class _Fakes:
             if leaf.at not in self.weights:  # the second name of a shared one
                 self.weights[leaf.at] = self._like(_named(self.module, leaf.at))
             return part_of(self.weights[leaf.at], leaf, places)
-        return self._like(leaf.at) if isinstance(leaf.at, Tensor) else leaf.at
+        if isinstance(leaf.at, Tensor) and id(leaf.at) not in self.constants:
+            self.constants[id(leaf.at)] = self._like(leaf.at)
+        return self.constants.get(id(leaf.at), leaf.at)
 
     def capture(self, module: nn.Module) -> Captured:
         """The module's graph; its weights are not touched."""
