@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from penstock.config import PPOConfig as PPOConfig
     from penstock.config import RewardConfig as RewardConfig
     from penstock.config import SFTConfig as SFTConfig
+    from penstock.memory.autochunk import autochunk as autochunk
     from penstock.memory.strategy import Strategy as Strategy
     from penstock.models.decoder import Decoder as Decoder
     from penstock.models.roles import Actor as Actor
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "sft": "algorithms.sft", "reward": "algorithms.reward", "ppo": "algorithms.ppo",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
-    "Strategy": "memory.strategy", "Decoder": "models.decoder", "Engine": "rollout.engine",
-    "Rollout": "rollout.engine", "Sampling": "rollout.sampling",
+    "autochunk": "memory.autochunk", "Strategy": "memory.strategy", "Decoder": "models.decoder",
+    "Engine": "rollout.engine", "Rollout": "rollout.engine", "Sampling": "rollout.sampling",
     "Actor": "models.roles", "Critic": "models.roles", "RewardModel": "models.roles",
 }  # fmt: skip
 

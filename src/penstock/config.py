@@ -63,6 +63,9 @@ class RunFlags(Flags):
     recompute: bool = False
     """Run each block again in backward instead of keeping what is inside it: less memory, a third more compute. Always
     on where weights move."""
+    activation_budget: str | None = None
+    """Bytes that the activations inside a block may take per micro-batch, in training and scoring: 500MB. Blocks are
+    computed in slices where they would take more, and always recomputed."""
     device: str | None = None
     """cpu, cuda, ... The accelerator if there is one, when not given."""
     checkpoint_every: int = 50
@@ -306,6 +309,8 @@ class PlanConfig(Flags):
     """Tokens per response."""
     recompute: bool = False
     """Run each block again in backward also where weights stay."""
+    activation_budget: str | None = None
+    """Bytes that the activations inside a block may take per micro-batch; the slices are printed."""
     chunk_size: str | None = None
     """Bytes of weights that move together at most: 64MB. A block, when not given."""
     tflops: float = 200.0

@@ -28,7 +28,7 @@ def strategy_of(flags: RunFlags) -> Strategy:
     return Strategy.named(
         flags.strategy, dtype=flags.dtype, device=flags.device, device_memory=flags.device_memory,
         host_memory=flags.host_memory, disk=flags.disk, recompute=flags.recompute or None,
-        chunk_size=elements_of(flags.chunk_size, flags.dtype),
+        chunk_size=elements_of(flags.chunk_size, flags.dtype), activation_budget=flags.activation_budget,
     )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def leave_room(
         work, strategy=strategy.name, dtype=NAME_OF[strategy.dtype], world=strategy.world.size,
         budgets={name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
         recompute=bool(strategy.recompute), chunk_size=strategy.chunk_size, timed=False,
+        activation_budget=strategy.activation_budget,
     )  # fmt: skip
     strategy.reserve, strategy.recompute = found.activations, found.recompute or None
     strategy.swapped = found.swapped

@@ -16,7 +16,7 @@ from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
 from penstock.memory.forecast import TIERS, Forecast, Rates, forecast, with_slack
-from penstock.memory.passes import Batch, Pass, activations_of
+from penstock.memory.passes import Batch, Pass, Work, activations_of
 from penstock.memory.placement import AUTO, EIGHT_BIT, NAMES, TierName, bits_of, known, tiers_of
 from penstock.memory.units import parse_bytes, show_bytes
 from penstock.models import places, shapes, sizes
@@ -119,7 +119,9 @@ def config_of(name: str, flag: str) -> DecoderConfig:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
 
-def passes(work: Workload, dtype: str, world: int, swap: bool = False) -> dict[str, list[Pass]]:
+def passes(
+    work: Workload, dtype: str, world: int, swap: bool = False, activation_budget: int | None = None
+) -> dict[str, list[Pass]]:
     """What each phase does with each model, on the rank that has most rows. `swap`: the KV cache is on the host."""
     share = math.ceil(work.batch_size / world)
     phases: dict[str, list[Pass]] = {"rollout": [], "score": [], "train": []}
@@ -151,29 +153,43 @@ def passes(work: Workload, dtype: str, world: int, swap: bool = False) -> dict[s
         roles = {role.name: role for role in work.roles}
         for name in ("actor", "reference", "critic", "reward"):  # in the order of algorithms.ppo.score
             if name in roles:  # a --reward-fn is no model
-                phases["score"].append(_pass(work, roles[name], dtype, share, response, "evaluate"))
+                phases["score"].append(_pass(work, roles[name], dtype, share, response, "evaluate", activation_budget))
     updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.stage == "ppo" else 1)
     for role in work.roles:
         if role.trained:
             rows = math.ceil(work.mini_batch_size / world)
-            phases["train"].append(_pass(work, role, dtype, rows, response, "step", updates))
+            phases["train"].append(_pass(work, role, dtype, rows, response, "step", activation_budget, updates))
     return {phase: found for phase, found in phases.items() if found}
 
 
-def _pass(work: Workload, role: Role, dtype: str, rows: int, response: int, kind: Any, times: int = 1) -> Pass:
+def _pass(
+    work: Workload, role: Role, dtype: str, rows: int, response: int, kind: Any, activation_budget: int | None,
+    times: int = 1,
+) -> Pass:  # fmt: skip
     micro = min(work.micro_batch_size, rows)
     once = role.name == "reward" or work.stage == "reward"  # read at the last token alone
     read = micro if once else micro * (work.length if work.stage == "sft" else response)
     whole = rows if once else rows * (work.length if work.stage == "sft" else response)
+    held = places.work_of(
+        role.config, dtype, role.spec, Batch(micro, work.length, read), scalar=role.scalar,
+        entropy=work.stage != "sft", packed=role.base_dtype,
+    )  # fmt: skip
+    if activation_budget is not None:
+        held = within(held, role.config, dtype, micro, work.length, activation_budget)
     return Pass(
-        role.name, kind,
-        places.work_of(
-            role.config, dtype, role.spec, Batch(micro, work.length, read), scalar=role.scalar,
-            entropy=work.stage != "sft", packed=role.base_dtype,
-        ),
+        role.name, kind, held,
         count=math.ceil(rows / micro), times=times,
         flops=_flops(role.config, rows, work.length, 0 if role.scalar else whole) * (3 if kind == "step" else 1),
     )  # fmt: skip
+
+
+def within(held: Work, config: DecoderConfig, dtype: str, rows: int, length: int, budget: int) -> Work:
+    """The same where blocks are computed in slices: as many bytes as the engine's own planner of slices finds."""
+    from penstock.models import slicing  # torch, in here alone
+
+    forward, backward, _ = slicing.peaks(config, dtype, rows, length, budget)
+    blocks = [dataclasses.replace(part, forward=forward, backward=backward) for part in held.parts[1:]]
+    return dataclasses.replace(held, parts=(held.parts[0], *blocks))
 
 
 def _flops(config: DecoderConfig, rows: int, length: int, read: int) -> float:
@@ -191,9 +207,10 @@ def forecast_of(
     chunk_size: int | None = None,
     rates: Rates | None = None,
     timed: bool = True,
+    activation_budget: int | None = None,
 ) -> Forecast:
     """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements."""
-    dtype = DTYPES[dtype]
+    dtype, recompute = DTYPES[dtype], recompute or activation_budget is not None
     laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
     shared = {
         role.name: {chunk.shared for chunk in chunks} - {None}
@@ -204,7 +221,7 @@ def forecast_of(
 
     def under(moves: bool, again: bool, swap: bool = False) -> Forecast:
         """With room for the activations of models that move, or of models that stay."""
-        phases = passes(work, dtype, world, swap)
+        phases = passes(work, dtype, world, swap, activation_budget)
         fullest = max(
             activations_of([(one, moves) for one in company], again)
             for each in phases.values() for company in _companies(each, shared)
@@ -290,12 +307,14 @@ def run(config: PlanConfig) -> int:
     work = workload(config)
     found = _forecast(config, work, setting)
     result = as_dict(config, work, setting, found)
+    result["slices"] = slices(config, work, setting)
     if config.dry_run:
         from penstock.algorithms.rehearsal import rehearse
 
         measured = rehearse(
             work, strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
             recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
+            activation_budget=_bytes(config.activation_budget, "--activation-budget"),
         )  # fmt: skip
         result["measured_traffic"] = measured.pop("traffic")
         result["measured"] = measured
@@ -324,6 +343,19 @@ def as_dict(config: PlanConfig, work: Workload, setting: Setting, found: Forecas
         },
         "lacking": lacking,
         "advice": advice(config, work, setting) if lacking else None,
+    }
+
+
+def slices(config: PlanConfig, work: Workload, setting: Setting) -> dict[str, str]:
+    """Per role, how its blocks are computed within --activation-budget."""
+    budget = _bytes(config.activation_budget, "--activation-budget")
+    if budget is None:
+        return {}
+    from penstock.models import slicing
+
+    rows = min(setting.micro_batch_size, math.ceil(work.mini_batch_size / setting.world))
+    return {
+        role.name: slicing.peaks(role.config, DTYPES[config.dtype], rows, work.length, budget)[2] for role in work.roles
     }
 
 
@@ -404,6 +436,7 @@ def _forecast(config: PlanConfig, work: Workload, setting: Setting, *, timed: bo
         timed=timed,
         strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
         recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
+        activation_budget=_bytes(config.activation_budget, "--activation-budget"),
         rates=Rates(
             config.tflops * 1e12, *(
                 float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}"))
@@ -432,6 +465,9 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         limit = max(("compute", "link", "disk", "optimizer", "network"), key=lambda key: seconds[key])
         cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[:4])
         lines.append(f"{phase:18}{cells}{seconds['total']:10.1f}  {limit}")
+    for shown in dict.fromkeys(result["slices"].values()):
+        names = ", ".join(name for name, text in result["slices"].items() if text == shown)
+        lines += ["", f"blocks of {names}:", shown]
     lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the given rates"]
     if "measured" in result:
         for tier in TIERS:
@@ -457,6 +493,8 @@ def command(config: PlanConfig, setting: Setting) -> str:
     if "disk" in tiers_of(setting.strategy):
         size = (config.disk or "").rpartition(":")[2]
         budgets.append("--disk PATH" + (f":{size}" if size else ""))
+    if config.activation_budget:
+        budgets.append(f"--activation-budget {config.activation_budget}")
     return " ".join([start, config.stage, f"--strategy {setting.strategy}", f"--dtype {config.dtype}", *budgets, "..."])
 
 

@@ -45,6 +45,7 @@ def rehearse(
     budgets: dict[TierName, int | None],
     recompute: bool = False,
     chunk_size: int | None = None,
+    activation_budget: int | None = None,
 ) -> dict[str, Any]:
     """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written.
 
@@ -52,11 +53,11 @@ def rehearse(
     """
     planned = forecast_of(
         work, strategy=strategy, dtype=dtype, world=world, budgets=budgets, recompute=recompute,
-        chunk_size=chunk_size, timed=False,
+        chunk_size=chunk_size, timed=False, activation_budget=activation_budget,
     )  # fmt: skip
     ranks = PretendWorld(0, world, CPU)
     placed = Strategy(
-        strategy, ranks, DTYPES[dtype], planned.recompute or None, chunk_size,
+        strategy, ranks, DTYPES[dtype], planned.recompute or None, chunk_size, activation_budget,
         reserve=planned.activations, swapped=planned.swapped,
         tiers={
             "device": Ram("device", CPU, budgets.get("device")),

@@ -1,7 +1,8 @@
 """What the memory engine knows of a model: an ordered list of parts, and which groups of weights each part reads."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+import contextvars
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,6 +74,9 @@ class Program(Protocol):
     def begin(self, tokens: Tensor) -> Any:
         """The context of a micro-batch, for every part: what depends on positions alone, and no weights."""
 
+    def slice(self, budget: int) -> None:
+        """From now on, whole rows hold at most so many bytes inside a block; see memory.autochunk."""
+
     def recipe(self, name: str) -> Hashable:
         """Where this parameter's initial value comes from: equal recipes and names, equal bytes. None: ask nobody."""
 
@@ -87,3 +91,22 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+_TURNING = contextvars.ContextVar("turning", default=False)
+
+
+@contextlib.contextmanager
+def turning() -> Iterator[None]:
+    """Inside, parts are run again for their gradients alone: what they return was known before, so a part that is
+    computed in slices (memory.autochunk) may return something of the same shape that holds nothing."""
+    token = _TURNING.set(True)
+    try:
+        yield
+    finally:
+        _TURNING.reset(token)
+
+
+def is_turning() -> bool:
+    """Whether this is inside `turning()`."""
+    return _TURNING.get()

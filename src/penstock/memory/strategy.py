@@ -46,6 +46,8 @@ class Strategy:
     """Run each block again in backward instead of keeping what is inside it; None: where weights move."""
     chunk_size: int | None = None
     """Elements per chunk at most; None: a block is a chunk."""
+    activation_budget: int | None = None
+    """Bytes that a block's activations may take per micro-batch; its blocks are recomputed then. None: no end."""
     reserve: int | None = None
     """Bytes of device memory that are left to activations; None: a quarter of what is left."""
     swapped: int = 0
@@ -79,6 +81,7 @@ class Strategy:
         disk: str | None = None,
         recompute: bool | None = None,
         chunk_size: int | None = None,
+        activation_budget: str | None = None,
     ) -> "Strategy":
         """The strategy of that name, after joining torchrun's ranks.
 
@@ -104,7 +107,16 @@ class Strategy:
             if not directory or "/" in size:  # no budget: a colon in a path is a path's
                 directory, size = disk, ""
             tiers["disk"] = Disk(directory, _budget(size or None, "--disk"))
-        return Strategy(name, world, DTYPES[dtype], recompute, chunk_size, tiers=tiers)
+        activations = _budget(activation_budget, "--activation-budget")
+        return Strategy(
+            name,
+            world,
+            DTYPES[dtype],
+            recompute or activations is not None or None,
+            chunk_size,
+            activations,
+            tiers=tiers,
+        )
 
     @contextlib.contextmanager
     def init(self) -> Iterator[None]:
@@ -186,6 +198,8 @@ class Strategy:
             ahead=self.ahead,
             arenas=self._cut_arenas,
         )
+        if self.activation_budget is not None:
+            model.slice(self.activation_budget)
         self.streams.append(stream)
         self.models.append(plan.Model(type(model).__name__, tuple(placed), tuple(visits)))
         return stream

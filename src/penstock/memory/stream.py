@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk
-from penstock.memory.program import Part, Program, owners
+from penstock.memory.program import Part, Program, owners, turning
 from penstock.memory.shard import World
 from penstock.memory.sink import Sink
 from penstock.memory.stored import Stored
@@ -191,7 +191,7 @@ class Stream:
             with self.lease(parts[i].groups, gradients=True), record_function(f"backward.{i}"):
                 for j, context in enumerate(contexts):
                     x = here.pop(0)
-                    with torch.enable_grad():
+                    with torch.enable_grad(), turning():
                         y = parts[i].run(x, context) if self.recompute else ys.pop(0)
                     if y.requires_grad and slopes[j] is not None:  # None: the loss read nothing of it
                         y.backward(slopes[j])

@@ -17,6 +17,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import decode, head, lora, quantised
@@ -67,6 +68,9 @@ class Positions:
     window: int = 0
     slopes: Tensor | None = None
     """Decoding without a bias, which `models.decode` does not need: the attention window, and ALiBi's slopes."""
+
+
+pytree.register_dataclass(Positions)  # so that a block can be exported with them
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Embedding(nn.Module):
         """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
         if self.scales is not None:
             x = quantised.rows(self.tokens, self.scales, tokens)
-        elif torch.is_grad_enabled() and self.tokens.requires_grad:
+        elif torch.is_grad_enabled() and self.tokens.requires_grad and not torch.compiler.is_exporting():
             x = _Rows.apply(self.tokens, tokens)
         else:
             x = F.embedding(tokens, self.tokens)
@@ -256,6 +260,8 @@ class Decoder(nn.Module):
         self.to(dtype or torch.get_default_dtype())
         self.feed: Any = ALWAYS_THERE
         """Who brings the weights: a memory.stream.Stream once a strategy has prepared the model."""
+        self.slicer: Any = None
+        """A memory.autochunk.Slicer for its blocks, where activations have a budget; see `slice`."""
         self.source: Source | None = None
         """The checkpoint that it is made of. None: its weights are drawn, keyed by `seed` and name."""
         self.seed = 0
@@ -451,8 +457,16 @@ class Decoder(nn.Module):
                 positions[window] = Positions(rotary, bias, slots, seen)
         return Context(where, positions, cache)
 
+    def slice(self, budget: int) -> None:
+        """From now on, whole rows hold at most so many bytes inside a block; see models.slicing."""
+        from penstock.models.slicing import slicer_of
+
+        self.slicer = slicer_of(self.config, budget)
+
     def _block(self, i: int, x: Tensor, context: Context) -> Tensor:
         window = self.config.windows[i] if self.config.windows else 0
+        if self.slicer is not None and context.cache is None:
+            return self.slicer.run(self.blocks[i], x, context.positions[window])
         return self.blocks[i](x, context.positions[window], None if context.cache is None else context.cache[i])
 
     def _last(self, x: Tensor, context: Context) -> Tensor:

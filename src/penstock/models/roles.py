@@ -59,6 +59,10 @@ class Role(nn.Module):
         """The decoder's."""
         return self.decoder.begin(tokens)
 
+    def slice(self, budget: int) -> None:
+        """See Decoder.slice."""
+        self.decoder.slice(budget)
+
     def recipe(self, name: str) -> Hashable:
         """The decoder's, of its own weights."""
         return self.decoder.recipe(name.removeprefix("decoder.")) if name.startswith("decoder.") else None

@@ -1,0 +1,209 @@
+"""AutoChunk on one block: activation peak, seconds, the longest sequence and the largest difference, with and without.
+
+    python -m benchmarks.autochunk                            GPT2-XL, BLOOM-7b1 and Llama-7b blocks, as benchmarks say
+    python -m benchmarks.autochunk --quick                    the same on a thousand tokens, to see that it runs
+
+Blocks are transformers' own, fp32, on one row of hidden states. Two ways of use: forward without gradients, and a
+block that is recomputed (forward without gradients; then forward and backward), which is how penstock trains. The peak
+is counted by memory.meter: every tensor made inside, the output and the input's gradient among them: each is
+as large as one state, `state_bytes`. Times are A B A B, medians. Long sequences that no one here can hold are counted
+on fake tensors.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import facts
+from penstock.errors import ResourceError
+from penstock.memory.autochunk import Slicer
+from penstock.memory.meter import Meter
+from penstock.memory.program import turning
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2-xl": {"kind": "gpt2", "width": 1600, "heads": 25},
+    "bloom-7b1": {"kind": "bloom", "width": 4096, "heads": 32},
+    "llama-7b": {"kind": "llama", "width": 4096, "heads": 32, "inner": 11008},
+}
+CUT = 0.8
+"""The cut of the peak that is asked for first; where no plan reaches it, the least that one does is taken."""
+
+
+class Layer(nn.Module):
+    """One layer of transformers, called with hidden states [1, T, D] alone."""
+
+    def __init__(self, kind: str, width: int, heads: int, attention: str, inner: int = 0) -> None:
+        super().__init__()
+        self.kind, self.heads = kind, heads
+        if kind == "gpt2":
+            config: Any = transformers.GPT2Config(
+                n_embd=width, n_head=heads, n_layer=1, n_positions=64, vocab_size=8, attn_implementation=attention,
+                bos_token_id=None, eos_token_id=None,
+            )  # fmt: skip
+            model: Any = transformers.GPT2Model(config)
+            self.layer = model.h[0]
+        elif kind == "bloom":
+            model = transformers.BloomModel(
+                transformers.BloomConfig(hidden_size=width, n_head=heads, n_layer=1, vocab_size=8)
+            )
+            self.layer = model.h[0]
+        else:
+            config = transformers.LlamaConfig(
+                hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=inner,
+                vocab_size=8, attn_implementation=attention,
+            )  # fmt: skip
+            model = transformers.LlamaModel(config)
+            self.layer = model.layers[0]
+            self.rotary = model.rotary_emb
+        self.eager = attention == "eager"
+        self.eval()
+
+    def given(self, length: int) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        """What a layer is called with beside the states: made once, and no activation of the layer's own."""
+        if self.kind == "gpt2" and not self.eager:
+            return {}
+        # [1, 1, 1 or T, T]: transformers' eager attention is causal by a mask alone
+        mask = torch.full((length, length), -1e9).triu_(1)[None, None] if self.eager else None
+        if self.kind == "bloom":
+            return {"alibi": torch.randn(self.heads, 1, length), "attention_mask": mask}  # type: ignore[dict-item]
+        kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        if self.kind == "llama":
+            kwargs["position_embeddings"] = self.rotary(torch.zeros(1, 1, 1), torch.arange(length)[None])
+        return kwargs
+
+    def forward(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """x [1, T, D] -> [1, T, D]."""
+        result = self.layer(x, **given)
+        return result[0] if isinstance(result, tuple) else result
+
+
+def step(call: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, training: bool) -> list[Tensor]:
+    """One forward; in training a recomputed block: forward without gradients, then forward and backward."""
+    with torch.no_grad():
+        y = call(x)
+    if not training:
+        return [y]
+    kept = y.sum()  # what follows a block has read its output; in the engine it is the next block's input
+    del y
+    leaf = x.detach().requires_grad_()
+    with turning():
+        again = call(leaf)
+    again.backward(slope)
+    assert leaf.grad is not None
+    return [kept, leaf.grad]
+
+
+def measure(name: str, attention: str, length: int, training: bool, repeats: int) -> dict[str, Any]:
+    """One row: peaks, seconds, difference."""
+    layer = Layer(**{**SHAPES[name], "attention": attention})
+    for weight in layer.parameters():
+        weight.grad = torch.zeros_like(weight)
+    torch.manual_seed(0)
+    x, given = torch.randn(1, length, SHAPES[name]["width"]), layer.given(length)
+    slope = torch.randn_like(x)
+    found: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
+
+    def counted(call: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
+        for weight in layer.parameters():
+            assert weight.grad is not None
+            weight.grad.zero_()
+        with Meter() as meter:
+            results = step(call, x, slope, training)
+        return results, [weight.grad.clone() for weight in layer.parameters() if weight.grad is not None], meter.peak
+
+    plain, plain_grads, before = counted(lambda x: layer(x, given))
+    slicer = slicer_for(layer, x, given, training, int(before * (1 - CUT)))
+    sliced, sliced_grads, after = counted(lambda x: slicer.run(layer, x, given))
+    errors = [
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
+        for a, b in zip([*plain, *plain_grads * training], [*sliced, *sliced_grads * training], strict=True)
+    ]
+    del plain, plain_grads, sliced, sliced_grads
+    seconds: dict[str, list[float]] = {"plain": [], "sliced": []}
+    for _ in range(repeats):  # A B A B: what else the machine does meets both
+        for way, call in (("plain", lambda x: layer(x, given)), ("sliced", lambda x: slicer.run(layer, x, given))):
+            started = time.perf_counter()
+            step(call, x, slope, training)
+            seconds[way].append(time.perf_counter() - started)
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    found |= {
+        "peak_before": before, "peak_after": after, "cut": 1 - after / before,
+        "state_bytes": x.nbytes,
+        "seconds": medians, "extra_time": medians["sliced"] / medians["plain"] - 1,
+        "ratios": [b / a for a, b in zip(seconds["plain"], seconds["sliced"], strict=True)],
+        "difference": max(errors), "report": [str(report) for report in slicer.reports.values()],
+    }  # fmt: skip
+    return found
+
+
+def slicer_for(layer: Layer, x: Tensor, given: Any, training: bool, budget: int) -> Slicer:
+    """Planned for the budget, or for the least that works."""
+    for _ in range(3):
+        slicer = Slicer(budget, again=True)
+        try:
+            for grad in (False, True)[: 1 + training]:
+                with torch.set_grad_enabled(grad):
+                    slicer.plan_for(layer, (x.detach().requires_grad_(grad), given), {})
+            return slicer
+        except ResourceError:
+            budget = max(report.after for report in slicer.reports.values())
+    raise AssertionError("the least that works does not")
+
+
+def longest(name: str, attention: str, training: bool, budget: int) -> dict[str, Any]:
+    """Tokens that fit the budget with and without, by doubling, on fake tensors."""
+    reached = {}
+    with FakeTensorMode():
+        layer = Layer(**{**SHAPES[name], "attention": attention})
+        for way in ("plain", "sliced"):
+            length = fits = 256
+            while length <= 1 << 18:
+                given = layer.given(length)
+                x = torch.empty(1, length, SHAPES[name]["width"], requires_grad=training)
+                slicer = Slicer(budget if way == "sliced" else 1 << 60, again=True)
+                try:
+                    with torch.set_grad_enabled(training):
+                        slicer.plan_for(layer, (x, given), {})
+                except ResourceError:
+                    break
+                if slicer.reports[slicer.latest].after > budget:
+                    break
+                fits, length = length, length * 2
+            reached[way] = fits
+    return {"block": name, "attention": attention, "training": training, "budget": budget, "tokens": reached,
+            "times": reached["sliced"] / reached["plain"]}  # fmt: skip
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="*", default=list(SHAPES))
+    parser.add_argument("--sdpa-tokens", type=int, default=8192)
+    parser.add_argument("--eager-tokens", type=int, default=2048, help="what 5 GB hold of the square scores")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=1_000_000_000, help="bytes, for the longest sequence")
+    flags = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    rows, lengths = [], []
+    for name in flags.only:
+        for attention in ("eager", "sdpa")[: 1 if SHAPES[name]["kind"] == "bloom" else 2]:
+            tokens = flags.sdpa_tokens if attention == "sdpa" else flags.eager_tokens
+            for training in (False, True):
+                rows.append(measure(name, attention, 512 if flags.quick else tokens, training, flags.repeats))
+                print({key: value for key, value in rows[-1].items() if key not in ("report", "ratios")}, flush=True)
+                lengths.append(longest(name, attention, training, flags.budget))
+                print(lengths[-1], flush=True)
+    if not flags.quick:
+        print(facts.write("autochunk", {"rows": rows, "longest": lengths}, "transformers"))
+
+
+if __name__ == "__main__":
+    main()
