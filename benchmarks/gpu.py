@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from benchmarks.engine import in_turns, tax
 from benchmarks.facts import write
 from benchmarks.rollout import both
-from benchmarks.work import Four
 from penstock.algorithms import functional as fn
 from penstock.algorithms.planning import Role, Workload, forecast_of
 from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.bench.work import Four
 from penstock.errors import ResourceError
 from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy

@@ -13,7 +13,7 @@ from typing import Any
 
 from penstock.config import PlanConfig
 from penstock.errors import UserError
-from penstock.memory import plan
+from penstock.memory import measured, plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, layout
 from penstock.memory.forecast import TIERS, Forecast, Rates, forecast, with_slack
 from penstock.memory.passes import Batch, Pass, activations_of
@@ -231,12 +231,12 @@ def run(config: PlanConfig) -> int:
     if config.dry_run:
         from penstock.algorithms.rehearsal import rehearse
 
-        measured = rehearse(
+        took = rehearse(
             work, strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
             recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
         )  # fmt: skip
-        result["measured_traffic"] = measured.pop("traffic")
-        result["measured"] = measured
+        result["measured_traffic"] = took.pop("traffic")
+        result["measured"] = took
     print(json.dumps(result, indent=2) if config.json else as_text(config, setting, result))
     return 0 if result["fits"] else 3
 
@@ -341,13 +341,16 @@ def _forecast(config: PlanConfig, work: Workload, setting: Setting, *, timed: bo
         timed=timed,
         strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
         recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
-        rates=Rates(
-            config.tflops * 1e12, *(
-                float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}"))
-                for name in ("link", "disk_read", "disk_write", "host_bandwidth", "network")
-            )
-        ),
+        rates=_rates(config),
     )  # fmt: skip
+
+
+def _rates(config: PlanConfig) -> Rates:
+    names = ("link", "disk_read", "disk_write", "host_bandwidth", "network")
+    given = [float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}")) for name in names]
+    if config.rates == "measured":
+        return measured.rates(config.dtype, network=given[-1])
+    return Rates(config.tflops * 1e12, *given)
 
 
 def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str:
@@ -369,7 +372,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         limit = max(("compute", "link", "disk", "optimizer", "network"), key=lambda key: seconds[key])
         cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[:4])
         lines.append(f"{phase:18}{cells}{seconds['total']:10.1f}  {limit}")
-    lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the given rates"]
+    lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the {config.rates} rates"]
     if "measured" in result:
         for tier in TIERS:
             got, said = result["measured"][tier], result["predicted"][tier]

@@ -1,5 +1,6 @@
 """The table of strategies: where weights, gradients and optimizer states live, and whether ranks share them."""
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,5 +53,7 @@ def known(name: str) -> str:
     """
     ours = name.removeprefix("colossalai_").replace("gemini_cuda", "gemini")
     if ours not in NAMES:
-        raise UserError(f"--strategy {name}: no such strategy; there are {', '.join(NAMES)}.")
+        near = difflib.get_close_matches(ours, NAMES, n=3)
+        hint = f"nearest: {', '.join(near)}." if near else f"there are {', '.join(NAMES)}."
+        raise UserError(f"--strategy {name}: no such strategy; {hint}")
     return ours
