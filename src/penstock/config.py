@@ -524,7 +524,7 @@ class CapacityConfig(Flags):
     """The budget, for both: 2GB."""
     model: str = "s"
     """The size whose blocks are stacked."""
-    strategy: str = "gemini_auto"
+    strategy: str = "gemini_cpu"
     """Where ours keeps weights, gradients and optimizer states."""
     host_memory: str | None = None
     """Host memory for ours: 16GB. Nine tenths of what is free, when not given."""

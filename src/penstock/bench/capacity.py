@@ -156,9 +156,19 @@ def arguments_of(config: BenchConfig) -> list[str]:
 
 
 def most_layers(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest depth in [low, high] that fits, by bisection. Raises ResourceError when not even `low` does."""
+    """The largest depth in [low, high] that fits, by bisection. Raises ResourceError when not even `low` does.
+
+    It doubles its steps from below first, so that nothing is tried that is more than twice as deep as what fits.
+    """
     if low > high or not fits(low):
         raise ResourceError(f"not even {low} block{'s' * (low != 1)} fit; give a larger --device-memory.")
+    step = 1
+    while low < high:
+        tried = min(low + step, high)
+        if not fits(tried):
+            high = tried - 1
+            break
+        low, step = tried, step * 2
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
