@@ -119,11 +119,15 @@ def environment_of(name: str) -> Path:
     if stamp.exists() and stamp.read_text() == wanted.read_text():
         return python
     shutil.rmtree(place, ignore_errors=True)
-    torch = next(line for line in wanted.read_text().splitlines() if line.startswith("torch=="))
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", str(place)],
-        [*pip, torch, "setuptools", "wheel"],  # first and alone: anything else would bring another build of it
+        [
+            *pip,
+            requirements_of(name)[0],
+            "setuptools",
+            "wheel",
+        ],  # first and alone: anything else would bring another build of it
         [*pip, "--no-build-isolation", "-r", str(wanted)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_BUILD_OPS": "0"})
@@ -160,8 +164,14 @@ def race(one: Race, python: Path | str, repeats: int, more: list[str]) -> dict[s
         "share_of_their_rss": peaks[0] / peaks[1],
         "ours": f"ours.py {one.ours}".strip(),
         "theirs": f"{one.script} {one.theirs}".strip(),
-        "requirements": (HERE / "requirements" / f"{one.environment}.txt").read_text().splitlines()[1:],
+        "requirements": requirements_of(one.environment),
     }
+
+
+def requirements_of(name: str) -> list[str]:
+    """What a peer's environment holds, without comments; torch first."""
+    lines = (HERE / "requirements" / f"{name}.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,23 +20,9 @@ from penstock.memory.strategy import Strategy
 from tests.conftest import TINY
 
 QUICK = [
-    "--prompt_length",
-    "4",
-    "--max_length",
-    "8",
-    "--num_episodes",
-    "2",
-    "--max_timesteps",
-    "2",
-    "--update-timesteps",
-    "1",
-    "--max-epochs",
-    "2",
-    "--device",
-    "cpu",
-    "--top-k",
-    "5",
-]
+    "--prompt_length", "4", "--max_length", "8", "--num_episodes", "2", "--max_timesteps", "2", "--update-timesteps",
+    "1", "--max-epochs", "2", "--device", "cpu", "--top-k", "5",
+]  # fmt: skip
 PUBLISHED = [
     "--model s --strategy ddp --experience_batch_size 1 --train_batch_size 1",
     "--model xl --strategy colossalai_zero2",
@@ -124,7 +110,7 @@ def test_device_memory_is_what_the_plan_says(tmp_path, tiny_model):
     ("flags", "missing"),
     [
         ("--num-episodes 1", "experience"),
-        ("--num-episodes 2 --max-timesteps 3 --update-timesteps 4", "experience"),
+        ("--num-episodes 2 --max-timesteps 3 --update-timesteps 4", "learn"),
         ("--num-episodes 3 --max-timesteps 1 --update-timesteps 2", "learn"),
     ],
 )
