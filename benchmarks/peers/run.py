@@ -9,6 +9,7 @@ stops, has a row that says why.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from benchmarks.facts import RESULTS, ROOT, write
 from benchmarks.peers.turns import MARK
 
 HERE = Path(__file__).parent
+OURS = "ours.py"
 ENVIRONMENTS = ROOT / ".peers"
 TINY = ["--layers", "1", "--width", "32", "--vocab", "64", "--prompt", "6", "--new", "6", "--rank", "4"]
 
@@ -140,16 +142,12 @@ def environment_of(name: str) -> Path:
 
 def race(one: Race, python: Path | str, repeats: int, more: list[str]) -> dict[str, Any]:
     """A B A B ..., ours first. Raises RuntimeError when a side stops."""
-    ours = Side(sys.executable, "ours.py", [*one.ours.split(), *more])
-    try:
+    with contextlib.ExitStack() as ending:
         theirs = Side(python, one.script, [*one.theirs.split(), *more])
-        try:
-            rounds = 1 if one.slow else repeats + 1
-            found = [(ours.step(), theirs.step()) for _ in range(rounds)]
-        finally:
-            theirs.end()
-    finally:
-        ours.end()
+        ending.callback(theirs.end)
+        ours = Side(sys.executable, OURS, [*one.ours.split(), *more])
+        ending.callback(ours.end)
+        found = [(ours.step(), theirs.step()) for _ in range(1 if one.slow else repeats + 1)]
     timed = found[0 if one.slow else 1 :]
     seconds = [[pair[side]["seconds"] for pair in timed] for side in (0, 1)]
     peaks = [found[-1][side]["peak_rss_bytes"] for side in (0, 1)]

@@ -206,14 +206,14 @@ def _bench(arguments: list[str]) -> None:
     from penstock.flags import parse
 
     if arguments[:1] == ["micro"]:
-        from penstock.config import MicroConfig
+        from penstock.bench.config import MicroConfig
 
         ceilings = parse(MicroConfig, arguments[1:], "bench micro")
         from penstock.bench.micro import micro
 
         micro(ceilings)
     elif arguments[:1] == ["capacity"]:
-        from penstock.config import CapacityConfig
+        from penstock.bench.config import CapacityConfig
 
         budget = parse(CapacityConfig, arguments[1:], "bench capacity")
         from penstock.bench.capacity import capacity
@@ -222,7 +222,7 @@ def _bench(arguments: list[str]) -> None:
     elif arguments and not arguments[0].startswith("-"):
         raise UserError(f"no such use: bench {arguments[0]}; there are bench, bench micro and bench capacity.")
     else:
-        from penstock.config import BenchConfig
+        from penstock.bench.config import BenchConfig
 
         config = parse(BenchConfig, arguments, "bench")
         from penstock.bench.run import bench

@@ -11,9 +11,9 @@ import torch
 
 from penstock.algorithms import ppo
 from penstock.bench import run, work
+from penstock.bench.config import BenchConfig
 from penstock.bench.run import Beat, schedule
 from penstock.cli import main
-from penstock.config import BenchConfig
 from penstock.errors import UserError
 from penstock.flags import parse
 from penstock.memory.strategy import Strategy

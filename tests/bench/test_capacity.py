@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from penstock.bench import capacity
+from penstock.bench.config import BenchConfig, CapacityConfig
 from penstock.bench.plain import Plain
 from penstock.cli import main
-from penstock.config import BenchConfig, CapacityConfig
 from penstock.errors import ResourceError
 from penstock.flags import parse
 from penstock.models import shapes

@@ -54,6 +54,7 @@ def test_a_peer_that_cannot_be_installed_has_a_row_that_says_why_and_the_rest_go
     races = {"a": Race("nowhere", peer, "", ""), "b": Race("here", str(gone), "", "--work sft"),
              "c": Race("here", peer, "", "--work sft", slow=True)}  # fmt: skip
     monkeypatch.setattr(run, "RACES", races)
+    monkeypatch.setattr(run, "OURS", peer)
 
     def install(name):
         if name == "nowhere":

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from penstock.bench.config import BenchConfig, CapacityConfig
 from penstock.bench.fit import available_ram, check, shape_of
 from penstock.bench.plain import Kind, Plain
-from penstock.config import BenchConfig, CapacityConfig
 from penstock.errors import ResourceError
 from penstock.memory.meter import Meter
 from penstock.memory.placement import known

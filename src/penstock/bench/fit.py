@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from penstock.algorithms import planning
+from penstock.bench.config import BenchConfig
 from penstock.bench.work import Sizes
-from penstock.config import BenchConfig, PlanConfig
+from penstock.config import PlanConfig
 from penstock.errors import ResourceError, UserError
 from penstock.memory.placement import TierName
 from penstock.memory.strategy import Strategy

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from penstock.bench.clock import settle
-from penstock.config import MicroConfig
+from penstock.bench.config import MicroConfig
 from penstock.memory import measured
 from penstock.memory.adam import AdamW, states_of
 from penstock.memory.shard import World

@@ -18,12 +18,12 @@ from penstock.algorithms import ppo
 from penstock.algorithms.planning import elements_of
 from penstock.bench import count
 from penstock.bench.clock import Clock, largest
+from penstock.bench.config import BenchConfig
 from penstock.bench.fit import check, shape_of, sizes_of
 from penstock.bench.micro import gemm_peak
 from penstock.bench.profile import Recorder
 from penstock.bench.show import as_text
 from penstock.bench.work import Four, Sizes
-from penstock.config import BenchConfig
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.models import shapes
