@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.facts import write
-from penstock.models import shapes, sizes
+from penstock.algorithms.planning import config_of
+from penstock.models import shapes
 
 
 def point(size: str, length: int, layers: int | None, asked: argparse.Namespace) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def point(size: str, length: int, layers: int | None, asked: argparse.Namespace)
             lines = done.stderr.strip().splitlines()
             raise RuntimeError(f"exit code {done.returncode}: {lines[-1] if lines else 'killed'}")
         found = json.loads(out.read_text(encoding="utf-8"))
-    groups = shapes.groups_of(sizes.named(size), "bfloat16", trained=True, scalar=False)
+    groups = shapes.groups_of(config_of(size, "--sizes"), "bfloat16", trained=True, scalar=False)
     block = sum(2 * weight.numel for group, weights in groups if group == "blocks.0" for weight in weights)
     return {
         "size": size,

@@ -1,8 +1,4 @@
-"""A supervised step under PyTorch's FSDP2 with CPU offload, a block at a time, as one side of a race.
-
-On a machine without an accelerator weights are in RAM already: there FSDP2 refuses the offload policy, and the row is
-of `fully_shard` without it.
-"""
+"""A supervised step under PyTorch's FSDP2 with CPU offload, block by block, as one side of a race."""
 
 import os
 
@@ -11,7 +7,7 @@ import torch.distributed as dist
 import transformers
 from plain import DTYPES, gpt2, shape_of
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from turns import Turns, flags
 
 
@@ -30,7 +26,7 @@ def main() -> None:
     how = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[asked.dtype], reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if device == "cuda" else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda"),
     }
     for block in model.transformer.h:
         fully_shard(block, **how)

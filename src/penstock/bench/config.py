@@ -1,4 +1,4 @@
-"""The flags of `penstock bench`, in the way of penstock/config.py: each docstring is a --help line. No torch in here."""
+"""The flags of `penstock bench`, as in penstock/config.py: each docstring is a --help line. No torch in here."""
 
 from dataclasses import dataclass
 from typing import Literal
