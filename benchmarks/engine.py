@@ -44,7 +44,7 @@ def adamw(repeats: int = 9, numel: int = 100_000_000) -> dict[str, Any]:
     """28 bytes per parameter move at least: weight, remainder, gradient and two moments in, all but the gradient out,
     and 2 for the gradient's own arrival. The copy reads and writes 8."""
     weights, grads = (torch.randn(numel).bfloat16() for _ in range(2))
-    states = {name: torch.zeros(numel, dtype=dtype) for name, dtype in states_of(torch.bfloat16).items()}
+    states = {name: torch.zeros(numel, dtype=dtype) for name, (dtype, _) in states_of(torch.bfloat16).items()}
     x, y = torch.zeros(numel), torch.ones(numel)
 
     def update() -> None:

@@ -106,12 +106,11 @@ def memory_table(found: dict[str, Found]) -> Table:
     """A row per run of `penstock bench`."""
     rows = [["run", "device, most in use", "planned", "host homes", "disk", "RSS", "seconds per iteration"]]
     for name, one in found.items():
-        planned = one.get("planned")
         rows.append(
             [
                 f"{name}: {one['settings']['model']}, {one['settings']['strategy']}, {one['settings']['dtype']}, "
                 f"{one['world']} process{'es' * (one['world'] > 1)}",
-                show_bytes(one["peak_device_bytes"]), show_bytes(planned["device"]) if planned else "-",
+                show_bytes(one["peak_device_bytes"]), show_bytes(one["planned"]["device"]),
                 show_bytes(one["peak_host_bytes"]), show_bytes(one["peak_disk_bytes"]),
                 show_bytes(one["peak_rss_bytes"]), f"{one['seconds_per_iteration']:.1f}",
             ]

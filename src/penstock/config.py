@@ -15,8 +15,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # (what it must be, the check, the flags); nan passes none of them
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
-     "experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps max_epochs iterations layers "
-     "prompts repeats"),
+     "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
+     "max_epochs iterations layers prompts repeats"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef temperature margin "
      "lora_rank"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
@@ -129,6 +129,10 @@ class LoraFlags(Flags):
     """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
     adapter: str | None = None
     """An adapter (peft's format, or a run) that the model is read with; it is what learns on."""
+    base_dtype: Literal["int8", "nf4"] | None = None
+    """Beside an adapter: keep the frozen blocks' products in 8 bits a weight, or in 4 (QLoRA's NF4)."""
+    num_layers_unfrozen: int | None = None
+    """Without an adapter: only so many of the last blocks learn, and models that start alike share the others."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +281,12 @@ class PlanConfig(Flags):
     """Disk per process: 200GB, or PATH:200GB. Without end, when not given."""
     world: int = 1
     """Processes."""
+    lora: int | None = None
+    """Everything learns through adapters of this rank, and all models of one size stand on one frozen base."""
+    lora_targets: tuple[str, ...] = ()
+    """Modules that get an adapter: q_proj v_proj. All products, when not given."""
+    base_dtype: Literal["int8", "nf4"] | None = None
+    """Beside --lora: what the frozen blocks' products are kept in."""
     batch_size: int = 64
     """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
     micro_batch_size: int = 8

@@ -14,15 +14,16 @@ from penstock.algorithms.planning import Role, Workload, config_of, forecast_of
 from penstock.algorithms.rehearsal import iterate, models_of, rehearse
 from penstock.cli import main
 from penstock.errors import ResourceError, UserError
-from penstock.memory import native
+from penstock.memory import native, plan
 from penstock.memory.placement import NAMES
 from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import visits_of
 from penstock.memory.tiers import Disk, Ram
-from penstock.models import shapes
+from penstock.models import places, shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.places import Spec
 from penstock.models.roles import Actor, Critic
 
 CPU = torch.device("cpu")
@@ -130,12 +131,51 @@ def test_a_dry_run_takes_what_the_real_one_takes(strategy, tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 4])
-@pytest.mark.parametrize("strategy", NAMES)
+@pytest.mark.parametrize("strategy", [*NAMES, "gemini_cpu_8bit", "gemini_nvme_8bit"])
 def test_every_strategys_peaks_are_foretold(strategy, world):
     if strategy == "naive" and world > 1:
         pytest.skip("naive is one process")
     of = work(batch_size=16, prompt_length=100)
     assert_near(forecast(of, strategy, "bf16", world), dry(of, strategy, "bf16", world), 1.15 if world == 1 else 1.3)
+
+
+def on_one_base(of, spec):
+    """The same work through adapters: four roles on one base."""
+    roles = (
+        dataclasses.replace(role, spec=None if role.name == "reference" else spec, base="base") for role in of.roles
+    )
+    return dataclasses.replace(of, roles=tuple(roles))
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), [("naive", "bf16"), ("gemini_cpu", "fp32")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_four_roles_on_one_base_are_foretold(name, strategy, dtype):
+    of = on_one_base(work(FAMILIES[name], prompt_length=100), Spec(4))
+    assert_near(forecast(of, strategy, dtype), dry(of, strategy, dtype))
+
+
+def test_one_base_and_its_adapters_take_a_fraction_of_four_models():
+    four, one = work(), on_one_base(work(), Spec(4))
+    adapters = sum(
+        weight.numel
+        for role in one.roles if role.spec
+        for _, weights in places.groups_of(BASE, "bfloat16", role.spec, trained=role.trained, scalar=role.scalar)
+        for weight in weights if ".lora." in weight.name
+    )  # fmt: skip
+    base = 2 * shapes.count_of(BASE, scalar=False)
+    pages = 4 * 4096 * 5 * 12  # chunks end on pages: of five groups, four models, up to 12 bytes an element
+    assert forecast(one, "gemini_cpu", "bf16").peak["host"] < base + 14 * adapters + pages + 12 * plan.UPDATE_TILE
+    assert forecast(four, "gemini_cpu", "bf16").peak["host"] > 15 * base
+
+
+def test_one_weight_stream_is_foretold(tmp_path):
+    """Bytes that scoring and learning fetch, where four roles share what moves."""
+    of = on_one_base(work(mini_batch_size=4, epochs=2), Spec(4))
+    planned = forecast(of, "gemini_nvme", device=3_000_000)
+    moved = real(of, "gemini_nvme", tmp_path, device=3_000_000)["traffic"]
+    for key in ("host_written", "disk_read", "disk_written"):
+        said, done = (sum(phase[key] for phase in one.values()) for one in (planned.traffic, moved))
+        assert said == pytest.approx(done, rel=0.1), key
 
 
 @pytest.mark.parametrize(("stage", "scalar"), [("sft", False), ("reward", True)])
@@ -175,14 +215,14 @@ def test_auto_fills_the_device_then_host_memory_then_the_disk():
         assert tight["disk"] > 0
 
 
-def plan(capsys, *flags):
+def plan_of(capsys, *flags):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", *flags])
     return stopped.value.code, capsys.readouterr().out
 
 
 def test_the_command_says_as_json_what_fits(capsys):
-    code, out = plan(capsys, "--model", "8b", "--strategy", "gemini_cpu", "--device-memory", "40GB", "--json")
+    code, out = plan_of(capsys, "--model", "8b", "--strategy", "gemini_cpu", "--device-memory", "40GB", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["fits"] is True
@@ -201,23 +241,23 @@ def test_the_command_says_as_json_what_fits(capsys):
 )  # fmt: skip
 def test_the_change_it_advises_fits(capsys, flags):
     base = ["--model", "8b", "--strategy", "gemini_cpu", *flags.split()]
-    code, out = plan(capsys, *base, "--json")
+    code, out = plan_of(capsys, *base, "--json")
     found = json.loads(out)
     assert code == 3
     assert not found["fits"]
     assert found["lacking"]
     change, _, _ = found["advice"].partition(" fits: ")
     assert change.startswith("--")
-    code, out = plan(capsys, *base, *change.split(), "--json")
+    code, out = plan_of(capsys, *base, *change.split(), "--json")
     assert (code, json.loads(out)["fits"]) == (0, True)
 
 
 def test_when_nothing_fits_it_says_what_would(capsys):
     base = ["--model", "175b", "--strategy", "gemini_cpu", "--device-memory", "2GB", "--host-memory", "1GB"]
-    code, out = plan(capsys, *base, "--disk", "1GB", "--json")
+    code, out = plan_of(capsys, *base, "--disk", "1GB", "--json")
     assert code == 3
     change = json.loads(out)["advice"].split(";")[1].removesuffix(" would.")
-    code, _ = plan(capsys, *base, "--disk", "1GB", *change.split(), "--json")
+    code, _ = plan_of(capsys, *base, "--disk", "1GB", *change.split(), "--json")
     assert code == 0
 
 
@@ -230,7 +270,7 @@ def test_the_text_names_the_command_to_run(capsys):
 
 
 def test_a_dry_run_stands_beside_the_plan(capsys):
-    code, out = plan(capsys, "--model", "s", "--batch-size", "2", "--prompt-length", "16", "--max-new-tokens", "4",
+    code, out = plan_of(capsys, "--model", "s", "--batch-size", "2", "--prompt-length", "16", "--max-new-tokens", "4",
                      "--strategy", "gemini_cpu", "--world", "2", "--dry-run", "--json")  # fmt: skip
     found = json.loads(out)
     assert code == 0

@@ -33,7 +33,7 @@ def step_of(parameter, optimizer, grads, lr):
 
 
 def fresh(weights):
-    return {name: torch.zeros(len(weights), dtype=dtype) for name, dtype in states_of(weights.dtype).items()}
+    return {name: torch.zeros(len(weights), dtype=dtype) for name, (dtype, _) in states_of(weights.dtype).items()}
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -35,6 +35,9 @@ class Line(nn.Module):
     def begin(self, tokens):
         return None
 
+    def recipe(self, name):
+        return None
+
 
 @dataclass
 class Rows:

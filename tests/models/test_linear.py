@@ -17,7 +17,7 @@ def slow(monkeypatch):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7)])
 def test_a_widened_product_is_the_rounded_exact_one(shape, with_bias, tile, monkeypatch):
-    monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(module, "PRODUCT_TILE", tile)
     torch.manual_seed(0)
     x = torch.randn(shape).bfloat16().requires_grad_()
     weight = torch.randn(4, 7).bfloat16().requires_grad_()
@@ -38,7 +38,7 @@ def test_a_widened_product_is_the_rounded_exact_one(shape, with_bias, tile, monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [1 << 22, 14])
 def test_a_gradient_that_has_a_place_is_added_there_and_twice_gives_twice(dtype, tile, monkeypatch):
-    monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(module, "PRODUCT_TILE", tile)
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, 7), (4, 7), (4,)))
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]

@@ -39,7 +39,20 @@ def learns(flags: LoraFlags, seed: int) -> dict[str, Any]:
     elif flags.lora_alpha is not None or flags.lora_targets or flags.rslora:
         raise UserError("--lora-alpha, --lora-targets and --rslora shape a new adapter: give its rank too, --lora 16.")
     adapter = None if flags.adapter is None else resolve_model(flags.adapter)
-    return {"lora": spec, "adapter": adapter, "seed": seed}
+    if flags.num_layers_unfrozen is not None and (spec or adapter):
+        raise UserError("--num-layers-unfrozen: under an adapter no block learns; give one of the two.")
+    return {
+        "lora": spec, "adapter": adapter, "seed": seed, "base_dtype": flags.base_dtype,
+        "unfrozen": flags.num_layers_unfrozen,
+    }  # fmt: skip
+
+
+def check_learns(model: Any, flags: LoraFlags) -> None:
+    """Raises UserError for packed weights without an adapter that learns in their place."""
+    if flags.base_dtype is not None and model.decoder.adapted is None:
+        raise UserError(
+            f"--base-dtype {flags.base_dtype}: packed weights cannot learn; give an adapter that does: --lora 16."
+        )
 
 
 def leave_room(
@@ -58,10 +71,7 @@ def leave_room(
     batch_size = rows or optim.batch_size
     work = Workload(
         stage,
-        tuple(
-            Role(name, model.decoder.config, any(p.requires_grad for p in model.parameters()), hasattr(model, "score"))
-            for name, model in roles.items()
-        ),
+        tuple(_role(name, model, strategy) for name, model in roles.items()),
         batch_size, optim.micro_batch_size, mini_batch_size or batch_size, optim.epochs, longest - response, response,
         rollout_batch_size,
     )  # fmt: skip
@@ -74,6 +84,15 @@ def leave_room(
     strategy.swapped = found.swapped
     host = strategy.tiers["host"]
     return host if found.swapped and isinstance(host, Ram) else None
+
+
+def _role(name: str, model: Any, strategy: Strategy) -> Role:
+    adapted = model.decoder.adapted
+    return Role(
+        name, model.decoder.config, any(p.requires_grad for p in model.parameters()), hasattr(model, "score"),
+        adapted.spec if adapted else None, base_dtype=model.decoder.base_dtype,
+        groups=tuple((group, tuple(weights)) for group, weights in strategy.groups_of(model)),
+    )  # fmt: skip
 
 
 def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:

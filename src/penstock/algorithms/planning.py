@@ -7,21 +7,22 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from penstock.config import PlanConfig
 from penstock.errors import UserError
 from penstock.memory import measured, plan
-from penstock.memory.chunks import ITEMSIZE, Chunk, layout
+from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
 from penstock.memory.forecast import TIERS, Forecast, Rates, forecast, with_slack
 from penstock.memory.passes import Batch, Pass, activations_of
-from penstock.memory.placement import AUTO, NAMES, STRATEGIES, TierName, known
+from penstock.memory.placement import AUTO, EIGHT_BIT, NAMES, TierName, bits_of, known, tiers_of
 from penstock.memory.units import parse_bytes, show_bytes
-from penstock.models import shapes, sizes
+from penstock.models import places, shapes, sizes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import family_of
+from penstock.models.places import ALL_LINEAR, Spec
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -34,6 +35,14 @@ class Role:
     config: DecoderConfig
     trained: bool
     scalar: bool
+    spec: Spec | None = None
+    """The adapters that it carries; if it is trained, they alone learn."""
+    base: Hashable = None
+    """What its frozen weights are: roles of equal bases share them. None: nobody else has them."""
+    base_dtype: shapes.BaseDtype | None = None
+    """What its frozen products are packed in."""
+    groups: tuple[tuple[str, tuple[Weight, ...]], ...] | None = None
+    """Its weights, where a real model said them; None: as its config has it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +71,25 @@ def workload(config: PlanConfig) -> Workload:
     """What the flags describe. Raises UserError for a model that does not exist."""
     model = config_of(config.model, "--model")
     scalar = config_of(config.critic_model, "--critic-model") if config.critic_model else model
+    spec = None
+    if config.base_dtype is not None and config.lora is None:
+        raise UserError(f"--base-dtype {config.base_dtype}: packed weights cannot learn; give --lora 16 beside it.")
+    if config.lora is not None:
+        spec = Spec(config.lora, targets=config.lora_targets or ALL_LINEAR)
+    whose = config.critic_model or config.model
+
+    def role(name: str, trained: bool, scalar_head: bool) -> Role:
+        own, base = (scalar, whose) if scalar_head else (model, config.model)
+        adapter = None if name == "reference" else spec
+        return Role(name, own, trained, scalar_head, adapter, base if spec else None, config.base_dtype)
+
     roles = {
         "ppo": (
-            Role("actor", model, trained=True, scalar=False), Role("critic", scalar, trained=True, scalar=True),
-            Role("reference", model, trained=False, scalar=False), Role("reward", scalar, trained=False, scalar=True),
+            role("actor", True, False), role("critic", True, True), role("reference", False, False),
+            role("reward", False, True),
         ),
-        "sft": (Role("model", model, trained=True, scalar=False),),
-        "reward": (Role("model", scalar, trained=True, scalar=True),),
+        "sft": (role("model", True, False),),
+        "reward": (role("model", True, True),),
     }  # fmt: skip
     if config.prompt_length >= model.max_length:
         raise UserError(
@@ -107,7 +128,10 @@ def passes(work: Workload, dtype: str, world: int, swap: bool = False) -> dict[s
         actor = work.roles[0].config
         rows = min(work.rollout_batch_size or share, share)
         groups = shapes.prefills([work.prompt_length] * rows)
-        prefill = shapes.work_of(actor, dtype, Batch(groups[0].stop, work.prompt_length, rows), scalar=False)
+        prefill = places.work_of(
+            actor, dtype, work.roles[0].spec, Batch(groups[0].stop, work.prompt_length, rows), scalar=False,
+            packed=work.roles[0].base_dtype,
+        )  # fmt: skip
         cache, token = (shapes.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
         phases["rollout"].append(
             Pass(
@@ -142,7 +166,11 @@ def _pass(work: Workload, role: Role, dtype: str, rows: int, response: int, kind
     read = micro if once else micro * (work.length if work.stage == "sft" else response)
     whole = rows if once else rows * (work.length if work.stage == "sft" else response)
     return Pass(
-        role.name, kind, shapes.work_of(role.config, dtype, Batch(micro, work.length, read), scalar=role.scalar),
+        role.name, kind,
+        places.work_of(
+            role.config, dtype, role.spec, Batch(micro, work.length, read), scalar=role.scalar,
+            entropy=work.stage != "sft", packed=role.base_dtype,
+        ),
         count=math.ceil(rows / micro), times=times,
         flops=_flops(role.config, rows, work.length, 0 if role.scalar else whole) * (3 if kind == "step" else 1),
     )  # fmt: skip
@@ -167,13 +195,20 @@ def forecast_of(
     """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements."""
     dtype = DTYPES[dtype]
     laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
+    shared = {
+        role.name: {chunk.shared for chunk in chunks} - {None}
+        for role, (chunks, _) in zip(work.roles, laid, strict=True)
+    }
     shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
-    device = budgets.get("device")
+    device, auto = budgets.get("device"), bits_of(strategy)[0] == AUTO
 
     def under(moves: bool, again: bool, swap: bool = False) -> Forecast:
         """With room for the activations of models that move, or of models that stay."""
         phases = passes(work, dtype, world, swap)
-        fullest = max(activations_of(one, moves, again) for each in phases.values() for one in each)
+        fullest = max(
+            activations_of([(one, moves) for one in company], again)
+            for each in phases.values() for company in _companies(each, shared)
+        )  # fmt: skip
         left = dict(budgets)
         if swap and (host := budgets.get("host")) is not None:
             left["host"] = max(host - max(one.swapped for one in phases["rollout"]), 0)
@@ -182,20 +217,47 @@ def forecast_of(
             role.name: plan.Model(role.name, tuple(one), tuple(visits))
             for role, one, (_, visits) in zip(work.roles, placed, laid, strict=True)
         }
-        if strategy == AUTO and not moves and any(model.moving(world) for model in models.values()):
+        if auto and not moves and any(model.moving(world) for model in models.values()):
             return under(True, True, swap)
         return forecast(models, phases, world=world, device=device, recompute=again, rates=rates, timed=timed)
 
-    found = under(strategy != AUTO or recompute, recompute)
+    found = under(not auto or recompute, recompute)
     if work.stage == "ppo" and device is not None and found.peak["device"] > device:
-        swapped = under(strategy != AUTO or recompute, recompute, swap=True)
+        swapped = under(not auto or recompute, recompute, swap=True)
         return min(found, swapped, key=lambda one: one.peak["device"])
+    return found
+
+
+def _companies(passes: Sequence[Pass], shared: dict[str, set[Any]]) -> list[list[Pass]]:
+    """Before anything is placed: the passes that go side by side if all weights move; see forecast.companies_of."""
+    found: list[list[Pass]] = []
+    for one in passes:
+        beside = (each for each in found if shared[each[0].model] & shared[one.model])
+        company = next(beside, None) if one.kind != "generate" else None
+        if company is None:
+            found.append([one])
+        else:
+            company.append(one)
     return found
 
 
 @functools.cache
 def _laid(role: Role, dtype: str, world: int, chunk_size: int | None) -> tuple[list[Chunk], list[tuple[str, ...]]]:
-    groups = shapes.groups_of(role.config, dtype, trained=role.trained, scalar=role.scalar)
+    groups: Iterable[tuple[str, Sequence[Weight]]]
+    if role.groups is not None:
+        groups = role.groups
+    elif role.spec or role.base:
+        groups = places.groups_of(
+            role.config,
+            dtype,
+            role.spec,
+            trained=role.trained,
+            scalar=role.scalar,
+            base=role.base,
+            packed=role.base_dtype,
+        )
+    else:
+        groups = shapes.groups_of(role.config, dtype, trained=role.trained, scalar=role.scalar)
     chunks = layout(groups, world=world, max_numel=chunk_size)
     return chunks, shapes.visits_of(role.config, scalar=role.scalar)
 
@@ -317,8 +379,9 @@ def on_this_machine(setting: Setting, work: Workload) -> Iterator[Setting]:
 
 
 def _strategies(setting: Setting) -> list[str]:
-    """The one that was asked for, then from the one that needs least device memory upward."""
-    others = [name for name in reversed(NAMES) if name != "naive" or setting.world == 1]
+    """The one that was asked for, then from the one that needs least device memory upward, with moments as exact."""
+    moments = EIGHT_BIT if bits_of(setting.strategy)[1] == 8 else ""
+    others = [name + moments for name in reversed(NAMES) if name != "naive" or setting.world == 1]
     return [setting.strategy, *(name for name in others if name != setting.strategy)]
 
 
@@ -394,8 +457,7 @@ def command(config: PlanConfig, setting: Setting) -> str:
         for flag, value in (("--device-memory", config.device_memory), ("--host-memory", config.host_memory))
         if value
     ]
-    row = STRATEGIES.get(setting.strategy)
-    if row is None or "disk" in (row.params.tier, row.optimizer.tier):
+    if "disk" in tiers_of(setting.strategy):
         size = (config.disk or "").rpartition(":")[2]
         budgets.append("--disk PATH" + (f":{size}" if size else ""))
     return " ".join([start, config.stage, f"--strategy {setting.strategy}", f"--dtype {config.dtype}", *budgets, "..."])

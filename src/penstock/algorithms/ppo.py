@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, learns, leave_room, read, sample_rows, strategy_of
+from penstock.algorithms.inputs import (
+    check_learns,
+    encoder_of,
+    keep_tokenizer,
+    learns,
+    leave_room,
+    read,
+    sample_rows,
+    strategy_of,
+)
 from penstock.algorithms.scoring import Scorer, check_room, scorer_of
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.algorithms.sft import micro_batches as example_batches
@@ -105,23 +114,34 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     pickled, how = config.data.allow_pickle, learns(config.peft, run.seed)
     with strategy.init():
         actor = Actor.from_pretrained(source, allow_pickle=pickled, **how)
+    check_learns(actor, config.peft)
     encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
     keep_tokenizer(session, source)
     reward, scorer_from, reads_our_tokens = scorer_of(
-        config.reward, config.reward_fn, encoder, strategy, config.data, optim.micro_batch_size, session.say
+        config.reward,
+        config.reward_fn,
+        encoder,
+        strategy,
+        config.data,
+        optim.micro_batch_size,
+        session.say,
+        config.peft.base_dtype,
     )
     critic_source = config.critic or (config.reward if reads_our_tokens else None)
     with strategy.init():
         if config.reference:
             found = resolve_model(config.reference)
-            reference = Actor.from_pretrained(found, allow_pickle=pickled).eval().requires_grad_(False)
+            reference = Actor.from_pretrained(found, allow_pickle=pickled, base_dtype=how["base_dtype"])
+            reference.eval().requires_grad_(False)
             check_role("reference", found, reference, encoder, config)
         else:
             reference = actor.frozen()
         if critic_source:
             found = resolve_model(critic_source, "critic")
-            adapter = None if is_adapter_directory(Path(found)) else how["lora"]  # its own learns on
-            critic = Critic.from_pretrained(found, allow_pickle=pickled, lora=adapter, seed=run.seed + 1)
+            own = {"adapter": None, "seed": run.seed + 1}
+            own |= {"lora": None} if is_adapter_directory(Path(found)) else {}  # its own learns on
+            critic = Critic.from_pretrained(found, allow_pickle=pickled, **{**how, **own})
+            check_learns(critic, config.peft)
             check_role("critic", found, critic, encoder, config)
         else:
             critic = Critic(copy.deepcopy(actor.decoder))

@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms import ppo
-from penstock.algorithms.planning import Workload, forecast_of
-from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranking_loss, score_rows, score_states
+from penstock.algorithms.planning import Role, Workload, forecast_of
+from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranking_loss, score_states
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.memory.meter import Meter
@@ -25,9 +26,9 @@ from penstock.memory.pretend import PretendDisk, PretendWorld, pretend
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
-from penstock.models import linear
-from penstock.models.config import DecoderConfig
+from penstock.models import linear, lora
 from penstock.models.decoder import Decoder
+from penstock.models.quantised import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
@@ -71,7 +72,7 @@ def rehearse(
 def models_of(work: Workload, strategy: Strategy) -> list[Any]:
     """The recipes of random models."""
     with strategy.init():
-        return [_model(role.name, role.config, role.trained, role.scalar) for role in work.roles]
+        return [_model(role) for role in work.roles]
 
 
 def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: bool = False) -> dict[str, Any]:
@@ -102,12 +103,19 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
     return {**peaks, "traffic": traffic}
 
 
-def _model(name: str, config: DecoderConfig, trained: bool, scalar: bool) -> Any:
-    decoder = Decoder(config)
-    if not scalar:
-        return Actor(decoder).requires_grad_(trained)
-    kind = Critic if name == "critic" else RewardModel
-    return kind(decoder).requires_grad_(trained)
+def _model(role: Role) -> Any:
+    decoder = Decoder(role.config)
+    if role.base is not None:
+        decoder.seed = crc32(str(role.base).encode())  # equal bases are drawn alike, so they are one
+    if role.base_dtype is not None:
+        quantise_base(decoder, role.base_dtype)
+    if role.spec is not None:
+        lora.add(decoder, role.spec, seed=crc32(role.name.encode()))
+    if not role.scalar:
+        model: Any = Actor(decoder)
+    else:
+        model = (Critic if role.name == "critic" else RewardModel)(decoder)
+    return model if role.trained and role.spec else model.requires_grad_(role.trained)
 
 
 def updates_count_at_home(stream: Stream, meter: Meter) -> None:
@@ -178,14 +186,9 @@ def _ppo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: 
             some = min(rows, count - start)
             rollout += _generate(strategy, actor.decoder, some, work.prompt_length, sampling, swap)
     with phase("score"):
-
-        def scorer(records: Any, answers: Any) -> list[float]:
-            rows = [answer.prompt_ids + answer.response_ids for answer in answers]
-            return score_rows(strategy, streams["reward"], streams["reward"].model, rows, work.micro_batch_size)
-
         experience = ppo.score(
             strategy, rollout, [None] * len(rollout), streams["actor"], streams["reference"], streams["critic"],
-            scorer, config, work.micro_batch_size,
+            lambda records, answers: [0.0] * len(answers), config, work.micro_batch_size, streams.get("reward"),
         )  # fmt: skip
         experience = ppo.with_advantages(ppo.in_order(world.gather(experience)), 0.1, config)
     with phase("train"):

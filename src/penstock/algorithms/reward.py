@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, learns, leave_room, read, strategy_of
+from penstock.algorithms.inputs import check_learns, encoder_of, keep_tokenizer, learns, leave_room, read, strategy_of
 from penstock.config import RewardConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
@@ -55,6 +55,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
         model = RewardModel.from_pretrained(
             source, allow_pickle=config.data.allow_pickle, **learns(config.peft, run.seed)
         )
+    check_learns(model, config.peft)
     encoder = encoder_of(source, model.decoder.config, config.data)
     keep_tokenizer(session, source)
     records, encoded = read(session.say, encoder, config.data.data, "comparisons", config.data)

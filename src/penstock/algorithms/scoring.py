@@ -18,6 +18,7 @@ from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
 from penstock.models.config import DecoderConfig
 from penstock.models.roles import RewardModel
+from penstock.models.shapes import BaseDtype
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 
@@ -27,7 +28,7 @@ Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
 
 def scorer_of(
     reward: str | None, reward_fn: str | None, encoder: Encoder, strategy: Strategy, flags: DataFlags, size: int,
-    say: Callable[[str], None],
+    say: Callable[[str], None], base_dtype: BaseDtype | None = None,
 ) -> tuple[RewardModel | None, Callable[..., Scorer], bool]:  # fmt: skip
     """What `--reward` or `--reward-fn` names: the reward model, if it is one, for the strategy to prepare; what makes
     a scorer of its stream, `size` rows at a time; and whether it reads the actor's tokens."""
@@ -37,7 +38,8 @@ def scorer_of(
     assert reward is not None
     source = resolve_model(reward)
     with strategy.init():
-        model = RewardModel.trained(source, allow_pickle=flags.allow_pickle).eval().requires_grad_(False)
+        model = RewardModel.trained(source, base_dtype=base_dtype, allow_pickle=flags.allow_pickle)
+    model.eval().requires_grad_(False)
     _warn_if_weak(model, say, reward)
     own = encoder_of(source, model.decoder.config, dataclasses.replace(flags, max_length=1 << 30))
     # The reward model must see what it was trained on (11): its own tokens, where its tokenizer is another one.

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import encoder_of, keep_tokenizer, learns, leave_room, read, sample_rows, strategy_of
+from penstock.algorithms.inputs import (
+    check_learns,
+    encoder_of,
+    keep_tokenizer,
+    learns,
+    leave_room,
+    read,
+    sample_rows,
+    strategy_of,
+)
 from penstock.config import SFTConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
@@ -39,6 +48,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     source = resolve_model(config.model)
     with strategy.init():
         actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle, **learns(config.peft, run.seed))
+    check_learns(actor, config.peft)
     encoder = encoder_of(source, actor.decoder.config, config.data)
     keep_tokenizer(session, source)
     records, encoded = read(session.say, encoder, config.data.data, "demonstrations", config.data)

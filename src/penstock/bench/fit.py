@@ -15,10 +15,13 @@ from penstock.errors import ResourceError, UserError
 from penstock.memory.placement import TierName
 from penstock.memory.strategy import Strategy
 from penstock.models.config import DecoderConfig
+from penstock.models.places import Spec
 from penstock.models.sizes import GPT2, OPT
 
 ALIASES = {size: f"opt-{size}" for size in OPT if size not in GPT2}
 """What the published LoRA benchmark calls its models."""
+
+TRAINED = ("actor", "critic")
 
 
 def shape_of(config: BenchConfig) -> DecoderConfig:
@@ -47,24 +50,27 @@ def sizes_of(config: BenchConfig) -> Sizes:
     )  # fmt: skip
 
 
-def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict[TierName, int] | None:
-    """The plan's peaks per tier of one process, or None for adapters, which the plan does not know.
+def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict[TierName, int]:
+    """The plan's peaks per tier of one process.
 
     Raises ResourceError, with the plan's table, where the flags' budgets or this machine cannot hold them.
     """
-    if config.lora_rank:
-        return None
     world, sizes = strategy.world.size, sizes_of(config)
     asked = PlanConfig(
         config.model, strategy=strategy.name, dtype=config.dtype, device_memory=config.device_memory,
         host_memory=config.host_memory, disk=config.disk, world=world, batch_size=sizes.experience * world,
         micro_batch_size=sizes.micro, mini_batch_size=sizes.train * world, epochs=sizes.epochs,
         prompt_length=sizes.prompt, max_new_tokens=sizes.new, recompute=config.recompute, chunk_size=config.chunk_size,
+        lora=config.lora_rank or None,
     )  # fmt: skip
+    spec = Spec(config.lora_rank) if config.lora_rank else None
     roles = tuple(
-        planning.Role(name, shape, trained=name in ("actor", "critic"), scalar=name in ("critic", "reward"))
+        planning.Role(
+            name, shape, trained=name in TRAINED, scalar=name in ("critic", "reward"),
+            spec=spec if name in TRAINED else None, base="one base" if spec else None,
+        )
         for name in ("actor", "critic", "reference", "reward")
-    )
+    )  # fmt: skip
     work = planning.Workload(
         "ppo", roles, asked.batch_size, sizes.micro, sizes.train * world, sizes.epochs, sizes.prompt, sizes.new
     )

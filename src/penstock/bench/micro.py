@@ -108,7 +108,7 @@ def adamw_rate(device: torch.device, repeats: int, quick: bool) -> float:
     """Bytes of weights, gradients and states per second that an update of split masters moves, in host memory."""
     numel = 1 << (20 if quick else 26)
     weights, grads = (torch.randn(numel).bfloat16() for _ in range(2))
-    states = {name: torch.zeros(numel, dtype=dtype) for name, dtype in states_of(torch.bfloat16).items()}
+    states = {name: torch.zeros(numel, dtype=dtype) for name, (dtype, _) in states_of(torch.bfloat16).items()}
     step = lambda: AdamW().update(weights, states, grads, lr=1e-6, scale=0.5, step=1)  # noqa: E731
     return UPDATED * numel / best(step, repeats, torch.device("cpu"))
 

@@ -53,8 +53,8 @@ def memory_lines(found: dict[str, Any]) -> list[str]:
     """Peak bytes per tier."""
     reserved = found["peak_device_reserved_bytes"]
     beside = f", {show_bytes(reserved)} reserved" if reserved is not None else ""
-    planned = f"; planned {show_bytes(found['planned']['device'])}" if found.get("planned") else ""
-    lines = [f"device {show_bytes(found['peak_device_bytes'])} allocated{beside}{planned}"]
+    planned = show_bytes(found["planned"]["device"])
+    lines = [f"device {show_bytes(found['peak_device_bytes'])} allocated{beside}; planned {planned}"]
     lines.append(f"host   {show_bytes(found['peak_host_bytes'])} in homes, {show_bytes(found['pinned_bytes'])} pinned")
     if found["peak_disk_bytes"]:
         lines.append(f"disk   {show_bytes(found['peak_disk_bytes'])}")

@@ -53,3 +53,83 @@ void adamw_bf16(uint16_t *restrict weights, int16_t *restrict remainder, float *
         remainder[i] = (int16_t)(bits - (high << 16));
     }
 }
+
+/* Moments in 8 bits, block by block: see eightbit.py. Shares and codes are its tables, of first and second moments. */
+enum { BLOCK = 256, SIGN = 128 };
+typedef struct { const float *first, *second; const uint8_t *codes_first, *codes_second; } Tables;
+
+static inline uint32_t rounded(float x) /* to bf16, to nearest, ties to even, as torch does */
+{
+    uint32_t bits = as_bits(x);
+    return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
+static inline void open_block(const uint8_t *m, const uint8_t *v, float m_scale, float v_scale, float *restrict exp_avg,
+                              float *restrict exp_avg_sq, Tables t)
+{
+    for (int i = 0; i < BLOCK; i++) {
+        float share = t.first[m[i] & (SIGN - 1)];
+        exp_avg[i] = (m[i] & SIGN ? -share : share) * m_scale;
+        exp_avg_sq[i] = t.second[v[i]] * v_scale;
+    }
+}
+
+static inline void close_block(uint8_t *m, uint8_t *v, float *m_scale, float *v_scale, const float *restrict exp_avg,
+                               const float *restrict exp_avg_sq, Tables t)
+{
+    float most_m = 0, most_v = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        float size = fabsf(exp_avg[i]);
+        most_m = size > most_m ? size : most_m;
+        most_v = exp_avg_sq[i] > most_v ? exp_avg_sq[i] : most_v;
+    }
+    *m_scale = most_m;
+    *v_scale = most_v;
+    float by_m = most_m > 0 ? most_m : 1, by_v = most_v > 0 ? most_v : 1;
+    for (int i = 0; i < BLOCK; i++) {
+        m[i] = t.codes_first[rounded(fabsf(exp_avg[i]) / by_m)] + (exp_avg[i] < 0 ? SIGN : 0);
+        v[i] = t.codes_second[rounded(exp_avg_sq[i] / by_v)];
+    }
+}
+
+void adamw8_fp32(float *restrict weights, uint8_t *m, uint8_t *v, float *m_scale, float *v_scale,
+                 const float *restrict gradients, const float *first, const float *second,
+                 const uint8_t *codes_first, const uint8_t *codes_second, int64_t count, const Rule *rule, int threads)
+{
+    Rule r = *rule;
+    Tables t = {first, second, codes_first, codes_second};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < count / BLOCK; b++) {
+        float exp_avg[BLOCK], exp_avg_sq[BLOCK];
+        int64_t at = b * BLOCK;
+        open_block(m + at, v + at, m_scale[b], v_scale[b], exp_avg, exp_avg_sq, t);
+#pragma omp simd
+        for (int i = 0; i < BLOCK; i++)
+            weights[at + i] = move(weights[at + i], gradients[at + i], exp_avg + i, exp_avg_sq + i, r);
+        close_block(m + at, v + at, m_scale + b, v_scale + b, exp_avg, exp_avg_sq, t);
+    }
+}
+
+void adamw8_bf16(uint16_t *restrict weights, int16_t *restrict remainder, uint8_t *m, uint8_t *v, float *m_scale,
+                 float *v_scale, const uint16_t *restrict gradients, const float *first, const float *second,
+                 const uint8_t *codes_first, const uint8_t *codes_second, int64_t count, const Rule *rule, int threads)
+{
+    Rule r = *rule;
+    Tables t = {first, second, codes_first, codes_second};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < count / BLOCK; b++) {
+        float exp_avg[BLOCK], exp_avg_sq[BLOCK];
+        int64_t at = b * BLOCK;
+        open_block(m + at, v + at, m_scale[b], v_scale[b], exp_avg, exp_avg_sq, t);
+#pragma omp simd
+        for (int i = 0; i < BLOCK; i++) {
+            float master = as_float(((uint32_t)weights[at + i] << 16) + (uint32_t)(int32_t)remainder[at + i]);
+            float gradient = as_float((uint32_t)gradients[at + i] << 16);
+            uint32_t bits = as_bits(move(master, gradient, exp_avg + i, exp_avg_sq + i, r));
+            uint32_t high = (bits + 0x8000u) >> 16;
+            weights[at + i] = (uint16_t)high;
+            remainder[at + i] = (int16_t)(bits - (high << 16));
+        }
+        close_block(m + at, v + at, m_scale + b, v_scale + b, exp_avg, exp_avg_sq, t);
+    }
+}

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.memory import native
+from penstock.memory import native, plan
+from penstock.memory.eightbit import BLOCK, CODES_FIRST, CODES_SECOND, FIRST, SECOND, decode, encode
 
 SOURCE = Path(__file__).with_name("adam.c")
 ALIGN = 64
@@ -23,10 +24,10 @@ TILE = 1 << 20
 """Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
 
 
-def states_of(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """What AdamW keeps per element beside the weight, by name: torch's own names, and `remainder` of the master."""
-    moments = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
-    return moments if dtype == torch.float32 else {"remainder": torch.int16, **moments}
+def states_of(dtype: torch.dtype, bits: int = 32) -> dict[str, tuple[torch.dtype, int]]:
+    """plan.states_of in torch's own words: name -> (dtype, elements of the weight per element)."""
+    found = plan.states_of(str(dtype).removeprefix("torch."), bits)
+    return {name: (getattr(torch, kind), per) for name, (kind, per) in found.items()}
 
 
 class Rule(ctypes.Structure):
@@ -51,9 +52,11 @@ class AdamW:
     ) -> None:
         """Moves weights and states, in place, by gradients times `scale` (the clip factor).
 
-        weights, grads: [n] in one dtype; states: [n] each, as `states_of` says; all on one device. step counts from 1.
+        weights, grads: [n] in one dtype; states: as `states_of` says; all on one device. step counts from 1. With
+        moments in 8 bits n is a multiple of eightbit.BLOCK.
         """
-        tensors = [weights, *(states[name] for name in states_of(weights.dtype)), grads]
+        narrow = "exp_avg_scale" in states
+        tensors = [weights, *(states[name] for name in states_of(weights.dtype, 8 if narrow else 32)), grads]
         done = _in_one_pass(tensors, self._rule(lr, scale, step))
         count = torch.tensor(float(step), device=weights.device)
         divisor = None if scale == 1.0 else torch.tensor(1.0 / scale, device=weights.device)
@@ -65,18 +68,20 @@ class AdamW:
         for start in range(done, weights.numel(), TILE):
             here = slice(start, min(start + TILE, weights.numel()))
             count_here = here.stop - here.start
-            moments = [[states[name][here]] for name in ("exp_avg", "exp_avg_sq")]
+            moments = _wide(states, here) if narrow else [states[name][here] for name in ("exp_avg", "exp_avg_sq")]
             gradient = wide[:count_here].copy_(grads[here])  # a copy: the kernel divides it in place
             whole = master[:count_here] if split_master else weights[here]
             if split_master:
                 join(weights[here], states["remainder"][here], whole, scratch[:count_here])
             torch._fused_adamw_(
-                [whole], [gradient], moments[0], moments[1], [], [count],
+                [whole], [gradient], moments[:1], moments[1:], [], [count],
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=self.weight_decay, eps=self.eps,
                 amsgrad=False, maximize=False, grad_scale=divisor,
             )  # fmt: skip
             if split_master:
                 split(whole, weights[here], states["remainder"][here], scratch[:count_here])
+            if narrow:
+                _keep(moments, states, here)
 
     def _rule(self, lr: float, scale: float, step: int) -> Rule:
         beta1, beta2 = self.betas
@@ -95,19 +100,55 @@ class AdamW:
 def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
     """Updates in place and returns how many elements are done: 0 where there is no compiler, or no CPU tensors.
 
-    `tensors` are [n] each, in the order of adam.c's arguments: five for a split master, four for fp32.
+    `tensors` are in the order of adam.c's arguments.
     """
-    whole = tensors[0].numel() // ALIGN * ALIGN
+    narrow = len(tensors) > 5
+    whole = tensors[0].numel() // (BLOCK if narrow else ALIGN) * (BLOCK if narrow else ALIGN)
     if not whole or any(one.device.type != "cpu" for one in tensors) or not native.real():
         return 0
     compiled = native.compiled(SOURCE)
     if isinstance(compiled, str):
         return 0
-    assert all(one.is_contiguous() and one.numel() >= whole for one in tensors)
-    update = compiled.adamw_bf16 if len(tensors) == 5 else compiled.adamw_fp32
-    places = (ctypes.c_void_p(one.data_ptr()) for one in tensors)
+    assert all(one.is_contiguous() for one in tensors)
+    update = getattr(compiled, ("adamw8_" if narrow else "adamw_") + ("fp32" if tensors[0].itemsize == 4 else "bf16"))
+    tables = [FIRST, SECOND, CODES_FIRST, CODES_SECOND] if narrow else []
+    places = (ctypes.c_void_p(one.data_ptr()) for one in (*tensors, *tables))
     update(*places, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())
     return whole
+
+
+def widen(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The states with moments in fp32, whatever their bits."""
+    if "exp_avg_scale" not in states:
+        return dict(states)
+    rest = {name: tensor for name, tensor in states.items() if not name.startswith("exp_avg")}
+    first, second = _wide(states, slice(0, states["exp_avg"].numel()))
+    return {**rest, "exp_avg": first, "exp_avg_sq": second}
+
+
+def narrow(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `widen` for moments in 8 bits: [n], n a multiple of eightbit.BLOCK."""
+    count = states["exp_avg"].numel()
+    found = {name: torch.empty(count, dtype=torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
+    found |= {f"{name}_scale": torch.empty(count // BLOCK) for name in ("exp_avg", "exp_avg_sq")}
+    _keep([states["exp_avg"], states["exp_avg_sq"]], found, slice(0, count))
+    return {**states, **found}
+
+
+def _wide(states: Mapping[str, Tensor], here: slice) -> list[Tensor]:
+    """Both moments, fp32."""
+    blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+    first = decode(states["exp_avg"][here], states["exp_avg_scale"][blocks], signed=True)
+    return [first, decode(states["exp_avg_sq"][here], states["exp_avg_sq_scale"][blocks], signed=False)]
+
+
+def _keep(moments: list[Tensor], states: Mapping[str, Tensor], here: slice) -> None:
+    """Back into 8 bits."""
+    blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+    for name, moment, signed in (("exp_avg", moments[0], True), ("exp_avg_sq", moments[1], False)):
+        code, scales = encode(moment, signed)
+        states[name][here].copy_(code)
+        states[f"{name}_scale"][blocks].copy_(scales)
 
 
 def join(weights: Tensor, remainder: Tensor, master: Tensor, scratch: Tensor | None = None) -> None:

@@ -5,14 +5,15 @@ counts: 175B takes less than a second. How far it is from what a run measures is
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from penstock.memory import plan
-from penstock.memory.chunks import Chunk
+from penstock.memory.chunks import ITEMSIZE, Chunk
 from penstock.memory.passes import Pass, activations_of
 from penstock.memory.placement import TierName
-from penstock.memory.plan import UPDATE_TILE, Model, Slots
+from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
 
 TIERS: tuple[TierName, ...] = ("device", "host", "disk")
 SLACK, SHARE = 1 << 16, 0.01
@@ -83,7 +84,7 @@ class Walk:
         """An imagined slot."""
 
         nbytes: int
-        key: tuple[str, int] | None = None
+        key: Hashable | None = None
         users: int = 0
         age: int = 0
 
@@ -91,33 +92,35 @@ class Walk:
         self._places = [Walk.Place(nbytes) for nbytes in sorted(sizes)]
         self._world, self._ahead, self._clock = world, ahead, 0
 
-    def follow(self, model: Model, order: Sequence[Sequence[str]], *, repeats: bool) -> Counter[str]:
-        """Bytes that one pass over the order fetches: host_read, disk_read, and ranks for what is gathered."""
-        fetched: Counter[str] = Counter()
+    def follow(
+        self, model: Model, order: Sequence[Sequence[str]], fetched: Counter[str], *, repeats: bool
+    ) -> Iterator[None]:
+        """One pass over the order, a visit at a time; adds what it fetches to host_read, disk_read, and ranks for what
+        is gathered."""
         moving: dict[str, list[plan.Placed]] = {}
         for one in model.placed:
             if not plan.resident(one.row, self._world):
                 moving.setdefault(one.chunk.group, []).append(one)
         if not moving:
-            return fetched
+            return
         positions: dict[str, list[int]] = {}
         for i, groups in enumerate(order):
             for group in groups:
                 positions.setdefault(group, []).append(i)
-        group_of = {one.chunk.index: one.chunk.group for one in model.placed}
+        group_of = {_key(model, one.chunk): one.chunk.group for one in model.placed}
         at = 0
 
-        def next_use(key: tuple[str, int]) -> int:
-            if key[0] != model.name:
+        def next_use(key: Hashable) -> int:
+            if key not in group_of:
                 return 1 << 60
-            places = positions.get(group_of[key[1]], ())
+            places = positions.get(group_of[key], ())
             later = next((place for place in places if place > at), None)
             if later is not None:
                 return later - at
             return len(order) - at + places[0] if repeats and places else 1 << 60
 
         def bring(one: plan.Placed, before: int) -> Walk.Place | None:
-            key = (model.name, one.chunk.index)
+            key = _key(model, one.chunk)
             place = next((place for place in self._places if place.key == key), None)
             if place is None:
                 place = plan.choose(self._places, one.chunk.nbytes, next_use, before)
@@ -144,13 +147,35 @@ class Walk:
             for place in held:
                 if place is not None:
                     place.users -= 1
-        return fetched
+            yield
 
     def forget(self, model: Model) -> None:
-        """After an update: what slots hold of the model is old."""
+        """After an update: what slots hold of its trained chunks is old."""
+        old = {_key(model, one.chunk) for one in model.placed if one.chunk.trained}
         for place in self._places:
-            if place.key is not None and place.key[0] == model.name:
+            if place.key in old:
                 place.key = None
+
+
+def _key(model: Model, chunk: Chunk) -> Hashable:
+    """What a slot with this chunk holds: models that share it hold the same."""
+    return chunk.shared or (model.name, chunk.index)
+
+
+def companies_of(passes: Sequence[Pass], models: Mapping[str, Model], world: int) -> list[list[Pass]]:
+    """Passes that go side by side because their models move the same weights: `strategy._in_companies`."""
+    found: list[list[Pass]] = []
+    for one in passes:
+        mine = {chunk.shared for chunk in models[one.model].moving(world)} - {None}
+        for company in found:
+            first = models[company[0].model]
+            theirs = {placed.chunk.shared for placed in first.placed}
+            if company[0].kind == one.kind != "generate" and mine & theirs:
+                company.append(one)
+                break
+        else:
+            found.append([one])
+    return found
 
 
 def forecast(
@@ -171,7 +196,10 @@ def forecast(
     at_home = plan.homes([model.placed for model in models.values()], world)
     moves = {name: bool(model.moving(world)) for name, model in models.items()}
     needs = {
-        phase: [(activations_of(one, moves[one.model], recompute), one) for one in passes]
+        phase: [
+            (activations_of([(one, moves[one.model]) for one in company], recompute), company)
+            for company in companies_of(passes, models, world)
+        ]
         for phase, passes in phases.items()
     }
     scratch: Counter[str] = Counter()
@@ -199,7 +227,7 @@ def forecast(
             "host": host + (buffers if trains else 0) + max(one.swapped for one in phases[phase]),
             "disk": at_home.get("disk", 0),
         }
-        worst[phase] = f"{who.model} {who.kind}"
+        worst[phase] = f"{', '.join(one.model for one in who)} {who[0].kind}"
     traffic, seconds = _moved(models, phases, slots, world, recompute, ahead, rates or Rates()) if timed else ({}, {})
     return Forecast(
         phases=peaks,
@@ -222,7 +250,8 @@ def _scratch(model: Model, world: int) -> tuple[str, int]:
     for one in trained:
         share = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
         gathered = one.chunk.nbytes if share < one.chunk.numel and not one.row.params.sharded else 0
-        most = max(most, min(share, UPDATE_TILE) * (8 if one.chunk.dtype == "float32" else 12) + gathered)
+        wide = UPDATE_WIDTH[one.row.bits] + (0 if one.chunk.dtype == "float32" else 4)
+        most = max(most, min(share, UPDATE_TILE) * wide + gathered)
     return ("device" if {one.row.optimizer.tier for one in trained} <= {"device"} else "host"), most
 
 
@@ -241,7 +270,7 @@ def with_slack(activations: int, shard: int) -> int:
 
 def _objects(
     models: Mapping[str, Model],
-    needs: Mapping[str, Sequence[tuple[int, Pass]]],
+    needs: Mapping[str, Sequence[tuple[int, Sequence[Pass]]]],
     phases: Mapping[str, Sequence[Pass]],
     slots: Slots,
     world: int,
@@ -249,12 +278,17 @@ def _objects(
 ) -> dict[str, dict[TierName, int]]:
     kinds: dict[str, Counter[TierName]] = {"weights": Counter(), "grads": Counter(), "optimizer": Counter()}
     everything = plan.homes([model.placed for model in models.values()], world)
+    seen: set[Hashable] = set()
     for model in models.values():
         for one in model.placed:
+            if one.chunk.shared is not None:
+                if one.chunk.shared in seen:
+                    continue
+                seen.add(one.chunk.shared)
             kinds["weights"][one.row.params.tier] += one.chunk.nbytes // (world if one.row.params.sharded else 1)
             if one.chunk.trained:
                 count = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
-                kinds["optimizer"][one.row.optimizer.tier] += count * plan.STATE_BYTES[one.chunk.dtype]
+                kinds["optimizer"][one.row.optimizer.tier] += plan.state_bytes(count, one.chunk.dtype, one.row.bits)
     for tier, nbytes in everything.items():
         rest = nbytes - kinds["weights"][tier] - kinds["optimizer"][tier]
         if tier != "disk":
@@ -264,7 +298,9 @@ def _objects(
     heads = [one.work.backward_head if one.kind == "step" else one.work.forward_head for one in passes]
     held = {
         "slots": {"device": slots.nbytes},
-        "activations": {"device": max((nbytes - one.beside for each in needs.values() for nbytes, one in each))},
+        "activations": {
+            "device": max(nbytes - company[0].beside for each in needs.values() for nbytes, company in each)
+        },
         "kv_cache": {
             "device": max((one.beside for one in generating), default=0),
             "host": max((one.swapped for one in generating), default=0),
@@ -291,7 +327,10 @@ def _moved(
     for _ in range(2):
         for phase, passes in phases.items():
             moved: Counter[str] = Counter()
-            parts = [_time(one, models[one.model], walk, moved, world, recompute, rates) for one in passes]
+            parts = [
+                _time([(one, models[one.model]) for one in company], walk, moved, world, recompute, rates)
+                for company in companies_of(passes, models, world)
+            ]
             traffic[phase] = {
                 key: int(moved[key]) for key in ("host_read", "host_written", "disk_read", "disk_written", "ranks")
             }
@@ -300,10 +339,10 @@ def _moved(
 
 
 def _time(
-    one: Pass, model: Model, walk: Walk, moved: Counter[str], world: int, recompute: bool, rates: Rates
+    company: Sequence[tuple[Pass, Model]], walk: Walk, moved: Counter[str], world: int, recompute: bool, rates: Rates
 ) -> tuple[float, ...]:
-    """Adds one pass's bytes to `moved`; returns (total, compute, link, disk, optimizer, network) seconds."""
-    cycle = [*model.visits[:-1], (model.visits[-1][0],), model.visits[-1][1:]]
+    """Adds the bytes of passes that go side by side to `moved`; returns (total, compute, link, disk, optimizer,
+    network) seconds."""
     seconds = [0.0] * 6
 
     def spend(bytes_moved: Counter[str], flops: float) -> None:
@@ -316,40 +355,73 @@ def _time(
             seconds[i] += spent
         moved.update(bytes_moved)
 
-    if one.kind == "generate":
-        step: Counter[str] = Counter()
-        for i in range(one.times):
-            for j in range(one.prefills + one.tokens):
-                if i + j < WARM:
-                    step = walk.follow(model, cycle, repeats=True)
-                if j < one.prefills:
-                    swap = Counter(host_written=one.swap_writes[0] // one.prefills)
-                    spend(step + swap, one.flops / one.prefills)
-                else:
-                    swap = Counter(host_read=one.swapped, host_written=one.swap_writes[1])
-                    spend(step + swap, one.decode_flops / one.tokens)
-    elif one.kind == "evaluate":
-        for _ in range(one.times):
-            spend(walk.follow(model, cycle, repeats=True), one.flops)
-    else:
-        first = _first_trained(model)
-        moves = bool(model.moving(world))
-        order = [*model.visits, *reversed(model.visits[first:-1])]
-        waves = 1 if moves or recompute else one.count
-        once: Counter[str] = Counter()
-        for i in range(one.times):
-            if i < WARM:
-                once = Counter()
-                for wave in range(waves):
-                    once.update(walk.follow(model, order, repeats=False))
+    def fetched(orders: Sequence[Sequence[Sequence[str]]], *, repeats: bool) -> Counter[str]:
+        """Of one pass of each model, a visit of each in turn."""
+        found: Counter[str] = Counter()
+        walks = [
+            walk.follow(model, order, found, repeats=repeats) for (_, model), order in zip(company, orders, strict=True)
+        ]
+        for _ in zip_longest(*walks):
+            pass
+        return found
+
+    first = company[0][0]
+    if first.kind == "step":
+        _steps(company, walk, moved, fetched, spend, seconds, world, recompute, rates)
+        return tuple(seconds)
+    cycles = [[*one.visits[:-1], (one.visits[-1][0],), one.visits[-1][1:]] for _, one in company]
+    if first.kind == "evaluate":
+        for _ in range(first.times):
+            spend(fetched(cycles, repeats=True), sum(one.flops for one, _ in company))
+        return tuple(seconds)
+    step: Counter[str] = Counter()
+    for i in range(first.times):
+        for j in range(first.prefills + first.tokens):
+            if i + j < WARM:
+                step = fetched(cycles, repeats=True)
+            if j < first.prefills:
+                swap = Counter(host_written=first.swap_writes[0] // first.prefills)
+                spend(step + swap, first.flops / first.prefills)
+            else:
+                swap = Counter(host_read=first.swapped, host_written=first.swap_writes[1])
+                spend(step + swap, first.decode_flops / first.tokens)
+    return tuple(seconds)
+
+
+def _steps(
+    company: Sequence[tuple[Pass, Model]],
+    walk: Walk,
+    moved: Counter[str],
+    fetched: Callable[..., Counter[str]],
+    spend: Callable[[Counter[str], float], None],
+    seconds: list[float],
+    world: int,
+    recompute: bool,
+    rates: Rates,
+) -> None:
+    """Optimizer steps of models that go side by side: forward, backward, and their updates one after the other."""
+    firsts = [_first_trained(model) for _, model in company]
+    orders = [
+        [*model.visits, *reversed(model.visits[first:-1])] for first, (_, model) in zip(firsts, company, strict=True)
+    ]
+    again = recompute or any(model.moving(world) for _, model in company)
+    flops = sum(one.flops for one, _ in company) * (4 / 3 if again else 1)
+    once: Counter[str] = Counter()
+    for i in range(company[0][0].times):
+        if i < WARM:
+            once = Counter()
+            for wave in range(1 if again else company[0][0].count):
+                once.update(fetched(orders, repeats=False))
+                for first, (_, model) in zip(firsts, company, strict=True):
                     once.update(_gradients(model, first, world, again=wave > 0))
+            for _, model in company:
                 walk.forget(model)
-            spend(once, one.flops * (4 / 3 if moves or recompute else 1))
+        spend(once, flops)
+        for _, model in company:
             update, spent = _update(model, world, rates)
             moved.update(update)
             seconds[0] += spent
             seconds[4] += spent
-    return tuple(seconds)
 
 
 def _first_trained(model: Model) -> int:
@@ -385,15 +457,12 @@ def _update(model: Model, world: int, rates: Rates) -> tuple[Counter[str], float
         if not one.chunk.trained:
             continue
         count = one.chunk.numel // (world if one.row.optimizer.sharded else 1)
-        states, weights = _states(one.chunk), one.chunk.nbytes // one.chunk.numel
-        touched += count * (2 * states + 3 * weights)
-        for tier, width in ((one.row.optimizer.tier, states), (one.row.params.tier, weights)):
+        states = plan.state_bytes(count, one.chunk.dtype, one.row.bits)
+        weights = count * ITEMSIZE[one.chunk.dtype]
+        touched += 2 * states + 3 * weights
+        for tier, nbytes in ((one.row.optimizer.tier, states), (one.row.params.tier, weights)):
             if tier == "disk":
-                moved["disk_read"] += count * width
-                moved["disk_written"] += count * width
+                moved["disk_read"] += nbytes
+                moved["disk_written"] += nbytes
     disk = moved["disk_read"] / rates.disk_read + moved["disk_written"] / rates.disk_write
     return moved, max(touched / rates.host, disk)
-
-
-def _states(chunk: Chunk) -> int:
-    return plan.STATE_BYTES[chunk.dtype]

@@ -1,5 +1,6 @@
 """One use of a model in a phase, and what it holds on the device: `stream.Stream`'s loops, line by line, in bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,42 +71,62 @@ class Pass:
     """Bytes that go back there from the prompts, and from each decoding step."""
 
 
-def activations_of(one: Pass, moves: bool, recompute: bool) -> int:
-    """Bytes that tensors take beside homes and slots while `one` runs: `stream.Stream`'s loops, line by line.
+@dataclass(frozen=True)
+class Visit:
+    """One visit of a pass: bytes that it finds and leaves, states of all micro-batches, and those on top meanwhile."""
 
-    `moves`: the model's weights do not stay where they are used, so all micro-batches share a visit.
+    held: int
+    more: int
+
+
+def activations_of(company: Sequence[tuple[Pass, bool]], recompute: bool) -> int:
+    """Bytes that tensors take beside homes and slots while these passes run: `stream.Stream`'s loops, line by line.
+
+    Each comes with whether its model's weights move: all micro-batches then share a visit. A company of several goes
+    through the same weights side by side: what one holds between visits, all do.
     """
+    passes = [_visits(one, moves, recompute) for one, moves in company]
+    fullest = 0
+    for at in range(max(map(len, passes))):
+        here = [visits[min(at, len(visits) - 1)] for visits in passes]
+        fullest = max(fullest, sum(one.held for one in here) + max(one.more for one in here))
+    return fullest + max(one.beside for one, _ in company)
+
+
+def _visits(one: Pass, moves: bool, recompute: bool) -> list[Visit]:
+    work = one.work
     if one.kind == "generate":
-        return one.beside + max(_forward(one.work, 1), one.sampling + one.work.context)
-    together = one.count if moves or recompute else 1
+        most = max(visit.held + visit.more for visit in _forward(work, 1))
+        return [Visit(0, max(most, one.sampling + work.context))]
     if one.kind == "evaluate":
-        return one.beside + _forward(one.work, together)
-    return one.beside + (_recomputed(one.work, together) if moves or recompute else _kept(one.work))
+        return _forward(work, one.count if moves or recompute else 1)
+    return _recomputed(work, one.count) if moves or recompute else [Visit(0, _kept(work))]
 
 
-def _forward(work: Work, count: int) -> int:
-    held = count * work.context
-    inputs, fullest = 0, 0
+def _forward(work: Work, count: int) -> list[Visit]:
+    """Without gradients: each part's outputs take the place of its inputs, one micro-batch after the other."""
+    visits, inputs = [], 0
     for part in work.parts:
-        fullest = max(fullest, count * inputs + (count - 1) * part.output + part.forward)
+        visits.append(Visit(count * (work.context + inputs), (count - 1) * part.output + part.forward))
         inputs = part.output
-    return held + max(fullest, count * inputs + work.forward_head)
+    return [*visits, Visit(count * (work.context + inputs), work.forward_head)]
 
 
-def _recomputed(work: Work, count: int) -> int:
+def _recomputed(work: Work, count: int) -> list[Visit]:
     """Forward keeps the inputs of parts, backward runs each part once more."""
     states = [part.output for part in work.parts]
-    kept = sum(states[:-1])  # the inputs of all parts but the first, whose are tokens
-    slopes = states[-1]
-    fullest = count * (kept + states[-1]) + work.backward_head
-    fullest = max(fullest, _forward(work, count) - count * work.context + count * kept)
+    visits, kept = [], 0
+    for i, part in enumerate(work.parts):  # the first part's inputs are tokens
+        visits.append(Visit(count * (work.context + kept), (count - 1) * part.output + part.forward))
+        kept += states[i]
+    visits.append(Visit(count * (work.context + kept), work.backward_head))
+    slopes, kept = states[-1], kept - states[-1]
     for i in reversed(range(len(work.parts))):
-        part = work.parts[i]
-        fullest = max(fullest, count * (kept + slopes) + part.backward)
+        visits.append(Visit(count * (work.context + kept + slopes), work.parts[i].backward))
         if i:
             kept -= states[i - 1]
             slopes = states[i - 1]
-    return count * work.context + fullest
+    return visits
 
 
 def _kept(work: Work) -> int:

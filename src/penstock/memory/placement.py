@@ -24,6 +24,8 @@ class Row:
     params: Placement
     grads: Placement
     optimizer: Placement
+    bits: int = 32
+    """Of each of the optimizer's moments."""
 
 
 WHOLE, SHARD = Placement("device", sharded=False), Placement("device", sharded=True)
@@ -44,6 +46,8 @@ STRATEGIES: dict[str, Row] = {
 AUTO = "gemini_auto"
 """Each chunk by itself: the device is filled first, then host memory, then the disk; see plan.place."""
 NAMES = (*STRATEGIES, AUTO)
+EIGHT_BIT = "_8bit"
+"""Behind any of the names: the same row with the optimizer's moments in 8 bits, 6 bytes per weight instead of 12."""
 
 
 def known(name: str) -> str:
@@ -52,8 +56,21 @@ def known(name: str) -> str:
     Raises UserError for names that do not exist.
     """
     ours = name.removeprefix("colossalai_").replace("gemini_cuda", "gemini")
-    if ours not in NAMES:
-        near = difflib.get_close_matches(ours, NAMES, n=3)
-        hint = f"nearest: {', '.join(near)}." if near else f"there are {', '.join(NAMES)}."
+    if bits_of(ours)[0] not in NAMES:
+        near = difflib.get_close_matches(ours, [*NAMES, *(f"{one}{EIGHT_BIT}" for one in NAMES)], n=3)
+        hint = f"nearest: {', '.join(near)}." if near else f"there are {', '.join(NAMES)}; each with {EIGHT_BIT} too."
         raise UserError(f"--strategy {name}: no such strategy; {hint}")
     return ours
+
+
+def bits_of(name: str) -> tuple[str, int]:
+    """A strategy's row of the table, and the bits of its optimizer's moments."""
+    return (name.removesuffix(EIGHT_BIT), 8) if name.endswith(EIGHT_BIT) else (name, 32)
+
+
+def tiers_of(name: str) -> set[TierName]:
+    """The memories that a strategy keeps weights, gradients and optimizer states in; gemini_auto may use all."""
+    row = STRATEGIES.get(bits_of(name)[0])
+    if row is None:
+        return {"device", "host", "disk"}
+    return {row.params.tier, row.grads.tier, row.optimizer.tier}

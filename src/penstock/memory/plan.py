@@ -5,20 +5,29 @@ The engine asks before it allocates anything, and `forecast.py` asks the same fu
 
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from penstock.memory.chunks import Chunk
-from penstock.memory.placement import DISK, HOST, SHARD, STRATEGIES, Placement, Row, TierName
+from penstock.memory.chunks import ITEMSIZE, Chunk
+from penstock.memory.placement import AUTO, DISK, HOST, SHARD, STRATEGIES, Placement, Row, TierName, bits_of
 
-STATE_BYTES = {"float32": 8, "bfloat16": 10, "float16": 10}
-"""Bytes per element of AdamW's states beside the weight: two fp32 moments, and the remainder of a split master."""
+STATES: dict[int, dict[str, tuple[str, int]]] = {
+    32: {"exp_avg": ("float32", 1), "exp_avg_sq": ("float32", 1)},
+    8: {
+        "exp_avg": ("uint8", 1), "exp_avg_sq": ("uint8", 1),
+        "exp_avg_scale": ("float32", 256), "exp_avg_sq_scale": ("float32", 256),
+    },
+}  # fmt: skip
+"""What AdamW keeps beside a weight, by the bits of its moments: name -> (dtype, elements of the weight per element).
+Names are torch's own; memory.eightbit says what codes and scales are."""
 PIECE = 1 << 22
 """Elements that one set of buffers between a disk and the update holds."""
 SETS, SET_BYTES = 3, PIECE * 14
 """A weight of up to 4 bytes, or of 2 and its remainder, and two moments."""
 UPDATE_TILE = 1 << 20
-"""Elements that an update works on at once where it is not compiled: adam.TILE. Each takes 12 bytes meanwhile, or 8."""
+"""Elements that an update works on at once where it is not compiled: adam.TILE."""
+UPDATE_WIDTH = {32: 8, 8: 28}
+"""Bytes that each of them takes meanwhile, by the bits of the moments; a split master takes 4 more."""
 RESERVED = 0.25
 """Share of a device budget that is left to activations when nobody says what they need."""
 PAGE = 4096
@@ -60,6 +69,16 @@ def in_place(row: Row, world: int) -> bool:
     return row.grads.tier == "device" and (world == 1 or not row.grads.sharded)
 
 
+def states_of(dtype: str, bits: int) -> dict[str, tuple[str, int]]:
+    """STATES, and before them the `remainder` of a split master where the weight has 16 bits."""
+    return STATES[bits] if dtype == "float32" else {"remainder": ("int16", 1), **STATES[bits]}
+
+
+def state_bytes(numel: int, dtype: str, bits: int) -> int:
+    """Bytes of AdamW's states for so many elements."""
+    return sum(numel // per * ITEMSIZE[kind] for kind, per in states_of(dtype, bits).values())
+
+
 # --- placement --------------------------------------------------------------------------------------------------------
 
 
@@ -76,18 +95,20 @@ def place(
     states, because a weight is read in every pass and a state once a step; and within each the models in order.
     `budgets` are what is left on each tier (None: no end); `reserve` bytes of the device are left to activations.
     """
-    if name != "gemini_auto":
-        return [[Placed(chunk, STRATEGIES[name]) for chunk in chunks] for chunks, _ in models]
+    name, bits = bits_of(name)
+    if name != AUTO:
+        row = replace(STRATEGIES[name], bits=bits)
+        return [[Placed(chunk, row) for chunk in chunks] for chunks, _ in models]
     room = dict(budgets)
     device = room.get("device")
-    if device is not None and not _all_fits(models, world, device, reserve):
+    if device is not None and not _all_fits(models, world, device, reserve, bits):
         slots = sum(together([weight_slots(chunks, visits) for chunks, visits in models]))
         slots += sum(together([gradient_slots([c for c in chunks if c.trained], visits) for chunks, visits in models]))
         held = int((device - slots) * RESERVED) if reserve is None else reserve
         room["device"] = max(device - slots - held, 0)
     host = room.get("host")
     if host is not None:
-        room["host"] = max(host - SETS * SET_BYTES - UPDATE_TILE * 12, 0)
+        room["host"] = max(host - SETS * SET_BYTES - UPDATE_TILE * (UPDATE_WIDTH[bits] + 4), 0)
 
     def take(nbytes: int, tiers: Sequence[Placement]) -> Placement:
         for one in tiers:
@@ -116,19 +137,24 @@ def place(
     for (chunks, _), homes_of_params in zip(models, params, strict=True):
         rows = []
         for chunk, home in zip(chunks, homes_of_params, strict=True):
-            states = take(chunk.numel * STATE_BYTES[chunk.dtype] // world, tiers) if chunk.trained else home
-            rows.append(Placed(chunk, Row(home, grads, states)))
+            states = take(state_bytes(chunk.numel // world, chunk.dtype, bits), tiers) if chunk.trained else home
+            rows.append(Placed(chunk, Row(home, grads, states, bits)))
         placed.append(rows)
     return placed
 
 
 def _all_fits(
-    models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]], world: int, device: int, reserve: int | None
+    models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]],
+    world: int,
+    device: int,
+    reserve: int | None,
+    bits: int,
 ) -> bool:
     """Whether everything may stay on the device: then nothing moves and no slot is needed."""
     if world > 1:
         return False  # shards are gathered into slots
-    placed = [[Placed(chunk, STRATEGIES["gemini"]) for chunk in chunks] for chunks, _ in models]
+    row = replace(STRATEGIES["gemini"], bits=bits)
+    placed = [[Placed(chunk, row) for chunk in chunks] for chunks, _ in models]
     held = sum(homes(placed, world).values())
     return held + (int(device * RESERVED) if reserve is None else reserve) <= device
 
@@ -157,8 +183,8 @@ def homes(
             needs[row.params.tier] += _on(row.params.tier, chunk.nbytes // _parts(row.params, world))
             if chunk.trained:
                 count = chunk.numel // _parts(row.optimizer, world)
-                for width in _widths(chunk.dtype):
-                    needs[row.optimizer.tier] += _on(row.optimizer.tier, count * width)
+                for kind, per in states_of(chunk.dtype, row.bits).values():
+                    needs[row.optimizer.tier] += _on(row.optimizer.tier, count // per * ITEMSIZE[kind])
                 grads[row.grads.tier] += chunk.nbytes // _parts(row.grads, world)
     for tier in {tier for _, grads in companies for tier in grads}:
         needs[tier] += max(max(grads[tier] for _, grads in companies) - pooled, 0)
@@ -167,10 +193,6 @@ def homes(
 
 def _parts(placement: Placement, world: int) -> int:
     return world if placement.sharded else 1
-
-
-def _widths(dtype: str) -> list[int]:
-    return [4, 4] if dtype == "float32" else [2, 4, 4]
 
 
 def _on(tier: TierName, nbytes: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from penstock.memory.adam import AdamW, join, split
+from penstock.memory.adam import AdamW, join, narrow, split, widen
 from penstock.memory.chunks import Weight
 from penstock.memory.plan import PIECE, SETS
 from penstock.memory.shard import World
@@ -130,17 +130,18 @@ class Sink:
 
         def read(i: int) -> dict[str, Tensor]:
             one, start, stop = pieces[i]
-            last = writing[i % SETS]
-            if last is not None:
-                last.result()  # the buffers' previous piece is on the disk
+            written = writing[i % SETS]
+            if written is not None:
+                written.result()  # the buffers' previous piece is on the disk
             here, at = {}, 0
             for name, home in _homes(one).items():
+                first, last = start // one.per(name), stop // one.per(name)
                 if isinstance(home, RamHome):
-                    here[name] = home.tensor[start:stop]
+                    here[name] = home.tensor[first:last]
                 else:
-                    end = at + (stop - start) * home.dtype.itemsize
+                    end = at + (last - first) * home.dtype.itemsize
                     here[name] = buffers[i % SETS][at:end].view(home.dtype)
-                    home.read(here[name], start)
+                    home.read(here[name], first)
                     at = end
             return here
 
@@ -158,7 +159,7 @@ class Sink:
             states = {name: tensor for name, tensor in here.items() if name != "weights"}
             with record_function(f"update.{one.chunk.group}"):
                 self.rule.update(here["weights"], states, gradients[1][start:stop], **move)
-            writing[i % SETS] = self._writer.submit(_write, _homes(one), here, start)
+            writing[i % SETS] = self._writer.submit(_write, one, here, start)
         for last in writing:
             if last is not None:
                 last.result()
@@ -168,7 +169,7 @@ class Sink:
     def saved_states(self) -> Iterator[Tensor]:
         """Every weight's `SAVED` states, whole, fp32, on the CPU. Where ranks share, all of them go through it."""
         for one in self.stored:
-            whole = one.whole_states(self.world)
+            whole = widen(one.whole_states(self.world))
             weights = one.whole_weights(self.world)
             if "remainder" in whole:
                 master = torch.empty(one.chunk.numel)
@@ -198,8 +199,10 @@ class Sink:
                 whole["remainder"] = torch.empty(one.chunk.numel, dtype=torch.int16)
                 split(weights, high, whole["remainder"])
                 weights = high
+            if "exp_avg_scale" in one.states:
+                whole = narrow(whole)
             for name, home in one.states.items():
-                home.write(whole[name][one.share])
+                home.write(whole[name][one.share.start // one.per(name) : one.share.stop // one.per(name)])
             one.weights.write(weights if one.whole else weights[one.share])
 
     @property
@@ -216,7 +219,7 @@ def _homes_on_disk(one: Stored) -> bool:
     return any(isinstance(home, DiskHome) for home in _homes(one).values())
 
 
-def _write(homes: dict[str, Home], here: dict[str, Tensor], start: int) -> None:
-    for name, home in homes.items():
+def _write(one: Stored, here: dict[str, Tensor], start: int) -> None:
+    for name, home in _homes(one).items():
         if isinstance(home, DiskHome):
-            home.write(here[name], start)
+            home.write(here[name], start // one.per(name))

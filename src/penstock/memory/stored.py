@@ -35,6 +35,14 @@ class Stored:
         """Of weights and gradients."""
         return getattr(torch, self.chunk.dtype)
 
+    def per(self, name: str) -> int:
+        """Elements of the weights per element of that state; 1 for the weights themselves."""
+        home = self.states.get(name)
+        if home is None:
+            return 1
+        numel = home.tensor.numel() if isinstance(home, RamHome) else home.numel
+        return (self.share.stop - self.share.start) // numel
+
     @property
     def resident(self) -> bool:
         """Weights are used where they lie."""

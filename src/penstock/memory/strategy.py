@@ -19,7 +19,7 @@ from penstock.memory import plan
 from penstock.memory.adam import AdamW, states_of
 from penstock.memory.arena import Arena
 from penstock.memory.chunks import Chunk, Weight, layout
-from penstock.memory.placement import AUTO, STRATEGIES, Row, known
+from penstock.memory.placement import AUTO, Row, bits_of, known, tiers_of
 from penstock.memory.program import owners
 from penstock.memory.shard import World
 from penstock.memory.sink import Sink
@@ -87,12 +87,11 @@ class Strategy:
         name = known(name)
         if dtype not in DTYPES:
             raise UserError(f"--dtype {dtype}: weights compute in {' or '.join(DTYPES)}.")
-        row = STRATEGIES.get(name)
-        on_disk = row is None or "disk" in {one.tier for one in (row.params, row.grads, row.optimizer)}
-        if row is not None and on_disk and disk is None:
+        on_disk = "disk" in tiers_of(name)
+        if bits_of(name)[0] != AUTO and on_disk and disk is None:
             raise UserError(f"--strategy {name} keeps weights on a disk; give --disk PATH or --disk PATH:200GB.")
         world = World.join(device)
-        if name == "naive" and world.size > 1:
+        if bits_of(name)[0] == "naive" and world.size > 1:
             raise UserError(f"--strategy naive is one process and torchrun started {world.size}; use --strategy ddp.")
         tiers: dict[str, Ram | Disk] = {
             "device": Ram("device", world.device, _budget(device_memory, "--device-memory")),
@@ -118,6 +117,11 @@ class Strategy:
         finally:
             torch.set_default_dtype(before)
 
+    def groups_of(self, model: Any) -> list[tuple[str, list[Weight]]]:
+        """What the plan needs to know of a model's weights, group by group, before it is prepared."""
+        where = owners(model)
+        return [(group, [_weight(model, name, where) for name in names]) for group, names in model.groups()]
+
     def prepare(self, model: Any, **adamw: Any) -> Stream:
         """`prepare_all` for one model."""
         return self.prepare_all(model, **adamw)[0]
@@ -134,9 +138,9 @@ class Strategy:
         self.arenas = None
         laid = []
         for model in models:
-            where = owners(model)
-            groups = [(group, [_weight(model, name, where) for name in names]) for group, names in model.groups()]
-            laid.append((layout(groups, world=self.world.size, max_numel=self.chunk_size), visits_of(model)))
+            laid.append(
+                (layout(self.groups_of(model), world=self.world.size, max_numel=self.chunk_size), visits_of(model))
+            )
         room = {name: None if tier.budget is None else tier.budget - tier.used for name, tier in self.tiers.items()}
         if (host := room["host"]) is not None:
             room["host"] = max(host - self.swapped, 0)
@@ -149,7 +153,9 @@ class Strategy:
             ).items():  # before anything is made
                 self.tiers[tier].check(nbytes, f"{type(model).__name__} under --strategy {self.name}")
         # Under gemini_auto models differ; where some are too large to stay, none may keep what is inside its blocks.
-        moves = self.name == AUTO and not all(plan.resident(it.row, self.world.size) for one in placed for it in one)
+        moves = bits_of(self.name)[0] == AUTO and not all(
+            plan.resident(it.row, self.world.size) for one in placed for it in one
+        )
         return [
             self._stream(model, one, visits, moves, adamw)
             for model, one, (_, visits) in zip(models, placed, laid, strict=True)
@@ -216,8 +222,8 @@ class Strategy:
         if chunk.trained:
             what = f"the optimizer states of {type(model).__name__} {chunk.group}"
             states = {
-                name: self.tiers[row.optimizer.tier].home(share.stop - share.start, kind, what)
-                for name, kind in states_of(dtype).items()
+                name: self.tiers[row.optimizer.tier].home((share.stop - share.start) // per, kind, what)
+                for name, (kind, per) in states_of(dtype, row.bits).items()
             }
             grads_whole = not row.grads.sharded or size == 1
             what = f"the gradients of {type(model).__name__} {chunk.group}"

@@ -22,6 +22,7 @@ from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import decode, head, lora, quantised
 from penstock.models.config import DecoderConfig
 from penstock.models.linear import Linear, add_to, attention, linear, precise
+from penstock.models.shapes import BaseDtype
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [B, G, S, E], preallocated and written in place."""
@@ -162,7 +163,7 @@ class Embedding(nn.Module):
         self.config = config
         width = config.embed_dim or config.d_model
         self.tokens = nn.Parameter(torch.empty(config.vocab_size, width))
-        self.scales: Tensor | None = None
+        self.scales: nn.Parameter | None = None
         """[V], where tokens are int8; see models.quantised."""
         self.lora: nn.ModuleList | None = None
         """A low-rank addition to the token table; see models.lora."""
@@ -244,8 +245,10 @@ class Decoder(nn.Module):
             self.unproject = Linear(config.d_model, config.embed_dim, bias=False) if config.embed_dim else None
             width = config.embed_dim or config.d_model
             self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, width))
-        self.head_scales: Tensor | None = None
+        self.head_scales: nn.Parameter | None = None
         """[V], where the head is int8."""
+        self.base_dtype: BaseDtype | None = None
+        """What the products of all blocks are packed in, if they are; see models.quantised."""
         self.lora: nn.ModuleList | None = None
         """A low-rank addition to the head; see models.lora."""
         self.adapted: lora.Adapted | None = None
@@ -269,11 +272,37 @@ class Decoder(nn.Module):
         if adapters := {name: weight for name, weight in weights.items() if lora.is_adapter(name)}:
             lora.fill(self, adapters)
             weights = {name: weight for name, weight in weights.items() if name not in adapters}
+        if self.base_dtype is not None:
+            weights = self._fill_packed(self.base_dtype, weights)
         if self.source is not None:
             self.source.fill(weights)
             return
+        self._drawn(weights)
+
+    def _drawn(self, weights: dict[str, Tensor]) -> None:
         for name, weight in weights.items():
             self._draw(name, weight, torch.Generator(weight.device).manual_seed(self.seed ^ crc32(name.encode())))
+
+    def _fill_packed(self, kind: BaseDtype, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Writes packed weights and scales, which are made of the same weight in full. Returns the others."""
+        rest = {}
+        made: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, weight in weights.items():
+            module, _, which = name.rpartition(".")
+            holder = self.get_submodule(module)
+            if not isinstance(holder, Linear) or holder.scales is None or which == "bias":
+                rest[name] = weight
+                continue
+            if module not in made:
+                made.clear()  # one at a time
+                full = {f"{module}.weight": torch.empty(holder.out_features, holder.in_features, dtype=self.dtype)}
+                if self.source is not None:
+                    self.source.fill(full)
+                else:
+                    self._drawn(full)
+                made[module] = quantised.pack(full[f"{module}.weight"], kind)
+            weight.copy_(made[module][which == "scales"])
+        return rest
 
     def recipe(self, name: str) -> Hashable:
         """Where a weight on `meta` comes from: equal recipes and names, equal bytes. None: it is made already."""

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.models.linear import add_product, backward_to_x, linear, slow_in_bf16
-
-TILE = 1 << 23
-"""Logits that exist at once: 34 MB in fp32."""
+from penstock.models.shapes import HEAD_TILE
 
 
 def logprobs(
@@ -92,7 +90,7 @@ class _Chosen(torch.autograd.Function):
 
 
 def _tiles(count: int, vocabulary: int) -> Iterator[slice]:
-    height = max(TILE // vocabulary, 1)
+    height = max(HEAD_TILE // vocabulary, 1)
     return (slice(start, min(start + height, count)) for start in range(0, count, height))
 
 

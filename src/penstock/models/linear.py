@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.models import decode, quantised
+from penstock.models.shapes import PRODUCT_TILE
 
 FEW = 16
-TILE = 1 << 22
-"""Elements of a weight that are widened at once: 16 MB in fp32."""
-
-
 _AS_IF_FAST = contextvars.ContextVar("as_if_fast", default=False)
 
 
@@ -46,7 +43,8 @@ def _cpu_is_slow() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own; `scales` [O] where the weight is int8.
+    """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own; `scales` where the weight is packed: it is
+    given back its values a tile of rows at a time (models.quantised).
 
     With x in fp32 and a weight in bf16 nothing is rounded on the way out.
     """
@@ -55,12 +53,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor
     if rows <= decode.FEW and decode.ready(x.device, x.dtype, weight.dtype):
         return decode.product(x, weight, bias, scales)
     if scales is not None:
-        return quantised.linear(x, weight, bias, scales, slow_in_bf16(x.device.type))
+        return _Product.apply(x, weight, bias, x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type), scales)
     # Without a compiler: casting the weight for a token or a few would cost more than the slow product.
     many = learning or rows > FEW
     widen = x.dtype != weight.dtype or (many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
     if widen or (learning and weight.requires_grad):
-        return _Product.apply(x, weight, bias, widen)
+        return _Product.apply(x, weight, bias, widen, None)
     return F.linear(x, weight, bias)
 
 
@@ -82,11 +80,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grouped: boo
 class Linear(nn.Linear):
     """nn.Linear through `linear`."""
 
-    scales: Tensor | None = None
-    """[O], where the weight is int8; see models.quantised."""
-
     def __init__(self, width: int, height: int, *, bias: bool) -> None:
         super().__init__(width, height, bias=bias)
+        self.scales: nn.Parameter | None = None
+        """Where the weight is packed; see models.quantised."""
         self.lora: nn.ModuleList | None = None
         """Low-rank additions to the product; see models.lora."""
 
@@ -97,42 +94,48 @@ class Linear(nn.Linear):
 
 
 def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
-    """y [..., O] with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I]."""
+    """y [..., O], in place, with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I]."""
     if len(adapters) == 1 and adapters[0].place.height == y.shape[-1]:
-        return y + adapters[0](x)
+        return y.add_(adapters[0](x))
     parts, end = [], 0
     for one in adapters:
-        start, stop = one.place.start, one.place.start + one.place.height
-        parts += [y[..., end:start], y[..., start:stop] + one(x)]
-        end = stop
-    return torch.cat([*parts, y[..., end:]], dim=-1)
+        start = one.place.start
+        parts += [y.new_zeros(*y.shape[:-1], start - end)] * (start > end) + [one(x)]
+        end = start + one.place.height
+    rest = y.shape[-1] - end
+    return y.add_(torch.cat([*parts, *[y.new_zeros(*y.shape[:-1], rest)] * (rest > 0)], dim=-1))
 
 
 class _Product(torch.autograd.Function):
     """F.linear, whose backward adds to weight.grad and bias.grad where they are."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, widen: bool) -> Tensor:
-        ctx.weight, ctx.bias, ctx.widen = weight, bias, widen  # the parameters themselves: their .grad is the place
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, widen: bool, scales: Tensor | None) -> Tensor:
+        # the parameters themselves: their .grad is the place
+        ctx.weight, ctx.bias, ctx.widen, ctx.scales = weight, bias, widen, scales
         ctx.save_for_backward(x)
-        if not widen:
-            return F.linear(x, weight, bias)
-        wide = x.float()
-        if weight.numel() <= TILE:
-            return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
-        result = x.new_empty(*x.shape[:-1], len(weight))
-        for rows in _tiles(weight):
-            part = None if bias is None else bias[rows].float()
-            result[..., rows] = F.linear(wide, weight[rows].float(), part)
+        result = x.new_empty(*x.shape[:-1], len(weight))  # no view of anything: an adapter adds to it in place
+        if not widen and scales is None:
+            flat, rows = result.view(-1, len(weight)), x.reshape(-1, x.shape[-1])
+            if bias is None:
+                torch.mm(rows, weight.t(), out=flat)
+            else:
+                torch.addmm(bias, rows, weight.t(), out=flat)
+            return result
+        dtype = torch.float32 if widen else x.dtype
+        wide = x.to(dtype)
+        for part in _tiles(weight):
+            shift = None if bias is None else bias[part].to(dtype)
+            result[..., part] = F.linear(wide, _values(weight, scales, dtype, part), shift)
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
-        wanted_x, wanted_weight, wanted_bias, _ = ctx.needs_input_grad
+        wanted_x, wanted_weight, wanted_bias, _, _ = ctx.needs_input_grad
         flat, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-        back = backward_to_x(grad, weight, ctx.widen) if wanted_x else None
+        back = backward_to_x(grad, weight, ctx.widen, ctx.scales) if wanted_x else None
         of_weight = of_bias = None
         if wanted_weight:
             place = weight.grad
@@ -145,21 +148,24 @@ class _Product(torch.autograd.Function):
                 of_bias = summed.to(bias.dtype)
             else:
                 bias.grad.add_(summed)
-        return back, of_weight, of_bias, None
+        return back, of_weight, of_bias, None, None
 
 
-def backward_to_x(grad: Tensor, weight: Tensor, widen: bool) -> Tensor:
+def backward_to_x(grad: Tensor, weight: Tensor, widen: bool, scales: Tensor | None = None) -> Tensor:
     """grad [..., O] and weight [O, I] -> [..., I], in fp32 on the way if `widen`."""
-    if not widen:
+    if not widen and scales is None:
         return grad @ weight
-    if weight.numel() <= TILE:
-        return (grad.float() @ weight.float()).to(grad.dtype)
+    dtype = torch.float32 if widen else grad.dtype
     summed: Tensor | None = None
     for rows in _tiles(weight):
-        part = grad[..., rows].float() @ weight[rows].float()
+        part = grad[..., rows].to(dtype) @ _values(weight, scales, dtype, rows)
         summed = part if summed is None else summed.add_(part)
     assert summed is not None
     return summed.to(grad.dtype)
+
+
+def _values(weight: Tensor, scales: Tensor | None, dtype: torch.dtype, rows: slice) -> Tensor:
+    return weight[rows].to(dtype) if scales is None else quantised.dense(weight, scales, rows, dtype)
 
 
 def add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
@@ -173,5 +179,5 @@ def add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
 
 
 def _tiles(weight: Tensor) -> Iterator[slice]:
-    height = max(TILE // weight.shape[1], 1)
+    height = max(PRODUCT_TILE // weight.shape[1], 1)
     return (slice(start, start + height) for start in range(0, len(weight), height))

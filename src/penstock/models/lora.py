@@ -39,11 +39,11 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> what to add to its rows, [..., height]."""
-        return linear(linear(x, self.a), self.b) * self.scale
+        return linear(linear(x, self.a) * self.scale, self.b)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> what to add to their rows of the table, [..., D]."""
-        return linear(F.embedding(tokens, self.a.t()), self.b) * self.scale
+        return linear(F.embedding(tokens, self.a.t()) * self.scale, self.b)
 
     def delta(self) -> Tensor:
         """What merging adds to its rows of a weight, [height, I] fp32 (of a token table: [V, D])."""
@@ -174,6 +174,8 @@ def merge(decoder: "Decoder", *, keep: bool = True) -> None:
     adapted = decoder.adapted
     if adapted is None or adapted.merged is not None:
         return
+    if decoder.base_dtype is not None:
+        raise ValueError(f"an adapter does not merge into {decoder.base_dtype} weights: load the base in full")
     if decoder.head is None and (decoder.lora is not None or decoder.embed.lora is not None):
         decoder.head = nn.Parameter(decoder.embed.tokens.detach().clone(), requires_grad=False)
         decoder.config = replace(decoder.config, tied=False)

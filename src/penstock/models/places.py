@@ -1,15 +1,19 @@
 """Where adapters stand in a decoder, and what they weigh: names and shapes. Pure: no torch in here."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from penstock.memory.chunks import ITEMSIZE
 from penstock.memory.chunks import Weight as Sized
+from penstock.memory.passes import Batch, Work
 from penstock.models import shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import family_of, weights_of
 from penstock.models.families.weights import Weight
+from penstock.models.shapes import BaseDtype
 
 ALL_LINEAR = "all-linear"
 
@@ -82,32 +86,99 @@ def places_of(config: DecoderConfig) -> list[Place]:
 
 
 def groups_of(
-    config: DecoderConfig, dtype: str, spec: Spec, *, trained: bool, scalar: bool, base: Hashable = "base"
-) -> list[tuple[str, list[Sized]]]:
-    """`shapes.groups_of` of a decoder that carries adapters: they alone (and a score head) are trained.
+    config: DecoderConfig, dtype: str, spec: Spec | None, *, trained: bool, scalar: bool, base: Hashable = "base",
+    packed: BaseDtype | None = None,
+) -> list[tuple[str, list[Sized]]]:  # fmt: skip
+    """`shapes.groups_of` of a decoder that carries adapters, which alone (and a score head) are trained; without a
+    spec, of a frozen one.
 
-    `base` says what the frozen weights are: models of the same base share them.
+    `base` says what the frozen weights are: models of the same base share them; `packed`, what the blocks' products
+    are kept in.
     """
     found: dict[str, list[Sized]] = {}
     for group, weights in shapes.groups_of(config, dtype, trained=False, scalar=scalar):
         for one in weights:
             own = one.name == "score"
             kind = Sized(one.name, one.shape, one.dtype, trained and own, None if own else base)
-            found.setdefault(group, []).append(kind)
+            product = packed and group.startswith("blocks.") and len(one.shape) == 2
+            sizes = shapes.packed_shapes(packed, *one.shape) if packed and product else [(one.shape, one.dtype)]
+            for (shape, kept), name in zip(sizes, (one.name, one.name.replace(".weight", ".scales")), strict=False):
+                found.setdefault(group, []).append(dataclasses.replace(kind, name=name, shape=shape, dtype=kept))
     count: dict[str, int] = {}
-    for place in places_of(config):
-        if spec.wants(place) and not (scalar and place.ours == ""):
-            i = count[place.ours] = count.get(place.ours, -1) + 1
-            group = (
-                ".".join(place.ours.split(".")[:2])
-                if place.ours.startswith("blocks.")
-                else ("last" if place.ours == "unproject" else "embed" if place.ours else "head")
-            )
-            name = f"decoder.{place.ours}.lora.{i}".replace("..", ".")
-            found.setdefault(group, []).extend(
-                [
-                    Sized(f"{name}.a", (spec.rank, place.width), dtype, trained),
-                    Sized(f"{name}.b", (place.height, spec.rank), dtype, trained),
-                ]
-            )
+    for place in _wanted(config, spec, scalar):
+        i = count[place.ours] = count.get(place.ours, -1) + 1
+        name = f"decoder.{place.ours}.lora.{i}".replace("..", ".")
+        shapes_of = {"a": (spec.rank, place.width), "b": (place.height, spec.rank)} if spec else {}
+        found.setdefault(_group_of(place), []).extend(
+            Sized(f"{name}.{which}", shape, dtype, trained) for which, shape in shapes_of.items()
+        )
     return list(found.items())
+
+
+def work_of(
+    config: DecoderConfig, dtype: str, spec: Spec | None, batch: Batch, *, scalar: bool, entropy: bool = True,
+    packed: BaseDtype | None = None,
+) -> Work:  # fmt: skip
+    """`shapes.work_of` of a decoder that carries adapters: what models.lora and linear.add_to hold beside the rest."""
+    work, s = shapes.work_of(config, dtype, batch, scalar=scalar, entropy=entropy), ITEMSIZE[dtype]
+    if spec is None and packed is None:
+        return work
+    rank = spec.rank if spec else 0
+    tokens = batch.rows * batch.length
+    by_product: dict[str, list[Place]] = {}
+    for place in _wanted(config, spec, scalar):
+        by_product.setdefault(place.ours, []).append(place)
+    extra: dict[str, tuple[int, int, int]] = {}
+    for places in by_product.values():
+        narrow = tokens * rank * s  # A x, scaled: saved for B's gradient
+        high = tokens * sum(place.height for place in places) * s
+        wide = tokens * places[0].width * s  # the gradient that comes back through A
+        saved, forward, backward = extra.get(_group_of(places[0]), (0, 0, 0))
+        extra[_group_of(places[0])] = (
+            saved + narrow * len(places),
+            max(forward, high * (1 if len(places) == 1 else 2) + 2 * narrow),
+            max(backward, wide + 2 * narrow),
+        )
+    parts, frozen = [], tokens * _unkept(config)
+    tile = min(config.d_model * config.d_ff * (2 if config.gated else 1), shapes.PRODUCT_TILE) * s
+    unpacked = (3 if packed == "nf4" else 2) * tile if packed else 0
+    for part in work.parts:
+        saved, forward, backward = extra.get(part.groups[-1], (0, 0, 0))
+        saved -= frozen if part.groups[-1] != "embed" else 0
+        fullest = part.forward if part.groups[-1] == "embed" else part.backward  # a frozen table has no gradient
+        parts.append(
+            dataclasses.replace(
+                part,
+                saved=part.saved + saved,
+                forward=part.forward + forward + unpacked,
+                backward=fullest + saved + backward + unpacked,
+            )
+        )
+    head = batch.read * rank * s if _adapts_head(config, spec, scalar) else 0
+    return dataclasses.replace(
+        work, parts=tuple(parts), forward_head=work.forward_head + head, backward_head=work.backward_head + 2 * head
+    )
+
+
+def _wanted(config: DecoderConfig, spec: Spec | None, scalar: bool) -> list[Place]:
+    """The places that have an adapter; a critic or reward model has no head for one."""
+    places = places_of(config) if spec else []
+    return [place for place in places if spec and spec.wants(place) and not (scalar and place.ours == "")]
+
+
+def _unkept(config: DecoderConfig) -> int:
+    """Bytes per token that a block's norms would keep for gradients of their own weights."""
+    c = config
+    rms = 2 * c.d_model if c.norm == "rms" else 0
+    return shapes.FP32 * (rms + (c.head_dim * (c.num_heads + c.num_kv_heads) if c.qk_norm else 0))
+
+
+def _adapts_head(config: DecoderConfig, spec: Spec | None, scalar: bool) -> bool:
+    return any(place.ours == "" for place in _wanted(config, spec, scalar))
+
+
+def _group_of(place: Place) -> str:
+    """The group of weights that its adapter belongs to."""
+    if place.ours.startswith("blocks."):
+        return ".".join(place.ours.split(".")[:2])
+    return "last" if place.ours == "unproject" else "embed" if place.ours else "head"

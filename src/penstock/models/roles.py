@@ -19,6 +19,8 @@ from penstock.models import pretrained
 from penstock.models.decoder import Context, Decoder
 from penstock.models.lora import remove
 from penstock.models.places import Spec
+from penstock.models.quantised import quantise_base
+from penstock.models.shapes import BaseDtype
 
 
 class Role(nn.Module):
@@ -72,15 +74,16 @@ class Actor(Role):
     @staticmethod
     def from_pretrained(
         source: str, *, lora: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
-        allow_pickle: bool = False,
+        base_dtype: BaseDtype | None = None, unfrozen: int | None = None, allow_pickle: bool = False,
     ) -> "Actor":  # fmt: skip
         """From a Hugging Face directory or hub id, on torch's default device and in its default dtype.
 
         `lora`, a rank or a Spec: it is frozen and learns through an adapter, drawn from `seed`. `adapter`: one that was
-        saved (peft's format) and learns on; its directory as `source` gives the base that it names. Raises UserError
-        for a reward model: what it says was never trained.
+        saved (peft's format) and learns on; its directory as `source` gives the base that it names. `base_dtype`:
+        frozen products are packed (models.quantised). `unfrozen`: only so many of the last blocks learn. Raises
+        UserError for a reward model: what it says was never trained.
         """
-        decoder, extras = _load(source, allow_pickle, lora, adapter, seed)
+        decoder, extras = _load(source, allow_pickle, lora, adapter, seed, base_dtype, unfrozen)
         if extras:
             raise UserError(f"{source}: is a reward model, and a language model is needed; give the one it came from.")
         return Actor(decoder)
@@ -119,13 +122,13 @@ class ScalarModel(Role):
     @classmethod
     def from_pretrained(
         cls, source: str, *, lora: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
-        allow_pickle: bool = False,
+        base_dtype: BaseDtype | None = None, unfrozen: int | None = None, allow_pickle: bool = False,
     ) -> Self:  # fmt: skip
         """From a language model (a new head) or from what `save_pretrained` wrote (its head and scale).
 
-        `lora` and `adapter` as in Actor.from_pretrained; the score head learns in full either way.
+        `lora` to `unfrozen` as in Actor.from_pretrained; the score head learns in full either way.
         """
-        decoder, extras = _load(source, allow_pickle, lora, adapter, seed)
+        decoder, extras = _load(source, allow_pickle, lora, adapter, seed, base_dtype, unfrozen)
         weight = extras.get("score.weight", cls.new_head(decoder))
         config = decoder.config.hf
         mean, std = float(config.get("penstock_score_mean", 0.0)), float(config.get("penstock_score_std", 1.0))
@@ -181,18 +184,19 @@ class RewardModel(ScalarModel):
         return torch.randn(1, width, dtype=torch.float32, device="cpu") / (width + 1) ** 0.5
 
     @staticmethod
-    def trained(source: str, *, allow_pickle: bool = False) -> "RewardModel":
+    def trained(source: str, *, base_dtype: BaseDtype | None = None, allow_pickle: bool = False) -> "RewardModel":
         """A reward model that has been trained. Raises UserError for a language model, which has no score to give."""
         decoder, extras = _load(source, allow_pickle)
         if not extras:
             raise UserError(f"{source}: is no reward model (no score head in it); make one with penstock reward.")
         del decoder
-        return RewardModel.from_pretrained(source, allow_pickle=allow_pickle)
+        return RewardModel.from_pretrained(source, base_dtype=base_dtype, allow_pickle=allow_pickle)
 
 
 def _load(
-    source: str, allow_pickle: bool, spec: Spec | int | None = None, adapter: str | None = None, seed: int = 0
-) -> tuple[Decoder, dict[str, Tensor]]:
+    source: str, allow_pickle: bool, spec: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
+    base_dtype: BaseDtype | None = None, unfrozen: int | None = None,
+) -> tuple[Decoder, dict[str, Tensor]]:  # fmt: skip
     decoder, extras = pretrained.load(
         source, dtype=torch.get_default_dtype(), device=torch.get_default_device(), allow_pickle=allow_pickle,
         adapter=adapter,
@@ -206,4 +210,17 @@ def _load(
                 f"--lora {spec.rank}: {source} has an adapter of rank {decoder.adapted.spec.rank}, which goes on "
                 "learning; leave --lora out, or start from penstock export --merge of it."
             )
+    if base_dtype is not None:
+        quantise_base(decoder, base_dtype)
+    if unfrozen is not None:
+        _freeze_start(decoder, unfrozen)
     return decoder, extras
+
+
+def _freeze_start(decoder: Decoder, unfrozen: int) -> None:
+    """Leaves the last `unfrozen` blocks and what follows them to learn; a tied head is the token table, and frozen."""
+    layers = decoder.config.num_layers
+    if unfrozen > layers:
+        raise UserError(f"--num-layers-unfrozen {unfrozen}: the model has {layers} blocks; give that or less.")
+    decoder.embed.requires_grad_(False)
+    decoder.blocks[: layers - unfrozen].requires_grad_(False)

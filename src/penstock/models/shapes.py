@@ -6,8 +6,10 @@ is alive at the fullest instant); tests hold them against what a Meter counts, f
 N = tokens of a micro-batch (rows * length), D = width, F = feed-forward, E = head_dim.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from penstock.memory.chunks import ITEMSIZE, Weight
 from penstock.memory.passes import Batch, PartWork, Work
@@ -16,8 +18,22 @@ from penstock.models.config import DecoderConfig
 FP32 = 4
 INDEX = 8
 """Bytes of a token id."""
-TILE = 64
-"""Rows of logits whose entropy is taken at once: algorithms.functional.token_logprobs."""
+HEAD_TILE = 1 << 23
+"""Logits that exist at once: 34 MB in fp32; models.head."""
+
+
+PRODUCT_TILE = 1 << 22
+"""Elements of a weight that are widened or unpacked at once: models.linear."""
+BaseDtype = Literal["int8", "nf4"]
+PACKED_BLOCK = 64
+"""Inputs that share a scale in nf4."""
+
+
+def packed_shapes(kind: BaseDtype, height: int, width: int) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of a packed weight [height, width], and of its scales: models.quantised."""
+    if kind == "int8":
+        return [((height, width), "int8"), ((height,), "float32")]
+    return [((height, width // 2), "uint8"), ((height, width // math.gcd(width, PACKED_BLOCK)), "float32")]
 
 
 def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool) -> list[tuple[str, list[Weight]]]:
@@ -77,8 +93,11 @@ def visits_of(config: DecoderConfig, *, scalar: bool) -> list[tuple[str, ...]]:
     return [("tokens", "embed"), *blocks, ("last", reads)]
 
 
-def work_of(config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool) -> Work:
-    """What the parts of one model hold on the device for a micro-batch of whole rows."""
+def work_of(config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, entropy: bool = True) -> Work:
+    """What the parts of one model hold on the device for a micro-batch of whole rows.
+
+    `entropy`: whether that of every distribution is read beside the log-probabilities.
+    """
     c, s = config, ITEMSIZE[dtype]
     tokens = batch.rows * batch.length
     state = tokens * c.d_model * s
@@ -92,8 +111,8 @@ def work_of(config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool) ->
     return Work(
         parts=(first, *blocks),
         context=_context(c, batch.length, s) + tokens * INDEX * 2,
-        forward_head=_head(c, tokens, batch.read, s, scalar, grad=False),
-        backward_head=_head(c, tokens, batch.read, s, scalar, grad=True),
+        forward_head=_head(c, tokens, batch.read, s, scalar, entropy, grad=False),
+        backward_head=_head(c, tokens, batch.read, s, scalar, entropy, grad=True),
     )
 
 
@@ -178,7 +197,7 @@ def _context(c: DecoderConfig, length: int, s: int) -> int:
     return held
 
 
-def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, grad: bool) -> int:
+def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entropy: bool, grad: bool) -> int:
     """The last norm and what is read behind it, for `read` states of the micro-batch."""
     width = c.embed_dim or c.d_model
     hidden = _norm(c.norm, tokens, c.d_model, s).saved if c.final_norm else 0
@@ -188,13 +207,15 @@ def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, grad: 
     if scalar:
         back = 2 * tokens * width * s if grad else 0
         return hidden + states + read * width * FP32 * (2 if grad else 1) + back
-    logits, logprobs = read * c.vocab_size * s, read * c.vocab_size * FP32
-    narrow = logits if s < FP32 else 0  # log_softmax to fp32 goes by a wide copy; its gradient by a narrow one
-    tile = 2 * min(read, TILE) * c.vocab_size * FP32
-    forward = hidden + states + logits + logprobs + max(tile, logprobs if s < FP32 else 0)
+    rows = min(read, max(HEAD_TILE // c.vocab_size, 1))
+    logits = rows * c.vocab_size
+    narrow = logits * s if s < FP32 else 0  # a product's own dtype, on the way to fp32 and back
+    numbers = read * FP32 * (4 if entropy else 3)
+    forward = hidden + states + numbers + logits * FP32 + max(logits * FP32 if entropy else 0, narrow)
     if not grad:
         return forward
-    return max(forward, hidden + 2 * states + logprobs + narrow, hidden + states + 2 * tokens * width * s)
+    slopes = hidden + 2 * states + numbers + logits * FP32 + narrow + rows * width * s
+    return max(forward, slopes, hidden + 2 * states + numbers + tokens * width * s)
 
 
 def count_of(config: DecoderConfig, *, scalar: bool) -> int:
