@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint format bench gpu-check clean
+.PHONY: setup demo test test-slow lint format bench bench-peers gpu-check clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
+
+bench-peers: $(STAMP)
+	$(BIN)/python -m benchmarks.peers.run
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu

@@ -12,7 +12,7 @@ import time
 import torch
 
 from benchmarks.facts import write
-from benchmarks.work import Four
+from penstock.bench.work import Four
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk, empty_pages
 from penstock.models import sizes

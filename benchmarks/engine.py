@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 
 from benchmarks.facts import write
-from benchmarks.work import Four, fill_quickly
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.bench.work import Four, fill_quickly
 from penstock.memory import native
 from penstock.memory.adam import SOURCE, AdamW, states_of
 from penstock.memory.meter import Meter

@@ -20,7 +20,7 @@ def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
     arguments = shlex.join(sys.argv[1:])
     dirty = " with uncommitted changes" if _git("status", "--porcelain", "src") else ""
     facts = {
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {arguments}".strip(),
+        "command": f"python -m {_module(Path(sys.argv[0]))} {arguments}".strip(),
         "commit": _git("rev-parse", "HEAD") + dirty,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), "gpu": _gpu()},
@@ -29,6 +29,12 @@ def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
     path = Path(os.environ.get("OUT", RESULTS)) / f"{name}.json"
     path.write_text(json.dumps({**facts, **measured}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _module(script: Path) -> str:
+    """benchmarks.engine, benchmarks.peers.run, ...; outside the repository the file's own name."""
+    script = script.resolve()
+    return ".".join(script.relative_to(ROOT).with_suffix("").parts) if script.is_relative_to(ROOT) else script.stem
 
 
 def _git(*arguments: str) -> str:

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from benchmarks.engine import in_turns, tax
 from benchmarks.facts import write
 from benchmarks.rollout import both
-from benchmarks.work import Four
 from penstock.algorithms import functional as fn
 from penstock.algorithms.planning import Role, Workload, forecast_of
 from penstock.algorithms.sft import Rows, response_logprobs
-from penstock.errors import ResourceError
+from penstock.bench import capacity as capacity_of
+from penstock.bench.capacity import most_layers
+from penstock.bench.work import Four
 from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.models import shapes, sizes
@@ -265,43 +266,13 @@ def work_of(shape: DecoderConfig, prompts: int, new: int) -> Workload:
     return Workload("ppo", roles, prompts, 1, prompts, 1, 64, new)
 
 
-def most_layers(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest depth in [low, high] that fits, by bisection. Raises ResourceError when not even `low` does."""
-    if not fits(low):
-        raise ResourceError(f"not even {low} layers fit.")
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
 def runs_plainly(shape: DecoderConfig, cap: int, prompts: int, new: int, place: Place) -> bool:
-    """Whether plain PyTorch takes a step of actor and critic with a reference and a reward model beside them.
-
-    All of it in fp32, as the reference system's baseline was. On a CPU, which has no cap, bytes are added up instead.
-    """
-    if not place.gpu:
-        return 40 * count(shape) < cap
+    """Whether plain PyTorch, all in fp32 as the reference system's baseline was, completes an iteration."""
     place.forget()
-    optimizers: list[object] = []  # their states stay, as they do between steps
-    try:
-        models = [Decoder(shape).to(place.device) for _ in range(4)]
-        tokens = torch.randint(50257, (prompts, 64 + new), device=place.device)
-        with torch.no_grad():
-            for model in models:
-                model.logits(model(tokens))
-        for model in models[:2]:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-            optimizers.append(optimizer)
-            logits = model.logits(model(tokens))
-            logits.log_softmax(-1).mean().backward()
-            optimizer.step()
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        models = optimizers = []
-        place.forget()
+    tokens = torch.randint(shape.vocab_size, (prompts, 64 if place.gpu else 4), device=place.device)
+    fits = capacity_of.runs_plainly(shape, "published", cap, tokens, new, {})
+    place.forget()
+    return fits
 
 
 def rollout(place: Place) -> dict[str, Any]:

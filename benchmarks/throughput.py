@@ -15,79 +15,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.facts import write
-from benchmarks.peers import plain
-from penstock.algorithms import functional as fn
-from penstock.algorithms.ppo import actor_loss, critic_loss, score, with_advantages
-from penstock.algorithms.reward import score_rows
-from penstock.algorithms.sft import Rows, response_logprobs, rows_of
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
-from penstock.data.chat import Example
+from benchmarks.peers import ours, plain
 from penstock.memory.strategy import Strategy
 from penstock.models import sizes
-from penstock.models.decoder import Decoder
-from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.rollout.engine import generate
-from penstock.rollout.sampling import Sampling
 
 ROWS, LENGTH, PROMPT, NEW = 4, 128, 64, 64
-
-
-def small() -> Decoder:
-    """GPT-2 small with random weights, on torch's default device and in its default dtype."""
-    return Decoder(sizes.named("s"))
-
-
-def our_sft(strategy: Strategy) -> Callable[[torch.Tensor], object]:
-    """One call = one `sft` step."""
-    with strategy.init():
-        actor = Actor(small())
-    stream = strategy.prepare(actor)
-
-    def step(tokens: torch.Tensor) -> object:
-        rows = [Example(row, [False] + [True] * (len(row) - 1)) for row in tokens.tolist()]
-        count = sum(sum(row.trained) for row in rows)
-
-        def loss_of(hidden: torch.Tensor, part: Rows) -> tuple:
-            return fn.sft_loss(response_logprobs(actor, hidden, part), count), {}
-
-        return strategy.step(stream, [rows_of(rows, strategy.world.device)], loss_of, lr=1e-5)
-
-    return step
-
-
-def our_ppo(strategy: Strategy) -> Callable[[torch.Tensor], object]:
-    """One call = one `ppo` step, put together as in the loop of algorithms/ppo.py."""
-    with strategy.init():
-        actor = Actor(small())
-        reference = actor.frozen()
-        critic = Critic(small())
-        reward = RewardModel(small()).eval().requires_grad_(False)
-    actors, critics = strategy.prepare(actor), strategy.prepare(critic)
-    references, rewards = strategy.prepare(reference), strategy.prepare(reward)
-    config = PPOConfig(
-        actor="", reward="", data=DataFlags(data=("",)), run=RunFlags(out=""), optim=OptimFlags(lr=1e-5),
-        max_new_tokens=NEW,
-    )  # fmt: skip
-
-    def scorer(records: object, answers: list) -> list[float]:
-        return score_rows(strategy, rewards, reward, [a.prompt_ids + a.response_ids for a in answers], ROWS)
-
-    def step(prompts: torch.Tensor) -> object:
-        with strategy.phase("rollout"):
-            rollout = generate(actor.decoder, prompts.tolist(), Sampling(max_new_tokens=NEW), eos_ids=())
-        with strategy.phase("score"):
-            experience = score(strategy, rollout, [None] * ROWS, actors, references, critics, scorer, config, ROWS)
-        experience = with_advantages(experience, config.kl_coef, config).to(strategy.world.device)
-        count = int(experience.lengths.sum())
-        with strategy.phase("train"):
-            strategy.step(
-                actors, [experience], lambda hidden, part: actor_loss(actor, hidden, part, config, count, 0), lr=1e-5
-            )
-            return strategy.step(
-                critics, [experience], lambda hidden, part: critic_loss(critic, hidden, part, config, count), lr=1e-5
-            )
-
-    return step
 
 
 def both(work: str, strategy: Strategy) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -95,13 +27,13 @@ def both(work: str, strategy: Strategy) -> tuple[Callable[[], object], Callable[
     device = strategy.world.device
     tokens = torch.randint(50257, (ROWS, LENGTH), device=device)
     if work == "sft":
-        mine, peer = our_sft(strategy), plain.SFT(strategy.dtype)
+        mine, peer = ours.sft(strategy, sizes.named("s")), plain.SFT(strategy.dtype)
         peer.model.to(device)
         return lambda: mine(tokens), lambda: peer.step(tokens)
-    mine, four = our_ppo(strategy), plain.PPO(strategy.dtype)
+    iterate, four = ours.ppo(strategy, sizes.named("s"), ROWS), plain.PPO(strategy.dtype)
     for model in (four.actor, four.reference, four.critic, four.reward):
         model.to(device)
-    return lambda: mine(tokens[:, :PROMPT]), lambda: four.step(tokens[:, :PROMPT], NEW)
+    return lambda: iterate(tokens[:, :PROMPT], NEW), lambda: four.step(tokens[:, :PROMPT], NEW)
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -113,10 +45,10 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, device: torch.device) -> dict:
+def in_turns(mine: Callable[[], object], theirs: Callable[[], object], repeats: int, device: torch.device) -> dict:
     """Medians of A B A B ... after one warm-up of each, and the median of the paired ratios."""
-    seconds(ours, device), seconds(theirs, device)
-    pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
+    seconds(mine, device), seconds(theirs, device)
+    pairs = [(seconds(mine, device), seconds(theirs, device)) for _ in range(repeats)]
     return {
         "ours_seconds": statistics.median(a for a, _ in pairs),
         "transformers_seconds": statistics.median(b for _, b in pairs),
@@ -139,8 +71,8 @@ def main() -> None:
     for dtype in arguments.dtypes:
         for work in arguments.work:
             strategy = Strategy.named("ddp", dtype=dtype, device=arguments.device)
-            ours, theirs = both(work, strategy)
-            result = in_turns(ours, theirs, arguments.repeats, strategy.world.device)
+            mine, theirs = both(work, strategy)
+            result = in_turns(mine, theirs, arguments.repeats, strategy.world.device)
             if phases := strategy.take_seconds():
                 result["our_seconds_per_step"] = {k: v / (arguments.repeats + 1) for k, v in phases.items()}
             measured[f"{work} {dtype}"] = result

@@ -16,6 +16,7 @@ FLOORS = {
     "data": {"memory", "models"},
     "run": {"memory", "models"},
     "algorithms": {"memory", "models", "rollout", "data", "run"},
+    "bench": {"memory", "models", "rollout", "data", "run", "algorithms"},
 }
 GROUND = {"errors", "config", "flags"}
 

@@ -1,53 +1,83 @@
-"""The same work in plain transformers and PyTorch, written as a careful user would write it, to be timed beside ours.
+"""The same work in plain transformers and PyTorch, as one side of a race, and to be timed in one process with ours.
 
-No packing, no clever kernels: transformers' models with SDPA, `generate` with its KV cache, fused AdamW on the model's
-own dtype (no fp32 master: that is what a plain loop does), a global-norm clip.
+    published   what the 2023 benchmark compared with: four fp32 models, generate, Adam, no autocast, no checkpointing
+    fair        bf16 weights, frozen models in bf16, an fp32 master of what is trained, fused AdamW
+    usual       what a careful user writes first: one dtype for all, fused AdamW on it, no master
+
+No packing, no clever kernels: transformers' models with SDPA, `generate` with its KV cache.
 """
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-
-def gpt2(dtype: torch.dtype) -> transformers.GPT2Config:
-    """GPT-2 small without dropout."""
-    return transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, dtype=dtype)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW with the settings of ours."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+def gpt2(dtype: torch.dtype, **shape: int) -> transformers.GPT2Config:
+    """GPT-2 without dropout, small by default; `shape` are GPT2Config's own names."""
+    return transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, dtype=dtype, **shape)
 
 
-def update(model: nn.Module, optimizer: torch.optim.AdamW, loss: Tensor) -> None:
-    """Backward, clip, step."""
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+def scalar(dtype: torch.dtype, **shape: int) -> transformers.GPT2Config:
+    """The same with one number per token."""
+    config = gpt2(dtype, **shape)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    return config
+
+
+class Optimizer:
+    """AdamW with the settings of ours and a clip; with `master` on fp32 copies of the weights."""
+
+    def __init__(self, model: nn.Module, *, master: bool = False, published: bool = False) -> None:
+        self.model, self.published = model, published
+        self.masters = [p.detach().float().requires_grad_() for p in model.parameters()] if master else None
+        weights = self.masters or list(model.parameters())
+        self.inner: torch.optim.Optimizer
+        if published:
+            self.inner = torch.optim.Adam(weights, lr=5e-6)
+        else:
+            self.inner = torch.optim.AdamW(weights, lr=1e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+
+    def update(self, loss: Tensor) -> None:
+        """Backward, clip (the published one had none), step."""
+        loss.backward()
+        if not self.published:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.masters is not None:
+            for master, weight in zip(self.masters, self.model.parameters(), strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        self.inner.step()
+        self.inner.zero_grad()
+        if self.masters is not None:
+            with torch.no_grad():
+                for master, weight in zip(self.masters, self.model.parameters(), strict=True):
+                    weight.copy_(master)
 
 
 class SFT:
     """One supervised step on rows [B, T] whose every token is trained."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.model = transformers.GPT2LMHeadModel(gpt2(dtype)).to(dtype).train()
-        self.optimizer = optimizer_of(self.model)
+    def __init__(self, dtype: torch.dtype, **shape: int) -> None:
+        self.model = transformers.GPT2LMHeadModel(gpt2(dtype, **shape)).to(dtype).train()
+        self.optimizer = Optimizer(self.model)
 
     def step(self, tokens: Tensor) -> None:
         """tokens: [B, T] int64."""
-        update(self.model, self.optimizer, self.model(tokens, labels=tokens, use_cache=False).loss)
+        self.optimizer.update(self.model(tokens, labels=tokens, use_cache=False).loss)
 
 
 class PPO:
     """One PPO step: rollout, four models score, GAE, one update of actor and critic."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.actor = transformers.GPT2LMHeadModel(gpt2(dtype)).to(dtype)
-        self.reference = transformers.GPT2LMHeadModel(gpt2(dtype)).to(dtype).eval().requires_grad_(False)
-        self.critic = transformers.GPT2ForTokenClassification(scalar(dtype)).to(dtype)
-        self.reward = transformers.GPT2ForTokenClassification(scalar(dtype)).to(dtype).eval().requires_grad_(False)
-        self.optimizers = optimizer_of(self.actor), optimizer_of(self.critic)
+    def __init__(self, dtype: torch.dtype, kind: str = "usual", **shape: int) -> None:
+        token, number = transformers.GPT2LMHeadModel, transformers.GPT2ForTokenClassification
+        self.actor = token(gpt2(dtype, **shape)).to(dtype)
+        self.reference = token(gpt2(dtype, **shape)).to(dtype).eval().requires_grad_(False)
+        self.critic = number(scalar(dtype, **shape)).to(dtype)
+        self.reward = number(scalar(dtype, **shape)).to(dtype).eval().requires_grad_(False)
+        how = {"master": kind == "fair" and dtype != torch.float32, "published": kind == "published"}
+        self.optimizers = Optimizer(self.actor, **how), Optimizer(self.critic, **how)
 
     def step(self, prompts: Tensor, new_tokens: int) -> dict[str, float]:
         """prompts: [B, P] int64; every response has `new_tokens` tokens."""
@@ -73,19 +103,12 @@ class PPO:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         ratio = (logprobs(self.actor, tokens, width) - old).exp()
         policy = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
-        update(self.actor, self.optimizers[0], policy)
+        self.optimizers[0].update(policy)
         now = self.critic(tokens, use_cache=False).logits[:, width - 1 : -1, 0].float()
         near = now.clamp(values - 0.2, values + 0.2)
         value = 0.5 * torch.maximum((now - returns).square(), (near - returns).square()).mean()
-        update(self.critic, self.optimizers[1], value)
+        self.optimizers[1].update(value)
         return {"policy": float(policy.detach()), "value": float(value.detach())}
-
-
-def scalar(dtype: torch.dtype) -> transformers.GPT2Config:
-    """GPT-2 small with one number per token."""
-    config = gpt2(dtype)
-    config.num_labels, config.classifier_dropout = 1, 0.0
-    return config
 
 
 def logprobs(model: nn.Module, tokens: Tensor, width: int) -> Tensor:
@@ -93,3 +116,27 @@ def logprobs(model: nn.Module, tokens: Tensor, width: int) -> Tensor:
     keep = tokens.shape[1] - width + 1
     logits = model(tokens, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
     return torch.log_softmax(logits, dim=-1).gather(2, tokens[:, width:, None])[:, :, 0]
+
+
+def main() -> None:
+    """One side of a race."""
+    from turns import Turns, flags  # beside this script
+
+    asked = flags(__doc__ or "", kind=["published", "fair", "usual"])
+    turns = Turns()
+    torch.manual_seed(0)
+    shape = shape_of(asked)
+    peer = PPO(DTYPES[asked.dtype], asked.kind, **shape)
+    prompts = torch.randint(1, asked.vocab, (asked.rows, asked.prompt))
+    turns.take(lambda: peer.step(prompts, asked.new))
+
+
+def shape_of(asked: object) -> dict[str, int]:
+    """GPT2Config's names for the flags."""
+    given = vars(asked)
+    heads = max(given["width"] // 64, 1)
+    return {"n_layer": given["layers"], "n_embd": given["width"], "n_head": heads, "vocab_size": given["vocab"]}
+
+
+if __name__ == "__main__":
+    main()

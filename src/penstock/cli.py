@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "export": "write a run's model as a Hugging Face directory",
     "data": "data check FILE: say what a file is and name each bad line",
     "plan": "what a run will need, move and take, before it runs; and what to change if it does not fit",
+    "bench": "PPO on random prompts, measured; bench micro: this machine's ceilings; bench capacity: the largest model",
     "demo": "all three stages on a small world of their own, with a report",
     "doctor": "say what this machine has and what is missing",
     "resume": "go on with a run that was stopped or killed",
@@ -194,11 +195,39 @@ def _plan(arguments: list[str]) -> None:
     from penstock.flags import parse
 
     config = parse(PlanConfig, arguments, "plan")
-    from penstock.algorithms.planning import run
+    from penstock.algorithms.plan_command import run
 
     code = run(config)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _bench(arguments: list[str]) -> None:
+    from penstock.flags import parse
+
+    if arguments[:1] == ["micro"]:
+        from penstock.bench.config import MicroConfig
+
+        ceilings = parse(MicroConfig, arguments[1:], "bench micro")
+        from penstock.bench.micro import micro
+
+        micro(ceilings)
+    elif arguments[:1] == ["capacity"]:
+        from penstock.bench.config import CapacityConfig
+
+        budget = parse(CapacityConfig, arguments[1:], "bench capacity")
+        from penstock.bench.capacity import capacity
+
+        capacity(budget)
+    elif arguments and not arguments[0].startswith("-"):
+        raise UserError(f"no such use: bench {arguments[0]}; there are bench, bench micro and bench capacity.")
+    else:
+        from penstock.bench.config import BenchConfig
+
+        config = parse(BenchConfig, arguments, "bench")
+        from penstock.bench.run import bench
+
+        bench(config)
 
 
 def _demo(arguments: list[str]) -> None:

@@ -15,9 +15,10 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # (what it must be, the check, the flags); nan passes none of them
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
-     "num_layers_unfrozen"),
+     "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
+     "max_epochs iterations layers prompts repeats"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef vf_coef temperature "
-     "margin"),
+     "margin lora_rank"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
@@ -313,6 +314,8 @@ class PlanConfig(Flags):
     """Bytes that the activations inside a block may take per micro-batch; the slices are printed."""
     chunk_size: str | None = None
     """Bytes of weights that move together at most: 64MB. A block, when not given."""
+    rates: Literal["given", "measured"] = "given"
+    """measured: what penstock bench micro found on this machine, instead of the flags that follow (not --network)."""
     tflops: float = 200.0
     """What one device computes, in 10^12 operations per second."""
     link: str = "25GB"

@@ -83,18 +83,18 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
     peaks: Counter[str] = Counter()
     with Meter() as meter:
         for stream in streams.values():
-            _updates_count_at_home(stream, meter)
+            updates_count_at_home(stream, meter)
 
         @contextmanager
         def phase(name: Any) -> Iterator[None]:
-            before = _moved(strategy)
+            before = moved(strategy)
             with strategy.phase(name):
                 yield
             for one, tier in strategy.tiers.items():
                 peaks[one] = max(peaks[one], tier.peak + meter.peaks[one])
                 tier.peak = tier.used
             meter.peaks = Counter(meter.used)
-            traffic[name] = {key: count - before[key] for key, count in _moved(strategy).items()}
+            traffic[name] = {key: count - before[key] for key, count in moved(strategy).items()}
 
         if work.stage == "ppo":
             host = strategy.tiers["host"]
@@ -119,7 +119,7 @@ def _model(role: Role) -> Any:
     return model if role.trained and role.spec else model.requires_grad_(role.trained)
 
 
-def _updates_count_at_home(stream: Stream, meter: Meter) -> None:
+def updates_count_at_home(stream: Stream, meter: Meter) -> None:
     """Where optimizer states live off the device, what an update needs in between lives there too."""
     if stream.sink is None:
         return
@@ -133,7 +133,8 @@ def _updates_count_at_home(stream: Stream, meter: Meter) -> None:
     stream.sink.update = counted  # type: ignore[method-assign]
 
 
-def _moved(strategy: Strategy) -> dict[str, int]:
+def moved(strategy: Strategy) -> dict[str, int]:
+    """Bytes through each tier so far: host_read, host_written, disk_read, disk_written."""
     tiers = strategy.tiers
     return {
         f"{name}_{way}": getattr(tiers[name], f"bytes_{way}") for name in ("host", "disk") if name in tiers
@@ -150,11 +151,11 @@ def _generate(
     for row in range(rows):  # all different: a prompt that is known is not read again
         digits = [row // 10**i % 10 for i in range(min(prompt, 9))]
         answers += engine.submit([1] * (prompt - len(digits)) + digits, sampling)
-    before = after = _moved(strategy)
+    before = after = moved(strategy)
     steps = min(STEPS, sampling.max_new_tokens)
     for _ in range(steps):
         engine.step()
-        before, after = after, _moved(strategy)
+        before, after = after, moved(strategy)
     rest = sampling.max_new_tokens - steps
     for key in after:
         tier, _, way = key.partition("_")

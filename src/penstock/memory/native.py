@@ -8,13 +8,14 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
+
+from penstock.memory.measured import cache_directory, cpu_facts
 
 FLAGS = (
     "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
@@ -28,9 +29,9 @@ def compiled(source: Path) -> ctypes.CDLL | str:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "no C compiler (cc)"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+    cache = cache_directory()
     command = [compiler, *FLAGS]
-    stamp = hashlib.sha256(source.read_bytes() + " ".join((*command, _cpu())).encode()).hexdigest()[:16]
+    stamp = hashlib.sha256(source.read_bytes() + " ".join((*command, cpu_facts())).encode()).hexdigest()[:16]
     made = cache / f"{source.stem}-{stamp}.so"
     try:
         if not made.exists():
@@ -50,12 +51,3 @@ def compiled(source: Path) -> ctypes.CDLL | str:
 def real() -> bool:
     """Whether tensors have memory: in a dry run they have not."""
     return torch._guards.detect_fake_mode() is None
-
-
-def _cpu() -> str:
-    """What a compiler takes `native` to mean: a cache may be shared by machines that differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -1,5 +1,6 @@
 """The table of strategies: where weights, gradients and optimizer states live, and whether ranks share them."""
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,9 +57,9 @@ def known(name: str) -> str:
     """
     ours = name.removeprefix("colossalai_").replace("gemini_cuda", "gemini")
     if bits_of(ours)[0] not in NAMES:
-        raise UserError(
-            f"--strategy {name}: no such strategy; there are {', '.join(NAMES)}, and each with {EIGHT_BIT} behind it."
-        )
+        near = difflib.get_close_matches(ours, [*NAMES, *(f"{one}{EIGHT_BIT}" for one in NAMES)], n=3)
+        hint = f"nearest: {', '.join(near)}." if near else f"there are {', '.join(NAMES)}; each with {EIGHT_BIT} too."
+        raise UserError(f"--strategy {name}: no such strategy; {hint}")
     return ours
 
 

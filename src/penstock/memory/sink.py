@@ -63,7 +63,8 @@ class Sink:
             if one.graded:
                 mine += bring(one.grads, mine.device)
             grads = mine
-        one.grads.write(grads)
+        with record_function("link.settle"):
+            one.grads.write(grads)
         one.graded = True
 
     def sum_over_ranks(self) -> None:

@@ -365,8 +365,11 @@ class Stream:
         else:
             arrived = copy_ahead(one.weights.tensor, mine, one.weights.tier)
 
+        kind = "disk.wait" if isinstance(one.weights, DiskHome) else "link.wait"
+
         def land() -> None:
-            arrived()
+            with record_function(kind):
+                arrived()
             if mine is not out:
                 self.world.join_shards(mine.clone(), out)
 
@@ -457,7 +460,8 @@ def copy_ahead(source: Tensor, out: Tensor, tier: Ram) -> Callable[[], None]:
 
 def _copy(source: Tensor, out: Tensor, tier: Ram) -> None:
     tier.bytes_read += source.nbytes
-    out.copy_(source, non_blocking=True)
+    with record_function("link.fetch"):
+        out.copy_(source, non_blocking=True)
 
 
 _SIDE: dict[torch.device, torch.Stream] = {}

@@ -64,11 +64,14 @@ class Ram(Tier):
     def __init__(self, name: str, device: torch.device, budget: int | None = None, pins: bool = False) -> None:
         super().__init__(name, budget)
         self.device, self._pins = device, pins
+        self.pinned = 0
+        """Bytes that the driver was asked to pin."""
 
     def home(self, numel: int, dtype: torch.dtype, what: str, travels: bool = False) -> "RamHome":
         """Zeroed memory for `numel` elements. `travels`: what is in it goes to the device and comes from there."""
         nbytes = numel * dtype.itemsize
         self.take(nbytes, what)
+        self.pinned += nbytes if self._pins and travels else 0
         return RamHome(self, empty_pages(nbytes, self.device, pinned=self._pins and travels).view(dtype))
 
 

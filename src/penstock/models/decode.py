@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from penstock.memory import native
 
@@ -50,7 +51,8 @@ def one_token() -> Iterator[None]:
     """
     before = _ONE_TOKEN.set(native.real() and not isinstance(_library(), str))
     try:
-        yield
+        with record_function("compute.decode"):
+            yield
     finally:
         _ONE_TOKEN.reset(before)
 

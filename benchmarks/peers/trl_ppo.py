@@ -1,0 +1,76 @@
+"""The same PPO by TRL 1.12.0 (trl.experimental.ppo, the last release that has it), as one side of a race.
+
+One rollout of all rows, one epoch, one mini-batch; TRL's own trainer and its own settings otherwise. The models are
+GPT-2s with random weights; nothing ends a response.
+"""
+
+import tempfile
+
+import torch
+import transformers
+from plain import DTYPES, gpt2, scalar, shape_of
+from tokenizers import Tokenizer, models
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+from turns import Turns, flags
+
+MANY = 10_000
+"""Steps that the trainer is told it will take; the race ends before."""
+
+
+class Asked(transformers.TrainerCallback):
+    """A step of the trainer is a turn: from the word to its last callback."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        """Before the first step."""
+        self._next()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        """After each one."""
+        self.turns.done()
+        self._next()
+
+    def _next(self) -> None:
+        if not self.turns.wait():
+            raise SystemExit(0)
+
+
+def main() -> None:
+    """One side of a race."""
+    asked = flags(__doc__ or "")
+    turns = Turns()
+    torch.manual_seed(0)
+    dtype, shape = DTYPES[asked.dtype], shape_of(asked)
+    words = {"<pad>": 0, "<eos>": 1}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+    )
+
+    def language() -> transformers.GPT2LMHeadModel:
+        return transformers.GPT2LMHeadModel(gpt2(dtype, **shape, pad_token_id=0, eos_token_id=1)).to(dtype)
+
+    def numbers() -> transformers.GPT2ForSequenceClassification:
+        config = scalar(dtype, **shape, pad_token_id=0, eos_token_id=1)
+        return transformers.GPT2ForSequenceClassification(config).to(dtype)
+
+    prompts = torch.randint(2, asked.vocab, (max(asked.rows, 64), asked.prompt)).tolist()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = PPOTrainer(
+            PPOConfig(
+                output_dir=directory, per_device_train_batch_size=asked.rows, num_mini_batches=1, num_ppo_epochs=1,
+                gradient_accumulation_steps=1, local_rollout_forward_batch_size=asked.rows, response_length=asked.new,
+                total_episodes=MANY * asked.rows, num_sample_generations=0, report_to="none", save_strategy="no",
+                use_cpu=not torch.cuda.is_available(), bf16=False, learning_rate=1e-5, gradient_checkpointing=False,
+                temperature=1.0, disable_tqdm=True,
+            ),
+            tokenizer, language(), language(), numbers(), [{"input_ids": one} for one in prompts], numbers(),
+            data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+            eval_dataset=[{"input_ids": one} for one in prompts[: asked.rows]], callbacks=[Asked(turns)],
+        )  # fmt: skip
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The races against other stacks, with a peer of ten lines: turns, rows that say why not, and the page they fill."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import growth, tables
+from benchmarks.peers import run
+from benchmarks.peers.run import RACES, TINY, Race, Side
+
+PEER = """
+import sys, time
+print("a library that talks")
+sys.path.insert(0, {here!r})
+from turns import Turns
+turns = Turns()
+print("and goes on talking")
+turns.take(lambda: time.sleep(0.01))
+"""
+
+
+@pytest.fixture
+def peer(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(PEER.format(here=str(run.HERE)))
+    return str(script)
+
+
+def test_a_side_steps_when_it_is_asked_and_ends_when_it_is_not(peer):
+    side = Side(sys.executable, peer, [])
+    found = [side.step() for _ in range(3)]
+    assert all(0.01 <= one["seconds"] < 10 for one in found)
+    assert all(one["peak_rss_bytes"] > 1 << 20 for one in found)
+    side.end()
+    assert side._process.returncode == 0
+
+
+def test_a_race_pairs_the_steps_and_leaves_the_warm_up_out(peer, monkeypatch):
+    race = Race("plain", peer, "", "--work sft")
+    found = run.race(race, sys.executable, 2, TINY)
+    assert len(found["ours_seconds_each"]) == len(found["theirs_seconds_each"]) == 2
+    ratios = sorted(b / a for a, b in zip(found["ours_seconds_each"], found["theirs_seconds_each"], strict=True))
+    assert found["times_faster"] == pytest.approx(sum(ratios) / 2)
+    assert found["share_of_their_rss"] == found["ours_peak_rss_bytes"] / found["theirs_peak_rss_bytes"]
+    assert found["requirements"][0].startswith("torch==")
+
+
+def test_a_peer_that_cannot_be_installed_has_a_row_that_says_why_and_the_rest_goes_on(tmp_path, peer, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(run, "ENVIRONMENTS", tmp_path / "peers")
+    gone = tmp_path / "gone.py"
+    gone.write_text("raise ImportError('no such operator')\n")
+    races = {"a": Race("nowhere", peer, "", ""), "b": Race("here", str(gone), "", "--work sft"),
+             "c": Race("here", peer, "", "--work sft", slow=True)}  # fmt: skip
+    monkeypatch.setattr(run, "RACES", races)
+    monkeypatch.setattr(run, "OURS", peer)
+
+    def install(name):
+        if name == "nowhere":
+            raise RuntimeError("not installed: no matching distribution")
+        return sys.executable
+
+    monkeypatch.setattr(run, "environment_of", install)
+    monkeypatch.setattr(run, "requirements_of", lambda name: ["torch==0"])
+    run.main(["--only", "a", "b", "c", "--tiny", "--repeats", "1"])
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert rows["a"] == {"why_not": "not installed: no matching distribution"}
+    assert "no such operator" in rows["b"]["why_not"]
+    assert len(rows["c"]["ours_seconds_each"]) == 1
+
+
+def test_every_race_has_a_script_and_pinned_requirements():
+    for race in RACES.values():
+        assert (run.HERE / race.script).is_file()
+        lines = run.requirements_of(race.environment)
+        assert lines[0] == "torch==2.13.0"
+        assert all("==" in line for line in lines)
+
+
+def test_a_slope_is_the_power_that_cost_grows_with():
+    points = [{"x": x, "y": 3 * x**2, "flat": 7} for x in (1, 2, 4, 8)]
+    assert growth.slope(points, "x", "y") == pytest.approx(2)
+    assert growth.slope(points, "x", "flat") == pytest.approx(0)
+    assert growth.slope(points[:1], "x", "y") is None
+
+
+FACTS = {
+    "command": "python -m benchmarks.x", "commit": "a" * 40, "date": "2026-11-25",
+    "machine": {"cpu": "a cpu", "cores": 2, "ram_gb": 24}, "versions": {"torch": "2.13.0"},
+}  # fmt: skip
+POINT = {"size": "s", "layers": 12, "length": 128, "parameters": 124e6, "seconds_per_token": 0.01, "block_bytes": 14e6,
+         "seconds_per_iteration": 1.3, "peak_device_bytes": 2e8}  # fmt: skip
+MEASURED = {
+    "capacity_search": {
+        "budget_bytes": 2 * 10**9, "layers": {"ours": 60, "published": 1, "fair": 0},
+        "parameters_per_model": {"ours": 5.3e8, "published": 4.6e7, "fair": None},
+        "ratios": {"published": 11.5, "fair": None}, "ours": {"peak_device_bytes": 1.9e9},
+        "peak_device_bytes_of_plain": {"published": 1.8e9, "fair": None},
+    },
+    "peers": {"rows": {
+        "ppo, TRL": {"ours_seconds": 2.0, "theirs_seconds": 5.0, "times_faster": 2.5, "ours_peak_rss_bytes": 2e9,
+                     "theirs_peak_rss_bytes": 4e9, "share_of_their_rss": 0.5, "ours_seconds_each": [2.0]},
+        "sft, other": {"why_not": "not installed"},
+    }},
+    "growth": {"sizes": [POINT, {**POINT, "parameters": 355e6}, {"size": "xl", "layers": None, "length": 128,
+                                                                  "why_not": "killed"}],
+               "slopes_sizes": {"peak_device_bytes by parameters": 0.0}},
+    "ranks": {"samples_per_second": {"alone": 1.0, "zero2": 0.85}, "share_of_ideal": {"zero2": 0.85}},
+}  # fmt: skip
+
+
+def test_the_page_is_made_of_results_alone(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    tables.main(["--results", str(results), "--out", str(tmp_path)])
+    empty = (tmp_path / "README.md").read_text()
+    assert empty.count("Not measured yet") == len(tables.CLAIMS)
+    for name, found in MEASURED.items():
+        (results / f"{name}.json").write_text(json.dumps({**FACTS, **found}))
+    tables.main(["--results", str(results), "--out", str(tmp_path)])
+    page = (tmp_path / "README.md").read_text()
+    for cell in ("| 11.5 times as many |", "| none fits |", "| 2.50 |", "| not installed |", "| killed |", "| 0.85 |"):
+        assert cell in page
+    assert page.count("Not measured yet") == 1  # penstock bench itself
+    for plot in ("capacity", "throughput-against-other-stacks", "memory", "how-cost-grows"):
+        assert (tmp_path / "plots" / f"{plot}.svg").stat().st_size > 1000
+        assert f"(plots/{plot}.svg)" in page
+
+
+def test_the_page_in_the_repository_is_what_its_results_give(tmp_path):
+    """Nobody typed a figure into it."""
+    tables.main(["--out", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == (tables.HERE / "README.md").read_text()
