@@ -53,7 +53,7 @@ async function enter() {
   if (await showModels()) {
     await guard(loadList);
     await route();
-    $("prompt").focus();
+    focusPrompt();
   }
 }
 
@@ -90,11 +90,11 @@ async function guard(action) {
   }
 }
 
-/** Opens what the address says: "#/17" is a conversation, no hash a new one. */
+/** Opens what the address says: "#/conv_5c..." is a conversation, no hash a new one. */
 async function route() {
   const id = /^#\/(.+)$/.exec(location.hash)?.[1];
   if (!id && location.hash) return; // "#prompt": a jump within the page
-  if (id && id === String(chat.id)) return;
+  if (id && id === chat.id) return;
   closeSidebar();
   const opened = id && (await guard(() => openChat(id)));
   if (!opened) {
@@ -110,7 +110,12 @@ function goToNewChat() {
   closeSidebar();
   newChat();
   setCurrent(null);
-  $("prompt").focus();
+  focusPrompt();
+}
+
+/** Where the keyboard is on the screen it would cover half of it unasked. */
+function focusPrompt() {
+  if (matchMedia("(hover: hover)").matches) $("prompt").focus();
 }
 
 // Drawing -------------------------------------------------------------------------------------------------------------
@@ -259,8 +264,8 @@ $("log-out").onclick = async () => {
 };
 
 $("new-chat").onclick = goToNewChat;
+$("new-chat-narrow").onclick = goToNewChat;
 window.addEventListener("hashchange", () => $("app").hidden || route());
-window.addEventListener("popstate", () => $("app").hidden || location.hash || route());
 window.addEventListener("offline", () => setReachable(false));
 
 $("theme").onclick = () => {

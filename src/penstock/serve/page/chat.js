@@ -23,15 +23,20 @@ export function watch(callbacks) {
   ({ changed, grew, named } = callbacks);
 }
 
+let opened = 0; // counts, so that a conversation that arrives late does not push away a later one
+
 export function newChat() {
+  opened++;
   chat = fresh();
   changed();
 }
 
-/** Opens a conversation by the id in the address (text). */
+/** Opens a conversation of the server's, or goes back to one that is being answered. */
 export async function openChat(id) {
-  const busy = [...busyChats].find((one) => String(one.id) === id);
-  chat = busy ?? (await load(id));
+  const mine = ++opened;
+  const one = [...busyChats].find((busy) => busy.id === id) ?? (await load(id));
+  if (mine !== opened) return;
+  chat = one;
   changed();
 }
 

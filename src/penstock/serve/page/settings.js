@@ -3,10 +3,10 @@
 import { $, h } from "./dom.js";
 
 const CONTROLS = [
-  // name of the request's field, label, range, and what it does
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, slider: true, help: "0 always takes the likeliest token; higher is more varied." },
-  { name: "top_p", label: "Top p", min: 0.05, max: 1, step: 0.05, slider: true, help: "Keeps the likeliest tokens that together reach this probability." },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, slider: true, help: "Drops tokens less likely than this share of the likeliest." },
+  // name of the request's field, label, range, where the slider rests when nothing is set, and what it does
+  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, slider: 1, help: "0 always takes the likeliest token; higher is more varied." },
+  { name: "top_p", label: "Top p", min: 0.05, max: 1, step: 0.05, slider: 1, help: "Keeps the likeliest tokens that together reach this probability." },
+  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, slider: 0, help: "Drops tokens less likely than this share of the likeliest." },
   { name: "top_k", label: "Top k", min: 0, max: 1000, step: 1, help: "Keeps this many of the likeliest tokens; 0 keeps all." },
   { name: "max_tokens", label: "Longest answer", min: 1, max: 131072, step: 1, help: "In tokens." },
   { name: "seed", label: "Seed", min: 0, max: 2147483647, step: 1, help: "The same seed gives the same answer." },
@@ -40,14 +40,15 @@ function control({ name, label, help, slider, ...range }) {
   const value = settings.sampling[name];
   const id = `sampling-${name}`;
   const number = h("input", { id, type: "number", inputmode: "decimal", placeholder: "auto", "aria-describedby": `${id}-help`, ...range, value: value ?? "" });
-  const line = slider && h("input", { type: "range", "aria-label": `${label} slider`, tabindex: "-1", ...range, value: value ?? 1 });
+  const line = slider !== undefined && h("input", { type: "range", class: value === undefined ? "auto" : null, "aria-label": `${label} slider`, tabindex: "-1", ...range, value: value ?? slider });
   const set = (text) => {
     const { [name]: _, ...others } = settings.sampling;
     change({ sampling: text === "" ? others : { ...others, [name]: Number(text) } });
+    if (line) line.classList.toggle("auto", text === "");
   };
   number.oninput = () => {
     if (!number.validity.valid) return;
-    if (line) line.value = number.value || 1;
+    if (line) line.value = number.value || slider;
     set(number.value);
   };
   if (line) {

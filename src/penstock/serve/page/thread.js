@@ -7,7 +7,7 @@ import { answer, answering, chat, edit, goOn, judge, pick, run, thumb } from "./
 import { pairOf, path } from "./tree.js";
 
 const texts = new WeakMap(); // message -> {element, content}: what is drawn already
-let editing = null; // the id of the message whose wording is being changed
+let editing = null; // {id, content}: the message whose wording is being changed, and what it is so far
 
 /** Draws everything. */
 export function drawThread(guarded) {
@@ -32,13 +32,13 @@ function drawStep(step, isLast, guarded) {
 }
 
 function drawUser(step, message, isLast, guarded) {
-  if (editing === message.id) return drawEditor(message, guarded);
-  const again = isLast && h("button", { type: "button", class: "link", onclick: () => answer(chat, message.id) }, "Answer this");
+  if (editing?.id === message.id) return drawEditor(message, guarded);
+  const ask = isLast && h("button", { type: "button", class: "link", onclick: () => answer(chat, message.id) }, "Answer this");
   return h(
     "article",
     { class: "turn user", "aria-label": "Your message" },
     h("div", { class: "bubble" }, message.content),
-    again,
+    ask,
     h(
       "div",
       { class: "actions" },
@@ -50,7 +50,7 @@ function drawUser(step, message, isLast, guarded) {
 }
 
 function startEdit(message) {
-  editing = message.id;
+  editing = { id: message.id, content: message.content };
   $("thread").dispatchEvent(new CustomEvent("redraw"));
   const box = $("thread").querySelector(".editor textarea");
   box.focus();
@@ -58,7 +58,8 @@ function startEdit(message) {
 }
 
 function drawEditor(message, guarded) {
-  const box = h("textarea", { "aria-label": "Edit the message", rows: Math.min(12, message.content.split("\n").length + 1), value: message.content });
+  const box = h("textarea", { "aria-label": "Edit the message", rows: Math.min(12, editing.content.split("\n").length + 1), value: editing.content, "data-key": "editor" });
+  box.oninput = () => (editing.content = box.value);
   const close = () => {
     editing = null;
     $("thread").dispatchEvent(new CustomEvent("redraw"));
@@ -66,8 +67,9 @@ function drawEditor(message, guarded) {
   };
   const save = () => {
     if (!box.value.trim()) return;
-    guarded(() => edit(message, box.value));
+    const content = box.value;
     close();
+    guarded(() => edit(message, content));
   };
   box.onkeydown = (event) => {
     if (event.key === "Escape") {
@@ -109,10 +111,13 @@ function drawAnswer(step, message, isLast, guarded) {
           copyButton(message),
           ...thumbs(message, guarded),
         ],
-        iconButton("again", "Answer again", () => answer(chat, message.parent_id), { key: `again ${message.parent_id}` }),
+        !message.local && again(message),
       ),
   );
 }
+
+const again = ({ parent_id }) =>
+  iconButton("again", "Answer again", () => answer(chat, parent_id), { key: `again ${parent_id}` });
 
 function drawPair(step, option, isLast, guarded) {
   const pair = pairOf(chat.tree, option[0].id);
@@ -165,7 +170,7 @@ function drawPair(step, option, isLast, guarded) {
         "div",
         { class: `actions${isLast ? " shown" : ""}` },
         switcher(step),
-        iconButton("again", "Answer again", () => answer(chat, option[0].parent_id), { key: `again ${option[0].parent_id}` }),
+        again(option[0]),
       ),
   );
 }
@@ -181,6 +186,7 @@ function samplingOf(message) {
 
 /** The answer's text, or the dots before its first word. */
 function drawBody(message) {
+  if (message.waitUntil) return null; // drawEnd says so
   if (message.controller && message.content === "") {
     texts.delete(message);
     return h("div", { class: "dots", "aria-label": "Thinking" }, h("i"), h("i"), h("i"));
