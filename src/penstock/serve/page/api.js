@@ -36,7 +36,11 @@ export const session = {
   },
 };
 
-export const models = async () => (await json("GET", "/v1/models")).data.map((model) => model.id);
+/** Names of the models. An error that is `busy` while they are being loaded. */
+export async function models() {
+  await json("GET", "/health");
+  return (await json("GET", "/v1/models")).data.map((model) => model.id);
+}
 
 const at = (id) => `/api/conversations/${encodeURIComponent(id)}`;
 
@@ -79,7 +83,7 @@ async function json(method, url, body) {
   return response.status === 204 ? null : response.json();
 }
 
-async function send(method, url, body, signal) {
+async function send(method, url, body, signal, again = false) {
   const headers = {};
   if (body !== undefined) headers["content-type"] = "application/json";
   if (csrf && method !== "GET") headers["x-csrf-token"] = csrf;
@@ -93,6 +97,10 @@ async function send(method, url, body, signal) {
   }
   onReachable(true);
   if (response.ok) return response;
+  if (response.status === 403 && !again) {
+    await session.resume(); // another tab logged in again, and our token is of the session before
+    return send(method, url, body, signal, true);
+  }
   const error = await failure(response);
   if (response.status === 401 && url !== "/api/session") onSignedOut();
   throw error;

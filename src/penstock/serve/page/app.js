@@ -67,7 +67,7 @@ async function showModels() {
     setTimeout(() => guard(enter), 1000 * (error.retryAfter ?? 2));
     return false;
   }
-  banner(known.length ? null : "The server has no model.");
+  banner(null);
   for (const [id, name] of [["model", "model"], ["model-b", "modelB"]]) {
     const usual = known[id === "model-b" ? known.length - 1 : 0];
     if (!known.includes(settings[name])) change({ [name]: usual });
@@ -352,7 +352,9 @@ $("open-settings").onclick = () => {
   if (chat.id !== null) $("export-one").href = conversations.exportUrl(chat.id);
   $("settings").showModal();
 };
-$("settings").onclick = (event) => event.target === $("settings") && $("settings").close(); // the backdrop
+$("settings").onclick = ({ target }) => {
+  if (target === $("settings")) $("settings").close(); // the backdrop; returning false would cancel other clicks
+};
 $("settings").onclose = () => {
   if ($("system").value !== chat.system) guard(() => setSystem($("system").value));
 };

@@ -43,8 +43,11 @@ export async function openChat(id) {
 async function load(id) {
   const [{ messages, ...conversation }, given] = await Promise.all([conversations.get(id), votes.of(id)]);
   const remembered = JSON.parse(localStorage.getItem(PAIRS) ?? "{}")[id] ?? [];
-  return { ...conversation, system: conversation.system ?? "", tree: makeTree(messages, given, remembered) };
+  return { ...conversation, tree: makeTree(messages.filter(said), given, remembered) };
 }
+
+/** Not an answer that failed before its first word: there is nothing to show of it. */
+const said = ({ role, content, finish_reason }) => role === "user" || content !== "" || finish_reason !== "error";
 
 export async function setSystem(system) {
   chat.system = system;

@@ -39,7 +39,7 @@ export function makeControls() {
 function control({ name, label, help, slider, ...range }) {
   const value = settings.sampling[name];
   const id = `sampling-${name}`;
-  const number = h("input", { id, type: "number", inputmode: "decimal", placeholder: "auto", "aria-describedby": `${id}-help`, ...range, value: value ?? "" });
+  const number = h("input", { id, type: "number", inputmode: "decimal", placeholder: "auto", "aria-describedby": `${id}-help`, ...range, step: range.step < 1 ? "any" : range.step, value: value ?? "" });
   const line = slider !== undefined && h("input", { type: "range", class: value === undefined ? "auto" : null, "aria-label": `${label} slider`, tabindex: "-1", ...range, value: value ?? slider });
   const set = (text) => {
     const { [name]: _, ...others } = settings.sampling;
@@ -70,8 +70,9 @@ function control({ name, label, help, slider, ...range }) {
 /** What to ask for one prompt: one request, or two that stand side by side. */
 export function requests() {
   const { model, modelB, compare, sampling } = settings;
-  if (!compare) return [{ model, ...sampling }];
-  if (model !== modelB) return [{ model, ...sampling }, { model: modelB, ...sampling }];
-  const seed = sampling.seed ?? Math.floor(Math.random() * 2 ** 31);
-  return [{ model, ...sampling, seed }, { model, ...sampling, seed: (seed + 1) % 2 ** 31 }]; // one model, two seeds
+  const seed = sampling.seed ?? Math.floor(Math.random() * 2 ** 31); // drawn here: shown with the answer, as is
+  const one = { model, ...sampling, seed };
+  if (!compare) return [one];
+  if (model !== modelB) return [one, { ...one, model: modelB }];
+  return [one, { ...one, seed: (seed + 1) % 2 ** 31 }]; // one model, two seeds
 }

@@ -50,7 +50,7 @@ async function search() {
 /** A conversation that is new, renamed, or that somebody wrote in: it goes to the top. */
 export function touch(chat) {
   const known = list.find((one) => one.id === chat.id);
-  const updated_at = Date.now() / 1000;
+  const updated_at = new Date().toISOString();
   list = [{ ...known, id: chat.id, title: chat.title, updated_at }, ...list.filter((one) => one !== known)];
   draw();
 }
@@ -139,9 +139,9 @@ async function remove(one) {
   onRemoved(one.id);
 }
 
-function dayOf(seconds) {
+function dayOf(time) {
   const midnight = new Date().setHours(0, 0, 0, 0);
-  const days = Math.ceil((midnight - seconds * 1000) / 86_400_000);
+  const days = Math.ceil((midnight - Date.parse(time)) / 86_400_000);
   if (days <= 0) return "Today";
   if (days === 1) return "Yesterday";
   return days <= 7 ? "Last seven days" : "Older";
