@@ -14,7 +14,8 @@ from penstock.errors import UserError
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # (what it must be, the check, the flags); nan passes none of them
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
-     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora rows queue per_key"),
+     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora rows "
+     "queue per_key threads"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef temperature margin"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha"),
@@ -433,6 +434,8 @@ class ServeConfig(Flags):
     """What the weights compute in; int8: weights only, beside bf16, for speed."""
     device: str | None = None
     """cpu, cuda, ... The accelerator if there is one, when not given."""
+    threads: int | None = None
+    """CPU threads that compute, torch's own choice when not given; 1 is best for small models on few cores."""
     config: str | None = None
     """A TOML file of these flags; the command line wins over it."""
 

@@ -8,7 +8,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -168,7 +168,7 @@ def _head(kind: str, served: Served, chat: bool) -> dict[str, Any]:
 # --- in pieces --------------------------------------------------------------------------------------------------------
 
 
-async def events(generation: Generation, chat: bool, with_usage: bool) -> AsyncIterator[bytes]:
+async def events(generation: Generation, chat: bool, with_usage: bool) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events, ended by [DONE]; a failure is an error event, and then there is no [DONE]."""
     served = generation.served
     head = _head("chat.completion.chunk" if chat else "text_completion", served, chat)

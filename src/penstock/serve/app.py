@@ -7,7 +7,7 @@ routes are in history.py, its files in assets.py.
 import asyncio
 import contextlib
 import enum
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -131,7 +131,7 @@ class Service:
 class EventStream(Response):
     """Server-sent events from a generation, which is cancelled as soon as the client has gone."""
 
-    def __init__(self, service: Service, generation: Generation, lines: AsyncIterator[bytes]) -> None:
+    def __init__(self, service: Service, generation: Generation, lines: AsyncGenerator[bytes, None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._service, self._generation, self._lines = service, generation, lines
@@ -144,13 +144,10 @@ class EventStream(Response):
             async for line in self._lines:
                 await send({"type": "http.response.body", "body": line, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except TimeoutError:  # it stopped reading
-            pass
         finally:
             leaving.cancel()
             self._service.cancel(self._generation)
-            with contextlib.suppress(Exception):
-                await self._lines.aclose()  # type: ignore[attr-defined]
+            await self._lines.aclose()
             self._service.metrics.generated(self._generation)
 
 

@@ -45,7 +45,7 @@ HEADERS = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class _Exchange:
     """One request on its way through."""
 
@@ -57,6 +57,9 @@ class _Exchange:
     """Of the answer, once it has begun."""
     who: str | None = None
     """The key's or session's hash, while it counts as busy."""
+    task: asyncio.Task[Any] | None = None
+    sending_since: float | None = None
+    """The loop's time when the client was last handed something that it has not taken yet."""
 
 
 class Gate:
@@ -64,6 +67,8 @@ class Gate:
 
     def __init__(self, inner: Application, keys: Callable[[], Keys], metrics: Metrics) -> None:
         self._inner, self._keys, self._metrics = inner, keys, metrics
+        self._open: set[_Exchange] = set()
+        self._watching = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Passes a request on, or answers it."""
@@ -79,6 +84,11 @@ class Gate:
         name = given if REQUEST_ID.fullmatch(given) else b"req_" + secrets.token_hex(12).encode()
         exchange = _Exchange(scope, receive, send, name)
         started = time.monotonic()
+        exchange.task = asyncio.current_task()
+        self._open.add(exchange)
+        if not self._watching:
+            self._watching = True
+            self._give_up_on_the_slow()
         try:
             self._identify(exchange, headers)
             length = headers.get(b"content-length", b"")
@@ -96,9 +106,19 @@ class Gate:
                 text = f"internal error ({type(error).__name__}); please report it with the id {name.decode()}."
                 await _refuse(exchange, ApiError(500, text))
         finally:
+            self._open.discard(exchange)
             if exchange.who is not None:
                 self._keys().leave(exchange.who)
             self._metrics.answered(scope, exchange.status, time.monotonic() - started)
+
+    def _give_up_on_the_slow(self) -> None:
+        """Every few seconds: ends the exchanges whose clients stopped reading. A timer for each send costs more."""
+        loop = asyncio.get_running_loop()
+        for exchange in self._open:
+            since = exchange.sending_since
+            if since is not None and loop.time() - since > SEND_SECONDS and exchange.task is not None:
+                exchange.task.cancel()
+        loop.call_later(SEND_SECONDS / 12, self._give_up_on_the_slow)
 
     def _identify(self, exchange: _Exchange, headers: dict[bytes, bytes]) -> None:
         """Finds the key or the session behind a request. Raises ApiError 401, 403 or 429."""
@@ -172,6 +192,8 @@ def _replay(exchange: _Exchange, body: bytes) -> Receive:
 def _dressed(exchange: _Exchange) -> Send:
     """The request's `send`, which adds headers and gives up on a client that reads no more."""
 
+    loop = asyncio.get_running_loop()
+
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.status = message["status"]
@@ -183,8 +205,9 @@ def _dressed(exchange: _Exchange) -> Send:
             ]
             if b"cache-control" not in there:
                 message["headers"].append((b"cache-control", b"no-store"))
-        async with asyncio.timeout(SEND_SECONDS):
-            await exchange.send(message)
+        exchange.sending_since = loop.time()
+        await exchange.send(message)
+        exchange.sending_since = None
 
     return send
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -300,7 +300,9 @@ async def add_reply(conversation_id: str, body: NewReply, request: Request) -> R
     return EventStream(service, generation, _told_events(service, generation, message))
 
 
-async def _told_events(service: "Service", generation: Generation, message: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _told_events(
+    service: "Service", generation: Generation, message: dict[str, Any]
+) -> AsyncGenerator[bytes, None]:
     """The events of one answer. However it ends, what was said until then is stored."""
     said: list[str] = []
     reason, failure = "cancelled", None

@@ -7,7 +7,8 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from types import FrameType
+
+import torch
 
 from penstock.config import ServeConfig
 from penstock.errors import UserError
@@ -37,13 +38,15 @@ def serve(config: ServeConfig) -> None:
         )
     if config.key is not None and config.new_key:
         raise UserError("--new-key makes a key, and --key gives one; leave one of them out.")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     store = open_store(config.data_dir, config.database, move_damaged=config.move_damaged)
     try:
         made = keys.settle(store, config.key, config.new_key)
         store.end_unfinished()
         service = Service(config, store)
-        listener = _listen(config.host, config.port)
-        print(f"penstock serve: {_address(listener)}", flush=True)
+        listener = listen(config.host, config.port)
+        print(f"penstock serve: {address_of(listener)}", flush=True)
         print(
             f"key: {made or 'the one of the first start, or of --key (lost it? --new-key makes another)'}", flush=True
         )
@@ -55,63 +58,71 @@ def serve(config: ServeConfig) -> None:
 
 
 async def _run(service: Service, listener: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            build(service),
-            http=Wire,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=5,
-        )
-    )
-    loop = asyncio.get_running_loop()
+    """Serves until a signal comes or loading fails."""
+    server, loop = Web(service), asyncio.get_running_loop()
     ending: list[asyncio.Task[None]] = []
-
-    async def end() -> None:
-        await service.drain()
-        server.should_exit = True
 
     def told() -> None:
         if ending:  # a second time: at once
             server.should_exit = server.force_exit = True
         else:
             print("penstock serve: ending; answers that run have 30 seconds", file=sys.stderr, flush=True)
-            ending.append(asyncio.create_task(end()))
-
-    def failed() -> None:
-        server.should_exit = True
+            ending.append(asyncio.create_task(server.end()))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told)
-
-    def failed_elsewhere() -> None:
-        loop.call_soon_threadsafe(failed)
-
-    service.start(failed_elsewhere)
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        service.stop()
+    await server.run_until_told(listener)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers: it would end by the signal, and not with exit code 0."""
+class Web(uvicorn.Server):
+    """uvicorn around a service. Leaves signals to others: uvicorn would end by the signal, and not with exit code 0."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build(service),
+                http=Wire,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=IDLE_SECONDS,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._service = service
+
+    async def run_until_told(self, listener: socket.socket) -> None:
+        """Loads and serves until `end`, or until a model cannot be loaded."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            self.should_exit = True
+
+        def failed() -> None:  # called from the thread that loads
+            loop.call_soon_threadsafe(stop)
+
+        self._service.start(failed)
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            self._service.stop()
+
+    async def end(self) -> None:
+        """Lets answers end, then closes."""
+        await self._service.drain()
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves signals to `_run`."""
+        """Captures none."""
         yield
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Never called."""
 
-
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError when the machine does not have that address, or somebody else has."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
@@ -130,7 +141,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _address(listener: socket.socket) -> str:
+def address_of(listener: socket.socket) -> str:
+    """What to type into a browser."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
