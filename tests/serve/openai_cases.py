@@ -310,7 +310,10 @@ def what_cannot_be_is_a_bad_request_with_its_param(client):
 @case
 def what_would_change_the_meaning_is_refused(client):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    for more, param in (({"tools": [tool]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format")):
+    for more, param in (
+        ({"tools": [tool]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ):
         assert fails(openai.BadRequestError, lambda more=more: chat(client, **more)).param == param
     assert chat(client, response_format={"type": "text"}, tool_choice="none").choices
 

@@ -264,7 +264,9 @@ async def _http_error(request: Request, error: Any) -> Response:
 
 
 async def _validation_error(request: Request, error: Any) -> Response:
-    first = error.errors()[0]
+    # Where a key may be of several types, a wrong value in one of them says more than a wrong type for the others.
+    every = error.errors()
+    first = next((one for one in every if not one["type"].endswith("_type")), every[0])
     where = [part for part in first["loc"] if part not in ("body", "query", "path")]
     param = protocol.param_of(where, error.body) if first["loc"][0] == "body" else str(where[-1])
     kind = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"

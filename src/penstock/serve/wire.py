@@ -30,38 +30,32 @@ class Wire(HttpToolsProtocol):
         self._stop_clock()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """Some bytes. While they are a head's they are counted: the parser keeps a header until it is whole."""
+        super().data_received(data)
+        if self._clock is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MOST_HEAD_BYTES:
+                self.send_400_response("")
+
     def on_message_begin(self) -> None:
         """The head of a request begins."""
         super().on_message_begin()
-        self._head_bytes = 0
         self._stop_clock()
         self._clock = self.loop.call_later(HEAD_SECONDS, self._give_up)
-
-    def on_url(self, url: bytes) -> None:
-        """A part of the address."""
-        self._count(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        self._count(len(name) + len(value))
-        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is here in time."""
         self._stop_clock()
+        self._head_bytes = 0
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Broken HTTP is told so in the shape of all our errors."""
         self._answer(ApiError(400, "this is no HTTP request, or its head is larger than 32 KiB."))
 
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MOST_HEAD_BYTES:
-            raise ValueError("head too large")  # the parser turns it into its own error, and that into the 400 above
-
     def _give_up(self) -> None:
+        self._stop_clock()
         if self._head_bytes:
             self._answer(ApiError(408, f"the head of the request did not arrive within {HEAD_SECONDS:.0f} seconds."))
         else:
@@ -73,6 +67,7 @@ class Wire(HttpToolsProtocol):
             self._clock = None
 
     def _answer(self, error: ApiError) -> None:
+        self._stop_clock()
         body = error.encoded
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[error.status] + head + body)
