@@ -16,6 +16,7 @@ FLOORS = {
     "data": {"memory", "models"},
     "run": {"memory", "models"},
     "algorithms": {"memory", "models", "rollout", "data", "run"},
+    "serve": {"memory", "models", "rollout", "data", "run"},
 }
 GROUND = {"errors", "config", "flags"}
 
