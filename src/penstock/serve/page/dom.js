@@ -34,11 +34,18 @@ export function iconButton(name, label, onclick, { key = null, pressed = null, d
   );
 }
 
-/** Replaces what is in a container; the keyboard stays on the button with the same data-key. */
+/** Puts these elements into a container, and touches only what differs. The keyboard stays where it is: if its button
+ * was made anew, it goes to the one with the same data-key. */
 export function replace(container, ...children) {
-  const key = container.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-  container.replaceChildren(...children);
-  if (key) [...container.querySelectorAll("[data-key]")].find((element) => element.dataset.key === key)?.focus();
+  const before = container.contains(document.activeElement) ? document.activeElement : null;
+  children.forEach((child, i) => {
+    const there = container.childNodes[i];
+    if (!there) container.append(child);
+    else if (there !== child) there.replaceWith(child);
+  });
+  while (container.childNodes.length > children.length) container.lastChild.remove();
+  if (!before?.dataset.key || document.activeElement === before) return;
+  [...container.querySelectorAll("[data-key]")].find((one) => one.dataset.key === before.dataset.key)?.focus();
 }
 
 export const $ = (id) => document.getElementById(id);

@@ -72,7 +72,7 @@ function draw() {
   replace(
     $("conversations"),
     ...[...groups].map(([day, ones]) => h("section", {}, h("h2", {}, day), h("ul", {}, ones.map(line)))),
-    shown.length === 0 ? h("p", { class: "nothing" }, empty) : "",
+    ...(shown.length === 0 ? [h("p", { class: "nothing" }, empty)] : []),
     sentinel,
   );
   $("conversations").querySelector("input")?.focus();

@@ -7,6 +7,7 @@ import { answer, answering, chat, edit, goOn, judge, pick, run, thumb } from "./
 import { pairOf, path } from "./tree.js";
 
 const texts = new WeakMap(); // message -> {element, content}: what is drawn already
+const turns = new WeakMap(); // first message of a turn -> {element, looks}: the same, for all of the turn
 let editing = null; // {id, content}: the message whose wording is being changed, and what it is so far
 
 /** Draws everything. */
@@ -24,14 +25,35 @@ export function toEnd(scroll) {
   scroll.scrollTop = scroll.scrollHeight;
 }
 
+/** A turn is made anew only if it looks different: a long conversation must not cost more with each message. */
 function drawStep(step, isLast, guarded) {
   const option = step.options[step.index];
-  if (option.length === 2) return drawPair(step, option, isLast, guarded);
-  const message = option[0];
-  return message.role === "user" ? drawUser(step, message, isLast, guarded) : drawAnswer(step, message, isLast, guarded);
+  const looks = looksOf(step, option, isLast);
+  const drawn = turns.get(option[0]);
+  if (drawn?.looks === looks) {
+    for (const message of option) if (message.role === "assistant") drawBody(message);
+    return drawn.element;
+  }
+  const draw = option.length === 2 ? drawPair : option[0].role === "user" ? drawUser : drawAnswer;
+  const element = draw(step, option, isLast, guarded);
+  turns.set(option[0], { element, looks });
+  return element;
 }
 
-function drawUser(step, message, isLast, guarded) {
+/** All that a turn shows besides its text, as one string. */
+function looksOf({ options, index }, option, isLast) {
+  const pair = pairOf(chat.tree, option[0].id);
+  const one = ({ id, local, controller, content, waitUntil, error, finish_reason }) => [
+    id, local, Boolean(controller), content === "", waitUntil, error?.message, finish_reason, chat.tree.thumbs.get(id),
+  ];
+  const verdict = pair && chat.tree.verdicts.get(pair);
+  return JSON.stringify([
+    options.length, index, isLast, isLast && answering().length, editing?.id === option[0].id, option.map(one),
+    pair?.shown, pair?.blind, verdict === undefined ? "none" : verdict,
+  ]);
+}
+
+function drawUser(step, [message], isLast, guarded) {
   if (editing?.id === message.id) return drawEditor(message, guarded);
   const ask = isLast && h("button", { type: "button", class: "link", onclick: () => answer(chat, message.id) }, "Answer this");
   return h(
@@ -94,7 +116,7 @@ function drawEditor(message, guarded) {
   );
 }
 
-function drawAnswer(step, message, isLast, guarded) {
+function drawAnswer(step, [message], isLast, guarded) {
   const done = !message.controller;
   return h(
     "article",
