@@ -1,6 +1,6 @@
 """The chat service measured from outside: the real command in a process of its own, real sockets, a small model.
 
-    python -m benchmarks.serve load          time to first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
+    python -m benchmarks.serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
     python -m benchmarks.serve disconnects   1,000 clients that leave at random moments
     python -m benchmarks.serve drain         SIGTERM with 32 live streams
     python -m benchmarks.serve fuzz          5,000 requests made from the OpenAPI document
@@ -35,7 +35,7 @@ STREAMS = (1, 8, 32, 128)
 
 
 def small_model(directory: Path) -> str:
-    """Four layers of width 128 with random weights and a tokenizer of 512 words: a million parameters, as the demo's."""
+    """Four layers of width 128 with random weights and 512 words: a million parameters, as the demo's."""
     import torch
 
     from penstock.data.toyland import save_tokenizer

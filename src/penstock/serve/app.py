@@ -269,6 +269,8 @@ async def _validation_error(request: Request, error: Any) -> Response:
     first = next((one for one in every if not one["type"].endswith("_type")), every[0])
     where = [part for part in first["loc"] if part not in ("body", "query", "path")]
     param = protocol.param_of(where, error.body) if first["loc"][0] == "body" else str(where[-1])
+    if first["type"].startswith("union_tag"):
+        param = first["ctx"]["discriminator"].strip("'")
     kind = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     text = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}."
     return await _api_error(request, ApiError(400, text, param=param, code=kind))

@@ -69,16 +69,21 @@ class Catalogue:
         self.swaps = 0
         """Times that a newer checkpoint took a model's place."""
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         self._seen: dict[str, str] = {}
         """The checkpoint that each followed run is served from."""
 
     def start(self, failed: Callable[[], None]) -> None:
         """Loads all models in a thread of its own, then follows their runs where that was asked for."""
-        threading.Thread(target=self._run, args=(failed,), name="catalogue", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(failed,), name="catalogue", daemon=True)
+        self._thread.start()
 
-    def stop(self) -> None:
-        """No more looking at runs."""
+    def stop(self) -> bool:
+        """No more looking at runs. False when a model is being read right now, which cannot be interrupted."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(2 * POLL_SECONDS if self.ready.is_set() else 0.1)
+        return self._thread is None or not self._thread.is_alive()
 
     def _run(self, failed: Callable[[], None]) -> None:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import os
 import signal
 import socket
 import sys
@@ -55,6 +56,9 @@ def serve(config: ServeConfig) -> None:
             raise service.catalogue.problem
     finally:
         store.close()
+    if not service.catalogue.stop():
+        sys.stdout.flush()
+        os._exit(0)  # an interpreter that ends while torch fills weights in another thread aborts
 
 
 async def _run(service: Service, listener: socket.socket) -> None:
