@@ -126,8 +126,8 @@ class Watch:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
         page.on("websocket", lambda socket: self.requests.append(socket.url))
-        page.context.on("request", lambda request: self.requests.append(request.url))
-        page.context.on("page", lambda other: self.errors.append(f"another page was opened: {other.url}"))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("popup", lambda other: self.errors.append(f"another page was opened: {other.url}"))
 
     def check(self, url: str) -> None:
         """Fails if there was anything to see."""
@@ -147,23 +147,37 @@ def watch() -> Watch:
     return Watch()
 
 
+@pytest.fixture(scope="module")
+def contexts(browser: Any) -> dict[bool, Any]:
+    """Two browsers within the browser, a wide one and a phone (True), shared to save time: open_page clears them."""
+    shared = {"permissions": ["clipboard-read", "clipboard-write"], "reduced_motion": "reduce"}
+    found = {False: browser.new_context(**shared)}
+    found[True] = browser.new_context(**shared, has_touch=True, is_mobile=True, device_scale_factor=2)
+    for context in found.values():
+        context.set_default_timeout(WAIT)
+    return found
+
+
 @pytest.fixture
-def open_page(served: Served, browser: Any, watch: Watch) -> Iterator[Open]:
-    """open_page(width=390, settings={...}): the page in a browser that nobody used before, logged in."""
-    contexts = []
+def open_page(served: Served, contexts: dict[bool, Any], watch: Watch) -> Iterator[Open]:
+    """open_page(width=390, sampling={...}): the page in a browser that remembers these settings only, logged in."""
+    pages = []
 
     def open_it(*, width: int = 1280, scheme: str = "light", log_in: bool = True, **settings: Any) -> Any:
-        narrow = width < 600
-        context = browser.new_context(
-            viewport={"width": width, "height": 844 if narrow else 820}, color_scheme=scheme, has_touch=narrow,
-            is_mobile=narrow, device_scale_factor=2 if narrow else 1, permissions=["clipboard-read", "clipboard-write"],
-            accept_downloads=True, reduced_motion="reduce",
-        )  # fmt: skip
-        contexts.append(context)
-        context.set_default_timeout(WAIT)
-        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, **settings})
-        context.add_init_script(f"localStorage['penstock.settings'] ??= {json.dumps(known)}")
+        context = contexts[width < 600]
+        context.clear_cookies()
         page = context.new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": 844 if width < 600 else 820})
+        page.emulate_media(color_scheme=scheme)
+        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, **settings})
+        page.add_init_script(
+            f"""if (!sessionStorage.begun) {{
+              localStorage.clear();
+              localStorage["penstock.settings"] = {json.dumps(known)};
+              sessionStorage.begun = "yes";
+            }}"""
+        )
         watch.over(page)
         page.goto(f"{served.url}/#key={KEY}" if log_in else served.url)
         if log_in:
@@ -171,8 +185,8 @@ def open_page(served: Served, browser: Any, watch: Watch) -> Iterator[Open]:
         return page
 
     yield open_it
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     watch.check(served.url)
 
 
@@ -818,9 +832,10 @@ def test_a_conversation_that_is_gone_leaves_a_word_and_a_new_chat(open_page, ser
 
 
 def test_a_second_log_in_in_another_tab_does_not_disturb_the_first(open_page, served, watch):
-    watch.allowed = ["403", "another page"]
+    watch.allowed = ["403"]
     page = open_page()
     other = page.context.new_page()
+    watch.over(other)
     other.goto(f"{served.url}/#key={KEY}")
     other.wait_for_selector(".welcome")
     other.close()
