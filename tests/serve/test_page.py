@@ -780,19 +780,24 @@ def test_a_failed_answer_says_why_and_can_be_tried_again(open_page, watch, serve
     say(page, "Shorter")  # takes the place of what was not answered
     assert page.locator(".bubble").all_inner_texts() == ["Shorter"]
 
-    def break_off(route: Any) -> None:
-        [*_, asked] = conversation_of(page, served)
-        made = served.store.add_message(asked["conversation_id"], asked["id"], "assistant", "", model="left")
-        served.store.end_message(made["id"], "Half an", "error")
-        failure = {"type": "error", "error": {"message": "the model failed", "type": "t", "param": None, "code": "c"}}
-        stream(route, [{"type": "message", "message": made}, {"type": "delta", "content": "Half an"}, failure])
+    failure = {"type": "error", "error": {"message": "the model failed", "type": "t", "param": None, "code": "c"}}
+    endings = [[failure], []]
 
-    page.route("**/replies", break_off, times=1)
+    def break_off(route: Any) -> None:
+        talk, parent = conversation_of(page, served)[0]["conversation_id"], route.request.post_data_json["parent_id"]
+        made = served.store.add_message(talk, parent, "assistant", "", model="left")
+        served.store.end_message(made["id"], "Half an", "error")
+        said = [{"type": "message", "message": made}, {"type": "delta", "content": "Half an"}]
+        stream(route, [*said, *endings.pop(0)])
+
+    page.route("**/replies", break_off, times=2)
     say(page, "Break", wait=False)
     expect(page.locator(".note.failed")).to_contain_text("the model failed")
     assert answers(page)[-1] == "Half an"
     page.get_by_role("button", name="Try again").click()
-    expect(page.locator(".switcher span").last).to_have_text("2/2")
+    expect(page.locator(".note.failed")).to_contain_text("The connection was lost")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".switcher span").last).to_have_text("3/3")
     settled(page)
 
 
@@ -974,6 +979,8 @@ def test_a_phone_shows_everything_without_sideways_scrolling(open_page, served, 
 
 def test_pictures_of_the_page(open_page, served, pictures):
     """What the documentation shows: an example conversation, since a random model has nothing to say."""
+    for title in ("Notes on reward models", "Sorting a list in Python", "A haiku about the river"):
+        served.store.add_conversation(title, "")
     page = open_page()
     speak(page, served, RICH.split("\n\nSee")[0])
     say(page, "How does a penstock work?")

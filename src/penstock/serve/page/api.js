@@ -67,7 +67,7 @@ export async function* reply(id, request, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   while (true) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(lost);
     if (done) return;
     text += value;
     const lines = text.split("\n");
@@ -76,6 +76,11 @@ export async function* reply(id, request, signal) {
       if (line.startsWith("data:") && line.trim() !== "data: [DONE]") yield JSON.parse(line.slice(5));
     }
   }
+}
+
+function lost(error) {
+  if (error.name === "AbortError") throw error;
+  throw new ApiError(0, { message: "The connection was lost before the answer ended." });
 }
 
 async function json(method, url, body) {
