@@ -35,8 +35,6 @@ DRAIN_SECONDS = 30.0
 """From SIGTERM until answers that still run are cut off."""
 LARGE_BYTES = 4096
 """Prompts above it are tokenized in a thread, so that nobody's stream waits for them."""
-ALIVE_SECONDS = 15.0
-"""A stream with nothing to say yet says a comment so often: proxies cut silent connections."""
 
 
 class Life(enum.Enum):
