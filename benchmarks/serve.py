@@ -356,16 +356,80 @@ def drain(count: int) -> dict[str, Any]:
     return {"streams": count, "exit_code": code, "ends": {end: ends.count(end) for end in sorted(set(ends))}}
 
 
+# --- requests from the document, and other people's clients -----------------------------------------------------------
+
+CHECKS = (
+    "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
+    "response_headers_conformance", "unsupported_method", "ignored_auth",
+)  # fmt: skip
+
+
+def fuzzing(address: str, key: str, *, examples: int, phases: str, seed: int = 20221205) -> list[str]:
+    """schemathesis against a server: `examples` requests per operation at most, in each of its phases."""
+    return [
+        sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run",
+        f"{address}/openapi.json", "--header", f"Authorization: Bearer {key}", "--checks", ",".join(CHECKS),
+        "--max-examples", str(examples), "--seed", str(seed), "--phases", phases, "--workers", "1", "--no-color",
+        "--request-timeout", "120", "--generation-database", "none", "--continue-on-failure",
+    ]  # fmt: skip
+
+
+def fuzz(examples: int) -> dict[str, Any]:
+    """The campaign: fixed seed, all phases. Counts what the server answered, as its own metrics have it."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with serving(directory, small_model(directory), "--threads", "1") as server:
+            command = fuzzing(server.address, KEY, examples=examples, phases="examples,coverage,fuzzing,stateful")
+            done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+            metrics = server.metrics()
+    print(done.stdout[-3000:])
+    statuses: dict[str, int] = {}
+    for label, count in metrics.items():
+        if found := re.fullmatch(r'penstock_serve_requests_total\{.*status="(\d+)"\}', label):
+            statuses[found[1]] = statuses.get(found[1], 0) + int(count)
+    return {
+        "seed": 20221205, "checks": CHECKS, "requests": sum(statuses.values()),
+        "answers_by_status": dict(sorted(statuses.items())),
+        "answers_5xx": sum(count for status, count in statuses.items() if status.startswith("5") and status != "503"),
+        "exit_code": done.returncode, "summary": re.findall(r"\d+ generated.*", done.stdout),
+    }  # fmt: skip
+
+
+def clients() -> dict[str, Any]:
+    """The forty cases with the last openai 1.x, the last 2.x and the newest, each in an environment of its own."""
+    cases = facts.ROOT / "tests" / "serve" / "openai_cases.py"
+    seen: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        model = f"tiny={small_model(directory)}"
+        with serving(directory, model, "--threads", "1") as server:
+            for wanted in ("openai<2", "openai<3", "openai"):
+                place = directory / f"client{len(seen)}"
+                subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+                python = str(place / "bin" / "python")
+                subprocess.run([python, "-m", "pip", "install", "-q", wanted], check=True)
+                command = [python, str(cases), server.address, KEY]
+                told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                results = told["results"]
+                failed = {case: said for case, said in results.items() if said != "passed"}
+                seen[told["openai"]] = {"cases": len(results), "passed": len(results) - len(failed), "failed": failed}
+                print(told["openai"], seen[told["openai"]], flush=True)
+    return {"clients": seen}
+
+
 def main() -> None:
     """One measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "disconnects", "drain"])
+    parser.add_argument("what", choices=["load", "disconnects", "drain", "fuzz", "clients"])
     parser.add_argument("--seconds", type=float, default=20.0, help="per line of the table")
+    parser.add_argument("--examples", type=int, default=400, help="requests that fuzz makes per operation and phase")
     given = parser.parse_args()
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "load": lambda: load(given.seconds),
         "disconnects": lambda: disconnects(1000),
         "drain": lambda: drain(32),
+        "fuzz": lambda: fuzz(given.examples),
+        "clients": clients,
     }
     measured = run[given.what]()
     print(json.dumps(measured, indent=1))

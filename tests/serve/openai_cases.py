@@ -14,6 +14,10 @@ ASK = {"model": "tiny", "messages": [{"role": "user", "content": "What is a pens
 TEXT = {"model": "tiny", "prompt": "What is", "max_tokens": 12, "seed": 7}
 
 
+LONG = {"max_tokens": 40, "logit_bias": {"2": -100}}
+"""Enough text for stop strings to be cut from: token 2 is the end of sequence."""
+
+
 def case(function):
     """Registers a case under its name."""
     CASES[function.__name__] = function
@@ -115,17 +119,17 @@ def max_completion_tokens_limits_too(client):
 
 @case
 def a_stop_string_ends_an_answer_and_is_no_part_of_it(client):
-    whole = chat(client).choices[0].message.content
+    whole = chat(client, **LONG).choices[0].message.content
     stop = whole[4:6]
-    answer = chat(client, stop=stop)
+    answer = chat(client, **LONG, stop=stop)
     assert answer.choices[0].message.content == whole[: whole.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
 
 
 @case
 def several_stop_strings_may_be_given(client):
-    whole = chat(client).choices[0].message.content
-    answer = chat(client, stop=["never said", whole[3:5], whole[6:8]])
+    whole = chat(client, **LONG).choices[0].message.content
+    answer = chat(client, **LONG, stop=["never said", whole[3:5], whole[6:8]])
     assert whole.startswith(answer.choices[0].message.content)
     assert len(answer.choices[0].message.content) <= 6
 
@@ -220,9 +224,9 @@ def a_stream_of_several_answers_keeps_them_apart(client):
 
 @case
 def a_stream_stops_at_stop_strings(client):
-    whole = chat(client).choices[0].message.content
+    whole = chat(client, **LONG).choices[0].message.content
     stop = whole[4:6]
-    chunks = list(chat(client, stream=True, stop=stop))
+    chunks = list(chat(client, **LONG, stream=True, stop=stop))
     assert joined(chunks) == whole[: whole.index(stop)]
     assert chunks[-1].choices[0].finish_reason == "stop"
 

@@ -135,9 +135,7 @@ def test_a_prompt_beyond_the_context_is_told_both_numbers(server):
 
 def test_null_is_the_same_as_leaving_out(server):
     plain = post(server, ASK).json["choices"]
-    nulls = {
-        name: None for name in ("temperature", "top_p", "n", "stop", "tools", "audio", "stream", "logit_bias", "user")
-    }
+    nulls = dict.fromkeys(("temperature", "top_p", "n", "stop", "tools", "audio", "stream", "logit_bias", "user"))
     assert post(server, {**ASK, **nulls}).json["choices"] == plain
 
 

@@ -1,4 +1,4 @@
-"""The page's routes, as the page uses them: conversations, answers that stream into them, votes, and what they become."""
+"""The page's routes, as the page uses them: conversations, answers that stream into them, votes, their export."""
 
 import json
 import socket
@@ -178,7 +178,7 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
     thumbs, (e, f) = two_answers(server, "And a sluice?")
     server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": e, "value": -1})
     server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": f, "value": 1})
-    lonely, (g, _) = two_answers(server, "And a dam?")
+    _lonely, (g, _) = two_answers(server, "And a dam?")
     server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": g, "value": 1})
     assert [v["value"] for v in server.ask("GET", f"/api/votes?conversation_id={thumbs}").json["data"]] == [-1, 1]
 

@@ -169,7 +169,7 @@ def test_a_vote_keeps_the_whole_comparison_and_a_second_one_replaces_it(store):
 
 
 def test_only_answers_to_the_same_message_can_be_compared(store):
-    talk, asked, said = talk_in(store)
+    _talk, asked, said = talk_in(store)
     _, _, others = talk_in(store)
     for shown, chosen in (((said[0], said[0]), None), ((said[0], others[0]), None), ((said[0], said[1]), asked)):
         with pytest.raises(ValueError, match=r"pair|same message"):

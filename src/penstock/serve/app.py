@@ -35,8 +35,6 @@ DRAIN_SECONDS = 30.0
 """From SIGTERM until answers that still run are cut off."""
 LARGE_BYTES = 4096
 """Prompts above it are tokenized in a thread, so that nobody's stream waits for them."""
-ALIVE_SECONDS = 15.0
-"""A stream with nothing to say yet says a comment so often: proxies cut silent connections."""
 
 
 class Life(enum.Enum):
@@ -293,7 +291,7 @@ def build(service: Service) -> Application:
     app.state.service = service
     for router in (v1, own, history.api, assets.pages):
         app.include_router(router)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]
     inner: Application = Gate(app, lambda: service.keys, service.metrics)
     if service.config.cors:
         origins = list(service.config.cors)
@@ -305,12 +303,15 @@ def build(service: Service) -> Application:
     return inner
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with 400 in our shape where the framework would say 422."""
-    if not app.openapi_schema:
-        document = get_openapi(title=app.title, version="1", routes=app.routes)
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        app.openapi_schema = document
-    return app.openapi_schema
+def _document(app: FastAPI, service: Service) -> dict[str, Any]:
+    """The OpenAPI document: 400 in our shape where the framework would say 422, and the models that there are."""
+    document = get_openapi(title=app.title, version="1", routes=app.routes)
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    known = list(service.catalogue.models)
+    if known:
+        for schema in document["components"]["schemas"].values():
+            if schema["title"] in ("ChatRequest", "CompletionRequest", "NewReply"):
+                schema["properties"]["model"]["enum"] = known
+    return document

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from penstock.config import ServeConfig
 from penstock.data.chat import Encoder
-from penstock.errors import PenstockError, UserError
+from penstock.errors import UserError
 from penstock.models.decoder import Decoder
 from penstock.rollout import engine as engines
 from penstock.rollout.engine import Engine
@@ -105,7 +105,9 @@ class Catalogue:
             return
         try:
             self.models[name] = self._load(name, source)
-        except (PenstockError, OSError) as error:
+        except (
+            Exception
+        ) as error:  # a run may remove what is being read, in the middle; the old weights go on answering
             self._seen[name] = newest
             print(f"{name}: {newest} is passed over: {error}", file=sys.stderr, flush=True)
             return

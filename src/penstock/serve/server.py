@@ -89,6 +89,7 @@ class Web(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="error",  # of broken requests the metrics tell
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
