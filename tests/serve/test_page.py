@@ -978,7 +978,10 @@ def test_a_phone_shows_everything_without_sideways_scrolling(open_page, served, 
 
 
 def test_pictures_of_the_page(open_page, served, pictures):
-    """What the documentation shows: an example conversation, since a random model has nothing to say."""
+    """An example conversation, since a random model has nothing to say. For the documentation's copies:
+
+    PENSTOCK_SCREENSHOTS=docs/page python -m pytest tests/serve/test_page.py -k pictures
+    """
     for title in ("Notes on reward models", "Sorting a list in Python", "A haiku about the river"):
         served.store.add_conversation(title, "")
     page = open_page()
