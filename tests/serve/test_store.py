@@ -6,6 +6,7 @@ import shutil
 import socket
 import sqlite3
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -24,11 +25,11 @@ PG_CTL = shutil.which("pg_ctl") or next(
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """A PostgreSQL of our own for the session, or a skip where there is none: makes a new database's URL."""
     if PG_CTL is None:
         pytest.skip("no pg_ctl; Debian has it in the package postgresql")
-    base = tmp_path_factory.mktemp("postgres")
+    base = Path(tempfile.mkdtemp(prefix="penstock-postgres-"))
     programs, data = Path(PG_CTL).resolve().parent, base / "data"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -36,8 +37,6 @@ def postgres(tmp_path_factory):
     as_other: dict = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         as_other = {"user": "nobody", "group": "nogroup", "extra_groups": []}
-        for folder in (base, *base.parents[:2]):
-            folder.chmod(folder.stat().st_mode | 0o055)
         shutil.chown(base, "nobody")
     quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": base, **as_other}
     initdb = [str(programs / "initdb"), "-D", str(data), "-U", "penstock", "-A", "trust", "-E", "UTF8", "--no-sync"]
@@ -57,6 +56,7 @@ def postgres(tmp_path_factory):
 
     yield database
     subprocess.run([PG_CTL, "-D", str(data), "-m", "immediate", "stop"], **quiet)
+    shutil.rmtree(base)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -105,9 +105,7 @@ class Catalogue:
             return
         try:
             self.models[name] = self._load(name, source)
-        except (
-            Exception
-        ) as error:  # a run may remove what is being read, in the middle; the old weights go on answering
+        except Exception as error:  # a run may remove what is being read; the old weights go on
             self._seen[name] = newest
             print(f"{name}: {newest} is passed over: {error}", file=sys.stderr, flush=True)
             return

@@ -47,11 +47,7 @@ def serve(config: ServeConfig) -> None:
         store.end_unfinished()
         service = Service(config, store)
         listener = listen(config.host, config.port)
-        print(f"penstock serve: {address_of(listener)}", flush=True)
-        print(
-            f"key: {made or 'the one of the first start, or of --key (lost it? --new-key makes another)'}", flush=True
-        )
-        asyncio.run(_run(service, listener))
+        asyncio.run(_run(service, listener, made))
         if service.catalogue.problem is not None:
             raise service.catalogue.problem
     finally:
@@ -61,8 +57,8 @@ def serve(config: ServeConfig) -> None:
         os._exit(0)  # an interpreter that ends while torch fills weights in another thread aborts
 
 
-async def _run(service: Service, listener: socket.socket) -> None:
-    """Serves until a signal comes or loading fails."""
+async def _run(service: Service, listener: socket.socket, made: str | None) -> None:
+    """Says where and with which key, and serves until a signal comes or loading fails."""
     server, loop = Web(service), asyncio.get_running_loop()
     ending: list[asyncio.Task[None]] = []
 
@@ -75,6 +71,8 @@ async def _run(service: Service, listener: socket.socket) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told)
+    print(f"penstock serve: {address_of(listener)}")
+    print(f"key: {made or 'the one of the first start, or of --key (lost it? --new-key makes another)'}", flush=True)
     await server.run_until_told(listener)
 
 
