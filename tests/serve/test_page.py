@@ -212,7 +212,9 @@ def say(page: Any, text: str, *, wait: bool = True) -> None:
 def settled(page: Any, text: str | None = None) -> None:
     """Waits until a message is there, and everything that answers it has ended."""
     if text is not None:
-        expect(page.locator(".bubble").filter(has_text=text).last).to_be_visible(timeout=WAIT)
+        page.locator(".bubble").filter(
+            has_text=text
+        ).last.wait_for()  # expect() would look again after 100, 250, 500 ms
     page.wait_for_selector("#thread .turn:last-child:is(.assistant, .pair) .actions")
     page.wait_for_selector("#send:not(.busy)")
 
