@@ -28,7 +28,7 @@ def exit_of(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "chat", "generate", "export", "demo"])
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "chat", "serve", "generate", "export", "demo"])
 def test_help_shows_flags_without_importing_torch(command):
     script = (
         "import sys\nfrom penstock.cli import main\n"

@@ -1,7 +1,10 @@
 """What the documentation shows is true: its code blocks run, its links lead somewhere, its commands exist."""
 
+import contextlib
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +65,19 @@ def test_the_other_pages_run_too(name, tmp_path, model):
         page = tmp_path / "README.md"
         page.write_text(text.replace("chat runs/ppo", "chat runs/ppo </dev/null"), encoding="utf-8")
     assert run_page(page, tmp_path, model) >= 1
+
+
+def test_the_page_about_serving_runs_too(tmp_path, model):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    text = text.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("--key", f"--port {port} --threads 1 --key")
+    (tmp_path / "serve.md").write_text(text, encoding="utf-8")
+    try:
+        assert run_page(tmp_path / "serve.md", tmp_path, model) == 4
+    finally:
+        with contextlib.suppress(OSError):  # a block that failed leaves its server
+            os.kill(int((tmp_path / "serve.pid").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

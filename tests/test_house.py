@@ -17,6 +17,7 @@ FLOORS = {
     "run": {"memory", "models"},
     "algorithms": {"memory", "models", "rollout", "data", "run"},
     "bench": {"memory", "models", "rollout", "data", "run", "algorithms"},
+    "serve": {"memory", "models", "rollout", "data", "run"},
 }
 GROUND = {"errors", "config", "flags"}
 

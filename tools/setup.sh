@@ -22,4 +22,4 @@ else
         exit 2
     }
 fi
-$pip --editable ".[dev]"
+$pip --editable ".[dev,serve]"

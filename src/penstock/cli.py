@@ -12,9 +12,10 @@ COMMANDS: dict[str, str] = {
     "reward": "learn a score from rankings",
     "ppo": "improve the actor against a score, near the reference",
     "chat": "talk with a model or a run in the terminal",
+    "serve": "answer over HTTP as OpenAI's API does, with a page to chat in",
     "generate": "answer prompts from a file",
     "export": "write a run's model as a Hugging Face directory",
-    "data": "data check FILE: say what a file is and name each bad line",
+    "data": "data check FILE: say what a file is; data export --votes: what people preferred in the chat page",
     "plan": "what a run will need, move and take, before it runs; and what to change if it does not fit",
     "bench": "PPO on random prompts, measured; bench micro: this machine's ceilings; bench capacity: the largest model",
     "demo": "all three stages on a small world of their own, with a report",
@@ -163,6 +164,18 @@ def _chat(arguments: list[str]) -> None:
     chat(config)
 
 
+def _serve(arguments: list[str]) -> None:
+    from penstock.config import ServeConfig
+    from penstock.flags import parse
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]  # penstock serve RUN [RUN2 ...]
+    config = parse(ServeConfig, arguments, "serve")
+    from penstock.serve.server import serve
+
+    serve(config)
+
+
 def _export(arguments: list[str]) -> None:
     from penstock.config import ExportConfig
     from penstock.flags import parse
@@ -176,9 +189,14 @@ def _export(arguments: list[str]) -> None:
 
 
 def _data(arguments: list[str]) -> None:
+    if arguments[:1] == ["export"]:
+        _export_votes(arguments[1:])
+        return
     if not arguments or {"-h", "--help"} & set(arguments):
         print(
-            "usage: penstock data check FILE [FILE ...]\n\nSays what files are and names each bad line; exit 4 if any."
+            "usage: penstock data check FILE [FILE ...]\n       penstock data export --votes --out FILE\n\n"
+            "check says what files are and names each bad line; exit 4 if any. export --votes writes what people\n"
+            "preferred in the chat page as comparisons, which penstock reward reads."
         )
         sys.exit(0 if arguments else 2)
     if arguments[0] != "check" or len(arguments) < 2:
@@ -188,6 +206,19 @@ def _data(arguments: list[str]) -> None:
     report = check(arguments[1:])
     print(report.text)
     sys.exit(4 if report.bad else 0)
+
+
+def _export_votes(arguments: list[str]) -> None:
+    from penstock.config import VotesConfig
+    from penstock.flags import parse
+
+    rest = [one for one in arguments if one != "--votes"]
+    if rest == arguments and not {"-h", "--help"} & set(arguments):
+        raise UserError("data export writes votes only: penstock data export --votes --out FILE.")
+    config = parse(VotesConfig, rest, "data export --votes")
+    from penstock.serve.votes import export
+
+    print(export(config))
 
 
 def _plan(arguments: list[str]) -> None:

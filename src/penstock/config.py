@@ -16,11 +16,12 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
-     "max_epochs iterations layers prompts repeats"),
+     "max_epochs iterations layers prompts repeats rows queue per_key threads"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef vf_coef temperature "
      "margin lora_rank"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha"),
+    ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout"),
@@ -418,6 +419,60 @@ class ChatConfig(Flags):
     """Print each answer as one JSON object, for programs that talk through a pipe."""
     config: str | None = None
     """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class ServeConfig(Flags):
+    """Answer over HTTP as OpenAI's API does, with a page to chat in."""
+
+    model: tuple[str, ...]
+    """Hugging Face directories, hub ids or run directories; NAME=PATH names one as clients shall call it."""
+    host: str = "127.0.0.1"
+    """The address to listen at; anything but this machine itself needs --key."""
+    port: int = 8000
+    """The port to listen at; 0 takes a free one."""
+    key: str | None = None
+    """The key that every request must bring, 16 characters or more; made and printed once when not given."""
+    new_key: bool = False
+    """Forget the key of earlier starts, and all sessions, and make another."""
+    data_dir: str = "runs/serve"
+    """Where conversations, votes and the hashed key are kept."""
+    database: str | None = None
+    """Keep them in PostgreSQL instead: postgresql://USER:PASSWORD@HOST/NAME."""
+    move_damaged: bool = False
+    """If the database is damaged, move it aside and start with an empty one."""
+    follow: bool = False
+    """Watch the runs and answer from each newer checkpoint as soon as it is there."""
+    rows: int = 32
+    """Answers of a model that are written together."""
+    queue: int = 128
+    """Answers that may wait for a row; what comes beyond is told to try again (429)."""
+    per_key: int = 256
+    """Requests with the same key in work at once."""
+    max_length: int | None = None
+    """Tokens of prompt and answer together; the model's own limit when not given. Bounds the memory of the rows."""
+    cors: tuple[str, ...] = ()
+    """Web origins whose pages may call the API: https://example.org. None, when not given."""
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What the weights compute in; int8: weights only, beside bf16, for speed."""
+    device: str | None = None
+    """cpu, cuda, ... The accelerator if there is one, when not given."""
+    threads: int | None = None
+    """CPU threads that compute, torch's own choice when not given; 1 is best for small models on few cores."""
+    config: str | None = None
+    """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class VotesConfig(Flags):
+    """Write the votes of the chat page as comparisons, which penstock reward reads."""
+
+    out: str
+    """JSON-lines file to write; must not exist yet."""
+    data_dir: str = "runs/serve"
+    """Where penstock serve kept them."""
+    database: str | None = None
+    """Or the PostgreSQL that it kept them in: postgresql://USER:PASSWORD@HOST/NAME."""
 
 
 @dataclass(frozen=True)

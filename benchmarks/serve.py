@@ -1,0 +1,441 @@
+"""The chat service measured from outside: the real command in a process of its own, real sockets, a small model.
+
+    python -m benchmarks.serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
+    python -m benchmarks.serve disconnects   1,000 clients that leave at random moments
+    python -m benchmarks.serve drain         SIGTERM with 32 live streams
+    python -m benchmarks.serve fuzz          5,000 requests made from the OpenAPI document
+    python -m benchmarks.serve clients       the same cases with three generations of the openai client
+
+Each writes benchmarks/results/serve_NAME.json.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import facts
+
+KEY = "a key for measurements"
+ROWS, QUEUE, NEW_TOKENS = 32, 128, 64
+STREAMS = (1, 8, 32, 128)
+
+
+def small_model(directory: Path) -> str:
+    """Four layers of width 128 with random weights and 512 words: a million parameters, as the demo's."""
+    import torch
+
+    from penstock.data.toyland import save_tokenizer
+    from penstock.models.config import DecoderConfig
+    from penstock.models.decoder import Decoder
+
+    config = DecoderConfig(
+        family="gpt2", vocab_size=512, d_model=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512,
+        max_length=256, hf={"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
+    )  # fmt: skip
+    path = directory / "small"
+    Decoder(config, generator=torch.Generator().manual_seed(0)).save_pretrained(path)
+    save_tokenizer(path, ["What is a penstock? The gated pipe that feeds a turbine."], vocab_size=512)
+    return str(path)
+
+
+@dataclass
+class Server:
+    """A running `penstock serve`."""
+
+    process: subprocess.Popen[str]
+    address: str
+    port: int
+
+    def metrics(self) -> dict[str, float]:
+        """What /metrics says, by name."""
+        request = urllib.request.Request(f"{self.address}/metrics", headers={"authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request) as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+
+    def rss_gb(self) -> float:
+        """Resident memory now, in GB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        found = re.search(r"VmRSS:\s+(\d+)", status)
+        assert found
+        return int(found[1]) * 1024 / 1e9
+
+
+@contextlib.contextmanager
+def serving(directory: Path, model: str, *more: str) -> Iterator[Server]:
+    """The real command, ready to answer."""
+    arguments = ["serve", model, "--port", "0", "--key", KEY, "--data-dir", str(directory / "data"), *more]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "penstock", *arguments], stdout=subprocess.PIPE, text=True, cwd=directory
+    )
+    try:
+        assert process.stdout
+        address = process.stdout.readline().split()[-1]
+        server = Server(process, address, int(address.rsplit(":", 1)[1]))
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/health").close()
+                break
+            time.sleep(0.1)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(60)
+
+
+# --- one stream over a bare socket ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stream:
+    """What one streamed request saw. Times in seconds."""
+
+    status: int = 0
+    head: float = 0.0
+    """Until the answer's head."""
+    first: float = 0.0
+    """Until the first token."""
+    gaps: list[float] = field(default_factory=list)
+    """Between arrivals of tokens."""
+    tokens: int = 0
+    ended: str = ""
+    """How: "done", "error event", "cut"."""
+
+
+def request_bytes(body: dict[str, Any], path: str = "/v1/chat/completions") -> bytes:
+    """A POST, as it goes over the wire."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
+def chat_body(seed: int, **more: Any) -> dict[str, Any]:
+    """A streamed chat request with a prompt of its own."""
+    said = [{"role": "user", "content": f"What is penstock number {seed}?"}]
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"model": "small", "messages": said, "max_tokens": NEW_TOKENS, "seed": seed, **usage, **more}
+
+
+async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream], bool] | None = None) -> Stream:
+    """Sends one request on a connection of its own and reads its events as they come; `leave` may hang up."""
+    seen = Stream()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    started = last = time.perf_counter()
+    writer.write(request_bytes(body))
+    data = bytearray()
+    try:
+        while chunk := await reader.read(65536):
+            now = time.perf_counter()
+            data += chunk
+            if not seen.status:
+                seen.status, seen.head = int(data[9:12]), now - started
+            if seen.status != 200:
+                break
+            if chunk.count(b'"content": "') > chunk.count(b'"role"') or b'"finish_reason": "' in chunk:
+                if seen.first:
+                    seen.gaps.append(now - last)
+                else:
+                    seen.first = now - started
+                last = now
+            if b"data: [DONE]" in chunk:
+                break
+            if leave is not None and leave(seen):
+                break
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+    if found := re.search(rb'"completion_tokens": (\d+)', data):
+        seen.tokens = int(found[1])
+    seen.ended = "done" if b"[DONE]" in data else "error event" if b'data: {"error"' in data else "cut"
+    return seen
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which that share lies."""
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else float("nan")
+
+
+def milliseconds(values: list[float], share: float) -> float:
+    """A percentile in ms."""
+    return round(percentile(values, share) * 1000, 2)
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def engine_rate(model: str, seconds: float) -> float:
+    """Tokens/s of the engine alone, with 32 rows always full: what the service is measured against."""
+    from penstock.models.tokenizers import load_tokenizer
+    from penstock.rollout import engine as engines
+    from penstock.rollout.sampling import Sampling
+
+    engine = engines.Engine(engines.load(model, "fp32")[1].decoder, rows=ROWS)
+    tokenizer, made, seed = load_tokenizer(model), 0, 0
+    started = time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        while len(engine._waiting) + len(engine._running) < ROWS:
+            seed += 1
+            prompt = tokenizer(f"What is penstock number {seed}?\n").input_ids
+            engine.submit(prompt, Sampling(max_new_tokens=NEW_TOKENS, seed=seed))
+        made += len(engine.step())
+    return made / spent
+
+
+async def closed_loop(port: int, count: int, seconds: float) -> tuple[list[Stream], float]:
+    """`count` clients, each asking again as soon as it was answered. What they saw, and the seconds it took."""
+    seen: list[Stream] = []
+    started = time.perf_counter()
+
+    async def client(number: int) -> None:
+        turn = 0
+        while time.perf_counter() - started < seconds:
+            seen.append(await stream_once(port, chat_body(number * 10_000 + turn)))
+            turn += 1
+
+    await asyncio.gather(*(client(number) for number in range(count)))
+    return seen, time.perf_counter() - started
+
+
+def row_of(seen: list[Stream], spent: float, server: Server, count: int) -> dict[str, Any]:
+    """One line of the table."""
+    gaps = [gap for one in seen for gap in one.gaps]
+    return {
+        "streams": count, "requests": len(seen), "errors": sum(one.ended != "done" for one in seen),
+        "first_token_ms_p50": milliseconds([one.first for one in seen], 0.5),
+        "first_token_ms_p99": milliseconds([one.first for one in seen], 0.99),
+        "gap_ms_p50": milliseconds(gaps, 0.5), "gap_ms_p99": milliseconds(gaps, 0.99),
+        "tokens_per_second": round(sum(one.tokens for one in seen) / spent, 1), "rss_gb": round(server.rss_gb(), 3),
+    }  # fmt: skip
+
+
+async def overload(port: int, seconds: float) -> tuple[list[Stream], list[Stream]]:
+    """Rows and queue are filled by clients that stay; others knock every 20 ms. (accepted, turned away)."""
+    stop = time.perf_counter() + seconds
+    accepted: list[Stream] = []
+    refused: list[Stream] = []
+
+    async def stays(number: int) -> None:
+        turn = 0
+        while time.perf_counter() < stop:
+            one = await stream_once(port, chat_body(number * 10_000 + turn))
+            (accepted if one.status == 200 else refused).append(one)
+            if one.status != 200:
+                await asyncio.sleep(0.2)
+            turn += 1
+
+    async def knocks() -> None:
+        number = 0
+        await asyncio.sleep(1.0)
+        while time.perf_counter() < stop:
+            one = await stream_once(port, chat_body(90_000_000 + number))
+            (accepted if one.status == 200 else refused).append(one)
+            number += 1
+            await asyncio.sleep(0.02)
+
+    await asyncio.gather(*(stays(number) for number in range(ROWS + QUEUE)), knocks())
+    return accepted, refused
+
+
+def load(seconds: float) -> dict[str, Any]:
+    """The table, and what overload does."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        model = small_model(directory)
+        alone = []
+        table = []
+        with serving(directory, model, "--rows", str(ROWS), "--queue", str(QUEUE), "--threads", "1") as server:
+            asyncio.run(closed_loop(server.port, 8, 2.0))  # warm
+            for count in STREAMS:
+                os.kill(server.process.pid, signal.SIGSTOP)
+                alone.append(round(engine_rate(model, seconds / 2), 1))
+                os.kill(server.process.pid, signal.SIGCONT)
+                seen, spent = asyncio.run(closed_loop(server.port, count, seconds))
+                table.append(row_of(seen, spent, server, count))
+                print(table[-1], "engine alone:", alone[-1], flush=True)
+            full, _ = asyncio.run(closed_loop(server.port, ROWS + QUEUE, seconds))
+            accepted, refused = asyncio.run(overload(server.port, seconds))
+        calm = [gap for one in full for gap in one.gaps]
+        busy = [gap for one in accepted for gap in one.gaps]
+        rate = sorted(alone)[len(alone) // 2]
+        return {
+            "model": "gpt2, 4 layers of 128, 1M weights, fp32, random", "rows": ROWS, "queue": QUEUE,
+            "new_tokens": NEW_TOKENS, "table": table, "engine_tokens_per_second": alone,
+            "share_of_the_engine_at_32": round(table[STREAMS.index(32)]["tokens_per_second"] / rate, 3),
+            "overload": {
+                "accepted": len(accepted), "accepted_errors": sum(one.ended != "done" for one in accepted),
+                "refused": len(refused), "refused_statuses": sorted({one.status for one in refused}),
+                "refused_ms_p50": milliseconds([one.head for one in refused], 0.5),
+                "refused_ms_p99": milliseconds([one.head for one in refused], 0.99),
+                "gap_ms_p99_full": milliseconds(calm, 0.99), "gap_ms_p99_overloaded": milliseconds(busy, 0.99),
+                "first_token_ms_p99_full": milliseconds([one.first for one in full], 0.99),
+                "first_token_ms_p99_overloaded": milliseconds([one.first for one in accepted], 0.99),
+            },
+        }  # fmt: skip
+
+
+# --- disconnects and draining -----------------------------------------------------------------------------------------
+
+
+def disconnects(count: int) -> dict[str, Any]:
+    """Clients that leave at random moments, streamed and not; then nothing may be left running."""
+    rng = random.Random(0)
+
+    async def leave_soon(port: int, number: int) -> str:
+        body = chat_body(number, max_tokens=200)
+        if number % 2:
+            body = {**body, "stream": False}
+            del body["stream_options"]
+        task = asyncio.create_task(stream_once(port, body))
+        await asyncio.sleep(rng.random() * 0.5)
+        if task.done():
+            return task.result().ended
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return "left"
+
+    async def crowd(port: int) -> list[str]:
+        gate = asyncio.Semaphore(64)
+
+        async def one(number: int) -> str:
+            async with gate:
+                return await leave_soon(port, number)
+
+        return await asyncio.gather(*(one(number) for number in range(count)))
+
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with serving(directory, small_model(directory)) as server:
+            ends = asyncio.run(crowd(server.port))
+            waited = time.perf_counter()
+            while (now := server.metrics())["penstock_serve_outstanding_answers"] and time.perf_counter() - waited < 30:
+                time.sleep(0.01)
+            idle = time.perf_counter() - waited
+            after = asyncio.run(stream_once(server.port, chat_body(1)))
+            return {
+                "clients": count, "left": ends.count("left"),
+                "outstanding_after": now["penstock_serve_outstanding_answers"],
+                "rows_used_after": now["penstock_serve_rows_used"], "seconds_until_idle": round(idle, 3),
+                "next_request": after.ended,
+            }  # fmt: skip
+
+
+def drain(count: int) -> dict[str, Any]:
+    """SIGTERM while streams run: each must end by itself or with an error event, and the exit code be 0."""
+
+    async def crowd(server: Server) -> list[Stream]:
+        tasks = [asyncio.create_task(stream_once(server.port, chat_body(i, max_tokens=200))) for i in range(count)]
+        while server.metrics()["penstock_serve_answer_tokens_total"] < count * 4:
+            await asyncio.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        return await asyncio.gather(*tasks)
+
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with serving(directory, small_model(directory)) as server:
+            seen = asyncio.run(crowd(server))
+            code = server.process.wait(60)
+    ends = [one.ended for one in seen]
+    return {"streams": count, "exit_code": code, "ends": {end: ends.count(end) for end in sorted(set(ends))}}
+
+
+# --- requests from the document, and other people's clients -----------------------------------------------------------
+
+CHECKS = (
+    "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
+    "response_headers_conformance", "unsupported_method", "ignored_auth",
+)  # fmt: skip
+
+
+def fuzzing(address: str, key: str, *, examples: int, phases: str, seed: int = 20221205) -> list[str]:
+    """schemathesis against a server: `examples` requests per operation at most, in each of its phases."""
+    return [
+        sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run",
+        f"{address}/openapi.json", "--header", f"Authorization: Bearer {key}", "--checks", ",".join(CHECKS),
+        "--max-examples", str(examples), "--seed", str(seed), "--phases", phases, "--workers", "1", "--no-color",
+        "--request-timeout", "120", "--generation-database", "none", "--continue-on-failure",
+    ]  # fmt: skip
+
+
+def fuzz(examples: int) -> dict[str, Any]:
+    """The campaign: fixed seed, all phases. Counts what the server answered, as its own metrics have it."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with serving(directory, small_model(directory), "--threads", "1", "--max-length", "48") as server:
+            # Short answers: what is tried here is the requests.
+            command = fuzzing(server.address, KEY, examples=examples, phases="examples,coverage,fuzzing")
+            done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+            metrics = server.metrics()
+    print(done.stdout[-3000:])
+    statuses: dict[str, int] = {}
+    for label, count in metrics.items():
+        if found := re.fullmatch(r'penstock_serve_requests_total\{.*status="(\d+)"\}', label):
+            statuses[found[1]] = statuses.get(found[1], 0) + int(count)
+    return {
+        "seed": 20221205, "checks": CHECKS, "requests": sum(statuses.values()),
+        "answers_by_status": dict(sorted(statuses.items())),
+        "answers_5xx": sum(count for status, count in statuses.items() if status.startswith("5") and status != "503"),
+        "exit_code": done.returncode, "summary": re.findall(r"\d+ generated.*", done.stdout),
+    }  # fmt: skip
+
+
+def clients() -> dict[str, Any]:
+    """The forty cases with the last openai 1.x, the last 2.x and the newest, each in an environment of its own."""
+    cases = facts.ROOT / "tests" / "serve" / "openai_cases.py"
+    seen: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        model = f"tiny={small_model(directory)}"
+        with serving(directory, model, "--threads", "1") as server:
+            for wanted in ("openai<2", "openai<3", "openai"):
+                place = directory / f"client{len(seen)}"
+                subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+                python = str(place / "bin" / "python")
+                subprocess.run([python, "-m", "pip", "install", "-q", wanted], check=True)
+                command = [python, str(cases), server.address, KEY]
+                told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                results = told["results"]
+                failed = {case: said for case, said in results.items() if said != "passed"}
+                seen[told["openai"]] = {"cases": len(results), "passed": len(results) - len(failed), "failed": failed}
+                print(told["openai"], seen[told["openai"]], flush=True)
+    return {"clients": seen}
+
+
+def main() -> None:
+    """One measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["load", "disconnects", "drain", "fuzz", "clients"])
+    parser.add_argument("--seconds", type=float, default=20.0, help="per line of the table")
+    parser.add_argument("--examples", type=int, default=300, help="requests that fuzz makes per operation and phase")
+    given = parser.parse_args()
+    run: dict[str, Callable[[], dict[str, Any]]] = {
+        "load": lambda: load(given.seconds),
+        "disconnects": lambda: disconnects(1000),
+        "drain": lambda: drain(32),
+        "fuzz": lambda: fuzz(given.examples),
+        "clients": clients,
+    }
+    measured = run[given.what]()
+    print(json.dumps(measured, indent=1))
+    print(facts.write(f"serve_{given.what}", measured, "fastapi", "uvicorn"))
+
+
+if __name__ == "__main__":
+    main()

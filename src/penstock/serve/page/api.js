@@ -1,0 +1,120 @@
+// The server's routes, as functions. Knows HTTP: the session's CSRF token, errors, and streams of events.
+
+export class ApiError extends Error {
+  /** status 0: the server was not reached. */
+  constructor(status, { message, code = null, param = null }, retryAfter = null) {
+    super(message);
+    Object.assign(this, { status, code, param, retryAfter });
+  }
+
+  /** Whether the same request may succeed in a moment. */
+  get busy() {
+    return this.status === 429 || this.status === 503;
+  }
+}
+
+let csrf = null;
+let onSignedOut = () => {};
+let onReachable = () => {};
+
+/** What to call when the session has ended, and when the server answers (true) or cannot be reached (false). */
+export function listen({ signedOut, reachable }) {
+  onSignedOut = signedOut;
+  onReachable = reachable;
+}
+
+export const session = {
+  async open(key) {
+    ({ csrf } = await json("POST", "/api/session", { key }));
+  },
+  async resume() {
+    ({ csrf } = await json("GET", "/api/session"));
+  },
+  async close() {
+    await json("DELETE", "/api/session");
+    csrf = null;
+  },
+};
+
+/** Names of the models. An error that is `busy` while they are being loaded. */
+export async function models() {
+  await json("GET", "/health");
+  return (await json("GET", "/v1/models")).data.map((model) => model.id);
+}
+
+const at = (id) => `/api/conversations/${encodeURIComponent(id)}`;
+
+export const conversations = {
+  list: (before = null) =>
+    json("GET", `/api/conversations?limit=50${before === null ? "" : `&before=${encodeURIComponent(before)}`}`),
+  create: (fields) => json("POST", "/api/conversations", fields),
+  get: (id) => json("GET", at(id)),
+  change: (id, fields) => json("PATCH", at(id), fields),
+  remove: (id) => json("DELETE", at(id)),
+  say: (id, parent_id, content) => json("POST", `${at(id)}/messages`, { parent_id, role: "user", content }),
+  exportUrl: (id) => `${at(id)}/export`,
+};
+
+export const votes = {
+  of: async (id) => (await json("GET", `/api/votes?conversation_id=${encodeURIComponent(id)}`)).data,
+  thumb: (message_id, value) => json("POST", "/api/votes", { kind: "thumb", message_id, value }),
+  pair: (shown, chosen_id) => json("POST", "/api/votes", { kind: "pair", shown, chosen_id }),
+};
+
+/** The events of a reply as they arrive: message, then deltas, then done or error. */
+export async function* reply(id, request, signal) {
+  const response = await send("POST", `${at(id)}/replies`, request, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  while (true) {
+    const { value, done } = await reader.read().catch(lost);
+    if (done) return;
+    text += value;
+    const lines = text.split("\n");
+    text = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data:") && line.trim() !== "data: [DONE]") yield JSON.parse(line.slice(5));
+    }
+  }
+}
+
+function lost(error) {
+  if (error.name === "AbortError") throw error;
+  throw new ApiError(0, { message: "The connection was lost before the answer ended." });
+}
+
+async function json(method, url, body) {
+  const response = await send(method, url, body);
+  return response.status === 204 ? null : response.json();
+}
+
+async function send(method, url, body, signal, again = false) {
+  const headers = {};
+  if (body !== undefined) headers["content-type"] = "application/json";
+  if (csrf && method !== "GET") headers["x-csrf-token"] = csrf;
+  let response;
+  try {
+    response = await fetch(url, { method, headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    onReachable(false);
+    throw new ApiError(0, { message: "The server cannot be reached." });
+  }
+  onReachable(true);
+  if (response.ok) return response;
+  if (response.status === 403 && !again) {
+    await session.resume(); // another tab logged in again, and our token is of the session before
+    return send(method, url, body, signal, true);
+  }
+  const error = await failure(response);
+  if (response.status === 401 && url !== "/api/session") onSignedOut();
+  throw error;
+}
+
+async function failure(response) {
+  const isJson = response.headers.get("content-type")?.includes("json");
+  const { error = {} } = isJson ? await response.json() : {};
+  const message = error.message ?? `The server answered ${response.status}.`;
+  const retryAfter = Number(response.headers.get("retry-after")) || null; // seconds
+  return new ApiError(response.status, { ...error, message }, retryAfter);
+}

@@ -1,0 +1,362 @@
+// The page: log-in, the composer, the keyboard, and who calls whom. What a conversation is: chat.js, tree.js; how it
+// looks: thread.js, sidebar.js, style.css; what the server offers: api.js.
+
+import { listen, models, session, conversations } from "./api.js";
+import { answering, chat, forget, newChat, openChat, send, setSystem, stop, watch } from "./chat.js";
+import { $, announce, copy, h, icon, replace, toast } from "./dom.js";
+import { change, makeControls, settings } from "./settings.js";
+import { loadList, setCurrent, startSidebar, touch, whenRenamed } from "./sidebar.js";
+import { drawText, drawThread, isDrawn, nearEnd, toEnd } from "./thread.js";
+
+const REMEMBERED = "penstock.remembered"; // this browser logged in before: ask the server before asking for the key
+const THEMES = ["system", "light", "dark"];
+const IDEAS = ["What colour is the fox?", "Explain how a penstock works", "Write a haiku about a river"];
+
+// Start ---------------------------------------------------------------------------------------------------------------
+
+async function start() {
+  const given = /^#key=(.+)$/.exec(location.hash)?.[1]; // the address that `penstock serve` prints may carry the key
+  if (given) {
+    history.replaceState(null, "", "/");
+    return logIn(decodeURIComponent(given));
+  }
+  if (!localStorage.getItem(REMEMBERED)) return askForKey();
+  try {
+    await session.resume();
+  } catch (error) {
+    return askForKey(error.status === 401 ? "" : error.message);
+  }
+  return enter();
+}
+
+function askForKey(message = "") {
+  $("app").hidden = true;
+  $("login").hidden = false;
+  $("login-error").textContent = message;
+  $("key").focus();
+}
+
+async function logIn(key) {
+  try {
+    await session.open(key);
+  } catch (error) {
+    return askForKey(error.status === 401 ? "That is not the key. It was printed when the server started." : error.message);
+  }
+  localStorage.setItem(REMEMBERED, "yes");
+  $("key").value = "";
+  return enter();
+}
+
+async function enter() {
+  $("login").hidden = true;
+  $("app").hidden = false;
+  if (await showModels()) {
+    await guard(loadList);
+    await route();
+    focusPrompt();
+  }
+}
+
+/** False if the server has no model yet; then it is asked again. */
+async function showModels() {
+  let known = [];
+  try {
+    known = await models();
+  } catch (error) {
+    banner(error.busy ? "The model is being loaded. This takes a moment." : error.message);
+    setTimeout(() => guard(enter), 1000 * (error.retryAfter ?? 2));
+    return false;
+  }
+  banner(null);
+  for (const [id, name] of [["model", "model"], ["model-b", "modelB"]]) {
+    const usual = known[id === "model-b" ? known.length - 1 : 0];
+    if (!known.includes(settings[name])) change({ [name]: usual });
+    $(id).replaceChildren(...known.map((model) => h("option", { value: model, selected: model === settings[name] }, model)));
+    $(id).onchange = () => change({ [name]: $(id).value });
+  }
+  drawCompare();
+  return true;
+}
+
+/** Runs something that talks to the server; its failure is shown, not lost. Returns whether it went well. */
+async function guard(action) {
+  try {
+    await action();
+    return true;
+  } catch (error) {
+    if (error.status === undefined) throw error;
+    if (error.status !== 0 && error.status !== 401) toast(error.retryAfter ? `${error.message} Try again in ${error.retryAfter} s.` : error.message);
+    return false;
+  }
+}
+
+/** Opens what the address says: "#/conv_5c..." is a conversation, no hash a new one. */
+async function route() {
+  const id = /^#\/(.+)$/.exec(location.hash)?.[1];
+  if (!id && location.hash) return; // "#prompt": a jump within the page
+  if (id && id === chat.id) return;
+  closeSidebar();
+  const opened = id && (await guard(() => openChat(id)));
+  if (!opened) {
+    history.replaceState(null, "", "/");
+    newChat();
+  }
+  setCurrent(chat.id);
+  toEnd($("scroll"));
+}
+
+function goToNewChat() {
+  history.pushState(null, "", "/");
+  closeSidebar();
+  newChat();
+  setCurrent(null);
+  focusPrompt();
+}
+
+/** Where the keyboard is on the screen it would cover half of it unasked. */
+function focusPrompt() {
+  if (matchMedia("(hover: hover)").matches) $("prompt").focus();
+}
+
+// Drawing -------------------------------------------------------------------------------------------------------------
+
+function draw(ended) {
+  const empty = chat.tree.messages.size === 0;
+  $("app").classList.toggle("empty", empty);
+  if (empty) drawWelcome();
+  else drawThread(guard);
+  document.title = chat.title ? `${chat.title} - penstock` : "penstock";
+  $("title").textContent = chat.title || "New chat";
+  drawSend();
+  drawLatest();
+  if (ended?.controller === null) announce(ended.error?.message ?? "The answer is complete.");
+}
+
+function drawWelcome() {
+  const idea = (text) =>
+    h("button", { type: "button", class: "idea", onclick: () => fill(text) }, text);
+  replace(
+    $("thread"),
+    h("div", { class: "welcome" }, icon("drop"), h("h2", {}, "What shall we talk about?"), h("div", { class: "ideas" }, IDEAS.map(idea))),
+  );
+}
+
+function fill(text) {
+  $("prompt").value = text;
+  sizePrompt();
+  $("prompt").focus();
+}
+
+function drawSend() {
+  const busy = answering().length > 0;
+  $("send").setAttribute("aria-label", busy ? "Stop" : "Send");
+  $("send").title = busy ? "Stop (Esc)" : "Send (Enter)";
+  $("send").classList.toggle("busy", busy);
+  $("send").disabled = !busy && !$("prompt").value.trim();
+  $("send-icon").setAttribute("href", busy ? "#icon-stop" : "#icon-send");
+}
+
+function drawCompare() {
+  document.body.classList.toggle("comparing", settings.compare);
+  $("compare").setAttribute("aria-pressed", String(settings.compare));
+}
+
+function drawTheme() {
+  const theme = document.documentElement.dataset.theme;
+  $("theme-name").textContent = `Theme: ${theme}`;
+}
+
+const growing = new Set(); // answers whose text is to be drawn in the next frame
+let frame = 0;
+let restUntil = 0;
+
+/** Draws what grew once per frame, and less often where drawing is slow: a long answer must not freeze the page. */
+function grow(message) {
+  growing.add(message);
+  frame ||= requestAnimationFrame(drawGrown);
+}
+
+function drawGrown(now) {
+  frame = 0;
+  if (now < restUntil) {
+    frame = requestAnimationFrame(drawGrown);
+    return;
+  }
+  const stuck = nearEnd($("scroll"));
+  for (const message of growing) {
+    if (isDrawn(message)) drawText(message);
+    else if (chat.tree.messages.has(message.id)) drawThread(guard);
+  }
+  growing.clear();
+  restUntil = now + 4 * (performance.now() - now);
+  if (stuck) toEnd($("scroll"));
+  drawLatest();
+}
+
+function drawLatest() {
+  $("to-latest").hidden = nearEnd($("scroll"));
+}
+
+setInterval(() => {
+  for (const span of document.querySelectorAll(".countdown")) {
+    span.textContent = String(Math.max(0, Math.ceil((Number(span.dataset.until) - Date.now()) / 1000)));
+  }
+}, 250);
+
+// The server comes and goes -------------------------------------------------------------------------------------------
+
+function banner(text) {
+  $("banner").textContent = text ?? "";
+  $("banner").hidden = !text;
+}
+
+let probing = 0;
+
+function setReachable(reachable) {
+  document.body.classList.toggle("offline", !reachable);
+  if (reachable && probing) {
+    clearInterval(probing);
+    probing = 0;
+    banner(null);
+    announce("The server is back.");
+  } else if (!reachable && !probing) {
+    banner(navigator.onLine ? "The server cannot be reached. Looking for it..." : "You are offline.");
+    probing = setInterval(() => session.resume().catch(() => {}), 2000);
+  }
+}
+
+// Wiring --------------------------------------------------------------------------------------------------------------
+
+listen({ signedOut: () => askForKey("Please log in again."), reachable: setReachable });
+watch({
+  changed: draw,
+  grew: grow,
+  named: (one) => {
+    history.replaceState(null, "", `#/${one.id}`);
+    touch(one);
+    setCurrent(one.id);
+  },
+});
+startSidebar({
+  guard,
+  removed: (id) => {
+    forget(id);
+    if (chat.id === id) goToNewChat();
+  },
+});
+whenRenamed((one) => {
+  if (chat.id !== one.id) return;
+  chat.title = one.title;
+  draw();
+});
+makeControls();
+drawTheme();
+
+$("login-form").onsubmit = (event) => {
+  event.preventDefault();
+  logIn($("key").value.trim());
+};
+
+$("log-out").onclick = async () => {
+  await guard(session.close);
+  localStorage.removeItem(REMEMBERED);
+  location.href = "/";
+};
+
+$("new-chat").onclick = goToNewChat;
+$("new-chat-narrow").onclick = goToNewChat;
+window.addEventListener("hashchange", () => $("app").hidden || route());
+window.addEventListener("offline", () => setReachable(false));
+
+$("theme").onclick = () => {
+  const { dataset } = document.documentElement;
+  dataset.theme = THEMES[(THEMES.indexOf(dataset.theme) + 1) % THEMES.length];
+  localStorage.setItem("penstock.theme", dataset.theme);
+  drawTheme();
+};
+
+$("compare").onclick = () => {
+  change({ compare: !settings.compare });
+  drawCompare();
+};
+
+$("composer").onsubmit = async (event) => {
+  event.preventDefault();
+  if (answering().length > 0) return stop();
+  const text = $("prompt").value;
+  if (!text.trim() || $("send").dataset.sending) return;
+  $("send").dataset.sending = "yes"; // until the server has the message; then the button is Stop
+  fill("");
+  toEnd($("scroll"));
+  if (!(await guard(() => send(text)))) fill(text);
+  delete $("send").dataset.sending;
+  if (chat.id !== null) touch(chat);
+  toEnd($("scroll"));
+};
+
+$("prompt").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (answering().length === 0) $("composer").requestSubmit();
+};
+$("prompt").oninput = sizePrompt;
+
+function sizePrompt() {
+  $("prompt").style.height = "auto";
+  $("prompt").style.height = `${$("prompt").scrollHeight}px`;
+  drawSend();
+}
+
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, textarea, select, [contenteditable]");
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+    if (document.body.classList.contains("sidebar-open")) closeSidebar();
+    else stop();
+  } else if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !$("app").hidden) {
+    event.preventDefault();
+    $("prompt").focus();
+  }
+});
+
+$("thread").addEventListener("redraw", () => draw());
+$("thread").addEventListener("click", async (event) => {
+  const button = event.target.closest(".copy-code");
+  if (!button) return;
+  await copy(button.closest("figure").querySelector("code").textContent);
+  button.lastChild.textContent = "Copied";
+  setTimeout(() => (button.lastChild.textContent = "Copy"), 1500);
+});
+$("scroll").onscroll = drawLatest;
+$("to-latest").onclick = () => toEnd($("scroll"));
+
+function openSidebar() {
+  document.body.classList.add("sidebar-open");
+  $("open-sidebar").setAttribute("aria-expanded", "true");
+  $("close-sidebar").focus();
+}
+
+function closeSidebar() {
+  if (!document.body.classList.contains("sidebar-open")) return;
+  document.body.classList.remove("sidebar-open");
+  $("open-sidebar").setAttribute("aria-expanded", "false");
+  $("open-sidebar").focus();
+}
+
+$("open-sidebar").onclick = openSidebar;
+$("close-sidebar").onclick = closeSidebar;
+$("scrim").onclick = closeSidebar;
+
+$("open-settings").onclick = () => {
+  $("system").value = chat.system;
+  $("export-one").hidden = chat.id === null;
+  if (chat.id !== null) $("export-one").href = conversations.exportUrl(chat.id);
+  $("settings").showModal();
+};
+$("settings").onclick = ({ target }) => {
+  if (target === $("settings")) $("settings").close(); // the backdrop; returning false would cancel other clicks
+};
+$("settings").onclose = () => {
+  if ($("system").value !== chat.system) guard(() => setSystem($("system").value));
+};
+
+start();

@@ -1,0 +1,81 @@
+// How elements are made here: text is always a text node, so nothing a person or a model wrote is ever parsed as HTML
+// (markdown.js is the one exception, and sanitises).
+
+/** h("button", {class: "quiet", onclick: f, "aria-label": "Copy"}, icon("copy"), "Copy") */
+export function h(tag, props = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (typeof value === "function" || name === "value") element[name] = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** A picture from the sprite in index.html. */
+export function icon(name) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("class", "icon");
+  svg.setAttribute("aria-hidden", "true");
+  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  use.setAttribute("href", `#icon-${name}`);
+  svg.append(use);
+  return svg;
+}
+
+/** A button that is only a picture; `key` is how `replace` finds it again after a new rendering. */
+export function iconButton(name, label, onclick, { key = null, pressed = null, disabled = false } = {}) {
+  return h(
+    "button",
+    { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, disabled, "data-key": key,
+      "aria-pressed": pressed === null ? null : String(pressed) },
+    icon(name),
+  );
+}
+
+/** Puts these elements into a container, and touches only what differs. The keyboard stays where it is: if its button
+ * was made anew, it goes to the one with the same data-key. */
+export function replace(container, ...children) {
+  const before = container.contains(document.activeElement) ? document.activeElement : null;
+  children.forEach((child, i) => {
+    const there = container.childNodes[i];
+    if (!there) container.append(child);
+    else if (there !== child) there.replaceWith(child);
+  });
+  while (container.childNodes.length > children.length) container.lastChild.remove();
+  if (!before?.dataset.key || document.activeElement === before) return;
+  [...container.querySelectorAll("[data-key]")].find((one) => one.dataset.key === before.dataset.key)?.focus();
+}
+
+export const $ = (id) => document.getElementById(id);
+
+/** Says something to people who listen to the page. */
+export function announce(text) {
+  $("status").textContent = text;
+}
+
+let toastTimer = 0;
+
+/** A short word at the bottom of the page that goes by itself. */
+export function toast(text) {
+  announce(text);
+  $("toast").textContent = text;
+  $("toast").hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => ($("toast").hidden = true), 4000);
+}
+
+/** Copies text; pages that are not served over https or from this machine have no clipboard API. */
+export async function copy(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+  } else {
+    const box = h("textarea", { value: text, class: "visually-hidden" });
+    document.body.append(box);
+    box.select();
+    document.execCommand("copy");
+    box.remove();
+  }
+  announce("Copied");
+}

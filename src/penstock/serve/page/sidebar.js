@@ -1,0 +1,148 @@
+// The list of conversations: newest first, grouped by day, with search, rename and delete. Reads further pages from the
+// server when its end comes into view, or when somebody searches.
+
+import { conversations } from "./api.js";
+import { $, h, iconButton, replace } from "./dom.js";
+
+let list = []; // newest first
+let hasMore = false;
+let renaming = null; // the id whose title is being changed
+let current = null;
+let guarded = null;
+let onRemoved = null;
+
+/** guard(f): runs f and shows its error; removed(id): what to do when a conversation is gone. */
+export function startSidebar({ guard, removed }) {
+  guarded = guard;
+  onRemoved = removed;
+  $("search").oninput = () => guarded(search);
+  new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && guarded(more)).observe(sentinel);
+}
+
+const sentinel = h("div", { class: "sentinel" });
+
+export async function loadList() {
+  ({ data: list, has_more: hasMore } = await conversations.list());
+  draw();
+}
+
+let loading = false;
+
+async function more() {
+  if (!hasMore || loading) return;
+  loading = true;
+  try {
+    const page = await conversations.list(list.at(-1).id);
+    list.push(...page.data);
+    hasMore = page.has_more;
+  } finally {
+    loading = false;
+  }
+  draw();
+}
+
+/** Titles are searched in the whole list, so the whole list is needed. */
+async function search() {
+  draw();
+  while (hasMore && !loading && $("search").value) await more();
+}
+
+/** A conversation that is new, renamed, or that somebody wrote in: it goes to the top. */
+export function touch(chat) {
+  const known = list.find((one) => one.id === chat.id);
+  const updated_at = new Date().toISOString();
+  list = [{ ...known, id: chat.id, title: chat.title, updated_at }, ...list.filter((one) => one !== known)];
+  draw();
+}
+
+export function setCurrent(id) {
+  current = id;
+  draw();
+}
+
+function draw() {
+  const wanted = $("search").value.trim().toLowerCase();
+  const shown = list.filter((one) => (one.title ?? "").toLowerCase().includes(wanted));
+  const groups = new Map();
+  for (const one of shown) {
+    const day = dayOf(one.updated_at);
+    groups.set(day, [...(groups.get(day) ?? []), one]);
+  }
+  const empty = wanted ? `Nothing called "${$("search").value.trim()}".` : "Your conversations will be listed here.";
+  replace(
+    $("conversations"),
+    ...[...groups].map(([day, ones]) => h("section", {}, h("h2", {}, day), h("ul", {}, ones.map(line)))),
+    ...(shown.length === 0 ? [h("p", { class: "nothing" }, empty)] : []),
+    sentinel,
+  );
+  $("conversations").querySelector("input")?.focus();
+}
+
+function line(one) {
+  if (renaming === one.id) return h("li", {}, renameBox(one));
+  const title = one.title || "Untitled";
+  return h(
+    "li",
+    { class: one.id === current ? "current" : null },
+    h("a", { href: `#/${one.id}`, "aria-current": one.id === current ? "page" : null, "data-key": `open ${one.id}`, title }, title),
+    iconButton("edit", `Rename ${title}`, () => startRename(one), { key: `rename ${one.id}` }),
+    iconButton("trash", `Delete ${title}`, () => guarded(() => remove(one)), { key: `delete ${one.id}` }),
+  );
+}
+
+function startRename(one) {
+  renaming = one.id;
+  draw();
+  $("conversations").querySelector("input").select();
+}
+
+function renameBox(one) {
+  const box = h("input", { type: "text", "aria-label": "New title", maxlength: "200", value: one.title ?? "" });
+  const close = () => {
+    renaming = null;
+    draw();
+  };
+  box.onkeydown = (event) => {
+    if (event.key === "Escape") {
+      event.stopPropagation();
+      box.onblur = null;
+      close();
+    } else if (event.key === "Enter") box.blur();
+  };
+  box.onblur = () => {
+    box.onblur = null;
+    const title = box.value.trim();
+    close();
+    if (title && title !== one.title) guarded(() => setTitle(one, title));
+  };
+  return box;
+}
+
+async function setTitle(one, title) {
+  await conversations.change(one.id, { title });
+  one.title = title;
+  draw();
+  onRenamed(one);
+}
+
+let onRenamed = () => {};
+export const whenRenamed = (callback) => (onRenamed = callback);
+
+async function remove(one) {
+  $("confirm-text").textContent = `"${one.title || "Untitled"}" will be gone for good, with its votes.`;
+  $("confirm").showModal();
+  await new Promise((resolve) => ($("confirm").onclose = resolve));
+  if ($("confirm").returnValue !== "yes") return;
+  await conversations.remove(one.id);
+  list = list.filter((other) => other.id !== one.id);
+  draw();
+  onRemoved(one.id);
+}
+
+function dayOf(time) {
+  const midnight = new Date().setHours(0, 0, 0, 0);
+  const days = Math.ceil((midnight - Date.parse(time)) / 86_400_000);
+  if (days <= 0) return "Today";
+  if (days === 1) return "Yesterday";
+  return days <= 7 ? "Last seven days" : "Older";
+}

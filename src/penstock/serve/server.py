@@ -1,0 +1,159 @@
+"""`penstock serve`: opens the store, listens, loads the models, and ends in order when it is told to."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from penstock.config import ServeConfig
+from penstock.errors import UserError
+
+try:
+    import uvicorn
+
+    from penstock.serve import keys
+    from penstock.serve.app import Service, build
+    from penstock.serve.store import open_store
+    from penstock.serve.wire import Wire
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("penstock"):
+        raise
+    raise UserError(f"penstock serve needs {error.name}: pip install 'penstock[serve]'.") from error
+
+IDLE_SECONDS = 60
+"""A connection without a request is closed after it."""
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves until SIGTERM or Ctrl-C. Raises PenstockError where a flag, a model or the database says no."""
+    if config.key is None and not _is_local(config.host):
+        raise UserError(
+            f"--host {config.host}: other machines could reach the server there, so it needs a key that you chose: "
+            f"--key, with {keys.SHORTEST_KEY} characters or more."
+        )
+    if config.key is not None and config.new_key:
+        raise UserError("--new-key makes a key, and --key gives one; leave one of them out.")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    store = open_store(config.data_dir, config.database, move_damaged=config.move_damaged)
+    try:
+        made = keys.settle(store, config.key, config.new_key)
+        store.end_unfinished()
+        service = Service(config, store)
+        listener = listen(config.host, config.port)
+        asyncio.run(_run(service, listener, made))
+        if service.catalogue.problem is not None:
+            raise service.catalogue.problem
+    finally:
+        store.close()
+    if not service.catalogue.stop():
+        sys.stdout.flush()
+        os._exit(0)  # an interpreter that ends while torch fills weights in another thread aborts
+
+
+async def _run(service: Service, listener: socket.socket, made: str | None) -> None:
+    """Says where and with which key, and serves until a signal comes or loading fails."""
+    server, loop = Web(service), asyncio.get_running_loop()
+    ending: list[asyncio.Task[None]] = []
+
+    def told() -> None:
+        if ending:  # a second time: at once
+            server.should_exit = server.force_exit = True
+        else:
+            print("penstock serve: ending; answers that run have 30 seconds", file=sys.stderr, flush=True)
+            ending.append(asyncio.create_task(server.end()))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told)
+    print(f"penstock serve: {address_of(listener)}")
+    print(f"key: {made or 'the one of the first start, or of --key (lost it? --new-key makes another)'}", flush=True)
+    await server.run_until_told(listener)
+
+
+class Web(uvicorn.Server):
+    """uvicorn around a service. Leaves signals to others: uvicorn would end by the signal, and not with exit code 0."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build(service),
+                http=Wire,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="error",  # of broken requests the metrics tell
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=IDLE_SECONDS,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._service = service
+
+    async def run_until_told(self, listener: socket.socket) -> None:
+        """Loads and serves until `end`, or until a model cannot be loaded."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            self.should_exit = True
+
+        def failed() -> None:  # called from the thread that loads
+            loop.call_soon_threadsafe(stop)
+
+        self._service.start(failed)
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            self._service.stop()
+
+    async def end(self) -> None:
+        """Lets answers end, then closes."""
+        await self._service.drain()
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError when the machine does not have that address, or somebody else has."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise UserError(f"--host {host}: is no address of this machine; try 127.0.0.1.") from error
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another --port, or 0 for a "
+            "free one."
+        ) from error
+    listener.listen(1024)
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """What to type into a browser."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,424 @@
+"""/v1 and the gate before it: shapes of errors, limits, keys, and the numbers behind the text."""
+
+import json
+import math
+import socket
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+import torch
+
+from penstock.rollout.engine import Engine
+from penstock.rollout.sampling import Sampling
+from penstock.serve import gate, wire
+from tests.serve.conftest import KEY, running, save_chatty
+
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "seed": 1}
+
+
+def post(server, body, path="/v1/chat/completions", **more):
+    return server.ask("POST", path, body, **more)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v2/models", 404, "not_found"),
+        ("GET", "/v1/models/none", 404, "model_not_found"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("GET", "/assets/../app.py", 404, "not_found"),
+        ("GET", "/assets/%2e%2e/app.py", 404, "not_found"),
+        ("GET", "/api/conversations/conv_none", 404, "not_found"),
+        ("GET", "/api/conversations/%00", 404, "not_found"),
+        ("GET", "/api/conversations?limit=0", 400, "invalid_value"),
+        ("GET", "/api/session", 401, "no_session"),
+    ],
+)
+def test_every_error_has_the_same_shape(server, method, path, status, code):
+    reply = server.ask(method, path)
+    assert reply.status == status
+    assert reply.error["code"] == code
+    assert reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "says"),
+    [
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": None}, "messages", "list"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "assistant"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "text"),
+        ({"messages": [*ASK["messages"], {"role": "system", "content": "x"}]}, "messages[1].role", "start"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "leave"),
+        ({"messages": [{"role": "user", "content": "x"}] * 257}, "messages", "256"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages", "256"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "half a character"),
+        ({"n": 17}, "n", "16"),
+        ({"n": True}, "n", "integer"),
+        ({"stop": "x" * 65}, "stop", "64"),
+        ({"stop": ["a"] * 5}, "stop", "4"),
+        ({"stop": ""}, "stop", "1"),
+        ({"temperature": "1"}, "temperature", "number"),
+        ({"temperature": math.nan}, "temperature", "finite"),
+        ({"temperature": 2.5}, "temperature", "2"),
+        ({"top_p": -0.1}, "top_p", "0"),
+        ({"top_k": -1}, "top_k", "0"),
+        ({"min_p": 2}, "min_p", "1"),
+        ({"max_tokens": 0}, "max_tokens", "1"),
+        ({"max_completion_tokens": 5}, "max_tokens", "differ"),
+        ({"seed": 2**63}, "seed", "less"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "0 to 399"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
+        ({"presence_penalty": 3}, "presence_penalty", "2"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"tools": [{"type": "function"}]}, "tools", "leave it out"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "leave it out"),
+        ({"modalities": ["text", "audio"]}, "modalities", "leave it out"),
+        ({"audio": {"voice": "x"}}, "audio", "leave it out"),
+        ({"functions": [{}]}, "functions", "leave it out"),
+        ({"model": 5}, "model", "string"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_the_key_and_the_limit(server, change, param, says):
+    reply = post(server, {**ASK, **change})
+    assert reply.status == 400
+    assert reply.error["param"] == param
+    assert says in reply.error["message"]
+    assert reply.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": [400]}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": ["a"] * 5, "n": 16}, "prompt"), ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"), ({"best_of": 4}, "best_of"), ({"logprobs": 6}, "logprobs"), ({}, "prompt"),
+    ],
+)  # fmt: skip
+def test_bad_completions_are_refused_too(server, change, param):
+    body = {"model": "tiny", **({"prompt": "x"} if change else {}), **change}
+    reply = post(server, body, "/v1/completions")
+    assert (reply.status, reply.error["param"].partition("[")[0]) == (400, param)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"x"', b"[" * 20_000, b'{"model": "tiny"}'])
+def test_a_body_that_is_no_request_is_refused(server, data):
+    reply = server.ask("POST", "/v1/chat/completions", data=data, headers={"content-type": "application/json"})
+    assert reply.status == 400
+    assert reply.error["message"]
+
+
+def test_an_unknown_model_is_answered_with_those_that_are_known(server):
+    reply = post(server, {**ASK, "model": "gpt-\ud83d\n<b>"})
+    assert reply.status == 404
+    assert "tiny, other" in reply.error["message"]
+    assert reply.error["code"] == "model_not_found"
+
+
+def test_a_prompt_beyond_the_context_is_told_both_numbers(server):
+    error = post(server, {"model": "tiny", "prompt": [5] * 256}, "/v1/completions").error
+    assert "256 tokens" in error["message"]
+    assert "context of 256" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+    assert post(server, {"model": "tiny", "prompt": [5] * 255}, "/v1/completions").status == 200
+
+
+def test_null_is_the_same_as_leaving_out(server):
+    plain = post(server, ASK).json["choices"]
+    nulls = dict.fromkeys(("temperature", "top_p", "n", "stop", "tools", "audio", "stream", "logit_bias", "user"))
+    assert post(server, {**ASK, **nulls}).json["choices"] == plain
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_servers_logprobs_are_the_trainers(server):
+    served = server.service.catalogue.models["tiny"]
+    prompt = [1, 40, 41, 42]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "logprobs": 0, "seed": 3}
+    said = post(server, body, "/v1/completions").json["choices"][0]["logprobs"]
+    # The tokens, by asking an engine for the same answer.
+    (answer,) = Engine(served.decoder, eos_ids=served.encoder.eos_ids, rows=1).generate(
+        [prompt], Sampling(max_new_tokens=40, seed=3)
+    )
+    ids = [token for token in answer.response_ids if token != 2]
+    row = torch.tensor([prompt + answer.response_ids])
+    with torch.no_grad():
+        hidden = served.decoder.forward(row, torch.tensor([row.shape[1]]))
+        states = hidden[0, len(prompt) - 1 : -1]
+        wanted = torch.log_softmax(served.decoder.logits(states), -1).gather(1, row[0, len(prompt) :, None])[:, 0]
+    assert len(ids) >= 10
+    difference = torch.tensor(said["token_logprobs"]) - wanted[: len(ids)]
+    assert difference.abs().max() <= 1e-5
+
+
+def test_logprobs_are_always_numbers(server):
+    body = {**ASK, "temperature": 0.002, "logprobs": True, "top_logprobs": 20, "logit_bias": {"40": 100, "41": -100}}
+    text = post(server, body).body.decode()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    tops = [
+        top["logprob"] for one in json.loads(text)["choices"][0]["logprobs"]["content"] for top in one["top_logprobs"]
+    ]
+    assert min(tops) == -9999.0
+
+
+def test_the_coldest_temperatures_are_greedy(server):
+    greedy = post(server, {**ASK, "temperature": 0}).json["choices"][0]["message"]
+    assert post(server, {**ASK, "temperature": 1e-30}).json["choices"][0]["message"] == greedy
+
+
+# --- who may ask ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/metrics", "/openapi.json", "/api/conversations", "/api/export", "/nowhere"]
+)
+def test_every_route_needs_the_key(server, path):
+    for key in (None, "wrong", "", KEY + "x", KEY[:-1]):
+        reply = server.ask("GET", path, key=key)
+        assert (reply.status, reply.error["type"]) == (401, "authentication_error")
+
+
+def test_health_and_the_page_need_none(server):
+    assert server.ask("GET", "/health", key=None).json == {"status": "serving"}
+    assert server.ask("GET", "/", key=None).status in (200, 404)
+
+
+def log_in(server):
+    reply = server.ask("POST", "/api/session", {"key": KEY}, key=None)
+    return reply.headers["set-cookie"].split(";")[0], reply.json["csrf"], reply
+
+
+def test_a_session_is_a_cookie_and_a_token(server):
+    cookie, csrf, reply = log_in(server)
+    assert {"HttpOnly", "Path=/", "SameSite=strict"} <= {
+        part.strip() for part in reply.headers["set-cookie"].split(";")
+    }
+    with_cookie = {"cookie": cookie}
+    assert server.ask("GET", "/api/session", key=None, headers=with_cookie).json == {"csrf": csrf}
+    assert server.ask("GET", "/v1/models", key=None, headers=with_cookie).status == 200
+    refused = server.ask("POST", "/api/conversations", {}, key=None, headers=with_cookie)
+    assert (refused.status, refused.error["code"]) == (403, "invalid_csrf_token")
+    wrong = server.ask("POST", "/api/conversations", {}, key=None, headers={**with_cookie, "x-csrf-token": csrf[:-1]})
+    assert wrong.status == 403
+    right = {**with_cookie, "x-csrf-token": csrf}
+    assert server.ask("POST", "/api/conversations", {}, key=None, headers=right).status == 201
+    assert server.ask("POST", "/v1/chat/completions", ASK, key=None, headers=right).status == 200
+    assert server.ask("DELETE", "/api/session", key=None, headers=right).status == 204
+    assert server.ask("GET", "/api/session", key=None, headers=with_cookie).status == 401
+
+
+def test_a_wrong_key_opens_no_session(server):
+    reply = server.ask("POST", "/api/session", {"key": "wrong"}, key=None)
+    assert reply.status == 401
+    assert "set-cookie" not in reply.headers
+    assert server.ask("GET", "/api/session", key=None, headers={"cookie": "penstock_session=made-up"}).status == 401
+
+
+def test_keys_and_sessions_are_kept_as_hashes_only(server):
+    cookie, _, _ = log_in(server)
+    stored = b"".join(path.read_bytes() for path in Path(server.service.config.data_dir).iterdir())
+    assert KEY.encode() not in stored
+    assert cookie.split("=")[1].encode() not in stored
+
+
+def test_answers_say_what_a_browser_must_not_do(server):
+    for path in ("/health", "/v1/models", "/nowhere", "/"):
+        headers = server.ask("GET", path).headers
+        assert headers["content-security-policy"].startswith("default-src 'self';")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert "access-control-allow-origin" not in headers
+        assert "server" not in headers
+
+
+def test_other_origins_are_let_in_by_name_only(tmp_path):
+    model = save_chatty(tmp_path / "tiny")
+    with running(tmp_path / "data", model, cors=("https://friend.example",)) as one:
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        friend = one.ask("OPTIONS", "/v1/models", key=None, headers={"origin": "https://friend.example", **asks})
+        assert friend.headers["access-control-allow-origin"] == "https://friend.example"
+        assert "access-control-allow-credentials" not in friend.headers
+        stranger = one.ask("OPTIONS", "/v1/models", key=None, headers={"origin": "https://other.example", **asks})
+        assert "access-control-allow-origin" not in stranger.headers
+
+
+def test_a_key_may_have_so_many_requests_in_work(tmp_path):
+    model = save_chatty(tmp_path / "tiny")
+    with running(tmp_path / "data", model, per_key=2) as one:
+        streams = [open_stream(one) for _ in range(2)]
+        refused = one.ask("GET", "/v1/models")
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+        for stream in streams:
+            stream.close()
+        assert one.idle()
+        assert eventually(lambda: one.ask("GET", "/v1/models").status == 200)
+
+
+def test_the_chat_template_runs_in_a_sandbox(tmp_path):
+    model = save_chatty(tmp_path / "tiny")
+    settings = json.loads((tmp_path / "tiny" / "tokenizer_config.json").read_text())
+    for template in ("{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__ }}", "{{ messages.append(1) }}"):
+        (tmp_path / "tiny" / "chat_template.jinja").write_text(template)
+        settings["chat_template"] = template
+        (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps(settings))
+        with running(tmp_path / f"data{len(template)}", model) as one:
+            reply = post(one, ASK)
+            assert reply.status == 400
+            assert "the chat template refuses" in reply.error["message"]
+
+
+# --- how much, how slow -----------------------------------------------------------------------------------------------
+
+
+def raw(server, data, *, wait=5.0):
+    """What the server answers to these bytes, until it closes or `wait` seconds have passed."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=wait) as connection:
+        connection.sendall(data)
+        answer = b""
+        try:
+            while part := connection.recv(65536):
+                answer += part
+        except TimeoutError:
+            pass
+        return answer
+
+
+def head(*lines):
+    return "\r\n".join(
+        ["POST /v1/chat/completions HTTP/1.1", "host: x", f"authorization: Bearer {KEY}", *lines, "", ""]
+    )
+
+
+def test_a_body_of_100_mb_is_refused_before_it_is_sent(server):
+    answer = raw(server, head("content-length: 104857600").encode())
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"] == "request_too_large"
+
+
+def test_a_body_of_100_mb_in_chunks_is_refused_at_the_first_that_is_too_many(server):
+    def body():
+        for _ in range(100):
+            yield b"x" * 2**20
+
+    reply = httpx2.post(
+        f"{server.address}/v1/chat/completions", content=body(), headers={"authorization": f"Bearer {KEY}"}, timeout=60
+    )
+    assert reply.status_code == 413
+    assert reply.json()["error"]["code"] == "request_too_large"
+    assert server.chat().status == 200
+
+
+def test_a_body_of_just_one_mib_is_read(server):
+    padding = "x" * (2**20 - len(json.dumps({**ASK, "user": ""})))
+    assert post(server, {**ASK, "user": padding}).status == 200
+    assert post(server, {**ASK, "user": padding + "x"}).status == 413
+
+
+def test_a_head_that_never_ends_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(wire, "HEAD_SECONDS", 0.3)
+    assert raw(server, b"") == b""
+    assert raw(server, b"GET /health HTTP/1.1\r\nx: y\r\n").startswith(b"HTTP/1.1 408")
+
+
+def test_a_head_of_fifty_kilobytes_is_refused(server):
+    answer = raw(server, b"GET /health HTTP/1.1\r\n" + b"".join(b"x-%d: %s\r\n" % (i, b"y" * 8000) for i in range(6)))
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'"type": "invalid_request_error"' in answer
+
+
+def test_what_is_no_http_is_told_so(server):
+    assert raw(server, b"\x16\x03\x01 hello\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+def test_a_body_that_drips_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "LINGER_SECONDS", 0.1)
+    answer = raw(server, head("content-length: 100").encode() + b"{")
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_stops_reading_loses_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "SEND_SECONDS", 0.6)
+    model = save_chatty(tmp_path / "tiny", max_length=4000)
+    with running(tmp_path / "data", model) as one:
+        body = json.dumps({**ASK, "max_tokens": 3900, "n": 4, "stream": True, "logprobs": True, "top_logprobs": 20})
+        with socket.socket() as lazy:
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            lazy.connect(("127.0.0.1", one.port))
+            lazy.sendall((head(f"content-length: {len(body)}", "content-type: application/json") + body).encode())
+            assert eventually(lambda: one.service.scheduler.outstanding == 4)
+            assert one.idle()
+
+
+# --- leaving ----------------------------------------------------------------------------------------------------------
+
+
+def open_stream(server, **more):
+    """A connection with a long answer on its way."""
+    body = json.dumps({**ASK, "max_tokens": 240, "logit_bias": {"2": -100}, "stream": True, **more})
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall((head(f"content-length: {len(body)}", "content-type: application/json") + body).encode())
+    if more.get("stream", True):
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    return connection
+
+
+def eventually(true, seconds=30.0):
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if true():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_who_leaves_frees_his_rows_at_once(tmp_path, streamed):
+    model = save_chatty(tmp_path / "tiny", max_length=4000)
+    with running(tmp_path / "data", model) as one:
+        scheduler = one.service.scheduler
+        connection = open_stream(one, stream=streamed, max_tokens=3900, n=3)
+        assert eventually(lambda: scheduler.rows_used == 3)
+        connection.close()
+        assert one.idle()
+        assert scheduler.tokens_made < 3 * 3900
+        assert one.chat().status == 200
+
+
+def test_the_openapi_document_promises_our_errors(server):
+    document = server.ask("GET", "/openapi.json").json
+    assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+            for status, said in operation["responses"].items():
+                if status >= "400":
+                    assert said["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+
+
+def test_metrics_count(server):
+    def now():
+        lines = server.ask("GET", "/metrics").body.decode().splitlines()
+        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+
+    before = now()
+    made = server.chat(max_tokens=5, logit_bias={"2": -100}).json["usage"]
+    after = now()
+    tokens, prompts = "penstock_serve_answer_tokens_total", "penstock_serve_prompt_tokens_total"
+    assert after[tokens] - before[tokens] == made["completion_tokens"] == 5
+    assert after[prompts] - before[prompts] == made["prompt_tokens"]
+    assert after["penstock_serve_ready"] == 1
+    name = 'penstock_serve_requests_total{method="POST",route="/v1/chat/completions",status="200"}'
+    assert after[name] == before.get(name, 0) + 1

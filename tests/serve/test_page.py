@@ -1,0 +1,1001 @@
+"""The chat page as a person meets it: Debian's Chromium against a real `penstock serve` with two tiny random models.
+
+Every page that a test opens is watched: it must ask no other host for anything, open no dialog and write no error to
+the console. What a random model cannot say (markdown, attacks, failures) is put into its mouth by `speak` and `refuse`.
+Pictures are kept in $PENSTOCK_SCREENSHOTS, or in pytest's temporary directory.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from penstock.data.toyland import Toyland, save_tokenizer
+from tests.conftest import EOS, save_tiny
+from tests.serve.page_payloads import PAYLOADS
+
+CHROMIUM = Path("/usr/bin/chromium")
+if not CHROMIUM.exists():
+    pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
+pytest.importorskip("fastapi", reason="needs the server: pip install 'penstock[serve]'")
+expect = playwright.expect
+
+from penstock.serve.store import Store, open_store  # noqa: E402
+
+PAGE = Path(__file__).parent.parent.parent / "src" / "penstock" / "serve" / "page"
+KEY = "a key that only tests know"
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+WAIT = 15_000
+"""Milliseconds for anything to appear: far more than it takes on a quiet machine."""
+
+
+@dataclass
+class Served:
+    """A server that runs, and its store for what no route can do."""
+
+    url: str
+    store: Store
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("served")
+    for seed, name in enumerate(("left", "right")):
+        _save_babbler(home / name, seed)
+    command = [sys.executable, "-m", "penstock", "serve", str(home / "left"), str(home / "right")]
+    flags = ["--port", "0", "--key", KEY, "--data-dir", str(home / "data"), "--rows", "4"]
+    with open(home / "log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, *flags], stdout=subprocess.PIPE, stderr=log, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # tiny models: threads only wait for each other
+        )  # fmt: skip
+    try:
+        first = process.stdout.readline()
+        assert "http://" in first, first + (home / "log").read_text()
+        url = re.search(r"http://\S+", first)[0]
+        _wait_for_models(url, process)
+        store = open_store(str(home / "data"), None)
+        yield Served(url, store)
+        store.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (home / "log").read_text()
+    assert "Traceback" not in (home / "log").read_text()
+
+
+def _save_babbler(directory: Path, seed: int) -> None:
+    """A random model that says whole words: the last norm's bias points away from every other token."""
+    tokenizer = save_tokenizer(directory, [question.prompt for question in Toyland(0).questions[:500]])
+    save_tiny(directory, seed, vocab_size=len(tokenizer), max_length=2048)
+    weights = load_file(directory / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] = 10.0
+    words = [bool(re.fullmatch(r" ?[A-Za-z]{2,}|\.", tokenizer.decode([i]))) for i in range(len(tokenizer))]
+    words[EOS] = True
+    weights["transformer.wte.weight"][:, 0] = torch.where(torch.tensor(words), 0.0, -10.0)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _wait_for_models(url: str, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        with contextlib.suppress(urllib.error.HTTPError):  # 503 while they are loaded
+            urllib.request.urlopen(f"{url}/health")
+            return
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Watch:
+    """What a page did behind the reader's back. `allowed`: what console errors may say, where a test causes them."""
+
+    errors: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+
+    def over(self, page: Any) -> None:
+        """Watches from now on."""
+        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+        page.on("websocket", lambda socket: self.requests.append(socket.url))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("popup", lambda other: self.errors.append(f"another page was opened: {other.url}"))
+
+    def check(self, url: str) -> None:
+        """Fails if there was anything to see."""
+        assert not self.dialogs
+        foreign = [
+            one for one in self.requests if not one.startswith(("data:", "blob:")) and not one.startswith(url + "/")
+        ]
+        assert not foreign
+        assert not [error for error in self.errors if not any(one in error for one in self.allowed)]
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def watch() -> Watch:
+    return Watch()
+
+
+@pytest.fixture(scope="module")
+def contexts(browser: Any) -> dict[bool, Any]:
+    """Two browsers within the browser, a wide one and a phone (True), shared to save time: open_page clears them."""
+    shared = {"permissions": ["clipboard-read", "clipboard-write"], "reduced_motion": "reduce"}
+    found = {False: browser.new_context(**shared)}
+    found[True] = browser.new_context(**shared, has_touch=True, is_mobile=True, device_scale_factor=2)
+    for context in found.values():
+        context.set_default_timeout(WAIT)
+    return found
+
+
+@pytest.fixture
+def open_page(served: Served, contexts: dict[bool, Any], watch: Watch) -> Iterator[Open]:
+    """open_page(width=390, sampling={...}): the page in a browser that remembers these settings only, logged in."""
+    pages = []
+
+    def open_it(*, width: int = 1280, scheme: str = "light", log_in: bool = True, **settings: Any) -> Any:
+        context = contexts[width < 600]
+        context.clear_cookies()
+        page = context.new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": 844 if width < 600 else 820})
+        page.emulate_media(color_scheme=scheme)
+        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, **settings})
+        page.add_init_script(
+            f"""if (!sessionStorage.begun) {{
+              localStorage.clear();
+              localStorage["penstock.settings"] = {json.dumps(known)};
+              sessionStorage.begun = "yes";
+            }}"""
+        )
+        watch.over(page)
+        page.goto(f"{served.url}/#key={KEY}" if log_in else served.url)
+        if log_in:
+            page.wait_for_selector(".welcome")
+        return page
+
+    yield open_it
+    for page in pages:
+        page.close()
+    watch.check(served.url)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    chosen = os.environ.get("PENSTOCK_SCREENSHOTS")
+    place = Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+# --- what a person does -----------------------------------------------------------------------------------------------
+
+
+def say(page: Any, text: str, *, wait: bool = True) -> None:
+    """Types a message and sends it."""
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+    if wait:
+        settled(page, text)
+
+
+def settled(page: Any, text: str | None = None) -> None:
+    """Waits until a message is there, and everything that answers it has ended."""
+    if text is not None:
+        page.locator(".bubble").filter(
+            has_text=text
+        ).last.wait_for()  # expect() would look again after 100, 250, 500 ms
+    page.wait_for_selector("#thread .turn:last-child:is(.assistant, .pair) .actions")
+    page.wait_for_selector("#send:not(.busy)")
+
+
+def answers(page: Any) -> list[str]:
+    """The texts of the answers on the screen."""
+    return page.locator(".prose").all_inner_texts()
+
+
+def conversation_of(page: Any, served: Served) -> list[dict[str, Any]]:
+    """The messages as the server has them."""
+    return served.store.messages(page.url.split("#/")[1])
+
+
+def ask(page: Any, path: str) -> Any:
+    """What the server answers to this page's session."""
+    return page.evaluate("path => fetch(path).then(answer => answer.json())", path)
+
+
+def speak(page: Any, served: Served, *texts: str) -> None:
+    """The next answers are these texts, stored as the server would store its model's."""
+    left = list(texts)
+
+    def answer(route: Any) -> None:
+        asked, text = route.request.post_data_json, left.pop(0)
+        where = urlsplit(route.request.url).path.split("/")[3]
+        made = served.store.add_message(where, asked["parent_id"], "assistant", "", model=asked["model"], sampling={})
+        ended = served.store.end_message(made["id"], text, "stop")
+        events = [
+            {"type": "message", "message": made},
+            {"type": "delta", "content": text},
+            {"type": "done", "message": ended},
+        ]
+        stream(route, events)
+
+    page.route("**/replies", answer, times=len(texts))
+
+
+def stream(route: Any, events: list[dict[str, Any]]) -> None:
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    route.fulfill(content_type="text/event-stream", body=body)
+
+
+# --- the key ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_asked_for_once_per_browser(open_page, served, watch, pictures):
+    watch.allowed = ["401"]  # the wrong key, on purpose
+    page = open_page(log_in=False)
+    page.get_by_placeholder("Key").fill("not the key of the server")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert").first).to_contain_text("That is not the key")
+    page.screenshot(path=pictures / "login.png")
+    assert len(watch.errors) == 1
+    page.get_by_placeholder("Key").fill(KEY)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".welcome")
+    [cookie] = page.context.cookies()
+    assert cookie["httpOnly"]
+    assert cookie["sameSite"] == "Strict"
+    assert KEY not in page.evaluate("JSON.stringify({...localStorage, ...sessionStorage}) + document.cookie")
+    page.reload()
+    page.wait_for_selector(".welcome")
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_placeholder("Key")).to_be_visible()
+    page.reload()
+    expect(page.get_by_placeholder("Key")).to_be_visible()
+    assert not page.context.cookies()
+    assert len(watch.errors) == 1  # asking for the key is no error
+
+
+def test_the_page_is_served_with_a_policy_that_allows_nothing_inline(served, open_page):
+    page = open_page(log_in=False)
+    answer = page.request.get(served.url)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert "unsafe" not in answer.headers["content-security-policy"]
+    html = answer.text()
+    assert not re.findall(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=", html)
+    for file in PAGE.glob("*.js"):
+        assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", file.read_text()), file
+
+
+def test_vendored_files_are_the_packages_own():
+    rows = re.findall(r"^\| (\S+) \|.* ([0-9a-f]{64}) \|$", (PAGE / "vendor" / "README.md").read_text(), re.MULTILINE)
+    there = {path.name for path in (PAGE / "vendor").iterdir()} - {"README.md"}
+    assert {name for name, _ in rows} == there
+    for name, digest in rows:
+        assert hashlib.sha256((PAGE / "vendor" / name).read_bytes()).hexdigest() == digest
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_of_several_turns_is_there_again_after_a_reload(open_page, served, pictures):
+    page = open_page()
+    say(page, "What colour is the fox?")
+    say(page, "And the owl?")
+    before = answers(page)
+    assert len(before) == 2
+    page.screenshot(path=pictures / "chat.png")
+    page.reload()
+    settled(page, "And the owl?")
+    assert answers(page) == before
+    assert page.locator(".bubble").all_inner_texts() == ["What colour is the fox?", "And the owl?"]
+    expect(page.locator(".conversations li.current")).to_have_text("What colour is the fox?")
+    roles = [message["role"] for message in conversation_of(page, served)]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    assert page.title() == "What colour is the fox? - penstock"
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures, how):
+    page = open_page(sampling={"temperature": 0, "seed": 1})  # goes on to the end of the context
+    say(page, "Tell me all", wait=False)
+    expect(page.locator(".prose")).to_have_text(re.compile(".{20}", re.DOTALL))
+    if how == "button":
+        page.screenshot(path=pictures / "streaming.png")
+        page.get_by_role("button", name="Stop").click()
+    else:
+        page.keyboard.press("Escape")
+    settled(page)
+    expect(page.locator(".note")).to_contain_text("Stopped.")
+    deadline = time.monotonic() + 10
+    while (message := conversation_of(page, served)[1])["finish_reason"] is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert message["finish_reason"] == "cancelled"
+    assert message["content"]
+    page.reload()
+    settled(page)
+    expect(page.locator(".note")).to_contain_text("Stopped.")
+
+
+def test_answering_again_adds_an_alternative_and_keeps_the_first(open_page, served):
+    page = open_page(sampling={"max_tokens": 12})
+    say(page, "Hello")
+    [first] = answers(page)
+    page.get_by_role("button", name="Answer again").click()
+    expect(page.locator(".switcher span")).to_have_text("2/2")
+    settled(page)
+    [second] = answers(page)
+    assert second != first
+    page.get_by_role("button", name="Previous branch").click()
+    expect(page.locator(".switcher span")).to_have_text("1/2")
+    assert answers(page) == [first]
+    page.reload()
+    settled(page)
+    expect(page.locator(".switcher span")).to_have_text("2/2")
+    assert answers(page) == [second]
+    assert [message["parent_id"] for message in conversation_of(page, served)][1:] == [
+        conversation_of(page, served)[0]["id"]
+    ] * 2
+
+
+def test_editing_a_message_starts_a_branch_with_the_old_one_beside_it(open_page, pictures):
+    page = open_page()
+    say(page, "What does the fox eat?")
+    say(page, "Thank you")
+    page.get_by_role("button", name="Edit this message").first.click()
+    box = page.get_by_label("Edit the message")
+    assert box.input_value() == "What does the fox eat?"
+    box.fill("What does the owl eat?")
+    page.screenshot(path=pictures / "edit.png")
+    page.keyboard.press("Enter")
+    settled(page, "What does the owl eat?")
+    assert page.locator(".bubble").all_inner_texts() == ["What does the owl eat?"]
+    expect(page.locator(".switcher span")).to_have_text("2/2")
+    page.get_by_role("button", name="Previous branch").click()
+    assert page.locator(".bubble").all_inner_texts() == ["What does the fox eat?", "Thank you"]
+    page.get_by_role("button", name="Edit this message").first.click()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("Edit the message")).to_have_count(0)
+    assert page.locator(".bubble").count() == 2
+
+
+def test_an_answer_cut_by_its_length_can_go_on(open_page, served):
+    page = open_page(sampling={"max_tokens": 3, "temperature": 0})
+    say(page, "Count")
+    expect(page.locator(".note")).to_contain_text("Stopped at the length limit.")
+    page.get_by_role("button", name="Continue").click()
+    settled(page, "Continue.")
+    assert [message["content"] for message in conversation_of(page, served) if message["role"] == "user"] == [
+        "Count",
+        "Continue.",
+    ]
+    expect(page.get_by_role("button", name="Continue")).to_have_count(1)  # only behind the last
+
+
+def test_system_prompt_and_sampling_reach_the_server_and_are_remembered(open_page, served, pictures):
+    page = open_page()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    for label, value in {
+        "Temperature": "0.5",
+        "Top p": "0.9",
+        "Min p": "0.02",
+        "Top k": "40",
+        "Longest answer": "5",
+        "Seed": "11",
+    }.items():
+        page.get_by_label(label, exact=True).fill(value)
+    page.screenshot(path=pictures / "settings.png")
+    page.get_by_role("button", name="Close settings").click()
+    say(page, "Hello")
+    [user, answer] = conversation_of(page, served)
+    chosen = {"temperature": 0.5, "top_p": 0.9, "min_p": 0.02, "top_k": 40, "max_tokens": 5, "seed": 11}
+    assert answer["sampling"] == chosen
+    assert served.store.turns(user["id"], user["conversation_id"])[0] == {"role": "system", "content": "Be brief."}
+    page.reload()
+    settled(page)
+    page.get_by_role("button", name="Settings").click()
+    assert page.get_by_label("System prompt").input_value() == "Be brief."
+    assert page.get_by_label("Seed", exact=True).input_value() == "11"
+    page.get_by_label("System prompt").fill("Be kind.")
+    with page.expect_response(lambda answer: answer.request.method == "PATCH"):
+        page.keyboard.press("Escape")
+    assert served.store.conversation(user["conversation_id"])["system"] == "Be kind."
+
+
+def test_the_model_is_the_one_that_was_picked(open_page, served):
+    page = open_page()
+    assert page.get_by_role("combobox", name="Model", exact=True).locator("option").all_inner_texts() == [
+        "left",
+        "right",
+    ]
+    page.get_by_role("combobox", name="Model", exact=True).select_option("right")
+    say(page, "Hello")
+    assert conversation_of(page, served)[1]["model"] == "right"
+    expect(page.locator(".who")).to_have_text("right")
+    page.reload()
+    settled(page)
+    expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("right")
+
+
+# --- side by side and votes -------------------------------------------------------------------------------------------
+
+
+def test_of_two_models_side_by_side_one_is_voted_better_blind(open_page, served, pictures):
+    page = open_page()
+    page.get_by_role("button", name="Compare two answers").click()
+    say(page, "What colour is the fox?")
+    columns = page.locator(".answer")
+    expect(columns).to_have_count(2)
+    expect(page.locator(".who").first).to_contain_text("name hidden until you vote")
+    page.screenshot(path=pictures / "side-by-side.png")
+    page.get_by_role("button", name="B is better").click()
+    expect(columns.nth(1)).to_have_class("answer better")
+    page.screenshot(path=pictures / "voted.png")
+    names = [column.locator(".who span").first.inner_text() for column in columns.all()]
+    assert sorted(names) == ["left", "right"]
+    stored = {message["id"]: message for message in conversation_of(page, served)}
+    [vote] = ask(page, f"/api/votes?conversation_id={page.url.split('#/')[1]}")["data"]
+    assert [stored[one]["model"] for one in vote["shown"]] == names  # in the order of the screen
+    assert vote["chosen_id"] == vote["shown"][1]
+    say(page, "And the owl?")  # both go on from the better one
+    asked = [message for message in conversation_of(page, served) if message["role"] == "user"]
+    assert asked[1]["parent_id"] == vote["chosen_id"]
+    before = answers(page)
+    page.reload()
+    settled(page, "And the owl?")
+    assert answers(page) == before
+    expect(page.get_by_role("button", name="B is better").first).to_have_attribute("aria-pressed", "true")
+
+
+def test_one_model_answers_twice_with_two_seeds_and_the_vote_is_a_tie(open_page, served):
+    page = open_page(compare=True, model="left", modelB="left", blind=False)
+    say(page, "Hello")
+    assert {message["sampling"]["seed"] for message in conversation_of(page, served)[1:]} == {7, 8}
+    assert page.locator(".who span").all_inner_texts() == ["left, seed 7", "left, seed 8"]
+    page.get_by_role("button", name="Tie").click()
+    expect(page.get_by_role("button", name="Tie")).to_have_attribute("aria-pressed", "true")
+    [vote] = ask(page, f"/api/votes?conversation_id={page.url.split('#/')[1]}")["data"]
+    assert vote["chosen_id"] is None
+    page.get_by_role("button", name="Answer again").click()
+    expect(page.locator(".switcher span")).to_have_text("2/2")
+    settled(page)
+    expect(page.locator(".answer")).to_have_count(2)
+    assert len(conversation_of(page, served)) == 5
+
+
+def test_a_pair_without_a_vote_stays_a_pair_in_this_browser(open_page):
+    page = open_page(compare=True)
+    say(page, "Hello")
+    before = answers(page)
+    page.reload()
+    settled(page)
+    assert page.locator(".answer .prose").all_inner_texts() == before
+    expect(page.locator(".who").first).to_contain_text("name hidden until you vote")
+
+
+def test_a_thumb_is_stored_and_can_be_taken_back(open_page):
+    page = open_page()
+    say(page, "Hello")
+    up, down = page.get_by_role("button", name="Good answer"), page.get_by_role("button", name="Bad answer")
+    up.click()
+    expect(up).to_have_attribute("aria-pressed", "true")
+    down.click()
+    expect(down).to_have_attribute("aria-pressed", "true")
+    expect(up).to_have_attribute("aria-pressed", "false")
+    votes = f"/api/votes?conversation_id={page.url.split('#/')[1]}"
+    assert [vote["value"] for vote in ask(page, votes)["data"]] == [-1]
+    page.reload()
+    settled(page)
+    expect(down).to_have_attribute("aria-pressed", "true")
+    down.click()
+    expect(down).to_have_attribute("aria-pressed", "false")
+    assert ask(page, votes)["data"] == []
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+
+def test_conversations_can_be_renamed_found_and_deleted(open_page, served):
+    page = open_page()
+    say(page, "About rivers")
+    kept = page.url
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator(".welcome")).to_be_visible()
+    say(page, "About mountains")
+    line = page.locator(".conversations li.current")
+    line.hover()
+    line.get_by_role("button", name="Rename About mountains").click()
+    page.get_by_label("New title").fill("High places")
+    page.keyboard.press("Enter")
+    expect(line).to_have_text("High places")
+    assert page.title() == "High places - penstock"
+    page.get_by_placeholder("Search").fill("high pl")
+    expect(page.locator(".conversations li")).to_have_count(1)
+    page.get_by_placeholder("Search").fill("nothing is called this")
+    expect(page.locator(".nothing")).to_contain_text("Nothing called")
+    page.get_by_placeholder("Search").fill("")
+    line.hover()
+    line.get_by_role("button", name="Delete High places").click()
+    page.get_by_role("button", name="Keep it").click()
+    expect(line).to_have_text("High places")
+    line.hover()
+    line.get_by_role("button", name="Delete High places").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator(".welcome")).to_be_visible()
+    expect(page.get_by_role("link", name="High places")).to_have_count(0)
+    page.get_by_role("link", name="About rivers").first.click()
+    settled(page, "About rivers")
+    assert page.url == kept
+    page.go_back()
+    expect(page.locator(".welcome")).to_be_visible()
+
+
+def test_an_answer_goes_on_while_another_conversation_is_open(open_page):
+    page = open_page(sampling={"temperature": 0, "max_tokens": 600})
+    say(page, "A long one", wait=False)
+    page.wait_for_selector(".prose")
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator(".welcome")).to_be_visible()
+    page.get_by_role("link", name="A long one").first.click()
+    settled(page, "A long one")
+    expect(page.locator(".note")).to_contain_text("Stopped at the length limit.")
+
+
+def test_export_writes_json_lines_of_every_branch(open_page, served, tmp_path):
+    page = open_page(sampling={"max_tokens": 6})
+    say(page, "What does the crow eat?")
+    page.get_by_role("button", name="Answer again").click()
+    expect(page.locator(".switcher span")).to_have_text("2/2")
+    settled(page)
+    page.get_by_role("button", name="Settings").click()
+    with page.expect_download() as one:
+        page.get_by_role("link", name="Export as JSON lines").click()
+    page.keyboard.press("Escape")
+    with page.expect_download() as everything:
+        page.get_by_role("link", name="Export all").click()
+    lines = [json.loads(line) for line in Path(one.value.path()).read_text().splitlines()]
+    said = [message["content"] for message in conversation_of(page, served) if message["role"] == "assistant"]
+    assert [line["messages"][-1] for line in lines] == [{"role": "assistant", "content": text} for text in said]
+    assert all(line["messages"][0] == {"role": "user", "content": "What does the crow eat?"} for line in lines)
+    both = Path(everything.value.path()).read_text()
+    assert all(json.dumps(line, ensure_ascii=False) in both for line in lines)
+    assert one.value.suggested_filename.endswith(".jsonl")
+
+
+# --- what a model writes ----------------------------------------------------------------------------------------------
+
+RICH = """A **penstock** carries water from a reservoir to a turbine. Three things decide what comes out:
+
+1. **Head**: how far the water falls.
+2. **Flow**: how much of it arrives per second.
+3. **Losses**: friction in the pipe, and bends.
+
+```python
+def power(head, flow, efficiency=0.9):
+    \"\"\"Watts from metres and cubic metres per second.\"\"\"
+    return 1000 * 9.81 * head * flow * efficiency  # density times gravity
+```
+
+| head | flow | power |
+|---:|---:|---:|
+| 10 m | 0.5 m3/s | 44 kW |
+| 40 m | 0.5 m3/s | 177 kW |
+
+> Small turbines are fed from reservoirs far larger than themselves.
+
+See [the article](https://example.com/penstock), ![a picture](https://example.com/x.png) and `code`.
+"""
+
+
+def test_markdown_code_tables_and_links_are_shown_and_code_is_copied(open_page, served):
+    page = open_page()
+    speak(page, served, RICH)
+    say(page, "How does it work?")
+    prose = page.locator(".prose")
+    expect(prose.locator("strong").first).to_have_text("penstock")
+    expect(prose.locator("ol li")).to_have_count(3)
+    expect(prose.locator("td")).to_have_count(6)
+    expect(prose.locator("blockquote")).to_be_visible()
+    expect(prose.locator("figcaption span").first).to_have_text("python")
+    expect(prose.locator(".code-word").first).to_have_text("def")
+    links = prose.locator("a")
+    assert links.all_inner_texts() == ["the article", "a picture"]  # a picture of another host is a link
+    for link in links.all():
+        assert link.get_attribute("target") == "_blank"
+        assert "noopener" in link.get_attribute("rel")
+    assert prose.locator("img").count() == 0
+    prose.get_by_role("button", name="Copy code").click()
+    code = RICH.split("```python\n")[1].split("\n```")[0]
+    assert page.evaluate("navigator.clipboard.readText()").strip() == code
+    page.get_by_role("button", name="Copy this answer").click()
+    assert page.evaluate("navigator.clipboard.readText()") == RICH
+    page.get_by_role("button", name="Copy this message").click()
+    assert page.evaluate("navigator.clipboard.readText()") == "How does it work?"
+
+
+NOTHING_RUNS = """() => {
+  const wrong = [];
+  const bad = new Set(
+    ["script", "style", "iframe", "object", "embed", "img", "image", "video", "audio", "source", "link", "meta", "base",
+     "form", "math", "svg", "template"]);
+  for (const element of document.querySelectorAll("#app *")) {
+    const ours = element.closest(".sprite, svg.icon");
+    const tag = element.localName;
+    const shown = element.parentElement.closest(".prose, .bubble, #conversations");
+    if (!shown || ours) continue;
+    if (bad.has(tag)) wrong.push(element.outerHTML);
+    for (const { name, value } of element.attributes) {
+      if (/^on|^style$|^src|^id$/.test(name)) wrong.push(element.outerHTML);
+      if (name === "href" && !/^(https?:|mailto:|#\\/conv_)/.test(value)) wrong.push(element.outerHTML);
+    }
+    for (const event of ["mouseover", "focus", "pointerenter", "animationstart", "error", "load", "toggle"]) {
+      element.dispatchEvent(new Event(event));
+    }
+  }
+  if (window.hurt) wrong.push("window.hurt");
+  return wrong;
+}"""
+
+
+def test_no_payload_runs_or_fetches_out_of_a_models_mouth(open_page, served):
+    """Ten to a message, so that it takes seconds: one by one they are in the two tests below."""
+    assert len(PAYLOADS) >= 150
+    page = open_page()
+    texts = ["\n\n".join(PAYLOADS[i : i + 10]) for i in range(0, len(PAYLOADS), 10)]
+    speak(page, served, *texts)
+    for count, text in enumerate(texts, 1):
+        page.get_by_label("Message", exact=True).fill(text)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"#thread > :nth-child({2 * count}) > .actions")
+    assert page.evaluate(NOTHING_RUNS) == []
+
+
+def test_no_payload_runs_while_it_is_being_written(open_page):
+    """Half a payload is another text to the parser; every prefix of every payload is drawn."""
+    page = open_page()
+    drawn = page.evaluate(
+        """async (payloads) => {
+          const { render } = await import("/assets/markdown.js");
+          const prose = document.createElement("div");
+          prose.className = "prose";
+          document.querySelector("#thread").append(prose);
+          let drawn = 0;
+          for (const payload of payloads) {
+            for (let end = 1; end <= payload.length; end++, drawn++) {
+              prose.replaceChildren(render("Well: " + payload.slice(0, end)));
+              if (prose.querySelector("script, style, img, svg:not(.icon), iframe, [onerror], [onload], [style]")) {
+                throw new Error(payload.slice(0, end));
+              }
+            }
+          }
+          return drawn;
+        }""",
+        PAYLOADS,
+    )
+    assert drawn == sum(len(payload.encode("utf-16-le")) // 2 for payload in PAYLOADS)
+    assert page.evaluate(NOTHING_RUNS) == []
+
+
+def test_no_payload_runs_from_history_titles_or_exports(open_page, served):
+    store = served.store
+    for payload in PAYLOADS:
+        store.add_conversation(f"payload: {payload}"[:200], payload)
+    talk, parent = store.add_conversation("payloads", PAYLOADS[0])["id"], None
+    for payload in PAYLOADS:
+        asked = store.add_message(talk, parent, "user", payload)["id"]
+        parent = store.add_message(talk, asked, "assistant", "", model=payload, sampling={})["id"]
+        store.end_message(parent, payload, "stop")
+    page = open_page()
+    page.goto(f"{served.url}/#/{talk}")
+    settled(page)
+    assert page.locator(".bubble").all_inner_texts()[:3] == PAYLOADS[:3]
+    assert page.locator(".prose").count() == len(PAYLOADS)
+    assert page.evaluate(NOTHING_RUNS) == []
+    page.get_by_placeholder("Search").fill("payload: ")  # reads the whole list
+    expect(page.locator(".conversations li")).to_have_count(len(PAYLOADS), timeout=WAIT)
+    assert page.evaluate(NOTHING_RUNS) == []
+    page.get_by_role("button", name="Settings").click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Export as JSON lines").click()
+    [line] = Path(download.value.path()).read_text().splitlines()
+    assert [one["content"] for one in json.loads(line)["messages"]] == [
+        PAYLOADS[0],
+        *(p for p in PAYLOADS for _ in "ua"),
+    ]
+    answer = page.request.get(f"{served.url}/api/conversations/{talk}/export")
+    assert answer.headers["content-type"].startswith("application/jsonl")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "attachment" in answer.headers["content-disposition"]
+
+
+# --- when things go wrong ---------------------------------------------------------------------------------------------
+
+
+def refuse(page: Any, status: int, message: str, headers: dict[str, str] | None = None, *, times: int = 1) -> None:
+    """The next replies are refused with this error."""
+    error = {"error": {"message": message, "type": "t", "param": None, "code": "c"}}
+    body = json.dumps(error)
+    page.route(
+        "**/replies",
+        lambda route: route.fulfill(status=status, body=body, content_type="application/json", headers=headers or {}),
+        times=times,
+    )
+
+
+def test_a_busy_server_is_asked_again_when_it_said(open_page, watch, pictures):
+    watch.allowed = ["429"]
+    page = open_page()
+    refuse(page, 429, "128 answers wait already", {"retry-after": "1"})
+    say(page, "Hello", wait=False)
+    expect(page.locator(".note.busy")).to_contain_text("The server is busy. Trying again in")
+    page.screenshot(path=pictures / "busy.png")
+    settled(page)
+    expect(page.locator(".note.busy")).to_have_count(0)
+    assert answers(page)[0]
+    refuse(page, 429, "128 answers wait already", {"retry-after": "600"})
+    say(page, "Again", wait=False)
+    expect(page.locator(".note.busy")).to_contain_text("600 s")
+    page.keyboard.press("Escape")  # waiting can be stopped too
+    expect(page.locator(".note").last).to_contain_text("Stopped.")
+    page.get_by_role("button", name="Try again").click()
+    settled(page)
+    assert len(answers(page)) == 2
+
+
+def test_a_failed_answer_says_why_and_can_be_tried_again(open_page, watch, served):
+    watch.allowed = ["400"]
+    page = open_page()
+    refuse(page, 400, "the prompt has 300 tokens and left has a context of 256")
+    say(page, "Hello", wait=False)
+    expect(page.locator(".note.failed")).to_contain_text("300 tokens and left has a context of 256")
+    say(page, "Shorter")  # takes the place of what was not answered
+    assert page.locator(".bubble").all_inner_texts() == ["Shorter"]
+
+    failure = {"type": "error", "error": {"message": "the model failed", "type": "t", "param": None, "code": "c"}}
+    endings = [[failure], []]
+
+    def break_off(route: Any) -> None:
+        talk, parent = conversation_of(page, served)[0]["conversation_id"], route.request.post_data_json["parent_id"]
+        made = served.store.add_message(talk, parent, "assistant", "", model="left")
+        served.store.end_message(made["id"], "Half an", "error")
+        said = [{"type": "message", "message": made}, {"type": "delta", "content": "Half an"}]
+        stream(route, [*said, *endings.pop(0)])
+
+    page.route("**/replies", break_off, times=2)
+    say(page, "Break", wait=False)
+    expect(page.locator(".note.failed")).to_contain_text("the model failed")
+    assert answers(page)[-1] == "Half an"
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".note.failed")).to_contain_text("The connection was lost")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".switcher span").last).to_have_text("3/3")
+    settled(page)
+
+
+def test_while_models_are_loaded_the_page_says_so_and_waits(open_page, served, watch):
+    watch.allowed = ["503"]
+    page = open_page(log_in=False)
+    refusal = {"error": {"message": "the server is loading.", "type": "t", "param": None, "code": "loading"}}
+    page.route(
+        "**/health", lambda route: route.fulfill(status=503, json=refusal, headers={"retry-after": "1"}), times=1
+    )
+    page.goto(f"{served.url}/?again#key={KEY}")
+    expect(page.locator("#banner")).to_contain_text("The model is being loaded.")
+    page.wait_for_selector(".welcome")
+    expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_a_lost_server_is_waited_for_and_nothing_written_is_lost(open_page, watch, pictures):
+    watch.allowed = ["ERR_INTERNET_DISCONNECTED"]
+    page = open_page()
+    page.context.set_offline(True)
+    say(page, "Are you there?", wait=False)
+    expect(page.locator("#banner")).to_be_visible()
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Are you there?")
+    page.screenshot(path=pictures / "offline.png")
+    page.context.set_offline(False)
+    expect(page.locator("#banner")).to_be_hidden(timeout=WAIT)
+    page.get_by_label("Message", exact=True).press("Enter")
+    settled(page, "Are you there?")
+
+
+def test_a_conversation_that_is_gone_leaves_a_word_and_a_new_chat(open_page, served, watch):
+    watch.allowed = ["404"]
+    page = open_page()
+    page.goto(f"{served.url}/#/conv_{'0' * 24}")
+    expect(page.locator("#toast")).to_contain_text("no conversation")
+    expect(page.locator(".welcome")).to_be_visible()
+
+
+def test_a_second_log_in_in_another_tab_does_not_disturb_the_first(open_page, served, watch):
+    watch.allowed = ["403"]
+    page = open_page()
+    other = page.context.new_page()
+    watch.over(other)
+    other.goto(f"{served.url}/#key={KEY}")
+    other.wait_for_selector(".welcome")
+    other.close()
+    say(page, "Hello")
+
+
+# --- for everybody ----------------------------------------------------------------------------------------------------
+
+
+def test_everything_works_from_the_keyboard(open_page):
+    page = open_page()
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    page.keyboard.type("One")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    assert page.get_by_label("Message", exact=True).input_value() == "One\ntwo"
+    page.keyboard.press("Enter")
+    settled(page, "One")
+    page.get_by_role("button", name="Good answer").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Good answer")).to_be_focused()  # it was drawn anew
+    ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert ring == "solid"
+    page.evaluate("document.activeElement.blur(), document.querySelector('.skip').focus()")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    assert "#/conv_" not in page.url or page.locator(".bubble").count() == 1
+    page.get_by_placeholder("Search").fill("none of the conversations of other tests")
+    seen = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label')"))
+    assert {
+        "new-chat",
+        "search",
+        "export-all",
+        "prompt",
+        "model",
+        "compare",
+        "open-settings",
+        "Answer again",
+        "Edit this message",
+        "theme",
+    } <= seen
+
+
+def test_every_control_has_a_name_and_answers_are_announced(open_page):
+    page = open_page(compare=True)
+    say(page, "Hello")
+    page.get_by_role("button", name="Tie").click()
+    expect(page.get_by_role("status")).to_have_text("The answer is complete.")
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, a, input, select, textarea")]
+          .filter((one) => !one.closest("[aria-hidden=true]") && one.getAttribute("aria-hidden") !== "true")
+          .filter((one) => !(one.getAttribute("aria-label") || one.textContent.trim()))
+          .filter((one) => !one.labels?.[0]?.textContent.trim())
+          .map((one) => one.outerHTML)"""
+    )
+    assert nameless == []
+
+
+def test_text_has_enough_contrast_in_light_and_in_dark(open_page):
+    pairs = [(text, ground) for text in ("text", "muted") for ground in ("ground", "surface", "side", "raised")]
+    pairs += [(text, ground) for text in ("accent", "danger") for ground in ("ground", "surface")]
+    pairs += [("on-accent", "accent"), ("code-word", "surface"), ("code-string", "surface"), ("code-number", "surface")]
+    page = open_page(log_in=False)
+    rgb = """(name) => {
+      const probe = document.createElement("i");
+      probe.style.color = `var(--${name})`;
+      document.body.append(probe);
+      return getComputedStyle(probe).color.match(/[\\d.]+/g).map(Number);
+    }"""
+
+    def light(name: str) -> float:
+        """Relative luminance (WCAG 2.2)."""
+        parts = [c / 255 for c in page.evaluate(rgb, name)[:3]]
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for text, ground in pairs:
+            low, high = sorted((light(text), light(ground)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, text, ground)
+
+
+def test_the_theme_follows_the_system_until_somebody_chooses(open_page):
+    page = open_page(scheme="dark")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(ground)
+    button = page.get_by_role("button", name="Theme")
+    button.click()
+    expect(button).to_have_text("Theme: light")
+    assert page.evaluate(ground) != dark
+    page.reload()
+    page.wait_for_selector(".welcome")
+    assert page.evaluate(ground) != dark
+    button.click()
+    expect(button).to_have_text("Theme: dark")
+    assert page.evaluate(ground) == dark
+
+
+def test_a_phone_shows_everything_without_sideways_scrolling(open_page, served, pictures):
+    page = open_page(width=390)
+    fits = "document.documentElement.scrollWidth <= 390 && document.querySelector('#scroll').scrollWidth <= 390"
+    speak(page, served, RICH + "\n\n" + "x" * 300)
+    say(page, "How does it work? " + "y" * 200)
+    assert page.evaluate(fits)
+    page.screenshot(path=pictures / "phone-chat.png")
+    page.get_by_role("button", name="Compare two answers").tap()
+    say(page, "And the owl?")
+    [a, b] = [column.bounding_box() for column in page.locator(".answer").all()]
+    assert b["y"] >= a["y"] + a["height"]  # below each other
+    assert page.evaluate(fits)
+    page.get_by_role("button", name="A is better").tap()
+    expect(page.locator(".answer.better")).to_have_count(1)
+    page.screenshot(path=pictures / "phone-voted.png")
+    expect(page.get_by_role("navigation")).to_be_hidden()
+    page.get_by_role("button", name="Conversations").tap()
+    expect(page.get_by_role("navigation")).to_be_visible()
+    page.screenshot(path=pictures / "phone-list.png")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("navigation")).to_be_hidden()
+    page.get_by_role("button", name="Settings").tap()
+    assert page.evaluate("document.querySelector('#settings').scrollWidth <= 390")
+    page.keyboard.press("Escape")
+    small = page.evaluate(
+        """() => [...document.querySelectorAll(".top button, .composer button, .verdict button, .actions > button")]
+          .filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 32)
+          .map((one) => one.getAttribute("aria-label") || one.textContent)"""
+    )
+    assert small == []
+
+
+def test_pictures_of_the_page(open_page, served, pictures):
+    """An example conversation, since a random model has nothing to say. For the documentation's copies:
+
+    PENSTOCK_SCREENSHOTS=docs/page python -m pytest tests/serve/test_page.py -k pictures
+    """
+    for title in ("Notes on reward models", "Sorting a list in Python", "A haiku about the river"):
+        served.store.add_conversation(title, "")
+    page = open_page()
+    speak(page, served, RICH.split("\n\nSee")[0])
+    say(page, "How does a penstock work?")
+    for width, height in ((1280, 820), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.evaluate("document.querySelector('#scroll').scrollTop = 0")
+            page.screenshot(path=pictures / f"page-{width}-{scheme}.png")
+    shown = [
+        (pictures / f"page-{width}-{scheme}.png").read_bytes() for width in (1280, 390) for scheme in ("light", "dark")
+    ]
+    assert len(set(shown)) == 4

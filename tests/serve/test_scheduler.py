@@ -1,0 +1,232 @@
+"""The thread that owns the engines, without a web server around it: who gets rows, who frees them, what breaks."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from penstock.data.chat import Encoder
+from penstock.models.tokenizers import load_tokenizer
+from penstock.rollout import engine as engines
+from penstock.rollout.sampling import Sampling
+from penstock.serve.errors import ApiError
+from penstock.serve.scheduler import BusyError, Generation, Scheduler
+from penstock.serve.served import Served, named_sources
+from tests.serve.conftest import save_chatty
+
+NO_EOS = ((2, -100.0),)
+PROMPT = [1, 40, 41]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Makes a served model: load(seed, rows)."""
+
+    def make(seed=0, rows=2, name="tiny"):
+        path = save_chatty(tmp_path_factory.mktemp("model"), seed)
+        decoder = engines.load(path, "fp32", "cpu")[1].decoder
+        encoder = Encoder(load_tokenizer(path), eos_ids=[2], vocab_size=400, max_length=2**31)
+        return Served(name, f"digest of {seed}", 0, encoder, decoder, rows, 10_000)
+
+    return make
+
+
+@contextlib.asynccontextmanager
+async def scheduling(queue_length=4):
+    scheduler = Scheduler(asyncio.get_running_loop(), queue_length=queue_length)
+    scheduler.start()
+    try:
+        yield scheduler
+    finally:
+        scheduler.close(ApiError(503, "the test is over"))
+
+
+async def all_of(generation):
+    """Every answer's text and why it ended."""
+    texts, reasons = [""] * generation.count, [None] * generation.count
+    while None in reasons:
+        for piece in await generation.pieces():
+            texts[piece.index] += piece.text
+            reasons[piece.index] = piece.finish_reason or reasons[piece.index]
+    return texts, reasons
+
+
+def ask(served, seed=0, tokens=20, prompts=(PROMPT,), **more):
+    return Generation(
+        served, [list(one) for one in prompts], Sampling(max_new_tokens=tokens, seed=seed, logit_bias=NO_EOS, **more)
+    )
+
+
+def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(load):
+    served = load(rows=3)
+
+    async def run():
+        async with scheduling() as scheduler:
+            alone = []
+            for seed in range(5):
+                scheduler.submit(one := ask(served, seed))
+                alone.append((await all_of(one))[0][0])
+            steps = scheduler.steps
+            many = [ask(served, seed) for seed in range(5)]
+            for one in many:
+                scheduler.submit(one)
+            together = [(await all_of(one))[0][0] for one in many]
+            return alone, together, steps, scheduler.steps - steps
+
+    alone, together, slow, quick = asyncio.run(run())
+    assert together == alone
+    assert slow == 100
+    assert quick < 60  # three at a time
+
+
+def test_what_finds_no_room_is_refused_and_room_comes_back(load):
+    served = load(rows=1)
+
+    async def run():
+        async with scheduling(queue_length=2) as scheduler:
+            first = [ask(served, seed) for seed in range(3)]
+            for one in first:
+                scheduler.submit(one)
+            with pytest.raises(BusyError, match="has 3 answers running or waiting, and room for 3 with 1 at once"):
+                scheduler.submit(ask(served))
+            for one in first:
+                await all_of(one)
+            assert scheduler.outstanding == 0
+            scheduler.submit(last := ask(served))
+            await all_of(last)
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_request_frees_its_row_before_the_next_step(load):
+    served = load(rows=1)
+
+    async def run():
+        async with scheduling() as scheduler:
+            scheduler.submit(long := ask(served, tokens=200))
+            scheduler.submit(waits := ask(served, seed=1, tokens=1))
+            await long.pieces()
+            scheduler.cancel(long)
+            made = long.tokens_made
+            await all_of(waits)
+            assert await long.pieces() == []
+            assert long.tokens_made <= made + 1  # the step that ran while it was cancelled
+            assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_request_that_still_waits_can_be_cancelled(load):
+    served = load(rows=1)
+
+    async def run():
+        async with scheduling() as scheduler:
+            scheduler.submit(long := ask(served, tokens=50))
+            scheduler.submit(waits := ask(served, seed=1))
+            scheduler.cancel(waits)
+            await all_of(long)
+            assert waits.tokens_made == 0
+            assert scheduler.outstanding == 0
+
+    asyncio.run(run())
+
+
+def test_a_step_that_fails_is_told_to_all_and_a_fresh_engine_goes_on(load, capsys):
+    served, other = load(rows=2), load(seed=1, name="other")
+
+    async def run():
+        async with scheduling() as scheduler:
+            scheduler.submit(good := ask(served))
+            wanted = await all_of(good)
+            old = served.engine
+
+            def breaks():
+                raise RuntimeError("on fire")
+
+            old.step = breaks
+            scheduler.submit(beside := ask(other))
+            many = [ask(served, seed) for seed in range(4)]
+            for one in many:
+                scheduler.submit(one)
+            for one in many:
+                (piece,) = await one.pieces()
+                assert piece.error.status == 500
+                assert "RuntimeError" in piece.error.message
+            assert (await all_of(beside))[1] == ["length"]
+            assert served.engine is not old
+            scheduler.submit(again := ask(served))
+            assert await all_of(again) == wanted
+            assert scheduler.outstanding == 0
+
+    asyncio.run(run())
+    assert "on fire" in capsys.readouterr().err
+
+
+def test_answers_that_run_keep_the_weights_they_began_with(load):
+    old, new = load(seed=0, rows=2), load(seed=5, rows=2)
+
+    async def run():
+        async with scheduling() as scheduler:
+            expected = []
+            for served in (old, new):
+                scheduler.submit(one := ask(served, tokens=100))
+                expected.append(await all_of(one))
+            scheduler.submit(begun := ask(old, tokens=100))
+            await begun.pieces()
+            scheduler.submit(later := ask(new, tokens=100))  # what the catalogue hands out after a swap
+            assert (await all_of(later)) == expected[1]
+            tail = await all_of(begun)
+            assert tail[1] == ["length"]
+            assert expected[0][0][0].endswith(tail[0][0])
+            assert scheduler.rows_used == 0
+
+    asyncio.run(run())
+
+
+def test_a_stop_string_frees_the_row(load):
+    served = load(rows=1)
+
+    async def run():
+        async with scheduling() as scheduler:
+            scheduler.submit(whole := ask(served, tokens=200))
+            (text,), _ = await all_of(whole)
+            stop = text[30:33]
+            stopped = Generation(served, [PROMPT], whole.sampling, stops=(stop,))
+            scheduler.submit(stopped)
+            (short,), reasons = await all_of(stopped)
+            assert (short, reasons) == (text[: text.index(stop)], ["stop"])
+            assert stopped.tokens_made < 100
+            assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_closing_tells_everybody_why(load):
+    served = load(rows=1)
+
+    async def run():
+        async with scheduling() as scheduler:
+            many = [ask(served, seed, tokens=200) for seed in range(3)]
+            for one in many:
+                scheduler.submit(one)
+            await many[0].pieces()
+            scheduler.close(ApiError(503, "going down", code="shutting_down"))
+            for one in many:
+                pieces = await one.pieces()
+                while not pieces[-1].error:
+                    pieces = await one.pieces()
+                assert pieces[-1].error.code == "shutting_down"
+            assert scheduler.outstanding == 0
+
+    asyncio.run(run())
+
+
+def test_models_are_named_by_their_paths(tmp_path):
+    for name in ("a/run", "b/run", "c"):
+        (tmp_path / name).mkdir(parents=True)
+    given = [str(tmp_path / "a/run"), str(tmp_path / "b/run"), f"mine={tmp_path / 'c'}", "hub/name"]
+    assert list(named_sources(given)) == ["run", "b/run", "mine", "hub/name"]
+    from penstock.errors import UserError
+
+    with pytest.raises(UserError, match="there is a model named mine already"):
+        named_sources([*given, f"mine={tmp_path / 'c'}"])

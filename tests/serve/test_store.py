@@ -1,0 +1,289 @@
+"""The store in SQLite and in a real PostgreSQL: the same schema, the same answers; and what is said of a broken one."""
+
+import contextlib
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+
+from penstock.errors import DataError, UserError
+from penstock.serve.store import open_store
+from penstock.serve.tables import metadata
+
+PG_CTL = shutil.which("pg_ctl") or next(
+    (str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None
+)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL of our own for the session, or a skip where there is none: makes a new database's URL."""
+    if PG_CTL is None:
+        pytest.skip("no pg_ctl; Debian has it in the package postgresql")
+    base = Path(tempfile.mkdtemp(prefix="penstock-postgres-"))
+    programs, data = Path(PG_CTL).resolve().parent, base / "data"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    as_other: dict = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        as_other = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        shutil.chown(base, "nobody")
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": base, **as_other}
+    initdb = [str(programs / "initdb"), "-D", str(data), "-U", "penstock", "-A", "trust", "-E", "UTF8", "--no-sync"]
+    subprocess.run([*initdb, "--locale=C"], **quiet)
+    options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
+    subprocess.run([PG_CTL, "-D", str(data), "-w", "-o", options, "-l", str(base / "log"), "start"], **quiet)
+    made = []
+
+    def database():
+        made.append(f"test{len(made)}")
+        url = f"postgresql://penstock@127.0.0.1:{port}/"
+        engine = create_engine(url.replace("://", "+psycopg://") + "postgres", isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {made[-1]}"))
+        engine.dispose()
+        return url + made[-1]
+
+    yield database
+    subprocess.run([PG_CTL, "-D", str(data), "-m", "immediate", "stop"], **quiet)
+    shutil.rmtree(base)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request, tmp_path):
+    url = request.getfixturevalue("postgres")() if request.param == "postgresql" else None
+    with contextlib.closing(open_store(str(tmp_path / "data"), url)) as one:
+        one.place = (str(tmp_path / "data"), url)
+        yield one
+
+
+def talk_in(store, system="Be brief."):
+    """A conversation with one question and two answers; their ids."""
+    talk = store.add_conversation("", system)["id"]
+    asked = store.add_message(talk, None, "user", "What is\na penstock?")["id"]
+    said = []
+    for i, words in enumerate(("A gate.", "A fish.")):
+        made = {"model": "tiny", "model_digest": f"{i}" * 64, "sampling": {"seed": i}}
+        message = store.add_message(talk, asked, "assistant", "", **made)
+        said.append(store.end_message(message["id"], words, "stop")["id"])
+    return talk, asked, said
+
+
+def test_the_migrations_make_the_tables_that_the_code_means(store):
+    with store._engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_opening_again_changes_nothing(store):
+    talk, _, _ = talk_in(store)
+    with contextlib.closing(open_store(*store.place)) as again:
+        assert again.conversation(talk) == store.conversation(talk)
+
+
+def test_a_conversation_is_a_tree(store):
+    talk, asked, said = talk_in(store)
+    assert store.conversation(talk)["title"] == "What is a penstock?"
+    more = store.add_message(talk, said[1], "user", "Really?")["id"]
+    edited = store.add_message(talk, None, "user", "What is a weir?")["id"]
+    tree = store.messages(talk)
+    assert [row["id"] for row in tree] == [asked, *said, more, edited]
+    assert [row["parent_id"] for row in tree] == [None, asked, asked, said[1], None]
+    turns = store.turns(more, talk)
+    assert [(turn["role"], turn["content"]) for turn in turns] == [
+        ("system", "Be brief."), ("user", "What is\na penstock?"), ("assistant", "A fish."), ("user", "Really?")
+    ]  # fmt: skip
+    leaves = [[turn["content"] for turn in way[1:]] for way in store.leaves(talk)]
+    asked_text = "What is\na penstock?"
+    assert leaves == [[asked_text, "A gate."], [asked_text, "A fish.", "Really?"], ["What is a weir?"]]
+
+
+def test_what_does_not_belong_there_is_refused(store):
+    talk, asked, said = talk_in(store)
+    other, theirs, _ = talk_in(store)
+    for parent, role in ((None, "assistant"), (said[0], "assistant"), (asked, "user")):
+        with pytest.raises(ValueError, match="belongs under"):
+            store.add_message(talk, parent, role, "x")
+    for call in (
+        lambda: store.add_message(talk, theirs, "assistant", "x"),
+        lambda: store.add_message("conv_" + "0" * 24, None, "user", "x"),
+        lambda: store.conversation("no id at all \0"),
+        lambda: store.turns(asked, other),
+        lambda: store.vote_thumb("msg_" + "0" * 24, 1),
+    ):
+        with pytest.raises(LookupError, match="there is no"):
+            call()
+
+
+def test_conversations_come_newest_first_page_by_page(store):
+    names = [store.add_conversation(f"number {i}", "")["id"] for i in range(5)]
+    store.add_message(names[1], None, "user", "hello")
+    expected = [names[1], names[4], names[3], names[2], names[0]]
+    first, more = store.list_conversations(2, None)
+    second, still = store.list_conversations(2, first[-1]["id"])
+    last, end = store.list_conversations(2, second[-1]["id"])
+    assert [row["id"] for row in first + second + last] == expected
+    assert (more, still, end) == (True, True, False)
+
+
+def test_titles_and_system_prompts_change_and_all_goes_with_a_conversation(store):
+    talk, _, said = talk_in(store)
+    store.vote_thumb(said[0], 1)
+    assert store.change_conversation(talk, {"title": "mine"})["title"] == "mine"
+    assert store.change_conversation(talk, {"system": ""})["system"] == ""
+    assert store.conversation(talk)["title"] == "mine"
+    store.remove_conversation(talk)
+    assert store.votes() == []
+    with pytest.raises(LookupError):
+        store.messages(talk)
+    with pytest.raises(LookupError):
+        store.remove_conversation(talk)
+    assert store.end_message(said[0], "too late", "stop") is None
+
+
+def test_a_vote_keeps_the_whole_comparison_and_a_second_one_replaces_it(store):
+    talk, _, (left, right) = talk_in(store)
+    store.vote_pair((right, left), left)
+    (vote,) = store.votes(talk)
+    assert [answer["message_id"] for answer in vote["shown"]] == [right, left]
+    assert [answer["digest"] for answer in vote["shown"]] == ["1" * 64, "0" * 64]
+    assert [answer["sampling"] for answer in vote["shown"]] == [{"seed": 1}, {"seed": 0}]
+    assert vote["prompt"][0] == {"role": "system", "content": "Be brief."}
+    assert vote["chosen_id"] == left
+    store.vote_pair((left, right), None)
+    (vote,) = store.votes(talk)
+    assert vote["chosen_id"] is None
+    assert [answer["message_id"] for answer in vote["shown"]] == [left, right]
+    for value, kept in ((1, [1]), (-1, [-1]), (0, [])):
+        store.vote_thumb(left, value)
+        assert [one["value"] for one in store.votes() if one["kind"] == "thumb"] == kept
+
+
+def test_only_answers_to_the_same_message_can_be_compared(store):
+    _talk, asked, said = talk_in(store)
+    _, _, others = talk_in(store)
+    for shown, chosen in (((said[0], said[0]), None), ((said[0], others[0]), None), ((said[0], said[1]), asked)):
+        with pytest.raises(ValueError, match=r"pair|same message"):
+            store.vote_pair(shown, chosen)
+    with pytest.raises(ValueError, match="is no answer"):
+        store.vote_thumb(asked, 1)
+
+
+def test_one_key_and_sessions_that_end(store):
+    store.replace_key("a" * 64)
+    store.add_session("b" * 64, 1e12)
+    store.add_session("c" * 64, 1.0)
+    assert store.key_hashes() == ["a" * 64]
+    assert (store.session_ends("b" * 64), store.session_ends("d" * 64)) == (1e12, None)
+    store.add_session("e" * 64, 1e12)
+    assert store.session_ends("c" * 64) is None  # it had ended, and is forgotten
+    store.replace_key("f" * 64)
+    assert store.session_ends("b" * 64) is None
+
+
+def test_an_answer_that_a_killed_server_left_is_ended(store):
+    talk, asked, _ = talk_in(store)
+    store.add_message(talk, asked, "assistant", "")
+    store.end_unfinished()
+    assert [row["finish_reason"] for row in store.messages(talk)] == [None, "stop", "stop", "cancelled"]
+
+
+def test_many_threads_write_at_once(store):
+    talk = store.add_conversation("", "")["id"]
+    failures = []
+
+    def write(number):
+        try:
+            for i in range(10):
+                row = store.add_message(talk, None, "user", f"{number} {i}")
+                store.messages(talk)
+                store.turns(row["id"], talk)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(store.messages(talk)) == 80
+
+
+# --- what is said of a broken one -------------------------------------------------------------------------------------
+
+
+def damaged(directory):
+    """A database whose pages were overwritten."""
+    store = open_store(str(directory), None)
+    for _ in range(50):
+        talk_in(store)
+    store.close()
+    path = directory / "penstock.db"
+    whole = bytearray(path.read_bytes())
+    for start in range(8192, len(whole), 4096):
+        whole[start : start + 2048] = b"\x5a" * 2048
+    path.write_bytes(whole)
+    return path
+
+
+def test_a_damaged_database_is_named_and_left_alone(tmp_path):
+    path = damaged(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"penstock\.db: the database is damaged .* --move-damaged"):
+        open_store(str(tmp_path), None)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["pages", "no database"])
+def test_it_is_moved_aside_when_that_was_asked_for(tmp_path, how, capsys):
+    path = damaged(tmp_path)
+    if how == "no database":
+        path.write_bytes(b"something else entirely" * 1000)
+    before = path.read_bytes()
+    open_store(str(tmp_path), None, move_damaged=True).close()
+    (aside,) = tmp_path.glob("penstock.db.damaged-*")
+    assert aside.read_bytes() == before
+    assert str(aside) in capsys.readouterr().out
+    assert open_store(str(tmp_path), None).list_conversations(1, None) == ([], False)
+
+
+def test_a_newer_penstocks_database_is_refused(tmp_path):
+    open_store(str(tmp_path), None).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "penstock.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.commit()
+    with pytest.raises(UserError, match="newer penstock"):
+        open_store(str(tmp_path), None)
+
+
+def test_somebody_elses_tables_are_refused(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "penstock.db")) as connection:
+        connection.execute("CREATE TABLE keys (a)")
+    with pytest.raises(UserError, match=r"cannot be opened|tables are not"):
+        open_store(str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("directory", "url", "says"),
+    [
+        ("/proc/nothing", None, "--data-dir /proc/nothing: cannot be made"),
+        (None, "mysql://x", "--database mysql: give postgresql://"),
+        (None, "nonsense", "give postgresql://"),
+        (None, "postgresql://penstock:secret@127.0.0.1:1/none", "cannot be opened"),
+    ],
+)
+def test_what_cannot_be_reached_is_named_without_its_password(tmp_path, directory, url, says):
+    with pytest.raises(UserError) as raised:
+        open_store(directory or str(tmp_path), url)
+    assert says in str(raised.value)
+    assert "secret" not in str(raised.value)
