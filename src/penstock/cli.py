@@ -165,8 +165,8 @@ def _chat(arguments: list[str]) -> None:
 
 
 def _serve(arguments: list[str]) -> None:
-    from penstock.config import ServeConfig
     from penstock.flags import parse
+    from penstock.serve.config import ServeConfig
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]  # penstock serve RUN [RUN2 ...]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from penstock.config import ServeConfig
 from penstock.data.toyland import save_tokenizer
 from penstock.serve import keys
 from penstock.serve.app import Service
+from penstock.serve.config import ServeConfig
 from penstock.serve.server import Web, address_of, listen
 from penstock.serve.store import open_store
 from tests.conftest import save_tiny

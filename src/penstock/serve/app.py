@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
-from penstock.config import ServeConfig
 from penstock.serve import answers, assets, history, protocol
+from penstock.serve.config import ServeConfig
 from penstock.serve.errors import ApiError, documented
 from penstock.serve.gate import Application, Gate
 from penstock.serve.keys import Keys

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from penstock.config import ServeConfig
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
 from penstock.models.decoder import Decoder
@@ -21,6 +20,7 @@ from penstock.rollout import engine as engines
 from penstock.rollout.engine import Engine
 from penstock.run import checkpoint
 from penstock.run.directory import resolve_model
+from penstock.serve.config import ServeConfig
 from penstock.serve.text import Vocabulary, decoder_of
 
 NO_LIMIT = 2**31

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from penstock.config import ServeConfig
 from penstock.errors import UserError
+from penstock.serve.config import ServeConfig
 
 try:
     import uvicorn
