@@ -208,7 +208,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         limit = max(("compute", "link", "disk", "optimizer", "network"), key=lambda key: seconds[key])
         cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[:4])
         lines.append(f"{phase:18}{cells}{seconds['total']:10.1f}  {limit}")
-    for shown in dict.fromkeys(result["slices"].values()):
+    for shown in dict.fromkeys(result.get("slices", {}).values()):
         names = ", ".join(name for name, text in result["slices"].items() if text == shown)
         lines += ["", f"blocks of {names}:", shown]
     lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the {config.rates} rates"]
