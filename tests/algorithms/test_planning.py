@@ -171,8 +171,8 @@ def test_one_base_and_its_adapters_take_a_fraction_of_four_models():
 def test_one_weight_stream_is_foretold(tmp_path):
     """Bytes that scoring and learning fetch, where four roles share what moves."""
     of = on_one_base(work(mini_batch_size=4, epochs=2), Spec(4))
-    planned = forecast(of, "gemini_nvme", device=3_000_000)
-    moved = real(of, "gemini_nvme", tmp_path, device=3_000_000)["traffic"]
+    planned = forecast(of, "gemini_nvme", device=6_300_000)
+    moved = real(of, "gemini_nvme", tmp_path, device=6_300_000)["traffic"]
     for key in ("host_written", "disk_read", "disk_written"):
         said, done = (sum(phase[key] for phase in one.values()) for one in (planned.traffic, moved))
         assert said == pytest.approx(done, rel=0.1), key
@@ -262,7 +262,7 @@ def test_when_nothing_fits_it_says_what_would(capsys):
 
 
 def test_the_text_names_the_command_to_run(capsys):
-    code, out = plan(
+    code, out = plan_of(
         capsys, "--model", "xl", "--critic-model", "s", "--strategy", "colossalai_gemini_cpu", "--world", "2"
     )
     assert code == 0
