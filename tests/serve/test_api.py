@@ -78,6 +78,7 @@ def test_every_error_has_the_same_shape(server, method, path, status, code):
         ({"logit_bias": {"x": 1}}, "logit_bias", "0 to 399"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
         ({"presence_penalty": 3}, "presence_penalty", "2"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "0.1"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
@@ -171,6 +172,16 @@ def test_logprobs_are_always_numbers(server):
         top["logprob"] for one in json.loads(text)["choices"][0]["logprobs"]["content"] for top in one["top_logprobs"]
     ]
     assert min(tops) == -9999.0
+
+
+@pytest.mark.parametrize("penalty", [0.1, 10])
+@pytest.mark.parametrize("temperature", [1e-30, 0.001, 2])
+def test_the_limits_of_all_settings_together_still_give_numbers(server, penalty, temperature):
+    extremes = {
+        "temperature": temperature, "repetition_penalty": penalty, "presence_penalty": -2, "frequency_penalty": -2,
+        "top_p": 0, "min_p": 1, "top_k": 1, "max_tokens": 200, "logit_bias": {str(i): 100 for i in range(3, 300)},
+    }  # fmt: skip
+    assert post(server, {**ASK, **extremes}).status == 200
 
 
 def test_the_coldest_temperatures_are_greedy(server):

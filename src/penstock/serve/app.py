@@ -179,7 +179,7 @@ async def _answer(request: Request, service: Service, served: Served, asked: pro
 
 
 v1 = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(HTTPBearer(auto_error=False))])
-IN_PIECES: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+IN_PIECES: dict[str, Any] = {"text/event-stream": {}}
 
 
 def _size(request: Request) -> int:

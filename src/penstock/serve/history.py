@@ -65,13 +65,13 @@ class NewReply(Strict):
 
     parent_id: str
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    temperature: protocol.Temperature | None = None
+    top_p: protocol.Share | None = None
+    top_k: protocol.TopK | None = None
+    min_p: protocol.MinP | None = None
+    max_tokens: protocol.Count | None = None
+    seed: protocol.Seed | None = None
+    repetition_penalty: protocol.RepetitionPenalty | None = None
 
 
 class ThumbVote(Strict):
@@ -265,7 +265,7 @@ def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSO
 @api.post(
     "/conversations/{conversation_id}/replies", response_class=Response,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"content": {"text/event-stream": {}}},
         **documented(400, 401, 403, 404, 408, 413, 429, 503),
     },
 )  # fmt: skip

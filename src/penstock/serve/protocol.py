@@ -69,6 +69,14 @@ class StreamOptions(Loose):
     include_usage: bool | None = None
 
 
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+TopK = Annotated[int, Field(ge=0, lt=2**31, description="Not OpenAI's; 0 is off.")]
+MinP = Annotated[float, Field(ge=0, le=1, description="Not OpenAI's; 0 is off.")]
+# Below 0.1 it would multiply logits out of fp32, one token after the other.
+RepetitionPenalty = Annotated[float, Field(ge=0.1, le=10, description="Not OpenAI's; 1 is off.")]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[Str, Field(min_length=1, max_length=LONGEST_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -77,20 +85,20 @@ class Sampled(Loose):
     """What both kinds of completion share; null is the same as leaving a key out."""
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Count | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31, description="Not OpenAI's; 0 is off.")] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, description="Not OpenAI's; 0 is off.")] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, description="Not OpenAI's; 1 is off.")] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -107,7 +115,7 @@ class ChatRequest(Sampled):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
