@@ -2,12 +2,14 @@
 
     python -m benchmarks.growth [--sizes s m l xl] [--lengths 128 256 512 1024 2048] [--disk DIR] [--strategy NAME]
 
-One prompt of half the length, answered with --new tokens; bf16. Seconds per token of a row, and the most device memory,
-against the bytes that they could grow with: parameters, the largest block, depth, length. A slope is that of a straight
-line through logarithms: 1 is in proportion, 0 does not grow.
+One prompt, answered with --new tokens; bf16. The device budget of each point is the least that its plan can work with
+(within 2 %): with more, slots hold more blocks than they must, and the peak says what was allowed, not needed. Seconds
+per token of a row, and the most device memory, against what they could grow with: parameters, the largest block, depth,
+length. A slope is that of a straight line through logarithms: 1 is in proportion, 0 does not grow.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -18,6 +20,10 @@ from typing import Any
 
 from benchmarks.facts import write
 from penstock.algorithms.planning import config_of
+from penstock.bench.capacity import arguments_of, strategy_of
+from penstock.bench.config import BenchConfig
+from penstock.bench.fit import check, shape_of
+from penstock.errors import ResourceError
 from penstock.models import shapes
 
 
@@ -25,13 +31,14 @@ def point(size: str, length: int, layers: int | None, asked: argparse.Namespace)
     """One run: seconds, bytes, and what they may depend on. Raises RuntimeError with its last words when it fails."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "found.json"
-        command = [
-            sys.executable, "-m", "penstock", "bench", "--model", size, "--strategy", asked.strategy, "--dtype", "bf16",
-            "--prompt-length", str(length - asked.new), "--max-length", str(length), "--iterations", "1",
-            "--update-timesteps", "1", "--max-epochs", "1", "--experience-batch-size", "1", "--train-batch-size", "1",
-            "--top-k", "0", "--device-memory", asked.device_memory, "--json", str(out),
-            *(["--disk", asked.disk] if asked.disk else []), *(["--layers", str(layers)] if layers else []),
-        ]  # fmt: skip
+        config = BenchConfig(
+            size, asked.strategy, experience_batch_size=1, train_batch_size=1, update_timesteps=1, max_epochs=1,
+            top_k=0, dtype="bf16", prompt_length=length - asked.new, max_length=length, iterations=1, layers=layers,
+            disk=asked.disk or None,
+        )  # fmt: skip
+        budget = least_device_bytes(config) if asked.device_memory == "least" else asked.device_memory
+        flags = arguments_of(dataclasses.replace(config, device_memory=str(budget)))
+        command = [sys.executable, "-m", "penstock", "bench", *flags, "--json", str(out)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
@@ -55,6 +62,27 @@ def point(size: str, length: int, layers: int | None, asked: argparse.Namespace)
     }
 
 
+def least_device_bytes(config: BenchConfig) -> int:
+    """The smallest device budget under which the plan fits, within 2 % above it."""
+    strategy = strategy_of(config)
+    device = strategy.tiers["device"]
+
+    def fits(nbytes: int) -> bool:
+        device.budget = nbytes
+        try:
+            check(config, shape_of(config), strategy)
+        except ResourceError:
+            return False
+        return True
+
+    high = check(config, shape_of(config), strategy)["device"]
+    low = high // 1024
+    while high > low * 1.02:
+        middle = int((low * high) ** 0.5)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
 def slope(points: list[dict[str, Any]], x: str, y: str) -> float | None:
     """Of the line of least squares through the logarithms of two columns; None for fewer than two points."""
     pairs = [(math.log(one[x]), math.log(one[y])) for one in points]
@@ -74,7 +102,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=16, help="tokens per response")
     parser.add_argument("--strategy", default="gemini_nvme")
     parser.add_argument("--disk", default="/tmp/penstock-growth")
-    parser.add_argument("--device-memory", default="2GB")
+    parser.add_argument("--device-memory", default="least", help="of every point, or 2GB, ...")
     parser.add_argument("--name", default="growth", help="of the file in benchmarks/results/")
     asked = parser.parse_args()
     first = asked.sizes[0]
