@@ -25,7 +25,13 @@ FN, PPO, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward", "experience")
 )
 DECODER, SHAPES, HEAD = "models/decoder.py", "models/shapes.py", "models/head.py"
-LORA, QUANTISED, EIGHTBIT, PASSES = "models/lora.py", "models/quantised.py", "memory/eightbit.py", "memory/passes.py"
+LINEAR, LORA, QUANTISED, EIGHTBIT, PASSES = (
+    "models/linear.py",
+    "models/lora.py",
+    "models/quantised.py",
+    "memory/eightbit.py",
+    "memory/passes.py",
+)
 STREAM, SINK, ADAM, PLAN, FORECAST = (f"memory/{name}.py" for name in ("stream", "sink", "adam", "plan", "forecast"))
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
@@ -151,7 +157,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (ENGINE, "EOS is left out of the answer", "        answer.response_ids.append(token)\n", "        answer.response_ids += [token] * (token not in self.eos_ids)\n"),
     (ENGINE, "answers go on after EOS", "if token in self.eos_ids or (", "if ("),
     # adapters and fewer bits
-    (LORA, "an adapter's scale is forgotten", "linear(linear(x, self.a) * self.scale, self.b)", "linear(linear(x, self.a), self.b)"),
+    (LINEAR, "an adapter's scale is forgotten", "y.add_(adapters[0](x).mul_(scale))", "y.add_(adapters[0](x))"),
     (LORA, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
     (LORA, "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
     (QUANTISED, "nf4's two numbers of a byte change places", "levels[(some >> 4).int()], levels[(some & 15).int()]", "levels[(some & 15).int()], levels[(some >> 4).int()]"),

@@ -96,16 +96,20 @@ class Linear(nn.Linear):
 
 
 def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
-    """y [..., O], in place, with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I]."""
+    """y [..., O], in place, with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I].
+
+    Scaled behind both products, as peft does: the other way round its logits and ours differ by more than one rounding.
+    """
+    scale = adapters[0].scale
     if len(adapters) == 1 and adapters[0].place.height == y.shape[-1]:
-        return y.add_(adapters[0](x))
+        return y.add_(adapters[0](x).mul_(scale))
     parts, end = [], 0
     for one in adapters:
         start = one.place.start
         parts += [y.new_zeros(*y.shape[:-1], start - end)] * (start > end) + [one(x)]
         end = start + one.place.height
     rest = y.shape[-1] - end
-    return y.add_(torch.cat([*parts, *[y.new_zeros(*y.shape[:-1], rest)] * (rest > 0)], dim=-1))
+    return y.add_(torch.cat([*parts, *[y.new_zeros(*y.shape[:-1], rest)] * (rest > 0)], dim=-1).mul_(scale))
 
 
 class _Product(torch.autograd.Function):

@@ -38,8 +38,8 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.empty(place.height, spec.rank, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> what to add to its rows, [..., height]."""
-        return linear(linear(x, self.a) * self.scale, self.b)
+        """x [..., I] -> what to add to its rows, times `scale`: [..., height]."""
+        return linear(linear(x, self.a), self.b)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> what to add to their rows of the table, [..., D]."""

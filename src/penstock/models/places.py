@@ -132,12 +132,12 @@ def work_of(
     for places in by_product.values():
         narrow = tokens * rank * s  # A x, scaled: saved for B's gradient
         high = tokens * sum(place.height for place in places) * s
-        wide = tokens * places[0].width * s  # the gradient that comes back through A
+        wide = tokens * places[0].width * s  # the gradient that comes back through A; before it, B's, scaled
         saved, forward, backward = extra.get(_group_of(places[0]), (0, 0, 0))
         extra[_group_of(places[0])] = (
             saved + narrow * len(places),
             max(forward, high * (1 if len(places) == 1 else 2) + 2 * narrow),
-            max(backward, wide + 2 * narrow),
+            max(backward, max(high, wide) + 2 * narrow),
         )
     parts, frozen = [], tokens * _unkept(config)
     tile = min(config.d_model * config.d_ff * (2 if config.gated else 1), shapes.PRODUCT_TILE) * s
