@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens straight from hidden states: logits exist a tile of rows at a time.
+"""Log-probabilities of chosen tokens straight from hidden states: logits exist a tile at a time.
 
 Logits of a whole batch, [N, V], are the largest tensor of a language model's step: 0.8 GB for 4,096 tokens of GPT-2.
 Here a tile is made, read and forgotten, and made once more in backward (Wijmans et al. 2024, Cut Your Losses; Hsu et
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.models.linear import add_product, backward_to_x, linear, slow_in_bf16
-from penstock.models.shapes import HEAD_TILE
+from penstock.models.shapes import head_tile
 
 
 def logprobs(
@@ -41,17 +41,27 @@ class _Chosen(torch.autograd.Function):
         chosen = torch.empty(count, dtype=torch.float32, device=targets.device)
         top, rest = torch.empty_like(chosen), torch.empty_like(chosen)
         spread = torch.empty_like(chosen) if entropy else None
-        for rows in _tiles(count, len(pairs[0][1])):
-            logits = _logits(pairs, rows, temperature)
-            top[rows] = logits.amax(dim=-1)  # apart from the rest, so that large logits keep their differences
-            mine = logits.sub_(top[rows, None]).gather(1, targets[rows, None])[:, 0]
-            sums = logits.exp_().sum(dim=-1)
-            rest[rows] = sums.log()
-            chosen[rows] = mine - rest[rows]
+        for rows, tiles in _tiles(count, len(pairs[0][1])):
+            # The sum of e^(logit - highest) as the highest grows (Milakov and Gimelshein 2018, Online normalizer
+            # calculation for softmax); `mass` is the sum of e^x x beside it.
+            highest = torch.full_like(top[rows], torch.finfo(torch.float32).min)
+            sums, mass = torch.zeros_like(highest), torch.zeros_like(highest)
+            for columns in tiles:
+                logits = _logits(pairs, rows, columns, temperature)
+                here, there = _within(targets[rows], columns)
+                chosen[rows] = torch.where(here, logits.gather(1, there)[:, 0], chosen[rows])
+                higher = torch.maximum(highest, logits.amax(dim=-1))
+                fall = (highest - higher).clamp_(min=-200.0)  # e^-200 is 0 in fp32, and infinities are not added
+                every = logits.sub_(higher[:, None]).exp_()
+                if entropy:
+                    mass.addcmul_(fall, sums).mul_(fall.exp()).sub_(torch.special.entr(every).sum(dim=-1))
+                sums.mul_(fall.exp()).add_(every.sum(dim=-1))
+                highest = higher
+                del logits, every
+            top[rows], rest[rows] = highest, sums.log()
             if spread is not None:
-                every = logits.div_(sums[:, None])
-                spread[rows] = torch.special.entr(every).sum(dim=-1)  # a token ruled out adds nothing: p log p -> 0
-            del logits
+                spread[rows] = (rest[rows] - mass / sums).clamp_(min=0)
+        chosen.sub_(top).sub_(rest)  # the highest apart from the rest, so that large logits keep their differences
         ctx.weights, ctx.temperature = flat[1::2], temperature  # the parameters themselves: their .grad is the place
         ctx.save_for_backward(targets, top, rest, *flat[::2])
         if spread is not None:
@@ -64,7 +74,7 @@ class _Chosen(torch.autograd.Function):
         targets, top, rest, *xs = ctx.saved_tensors
         pairs = list(zip(xs, ctx.weights, strict=True))
         wanted = ctx.needs_input_grad[3:]
-        backs = [torch.empty_like(x) if wanted[2 * i] else None for i, x in enumerate(xs)]
+        backs = [torch.zeros_like(x, dtype=torch.float32) if wanted[2 * i] else None for i, x in enumerate(xs)]
         made: list[Tensor | None] = [None] * len(pairs)
         places: list[Tensor | None] = [None] * len(pairs)
         for i, weight in enumerate(ctx.weights):
@@ -72,32 +82,44 @@ class _Chosen(torch.autograd.Function):
                 places[i] = weight.grad
                 if weight.grad is None:
                     places[i] = made[i] = torch.zeros_like(weight)
-        for rows in _tiles(len(targets), len(ctx.weights[0])):
-            # d log p(target) / d logits = onehot(target) - p
-            slope = _logits(pairs, rows, ctx.temperature).sub_(top[rows, None]).sub_(rest[rows, None]).exp_()
-            slope.mul_(-grad[rows, None])
-            slope.scatter_add_(1, targets[rows, None], grad[rows, None])
-            slope.div_(ctx.temperature)
-            for (x, weight), back, place in zip(pairs, backs, places, strict=True):
-                widen = x.dtype != weight.dtype or (x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
-                mine = slope if widen else slope.to(x.dtype)
-                if back is not None:
-                    back[rows] = backward_to_x(mine, weight, widen)
-                if place is not None:
-                    add_product(place, mine, x[rows], widen)
-            del slope
-        return None, None, None, *[one for pair in zip(backs, made, strict=True) for one in pair]
+        for rows, tiles in _tiles(len(targets), len(ctx.weights[0])):
+            for columns in tiles:
+                # d log p(target) / d logits = onehot(target) - p
+                logits = _logits(pairs, rows, columns, ctx.temperature)
+                slope = logits.sub_(top[rows, None]).sub_(rest[rows, None]).exp_().mul_(-grad[rows, None])
+                here, there = _within(targets[rows], columns)
+                slope.scatter_add_(1, there, torch.where(here, grad[rows], 0.0)[:, None])
+                slope.div_(ctx.temperature)
+                for (x, weight), back, place in zip(pairs, backs, places, strict=True):
+                    widen = x.dtype != weight.dtype or (x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
+                    mine = slope if widen else slope.to(x.dtype)
+                    if back is not None:
+                        back[rows] += backward_to_x(mine, weight[columns], widen)
+                    if place is not None:
+                        add_product(place[columns], mine, x[rows], widen)
+                del logits, slope
+        found = [None if back is None else back.to(x.dtype) for x, back in zip(xs, backs, strict=True)]
+        return None, None, None, *[one for pair in zip(found, made, strict=True) for one in pair]
 
 
-def _tiles(count: int, vocabulary: int) -> Iterator[slice]:
-    height = max(HEAD_TILE // vocabulary, 1)
-    return (slice(start, min(start + height, count)) for start in range(0, count, height))
+def _tiles(count: int, vocabulary: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows, and for each the columns of the logits that exist at once."""
+    height, width = head_tile(count, vocabulary)
+    columns = [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+    return ((slice(start, min(start + height, count)), columns) for start in range(0, count, height))
 
 
-def _logits(pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, temperature: float) -> Tensor:
-    """[n, V] fp32, in memory of its own."""
+def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which targets are among these columns [n], and which of them they are, [n, 1] (any, for the others)."""
+    there = targets - columns.start
+    width = columns.stop - columns.start
+    return (there >= 0) & (there < width), there.clamp(0, width - 1)[:, None]
+
+
+def _logits(pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, columns: slice, temperature: float) -> Tensor:
+    """[rows, columns] fp32, in memory of its own."""
     with torch.no_grad():
-        logits = linear(pairs[0][0][rows], pairs[0][1])
+        logits = linear(pairs[0][0][rows], pairs[0][1][columns])
         for x, weight in pairs[1:]:
-            logits += linear(x[rows], weight)
+            logits += linear(x[rows], weight[columns])
         return logits.float().div_(temperature) if temperature != 1.0 else logits.float()

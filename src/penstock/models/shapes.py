@@ -20,6 +20,8 @@ INDEX = 8
 """Bytes of a token id."""
 HEAD_TILE = 1 << 23
 """Logits that exist at once: 34 MB in fp32; models.head."""
+HEAD_COLUMNS = 2048
+"""Words that a tile of logits has at least: products with fewer would wait for memory."""
 
 
 PRODUCT_TILE = 1 << 22
@@ -197,6 +199,13 @@ def _context(c: DecoderConfig, length: int, s: int) -> int:
     return held
 
 
+def head_tile(read: int, vocabulary: int) -> tuple[int, int]:
+    """Rows and columns of the logits of `read` states that exist at once: all rows if they can be, so that a weight is
+    read, and its gradient written, once."""
+    rows = max(min(read, HEAD_TILE // HEAD_COLUMNS), 1)
+    return rows, max(min(vocabulary, HEAD_TILE // rows), 1)
+
+
 def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entropy: bool, grad: bool) -> int:
     """The last norm and what is read behind it, for `read` states of the micro-batch."""
     width = c.embed_dim or c.d_model
@@ -207,15 +216,17 @@ def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entrop
     if scalar:
         back = 2 * tokens * width * s if grad else 0
         return hidden + states + read * width * FP32 * (2 if grad else 1) + back
-    rows = min(read, max(HEAD_TILE // c.vocab_size, 1))
-    logits = rows * c.vocab_size
+    rows, columns = head_tile(read, c.vocab_size)
+    logits = rows * columns
     narrow = logits * s if s < FP32 else 0  # a product's own dtype, on the way to fp32 and back
     numbers = read * FP32 * (4 if entropy else 3)
     forward = hidden + states + numbers + logits * FP32 + max(logits * FP32 if entropy else 0, narrow)
     if not grad:
         return forward
-    slopes = hidden + 2 * states + numbers + logits * FP32 + narrow + rows * width * s
-    return max(forward, slopes, hidden + 2 * states + numbers + tokens * width * s)
+    backs = read * width * FP32  # summed over the tiles before they are rounded
+    slopes = hidden + states + backs + numbers + logits * FP32 + narrow + rows * width * s
+    rounded = hidden + states + backs + read * width * s * (s < FP32) + numbers
+    return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s)
 
 
 def count_of(config: DecoderConfig, *, scalar: bool) -> int:
