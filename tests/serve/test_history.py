@@ -8,6 +8,7 @@ import pytest
 from penstock import cli
 from penstock.data.formats import read
 from penstock.serve import assets
+from penstock.serve.scheduler import BusyError
 from tests.serve.conftest import KEY
 from tests.serve.test_api import eventually
 
@@ -75,6 +76,7 @@ def test_it_is_the_answer_that_the_api_gives(server):
 def test_without_a_seed_the_drawn_one_is_kept_and_gives_the_same_answer_again(server):
     talk, asked = begin(server)
     one = answer(server, talk, asked, seed=None)[-1]["message"]
+    assert 0 <= one["sampling"]["seed"] < 2**53  # as JavaScript's numbers
     again = answer(server, talk, asked, seed=one["sampling"]["seed"])[-1]["message"]
     assert again["content"] == one["content"]
     assert again["id"] != one["id"]
@@ -114,6 +116,27 @@ def test_a_prompt_beyond_the_context_stores_no_answer(server):
     reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": asked, **SAMPLING})
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
     assert len(tree(server, talk)) == 1
+
+
+def test_a_reply_that_is_turned_away_stores_no_answer(server, monkeypatch):
+    def full(generation):
+        raise BusyError("no room")
+
+    talk, asked = begin(server)
+    monkeypatch.setattr(server.service.scheduler, "submit", full)
+    reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": asked, **SAMPLING})
+    assert (reply.status, reply.error["code"]) == (429, "queue_full")
+    assert len(tree(server, talk)) == 1
+
+
+def test_an_answer_that_fits_nowhere_is_not_generated(server):
+    talk, asked = begin(server)
+    said = answer(server, talk, asked)[-1]["message"]["id"]
+    body = {"parent_id": said, **SAMPLING, "max_tokens": 200}
+    reply = server.ask("POST", f"/api/conversations/{talk}/replies", body)
+    assert (reply.status, "belongs under a user's message" in reply.error["message"]) == (400, True)
+    assert server.idle(5.0)
+    assert len(tree(server, talk)) == 2
 
 
 @pytest.mark.parametrize(

@@ -287,15 +287,15 @@ async def add_reply(conversation_id: str, body: NewReply, request: Request) -> R
     size = sum(len(turn["content"]) for turn in turns)
     asked = await service.encode(size, protocol.asked_chat, asked_for, served)
     chosen["seed"] = asked.sampling.seed  # drawn, if none was given: with it the answer can be had again
-    with _told():
-        message = await asyncio.to_thread(
-            service.store.add_message, conversation_id, body.parent_id, "assistant", "",
-            model=served.id, model_digest=served.digest, sampling=chosen,
-        )  # fmt: skip
+    generation = service.begin(served, asked)  # first: a request that is turned away leaves nothing in the history
     try:
-        generation = service.begin(served, asked)
-    except ApiError:
-        await asyncio.to_thread(service.store.end_message, message["id"], "", "error")
+        with _told():
+            message = await asyncio.to_thread(
+                service.store.add_message, conversation_id, body.parent_id, "assistant", "",
+                model=served.id, model_digest=served.digest, sampling=chosen,
+            )  # fmt: skip
+    except BaseException:
+        service.cancel(generation)
         raise
     return EventStream(service, generation, _told_events(service, generation, message))
 

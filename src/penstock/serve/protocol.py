@@ -77,6 +77,8 @@ MinP = Annotated[float, Field(ge=0, le=1, description="Not OpenAI's; 0 is off.")
 # Below 0.1 it would multiply logits out of fp32, one token after the other.
 RepetitionPenalty = Annotated[float, Field(ge=0.1, le=10, description="Not OpenAI's; 1 is off.")]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+SEED_BITS = 53
+"""Of a seed that we draw: JavaScript, and so the page, knows no larger whole numbers exactly."""
 Stop = Annotated[Str, Field(min_length=1, max_length=LONGEST_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -217,7 +219,7 @@ def _sampling(request: Sampled, served: Served, limit: int, top_logprobs: int) -
         n=request.n or 1,
         top_k=request.top_k or 0,
         top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),  # 0: the likeliest token alone
-        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed,
         min_p=request.min_p or 0.0,
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         presence_penalty=request.presence_penalty or 0.0,

@@ -72,7 +72,10 @@ async def _run(service: Service, listener: socket.socket, made: str | None) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told)
     print(f"penstock serve: {address_of(listener)}")
-    print(f"key: {made or 'the one of the first start, or of --key (lost it? --new-key makes another)'}", flush=True)
+    print(f"key: {made or 'the one of the first start, or of --key (lost it? --new-key makes another)'}")
+    if made:
+        print(f"page: {address_of(listener)}/#key={made}")
+    sys.stdout.flush()
     await server.run_until_told(listener)
 
 

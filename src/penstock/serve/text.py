@@ -24,7 +24,9 @@ class Text:
     """Tokens in, text out. `stops` end it; `ended` says that one has come."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops = decode, tuple(stops)
+        # NUL is no text: PostgreSQL does not store it, and as part of a later prompt it would be refused.
+        self._decode = lambda ids: decode(ids).replace("\0", "")
+        self._stops = tuple(stops)
         self._ids: list[int] = []
         self._told = 0
         """Characters of the window's text that have left it."""
