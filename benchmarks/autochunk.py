@@ -160,22 +160,23 @@ def slicer_for(layer: Layer, x: Tensor, given: Any, training: bool, budget: int)
 
 def counted_cut(name: str, attention: str, length: int, training: bool) -> dict[str, Any]:
     """The cut of the peak at a length that no one here can hold: every tensor of the real step, without memory."""
-    peaks = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer = Layer(**{**SHAPES[name], "attention": attention})
         for weight in layer.parameters():
             weight.grad = torch.zeros_like(weight)
         given = layer.given(length)
         x, slope = (torch.empty(1, length, SHAPES[name]["width"]) for _ in range(2))
-        slicer = None
-        for call in (lambda x: layer(x, given), lambda x: slicer.run(layer, x, given)):
-            if peaks:
-                slicer = slicer_for(layer, x, given, training, int(peaks[0] * (1 - CUT)))
+
+        def counted(call: Callable[[Tensor], Tensor]) -> int:
             with Meter() as meter:
                 step(call, x, slope, training)
-            peaks.append(meter.peak)
+            return meter.peak
+
+        before = counted(lambda x: layer(x, given))
+        slicer = slicer_for(layer, x, given, training, int(before * (1 - CUT)))
+        after = counted(lambda x: slicer.run(layer, x, given))
     return {"block": name, "attention": attention, "tokens": length, "training": training,
-            "peak_before": peaks[0], "peak_after": peaks[1], "cut": 1 - peaks[1] / peaks[0]}  # fmt: skip
+            "peak_before": before, "peak_after": after, "cut": 1 - after / before}  # fmt: skip
 
 
 def longest(name: str, attention: str, training: bool, budget: int) -> dict[str, Any]:
