@@ -82,14 +82,15 @@ class _Chosen(torch.autograd.Function):
                 places[i] = weight.grad
                 if weight.grad is None:
                     places[i] = made[i] = torch.zeros_like(weight)
+        grad = grad / ctx.temperature
+        falling = grad * rest.neg().exp_()
         for rows, tiles in _tiles(len(targets), len(ctx.weights[0])):
             for columns in tiles:
-                # d log p(target) / d logits = onehot(target) - p
+                # d log p(target) / d logits = onehot(target) - p, in as few passes over the tile as can be
                 logits = _logits(pairs, rows, columns, ctx.temperature)
-                slope = logits.sub_(top[rows, None]).sub_(rest[rows, None]).exp_().mul_(-grad[rows, None])
+                slope = logits.sub_(top[rows, None]).exp_().mul_(-falling[rows, None])
                 here, there = _within(targets[rows], columns)
                 slope.scatter_add_(1, there, torch.where(here, grad[rows], 0.0)[:, None])
-                slope.div_(ctx.temperature)
                 for (x, weight), back, place in zip(pairs, backs, places, strict=True):
                     widen = x.dtype != weight.dtype or (x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
                     mine = slope if widen else slope.to(x.dtype)

@@ -18,8 +18,8 @@ from penstock.models.config import DecoderConfig
 FP32 = 4
 INDEX = 8
 """Bytes of a token id."""
-HEAD_TILE = 1 << 23
-"""Logits that exist at once: 34 MB in fp32; models.head."""
+HEAD_TILE = 1 << 22
+"""Logits that exist at once: 17 MB in fp32, which a processor's last cache holds; models.head."""
 HEAD_COLUMNS = 2048
 """Words that a tile of logits has at least: products with fewer would wait for memory."""
 
