@@ -183,8 +183,12 @@ def milliseconds(values: list[float], share: float) -> float:
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
-def engine_rate(model: str, seconds: float) -> float:
-    """Tokens/s of the engine alone, with 32 rows always full, on one thread: what the service is measured against."""
+def engine_rate(model: str, seconds: float, *, staggered: bool) -> float:
+    """Tokens/s of the engine alone, with 32 rows always full, on one thread: what the service is measured against.
+
+    Left alone all rows begin and end together, so their prompts are read in one batch. `staggered`: they begin with
+    answers of 1 to 64 tokens, so that afterwards one prompt at a time is read, as for clients that come when they like.
+    """
     import torch
 
     from penstock.models.tokenizers import load_tokenizer
@@ -199,9 +203,17 @@ def engine_rate(model: str, seconds: float) -> float:
         while len(engine._waiting) + len(engine._running) < ROWS:
             seed += 1
             prompt = tokenizer(f"What is penstock number {seed}?\n").input_ids
-            engine.submit(prompt, Sampling(max_new_tokens=NEW_TOKENS, seed=seed))
+            short = staggered and seed <= ROWS
+            engine.submit(
+                prompt, Sampling(max_new_tokens=seed * NEW_TOKENS // ROWS if short else NEW_TOKENS, seed=seed)
+            )
         made += len(engine.step())
     return made / spent
+
+
+def share(some: list[float], whole: list[float]) -> float:
+    """The median of the pairs' ratios."""
+    return round(statistics.median(a / b for a, b in zip(some, whole, strict=True)), 3)
 
 
 async def closed_loop(port: int, count: int, seconds: float) -> tuple[list[Stream], float]:
@@ -261,11 +273,10 @@ async def overload(port: int, seconds: float) -> tuple[list[Stream], list[Stream
 
 def load(seconds: float) -> dict[str, Any]:
     """The table, and what overload does."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
         model = small_model(directory)
-        alone: list[float] = []
-        served: list[float] = []
+        rates: dict[str, list[float]] = {"engine": [], "engine_staggered": [], "served": []}
         table = []
         with serving(directory, model, "--rows", str(ROWS), "--queue", str(QUEUE), "--threads", "1") as server:
             asyncio.run(closed_loop(server.port, 8, 2.0))  # warm
@@ -275,10 +286,11 @@ def load(seconds: float) -> dict[str, Any]:
                 print(table[-1], flush=True)
             for _ in range(PAIRS):  # A B A B: what else the machine does meets both
                 os.kill(server.process.pid, signal.SIGSTOP)
-                alone.append(round(engine_rate(model, seconds / 3), 1))
+                for name, staggered in (("engine", False), ("engine_staggered", True)):
+                    rates[name].append(round(engine_rate(model, seconds / 4, staggered=staggered), 1))
                 os.kill(server.process.pid, signal.SIGCONT)
-                seen, spent = asyncio.run(closed_loop(server.port, ROWS, seconds / 3))
-                served.append(row_of(seen, spent, server, ROWS)["tokens_per_second"])
+                seen, spent = asyncio.run(closed_loop(server.port, ROWS, seconds / 4))
+                rates["served"].append(row_of(seen, spent, server, ROWS)["tokens_per_second"])
             full, _ = asyncio.run(closed_loop(server.port, ROWS + QUEUE, seconds))
             accepted, refused = asyncio.run(overload(server.port, seconds))
         calm = [gap for one in full for gap in one.gaps]
@@ -286,8 +298,9 @@ def load(seconds: float) -> dict[str, Any]:
         return {
             "model": "gpt2, 4 layers of 128, 1M weights, fp32, random", "rows": ROWS, "queue": QUEUE,
             "new_tokens": NEW_TOKENS, "table": table,
-            "engine_tokens_per_second": alone, "served_tokens_per_second": served,
-            "share_of_the_engine_at_32": round(statistics.median(s / a for s, a in zip(served, alone, strict=True)), 3),
+            "tokens_per_second_at_32": rates,
+            "share_of_the_engine": share(rates["served"], rates["engine"]),
+            "share_of_the_engine_staggered": share(rates["served"], rates["engine_staggered"]),
             "overload": {
                 "accepted": len(accepted), "accepted_errors": sum(one.ended != "done" for one in accepted),
                 "refused": len(refused), "refused_statuses": sorted({one.status for one in refused}),
