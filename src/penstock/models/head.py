@@ -98,7 +98,7 @@ class _Chosen(torch.autograd.Function):
                         back[rows] += backward_to_x(mine, weight[columns], widen)
                     if place is not None:
                         add_product(place[columns], mine, x[rows], widen)
-                del logits, slope
+                del logits, slope, mine
         found = [None if back is None else back.to(x.dtype) for x, back in zip(xs, backs, strict=True)]
         return None, None, None, *[one for pair in zip(found, made, strict=True) for one in pair]
 
