@@ -115,7 +115,7 @@ def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)
     else:
-        cdf = _truncate(logprobs, sampling).exp().cumsum(dim=-1)
+        cdf = _truncate(logprobs, sampling).exp().cumsum_(dim=-1)
         # right=True: the first token whose CDF is *above* the number, so a token of probability 0 is never picked.
         tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
