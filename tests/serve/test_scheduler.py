@@ -9,7 +9,6 @@ from penstock.data.chat import Encoder
 from penstock.models.tokenizers import load_tokenizer
 from penstock.rollout import engine as engines
 from penstock.rollout.sampling import Sampling
-from penstock.serve import scheduler as scheduler_module
 from penstock.serve.errors import ApiError
 from penstock.serve.scheduler import BusyError, Generation, Scheduler
 from penstock.serve.served import Served, named_sources
@@ -231,20 +230,3 @@ def test_models_are_named_by_their_paths(tmp_path):
 
     with pytest.raises(UserError, match="there is a model named mine already"):
         named_sources([*given, f"mine={tmp_path / 'c'}"])
-
-
-def test_a_readers_first_and_last_pieces_come_at_once_and_others_together(load, monkeypatch):
-    monkeypatch.setattr(scheduler_module, "GATHER_SECONDS", 1e9)
-
-    async def main():
-        async with scheduling() as scheduler:
-            generation = ask(load(), tokens=40)
-            scheduler.submit(generation)
-            await generation.wake.wait()
-            generation.wake.clear()
-            assert generation.inbox[0].finish_reason is None
-            await generation.wake.wait()
-            assert generation.inbox[-1].finish_reason == "length"
-            assert len(generation.inbox) > 2
-
-    asyncio.run(main())

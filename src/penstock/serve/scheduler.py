@@ -6,7 +6,6 @@ several engines that take their steps in turn.
 """
 
 import asyncio
-import math
 import queue
 import sys
 import threading
@@ -21,10 +20,6 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.errors import ApiError
 from penstock.serve.served import Served
 from penstock.serve.text import Text
-
-GATHER_SECONDS = 0.02
-"""A stream's tokens that come closer together than this are sent together, except for its first and its last: nobody
-sees 50 events a second apart, and each costs as much as a third of a small model's token."""
 
 
 class BusyError(Exception):
@@ -72,8 +67,6 @@ class Generation:
     tokens_made: int = 0
     first_token_at: float | None = None
     """time.monotonic() of the first token of all."""
-    told_at: float = -math.inf
-    """time.monotonic() when its reader was last woken."""
     started_at: float = field(default_factory=time.monotonic)
     inbox: deque[Piece] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -124,8 +117,6 @@ class Scheduler:
         self._served: dict[Engine, Served] = {}
         self._outstanding: dict[str, int] = {}
         """Answers accepted and not ended, by model."""
-        self._untold: set[Generation] = set()
-        """Those with pieces that nobody has been woken for yet."""
         self._lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -306,19 +297,11 @@ class Scheduler:
             del self._lines[engine], self._served[engine]
 
     def _tell(self, news: Sequence[tuple[Generation, Piece]]) -> None:
-        """Puts the pieces where they are awaited, and wakes who has waited long enough, with one call into the loop."""
-        now = time.monotonic()
+        """Puts the pieces where they are awaited, and wakes all that wait with one call into the loop."""
         for generation, piece in news:
             generation.inbox.append(piece)
-            self._untold.add(generation)
-            if piece.finish_reason:
-                generation.told_at = -math.inf
-        due = {generation for generation in self._untold if now - generation.told_at >= GATHER_SECONDS}
-        self._untold -= due
-        for generation in due:
-            generation.told_at = now
-        if due and not self._loop.is_closed():  # a loop that has ended has nobody waiting
-            self._loop.call_soon_threadsafe(_wake, due)
+        if news and not self._loop.is_closed():  # a loop that has ended has nobody waiting
+            self._loop.call_soon_threadsafe(_wake, {generation for generation, _ in news})
 
 
 def _failed(line: _Line, why: ApiError) -> Piece:
