@@ -15,6 +15,7 @@ from penstock.algorithms.rehearsal import iterate, models_of, rehearse
 from penstock.cli import main
 from penstock.errors import ResourceError, UserError
 from penstock.memory import native, plan
+from penstock.memory.meter import Meter
 from penstock.memory.placement import NAMES
 from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
@@ -25,6 +26,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.places import Spec
 from penstock.models.roles import Actor, Critic
+from penstock.rollout.sampling import Sampling, pick
 
 CPU = torch.device("cpu")
 BASE = DecoderConfig("gpt2", 512, d_model=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512,
@@ -130,11 +132,32 @@ def test_a_dry_run_takes_what_the_real_one_takes(strategy, tmp_path):
     assert pretended["traffic"] == found["traffic"]
 
 
-@pytest.mark.parametrize("world", [1, 4])
-@pytest.mark.parametrize("strategy", [*NAMES, "gemini_cpu_8bit", "gemini_nvme_8bit"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("of", [one_model, work], ids=["sft", "ppo"])
+def test_words_outweigh_everything_and_are_foretold(of, dtype):
+    """200,000 of them: the head's tiles are what learning needs most, and choosing a token what a rollout does."""
+    many = dataclasses.replace(BASE, vocab_size=200_000, d_model=32, head_dim=8, d_ff=64)
+    workload = of("sft", many) if of is one_model else of(many)
+    assert_near(forecast(workload, "gemini_cpu", dtype), dry(workload, "gemini_cpu", dtype))
+
+
+def test_choosing_a_token_holds_what_the_plan_says():
+    rows, words = 8, 50_000
+    logits = torch.randn(rows, words).bfloat16()
+    with Meter() as meter:
+        pick(logits, torch.rand(rows), Sampling())
+    said = shapes.sampling_of(dataclasses.replace(BASE, vocab_size=words), "bfloat16", rows)
+    assert meter.peak + logits.nbytes == pytest.approx(said, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world"),
+    [
+        (name, world)
+        for name in (*NAMES, "gemini_cpu_8bit", "gemini_nvme_8bit") for world in (1, 4) if (name, world) != ("naive", 4)
+    ],
+)  # fmt: skip
 def test_every_strategys_peaks_are_foretold(strategy, world):
-    if strategy == "naive" and world > 1:
-        pytest.skip("naive is one process")
     of = work(batch_size=16, prompt_length=100)
     assert_near(forecast(of, strategy, "bf16", world), dry(of, strategy, "bf16", world), 1.15 if world == 1 else 1.3)
 

@@ -132,12 +132,13 @@ def test_frozen_weights_get_no_gradient():
 
 
 def test_logits_exist_a_tile_at_a_time(monkeypatch):
-    rows, vocabulary, width = 512, 2000, 16
-    monkeypatch.setattr(shapes, "HEAD_TILE", 8 * vocabulary)
+    rows, vocabulary, width = 2048, 2000, 8
+    monkeypatch.setattr(shapes, "HEAD_TILE", 64 * vocabulary)
     states = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     weight.grad = torch.zeros_like(weight)
     with Meter() as meter:
         head.logprobs([(states, weight)], torch.arange(rows))[0].sum().backward()
-    assert meter.peak <= 3 * 8 * vocabulary * 4 + 4 * rows * width * 4
+    tile, states_bytes = 64 * vocabulary * 4, rows * width * 4
+    assert meter.peak <= 1.25 * tile + 4 * states_bytes  # one of them, never the next beside it
     assert meter.peak < 0.1 * rows * vocabulary * 4
