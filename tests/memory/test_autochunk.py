@@ -211,6 +211,35 @@ def test_any_shape_is_the_same_in_slices_or_the_least_is_named(
     assert found.peak <= budget
 
 
+class Attending(nn.Module):
+    """A pre-norm block with torch's own attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_heads_and_tokens_are_sliced_apart_where_one_region_is_not_enough(training: bool) -> None:
+    """Slices of tokens alone must hold all keys and values; slices of heads make their own, and tokens follow."""
+    layer, x = Attending(width=16, heads=8), torch.randn(1, 512, 16)
+    states = x.nbytes
+    expected = run(layer, layer, (x,), training)
+    with torch.set_grad_enabled(training):
+        sliced = autochunk(layer, (_like(x, training),), int((8.5 if training else 3.5) * states))
+    assert_same(run(sliced, layer, (x,), training), expected)
+    assert sliced.report is not None
+    assert len(sliced.report.regions) == 2
+
+
 def test_the_least_that_works_is_named_and_works() -> None:
     module, x = Mlp(8, mixing=False), torch.randn(2, 32, 8)
     with (
@@ -402,7 +431,7 @@ class Ops(nn.Module):
         y = self.norm(x) + self.table(index)
         a, b = self.linear(y).mul(2).chunk(2, dim=-1)  # [2, 6, 12]
         heads = a.view(2, 6, 3, 4).transpose(1, 2)  # [2, 3, 6, 4]
-        keys, values = b.reshape(2, 6, 3, 4).permute(0, 2, 1, 3), heads.flip(0).contiguous()
+        keys, values = b.unflatten(-1, (3, -1)).permute(0, 2, 1, 3), heads.flip(0).contiguous()
         scores = (heads @ keys.transpose(-1, -2) * 0.3).masked_fill(index[:, None, None] > 5, -1e9)
         mixed = scores.softmax(-1) @ values + F.scaled_dot_product_attention(heads, keys, values, is_causal=True)
         merged = mixed.transpose(1, 2).reshape(2, 6, 12).view(-1, 12)  # [12, 12]

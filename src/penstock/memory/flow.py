@@ -142,7 +142,7 @@ def broadcast(cut: Cut, out: Sequence[int], shape: Sequence[int] | None) -> Cut 
 
 
 def view(node: Node, cut: Cut) -> Needs:
-    """view, reshape, flatten."""
+    """view, reshape, flatten, unflatten."""
     return {"self": through_view(cut, node.shape, _self(node))}
 
 
@@ -345,7 +345,8 @@ def _getitem() -> Any:
 
 RULES: dict[Any, Callable[[Node, Cut], Needs]] = {
     **dict.fromkeys(
-        [aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints], view
+        [aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+         aten.unflatten.int], view,
     ),
     **dict.fromkeys(
         [aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.to.dtype,
@@ -380,7 +381,7 @@ RULES: dict[Any, Callable[[Node, Cut], Needs]] = {
 }  # fmt: skip
 
 SIZED = {
-    aten.view.default: "size", aten.reshape.default: "shape", aten._unsafe_view.default: "size",
-    aten.expand.default: "size",
-}  # fmt: skip
-"""Ops that are told the shape of their result, and in which argument."""
+    **{op: op for op in (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)},
+    aten.unflatten.int: aten.reshape.default,
+}
+"""Ops that are told the shape of their result, and what makes another shape: called with a tensor and the shape."""

@@ -160,12 +160,12 @@ def _take_apart(graph: torch.fx.Graph) -> None:
                 arguments = [made.args[where_x], *parts] if where_x == 0 else [parts[1], made.args[where_x], parts[0]]
                 last = _inserted(graph, made.target, tuple(arguments))
                 for one, cut in zip(reversed(chain), reversed(cuts[:-1]), strict=True):
-                    rest: tuple[Any, ...] = tuple(one.args[1:])
-                    if one.target in SIZED:
+                    op, rest = one.target, tuple(one.args[1:])
+                    if op in SIZED:
                         shape = list(one.meta["val"].shape)
                         shape[cut.dim] = cut.size(size)
-                        rest = (shape,)
-                    last = _inserted(graph, one.target, (last, *rest))
+                        op, rest = SIZED[op], (shape,)
+                    last = _inserted(graph, op, (last, *rest))
             piece.replace_all_uses_with(last)
     graph.lint()
 

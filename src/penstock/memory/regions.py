@@ -7,6 +7,7 @@ perhaps in a region of their own. Regions are added where the curve passes the b
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from penstock.memory.curve import LEAVES, Graph, Plan, Region, Step, plan_of
 from penstock.memory.flow import Blocked, Cut, Node, through_view
@@ -22,46 +23,56 @@ SPEED = 1e11
 def choose(graph: Graph, budget: int | None, training: bool, turning: bool = False) -> Plan:
     """The cheapest plan found whose peak is within the budget, or else the one with the lowest peak.
 
+    A beam search: sets of regions, one more each round, until those within the budget have had a round to be bettered.
     `turning`: gradients are asked for alone, so a region whose results only leave computes nothing forward.
     """
-    best = plan_of(graph, [], training, turning)
-    assert best is not None
-    if budget is None or best.peak <= budget:
-        return best
-    pool, lowest = list(candidates(graph)), best
-    while True:
-        regions = best.regions
-        options = []
-        for tried in beside(graph, regions, pool):
-            found = plan_of(graph, tried, training, turning)
-            if found is None:
-                continue
-            lowest = min(lowest, found, key=lambda one: one.peak)
-            if _excess(found, budget) < _excess(best, budget):
-                options.append(found)
-        enough = [one for one in options if one.peak <= budget]
-        if enough:
-            coarse = [coarsened(graph, one, budget, training, turning) for one in sorted(enough, key=_rank)[:MOST]]
-            return min(coarse, key=lambda one: cost(graph, one, training, turning))
-        if not options:
-            return lowest
-        best = min(options, key=lambda one: (_excess(one, budget), _rank(one)))
+    lowest = plan_of(graph, [], training, turning)
+    assert lowest is not None
+    if budget is None or lowest.peak <= budget:
+        return lowest
+    pool, beam, enough, last = list(candidates(graph)), [lowest], [], False
+    while beam:
+        found: dict[tuple[Any, ...], Plan] = {}
+        for plan in beam:
+            for tried in beside(graph, plan.regions, pool):
+                made = plan_of(graph, tried, training, turning)
+                if made is not None:
+                    lowest = min(lowest, made, key=lambda one: one.peak)
+                    if _above(made, budget) < _above(plan, budget):
+                        found.setdefault(tuple((frozenset(one.cuts.items()), one.copies) for one in made.regions), made)
+        within = [one for one in found.values() if one.peak <= budget]
+        enough += sorted(within, key=_rank)[:MOST]
+        beam = [] if last else sorted(found.values(), key=lambda one: (*_above(one, budget), *_rank(one)))[:WIDTH]
+        last = bool(enough)
+    if not enough:
+        return lowest
+    coarse = [coarsened(graph, one, budget, training, turning) for one in enough]
+    return min(coarse, key=lambda one: cost(graph, one, training, turning))
 
 
+WIDTH = 4
+"""Sets of regions that go on into the next round."""
 MOST = 12
-"""Sets of regions whose cost is compared."""
+"""Sets of regions of a round whose cost is compared."""
 
 
 def beside(graph: Graph, regions: Sequence[Region], pool: Sequence[Region]) -> Iterator[list[Region]]:
-    """Each region of the pool with those that are there: in place of the ones it overlaps, and with what they leave."""
-    taken = {i for region in regions for i in region.cuts if i not in region.copies}
+    """Each region of the pool with those that are there: in place of the ones it overlaps, taking from them what it
+    needs, and with what they leave."""
+    taken = _own(regions)
     for one in pool:
         kept = [region for region in regions if not _overlap(region, one)]
         yield [*kept, one]
         if len(kept) < len(regions):
+            yield [*(rest for region in regions if (rest := _without(graph, region, _own([one])))), one]
             rest = _without(graph, one, taken)
             if rest is not None:
                 yield [*regions, rest]
+
+
+def _own(regions: Sequence[Region]) -> set[int]:
+    """Ops that are computed in these regions alone."""
+    return {i for region in regions for i in region.cuts if i not in region.copies}
 
 
 def _without(graph: Graph, region: Region, taken: set[int]) -> Region | None:
@@ -80,8 +91,9 @@ def _rank(plan: Plan) -> tuple[int, int]:
     return len(plan.regions), sum(len(region.cuts) for region in plan.regions)
 
 
-def _excess(plan: Plan, budget: int) -> int:
-    return sum(max(nbytes - budget, 0) for _, nbytes in plan.curve)
+def _above(plan: Plan, budget: int) -> tuple[int, int]:
+    """How far the curve is above the budget, and then how high it is."""
+    return sum(max(nbytes - budget, 0) for _, nbytes in plan.curve), plan.peak
 
 
 def _overlap(one: Region, other: Region) -> bool:
