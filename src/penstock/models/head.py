@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.models.linear import add_product, backward_to_x, linear, slow_in_bf16
+from penstock.models.linear import add_product, backward_to_x, linear, rounding_to, slow_in_bf16
 from penstock.models.shapes import head_tile
 
 
@@ -94,10 +94,11 @@ class _Chosen(torch.autograd.Function):
                 for (x, weight), back, place in zip(pairs, backs, places, strict=True):
                     widen = x.dtype != weight.dtype or (x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
                     mine = slope if widen else slope.to(x.dtype)
-                    if back is not None:
-                        back[rows] += backward_to_x(mine, weight[columns], widen)
-                    if place is not None:
-                        add_product(place[columns], mine, x[rows], widen)
+                    with rounding_to(weight.dtype):
+                        if back is not None:
+                            back[rows] += backward_to_x(mine, weight[columns], widen)
+                        if place is not None:
+                            add_product(place[columns], mine, x[rows], widen)
                 del logits, slope, mine
         found = [None if back is None else back.to(x.dtype) for x, back in zip(xs, backs, strict=True)]
         return None, None, None, *[one for pair in zip(found, made, strict=True) for one in pair]
@@ -119,7 +120,7 @@ def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 def _logits(pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, columns: slice, temperature: float) -> Tensor:
     """[rows, columns] fp32, in memory of its own."""
-    with torch.no_grad():
+    with torch.no_grad(), rounding_to(pairs[0][1].dtype):
         logits = linear(pairs[0][0][rows], pairs[0][1][columns])
         for x, weight in pairs[1:]:
             logits += linear(x[rows], weight[columns])
