@@ -22,7 +22,7 @@ def near(ours, exact, dtype, scale=1.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(768, 64), (64, 33), (37, 9), (5, 1), (16, 3)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 64), (64, 33), (102, 40), (37, 9), (5, 1), (16, 3)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 11, 33, 64])
 @pytest.mark.parametrize("biased", [False, True])
 def test_products_are_those_of_torch(dtype, inputs, outputs, rows, biased):
@@ -30,6 +30,15 @@ def test_products_are_those_of_torch(dtype, inputs, outputs, rows, biased):
     bias = torch.randn(outputs).to(dtype) if biased else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     near(decode.product(x, weight, bias), exact, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+@pytest.mark.parametrize("kept", [True, False])
+def test_wide_activations_meet_a_bf16_weight_unrounded(rows, kept):
+    """Widened states go to the matrix unit of processors that have one, others do not; neither is rounded."""
+    x, weight = torch.randn(rows, 70), torch.randn(48, 70).bfloat16()
+    x = x.bfloat16().float() if kept else x
+    near(decode.product(x, weight), F.linear(x.double(), weight.double()), torch.float32)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 32])

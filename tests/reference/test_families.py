@@ -118,7 +118,8 @@ def test_logits_are_those_of_transformers_on_a_ragged_batch(both: tuple[Any, Dec
 def test_greedy_text_is_that_of_transformers_for_32_tokens(
     both: tuple[Any, Decoder, Path], compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ragged prompts, two rows of a cache for four answers; log-probs are those of the trainer's forward."""
+    """Ragged prompts, two rows of a cache for four answers; log-probs are those of the trainer's forward, within 1e-5
+    for logits up to 4 and in proportion for louder ones: either may be off by as much from fp64, as processors go."""
     theirs, ours, _ = both
     if not compiled:
         monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
@@ -133,9 +134,11 @@ def test_greedy_text_is_that_of_transformers_for_32_tokens(
                     prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
                 )
                 whole = torch.tensor([answer.prompt_ids + answer.response_ids])
-                logprobs = ours.logits(ours(whole)[0, :-1]).log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+                logits = ours.logits(ours(whole)[0, :-1])
+                logprobs = logits.log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
             assert answer.response_ids == expected[0, prompt.shape[1] :].tolist()
-            assert answer.logprobs == pytest.approx(logprobs[prompt.shape[1] - 1 :].tolist(), abs=1e-5)
+            near = 1e-5 * max(1.0, float(logits.abs().max()) / 4)
+            assert answer.logprobs == pytest.approx(logprobs[prompt.shape[1] - 1 :].tolist(), rel=0, abs=near)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

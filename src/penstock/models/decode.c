@@ -9,6 +9,10 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -74,6 +78,14 @@ INLINE void store_one(void *to, int kind, int64_t at, float x)
     ((uint16_t *)to)[at] = (uint16_t)(wide >> 16);
 }
 
+/* The same of a vector, to bf16. */
+INLINE halves rounded(vec x)
+{
+    bits wide = (bits)x, broken = (bits)(x != x);
+    bits up = wide + (0x7fffu + ((wide >> 16) & 1));
+    return __builtin_convertvector((((wide | 0x400000u) & broken) | (up & ~broken)) >> 16, halves);
+}
+
 /* a * b + c in one rounding, said aloud: left to itself, gcc fuses in one loop and not in its neighbour. */
 INLINE vec fma_of(vec a, vec b, vec c)
 {
@@ -88,12 +100,25 @@ INLINE vec fma_of(vec a, vec b, vec c)
 #endif
 }
 
+/* Lanes in pairs, and their sums in pairs: a chain of additions would wait for each of them. */
 INLINE float sum(vec x)
 {
+#ifdef __AVX512F__
+    __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)x, 1));
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), upper);
+#elif defined(__AVX2__)
+    __m256 eight = (__m256)x;
+#endif
+#ifdef __AVX2__
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float total = 0;
     for (int lane = 0; lane < LANES; lane++)
         total += x[lane];
     return total;
+#endif
 }
 
 /* --- products ------------------------------------------------------------------------------------------------------ */
@@ -105,6 +130,7 @@ typedef struct {
     const float *scales; /* [out], INT8 only */
     void *y;             /* [rows, out], x_kind */
     float *wide;         /* [rows, in], room for x in fp32 if it is not */
+    uint32_t *packed;    /* BF16: [in / 32][rows / 16, rounded up][16][16], room for x as the matrix unit reads it */
     int64_t rows, in, out;
     int32_t kind, bias_kind, x_kind, threads;
 } Product;
@@ -171,15 +197,17 @@ INLINE void block(const Product *p, int kind, int64_t column)
     }
 }
 
-void product(Product *p)
+static void widen(const Product *p)
 {
-    if (p->x_kind == FP32)
-        p->wide = (float *)p->x;
-    else
+    if (p->wide != p->x)
         for (int64_t i = 0; i < p->rows * p->in; i++)
             p->wide[i] = load_one(p->x, BF16, i);
+}
+
+static void by_lanes(const Product *p, int64_t first)
+{
 #pragma omp parallel for num_threads(p->threads) schedule(static)
-    for (int64_t column = 0; column < p->out; column += BLOCK) {
+    for (int64_t column = first; column < p->out; column += BLOCK) {
         if (p->kind == FP32)
             block(p, FP32, column);
         else if (p->kind == BF16)
@@ -187,6 +215,169 @@ void product(Product *p)
         else
             block(p, INT8, column);
     }
+}
+
+#ifdef __AMX_BF16__
+/* Intel's matrix unit: 16 columns of the weight as they lie, times 16 rows of x whose pairs were laid side by side. It
+   adds 16 x 16 x 32 products in 16 cycles, so that reading the weight is what is left. Every row goes the same way,
+   however many there are. */
+enum { UNIT = 16, DEEP = 32 };
+
+typedef struct {
+    uint8_t palette, start, zeros[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64))) Tiles;
+
+/* Linux lends the unit to a process that asks. */
+static int unit_is_ours(void)
+{
+    static int ours = -1;
+    if (ours < 0)
+        ours = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    return ours;
+}
+
+/* Whether x has nothing that bf16 leaves out: states that were widened, say. */
+static int is_bf16(const Product *p)
+{
+    if (p->x_kind == BF16)
+        return 1;
+    uint32_t rest = 0;
+    for (int64_t i = 0; i < p->rows * p->in; i++)
+        rest |= ((const uint32_t *)p->x)[i];
+    return !(rest & 0xffffu);
+}
+
+/* 0, step, .. 15 step */
+INLINE __m512i strides(int64_t step)
+{
+    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)step));
+}
+
+/* Of 16 rows of x, or as many as there are, 32 elements: pairs of each row side by side, [pair][row]. */
+static void pack(const Product *p, int64_t row, int64_t at, uint32_t *to)
+{
+    __mmask16 there = p->rows - row < UNIT ? (__mmask16)((1u << (p->rows - row)) - 1) : 0xffff;
+    int64_t size = p->x_kind == BF16 ? 2 : 4;
+    __m512i across = strides(p->in * size), nothing = _mm512_setzero_si512();
+    const char *x = (const char *)p->x + (row * p->in + at) * size;
+    for (int64_t pair = 0; pair < UNIT; pair++, x += 2 * size, to += UNIT) {
+        __m512i both = _mm512_mask_i32gather_epi32(nothing, there, across, x, 1);
+        if (p->x_kind == FP32) {
+            __m512i second = _mm512_mask_i32gather_epi32(nothing, there, across, x + 4, 1);
+            both = _mm512_or_si512(_mm512_srli_epi32(both, 16), second);
+        }
+        _mm512_storeu_si512(to, both);
+    }
+}
+
+/* 16 columns of up to 16 rows, [column][row], to their places. */
+static void give(const Product *p, int64_t column, int64_t row, float *sums)
+{
+    int64_t count = p->rows - row < UNIT ? p->rows - row : UNIT;
+    for (int64_t k = p->in / DEEP * DEEP; k < p->in; k++) /* what the unit has left */
+        for (int c = 0; c < UNIT; c++)
+            for (int64_t r = 0; r < count; r++)
+                sums[c * UNIT + r] = fmaf(p->wide[(row + r) * p->in + k],
+                                          load_one(p->weight, BF16, (column + c) * p->in + k), sums[c * UNIT + r]);
+    const __m512i across = strides(UNIT);
+    vec bias = {0};
+    if (p->bias)
+        bias = p->bias_kind == FP32 ? load(p->bias, FP32, column) : load(p->bias, BF16, column);
+    for (int64_t r = 0; r < count; r++) {
+        vec total = (vec)_mm512_i32gather_ps(across, sums + r, 4) + bias;
+        int64_t at = (row + r) * p->out + column;
+        if (p->x_kind == FP32)
+            *(vec *)((float *)p->y + at) = total;
+        else
+            *(halves *)((uint16_t *)p->y + at) = rounded(total);
+    }
+}
+
+static void by_unit(const Product *p, int64_t columns)
+{
+    int64_t deep = p->in / DEEP, groups = (p->rows + UNIT - 1) / UNIT, bytes = p->in * 2;
+#pragma omp parallel num_threads(p->threads)
+    {
+        Tiles before, mine = {.palette = 1};
+        for (int t = 0; t < 6; t++)
+            mine.bytes[t] = 64, mine.rows[t] = 16;
+        _tile_storeconfig(&before);
+        _tile_loadconfig(&mine);
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < deep; k++)
+            for (int64_t group = 0; group < groups; group++)
+                pack(p, group * UNIT, k * DEEP, p->packed + (k * groups + group) * UNIT * UNIT);
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < columns; column += UNIT) {
+            const char *weight = (const char *)p->weight + column * bytes;
+            float sums[UNIT * UNIT];
+            for (int64_t group = 0; group < groups; group += 4) {
+                int64_t beside = groups - group < 4 ? groups - group : 4;
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+                for (int64_t k = 0; k < deep; k++) {
+                    const uint32_t *x = p->packed + (k * groups + group) * UNIT * UNIT;
+                    if (group == 0) /* the columns after these */
+                        for (int64_t line = 0; line < UNIT; line++)
+                            __builtin_prefetch(weight + UNIT * bytes + (k * UNIT + line) * 64, 0, 2);
+                    _tile_loadd(4, weight + k * 2 * DEEP, bytes);
+                    _tile_loadd(5, x, 64);
+                    _tile_dpbf16ps(0, 4, 5);
+                    if (beside > 1) {
+                        _tile_loadd(5, x + UNIT * UNIT, 64);
+                        _tile_dpbf16ps(1, 4, 5);
+                    }
+                    if (beside > 2) {
+                        _tile_loadd(5, x + 2 * UNIT * UNIT, 64);
+                        _tile_dpbf16ps(2, 4, 5);
+                    }
+                    if (beside > 3) {
+                        _tile_loadd(5, x + 3 * UNIT * UNIT, 64);
+                        _tile_dpbf16ps(3, 4, 5);
+                    }
+                }
+                _tile_stored(0, sums, 64);
+                give(p, column, group * UNIT, sums);
+                if (beside > 1) {
+                    _tile_stored(1, sums, 64);
+                    give(p, column, (group + 1) * UNIT, sums);
+                }
+                if (beside > 2) {
+                    _tile_stored(2, sums, 64);
+                    give(p, column, (group + 2) * UNIT, sums);
+                }
+                if (beside > 3) {
+                    _tile_stored(3, sums, 64);
+                    give(p, column, (group + 3) * UNIT, sums);
+                }
+            }
+        }
+        _tile_loadconfig(&before); /* others of this thread believe it is still theirs */
+    }
+}
+#endif
+
+void product(Product *p)
+{
+    if (p->x_kind == FP32)
+        p->wide = (float *)p->x;
+#ifdef __AMX_BF16__
+    if (p->kind == BF16 && p->in >= DEEP && p->out >= UNIT && unit_is_ours() && is_bf16(p)) {
+        int64_t columns = p->out / UNIT * UNIT;
+        if (p->in % DEEP || columns < p->out)
+            widen(p);
+        by_unit(p, columns);
+        by_lanes(p, columns);
+        return;
+    }
+#endif
+    widen(p);
+    by_lanes(p, 0);
 }
 
 /* --- attention ----------------------------------------------------------------------------------------------------- */
@@ -223,9 +414,22 @@ INLINE vec exp_of(vec x)
     return p * (vec)((whole + 127) << 23);
 }
 
+/* Values of `count` slots, as many vectors of each as stay in registers, in their shares. */
+INLINE void mix(const Attention *a, int kind, int64_t at, int64_t count, const float *shares, float *mixed, int vectors)
+{
+    vec sums[4];
+    for (int j = 0; j < vectors; j++)
+        sums[j] = *(vec *)(mixed + j * LANES);
+    for (int64_t i = 0; i < count; i++, at += a->width)
+        for (int j = 0; j < vectors; j++)
+            sums[j] = fma_of((vec){0} + shares[i], load(a->values, kind, at + j * LANES), sums[j]);
+    for (int j = 0; j < vectors; j++)
+        *(vec *)(mixed + j * LANES) = sums[j];
+}
+
 INLINE void attend(const Attention *a, int kind, int64_t row, int64_t head)
 {
-    int64_t width = a->width, last = a->slots[row], first = 0;
+    int64_t width = a->width, last = a->slots[row], first = 0, size = kind == FP32 ? 4 : 2;
     int64_t base = row * a->row + head / (a->heads / a->groups) * a->group;
     float slope = a->slopes ? a->slopes[head] : 0, highest = -INFINITY, weight = 0, q[WIDEST];
     for (int64_t e = 0; e < width; e++)
@@ -239,6 +443,8 @@ INLINE void attend(const Attention *a, int kind, int64_t row, int64_t head)
         for (int64_t i = 0; i < count; i++) {
             int64_t at = base + (start + i) * width, e = 0;
             vec dot = {0};
+            for (int64_t line = 0; line < width * size; line += 64) /* the next step reads them */
+                __builtin_prefetch((const char *)a->values + at * size + line);
             for (; e + LANES <= width; e += LANES)
                 dot = fma_of(*(const vec *)(q + e), load(a->keys, kind, at + e), dot);
             float score = sum(dot);
@@ -261,15 +467,16 @@ INLINE void attend(const Attention *a, int kind, int64_t row, int64_t head)
             vec s = exp_of(*(vec *)(scores + i) - highest);
             *(vec *)(scores + i) = s;
         }
-        for (int64_t i = 0; i < count; i++) {
-            int64_t at = base + (start + i) * width, e = 0;
-            float share = scores[i];
-            weight += share;
-            for (; e + LANES <= width; e += LANES)
-                *(vec *)(mixed + e) = fma_of((vec){0} + share, load(a->values, kind, at + e), *(vec *)(mixed + e));
-            for (; e < width; e++)
-                mixed[e] = fmaf(share, load_one(a->values, kind, at + e), mixed[e]);
-        }
+        for (int64_t i = 0; i < count; i++)
+            weight += scores[i];
+        int64_t e = 0;
+        for (; e + 4 * LANES <= width; e += 4 * LANES)
+            mix(a, kind, base + start * width + e, count, scores, mixed + e, 4);
+        for (; e + LANES <= width; e += LANES)
+            mix(a, kind, base + start * width + e, count, scores, mixed + e, 1);
+        for (; e < width; e++)
+            for (int64_t i = 0; i < count; i++)
+                mixed[e] = fmaf(scores[i], load_one(a->values, kind, base + (start + i) * width + e), mixed[e]);
     }
     for (int64_t e = 0; e < width; e++)
         store_one(a->y, a->x_kind, (row * a->heads + head) * width + e, mixed[e] / weight);
@@ -278,6 +485,12 @@ INLINE void attend(const Attention *a, int kind, int64_t row, int64_t head)
 static void keep(const Attention *a, int64_t row, int64_t group)
 {
     int64_t from = row * a->x_row + group * a->x_head, to = row * a->row + group * a->group + a->slots[row] * a->width;
+    if (a->kind == a->x_kind) {
+        int64_t size = a->kind == FP32 ? 4 : 2;
+        memcpy((char *)a->keys + to * size, (const char *)a->k + from * size, a->width * size);
+        memcpy((char *)a->values + to * size, (const char *)a->v + from * size, a->width * size);
+        return;
+    }
     for (int64_t e = 0; e < a->width; e++) {
         store_one(a->keys, a->kind, to + e, load_one(a->k, a->x_kind, from + e));
         store_one(a->values, a->kind, to + e, load_one(a->v, a->x_kind, from + e));

@@ -34,7 +34,7 @@ def _struct(name: str, pointers: str, sizes: str, floats: str, kinds: str) -> ty
     )
 
 
-_Product = _struct("Product", "x weight bias scales y wide", "rows inputs outputs", "", "kind bias_kind x_kind threads")
+_Product = _struct("Product", "x weight bias scales y wide packed", "rows inputs outputs", "", "kind bias_kind x_kind threads")
 _Attention = _struct(
     "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window", "scale",
     "kind x_kind threads",
@@ -71,9 +71,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tenso
     scales = scales if scales is None else scales.float()
     y = x.new_empty(*x.shape[:-1], len(weight))
     wide = x if x.dtype == torch.float32 else torch.empty(x.shape)
+    rows = x.shape[:-1].numel()
+    packed = torch.empty(-(-rows // 16) * 16, x.shape[-1], dtype=torch.bfloat16)
     call = _Product(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        0 if scales is None else scales.data_ptr(), y.data_ptr(), wide.data_ptr(), x.shape[:-1].numel(), x.shape[-1],
+        0 if scales is None else scales.data_ptr(), y.data_ptr(), wide.data_ptr(), packed.data_ptr(), rows, x.shape[-1],
         len(weight), KINDS[weight.dtype], 0 if bias is None else KINDS[bias.dtype], KINDS[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip

@@ -85,7 +85,7 @@ def rounding_to(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16 or _cpu_is_slow():
         yield
         return
-    setting: Any = torch.backends.mkldnn.matmul
+    setting: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (torch does not declare it)
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield
