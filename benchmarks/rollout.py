@@ -23,7 +23,7 @@ import transformers
 from benchmarks.engine import in_turns
 from benchmarks.facts import write
 from penstock.memory.strategy import Strategy
-from penstock.models import decode, sizes
+from penstock.models import decode, linear, sizes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.quantised import quantise
@@ -60,7 +60,7 @@ def rate(seconds: list[float], tokens: int) -> float:
 def speed(repeats: int) -> dict[str, Any]:
     """Greedy, no EOS: both make the same number of tokens. transformers in fp32, which on processors without bf16
     instructions is its faster way, and in bf16, whose rate does not grow with the rows there: 8 of them take it five
-    minutes, 32 twenty, so it is timed once.
+    minutes, 32 twenty, so there it is timed once, and elsewhere in turns.
     """
     decoder, theirs = both()
     wide = copy.deepcopy(theirs).float()
@@ -76,18 +76,20 @@ def speed(repeats: int) -> dict[str, Any]:
                 min_new_tokens=NEW, pad_token_id=EOS, cache_implementation=cache,
             )  # fmt: skip
 
-        seconds = in_turns(
-            {
-                "ours": lambda asked=asked, greedy=greedy: generate(decoder, asked, greedy, eos_ids=()),
-                "transformers fp32": lambda hf=hf: hf(wide, None),
-            },
-            repeats,
-        )
         slow: dict[str, Callable[[], object]] = {
             f"transformers bf16, {cache or 'dynamic'} cache": lambda hf=hf, cache=cache: hf(theirs, cache)
             for cache in caches[batch]
         }
-        seconds |= {name: [clocked(call)] for name, call in slow.items()}
+        once = linear.slow_in_bf16("cpu")
+        seconds = in_turns(
+            {
+                "ours": lambda asked=asked, greedy=greedy: generate(decoder, asked, greedy, eos_ids=()),
+                "transformers fp32": lambda hf=hf: hf(wide, None),
+                **({} if once else slow),
+            },
+            repeats,
+        )
+        seconds |= {name: [clocked(call)] for name, call in slow.items() if once}
         rates = {name: rate(some, batch * NEW) for name, some in seconds.items()}
         floor = floor_of(decoder, batch)
         rows[batch] = {
@@ -163,11 +165,13 @@ def streamed(repeats: int, layers: int = 12) -> dict[str, Any]:
 
 def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
     """What no engine on this machine can pass: a step reads every weight once, at the bandwidth of a plain copy, and
-    multiplies it with `batch` rows, at the best rate that torch (fp32) or our product (bf16) reaches with so many."""
+    multiplies it with `batch` rows, at the best rate that torch (fp32 or bf16) or our product (bf16) reaches with so
+    many."""
     weights = [p for p in decoder.parameters() if p.dim() == 2 and p is not decoder.embed.positions]
     nbytes, count = sum(p.nbytes for p in weights), sum(p.numel() for p in weights)
     source, target = torch.zeros(1 << 28, dtype=torch.uint8), torch.ones(1 << 28, dtype=torch.uint8)
-    x = torch.randn(batch, 3072)
+    x = torch.randn(batch, 3072).bfloat16()
+    broad = x.float()
     wide = [torch.randn(768, 3072) for _ in range(16)]
     narrow = [weight.bfloat16() for weight in wide]
     flops = 2 * batch * 768 * 3072 * 16
@@ -178,11 +182,16 @@ def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
 
     def torchs() -> None:
         for weight in wide:
+            torch.nn.functional.linear(broad, weight)
+
+    def torchs_bf16() -> None:
+        for weight in narrow:
             torch.nn.functional.linear(x, weight)
 
-    seconds = in_turns({"copy": lambda: target.copy_(source), "own": own, "torch": torchs}, 9)
+    gemms = {"own": own, "torch": torchs} | ({} if linear.slow_in_bf16("cpu") else {"torch bf16": torchs_bf16})
+    seconds = in_turns({"copy": lambda: target.copy_(source), **gemms}, 9)
     copy = 2 * len(source) / min(seconds["copy"])
-    gemm = flops / min(*seconds["own"], *seconds["torch"])
+    gemm = flops / min(min(seconds[name]) for name in gemms)
     step = max(nbytes / copy, 2 * batch * count / gemm)
     return {
         "copy_bytes_per_second": copy, "gemm_flops": gemm, "weights_bytes": nbytes, "step_seconds": step,
@@ -191,10 +200,11 @@ def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
 
 
 def ragged(repeats: int) -> dict[str, Any]:
-    """Both are told, by a table, when each answer ends. transformers in fp32: in bf16 it would take an hour here (see
-    `speed`)."""
+    """Both are told, by a table, when each answer ends. transformers in bf16 where the processor has instructions for
+    it, else in fp32: in bf16 it would take an hour."""
     decoder, theirs = both()
-    wide = theirs.float()
+    slow = linear.slow_in_bf16("cpu")
+    dtype, theirs = ("fp32", theirs.float()) if slow else ("bf16", theirs)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(16, 257, (64,), generator=generator).tolist()
     news = torch.randint(8, 257, (64,), generator=generator).tolist()
@@ -229,15 +239,15 @@ def ragged(repeats: int) -> dict[str, Any]:
             mask = torch.zeros(16, width, dtype=torch.int64)
             for row, prompt in enumerate(part):
                 ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
-            wide.generate(
+            theirs.generate(
                 ids, attention_mask=mask, do_sample=False, max_new_tokens=max(ends), pad_token_id=EOS,
                 eos_token_id=EOS, logits_processor=[Table(ends, width)],
             )  # fmt: skip
 
-    seconds = in_turns({"ours": ours, "transformers fp32": hf}, repeats)
+    seconds = in_turns({"ours": ours, f"transformers {dtype}": hf}, repeats)
     rates = {name: rate(some, sum(news)) for name, some in seconds.items()}
     return {
-        "tokens_per_second": rates, "ratio_to_fp32": rates["ours"] / rates["transformers fp32"], "rows": 16,
+        "tokens_per_second": rates, f"ratio_to_{dtype}": rates["ours"] / rates[f"transformers {dtype}"], "rows": 16,
         "seconds": seconds,
     }  # fmt: skip
 

@@ -135,3 +135,16 @@ def test_what_lies_beyond_a_rows_last_slot_is_never_read():
     clean = decode.attention(q, k, v, (keys, values), last)
     keys[:, :, 31:], values[:, :, 31:] = torch.nan, torch.nan
     assert torch.equal(decode.attention(q, k, v, (keys, values), last), clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 16, 53, 70_000])
+def test_gelu_is_that_of_torch_and_lies_where_its_argument_lay(dtype, count):
+    x = (torch.linspace(-12, 12, count) if count > 1 else torch.tensor([-0.7])).to(dtype)
+    exact = F.gelu(x.double(), approximate="tanh")
+    assert torch.equal(decode.gelu_tanh(x.clone()), F.gelu(x, approximate="tanh"))
+    with decode.one_token():
+        ours = decode.gelu_tanh(x)
+    near(ours, exact, dtype)
+    assert ours.data_ptr() == x.data_ptr()
+    assert decode.gelu_tanh(torch.tensor([torch.nan, 3.4e38])).isnan().tolist() == [True, False]

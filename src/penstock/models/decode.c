@@ -121,6 +121,24 @@ INLINE float sum(vec x)
 #endif
 }
 
+/* e^x for x <= 0, within 2 ulp: 2^(x log2 e) by its whole and its broken part (Cephes' polynomial). */
+INLINE vec exp_of(vec x)
+{
+    vec lowest = (vec){0} - 87.0f;
+    x = (vec)(((bits)x & (bits)(x > lowest)) | ((bits)lowest & ~(bits)(x > lowest)));
+    ints whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ints); /* to nearest: x is below zero */
+    vec n = __builtin_convertvector(whole, vec), zero = {0};
+    vec r = fma_of(n, zero + 2.12194440e-4f, fma_of(n, zero - 0.693359375f, x));
+    vec p = zero + 1.9875691500e-4f;
+    p = fma_of(p, r, zero + 1.3981999507e-3f);
+    p = fma_of(p, r, zero + 8.3334519073e-3f);
+    p = fma_of(p, r, zero + 4.1665795894e-2f);
+    p = fma_of(p, r, zero + 1.6666665459e-1f);
+    p = fma_of(p, r, zero + 5.0000001201e-1f);
+    p = fma_of(p, r * r, r) + 1.0f;
+    return p * (vec)((whole + 127) << 23);
+}
+
 /* --- products ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -396,24 +414,6 @@ typedef struct {
 #define BATCH 64 /* keys at once: their scores stay in the first cache */
 #define WIDEST 512
 
-/* e^x for x <= 0, within 2 ulp: 2^(x log2 e) by its whole and its broken part (Cephes' polynomial). */
-INLINE vec exp_of(vec x)
-{
-    vec lowest = (vec){0} - 87.0f;
-    x = (vec)(((bits)x & (bits)(x > lowest)) | ((bits)lowest & ~(bits)(x > lowest)));
-    ints whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ints); /* to nearest: x is below zero */
-    vec n = __builtin_convertvector(whole, vec), zero = {0};
-    vec r = fma_of(n, zero + 2.12194440e-4f, fma_of(n, zero - 0.693359375f, x));
-    vec p = zero + 1.9875691500e-4f;
-    p = fma_of(p, r, zero + 1.3981999507e-3f);
-    p = fma_of(p, r, zero + 8.3334519073e-3f);
-    p = fma_of(p, r, zero + 4.1665795894e-2f);
-    p = fma_of(p, r, zero + 1.6666665459e-1f);
-    p = fma_of(p, r, zero + 5.0000001201e-1f);
-    p = fma_of(p, r * r, r) + 1.0f;
-    return p * (vec)((whole + 127) << 23);
-}
-
 /* Values of `count` slots, as many vectors of each as stay in registers, in their shares. */
 INLINE void mix(const Attention *a, int kind, int64_t at, int64_t count, const float *shares, float *mixed, int vectors)
 {
@@ -508,4 +508,30 @@ void attention(const Attention *a)
         else
             attend(a, BF16, i / a->heads, i % a->heads);
     }
+}
+
+/* --- activations --------------------------------------------------------------------------------------------------- */
+
+/* x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh. */
+INLINE vec gelu_of(vec x)
+{
+    vec twice = x * (0.044715f * 1.5957691216057308f * x * x + 1.5957691216057308f);
+    bits sign = (bits)twice & 0x80000000u, below = (bits)(twice < 0);
+    vec e = exp_of((vec)((bits)twice ^ sign ^ 0x80000000u)), one = (vec){0} + 1.0f;
+    vec above = (vec)(((bits)e & below) | ((bits)one & ~below));
+    return x * above / (one + e);
+}
+
+/* In place. */
+void gelu_tanh(void *x, int64_t count, int32_t kind, int32_t threads)
+{
+    int64_t whole = count / LANES * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < whole; at += LANES)
+        if (kind == FP32)
+            *(vec *)((float *)x + at) = gelu_of(load(x, FP32, at));
+        else
+            *(halves *)((uint16_t *)x + at) = rounded(gelu_of(load(x, BF16, at)));
+    for (int64_t at = whole; at < count; at++)
+        store_one(x, kind, at, gelu_of((vec){0} + load_one(x, kind, at))[0]);
 }

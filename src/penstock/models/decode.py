@@ -1,8 +1,9 @@
 """One token per row on a CPU: products of few rows with a weight, and attention over a cache, by `decode.c`.
 
 torch's own are made for many rows: with 8 of them an fp32 product runs at a fifth of the processor's rate, and bf16 on
-processors without bf16 instructions at a tenth. Here a weight is read once at memory speed, widened in registers, and
-a row's result does not depend, to the last bit, on the rows beside it. Where there is no compiler, torch does it.
+processors without bf16 instructions at a tenth. Here a weight is read once at memory speed, widened in registers or fed
+to the matrix unit as it lies, and a row's result does not depend, to the last bit, on the rows beside it. Where there
+is no compiler, torch does it.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.profiler import record_function
 
 from penstock.memory import native
@@ -34,7 +36,9 @@ def _struct(name: str, pointers: str, sizes: str, floats: str, kinds: str) -> ty
     )
 
 
-_Product = _struct("Product", "x weight bias scales y wide packed", "rows inputs outputs", "", "kind bias_kind x_kind threads")
+_Product = _struct(
+    "Product", "x weight bias scales y wide packed", "rows inputs outputs", "", "kind bias_kind x_kind threads"
+)
 _Attention = _struct(
     "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window", "scale",
     "kind x_kind threads",
@@ -107,6 +111,16 @@ def attention(
     )  # fmt: skip
     _library().attention(ctypes.byref(call))  # type: ignore[union-attr]
     return y
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by tanh; x in place, inside `one_token`, and else as torch's own."""
+    if not (ready(x.device, x.dtype) and x.is_contiguous()):
+        return F.gelu(x, approximate="tanh")
+    count = ctypes.c_int64(x.numel())
+    where = ctypes.c_void_p(x.data_ptr())
+    _library().gelu_tanh(where, count, KINDS[x.dtype], torch.get_num_threads())  # type: ignore[union-attr]
+    return x
 
 
 def _library() -> ctypes.CDLL | str:
