@@ -50,7 +50,7 @@ def _cpu() -> str:
 def _capability() -> str:
     import torch
 
-    return torch.backends.cpu.get_cpu_capability()
+    return torch.backends.cpu.get_cpu_capability() + " with AMX" * torch.cpu._is_amx_tile_supported()
 
 
 def _ram_bytes() -> int:

@@ -78,7 +78,8 @@ def capacity_plot(found: dict[str, Found], axes: Any) -> None:
 def peers_table(found: dict[str, Found]) -> Table:
     """A row per race; one that was not run says why."""
     rows = [["work and peer", "ours, s", "theirs, s", "times faster", "our RSS", "their RSS", "share", "pairs"]]
-    for name, one in found["peers"]["rows"].items():
+    (peers,) = found.values()
+    for name, one in peers["rows"].items():
         if "why_not" in one:
             rows.append([name, "", "", one["why_not"].replace("|", "/"), "", "", "", "0"])
             continue
@@ -94,7 +95,8 @@ def peers_table(found: dict[str, Found]) -> Table:
 
 def throughput_plot(found: dict[str, Found], axes: Any) -> None:
     """How many times faster."""
-    rows = {name: one for name, one in found["peers"]["rows"].items() if "why_not" not in one}
+    (peers,) = found.values()
+    rows = {name: one for name, one in peers["rows"].items() if "why_not" not in one}
     axes.barh(list(rows), [one["times_faster"] for one in rows.values()], color=OURS)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
@@ -120,7 +122,8 @@ def memory_table(found: dict[str, Found]) -> Table:
 
 def memory_plot(found: dict[str, Found], axes: Any) -> None:
     """Peak RSS of both sides."""
-    rows = {name: one for name, one in found["peers"]["rows"].items() if "why_not" not in one}
+    (peers,) = found.values()
+    rows = {name: one for name, one in peers["rows"].items() if "why_not" not in one}
     places = range(len(rows))
     for offset, key, color in ((-0.2, "ours_peak_rss_bytes", OURS), (0.2, "theirs_peak_rss_bytes", THEIRS)):
         axes.barh([i + offset for i in places], [one[key] / 1e9 for one in rows.values()], 0.4, color=color)
@@ -206,6 +209,14 @@ CLAIMS = [
         "Memory", "Peak RSS of both sides of the races above; `penstock bench` below. A CPU's device memory is a tier "
         "with a budget and what tensors take beside it, counted.",
         ("peers",), "make bench-peers", lambda found: [], memory_plot,
+    ),
+    Claim(
+        "Throughput with bf16 instructions", "The same races on a processor that has them.",
+        ("peers_amx",), "python -m benchmarks.peers.run --name peers_amx", peers_table, throughput_plot,
+    ),
+    Claim(
+        "Memory with bf16 instructions", "Peak RSS of both sides of these.",
+        ("peers_amx",), "python -m benchmarks.peers.run --name peers_amx", lambda found: [], memory_plot,
     ),
     Claim(
         "The published benchmark", "`penstock bench` as it was recorded, run by run.",

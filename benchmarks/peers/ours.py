@@ -48,7 +48,7 @@ def main() -> None:
     """One side of a race."""
     from turns import Turns, flags  # beside this script
 
-    asked = flags(__doc__ or "", work=["ppo", "sft", "lora"], strategy=["ddp", "zero2_cpu", "gemini_cpu"])
+    asked = flags(__doc__ or "", work=["ppo", "sft", "lora"], strategy=["ddp", "ddp_8bit", "zero2_cpu", "gemini_cpu"])
     turns = Turns()
     torch.manual_seed(0)
     heads = max(asked.width // 64, 1)

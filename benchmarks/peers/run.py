@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.facts import RESULTS, ROOT, write
 from benchmarks.peers.turns import MARK
+from penstock.models.linear import slow_in_bf16
 
 HERE = Path(__file__).parent
 OURS = "ours.py"
@@ -38,20 +39,28 @@ class Race:
     script: str
     theirs: str
     ours: str
-    slow: bool = False
-    """On a processor without bf16 instructions a step takes minutes: one of each, nothing to warm up."""
+    narrow: bool = False
+    """Theirs is in bf16. On a processor without bf16 instructions a step takes minutes: one of each, and no warm-up."""
+
+    @property
+    def once(self) -> bool:
+        """Whether this processor is one of those."""
+        return self.narrow and slow_in_bf16("cpu")
 
 
 RACES = {
-    "ppo, TRL, bf16": Race("trl", "trl_ppo.py", "--dtype bf16", "--dtype bf16", slow=True),
+    "ppo, TRL, bf16": Race("trl", "trl_ppo.py", "--dtype bf16", "--dtype bf16", narrow=True),
+    "ppo, TRL, bf16, ours with 8-bit moments": Race(
+        "trl", "trl_ppo.py", "--dtype bf16", "--dtype bf16 --strategy ddp_8bit", narrow=True
+    ),
     "ppo, TRL, fp32": Race("trl", "trl_ppo.py", "", ""),
     "ppo, TRL in fp32, ours in bf16": Race("trl", "trl_ppo.py", "", "--dtype bf16"),
     "ppo, plain as published, fp32": Race("plain", "plain.py", "--kind published", ""),
-    "ppo, plain and fair, bf16": Race("plain", "plain.py", "--kind fair --dtype bf16", "--dtype bf16", slow=True),
+    "ppo, plain and fair, bf16": Race("plain", "plain.py", "--kind fair --dtype bf16", "--dtype bf16", narrow=True),
     "sft through LoRA, peft, fp32": Race("peft", "peft_lora.py", "", "--work lora"),
-    "sft through LoRA, peft, bf16": Race("peft", "peft_lora.py", "--dtype bf16", "--work lora --dtype bf16", slow=True),
+    "sft through LoRA, peft, bf16": Race("peft", "peft_lora.py", "--dtype bf16", "--work lora --dtype bf16", narrow=True),
     "sft, DeepSpeed ZeRO-3 offload, bf16": Race(
-        "deepspeed", "deepspeed_zero3.py", "--dtype bf16", "--work sft --strategy gemini_cpu --dtype bf16", slow=True
+        "deepspeed", "deepspeed_zero3.py", "--dtype bf16", "--work sft --strategy gemini_cpu --dtype bf16", narrow=True
     ),
     "sft, DeepSpeed ZeRO-3 offload, fp32": Race(
         "deepspeed", "deepspeed_zero3.py", "", "--work sft --strategy gemini_cpu"
@@ -147,8 +156,8 @@ def race(one: Race, python: Path | str, repeats: int, more: list[str]) -> dict[s
         ending.callback(theirs.end)
         ours = Side(sys.executable, OURS, [*one.ours.split(), *more])
         ending.callback(ours.end)
-        found = [(ours.step(), theirs.step()) for _ in range(1 if one.slow else repeats + 1)]
-    timed = found[0 if one.slow else 1 :]
+        found = [(ours.step(), theirs.step()) for _ in range(1 if one.once else repeats + 1)]
+    timed = found[0 if one.once else 1 :]
     seconds = [[pair[side]["seconds"] for pair in timed] for side in (0, 1)]
     peaks = [found[-1][side]["peak_rss_bytes"] for side in (0, 1)]
     return {
