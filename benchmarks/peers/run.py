@@ -58,9 +58,15 @@ RACES = {
     "ppo, plain as published, fp32": Race("plain", "plain.py", "--kind published", ""),
     "ppo, plain and fair, bf16": Race("plain", "plain.py", "--kind fair --dtype bf16", "--dtype bf16", narrow=True),
     "sft through LoRA, peft, fp32": Race("peft", "peft_lora.py", "", "--work lora"),
-    "sft through LoRA, peft, bf16": Race("peft", "peft_lora.py", "--dtype bf16", "--work lora --dtype bf16", narrow=True),
+    "sft through LoRA, peft, bf16": Race(
+        "peft", "peft_lora.py", "--dtype bf16", "--work lora --dtype bf16", narrow=True
+    ),
     "sft, DeepSpeed ZeRO-3 offload, bf16": Race(
-        "deepspeed", "deepspeed_zero3.py", "--dtype bf16", "--work sft --strategy gemini_cpu --dtype bf16", narrow=True
+        "deepspeed",
+        "deepspeed_zero3.py",
+        "--dtype bf16",
+        "--work sft --strategy gemini_cpu --dtype bf16",
+        narrow=True,
     ),
     "sft, DeepSpeed ZeRO-3 offload, fp32": Race(
         "deepspeed", "deepspeed_zero3.py", "", "--work sft --strategy gemini_cpu"
