@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from penstock.memory import native
-from penstock.memory.adam import SOURCE, TILE, AdamW, _in_one_pass, join, split, states_of
+from penstock.memory.adam import SOURCE, TILE, AdamW, _in_one_pass, join, split, states_of, sum_of_squares
 
 SIZES = [1, 1000, TILE, TILE + 1, 2 * TILE + 77]
 
@@ -148,3 +148,19 @@ def test_threads_share_the_work_and_change_nothing(threads):
         AdamW().update(alone[part], here, grads[part], lr=1e-2, scale=0.5, step=1)
     assert torch.equal(weights, alone)
     assert all(torch.equal(states[name], others[name]) for name in states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 1023, 65_537, 3_000_000])
+def test_squares_are_summed_without_loss_and_alike_by_any_number_of_threads(dtype, count, way, monkeypatch):
+    grads = (1e-4 * torch.randn(count, generator=torch.Generator().manual_seed(1))).to(dtype)
+    found = sum_of_squares(grads)
+    assert found.dtype == torch.float64
+    ours = way == "c" and dtype == torch.bfloat16  # torch sums a million squares in fp32
+    assert found == pytest.approx(float(grads.double().square().sum()), rel=1e-6 if ours else 1e-4)
+    if ours:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert torch.equal(sum_of_squares(grads), found)
+    if count:
+        grads[count // 2] = torch.inf
+        assert sum_of_squares(grads) == torch.inf

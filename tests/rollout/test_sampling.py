@@ -4,8 +4,19 @@ import pytest
 import torch
 import transformers
 
+from penstock.memory import native
 from penstock.rollout.sampling import Sampling, adjust, pick, stream
 from tests.algorithms.oracle import token_logprobs
+
+
+@pytest.fixture(params=["compiled", "by torch"])
+def both_ways(request, monkeypatch):
+    """In C where there is a compiler, and by torch."""
+    if request.param == "by torch":
+        monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
+
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def frequencies(logits, sampling, draws=20_000):
@@ -86,6 +97,33 @@ def test_the_logprob_is_the_trainers_number(sampling):
     expected, _ = token_logprobs(logits, tokens, sampling.temperature)  # the slow oracle, in fp64
     assert logprobs.dtype == torch.float32
     assert torch.allclose(logprobs.double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("vocabulary", [1, 31, 1024, 50_257])
+def test_a_row_chooses_alike_in_c_by_torch_alone_and_in_company(vocabulary, temperature, monkeypatch):
+    logits = 3 * torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    numbers, sampling = stream(5, 0, 9), Sampling(temperature=temperature)
+    tokens, logprobs = pick(logits, numbers, sampling)
+    alone = [pick(logits[i : i + 1], numbers[i : i + 1], sampling) for i in range(9)]
+    assert torch.equal(torch.cat([one for one, _ in alone]), tokens)
+    assert torch.equal(torch.cat([one for _, one in alone]), logprobs)
+    monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
+    others, theirs = pick(logits, numbers, sampling)
+    assert torch.equal(others, tokens)
+    assert torch.allclose(theirs, logprobs, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_have_no_logprob_and_spoil_no_other_row(wrong, temperature):
+    logits = torch.zeros(3, 40)
+    logits[1, 33] = wrong
+    logits[2] = -torch.inf
+    logits[2, 7] = -3.0
+    tokens, logprobs = pick(logits, torch.full((3,), 0.5), Sampling(temperature=temperature))
+    assert logprobs.isnan().tolist() == [False, True, False]
+    assert (tokens[2], logprobs[2]) == (7, 0.0)
 
 
 def test_bf16_logits_are_sampled_in_fp32():

@@ -133,3 +133,28 @@ void adamw8_bf16(uint16_t *restrict weights, int16_t *restrict remainder, uint8_
         close_block(m + at, v + at, m_scale + b, v_scale + b, exp_avg, exp_avg_sq, t);
     }
 }
+
+/* --- the norm -------------------------------------------------------------------------------------------------------- */
+
+#define SPAN 65536
+
+/* Sums of squares, one per SPAN of gradients: the same bits however many threads there are. */
+void squares_bf16(const uint16_t *restrict gradients, int64_t count, double *sums, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t start = 0; start < count; start += SPAN) {
+        int64_t end = start + SPAN < count ? start + SPAN : count;
+        double total = 0;
+        for (int64_t at = start; at < end; at += 1024) {
+            int64_t stop = at + 1024 < end ? at + 1024 : end;
+            float some = 0;
+#pragma omp simd reduction(+ : some)
+            for (int64_t i = at; i < stop; i++) {
+                float gradient = as_float((uint32_t)gradients[i] << 16);
+                some += gradient * gradient;
+            }
+            total += some;
+        }
+        sums[start / SPAN] = total;
+    }
+}

@@ -20,6 +20,8 @@ from penstock.memory.eightbit import BLOCK, CODES_FIRST, CODES_SECOND, FIRST, SE
 SOURCE = Path(__file__).with_name("adam.c")
 ALIGN = 64
 """Elements: torch's kernel rounds the few beyond its last vector another way."""
+SPAN = 65536
+"""Gradients whose squares are one sum in adam.c."""
 TILE = 1 << 20
 """Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
 
@@ -115,6 +117,18 @@ def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
     places = (ctypes.c_void_p(one.data_ptr()) for one in (*tensors, *tables))
     update(*places, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())
     return whole
+
+
+def sum_of_squares(grads: Tensor) -> Tensor:
+    """Of gradients [n], summed in fp32 in parts and in fp64 over them: fp64 scalar. No copy of them is made."""
+    compiled = native.compiled(SOURCE) if grads.device.type == "cpu" and native.real() else "another device"
+    if isinstance(compiled, str) or grads.dtype != torch.bfloat16 or not grads.is_contiguous():
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grads.split(TILE)]
+        return torch.stack(norms).double().square().sum()
+    sums = torch.empty(-(-grads.numel() // SPAN), dtype=torch.float64)
+    places = (ctypes.c_void_p(grads.data_ptr()), ctypes.c_int64(grads.numel()), ctypes.c_void_p(sums.data_ptr()))
+    compiled.squares_bf16(*places, torch.get_num_threads())
+    return sums.sum()
 
 
 def widen(states: Mapping[str, Tensor]) -> dict[str, Tensor]:

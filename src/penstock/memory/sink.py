@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from penstock.memory.adam import AdamW, join, narrow, split, widen
+from penstock.memory.adam import AdamW, join, narrow, split, sum_of_squares, widen
 from penstock.memory.chunks import Weight
 from penstock.memory.plan import PIECE, SETS
 from penstock.memory.shard import World
@@ -82,8 +82,7 @@ class Sink:
         shared = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for one in self.stored:
             here = one.grads.tensor.device if isinstance(one.grads, RamHome) else CPU  # 4 bytes travel, not the chunk
-            norm = torch.linalg.vector_norm(self._own_gradients(one, here), dtype=torch.float32)
-            shared += norm.to(shared.device).double().square()
+            shared += sum_of_squares(self._own_gradients(one, here)).to(shared.device)
         if any(not one.grads_whole or one.split for one in self.stored):
             shared = self.world.sum(shared)
         return shared.sqrt().float()

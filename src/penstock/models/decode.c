@@ -535,3 +535,100 @@ void gelu_tanh(void *x, int64_t count, int32_t kind, int32_t threads)
     for (int64_t at = whole; at < count; at++)
         store_one(x, kind, at, gelu_of((vec){0} + load_one(x, kind, at))[0]);
 }
+
+/* --- choosing a token ---------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const float *logits;   /* [rows, vocabulary] */
+    const float *uniforms; /* [rows], in [0, 1) */
+    int64_t *tokens;       /* [rows] */
+    float *logprobs;       /* [rows]; NaN where a logit is NaN or the highest is not finite */
+    int64_t rows, vocabulary;
+    float temperature;     /* 0: the likeliest */
+    int32_t threads;
+} Choice;
+
+#define SUMS 1024
+
+/* What a softmax weighs a logit: nothing at all, too far below the highest. */
+INLINE vec weigh(vec x, float highest, float by)
+{
+    vec below = (x - highest) * by;
+    return (vec)((bits)exp_of(below) & (bits)(below > -87.0f));
+}
+
+INLINE float weigh_one(float x, float highest, float by)
+{
+    return weigh((vec){0} + x, highest, by)[0];
+}
+
+/* The sums of a few hundred logits first, then the one of them in which the number falls, logit by logit. */
+static void choose_one(const Choice *c, int64_t row)
+{
+    int64_t count = c->vocabulary, whole = count / LANES * LANES, token = 0;
+    const float *x = c->logits + row * count;
+    float by = c->temperature ? 1 / c->temperature : 1, highest = -INFINITY;
+    vec top = (vec){0} - INFINITY;
+    bits odd = {0};
+    for (int64_t at = 0; at < whole; at += LANES) {
+        vec some = load(x, FP32, at);
+        bits higher = (bits)(some > top);
+        top = (vec)(((bits)some & higher) | ((bits)top & ~higher));
+        odd |= (bits)(some != some);
+    }
+    int broken = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        highest = top[lane] > highest ? top[lane] : highest;
+        broken |= odd[lane] != 0;
+    }
+    for (int64_t at = whole; at < count; at++) {
+        highest = x[at] > highest ? x[at] : highest;
+        broken |= x[at] != x[at];
+    }
+    c->tokens[row] = 0;
+    c->logprobs[row] = NAN;
+    if (broken || !isfinite(highest))
+        return;
+    int64_t size = (count / SUMS / LANES + 1) * LANES, parts = (count + size - 1) / size;
+    double sums[SUMS + 1], total = 0;
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t at = part * size, end = at + size < count ? at + size : count;
+        vec some = {0};
+        float rest = 0;
+        for (; at + LANES <= end; at += LANES)
+            some += weigh(load(x, FP32, at), highest, by);
+        for (; at < end; at++)
+            rest += weigh_one(x[at], highest, by);
+        total += sums[part] = sum(some) + rest;
+    }
+    if (c->temperature) {
+        double left = c->uniforms[row] * total;
+        int64_t part = 0, last = 0;
+        for (int64_t i = 0; i < parts; i++)
+            last = sums[i] > 0 ? i : last;
+        while (part < last && sums[part] <= left)
+            left -= sums[part++];
+        int64_t end = part * size + size < count ? part * size + size : count;
+        for (int64_t at = part * size; at < end; at++) {
+            float share = weigh_one(x[at], highest, by);
+            if (share > 0) {
+                token = at; /* the last of its part, where rounding leaves the number beyond all of them */
+                if (share > left)
+                    break;
+                left -= share;
+            }
+        }
+    } else {
+        while (x[token] != highest)
+            token++;
+    }
+    c->tokens[row] = token;
+    c->logprobs[row] = (float)((x[token] - highest) * by - log(total));
+}
+
+void choose(const Choice *c)
+{
+#pragma omp parallel for num_threads(c->threads) schedule(dynamic)
+    for (int64_t row = 0; row < c->rows; row++)
+        choose_one(c, row);
+}

@@ -43,6 +43,7 @@ _Attention = _struct(
     "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window", "scale",
     "kind x_kind threads",
 )  # fmt: skip
+_Choice = _struct("Choice", "logits uniforms tokens logprobs", "rows vocabulary", "temperature", "threads")
 
 _ONE_TOKEN = contextvars.ContextVar("one_token", default=False)
 
@@ -121,6 +122,25 @@ def gelu_tanh(x: Tensor) -> Tensor:
     where = ctypes.c_void_p(x.data_ptr())
     _library().gelu_tanh(where, count, KINDS[x.dtype], torch.get_num_threads())  # type: ignore[union-attr]
     return x
+
+
+def choose(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor] | None:
+    """A token per row by its softmax, as `rollout.sampling.pick` says: logits [B, V], uniforms [B] -> tokens, logprobs
+    [B]. None where there is no compiler, or logits are not fp32 on a CPU.
+
+    The logits are read twice and nothing of their size is made: no distribution, no running sum of it.
+    """
+    library = _library()
+    if isinstance(library, str) or logits.device.type != "cpu" or logits.dtype != torch.float32 or not native.real():
+        return None
+    logits, uniforms = logits.contiguous(), uniforms.float().contiguous()
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    call = _Choice(
+        logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), *logits.shape, temperature,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    library.choose(ctypes.byref(call))
+    return tokens, logprobs
 
 
 def _library() -> ctypes.CDLL | str:

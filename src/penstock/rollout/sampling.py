@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penstock.models import decode
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -109,6 +111,10 @@ def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     the same number that `models.head.logprobs` gives (PPO.md 3).
     """
     logits = logits.float()
+    if sampling.temperature == 0.0 or not _cuts(sampling, logits.shape[-1]):
+        chosen = decode.choose(logits, uniforms, sampling.temperature)
+        if chosen is not None:
+            return chosen
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -120,6 +126,11 @@ def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
         tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def _cuts(sampling: Sampling, vocabulary: int) -> bool:
+    """Whether tokens are left out."""
+    return 0 < sampling.top_k < vocabulary or sampling.min_p > 0 or sampling.top_p < 1.0
 
 
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
