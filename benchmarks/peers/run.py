@@ -53,6 +53,10 @@ RACES = {
     "ppo, TRL, bf16, ours with 8-bit moments": Race(
         "trl", "trl_ppo.py", "--dtype bf16", "--dtype bf16 --strategy ddp_8bit", narrow=True
     ),
+    "ppo, TRL, bf16 by autocast": Race("trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16", narrow=True),
+    "ppo, TRL, bf16 by autocast, ours with 8-bit moments": Race(
+        "trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16 --strategy ddp_8bit", narrow=True
+    ),
     "ppo, TRL, fp32": Race("trl", "trl_ppo.py", "", ""),
     "ppo, TRL in fp32, ours in bf16": Race("trl", "trl_ppo.py", "", "--dtype bf16"),
     "ppo, plain as published, fp32": Race("plain", "plain.py", "--kind published", ""),

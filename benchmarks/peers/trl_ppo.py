@@ -1,7 +1,8 @@
 """The same PPO by TRL 1.12.0 (trl.experimental.ppo, the last release that has it), as one side of a race.
 
 One rollout of all rows, one epoch, one mini-batch; TRL's own trainer and its own settings otherwise. The models are
-GPT-2s with random weights; nothing ends a response.
+GPT-2s with random weights; nothing ends a response. With `--autocast bf16` weights, gradients and optimizer are fp32
+and products are bf16, which is how TRL keeps the master weights that we keep; with `--dtype bf16` it has none.
 """
 
 import tempfile
@@ -39,7 +40,7 @@ class Asked(transformers.TrainerCallback):
 
 def main() -> None:
     """One side of a race."""
-    asked = flags(__doc__ or "")
+    asked = flags(__doc__ or "", autocast=["no", "bf16"])
     turns = Turns()
     torch.manual_seed(0)
     dtype, shape = DTYPES[asked.dtype], shape_of(asked)
@@ -62,7 +63,8 @@ def main() -> None:
                 output_dir=directory, per_device_train_batch_size=asked.rows, num_mini_batches=1, num_ppo_epochs=1,
                 gradient_accumulation_steps=1, local_rollout_forward_batch_size=asked.rows, response_length=asked.new,
                 total_episodes=MANY * asked.rows, num_sample_generations=0, report_to="none", save_strategy="no",
-                use_cpu=not torch.cuda.is_available(), bf16=False, learning_rate=1e-5, gradient_checkpointing=False,
+                use_cpu=not torch.cuda.is_available(), bf16=asked.autocast == "bf16", learning_rate=1e-5,
+                gradient_checkpointing=False,
                 temperature=1.0, disable_tqdm=True,
             ),
             tokenizer, language(), language(), numbers(), [{"input_ids": one} for one in prompts], numbers(),
