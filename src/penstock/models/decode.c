@@ -83,7 +83,15 @@ INLINE halves rounded(vec x)
 {
     bits wide = (bits)x, broken = (bits)(x != x);
     bits up = wide + (0x7fffu + ((wide >> 16) & 1));
-    return __builtin_convertvector((((wide | 0x400000u) & broken) | (up & ~broken)) >> 16, halves);
+    bits half = (((wide | 0x400000u) & broken) | (up & ~broken)) >> 16;
+#if defined(__AVX512F__)
+    return (halves)_mm512_cvtepi32_epi16((__m512i)half);
+#elif defined(__AVX2__)
+    __m256i pairs = _mm256_packus_epi32((__m256i)half, (__m256i)half);
+    return (halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+    return __builtin_convertvector(half, halves);
+#endif
 }
 
 /* a * b + c in one rounding, said aloud: left to itself, gcc fuses in one loop and not in its neighbour. */
@@ -512,28 +520,63 @@ void attention(const Attention *a)
 
 /* --- activations --------------------------------------------------------------------------------------------------- */
 
-/* x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh. */
-INLINE vec gelu_of(vec x)
+/* GELU by tanh is x s, s = 1 / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3). Here are e^-|2u| and s of it. */
+INLINE vec share_of(vec x, vec *e)
 {
-    vec twice = x * (0.044715f * 1.5957691216057308f * x * x + 1.5957691216057308f);
-    bits sign = (bits)twice & 0x80000000u, below = (bits)(twice < 0);
-    vec e = exp_of((vec)((bits)twice ^ sign ^ 0x80000000u)), one = (vec){0} + 1.0f;
-    vec above = (vec)(((bits)e & below) | ((bits)one & ~below));
-    return x * above / (one + e);
+    vec twice = x * (0.044715f * 1.5957691216057308f * x * x + 1.5957691216057308f), one = (vec){0} + 1.0f;
+    bits below = (bits)(twice < 0);
+    *e = exp_of((vec)((bits)twice | 0x80000000u));
+    return (vec)(((bits)*e & below) | ((bits)one & ~below)) / (one + *e);
 }
 
-/* In place. */
-void gelu_tanh(void *x, int64_t count, int32_t kind, int32_t threads)
+INLINE vec gelu_of(vec x)
 {
-    int64_t whole = count / LANES * LANES;
+    vec e;
+    return x * share_of(x, &e);
+}
+
+/* Its slope: s + x s (1 - s) 2u'. */
+INLINE vec slope_of(vec x)
+{
+    vec e, s = share_of(x, &e), rest = e / ((1.0f + e) * (1.0f + e));
+    return s + x * rest * (3 * 0.044715f * 1.5957691216057308f * x * x + 1.5957691216057308f);
+}
+
+INLINE void save(void *to, int kind, int64_t at, vec x)
+{
+    if (kind == FP32)
+        *(vec *)((float *)to + at) = x;
+    else
+        *(halves *)((uint16_t *)to + at) = rounded(x);
+}
+
+INLINE void gelu_part(const void *x, const void *grad, void *y, int64_t at, int64_t end, int kind)
+{
+    if (grad)
+        for (; at + LANES <= end; at += LANES)
+            save(y, kind, at, slope_of(load(x, kind, at)) * load(grad, kind, at));
+    else
+        for (; at + LANES <= end; at += LANES)
+            save(y, kind, at, gelu_of(load(x, kind, at)));
+    for (; at < end; at++) {
+        vec some = (vec){0} + load_one(x, kind, at);
+        store_one(y, kind, at, grad ? slope_of(some)[0] * load_one(grad, kind, at) : gelu_of(some)[0]);
+    }
+}
+
+#define PART 4096
+
+/* y may be x. With `grad` y becomes grad times the slope at x. */
+void gelu_tanh(const void *x, const void *grad, void *y, int64_t count, int32_t kind, int32_t threads)
+{
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t at = 0; at < whole; at += LANES)
+    for (int64_t at = 0; at < count; at += PART) {
+        int64_t end = at + PART < count ? at + PART : count;
         if (kind == FP32)
-            *(vec *)((float *)x + at) = gelu_of(load(x, FP32, at));
+            gelu_part(x, grad, y, at, end, FP32);
         else
-            *(halves *)((uint16_t *)x + at) = rounded(gelu_of(load(x, BF16, at)));
-    for (int64_t at = whole; at < count; at++)
-        store_one(x, kind, at, gelu_of((vec){0} + load_one(x, kind, at))[0]);
+            gelu_part(x, grad, y, at, end, BF16);
+    }
 }
 
 /* --- choosing a token ---------------------------------------------------------------------------------------------- */

@@ -12,6 +12,7 @@ import ctypes
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,13 +116,33 @@ def attention(
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by tanh; x in place, inside `one_token`, and else as torch's own."""
-    if not (ready(x.device, x.dtype) and x.is_contiguous()):
+    """GELU by tanh, in half the time that torch takes on a CPU; in place where nobody wants a gradient."""
+    library = _library() if x.device.type == "cpu" and native.real() and not torch.compiler.is_exporting() else ""
+    if isinstance(library, str) or x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
         return F.gelu(x, approximate="tanh")
-    count = ctypes.c_int64(x.numel())
-    where = ctypes.c_void_p(x.data_ptr())
-    _library().gelu_tanh(where, count, KINDS[x.dtype], torch.get_num_threads())  # type: ignore[union-attr]
-    return x
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Gelu.apply(x)
+    return _gelu(x, None, x)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _gelu(x, None, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _gelu(x, grad.contiguous(), torch.empty_like(x))
+
+
+def _gelu(x: Tensor, grad: Tensor | None, y: Tensor) -> Tensor:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    places = (ctypes.c_void_p(None if one is None else one.data_ptr()) for one in (x, grad, y))
+    library.gelu_tanh(*places, ctypes.c_int64(x.numel()), KINDS[x.dtype], torch.get_num_threads())
+    return y
 
 
 def choose(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor] | None:
