@@ -48,7 +48,10 @@ def main() -> None:
     """One side of a race."""
     from turns import Turns, flags  # beside this script
 
-    asked = flags(__doc__ or "", work=["ppo", "sft", "lora"], strategy=["ddp", "ddp_8bit", "zero2_cpu", "gemini_cpu"])
+    asked = flags(
+        __doc__ or "", work=["ppo", "sft", "lora"], strategy=["ddp", "ddp_8bit", "zero2_cpu", "gemini_cpu"],
+        recompute=["no", "yes"],
+    )  # fmt: skip
     turns = Turns()
     torch.manual_seed(0)
     heads = max(asked.width // 64, 1)
@@ -56,7 +59,7 @@ def main() -> None:
         sizes.named("s"), num_layers=asked.layers, d_model=asked.width, d_ff=4 * asked.width, num_heads=heads,
         num_kv_heads=heads, head_dim=asked.width // heads, vocab_size=asked.vocab,
     )  # fmt: skip
-    strategy = Strategy.named(asked.strategy, dtype=asked.dtype)
+    strategy = Strategy.named(asked.strategy, dtype=asked.dtype, recompute=asked.recompute == "yes" or None)
     if asked.work == "ppo":
         prompts = torch.randint(1, asked.vocab, (asked.rows, asked.prompt))
         iterate = ppo(strategy, shape, asked.rows)

@@ -54,6 +54,9 @@ RACES = {
         "trl", "trl_ppo.py", "--dtype bf16", "--dtype bf16 --strategy ddp_8bit", narrow=True
     ),
     "ppo, TRL, bf16 by autocast": Race("trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16", narrow=True),
+    "ppo, TRL, bf16 by autocast, ours recomputing": Race(
+        "trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16 --recompute yes", narrow=True
+    ),
     "ppo, TRL, bf16 by autocast, ours with 8-bit moments": Race(
         "trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16 --strategy ddp_8bit", narrow=True
     ),
