@@ -218,8 +218,12 @@ def main() -> None:
     for name in flags.only:
         found: dict[str, list[dict[str, Any]]] = {"rows": [], "counted": [], "longest": []}
 
-        def add(kind: str, row: dict[str, Any], found: dict[str, list[dict[str, Any]]] = found) -> None:
+        def add(
+            kind: str, row: dict[str, Any], name: str = name, found: dict[str, list[dict[str, Any]]] = found
+        ) -> None:
             found[kind].append(row)
+            if not flags.quick:  # row by row: planning for the longest sequences takes minutes
+                facts.write(f"autochunk_{name}", found, "transformers")
             print(kind, {key: value for key, value in row.items() if key not in ("report", "ratios")}, flush=True)
 
         for attention in ("eager", "sdpa")[: 1 if SHAPES[name]["kind"] == "bloom" else 2]:
@@ -229,8 +233,6 @@ def main() -> None:
                 add("longest", longest(name, attention, training, flags.budget))
                 for length in flags.counted_tokens:
                     add("counted", counted_cut(name, attention, 1024 if flags.quick else length, training))
-        if not flags.quick:
-            print(facts.write(f"autochunk_{name}", found, "transformers"))
 
 
 if __name__ == "__main__":
