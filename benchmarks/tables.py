@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from penstock.memory.units import show_bytes
 
@@ -100,6 +101,9 @@ def throughput_plot(found: dict[str, Found], axes: Any) -> None:
     axes.barh(list(rows), [one["times_faster"] for one in rows.values()], color=OURS)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.invert_yaxis()
     axes.set_xlabel("times faster than the peer, step by step in turns (1: as fast)")
 
