@@ -2,8 +2,8 @@
 
 torch's own are made for many rows: with 8 of them an fp32 product runs at a fifth of the processor's rate, and bf16 on
 processors without bf16 instructions at a tenth. Here a weight is read once at memory speed, widened in registers or fed
-to the matrix unit as it lies, and a row's result does not depend, to the last bit, on the rows beside it. Where there
-is no compiler, torch does it.
+to the matrix unit as it lies, and a row's result does not depend, to the last bit, on the rows beside it. Beside them
+the C chooses tokens, and makes GELU for training too. Where there is no compiler, torch does it all.
 """
 
 import contextlib
