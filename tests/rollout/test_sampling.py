@@ -111,7 +111,7 @@ def test_a_row_chooses_alike_in_c_by_torch_alone_and_in_company(vocabulary, temp
     monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
     others, theirs = pick(logits, numbers, sampling)
     assert torch.equal(others, tokens)
-    assert torch.allclose(theirs, logprobs, atol=2e-6)
+    assert torch.allclose(theirs, logprobs, atol=1e-5)  # torch sums 50,257 shares in fp32
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])

@@ -116,13 +116,13 @@ def attention(
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by tanh, in half the time that torch takes on a CPU; in place where nobody wants a gradient."""
+    """GELU by tanh, in half the time that torch takes on a CPU; inside `one_token` in place."""
     library = _library() if x.device.type == "cpu" and native.real() and not torch.compiler.is_exporting() else ""
     if isinstance(library, str) or x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
         return F.gelu(x, approximate="tanh")
     if torch.is_grad_enabled() and x.requires_grad:
         return _Gelu.apply(x)
-    return _gelu(x, None, x)
+    return _gelu(x, None, x if _ONE_TOKEN.get() else torch.empty_like(x))
 
 
 class _Gelu(torch.autograd.Function):

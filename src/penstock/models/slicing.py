@@ -7,12 +7,14 @@ import dataclasses
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from penstock.memory.autochunk import Report, Slicer
 from penstock.memory.program import owners
 from penstock.models.config import DecoderConfig
+from penstock.models.decode import gelu_tanh
 from penstock.models.linear import as_if_fast, linear, slow_in_bf16
 
 
@@ -29,7 +31,12 @@ def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
 
 @functools.cache
 def _slicer_of(config: DecoderConfig, budget: int, slow: bool) -> Slicer:
-    return Slicer(budget, ops={torch.ops.aten.linear.default: linear}, again=True)
+    return Slicer(budget, ops={torch.ops.aten.linear.default: linear, torch.ops.aten.gelu.default: _gelu}, again=True)
+
+
+def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """As models.decoder computes it: the same bits in slices."""
+    return gelu_tanh(x) if approximate == "tanh" else F.gelu(x)
 
 
 @functools.lru_cache
