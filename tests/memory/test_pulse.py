@@ -92,7 +92,8 @@ def test_a_killed_rank_is_named_by_all_others(ranks, victim):
     for out, err, code in three.ends(*others):
         assert code == 3, err
         said = re.findall(r"rank (\d) \(([^,]+), process (\d+)\) gave no sign", out + err)
-        assert said == [(str(victim), socket.gethostname(), str(three.processes[victim].pid))]
+        # where a collective fails while the watcher speaks, both say so
+        assert set(said) == {(str(victim), socket.gethostname(), str(three.processes[victim].pid))}
         assert "penstock resume" in out + err
 
 
