@@ -94,6 +94,14 @@ INLINE halves rounded(vec x)
 #endif
 }
 
+INLINE void save(void *to, int kind, int64_t at, vec x)
+{
+    if (kind == FP32)
+        *(vec *)((float *)to + at) = x;
+    else
+        *(halves *)((uint16_t *)to + at) = rounded(x);
+}
+
 /* a * b + c in one rounding, said aloud: left to itself, gcc fuses in one loop and not in its neighbour. */
 INLINE vec fma_of(vec a, vec b, vec c)
 {
@@ -314,11 +322,7 @@ static void give(const Product *p, int64_t column, int64_t row, float *sums)
         bias = p->bias_kind == FP32 ? load(p->bias, FP32, column) : load(p->bias, BF16, column);
     for (int64_t r = 0; r < count; r++) {
         vec total = (vec)_mm512_i32gather_ps(across, sums + r, 4) + bias;
-        int64_t at = (row + r) * p->out + column;
-        if (p->x_kind == FP32)
-            *(vec *)((float *)p->y + at) = total;
-        else
-            *(halves *)((uint16_t *)p->y + at) = rounded(total);
+        save(p->y, p->x_kind, (row + r) * p->out + column, total);
     }
 }
 
@@ -540,14 +544,6 @@ INLINE vec slope_of(vec x)
 {
     vec e, s = share_of(x, &e), rest = e / ((1.0f + e) * (1.0f + e));
     return s + x * rest * (3 * 0.044715f * 1.5957691216057308f * x * x + 1.5957691216057308f);
-}
-
-INLINE void save(void *to, int kind, int64_t at, vec x)
-{
-    if (kind == FP32)
-        *(vec *)((float *)to + at) = x;
-    else
-        *(halves *)((uint16_t *)to + at) = rounded(x);
 }
 
 INLINE void gelu_part(const void *x, const void *grad, void *y, int64_t at, int64_t end, int kind)

@@ -78,7 +78,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tenso
     y = x.new_empty(*x.shape[:-1], len(weight))
     wide = x if x.dtype == torch.float32 else torch.empty(x.shape)
     rows = x.shape[:-1].numel()
-    packed = torch.empty(-(-rows // 16) * 16, x.shape[-1], dtype=torch.bfloat16)
+    few = -(-rows // 16) * 16 if weight.dtype == torch.bfloat16 else 0
+    packed = torch.empty(few, x.shape[-1], dtype=torch.bfloat16)
     call = _Product(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if scales is None else scales.data_ptr(), y.data_ptr(), wide.data_ptr(), packed.data_ptr(), rows, x.shape[-1],
