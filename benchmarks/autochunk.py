@@ -5,16 +5,18 @@
 
 Blocks are transformers' own, fp32, on one row of hidden states. Two ways of use: forward without gradients, and a
 block that is recomputed (forward without gradients; then forward and backward), which is how penstock trains. The peak
-is counted by memory.meter: every tensor made inside, the output and the input's gradient among them: each is
-as large as one state, `state_bytes`. Times are A B A B, medians. Long sequences that no one here can hold are counted
-on fake tensors.
+is counted by memory.meter, on a GPU by its allocator: every tensor made inside, the output and the input's gradient
+among them: each is as large as one state, `state_bytes`. Times are A B A B, medians. Long sequences that no one here
+can hold are counted on fake tensors.
 """
 
 import argparse
+import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import facts
+from penstock.bench.clock import settle
 from penstock.errors import ResourceError
 from penstock.memory.autochunk import Slicer
 from penstock.memory.meter import Meter
@@ -32,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bloom-7b1": {"kind": "bloom", "width": 4096, "heads": 32},
     "llama-7b": {"kind": "llama", "width": 4096, "heads": 32, "inner": 11008},
 }
+Results = TypeVar("Results")
 CUT = 0.8
 """The cut of the peak that is asked for first; where no plan reaches it, the least that one does is taken."""
 
@@ -100,47 +104,75 @@ def step(call: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, training: b
     return [kept, leaf.grad]
 
 
-def measure(name: str, attention: str, length: int, training: bool, repeats: int) -> dict[str, Any]:
-    """One row: peaks, seconds, difference."""
-    layer = Layer(**{**SHAPES[name], "attention": attention})
-    for weight in layer.parameters():
-        weight.grad = torch.zeros_like(weight)
+def measure(
+    name: str, attention: str, length: int, training: bool, repeats: int, device: str = "cpu",
+    turn: contextlib.AbstractContextManager[Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One row: peaks, seconds, difference. Whatever takes memory or is timed happens inside `turn`."""
+    turn, began = turn or contextlib.nullcontext(), time.perf_counter()
     torch.manual_seed(0)
-    x, given = torch.randn(1, length, SHAPES[name]["width"]), layer.given(length)
-    slope = torch.randn_like(x)
+    with torch.device(device):
+        layer = Layer(**{**SHAPES[name], "attention": attention})
+        for weight in layer.parameters():
+            weight.grad = torch.zeros_like(weight)
+        x, given = torch.randn(1, length, SHAPES[name]["width"]), layer.given(length)
+        slope = torch.randn_like(x)
     found: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
 
     def counted(call: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
         for weight in layer.parameters():
             assert weight.grad is not None
             weight.grad.zero_()
-        with Meter() as meter:
-            results = step(call, x, slope, training)
-        return results, [weight.grad.clone() for weight in layer.parameters() if weight.grad is not None], meter.peak
+        results, peak = peak_of(lambda: step(call, x, slope, training), x.device)
+        grads = [weight.grad.clone() for weight in layer.parameters() if weight.grad is not None]
+        return results, grads * training, peak
 
-    plain, plain_grads, before = counted(lambda x: layer(x, given))
+    with turn:
+        plain, plain_grads, before = counted(lambda x: layer(x, given))
+    planning = time.perf_counter()
     slicer = slicer_for(layer, x, given, training, int(before * (1 - CUT)))
-    sliced, sliced_grads, after = counted(lambda x: slicer.run(layer, x, given))
+    planned = time.perf_counter() - planning
+    with turn:
+        sliced, sliced_grads, after = counted(lambda x: slicer.run(layer, x, given))
     errors = [
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
-        for a, b in zip([*plain, *plain_grads * training], [*sliced, *sliced_grads * training], strict=True)
+        for a, b in zip([*plain, *plain_grads], [*sliced, *sliced_grads], strict=True)
     ]
     del plain, plain_grads, sliced, sliced_grads
     seconds: dict[str, list[float]] = {"plain": [], "sliced": []}
-    for _ in range(repeats):  # A B A B: what else the machine does meets both
-        for way, call in (("plain", lambda x: layer(x, given)), ("sliced", lambda x: slicer.run(layer, x, given))):
-            started = time.perf_counter()
-            step(call, x, slope, training)
-            seconds[way].append(time.perf_counter() - started)
+    ways = {"plain": lambda x: layer(x, given), "sliced": lambda x: slicer.run(layer, x, given)}
+    with turn:
+        for _ in range(repeats):  # A B A B: what else the machine does meets both
+            for way, call in ways.items():
+                settle(x.device)
+                started = time.perf_counter()
+                step(call, x, slope, training)
+                settle(x.device)
+                seconds[way].append(time.perf_counter() - started)
     medians = {way: statistics.median(times) for way, times in seconds.items()}
     found |= {
         "peak_before": before, "peak_after": after, "cut": 1 - after / before,
         "state_bytes": x.nbytes,
         "seconds": medians, "extra_time": medians["sliced"] / medians["plain"] - 1,
         "ratios": [b / a for a, b in zip(seconds["plain"], seconds["sliced"], strict=True)],
-        "difference": max(errors), "report": [str(report) for report in slicer.reports.values()],
+        "difference": max(errors), "seconds_to_plan": planned, "seconds_in_all": time.perf_counter() - began,
+        "report": [str(report) for report in slicer.reports.values()],
     }  # fmt: skip
     return found
+
+
+def peak_of(call: Callable[[], Results], device: torch.device) -> tuple[Results, int]:
+    """What it returns, and the most bytes alive meanwhile, beside what was there: by the allocator on a GPU."""
+    if device.type == "cpu":
+        with Meter() as meter:
+            results = call()
+        return results, meter.peak
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    there = torch.cuda.memory_allocated()
+    results = call()
+    return results, torch.cuda.max_memory_allocated() - there
 
 
 def slicer_for(layer: Layer, x: Tensor, given: Any, training: bool, budget: int) -> Slicer:

@@ -21,7 +21,7 @@ def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
     dirty = " with uncommitted changes" if _git("status", "--porcelain", "src") else ""
     facts = {
         "command": f"python -m {_module(Path(sys.argv[0]))} {arguments}".strip(),
-        "commit": _git("rev-parse", "HEAD") + dirty,
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "HEAD") + dirty,  # a machine may have the files alone
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), "gpu": _gpu()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", *packages)}},

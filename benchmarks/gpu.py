@@ -2,84 +2,64 @@
 
     make gpu-check        or: python -m benchmarks.gpu [--only exact small ...] [--seconds 500]
 
-Each check writes benchmarks/results/gpu_CHECK.json (or into $OUT, where that is set) as soon as it has ended, so that
+Each check runs in a process of its own, forked from one that has imported everything and asked the driver nothing; what
+it found is added to benchmarks/results/gpu.json (or into $OUT, where that is set) as soon as it has ended, so that
 nothing is lost when time runs out. With `--device cpu --tiny` the same code runs on small shapes without a GPU: that
-tests the checks, and its figures mean nothing.
+tests the checks, and its figures mean nothing. gpu_tables.py has the checks that are tables.
 """
 
 import argparse
+import copy
 import dataclasses
-import gc
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from benchmarks import gpu_tables
 from benchmarks.engine import in_turns, tax
 from benchmarks.facts import write
-from benchmarks.rollout import both
+from benchmarks.gpu_tables import Place, apart
+from benchmarks.peers.plain import gpt2
 from penstock.algorithms import functional as fn
 from penstock.algorithms.planning import Role, Workload, forecast_of
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.bench import capacity as capacity_of
 from penstock.bench.capacity import most_layers
 from penstock.bench.work import Four
+from penstock.memory.adam import AdamW, states_of
 from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
-from penstock.models import shapes, sizes
+from penstock.memory.tiers import Ram
+from penstock.models import head, shapes, sizes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.quantised import quantise_base
 from penstock.models.roles import Actor
 from penstock.rollout.cache import KVCache
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 
+FORKS = "PENSTOCK_GPU_CHECK_FORKS"
+"""Set in the process that the checks are forked from: it computes on one thread, and the checks on all."""
+SMALL = dataclasses.replace(
+    sizes.named("s"), num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, vocab_size=500,
+)  # fmt: skip
 CAP = 16 * 10**9
 """Bytes of device memory that the capacity check allows either side."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where checks run, and whether shapes are cut down to test the checks themselves."""
-
-    device: str
-    tiny: bool
-    disk: str
-
-    @property
-    def gpu(self) -> bool:
-        """Whether there is memory to reset and to read."""
-        return self.device.startswith("cuda")
-
-    def peak(self) -> int | None:
-        """Bytes of device memory in use at most since `forget`, as PyTorch's allocator counts."""
-        return torch.cuda.max_memory_allocated() if self.gpu else None
-
-    def forget(self) -> None:
-        """Gives everything back and starts counting anew."""
-        gc.collect()
-        if self.gpu:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def settle(self) -> None:
-        """Waits until the device has done what it was given."""
-        if self.gpu:
-            torch.cuda.synchronize()
-
-
 def exact(place: Place) -> dict[str, Any]:
     """Every strategy, fp32 and bf16: ten steps bit-equal to `naive` with recomputation, and close to plain PyTorch."""
-    shape = dataclasses.replace(
-        sizes.named("s"), num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, vocab_size=500,
-    )  # fmt: skip
+    shape = SMALL
     rows: dict[str, Any] = {}
     for dtype in ("fp32", "bf16"):
         reference: dict[str, Tensor] = {}
@@ -114,6 +94,77 @@ def exact(place: Place) -> dict[str, Any]:
                 rows[f"{name} {dtype}"]["largest_difference_to_plain_pytorch"] = away
     equal = all(row["largest_difference_to_naive"] == 0 for row in rows.values())
     return {"bit_equal": equal, "rows": rows}
+
+
+def features(place: Place) -> dict[str, Any]:
+    """What else computes on the device: adapters streamed and resident, packed weights, the head's tiles, 8-bit
+    moments, answers by recorded steps; each against another way to the same numbers."""
+    shape = with_layers(dataclasses.replace(SMALL, max_length=128), 3)
+    found: dict[str, Any] = {}
+    learned = {}
+    for name, budget in (("naive", None), ("gemini_cpu", "3MB"), ("gemini_auto", "4MB")):
+        torch.manual_seed(0)
+        strategy = Strategy.named(
+            name, dtype="bf16", device=place.device, recompute=True, device_memory=budget, host_memory="1GB"
+        )
+        four = Four(strategy, shape, lora_rank=4)
+        for seed in range(2):
+            list(four.iteration(torch.randint(400, (3, 16)).tolist(), 8, seed))
+        learned[name] = torch.cat([one.whole_weights(strategy.world).float() for one in four.streams["actor"].stored])
+    found["hydra, largest difference to naive"] = {
+        name: float((one - learned["naive"]).abs().max()) for name, one in learned.items()
+    }
+    tokens = torch.randint(400, (3, 24))
+    for kind in ("int8", "nf4"):
+        torch.manual_seed(0)
+        here = Decoder(shape).requires_grad_(False)
+        there = copy.deepcopy(here).to(place.device)
+        for one in (here, there):
+            quantise_base(one, kind)  # type: ignore[arg-type]
+        gap = (here.logits(here(tokens)) - there.logits(there(tokens.to(place.device))).cpu()).abs().max()
+        found[f"{kind}, logits against the CPU's"] = float(gap)
+    states, weight = (torch.randn(n, 64, device=place.device, requires_grad=True) for n in (300, 5000))
+    targets = torch.randint(5000, (300,), device=place.device)
+    plain = (states @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    wanted = torch.autograd.grad(plain.sum(), (states, weight))
+    tiled = head.logprobs([(states, weight)], targets)[0]
+    given = torch.autograd.grad(tiled.sum(), (states, weight))
+    found["head, log-probabilities and gradients against plain"] = [
+        float((a - b).abs().max()) for a, b in zip((plain, *wanted), (tiled, *given), strict=True)
+    ]
+    for bits in (32, 8):
+        made = []
+        for device in ("cpu", place.device):
+            generator = torch.Generator().manual_seed(0)
+            weights = torch.randn(1 << 16, generator=generator).bfloat16().to(device)
+            states_here = {
+                key: torch.zeros(weights.numel() // per, dtype=dtype, device=device)
+                for key, (dtype, per) in states_of(torch.bfloat16, bits).items()
+            }
+            for count in range(3):
+                grads = torch.randn(1 << 16, generator=generator).bfloat16().to(device)
+                AdamW().update(weights, states_here, grads, lr=1e-3, scale=0.5, step=count + 1)
+            made.append(weights.float().cpu())
+        found[f"AdamW with {bits}-bit moments, weights against the CPU's"] = float((made[0] - made[1]).abs().max())
+    torch.manual_seed(0)
+    decoder = Decoder(shape, device=place.device).requires_grad_(False)
+    prompts = [torch.randint(400, (n,)).tolist() for n in (5, 9, 17)]
+    sampling = Sampling(max_new_tokens=24, seed=3)
+    answers = [
+        Engine(decoder, eos_ids=(), rows=4, length=64, fixed=fixed).generate(prompts, sampling)
+        for fixed in (True, False)
+    ]
+    found["recorded steps give the same tokens"] = [
+        a.response_ids == b.response_ids for a, b in zip(*answers, strict=True)
+    ]
+    gaps = []
+    for one in answers[0]:
+        row = torch.tensor([one.prompt_ids + one.response_ids], device=place.device)
+        states = decoder(row)[0, len(one.prompt_ids) - 1 : -1]
+        said = decoder.logprobs(states, row[0, len(one.prompt_ids) :])[0].tolist()
+        gaps += [abs(a - b) for a, b in zip(said, one.logprobs, strict=True)]
+    found["engine against the trainer's forward, log-probabilities"] = max(gaps)
+    return found
 
 
 def ten_steps(place: Place) -> list[list[Rows]]:
@@ -160,7 +211,10 @@ def rates(place: Place) -> dict[str, Any]:
         "bf16_flops": (2 * side**3, lambda: a @ a),
     }
     seconds = in_turns({name: waited(place, call) for name, (_, call) in calls.items()}, 5)
-    return {name: calls[name][0] / min(some) for name, some in seconds.items()}
+    began = time.perf_counter()
+    Ram("host", torch.device("cpu"), pins=place.gpu).home(4 * nbytes, torch.uint8, "a test", travels=True)
+    pinned = 4 * nbytes / (time.perf_counter() - began)
+    return {**{name: calls[name][0] / min(some) for name, some in seconds.items()}, "pinned": pinned}
 
 
 def waited(place: Place, call: Callable[[], object]) -> Callable[[], None]:
@@ -281,7 +335,12 @@ def rollout(place: Place) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for size in ("s",) if place.tiny else ("xl", "8b"):
         shape = with_layers(sizes.named(size), 2) if place.tiny else sizes.named(size)
-        decoder, theirs = both(shape, place.device)
+        with torch.device(place.device):
+            decoder = Decoder(shape, dtype=torch.bfloat16).requires_grad_(False)
+            theirs = transformers.GPT2LMHeadModel(
+                gpt2(torch.bfloat16, n_layer=shape.num_layers, n_embd=shape.d_model, n_head=shape.num_heads)
+            )
+        theirs = theirs.to(torch.bfloat16).eval()
         for batch in (1, 2) if place.tiny else (1, 64):
             rows[f"{size}, batch {batch}"] = against_transformers(decoder, theirs, batch, place)
         del decoder, theirs
@@ -307,9 +366,11 @@ def against_transformers(decoder: Decoder, theirs: Any, batch: int, place: Place
 
     calls: dict[str, Callable[[], object]] = {
         "ours": lambda: ours(True), "ours, launched one by one": lambda: ours(False),
-        "transformers, dynamic cache": lambda: hf(None), "transformers, static cache": lambda: hf("static"),
+        "transformers, dynamic cache": lambda: hf(None),
     }  # fmt: skip
-    seconds = in_turns({name: waited(place, call) for name, call in calls.items()}, 1 if place.tiny else 3)
+    if place.left() > 120:  # transformers compiles for a static cache, which takes its time
+        calls["transformers, static cache"] = lambda: hf("static")
+    seconds = in_turns({name: waited(place, call) for name, call in calls.items()}, 1 if place.tiny else 2)
     rate = {name: batch * new / statistics.median(some) for name, some in seconds.items()}
     before = torch.cuda.memory_allocated() if place.gpu else None
     cache = KVCache(decoder, batch, prompt + new)
@@ -326,9 +387,10 @@ def against_transformers(decoder: Decoder, theirs: Any, batch: int, place: Place
     }  # fmt: skip
 
 
-CHECKS = {
-    "exact": exact, "rates": rates, "small": small, "tax_xl": tax_xl, "rollout": rollout, "capacity": capacity,
-    "tax_6b": tax_6b,
+CHECKS: dict[str, Callable[[Place], dict[str, Any]]] = {
+    "exact": exact, "features": features, "rates": rates, "small": small, "table": gpu_tables.table,
+    "giants": gpu_tables.giants, "autochunk": gpu_tables.autochunk, "tax_xl": tax_xl, "rollout": rollout,
+    "capacity": capacity, "tax_6b": tax_6b,
 }  # fmt: skip
 
 
@@ -339,26 +401,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--disk", default="/tmp/penstock-gpu-check")
-    parser.add_argument("--seconds", type=float, default=500, help="no check begins later")
+    parser.add_argument("--seconds", type=float, default=500, help="for all checks together")
+    parser.add_argument("--rows", nargs="*", help="of the checks that are tables: these alone")
     flags = parser.parse_args(arguments)
-    if flags.device == "cuda" and not torch.cuda.is_available():
+    if FORKS not in os.environ:  # a process whose OpenMP has begun to work must not fork one that works too
+        command = [sys.executable, "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.run(command, env={**os.environ, FORKS: "1", "OMP_NUM_THREADS": "1"}).returncode
+    if flags.device == "cuda" and not apart(_has_gpu, 60)["found"]:
         print("this machine has no CUDA device; --device cpu --tiny tests the checks without one")
         return 2
-    place, began, failed = Place(flags.device, flags.tiny, flags.disk), time.perf_counter(), False
+    place = Place(flags.device, flags.tiny, flags.disk, time.monotonic() + flags.seconds, tuple(flags.rows or ()))
+    found: dict[str, Any] = {}
     for name in flags.only:
-        if time.perf_counter() - began > flags.seconds:
+        if place.left() < 5:
             print(f"{name}: no time left")
             continue
-        try:
-            torch.manual_seed(0)
-            found = CHECKS[name](place)
-        except Exception:
-            found, failed = {"error": traceback.format_exc()}, True
-        found["seconds_in_all"] = time.perf_counter() - began
-        print(name, json.dumps(found, indent=1), flush=True)
-        write(f"gpu_{name}", found)
-        place.forget()
-    return int(failed)
+        found[name] = apart(lambda name=name: CHECKS[name](place), place.left())  # type: ignore[misc]
+        print(name, json.dumps(found[name], indent=1), flush=True)
+        apart(lambda: {"path": str(write("gpu", found, "transformers"))}, 60)  # it asks the driver for the GPU's name
+    return int(any("error" in one for one in found.values()))
+
+
+def _has_gpu() -> dict[str, Any]:
+    return {"found": torch.cuda.is_available()}
 
 
 if __name__ == "__main__":

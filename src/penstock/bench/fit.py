@@ -37,6 +37,10 @@ def shape_of(config: BenchConfig) -> DecoderConfig:
         )
     layers = config.layers or shape.num_layers
     windows = tuple(shape.windows[i % len(shape.windows)] for i in range(layers)) if shape.windows else ()
+    if config.base_dtype is not None and not config.lora_rank:
+        raise UserError(
+            f"--base-dtype {config.base_dtype}: packed weights cannot learn; give --lora-rank 16 beside it."
+        )
     longest = max(shape.max_length, config.max_length)
     return dataclasses.replace(shape, num_layers=layers, windows=windows, max_length=longest)
 
@@ -61,13 +65,13 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
         host_memory=config.host_memory, disk=config.disk, world=world, batch_size=sizes.experience * world,
         micro_batch_size=sizes.micro, mini_batch_size=sizes.train * world, epochs=sizes.epochs,
         prompt_length=sizes.prompt, max_new_tokens=sizes.new, recompute=config.recompute, chunk_size=config.chunk_size,
-        lora=config.lora_rank or None,
+        lora=config.lora_rank or None, base_dtype=config.base_dtype,
     )  # fmt: skip
     spec = Spec(config.lora_rank) if config.lora_rank else None
     roles = tuple(
         planning.Role(
             name, shape, trained=name in TRAINED, scalar=name in ("critic", "reward"),
-            spec=spec if name in TRAINED else None, base="one base" if spec else None,
+            spec=spec if name in TRAINED else None, base="one base" if spec else None, base_dtype=config.base_dtype,
         )
         for name in ("actor", "critic", "reference", "reward")
     )  # fmt: skip

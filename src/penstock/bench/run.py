@@ -80,8 +80,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         planned = check(config, shape, strategy)
         torch.manual_seed(config.seed)
         four = Four(
-            strategy, shape, sizes.micro, lora_rank=config.lora_rank, top_k=config.top_k, seed=config.seed, sizes=sizes
-        )
+            strategy, shape, sizes.micro, lora_rank=config.lora_rank, base_dtype=config.base_dtype, top_k=config.top_k,
+            seed=config.seed, sizes=sizes,
+        )  # fmt: skip
         clock = Clock(strategy)
         table = play(beats, four, clock, config, shape)
         ranks = world.gather(

@@ -21,7 +21,9 @@ from penstock.models import lora
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.places import Spec
+from penstock.models.quantised import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
+from penstock.models.shapes import BaseDtype
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 
@@ -55,12 +57,13 @@ class Four:
         micro_batch_size: int = 1,
         *,
         lora_rank: int = 0,
+        base_dtype: BaseDtype | None = None,
         top_k: int = 0,
         seed: int = 0,
         sizes: Sizes | None = None,
     ) -> None:
         self.strategy, self.micro_batch_size, self.top_k, self.seed = strategy, micro_batch_size, top_k, seed
-        models = roles_of(strategy, shape, lora_rank)
+        models = roles_of(strategy, shape, lora_rank, base_dtype)
         for model in models.values():
             model.fill = fill_quickly
         self.actor, self.reward = models["actor"], models["reward"]
@@ -122,10 +125,14 @@ class Four:
         return score_rows(self.strategy, self.streams["reward"], self.reward, rows, self.micro_batch_size)
 
 
-def roles_of(strategy: Strategy, shape: DecoderConfig, lora_rank: int) -> dict[str, Any]:
+def roles_of(
+    strategy: Strategy, shape: DecoderConfig, lora_rank: int, base_dtype: BaseDtype | None = None
+) -> dict[str, Any]:
     """The recipes of the four models, by role. With a rank: an actor and a critic that learn beside one frozen base."""
     with strategy.init():
         base = Decoder(shape)
+        if base_dtype is not None:
+            quantise_base(base, base_dtype)
         if not lora_rank:
             actor, critic = Actor(base), Critic(Decoder(shape))
             reference, reward = Actor(Decoder(shape)), RewardModel(Decoder(shape))
@@ -140,13 +147,18 @@ def roles_of(strategy: Strategy, shape: DecoderConfig, lora_rank: int) -> dict[s
 
 
 def fill_quickly(weights: dict[str, Tensor]) -> None:
-    """The same few random numbers over and over: making billions of them takes longer than what is measured."""
+    """The same few random numbers over and over: making billions of them takes longer than what is measured.
+
+    Packed weights get random codes; their scales then give numbers of the size that others have.
+    """
     for name, weight in weights.items():
         flat = weight.view(-1)
-        if "norm" in name and name.endswith("weight"):
-            flat.fill_(1.0)
+        if ("norm" in name and name.endswith("weight")) or name.endswith("scales"):
+            flat.fill_(0.02 if name.endswith("scales") else 1.0)
             continue
-        some = torch.randn(min(flat.numel(), 1 << 20)) * 0.02
-        for start in range(0, flat.numel(), some.numel()):
-            part = flat[start : start + some.numel()]
+        count = min(flat.numel(), 1 << 20)
+        wide = torch.randn(count) * 0.02 if weight.is_floating_point() else torch.randint(0, 255, (count,))
+        some = wide.to(weight.dtype)
+        for start in range(0, flat.numel(), count):
+            part = flat[start : start + count]
             part.copy_(some[: part.numel()])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ResourceError
+from penstock.memory.link import Leaving
 from penstock.memory.plan import choose
 from penstock.memory.tiers import Ram
 from penstock.memory.units import show_bytes
@@ -30,6 +31,8 @@ class Slot:
     users: int = 0
     landing: Callable[[], None] | None = None
     """Waits for the copy that fills the slot; None once it has landed."""
+    leaving: Leaving | None = None
+    """The copy that takes gradients home from here; whoever writes next waits for it."""
     age: int = field(default=0)
     views: tuple[object, list[nn.Parameter]] = (None, [])
     """The chunk's weights as parameters on this memory, and what they were made for: cut once while it stays."""

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 from penstock.memory.adam import AdamW, join, narrow, split, sum_of_squares, widen
 from penstock.memory.chunks import Weight
+from penstock.memory.link import Leaving
 from penstock.memory.plan import PIECE, SETS
 from penstock.memory.shard import World
 from penstock.memory.stored import CPU, Stored, bring, gather, put_back
@@ -34,6 +35,8 @@ class Sink:
         """Updates so far: AdamW's count."""
         self._buffers = buffers
         """plan.SETS runs of plan.SET_BYTES in RAM, shared by all models."""
+        self._leaving: dict[Stored, Leaving] = {}
+        """Gradients on their way to host memory."""
         self._reader = worker("update-read")
         self._writer = worker("update-write")
 
@@ -51,24 +54,36 @@ class Sink:
         """Before a visit: makes `grads`, [numel] on the device, ready for autograd to add to."""
         if one.graded and self.world.size == 1:
             assert one.grads is not None
+            if one in self._leaving:
+                self._leaving[one].wait()
             one.grads.read(grads)  # a second visit goes on adding where the first one stopped
         else:
             grads.zero_()
 
-    def settle(self, one: Stored, grads: Tensor) -> None:
-        """After a visit: takes its gradients home, reduced over ranks, this rank's shard."""
+    def settle(self, one: Stored, grads: Tensor) -> Leaving | None:
+        """After a visit: takes its gradients home, reduced over ranks, this rank's shard.
+
+        Returns what whoever writes to `grads` next must wait for; None: they have left.
+        """
         assert one.grads is not None
+        graded, one.graded = one.graded, True
+        if self.world.size == 1 and grads.device.type != "cpu" and isinstance(one.grads, RamHome):
+            self._leaving[one] = Leaving(grads, one.grads.tensor, one.grads.tier)
+            return self._leaving[one]
         if self.world.size > 1:
             mine = self.world.sum_shards(grads)
-            if one.graded:
+            if graded:
                 mine += bring(one.grads, mine.device)
             grads = mine
         with record_function("link.settle"):
             one.grads.write(grads)
-        one.graded = True
+        return None
 
     def sum_over_ranks(self) -> None:
         """After the backward passes: whole gradients become the sum over ranks; sharded ones are that already."""
+        for leaving in self._leaving.values():
+            leaving.arrive()
+        self._leaving.clear()
         for one in self.stored:
             if one.grads_whole and self.world.size > 1:
                 assert isinstance(one.grads, RamHome)

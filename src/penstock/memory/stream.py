@@ -17,11 +17,12 @@ from torch.profiler import record_function
 
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk
+from penstock.memory.link import copy_ahead
 from penstock.memory.program import Part, Program, owners, turning
 from penstock.memory.shard import World
 from penstock.memory.sink import Sink
 from penstock.memory.stored import Stored
-from penstock.memory.tiers import DiskHome, Ram, RamHome, worker
+from penstock.memory.tiers import DiskHome, RamHome, worker
 
 NEVER = 1 << 60
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -40,6 +41,8 @@ class Hold:
     slot: Slot | None
     gradient_slot: Slot | None
     gradients: bool
+    opened: bool = False
+    """The gradient slot is ready to be added to."""
 
 
 class Stream:
@@ -176,10 +179,11 @@ class Stream:
                 del ys
             yield
         results, slopes = [], []
-        with self.lease(order[-1], gradients=True), torch.enable_grad(), record_function("turn"):
+        with self.lease(order[-1], gradients=True) as holds, torch.enable_grad(), record_function("turn"):
             for context, one in zip(contexts, wave, strict=True):
                 x = _leaf(xs.pop(0), len(parts) - 1 > first)  # what one micro-batch held is let go of before the next
                 loss, stats = loss_of(parts[-1].run(x, context), one)
+                self._open(holds)
                 loss.backward()
                 # Undetached, a statistic would hold the whole graph, and with it the states it began from.
                 results.append((loss.detach(), {key: value.detach() for key, value in stats.items()}))
@@ -188,12 +192,13 @@ class Stream:
         yield
         for i in reversed(range(first, len(parts) - 1)):
             here, ys = inputs.pop(), outputs.pop()
-            with self.lease(parts[i].groups, gradients=True), record_function(f"backward.{i}"):
+            with self.lease(parts[i].groups, gradients=True) as holds, record_function(f"backward.{i}"):
                 for j, context in enumerate(contexts):
                     x = here.pop(0)
                     with torch.enable_grad(), turning():
                         y = parts[i].run(x, context) if self.recompute else ys.pop(0)
                     if y.requires_grad and slopes[j] is not None:  # None: the loss read nothing of it
+                        self._open(holds)
                         y.backward(slopes[j])
                     slopes[j] = x.grad
                     del x, y
@@ -240,15 +245,16 @@ class Stream:
     # --- leases -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lease(self, groups: Sequence[str], gradients: bool) -> Iterator[None]:
-        """Inside, the weights of these groups are on the device and, with `gradients`, have a place for theirs."""
+    def lease(self, groups: Sequence[str], gradients: bool) -> Iterator[list[Hold]]:
+        """Inside, the weights of these groups are on the device and, with `gradients`, have a place for theirs, which
+        is theirs to add to once it has been opened."""
         self._advance(tuple(groups))
         needed = [one for group in groups for one in self._groups.get(group, ())]
         # The largest first: a small chunk may have been fetched into the only slot that holds a large one.
         holds = [self._hold(one, gradients) for one in sorted(needed, key=lambda one: -one.chunk.nbytes)]
         self._prefetch()
         try:
-            yield
+            yield holds
         finally:
             for hold in reversed(holds):
                 self._release(hold)
@@ -288,7 +294,9 @@ class Stream:
         self._holds[one].remove(hold)
         if hold.gradient_slot is not None:
             assert self.sink is not None
-            self.sink.settle(one, hold.gradient_slot.memory[: one.chunk.nbytes].view(one.dtype))
+            self._open([hold])
+            grads = hold.gradient_slot.memory[: one.chunk.nbytes].view(one.dtype)
+            hold.gradient_slot.leaving = self.sink.settle(one, grads)
             hold.gradient_slot.users -= 1
             hold.gradient_slot.key = None
         elif hold.gradients:
@@ -335,9 +343,20 @@ class Stream:
         if slot is None:
             raise arena.too_small(one.chunk.nbytes)
         slot.users += 1
-        assert self.sink is not None
-        self.sink.open(one, slot.memory[: one.chunk.nbytes].view(one.dtype))
         return slot
+
+    def _open(self, holds: Sequence[Hold]) -> None:
+        """Before the first backward of a visit, which is late: what the slot held last may still be on its way home
+        while a block is recomputed."""
+        for hold in holds:
+            slot = hold.gradient_slot
+            if slot is not None and not hold.opened:
+                assert self.sink is not None
+                if slot.leaving is not None:
+                    slot.leaving.wait()
+                    slot.leaving = None
+                self.sink.open(hold.stored, slot.memory[: hold.stored.chunk.nbytes].view(hold.stored.dtype))
+                hold.opened = True
 
     # --- fetching -----------------------------------------------------------------------------------------------------
 
@@ -441,33 +460,3 @@ def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
     """The same values cut from what made them; with a gradient of its own if wanted."""
     x = x.detach()
     return x.requires_grad_() if wants_gradient and x.is_floating_point() else x
-
-
-def copy_ahead(source: Tensor, out: Tensor, tier: Ram) -> Callable[[], None]:
-    """Starts copying a tier's host memory to the device; calling the result waits.
-
-    On a GPU a stream of its own does it, after all that has been asked of `out` so far.
-    """
-    if out.device.type == "cpu":
-        return lambda: _copy(source, out, tier)  # the same cores would do it: copy when it is needed
-    side = _side_stream(out.device)
-    side.wait_stream(torch.accelerator.current_stream(out.device))
-    with side:
-        _copy(source, out, tier)
-        landed = side.record_event()
-    return lambda: torch.accelerator.current_stream(out.device).wait_event(landed)
-
-
-def _copy(source: Tensor, out: Tensor, tier: Ram) -> None:
-    tier.bytes_read += source.nbytes
-    with record_function("link.fetch"):
-        out.copy_(source, non_blocking=True)
-
-
-_SIDE: dict[torch.device, torch.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.Stream:
-    if device not in _SIDE:
-        _SIDE[device] = torch.Stream(device)
-    return _SIDE[device]

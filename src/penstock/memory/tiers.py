@@ -219,7 +219,10 @@ def empty_pages(nbytes: int, device: torch.device, pinned: bool = False) -> Tens
     """[nbytes] uint8, zeroed; on the CPU it begins on a page and costs no memory until it is written or pinned."""
     if device.type != "cpu" or nbytes == 0 or _pretending():
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    pages = (ctypes.c_ubyte * nbytes).from_buffer(mmap.mmap(-1, nbytes))
+    memory = mmap.mmap(-1, nbytes)
+    if pinned and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # all of it is touched now: in pages of 2 MB that takes a fraction
+    pages = (ctypes.c_ubyte * nbytes).from_buffer(memory)
     if pinned:
         _pin(pages)
     return torch.frombuffer(pages, dtype=torch.uint8)

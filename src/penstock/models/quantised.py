@@ -7,12 +7,15 @@ are rounded to 255 levels of their largest weight (Dettmers et al. 2022, LLM.int
 normal distribution (QLoRA, appendix E).
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from penstock.errors import UserError
+from penstock.memory import native
 from penstock.models.shapes import BaseDtype, packed_shapes
 
 if TYPE_CHECKING:
@@ -97,6 +100,15 @@ def dense(weight: Tensor, scales: Tensor, rows: slice, dtype: torch.dtype) -> Te
     """Rows of a packed weight as numbers, [rows, I] in `dtype`."""
     if weight.dtype == torch.int8:
         return weight[rows].to(dtype) * scales[rows].to(dtype)[:, None]
-    some, levels = weight[rows], torch.tensor(NF4, device=weight.device, dtype=dtype)
-    numbers = torch.stack((levels[(some >> 4).int()], levels[(some & 15).int()]), dim=-1)  # [rows, I / 2, 2]
-    return (numbers.view(len(some), scales.shape[1], -1) * scales[rows].to(dtype)[:, :, None]).view(len(some), -1)
+    some = weight[rows]
+    pairs = _pairs if native.real() else _pairs.__wrapped__  # a dry run's tensors are not to be kept
+    numbers = F.embedding(some.int(), pairs(weight.device, dtype))  # [rows, I / 2, 2]
+    blocks = numbers.view(len(some), scales.shape[1], -1)
+    return blocks.mul_(scales[rows].to(dtype)[:, :, None]).view(len(some), -1)
+
+
+@functools.cache
+def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[256, 2]: the two numbers that a byte of nf4 stands for, high half first."""
+    levels = torch.tensor(NF4, device=device, dtype=dtype)
+    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=-1)

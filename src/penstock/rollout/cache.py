@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from penstock.memory.stream import copy_ahead
+from penstock.memory.link import copy_ahead
 from penstock.memory.tiers import Ram
 from penstock.models.decoder import Decoder
 
