@@ -50,6 +50,8 @@ from penstock.rollout.sampling import Sampling
 
 FORKS = "PENSTOCK_GPU_CHECK_FORKS"
 """Set in the process that the checks are forked from: it computes on one thread, and the checks on all."""
+SETTINGS = {FORKS: "1", "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""The last is Hopper's own default, said aloud: torch wants to hear it where results must not vary."""
 SMALL = dataclasses.replace(
     sizes.named("s"), num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, vocab_size=500,
 )  # fmt: skip
@@ -59,6 +61,7 @@ CAP = 16 * 10**9
 
 def exact(place: Place) -> dict[str, Any]:
     """Every strategy, fp32 and bf16: ten steps bit-equal to `naive` with recomputation, and close to plain PyTorch."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # else a GPU adds rows of a table up in any order
     shape = SMALL
     rows: dict[str, Any] = {}
     for dtype in ("fp32", "bf16"):
@@ -211,10 +214,26 @@ def rates(place: Place) -> dict[str, Any]:
         "bf16_flops": (2 * side**3, lambda: a @ a),
     }
     seconds = in_turns({name: waited(place, call) for name, (_, call) in calls.items()}, 5)
+    workspace = _blas_workspace() if place.gpu else 0
     began = time.perf_counter()
     Ram("host", torch.device("cpu"), pins=place.gpu).home(4 * nbytes, torch.uint8, "a test", travels=True)
     pinned = 4 * nbytes / (time.perf_counter() - began)
-    return {**{name: calls[name][0] / min(some) for name, some in seconds.items()}, "pinned": pinned}
+    return {
+        **{name: calls[name][0] / min(some) for name, some in seconds.items()},
+        "pinned": pinned,
+        "blas_workspace": workspace,
+    }
+
+
+def _blas_workspace() -> int:
+    """Bytes of the allocator that the libraries keep for products, once a product and one with a bias have been made
+    on the main stream; a fresh process's first product takes them."""
+    a, bias = torch.randn(64, 64, device="cuda").bfloat16(), torch.zeros(64, device="cuda").bfloat16()
+    torch.addmm(bias, a, a)
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    torch.addmm(bias, a, a) @ a
+    return torch.cuda.memory_allocated() - before
 
 
 def waited(place: Place, call: Callable[[], object]) -> Callable[[], None]:
@@ -231,6 +250,7 @@ def small(place: Place) -> dict[str, Any]:
     """124M PPO, batch 1, 400 + 112 tokens; the reference system needed 1.62 GB."""
     shape = dataclasses.replace(sizes.named("s"), num_layers=2) if place.tiny else sizes.named("s")
     prompt, new = (24, 8) if place.tiny else (400, 112)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # a small budget sets its own
     strategy = Strategy.named("gemini_cpu", dtype="bf16", device=place.device, device_memory="180MB")
     four = Four(strategy, shape)
     place.forget()
@@ -406,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if FORKS not in os.environ:  # a process whose OpenMP has begun to work must not fork one that works too
         command = [sys.executable, "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
-        return subprocess.run(command, env={**os.environ, FORKS: "1", "OMP_NUM_THREADS": "1"}).returncode
+        return subprocess.run(command, env={**os.environ, **SETTINGS}).returncode
     if flags.device == "cuda" and not apart(_has_gpu, 60)["found"]:
         print("this machine has no CUDA device; --device cpu --tiny tests the checks without one")
         return 2

@@ -24,6 +24,8 @@ SPAN = 65536
 """Gradients whose squares are one sum in adam.c."""
 TILE = 1 << 20
 """Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
+GPU_TILE = 1 << 23
+"""The same on a GPU, where every pass is a dozen launches and activations have just been let go of."""
 
 
 def states_of(dtype: torch.dtype, bits: int = 32) -> dict[str, tuple[torch.dtype, int]]:
@@ -62,13 +64,14 @@ class AdamW:
         done = _in_one_pass(tensors, self._rule(lr, scale, step))
         count = torch.tensor(float(step), device=weights.device)
         divisor = None if scale == 1.0 else torch.tensor(1.0 / scale, device=weights.device)
-        size = min(TILE, weights.numel() - done)
+        tile = _tile_on(weights.device)
+        size = min(tile, weights.numel() - done)
         split_master = "remainder" in states
         master, wide = torch.empty(size, device=weights.device), torch.empty(size, device=weights.device)
         scratch = torch.empty(size if split_master else 0, dtype=torch.int32, device=weights.device)
         beta1, beta2 = self.betas
-        for start in range(done, weights.numel(), TILE):
-            here = slice(start, min(start + TILE, weights.numel()))
+        for start in range(done, weights.numel(), tile):
+            here = slice(start, min(start + tile, weights.numel()))
             count_here = here.stop - here.start
             moments = _wide(states, here) if narrow else [states[name][here] for name in ("exp_avg", "exp_avg_sq")]
             gradient = wide[:count_here].copy_(grads[here])  # a copy: the kernel divides it in place
@@ -119,11 +122,15 @@ def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
     return whole
 
 
+def _tile_on(device: torch.device) -> int:
+    return GPU_TILE if device.type == "cuda" else TILE
+
+
 def sum_of_squares(grads: Tensor) -> Tensor:
     """Of gradients [n], summed in fp32 in parts and in fp64 over them: fp64 scalar. No copy of them is made."""
     compiled = native.compiled(SOURCE) if grads.device.type == "cpu" and native.real() else "another device"
     if isinstance(compiled, str) or grads.dtype != torch.bfloat16 or not grads.is_contiguous():
-        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grads.split(TILE)]
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grads.split(_tile_on(grads.device))]
         return torch.stack(norms).double().square().sum()
     sums = torch.empty(-(-grads.numel() // SPAN), dtype=torch.float64)
     places = (ctypes.c_void_p(grads.data_ptr()), ctypes.c_int64(grads.numel()), ctypes.c_void_p(sums.data_ptr()))

@@ -5,6 +5,7 @@ next, `evaluate()` and `step()` to use and to train it. All rows of the table ar
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ Work = tuple[Stream, Sequence[Any], Callable[[Tensor, Any], Any]]
 """A model, its micro-batches, and what is read of each: `evaluate`'s arguments."""
 Phase = Literal["rollout", "score", "train"]
 
+SMALL = 2 * 10**9
+"""Bytes of a device budget under which a GPU's libraries get workspaces of 4 MiB."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -67,6 +70,8 @@ class Strategy:
     gradients: list[RamHome] = field(default_factory=list)
     """Bytes for one chunk's gradients each; one model at a time uses them."""
     buffers: list[Tensor] = field(default_factory=list)
+    staging: Tensor | None = None
+    """Where weights are made that live elsewhere than in host memory; only while models are prepared."""
     arenas: tuple[Arena, Arena] | None = None
     """Slots for weights and for gradients, shared by all models; cut when the first of them is needed."""
 
@@ -93,11 +98,16 @@ class Strategy:
         on_disk = "disk" in tiers_of(name)
         if bits_of(name)[0] != AUTO and on_disk and disk is None:
             raise UserError(f"--strategy {name} keeps weights on a disk; give --disk PATH or --disk PATH:200GB.")
+        budget = _budget(device_memory, "--device-memory")
+        if budget is not None and budget < SMALL:
+            # On Hopper cuBLAS keeps 32 MiB for every stream that multiplies, whatever the budget says of it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:1")
+            os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "4096")
         world = World.join(device)
         if bits_of(name)[0] == "naive" and world.size > 1:
             raise UserError(f"--strategy naive is one process and torchrun started {world.size}; use --strategy ddp.")
         tiers: dict[str, Ram | Disk] = {
-            "device": Ram("device", world.device, _budget(device_memory, "--device-memory")),
+            "device": Ram("device", world.device, budget),
             "host": Ram(
                 "host", torch.device("cpu"), _budget(host_memory, "--host-memory"), pins=world.device.type == "cuda"
             ),
@@ -168,10 +178,12 @@ class Strategy:
         moves = bits_of(self.name)[0] == AUTO and not all(
             plan.resident(it.row, self.world.size) for one in placed for it in one
         )
-        return [
+        streams = [
             self._stream(model, one, visits, moves, adamw)
             for model, one, (_, visits) in zip(models, placed, laid, strict=True)
         ]
+        self.staging = None
+        return streams
 
     def _stream(
         self,
@@ -227,7 +239,7 @@ class Strategy:
         whole = not row.params.sharded or size == 1
         weights = _home(self.tiers[row.params.tier], chunk.numel // (1 if whole else size), dtype, what)
         here = isinstance(weights, RamHome) and whole and weights.tensor.device.type == "cpu"
-        flat = weights.tensor if here and isinstance(weights, RamHome) else _pages(chunk.numel, dtype)
+        flat = weights.tensor if here and isinstance(weights, RamHome) else self._stage(chunk.numel, dtype)
         self._first_values(model, chunk, flat)
         if not here:
             weights.write(flat if whole else flat[shard])
@@ -244,6 +256,13 @@ class Strategy:
             numel = chunk.numel // (1 if grads_whole else size)
             grads = self._gradient_home(row.grads.tier, numel, dtype, what, taken)
         return Stored(chunk, weights, whole, states, grads, not row.grads.sharded or size == 1, share)
+
+    def _stage(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Zeroed host memory for a chunk's first values on their way elsewhere: one place for all, pinned on a GPU."""
+        nbytes = numel * dtype.itemsize
+        if self.staging is None or self.staging.numel() < nbytes:
+            self.staging = empty_pages(nbytes, torch.device("cpu"), pinned=self.world.device.type == "cuda")
+        return self.staging[:nbytes].zero_().view(dtype)
 
     def _gradient_home(self, tier: str, numel: int, dtype: torch.dtype, what: str, taken: set[int]) -> Home:
         """A home for gradients, which all models share: no two of them step at the same time."""
@@ -434,10 +453,6 @@ def _budget(text: str | None, flag: str) -> int | None:
 def _home(tier: Ram | Disk, numel: int, dtype: torch.dtype, what: str) -> Home:
     """For weights: the device fetches them from there."""
     return tier.home(numel, dtype, what, travels=True) if isinstance(tier, Ram) else tier.home(numel, dtype, what)
-
-
-def _pages(numel: int, dtype: torch.dtype) -> Tensor:
-    return empty_pages(numel * dtype.itemsize, torch.device("cpu")).view(dtype)
 
 
 def _weight(model: Any, name: str, where: dict[str, tuple[nn.Module, str]]) -> Weight:

@@ -223,9 +223,11 @@ def empty_pages(nbytes: int, device: torch.device, pinned: bool = False) -> Tens
     if pinned and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # all of it is touched now: in pages of 2 MB that takes a fraction
     pages = (ctypes.c_ubyte * nbytes).from_buffer(memory)
+    memory_of = torch.frombuffer(pages, dtype=torch.uint8)
     if pinned:
+        memory_of.fill_(0)  # by all threads: the driver would ask for page after page
         _pin(pages)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return memory_of
 
 
 def _pin(pages: ctypes.Array) -> None:
