@@ -29,6 +29,7 @@ from penstock.errors import ResourceError
 from penstock.memory.autochunk import Slicer
 from penstock.memory.meter import Meter
 from penstock.memory.program import turning
+from penstock.memory.slices import in_brief
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-xl": {"kind": "gpt2", "width": 1600, "heads": 25},
@@ -206,9 +207,11 @@ def counted_cut(name: str, attention: str, length: int, training: bool) -> dict[
 
         before = counted(lambda x: layer(x, given))
         slicer = slicer_for(layer, x, given, training, int(before * (1 - CUT)))
-        after = counted(lambda x: slicer.run(layer, x, given))
-    return {"block": name, "attention": attention, "tokens": length, "training": training,
-            "peak_before": before, "peak_after": after, "cut": 1 - after / before}  # fmt: skip
+        with in_brief():  # every slice holds what the first or the last whole one does
+            after = counted(lambda x: slicer.run(layer, x, given))
+    return {"block": name, "attention": attention, "tokens": length, "training": training, "peak_before": before,
+            "peak_after": after, "cut": 1 - after / before, "report": [str(one) for one in slicer.reports.values()],
+    }  # fmt: skip
 
 
 def longest(name: str, attention: str, training: bool, budget: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from penstock.memory.flow import Blocked, Cut, Node, needs
 from penstock.memory.graph import Captured, Leaf, Ops, capture, measured, writes
 from penstock.memory.meter import Meter
 from penstock.memory.program import turning
-from penstock.memory.regions import choose
+from penstock.memory.regions import choose, coarsened
 from penstock.memory.slices import Program, in_brief
 from penstock.memory.units import parse_bytes, show_bytes
 
@@ -145,15 +145,27 @@ class Slicer:
         plain = choose(graph, None, training, again)
         program, after, plan = None, before, plain
         target = self.budget
+
+        def tried(plan: Plan) -> tuple[Program, int]:
+            program = Program(captured, graph, plan, results, self.ops, self.places)
+            return program, fakes.peak(lambda: fakes.run(program, self.places), again)
+
         for attempt in range(TRIES + 1):
             if after <= self.budget or writing:
                 break
             plan = choose(graph, target if attempt < TRIES else 1, training, again)
             if plan.peak > target:  # none is known to fit: the lowest of all
                 attempt, plan = TRIES, choose(graph, 1, training, again)
-            program = Program(captured, graph, plan, results, self.ops, self.places)
-            after = fakes.peak(lambda program=program: fakes.run(program, self.places), again)  # type: ignore[misc]
-            if attempt == TRIES:
+            program, after = tried(plan)
+            if attempt == TRIES:  # in the finest of slices: it may be lower than it must be
+                room = self.budget - after
+                while room > 0 and attempt > 0:
+                    coarser = coarsened(graph, plan, plan.peak + room, training, again)
+                    found, peak = tried(coarser)
+                    if peak <= self.budget:
+                        program, after, plan = found, peak, coarser
+                        break
+                    room, attempt = room // 2, attempt - 1
                 break
             target = max(min(target - 1, target - after + self.budget, target * self.budget // after), 1)
         whole = left_whole(graph)

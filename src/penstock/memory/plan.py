@@ -130,9 +130,7 @@ def place(
         return home
 
     params = [[once(chunk) for chunk in chunks] for chunks, _ in models]
-    # Gradients are shared by all models, and the largest one's decide.
-    most = max(sum(chunk.nbytes for chunk in chunks if chunk.trained) // world for chunks, _ in models)
-    grads = take(most, [one for one in tiers if one.tier != "disk"])
+    grads = take(_gradients(models) // world, [one for one in tiers if one.tier != "disk"])
     placed = []
     for (chunks, _), homes_of_params in zip(models, params, strict=True):
         rows = []
@@ -141,6 +139,17 @@ def place(
             rows.append(Placed(chunk, Row(home, grads, states, bits)))
         placed.append(rows)
     return placed
+
+
+def _gradients(models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]]) -> int:
+    """Bytes of gradients at once, as `homes` counts them: models share them, but those on the same frozen weights."""
+    companies: list[tuple[set[Hashable], list[int]]] = []
+    for chunks, _ in models:
+        mine: set[Hashable] = {chunk.shared for chunk in chunks if chunk.shared}
+        sums = next((sums for weights, sums in companies if weights & mine), [])
+        companies.append((mine, sums))
+        sums.append(sum(chunk.nbytes for chunk in chunks if chunk.trained))
+    return max(sum(sums) for _, sums in companies)
 
 
 def _all_fits(
