@@ -49,7 +49,8 @@ def learn(asked: argparse.Namespace) -> None:
     """One process of a measurement: prints the seconds of each step, the first of which warms up."""
     torch.set_num_threads(1)
     name = "naive" if asked.side == IDEAL else asked.side
-    strategy = Strategy.named(name, dtype=asked.dtype, device="cpu")
+    name, _, kept = name.partition(", ")  # "gemini, kept" keeps what is inside blocks while weights move
+    strategy = Strategy.named(name, dtype=asked.dtype, device="cpu", recompute=False if kept else None)
     world = strategy.world
     shape = sizes.named(asked.model)
     shape = dataclasses.replace(shape, num_layers=asked.layers or shape.num_layers)
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--model", default="m")
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--strategies", nargs="+", default=["zero2", "gemini"])
+    parser.add_argument("--strategies", nargs="+", default=["zero2", "gemini", "gemini, kept"])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)

@@ -197,6 +197,54 @@ def ranks_table(found: dict[str, Found]) -> Table:
     return rows
 
 
+def gpu_table(found: dict[str, Found]) -> Table:
+    """A row per run on the card: ours by `penstock bench`, plain transformers at the most rows it held."""
+    rows = [["run", "rows at once", "s per iteration", "samples per second", "learning, share of GEMM rate",
+             "device, most in use", "planned"]]  # fmt: skip
+    for one in found.values():
+        for name, run in one["table"]["rows"].items():
+            if "error" in run:
+                rows.append([name, "", "", run["error"].split(". The plan")[0].replace("|", "/"), *[""] * 3])
+            elif "best" in run:
+                best = run["best"]
+                rows.append(
+                    [name, str(best["rows"]), f"{best['seconds'][-1]:.2f}", f"{best['samples_per_second']:.2f}", "",
+                     show_bytes(best["peak"]), ""]
+                )  # fmt: skip
+            else:
+                asked, seconds = run["settings"], run["seconds_per_iteration"]
+                count = asked["experience_batch_size"] * run["phases"]["rollout"]["times_per_iteration"]
+                rows.append(
+                    [name, str(asked["experience_batch_size"]), f"{seconds:.2f}", f"{count / seconds:.2f}",
+                     f"{run['phases']['train']['share_of_gemm_peak']:.0%}", show_bytes(run["peak_device_bytes"]),
+                     show_bytes(run["planned"]["device"])]
+                )  # fmt: skip
+    return rows
+
+
+def autochunk_table(found: dict[str, Found]) -> Table:
+    """A row per block, attention and way of use that was timed; then what was only counted."""
+    rows = [["block", "attention", "tokens", "", "peak", "in slices", "cut", "more time", "largest difference"]]
+    for name, one in found.items():
+        timed = one["autochunk"]["rows"].values() if "autochunk" in one else one["rows"]
+        where = ", on the card" if name.startswith("gpu") else ""
+        for run in [*timed, *one.get("counted", [])]:
+            rows.append(
+                [
+                    run["block"] + where, run["attention"], f"{run['tokens']:,}",
+                    "training" if run["training"] else "forward", show_bytes(run["peak_before"]),
+                    show_bytes(run["peak_after"]), f"{run['cut']:.1%}",
+                    f"{run['extra_time']:.1%}" if "extra_time" in run else "counted",
+                    f"{run['difference']:.1e}" if "difference" in run else "",
+                ]
+            )  # fmt: skip
+        for run in one.get("longest", []):
+            way, tokens = "training" if run["training"] else "forward", run["tokens"]
+            more = f"longest in {show_bytes(run['budget'])}: {tokens['plain']:,} to {tokens['sliced']:,}"
+            rows.append([run["block"], run["attention"], more, way, "", "", "", f"{run['times']:.0f} times", ""])
+    return rows
+
+
 CLAIMS = [
     Claim(
         "Capacity", "The deepest model, in steps of one block, that completes a PPO iteration in a device budget.",
@@ -232,6 +280,17 @@ CLAIMS = [
         "How cost grows", "With model size, row length and depth. A slope is that of a line through logarithms: 1 is "
         "in proportion, 0 does not grow.",
         ("growth",), "python -m benchmarks.growth", growth_table, growth_plot,
+    ),
+    Claim(
+        "One GPU", "PPO of four models of one shape, 400 + 112 tokens, on an H100. `plain` is transformers with "
+        "PyTorch's Adam(W), four models resident, at the most rows that it held; hydra is LoRA with four roles on one "
+        "base.",
+        ("gpu_*",), "make gpu-check", gpu_table,
+    ),
+    Claim(
+        "AutoChunk", "One block of transformers, with and without slices; training is a recomputed block. `counted`: "
+        "lengths that this machine cannot hold, on tensors without memory.",
+        ("autochunk_*", "gpu_*"), "python -m benchmarks.autochunk", autochunk_table,
     ),
     Claim(
         "Two ranks", "Learning by two ranks over gloo against two single-threaded processes that never talk.",

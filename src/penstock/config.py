@@ -40,6 +40,13 @@ class Flags:
                     raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}.")
 
 
+def recomputing(flags: Any) -> bool | None:
+    """What --recompute and --keep-activations say: always, never, or (None) where weights move. Raises UserError."""
+    if flags.recompute and flags.keep_activations:
+        raise UserError("--recompute and --keep-activations are opposites; give one of them.")
+    return True if flags.recompute else False if flags.keep_activations else None
+
+
 @dataclass(frozen=True)
 class RunFlags(Flags):
     """What the run leaves, and on what it runs."""
@@ -63,8 +70,11 @@ class RunFlags(Flags):
     chunk_size: str | None = None
     """Bytes of weights that move together at most: 64MB. A block, when not given."""
     recompute: bool = False
-    """Run each block again in backward instead of keeping what is inside it: less memory, a third more compute. Always
-    on where weights move."""
+    """Run each block again in backward instead of keeping what is inside it: less memory, a third more compute. It is
+    what happens where weights move, unless --keep-activations says otherwise."""
+    keep_activations: bool = False
+    """Keep what is inside blocks where weights move too, one micro-batch after the other: no compute is done twice, and
+    weights move once per micro-batch."""
     activation_budget: str | None = None
     """Bytes that the activations inside a block may take per micro-batch, in training and scoring: 500MB. Blocks are
     computed in slices where they would take more, and always recomputed."""
@@ -311,6 +321,8 @@ class PlanConfig(Flags):
     """Tokens per response."""
     recompute: bool = False
     """Run each block again in backward also where weights stay."""
+    keep_activations: bool = False
+    """Keep what is inside blocks also where weights move."""
     activation_budget: str | None = None
     """Bytes that the activations inside a block may take per micro-batch; the slices are printed."""
     chunk_size: str | None = None

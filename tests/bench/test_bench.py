@@ -152,6 +152,21 @@ def test_four_roles_stand_on_one_base_with_adapters():
     assert not work.Four(Strategy.named("gemini_cpu"), TINY).shared
 
 
+@pytest.mark.parametrize("base_dtype", [None, "nf4"])
+@pytest.mark.parametrize("again", [False, True])
+def test_roles_that_stream_one_base_learn_as_resident_ones_do(again, base_dtype):
+    """Adapters after two iterations, bit by bit; without recomputation, frozen weights too move under the graph."""
+    learned = []
+    for name, budget in (("naive", None), ("gemini_cpu", "1MB")):
+        torch.manual_seed(0)
+        strategy = Strategy.named(name, dtype="bf16", device="cpu", device_memory=budget, recompute=again)
+        four = work.Four(strategy, TINY, lora_rank=2, base_dtype=base_dtype)
+        for seed in range(2):
+            list(four.iteration([[3, 4, 5], [4, 5, 6], [5, 6, 7]], 6, seed))
+        learned.append([one.whole_weights(strategy.world) for one in four.streams["actor"].stored])
+    assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
+
+
 def test_a_second_iteration_learns_from_other_answers():
     four = work.Four(Strategy.named("naive", device="cpu"), TINY)
     prompts = [[3, 4, 5]] * 2

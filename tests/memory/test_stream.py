@@ -127,6 +127,19 @@ def test_streaming_from_host_and_disk_is_bit_equal_to_resident(family, dtype, tm
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_that_is_kept_follows_weights_that_move(family, dtype, tmp_path):
+    """Nothing is recomputed: backward meets chunks in other slots than forward did, and still makes the same bits."""
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    losses, weights = streamed(Actor(decoder(family, kind)), named("gemini", tmp_path, dtype=dtype))
+    for name, budget in (("gemini_cpu", None), ("gemini_cpu", "1MB"), ("gemini_nvme", "1MB")):
+        strategy = named(name, tmp_path, dtype=dtype, device_memory=budget, recompute=False)
+        ours, found = streamed(Actor(decoder(family, kind)), strategy)
+        assert ours == losses
+        assert all(torch.equal(found[key], weight) for key, weight in weights.items())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_update_from_disk_in_many_small_pieces_is_the_same_update(dtype, tmp_path, monkeypatch):
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     losses, weights = streamed(Actor(decoder("gpt2", kind)), named("gemini_nvme", tmp_path, dtype=dtype), steps=5)
@@ -143,11 +156,14 @@ def test_an_update_from_disk_in_many_small_pieces_is_the_same_update(dtype, tmp_
     room=st.integers(0, 400_000),
     rows=st.integers(1, 3),
     ahead=st.integers(1, 4),
+    again=st.booleans(),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(name, family, chunk_size, room, rows, ahead, tmp_path):
+def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(
+    name, family, chunk_size, room, rows, ahead, again, tmp_path
+):
     """Whatever the chunks and the device budget: refused with the least that works, or the same bits within it."""
-    strategy = named(name, tmp_path, device_memory=f"{room + 1}B", chunk_size=chunk_size, recompute=True)
+    strategy = named(name, tmp_path, device_memory=f"{room + 1}B", chunk_size=chunk_size, recompute=again)
     strategy.ahead = ahead
     model = Actor(decoder(family))
     refused = ""
@@ -163,7 +179,7 @@ def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(name, family, c
         assert f"--device-memory {show_bytes(room + 1)}" in refused
         assert "at least" in refused
         return
-    expected, resident = streamed(Actor(decoder(family)), named("gemini", tmp_path, recompute=True), 2, rows)
+    expected, resident = streamed(Actor(decoder(family)), named("gemini", tmp_path, recompute=again), 2, rows)
     assert losses == expected
     assert all(torch.equal(weights[key], weight) for key, weight in resident.items())
 

@@ -13,7 +13,7 @@ from penstock.models.roles import Actor
 from tests.memory.test_stream import FAMILIES, decoder, plain
 
 STEPS = 20
-SHARED = [name for name in NAMES if name != "naive"]
+SHARED = [*(name for name in NAMES if name != "naive"), "gemini kept", "gemini_cpu kept"]
 WORKER = """
 import sys, torch
 from penstock.algorithms import functional as fn
@@ -28,7 +28,9 @@ out, disk, steps, *names = sys.argv[1:]
 found = {}
 for name in names:
     for family in FAMILIES:
-        strategy = Strategy.named(name, device="cpu", disk=disk if name == "gemini_nvme" else None)
+        placement, _, kept = name.partition(" ")
+        on = disk if name == "gemini_nvme" else None
+        strategy = Strategy.named(placement, device="cpu", disk=on, recompute=False if kept else None)
         actor = Actor(decoder(family))
         stream = strategy.prepare(actor, weight_decay=0.1)
         losses = []

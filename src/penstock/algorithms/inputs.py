@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from penstock.algorithms.planning import Role, Workload, elements_of, forecast_of
-from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
+from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags, recomputing
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
@@ -27,7 +27,7 @@ def strategy_of(flags: RunFlags) -> Strategy:
     """The strategy that a command's flags name."""
     return Strategy.named(
         flags.strategy, dtype=flags.dtype, device=flags.device, device_memory=flags.device_memory,
-        host_memory=flags.host_memory, disk=flags.disk, recompute=flags.recompute or None,
+        host_memory=flags.host_memory, disk=flags.disk, recompute=recomputing(flags),
         chunk_size=elements_of(flags.chunk_size, flags.dtype), activation_budget=flags.activation_budget,
     )  # fmt: skip
 
@@ -79,10 +79,10 @@ def leave_room(
     found = forecast_of(
         work, strategy=strategy.name, dtype=NAME_OF[strategy.dtype], world=strategy.world.size,
         budgets={name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
-        recompute=bool(strategy.recompute), chunk_size=strategy.chunk_size, timed=False,
+        recompute=strategy.recompute, chunk_size=strategy.chunk_size, timed=False,
         activation_budget=strategy.activation_budget,
     )  # fmt: skip
-    strategy.reserve, strategy.recompute = found.activations, found.recompute or None
+    strategy.reserve, strategy.recompute = found.activations, found.recompute
     strategy.swapped = found.swapped
     host = strategy.tiers["host"]
     return host if found.swapped and isinstance(host, Ram) else None

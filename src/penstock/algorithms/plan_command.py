@@ -14,7 +14,7 @@ from penstock.algorithms.planning import (
     forecast_of,
     workload,
 )
-from penstock.config import PlanConfig
+from penstock.config import PlanConfig, recomputing
 from penstock.memory import measured
 from penstock.memory.forecast import TIERS, Forecast, Rates
 from penstock.memory.placement import EIGHT_BIT, NAMES, TierName, bits_of, known, tiers_of
@@ -30,14 +30,14 @@ class Setting:
     world: int
     micro_batch_size: int
     rollout_batch_size: int | None
-    recompute: bool
+    recompute: bool | None
     budgets: dict[TierName, int | None]
 
 
 def run(config: PlanConfig) -> int:
     """Prints the plan and returns the exit code: 0 where everything fits, 3 where it does not."""
     setting = Setting(
-        known(config.strategy), config.world, config.micro_batch_size, config.rollout_batch_size, config.recompute,
+        known(config.strategy), config.world, config.micro_batch_size, config.rollout_batch_size, recomputing(config),
         {
             "device": bytes_of(config.device_memory, "--device-memory"),
             "host": bytes_of(config.host_memory, "--host-memory"),

@@ -203,14 +203,14 @@ def forecast_of(
     dtype: str,
     world: int,
     budgets: dict[TierName, int | None],
-    recompute: bool = False,
+    recompute: bool | None = None,
     chunk_size: int | None = None,
     rates: Rates | None = None,
     timed: bool = True,
     activation_budget: int | None = None,
 ) -> Forecast:
     """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements."""
-    dtype, recompute = DTYPES[dtype], recompute or activation_budget is not None
+    dtype, recompute = DTYPES[dtype], True if activation_budget is not None else recompute
     laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
     shared = {
         role.name: {chunk.shared for chunk in chunks} - {None}
@@ -219,7 +219,7 @@ def forecast_of(
     shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
     device, auto = budgets.get("device"), bits_of(strategy)[0] == AUTO
 
-    def under(moves: bool, again: bool, swap: bool = False) -> Forecast:
+    def under(moves: bool, again: bool | None, swap: bool = False) -> Forecast:
         """With room for the activations of models that move, or of models that stay."""
         phases = passes(work, dtype, world, swap, activation_budget)
         fullest = max(
@@ -235,12 +235,12 @@ def forecast_of(
             for role, one, (_, visits) in zip(work.roles, placed, laid, strict=True)
         }
         if auto and not moves and any(model.moving(world) for model in models.values()):
-            return under(True, True, swap)
+            return under(True, recompute is not False, swap)
         return forecast(models, phases, world=world, device=device, recompute=again, rates=rates, timed=timed)
 
-    found = under(not auto or recompute, recompute)
+    found = under(not auto or bool(recompute), recompute)
     if work.stage == "ppo" and device is not None and found.peak["device"] > device:
-        swapped = under(not auto or recompute, recompute, swap=True)
+        swapped = under(not auto or bool(recompute), recompute, swap=True)
         return min(found, swapped, key=lambda one: one.peak["device"])
     return found
 

@@ -43,7 +43,7 @@ def rehearse(
     dtype: str,
     world: int,
     budgets: dict[TierName, int | None],
-    recompute: bool = False,
+    recompute: bool | None = None,
     chunk_size: int | None = None,
     activation_budget: int | None = None,
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def rehearse(
     )  # fmt: skip
     ranks = PretendWorld(0, world, CPU)
     placed = Strategy(
-        strategy, ranks, DTYPES[dtype], planned.recompute or None, chunk_size, activation_budget,
+        strategy, ranks, DTYPES[dtype], planned.recompute, chunk_size, activation_budget,
         reserve=planned.activations, swapped=planned.swapped,
         tiers={
             "device": Ram("device", CPU, budgets.get("device")),

@@ -61,6 +61,8 @@ class BenchConfig(Flags):
     """Bytes of weights that move together at most: 64MB. A block, when not given."""
     recompute: bool = False
     """Run each block again in backward instead of keeping what is inside it."""
+    keep_activations: bool = False
+    """Keep it where weights move too, one micro-batch after the other."""
     device: str | None = None
     """cpu, cuda, ... The accelerator if there is one, when not given."""
     seed: int = 0

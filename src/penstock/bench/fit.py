@@ -10,7 +10,7 @@ import torch
 from penstock.algorithms import plan_command, planning
 from penstock.bench.config import BenchConfig
 from penstock.bench.work import Sizes
-from penstock.config import PlanConfig
+from penstock.config import PlanConfig, recomputing
 from penstock.errors import ResourceError, UserError
 from penstock.memory.placement import TierName
 from penstock.memory.strategy import Strategy
@@ -64,7 +64,8 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
         config.model, strategy=strategy.name, dtype=config.dtype, device_memory=config.device_memory,
         host_memory=config.host_memory, disk=config.disk, world=world, batch_size=sizes.experience * world,
         micro_batch_size=sizes.micro, mini_batch_size=sizes.train * world, epochs=sizes.epochs,
-        prompt_length=sizes.prompt, max_new_tokens=sizes.new, recompute=config.recompute, chunk_size=config.chunk_size,
+        prompt_length=sizes.prompt, max_new_tokens=sizes.new, recompute=config.recompute,
+        keep_activations=config.keep_activations, chunk_size=config.chunk_size,
         lora=config.lora_rank or None, base_dtype=config.base_dtype,
     )  # fmt: skip
     spec = Spec(config.lora_rank) if config.lora_rank else None
@@ -82,9 +83,9 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
         "device": strategy.tiers["device"].budget, "host": strategy.tiers["host"].budget,
         "disk": strategy.tiers["disk"].budget if "disk" in strategy.tiers else None,
     }  # fmt: skip
-    setting = plan_command.Setting(strategy.name, world, sizes.micro, None, config.recompute, given)
+    setting = plan_command.Setting(strategy.name, world, sizes.micro, None, recomputing(config), given)
     found = planning.forecast_of(
-        work, strategy=strategy.name, dtype=config.dtype, world=world, budgets=given, recompute=config.recompute,
+        work, strategy=strategy.name, dtype=config.dtype, world=world, budgets=given, recompute=recomputing(config),
         chunk_size=strategy.chunk_size,
     )  # fmt: skip
     free = room(strategy, found.peak["device"])

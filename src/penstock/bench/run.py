@@ -25,6 +25,7 @@ from penstock.bench.micro import gemm_peak
 from penstock.bench.profile import Recorder
 from penstock.bench.show import as_text
 from penstock.bench.work import Four, Sizes
+from penstock.config import recomputing
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.models import shapes
@@ -72,7 +73,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     beats, shape, sizes = schedule(config), shape_of(config), sizes_of(config)
     strategy = Strategy.named(
         config.strategy, dtype=config.dtype, device=config.device, device_memory=config.device_memory,
-        host_memory=config.host_memory, disk=config.disk, recompute=config.recompute or None,
+        host_memory=config.host_memory, disk=config.disk, recompute=recomputing(config),
         chunk_size=elements_of(config.chunk_size, config.dtype),
     )  # fmt: skip
     world, well = strategy.world, False

@@ -11,7 +11,7 @@ from itertools import zip_longest
 
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk
-from penstock.memory.passes import Pass, activations_of
+from penstock.memory.passes import Pass, activations_of, again
 from penstock.memory.placement import TierName
 from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
 
@@ -65,8 +65,8 @@ class Forecast:
     activations: int
     """The most that tensors beside homes and slots take."""
     ahead: int
-    recompute: bool
-    """Whether models that do not move run their blocks again in backward too."""
+    recompute: bool | None
+    """Whether blocks are run again in backward; None: where weights move."""
     swapped: int
     """Bytes of a KV cache that lives in host memory; 0: on the device."""
 
@@ -184,7 +184,7 @@ def forecast(
     *,
     world: int,
     device: int | None,
-    recompute: bool = False,
+    recompute: bool | None = None,
     ahead: int = 1,
     rates: Rates | None = None,
     timed: bool = True,
@@ -318,7 +318,7 @@ def _moved(
     phases: Mapping[str, Sequence[Pass]],
     slots: Slots,
     world: int,
-    recompute: bool,
+    recompute: bool | None,
     ahead: int,
     rates: Rates,
 ) -> tuple[dict[str, dict[str, int]], dict[str, Seconds]]:
@@ -341,7 +341,12 @@ def _moved(
 
 
 def _time(
-    company: Sequence[tuple[Pass, Model]], walk: Walk, moved: Counter[str], world: int, recompute: bool, rates: Rates
+    company: Sequence[tuple[Pass, Model]],
+    walk: Walk,
+    moved: Counter[str],
+    world: int,
+    recompute: bool | None,
+    rates: Rates,
 ) -> tuple[float, ...]:
     """Adds the bytes of passes that go side by side to `moved`; returns (total, compute, link, disk, optimizer,
     network) seconds."""
@@ -398,7 +403,7 @@ def _steps(
     spend: Callable[[Counter[str], float], None],
     seconds: list[float],
     world: int,
-    recompute: bool,
+    recompute: bool | None,
     rates: Rates,
 ) -> None:
     """Optimizer steps of models that go side by side: forward, backward, and their updates one after the other."""
@@ -406,13 +411,13 @@ def _steps(
     orders = [
         [*model.visits, *reversed(model.visits[first:-1])] for first, (_, model) in zip(firsts, company, strict=True)
     ]
-    again = recompute or any(model.moving(world) for _, model in company)
-    flops = sum(one.flops for one, _ in company) * (4 / 3 if again else 1)
+    twice = again(any(model.moving(world) for _, model in company), recompute)
+    flops = sum(one.flops for one, _ in company) * (4 / 3 if twice else 1)
     once: Counter[str] = Counter()
     for i in range(company[0][0].times):
         if i < WARM:
             once = Counter()
-            for wave in range(1 if again else company[0][0].count):
+            for wave in range(1 if twice else company[0][0].count):
                 once.update(fetched(orders, repeats=False))
                 for first, (_, model) in zip(firsts, company, strict=True):
                     once.update(_gradients(model, first, world, again=wave > 0))

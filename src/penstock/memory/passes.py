@@ -79,11 +79,11 @@ class Visit:
     more: int
 
 
-def activations_of(company: Sequence[tuple[Pass, bool]], recompute: bool) -> int:
+def activations_of(company: Sequence[tuple[Pass, bool]], recompute: bool | None) -> int:
     """Bytes that tensors take beside homes and slots while these passes run: `stream.Stream`'s loops, line by line.
 
     Each comes with whether its model's weights move: all micro-batches then share a visit. A company of several goes
-    through the same weights side by side: what one holds between visits, all do.
+    through the same weights side by side: what one holds between visits, all do. `recompute`: None is where they move.
     """
     passes = [_visits(one, moves, recompute) for one, moves in company]
     fullest = 0
@@ -93,14 +93,21 @@ def activations_of(company: Sequence[tuple[Pass, bool]], recompute: bool) -> int
     return fullest + max(one.beside for one, _ in company)
 
 
-def _visits(one: Pass, moves: bool, recompute: bool) -> list[Visit]:
+def _visits(one: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
     work = one.work
     if one.kind == "generate":
         most = max(visit.held + visit.more for visit in _forward(work, 1))
         return [Visit(0, max(most, one.sampling + work.context))]
     if one.kind == "evaluate":
         return _forward(work, one.count if moves or recompute else 1)
-    return _recomputed(work, one.count) if moves or recompute else [Visit(0, _kept(work))]
+    if again(moves, recompute):
+        return _recomputed(work, one.count)
+    return [Visit(_kept(work), 0) if moves else Visit(0, _kept(work))]
+
+
+def again(moves: bool, recompute: bool | None) -> bool:
+    """Whether backward runs blocks once more: as it was asked for, or where weights move."""
+    return moves if recompute is None else recompute
 
 
 def _forward(work: Work, count: int) -> list[Visit]:

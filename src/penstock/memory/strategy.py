@@ -20,6 +20,7 @@ from penstock.memory import plan
 from penstock.memory.adam import AdamW, states_of
 from penstock.memory.arena import Arena
 from penstock.memory.chunks import Chunk, Weight, layout
+from penstock.memory.passes import again
 from penstock.memory.placement import AUTO, Row, bits_of, known, tiers_of
 from penstock.memory.program import owners
 from penstock.memory.shard import World
@@ -46,7 +47,8 @@ class Strategy:
     world: World
     dtype: torch.dtype
     recompute: bool | None = None
-    """Run each block again in backward instead of keeping what is inside it; None: where weights move."""
+    """Run each block again in backward instead of keeping what is inside it; None: where weights move. False where
+    they do: micro-batches go one after the other, and weights move for each of them."""
     chunk_size: int | None = None
     """Elements per chunk at most; None: a block is a chunk."""
     activation_budget: int | None = None
@@ -122,7 +124,7 @@ class Strategy:
             name,
             world,
             DTYPES[dtype],
-            recompute or activations is not None or None,
+            True if activations is not None else recompute,
             chunk_size,
             activations,
             tiers=tiers,
@@ -206,7 +208,7 @@ class Strategy:
             stored,
             self.world,
             sink=Sink(trained, self.world, AdamW(**adamw), self._update_buffers) if trained else None,
-            recompute=moves if self.recompute is None else self.recompute or moves,
+            recompute=again(moves, self.recompute),
             ahead=self.ahead,
             arenas=self._cut_arenas,
         )

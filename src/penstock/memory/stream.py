@@ -78,6 +78,8 @@ class Stream:
         self._groups: dict[str, list[Stored]] = {}
         for one in self.stored:
             self._groups.setdefault(one.chunk.group, []).append(one)
+        self._graph: dict[Stored, list[nn.Parameter]] = {}
+        """The parameters of chunks that move, as a graph that is kept knows them: wherever the weights are now."""
         self._holds: dict[Stored, list[Hold]] = {}
         self._reader = worker("prefetch")
         self._order: list[tuple[str, ...]] = []
@@ -149,7 +151,8 @@ class Stream:
         """Forward and backward of every micro-batch; the gradients' sum is in the homes afterwards.
 
         Returns each micro-batch's loss and statistics. With `recompute` a block's inner activations live only while
-        it is visited: forward keeps the inputs of blocks, backward runs each block once more.
+        it is visited: forward keeps the inputs of blocks, backward runs each block once more. Without, where weights
+        move, the graph's parameters stay the same and their memory changes: backward looks where they are by then.
         """
         results: list[Losses] = []
         for wave in self._waves(micro_batches, agree=True):
@@ -167,7 +170,7 @@ class Stream:
         outputs: list[list[Tensor]] = []
         for i, part in enumerate(parts[:-1]):
             keep = i >= first
-            with self.lease(part.groups, gradients=False):
+            with self.lease(part.groups, gradients=False, graph=keep and not self.recompute):
                 if keep:
                     xs = [_leaf(x, i > first) for x in xs]
                     inputs.append(xs)
@@ -192,7 +195,8 @@ class Stream:
         yield
         for i in reversed(range(first, len(parts) - 1)):
             here, ys = inputs.pop(), outputs.pop()
-            with self.lease(parts[i].groups, gradients=True) as holds, record_function(f"backward.{i}"):
+            leased = self.lease(parts[i].groups, gradients=True, graph=not self.recompute)
+            with leased as holds, record_function(f"backward.{i}"):
                 for j, context in enumerate(contexts):
                     x = here.pop(0)
                     with torch.enable_grad(), turning():
@@ -213,11 +217,11 @@ class Stream:
         return len(parts) - 1
 
     def _waves(self, micro_batches: Sequence[Any], agree: bool) -> list[Sequence[Any]]:
-        """Micro-batches that share one visit: all of them when weights move, else one after the other."""
-        if self.recompute or self.moves:
+        """Micro-batches that share one visit: all of them when weights move, unless what is inside blocks is kept."""
+        if self.recompute or (self.moves and not agree):
             return [micro_batches]
         waves: list[Sequence[Any]] = [[one] for one in micro_batches]
-        if agree and any(not one.grads_whole for one in self.stored if one.chunk.trained):
+        if agree and (self.collective or any(not one.grads_whole for one in self.stored if one.chunk.trained)):
             # Every wave ends in collectives, so a rank with fewer micro-batches visits with empty hands.
             most = int(self.world.max(torch.tensor(len(waves), device=self.world.device)))
             waves += [[] for _ in range(most - len(waves))]
@@ -245,13 +249,13 @@ class Stream:
     # --- leases -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lease(self, groups: Sequence[str], gradients: bool) -> Iterator[list[Hold]]:
+    def lease(self, groups: Sequence[str], gradients: bool, graph: bool = False) -> Iterator[list[Hold]]:
         """Inside, the weights of these groups are on the device and, with `gradients`, have a place for theirs, which
-        is theirs to add to once it has been opened."""
+        is theirs to add to once it has been opened. `graph`: they are the parameters of a graph that is kept."""
         self._advance(tuple(groups))
         needed = [one for group in groups for one in self._groups.get(group, ())]
         # The largest first: a small chunk may have been fetched into the only slot that holds a large one.
-        holds = [self._hold(one, gradients) for one in sorted(needed, key=lambda one: -one.chunk.nbytes)]
+        holds = [self._hold(one, gradients, graph) for one in sorted(needed, key=lambda one: -one.chunk.nbytes)]
         self._prefetch()
         try:
             yield holds
@@ -259,7 +263,7 @@ class Stream:
             for hold in reversed(holds):
                 self._release(hold)
 
-    def _hold(self, one: Stored, gradients: bool) -> Hold:
+    def _hold(self, one: Stored, gradients: bool, graph: bool) -> Hold:
         gradients = gradients and one.chunk.trained
         outer = self._holds.setdefault(one, [])
         if outer:  # inside another lease of the same chunk
@@ -280,7 +284,10 @@ class Stream:
             if grads is None and gradients:
                 assert isinstance(one.grads, RamHome)
                 grads = one.grads.tensor
-            self._bind_slot(one, slot, trained=gradients)
+            if graph:
+                self._bind_graph(one, slot)
+            else:
+                self._bind_slot(one, slot, trained=gradients)
             if grads is not None:
                 self._bind_gradients(one.chunk, grads)
         elif grads is not None:  # resident weights: the graph knows these very parameters
@@ -325,6 +332,19 @@ class Stream:
             slot.views = (purpose, self._bind(one.chunk, weights, trained=trained))
             return
         for weight, parameter in zip(one.chunk.weights, slot.views[1], strict=True):
+            setattr(*self._owners[weight.name], parameter)
+
+    def _bind_graph(self, one: Stored, slot: Slot) -> None:
+        """The same parameters whenever the chunk comes, on the memory that it is in now."""
+        weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
+        views = [
+            weights[offset : offset + weight.numel].view(weight.shape).data  # of no version: slots are written again
+            for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True)
+        ]
+        if one not in self._graph:
+            self._graph[one] = [nn.Parameter(view, one.chunk.trained) for view in views]
+        for weight, parameter, view in zip(one.chunk.weights, self._graph[one], views, strict=True):
+            parameter.data = view
             setattr(*self._owners[weight.name], parameter)
 
     def _bind_gradients(self, chunk: Chunk, grads: Tensor) -> None:

@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor
     # Without a compiler: casting the weight for a token or a few would cost more than the slow product.
     many = learning or rows > FEW
     widen = x.dtype != weight.dtype or (many and x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
-    if widen or (learning and weight.requires_grad):
+    if widen or (learning and (weight.requires_grad or x.requires_grad)):  # frozen ones too: they may move meanwhile
         return _Product.apply(x, weight, bias, widen, None)
     return F.linear(x, weight, bias)
 
@@ -142,7 +142,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, widen: bool, scales: Tensor | None) -> Tensor:
         # the parameters themselves: their .grad is the place
         ctx.weight, ctx.bias, ctx.widen, ctx.scales = weight, bias, widen, scales
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*[x] * ctx.needs_input_grad[1])
         result = x.new_empty(*x.shape[:-1], len(weight))  # no view of anything: an adapter adds to it in place
         if not widen and scales is None:
             flat, rows = result.view(-1, len(weight)), x.reshape(-1, x.shape[-1])
@@ -160,17 +160,16 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        (x,) = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         wanted_x, wanted_weight, wanted_bias, _, _ = ctx.needs_input_grad
-        flat, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        flat = grad.flatten(0, -2)
         back = backward_to_x(grad, weight, ctx.widen, ctx.scales) if wanted_x else None
         of_weight = of_bias = None
         if wanted_weight:
             place = weight.grad
             if place is None:
                 place = of_weight = torch.zeros_like(weight)
-            add_product(place, flat, inputs, ctx.widen)
+            add_product(place, flat, ctx.saved_tensors[0].flatten(0, -2), ctx.widen)
         if wanted_bias:
             summed = flat.sum(0, dtype=torch.float32 if ctx.widen else None)
             if bias.grad is None:
