@@ -7,7 +7,7 @@ gloo on a CPU.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from penstock.memory import pulse
 PATIENCE = datetime.timedelta(hours=2)
 """How long a rank waits for others that are alive: one of them may be writing a large checkpoint."""
 
+LARGE = 1 << 16
+"""Elements from which a sum is worth two exchanges."""
 _pulse: pulse.Pulse | None = None
 """Of the process group that `World.join` began: there is one per process, as torch has it."""
 
@@ -72,7 +74,13 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensor up over ranks, in place."""
-        if self.size > 1:
+        if self.size > 1 and tensor.numel() >= LARGE and tensor.is_contiguous() and _over_gloo(tensor):
+            flat = tensor.view(-1)
+            even = flat[: flat.numel() // self.size * self.size]
+            self.join_shards(self.sum_shards(even), even)
+            if len(even) < len(flat):
+                self.sum(flat[len(even) :])
+        elif self.size > 1:
             with _together():
                 dist.all_reduce(tensor)
         return tensor
@@ -85,7 +93,12 @@ class World:
         return tensor
 
     def sum_shards(self, whole: Tensor) -> Tensor:
-        """[n] on every rank -> [n / size]: this rank's part of the sum over ranks."""
+        """[n] on every rank -> [n / size]: this rank's part of the sum over ranks, added in their order."""
+        if _over_gloo(whole):
+            parts = torch.empty_like(whole).view(self.size, -1)
+            parts[self.rank] = whole.view(self.size, -1)[self.rank]
+            self._exchange(list(whole.view(self.size, -1)), list(parts))
+            return parts.sum(dim=0)
         mine = whole.new_empty(whole.numel() // self.size)
         with _together():
             dist.reduce_scatter_tensor(mine, whole)
@@ -94,9 +107,24 @@ class World:
     def join_shards(self, mine: Tensor, out: Tensor | None = None) -> Tensor:
         """[n] on every rank -> [n * size], in rank order, on every rank; `out` is where, if given."""
         whole = mine.new_empty(mine.numel() * self.size) if out is None else out
+        if _over_gloo(mine):
+            parts = list(whole.view(self.size, -1))
+            parts[self.rank].copy_(mine)
+            self._exchange([mine] * self.size, parts)
+            return whole
         with _together():
             dist.all_gather_into_tensor(whole, mine)
         return whole
+
+    def _exchange(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """Sends out[i] to rank i and has into[i] from it. gloo's own reduce_scatter is an all_reduce that adds bf16 one
+        number after the other: between two processes of one machine this takes a quarter of its time, and a gather
+        two thirds."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        sends = [dist.P2POp(dist.isend, out[rank].contiguous(), rank) for rank in others]
+        with _together():
+            for one in dist.batch_isend_irecv([*sends, *(dist.P2POp(dist.irecv, into[rank], rank) for rank in others)]):
+                one.wait()
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, in rank order, on every rank. For small Python objects and CPU tensors."""
@@ -119,6 +147,11 @@ class World:
     def mine(self, items: list[Any]) -> list[Any]:
         """This rank's share of a list that every rank holds: every size-th item, so long and short rows mix."""
         return items[self.rank :: self.size]
+
+
+def _over_gloo(tensor: Tensor) -> bool:
+    """Not where a dry run only pretends to have peers."""
+    return tensor.device.type == "cpu" and dist.get_backend() == "gloo"
 
 
 def _begin(backend: str, rank: int, size: int) -> None:
