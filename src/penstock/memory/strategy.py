@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from penstock.errors import ResourceError, UserError
-from penstock.memory import plan
+from penstock.memory import native, plan
 from penstock.memory.adam import AdamW, states_of
 from penstock.memory.arena import Arena
 from penstock.memory.chunks import Chunk, Weight, layout
@@ -328,6 +328,8 @@ class Strategy:
     def phase(self, name: Phase) -> Iterator[None]:
         """Says which phase runs now; without gradients unless it is `train`. Its wall time is kept for timing/*."""
         started = time.perf_counter()
+        if name == "train" and self.world.device.type == "cpu":
+            native.give_back()  # training holds the most; what other phases freed lies between what is in use
         with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
