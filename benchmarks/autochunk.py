@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--eager-tokens", type=int, default=2048, help="what 5 GB hold of the square scores")
     parser.add_argument("--counted-tokens", type=int, nargs="*", default=[8192, 32768], help="without memory")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--timed", nargs="+", default=["forward", "training"], help="what is run on real tensors too")
     parser.add_argument("--budget", type=int, default=1_000_000_000, help="bytes, for the longest sequence")
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -264,7 +265,8 @@ def main() -> None:
         for attention in ("eager", "sdpa")[: 1 if SHAPES[name]["kind"] == "bloom" else 2]:
             tokens = flags.sdpa_tokens if attention == "sdpa" else flags.eager_tokens
             for training in (False, True):
-                add("rows", measure(name, attention, 512 if flags.quick else tokens, training, flags.repeats))
+                if ("training" if training else "forward") in flags.timed:
+                    add("rows", measure(name, attention, 512 if flags.quick else tokens, training, flags.repeats))
                 add("longest", longest(name, attention, training, flags.budget))
                 for length in flags.counted_tokens:
                     add("counted", counted_cut(name, attention, 1024 if flags.quick else length, training))
