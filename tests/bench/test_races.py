@@ -107,6 +107,18 @@ MEASURED = {
     "growth": {"sizes": [POINT, {**POINT, "parameters": 355e6}, {"size": "xl", "layers": None, "length": 128,
                                                                   "why_not": "killed"}],
                "slopes_sizes": {"peak_device_bytes by parameters": 0.0}},
+    "gpu_x": {
+        "table": {"rows": {
+            "xl, ddp": {"settings": {"experience_batch_size": 64}, "seconds_per_iteration": 4.0,
+                        "phases": {"rollout": {"times_per_iteration": 1}, "train": {"share_of_gemm_peak": 0.74}},
+                        "peak_device_bytes": 57e9, "planned": {"device": 58e9}},
+            "xl, plain": {"best": {"rows": 4, "seconds": [9.0, 8.0], "samples_per_second": 0.5, "peak": 69e9}},
+            "a giant": {"error": "does not fit. The plan: ..."},
+        }},
+        "autochunk": {"rows": {"one": {"block": "gpt2-xl", "attention": "eager", "tokens": 8192, "training": True,
+                                       "peak_before": 10e9, "peak_after": 2e9, "cut": 0.8, "extra_time": 0.03,
+                                       "difference": 1e-6}}},
+    },
     "ranks": {"samples_per_second": {"alone": 1.0, "zero2": 0.85}, "share_of_ideal": {"zero2": 0.85}},
 }  # fmt: skip
 
@@ -122,6 +134,8 @@ def test_the_page_is_made_of_results_alone(tmp_path):
     tables.main(["--results", str(results), "--out", str(tmp_path)])
     page = (tmp_path / "README.md").read_text()
     for cell in ("| 11.5 times as many |", "| none fits |", "| 2.50 |", "| not installed |", "| killed |", "| 0.85 |"):
+        assert cell in page
+    for cell in ("| 16.00 |", "| 74% |", "| 0.50 |", "| does not fit |", "| 80.0% |", "| 3.0% |"):
         assert cell in page
     assert page.count("Not measured yet") == 3  # penstock bench itself, and the races on another processor
     for plot in ("capacity", "throughput-against-other-stacks", "memory", "how-cost-grows"):

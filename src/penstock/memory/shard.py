@@ -95,10 +95,13 @@ class World:
     def sum_shards(self, whole: Tensor) -> Tensor:
         """[n] on every rank -> [n / size]: this rank's part of the sum over ranks, added in their order."""
         if _over_gloo(whole):
-            parts = torch.empty_like(whole).view(self.size, -1)
-            parts[self.rank] = whole.view(self.size, -1)[self.rank]
-            self._exchange(list(whole.view(self.size, -1)), list(parts))
-            return parts.sum(dim=0)
+            shards = list(whole.view(self.size, -1))
+            parts = [shard if rank == self.rank else torch.empty_like(shard) for rank, shard in enumerate(shards)]
+            self._exchange(shards, parts)
+            total = parts[0].float()
+            for part in parts[1:]:
+                total = total + part
+            return total.to(whole.dtype)
         mine = whole.new_empty(whole.numel() // self.size)
         with _together():
             dist.reduce_scatter_tensor(mine, whole)

@@ -130,7 +130,10 @@ class Sink:
         weights = whole[one.share] if one.whole else whole
         self.rule.update(weights, states, self._own_gradients(one, device), **move)
         if one.whole and one.split:  # ZeRO-1 and 2: every rank has all weights and moves its share of them
-            whole = gather(weights, self.world)
+            if whole.device.type == self.world.device.type:
+                self.world.join_shards(weights, whole)
+            else:
+                whole = gather(weights, self.world)
         put_back(one.weights, whole)
 
     def _update_on_disk(self, stored: Sequence[Stored], move: dict[str, Any]) -> None:
