@@ -146,7 +146,9 @@ def on_this_machine(setting: Setting, work: Workload) -> Iterator[Setting]:
             micro = max(setting.micro_batch_size >> halvings, 1)
             rows = max(rollout >> halvings, 1) if halvings and work.stage == "ppo" else setting.rollout_batch_size
             yield dataclasses.replace(setting, strategy=name, micro_batch_size=micro, rollout_batch_size=rows)
-    if not setting.recompute:
+    if setting.recompute is False:
+        yield dataclasses.replace(setting, recompute=None)
+    elif setting.recompute is None:
         yield dataclasses.replace(setting, recompute=True)
 
 
@@ -164,7 +166,9 @@ def difference(setting: Setting, other: Setting) -> str:
         value = getattr(other, one.name)
         if one.name != "budgets" and value != getattr(setting, one.name):
             flag = "--" + one.name.replace("_", "-")
-            changed.append(flag if value is True else f"{flag} {value}")
+            if one.name == "recompute" and value is None:
+                flag = "without --keep-activations"
+            changed.append(flag if value is True or one.name == "recompute" else f"{flag} {value}")
     return " ".join(changed)
 
 

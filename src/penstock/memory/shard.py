@@ -98,7 +98,7 @@ class World:
             shards = list(whole.view(self.size, -1))
             parts = [shard if rank == self.rank else torch.empty_like(shard) for rank, shard in enumerate(shards)]
             self._exchange(shards, parts)
-            total = parts[0].float()
+            total = parts[0].to(torch.float32 if whole.dtype == torch.bfloat16 else whole.dtype)
             for part in parts[1:]:
                 total = total + part
             return total.to(whole.dtype)
