@@ -24,7 +24,6 @@ from benchmarks.engine import in_turns
 from benchmarks.facts import write
 from penstock.memory.strategy import Strategy
 from penstock.models import decode, linear, sizes
-from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.quantised import quantise
 from penstock.models.roles import Actor
@@ -35,14 +34,14 @@ PROMPT, NEW = 64, 128
 EOS = 50256
 
 
-def both(shape: DecoderConfig | None = None, device: str = "cpu") -> tuple[Decoder, Any]:
+def both() -> tuple[Decoder, Any]:
     """Ours and transformers', the same weights in bf16."""
     torch.manual_seed(0)
-    decoder = Decoder(shape or sizes.named("s"), dtype=torch.bfloat16, device=device)
+    decoder = Decoder(sizes.named("s"), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as directory:
         decoder.save_pretrained(directory)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    return decoder, theirs.to(device)
+    return decoder, theirs
 
 
 def clocked(call: Callable[[], object]) -> float:

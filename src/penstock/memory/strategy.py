@@ -72,6 +72,8 @@ class Strategy:
     gradients: list[RamHome] = field(default_factory=list)
     """Bytes for one chunk's gradients each; one model at a time uses them."""
     buffers: list[Tensor] = field(default_factory=list)
+    latest: Phase | None = None
+    """The phase that ran last."""
     staging: Tensor | None = None
     """Where weights are made that live elsewhere than in host memory; only while models are prepared."""
     arenas: tuple[Arena, Arena] | None = None
@@ -328,8 +330,9 @@ class Strategy:
     def phase(self, name: Phase) -> Iterator[None]:
         """Says which phase runs now; without gradients unless it is `train`. Its wall time is kept for timing/*."""
         started = time.perf_counter()
-        if name == "train" and self.world.device.type == "cpu":
+        if name == "train" and self.latest not in (None, "train") and self.world.device.type == "cpu":
             native.give_back()  # training holds the most; what other phases freed lies between what is in use
+        self.latest = name
         with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
