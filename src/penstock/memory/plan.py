@@ -143,13 +143,19 @@ def place(
 
 def _gradients(models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]]) -> int:
     """Bytes of gradients at once, as `homes` counts them: models share them, but those on the same frozen weights."""
-    companies: list[tuple[set[Hashable], list[int]]] = []
-    for chunks, _ in models:
-        mine: set[Hashable] = {chunk.shared for chunk in chunks if chunk.shared}
-        sums = next((sums for weights, sums in companies if weights & mine), [])
-        companies.append((mine, sums))
-        sums.append(sum(chunk.nbytes for chunk in chunks if chunk.trained))
-    return max(sum(sums) for _, sums in companies)
+    sums: Counter[int] = Counter()
+    for first, (chunks, _) in zip(_companies([chunks for chunks, _ in models]), models, strict=True):
+        sums[first] += sum(chunk.nbytes for chunk in chunks if chunk.trained)
+    return max(sums.values())
+
+
+def _companies(models: Sequence[Iterable[Chunk]]) -> list[int]:
+    """For each model the first one that stands on some of the same frozen weights: they step side by side."""
+    weights = [{chunk.shared for chunk in chunks} - {None} for chunks in models]
+    firsts: list[int] = []
+    for at, mine in enumerate(weights):
+        firsts.append(next((firsts[i] for i in range(at) if weights[i] & mine), at))
+    return firsts
 
 
 def _all_fits(
@@ -178,11 +184,10 @@ def homes(
     """
     needs: Counter[TierName] = Counter()
     seen: set[Hashable] = set()
-    companies: list[tuple[set[Hashable], Counter[TierName]]] = []
-    for placed in models:
-        mine: set[Hashable] = {one.chunk.shared for one in placed if one.chunk.shared}
-        grads = next((grads for weights, grads in companies if weights & mine), Counter())
-        companies.append((mine, grads))
+    models = list(models)
+    companies: dict[int, Counter[TierName]] = {}
+    for first, placed in zip(_companies([[one.chunk for one in placed] for placed in models]), models, strict=True):
+        grads = companies.setdefault(first, Counter())
         for one in placed:
             chunk, row = one.chunk, one.row
             if chunk.shared is not None:
@@ -195,8 +200,8 @@ def homes(
                 for kind, per in states_of(chunk.dtype, row.bits).values():
                     needs[row.optimizer.tier] += _on(row.optimizer.tier, count // per * ITEMSIZE[kind])
                 grads[row.grads.tier] += chunk.nbytes // _parts(row.grads, world)
-    for tier in {tier for _, grads in companies for tier in grads}:
-        needs[tier] += max(max(grads[tier] for _, grads in companies) - pooled, 0)
+    for tier in {tier for grads in companies.values() for tier in grads}:
+        needs[tier] += max(max(grads[tier] for grads in companies.values()) - pooled, 0)
     return dict(needs)
 
 
