@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from penstock.models import decode
 
-# where there is a compiler and it does not take decode.c, all of these fail
+# where there is a compiler and it does not take the C files, all of these fail
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 

@@ -80,7 +80,7 @@ def leave_room(
         work, strategy=strategy.name, dtype=NAME_OF[strategy.dtype], world=strategy.world.size,
         budgets={name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
         recompute=strategy.recompute, chunk_size=strategy.chunk_size, timed=False,
-        activation_budget=strategy.activation_budget,
+        activation_budget=strategy.activation_budget, wide=strategy.world.device.type == "cpu",
     )  # fmt: skip
     strategy.reserve, strategy.recompute = found.activations, found.recompute
     strategy.swapped = found.swapped

@@ -7,7 +7,7 @@ scoring and the optimizer steps are the very functions that `penstock ppo`, `sft
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from zlib import crc32
 
@@ -46,14 +46,16 @@ def rehearse(
     recompute: bool | None = None,
     chunk_size: int | None = None,
     activation_budget: int | None = None,
+    wide: bool = False,
 ) -> dict[str, Any]:
-    """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written.
+    """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written. `wide`: as on
+    a CPU, and as on this one where it has no bf16 instructions.
 
     Raises ResourceError where a budget does not suffice.
     """
     planned = forecast_of(
         work, strategy=strategy, dtype=dtype, world=world, budgets=budgets, recompute=recompute,
-        chunk_size=chunk_size, timed=False, activation_budget=activation_budget,
+        chunk_size=chunk_size, timed=False, activation_budget=activation_budget, wide=wide,
     )  # fmt: skip
     ranks = PretendWorld(0, world, CPU)
     placed = Strategy(
@@ -66,7 +68,7 @@ def rehearse(
         },
     )  # fmt: skip
     models = models_of(work, placed)
-    with pretend(ranks), linear.as_if_fast():
+    with pretend(ranks), nullcontext() if wide else linear.as_if_fast():
         return iterate(work, placed, models, swap=planned.swapped > 0)
 
 

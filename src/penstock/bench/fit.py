@@ -86,7 +86,7 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
     setting = plan_command.Setting(strategy.name, world, sizes.micro, None, recomputing(config), given)
     found = planning.forecast_of(
         work, strategy=strategy.name, dtype=config.dtype, world=world, budgets=given, recompute=recomputing(config),
-        chunk_size=strategy.chunk_size,
+        chunk_size=strategy.chunk_size, wide=strategy.world.device.type == "cpu",
     )  # fmt: skip
     free = room(strategy, found.peak["device"])
     budgets: dict[TierName, int | None] = {

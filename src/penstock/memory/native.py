@@ -24,21 +24,23 @@ FLAGS = (
 
 
 @functools.cache
-def compiled(source: Path) -> ctypes.CDLL | str:
-    """The C file, compiled for this machine, or why it is not."""
+def compiled(*files: Path) -> ctypes.CDLL | str:
+    """One library of these C files, compiled for this machine, or why it is not; headers are named beside them."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "no C compiler (cc)"
     cache = cache_directory()
     command = [compiler, *FLAGS]
-    stamp = hashlib.sha256(source.read_bytes() + " ".join((*command, cpu_facts())).encode()).hexdigest()[:16]
-    made = cache / f"{source.stem}-{stamp}.so"
+    sources = [str(file) for file in files if file.suffix == ".c"]
+    everything = b"".join(file.read_bytes() for file in files)
+    stamp = hashlib.sha256(everything + " ".join((*command, cpu_facts())).encode()).hexdigest()[:16]
+    made = cache / f"{files[0].stem}-{stamp}.so"
     try:
         if not made.exists():
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=cache) as beside:
                 fresh = Path(beside) / made.name
-                command += [str(source), "-o", str(fresh), "-lm"]
+                command += [*sources, "-o", str(fresh), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
                 fresh.replace(made)  # whole or not at all: ranks may compile side by side
         return ctypes.CDLL(str(made))

@@ -7,7 +7,7 @@ gloo on a CPU.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from penstock.errors import ResourceError, UserError
-from penstock.memory import pulse
+from penstock.memory import mailbox, pulse
 
 PATIENCE = datetime.timedelta(hours=2)
 """How long a rank waits for others that are alive: one of them may be writing a large checkpoint."""
-
+# Since torch 2.13 their names end in _single, and the former ones warn.
+_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 LARGE = 1 << 16
 """Elements from which a sum is worth two exchanges."""
 _pulse: pulse.Pulse | None = None
 """Of the process group that `World.join` began: there is one per process, as torch has it."""
+_mailboxes: mailbox.Mailboxes | None = None
+"""Of the same group, where it computes on the CPUs of one machine."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,12 @@ class World:
 
     def leave(self, well: bool = True) -> None:
         """Ends the process group that `join` began. `well` False: the others must not wait for this rank."""
-        global _pulse
+        global _pulse, _mailboxes
         if self.size > 1 and dist.is_initialized():
             if _pulse is not None:
                 _pulse.leave(well)
                 _pulse = None
+            _mailboxes = None
             dist.destroy_process_group()
 
     @property
@@ -74,7 +79,7 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensor up over ranks, in place."""
-        if self.size > 1 and tensor.numel() >= LARGE and tensor.is_contiguous() and _over_gloo(tensor):
+        if self.size > 1 and tensor.numel() >= LARGE and tensor.is_contiguous() and _in_reach(tensor):
             flat = tensor.view(-1)
             even = flat[: flat.numel() // self.size * self.size]
             self.join_shards(self.sum_shards(even), even)
@@ -93,41 +98,25 @@ class World:
         return tensor
 
     def sum_shards(self, whole: Tensor) -> Tensor:
-        """[n] on every rank -> [n / size]: this rank's part of the sum over ranks, added in their order."""
-        if _over_gloo(whole):
-            shards = list(whole.view(self.size, -1))
-            parts = [shard if rank == self.rank else torch.empty_like(shard) for rank, shard in enumerate(shards)]
-            self._exchange(shards, parts)
-            total = parts[0].to(torch.float32 if whole.dtype == torch.bfloat16 else whole.dtype)
-            for part in parts[1:]:
-                total = total + part
-            return total.to(whole.dtype)
+        """[n] on every rank -> [n / size]: this rank's part of the sum over ranks."""
         mine = whole.new_empty(whole.numel() // self.size)
         with _together():
-            dist.reduce_scatter_tensor(mine, whole)
+            if boxes := _in_reach(whole):
+                boxes.sum(whole.view(self.size, -1), mine)
+            else:
+                _reduce_scatter(mine, whole)
         return mine
 
     def join_shards(self, mine: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n] on every rank -> [n * size], in rank order, on every rank; `out` is where, if given."""
+        """[n] on every rank -> [n * size], in rank order, on every rank; `out` is where, if given, and `mine` may be
+        this rank's place in it."""
         whole = mine.new_empty(mine.numel() * self.size) if out is None else out
-        if _over_gloo(mine):
-            parts = list(whole.view(self.size, -1))
-            parts[self.rank].copy_(mine)
-            self._exchange([mine] * self.size, parts)
-            return whole
         with _together():
-            dist.all_gather_into_tensor(whole, mine)
+            if boxes := _in_reach(mine):
+                boxes.join(mine, whole.view(self.size, -1))
+            else:
+                _gather(whole.view(torch.uint8), mine.view(torch.uint8))  # int16 is unknown to NCCL
         return whole
-
-    def _exchange(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-        """Sends out[i] to rank i and has into[i] from it. gloo's own reduce_scatter is an all_reduce that adds bf16 one
-        number after the other: between two processes of one machine this takes a quarter of its time, and a gather
-        two thirds."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        sends = [dist.P2POp(dist.isend, out[rank].contiguous(), rank) for rank in others]
-        with _together():
-            for one in dist.batch_isend_irecv([*sends, *(dist.P2POp(dist.irecv, into[rank], rank) for rank in others)]):
-                one.wait()
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, in rank order, on every rank. For small Python objects and CPU tensors."""
@@ -152,18 +141,20 @@ class World:
         return items[self.rank :: self.size]
 
 
-def _over_gloo(tensor: Tensor) -> bool:
-    """Not where a dry run only pretends to have peers."""
-    return tensor.device.type == "cpu" and dist.get_backend() == "gloo"
+def _in_reach(tensor: Tensor) -> mailbox.Mailboxes | None:
+    """What to send it through, where all ranks are processes of one machine and it lies in its memory."""
+    return _mailboxes if tensor.device.type == "cpu" else None
 
 
 def _begin(backend: str, rank: int, size: int) -> None:
-    global _pulse
+    global _pulse, _mailboxes
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     finally:
         _pulse = pulse.Pulse(dist.PrefixStore("pulse", store), rank, size)
+    if backend == "gloo":
+        _mailboxes = mailbox.Mailboxes.among(rank, size)
 
 
 @contextlib.contextmanager

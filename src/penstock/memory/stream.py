@@ -410,7 +410,7 @@ class Stream:
             with record_function(kind):
                 arrived()
             if mine is not out:
-                self.world.join_shards(mine.clone(), out)
+                self.world.join_shards(mine, out)
 
         return land
 

@@ -1,4 +1,4 @@
-"""One token per row on a CPU: products of few rows with a weight, and attention over a cache, by `decode.c`.
+"""One token per row on a CPU: products of few rows with a weight, and attention over a cache, in C.
 
 torch's own are made for many rows: with 8 of them an fp32 product runs at a fifth of the processor's rate, and bf16 on
 processors without bf16 instructions at a tenth. Here a weight is read once at memory speed, widened in registers or fed
@@ -21,7 +21,7 @@ from torch.profiler import record_function
 
 from penstock.memory import native
 
-SOURCE = Path(__file__).with_name("decode.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "products.c", "vectors.h")]
 FEW = 64
 """Rows up to which a product is made here: with more, torch's blocking wins."""
 WIDEST = 512
@@ -166,4 +166,4 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor
 
 
 def _library() -> ctypes.CDLL | str:
-    return native.compiled(SOURCE)
+    return native.compiled(*SOURCES)

@@ -4,9 +4,9 @@ Where a weight's gradient has room already (a sink made it), the product is adde
 the weight's size and then add it. Most laptop CPUs (AVX2) multiply bf16 in software, 10 to 60 times slower than fp32:
 there weights are stored in bf16 and widened where they are used, a tile of rows at a time, and only for the call.
 
-On every CPU attention and the logits are not rounded to bf16 inside: the engine decodes them in fp32 (decode.c), and
-what the trainer says of the same tokens is then the same but for a rare rounding. With torch's bf16 attention, which
-rounds probabilities, log-probabilities differ by 0.01 in the mean; in fp32 by 0.0001.
+On every CPU attention and the logits are not rounded to bf16 inside: the engine decodes them in fp32 (decode.c and
+products.c), and what the trainer says of the same tokens is then the same but for a rare rounding. With torch's bf16
+attention, which rounds probabilities, log-probabilities differ by 0.01 in the mean; in fp32 by 0.0001.
 """
 
 import contextlib

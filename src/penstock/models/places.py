@@ -117,10 +117,10 @@ def groups_of(
 
 def work_of(
     config: DecoderConfig, dtype: str, spec: Spec | None, batch: Batch, *, scalar: bool, entropy: bool = True,
-    packed: BaseDtype | None = None,
+    packed: BaseDtype | None = None, wide: bool = False,
 ) -> Work:  # fmt: skip
     """`shapes.work_of` of a decoder that carries adapters: what models.lora and linear.add_to hold beside the rest."""
-    work, s = shapes.work_of(config, dtype, batch, scalar=scalar, entropy=entropy), ITEMSIZE[dtype]
+    work, s = shapes.work_of(config, dtype, batch, scalar=scalar, entropy=entropy, wide=wide), ITEMSIZE[dtype]
     if spec is None and packed is None:
         return work
     rank = spec.rank if spec else 0
@@ -132,12 +132,12 @@ def work_of(
     for places in by_product.values():
         narrow = tokens * rank * s  # A x, scaled: saved for B's gradient
         high = tokens * sum(place.height for place in places) * s
-        wide = tokens * places[0].width * s  # the gradient that comes back through A; before it, B's, scaled
+        low = tokens * places[0].width * s  # the gradient that comes back through A; before it, B's, scaled
         saved, forward, backward = extra.get(_group_of(places[0]), (0, 0, 0))
         extra[_group_of(places[0])] = (
             saved + narrow * len(places),
             max(forward, high * (1 if len(places) == 1 else 2) + 2 * narrow),
-            max(backward, max(high, wide) + 2 * narrow),
+            max(backward, max(high, low) + 2 * narrow),
         )
     parts, frozen = [], tokens * _unkept(config)
     tile = min(config.d_model * config.d_ff * (2 if config.gated else 1), shapes.PRODUCT_TILE) * s

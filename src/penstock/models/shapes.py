@@ -95,10 +95,13 @@ def visits_of(config: DecoderConfig, *, scalar: bool) -> list[tuple[str, ...]]:
     return [("tokens", "embed"), *blocks, ("last", reads)]
 
 
-def work_of(config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, entropy: bool = True) -> Work:
+def work_of(
+    config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, entropy: bool = True, wide: bool = False
+) -> Work:
     """What the parts of one model hold on the device for a micro-batch of whole rows.
 
-    `entropy`: whether that of every distribution is read beside the log-probabilities.
+    `entropy`: whether that of every distribution is read beside the log-probabilities. `wide`: attention and logits of
+    16-bit states are computed in fp32, as on a CPU (models.linear).
     """
     c, s = config, ITEMSIZE[dtype]
     tokens = batch.rows * batch.length
@@ -108,13 +111,14 @@ def work_of(config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, en
         # a dense gradient of the position table, and the table's rows
         backward=_embed(c, tokens, s) + (c.max_length * c.d_model * s if c.position == "learned" else 0) + state,
     )  # fmt: skip
-    block = _block(c, tokens, s)
+    wide = wide and s < FP32
+    block = _block(c, tokens, s, wide)
     blocks = [PartWork((f"blocks.{i}",), state, *block) for i in range(c.num_layers)]
     return Work(
         parts=(first, *blocks),
         context=_context(c, batch.length, s) + tokens * INDEX * 2,
-        forward_head=_head(c, tokens, batch.read, s, scalar, entropy, grad=False),
-        backward_head=_head(c, tokens, batch.read, s, scalar, entropy, grad=True),
+        forward_head=_head(c, tokens, batch.read, s, scalar, entropy, wide, grad=False),
+        backward_head=_head(c, tokens, batch.read, s, scalar, entropy, wide, grad=True),
     )
 
 
@@ -146,7 +150,7 @@ def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
     return held
 
 
-def _block(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
+def _block(c: DecoderConfig, tokens: int, s: int, wide: bool) -> tuple[int, int, int]:
     """(saved, forward, backward) of one block; see PartWork."""
     state, inner = tokens * c.d_model * s, tokens * c.d_ff * s
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
@@ -164,10 +168,11 @@ def _block(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
     if c.position == "rotary":
         attended += queries  # turned queries lie head by head, and what they become is put back row by row
-    attention = norm.saved + projected + turned + attended
-    wide = 2 * inner if c.gated else inner
+    copies = (projected + queries) * FP32 // s if wide else 0  # of q, k and v, and what attention makes of them
+    attention = norm.saved + (attended + copies if wide else projected + turned + attended)
+    raised = 2 * inner if c.gated else inner
     # what the activation keeps: relu its result, gelu its argument too, a gate all four
-    kept = inner if c.activation == "relu" and not c.gated else wide + inner * (2 if c.gated else 1)
+    kept = inner if c.activation == "relu" and not c.gated else raised + inner * (2 if c.gated else 1)
     mlp = norm.saved + kept
     # the sums of the residual stream: behind attention (none where both halves read x), and the output
     sums = 1 if c.parallel_residual else 2
@@ -176,13 +181,13 @@ def _block(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
         saved += state  # both norms read a sum and the second writes the output
     loose = 2 * state  # what attention and MLP returned: local names until the block returns
     # the gradients behind and before the activation; what it keeps goes when they are there, but relu's is down's too
-    slopes = wide if c.gated else inner * (2 if c.activation == "relu" else 1)
+    slopes = raised if c.gated else inner * (2 if c.activation == "relu" else 1)
     backward = saved + max(slopes, loose)
     before_mlp = 2 * state + norm.saved
     forward = max(
-        before_mlp + (wide + 2 * inner if c.gated else 2 * inner),
+        before_mlp + (raised + 2 * inner if c.gated else 2 * inner),
         before_mlp + inner + 2 * state,
-        state + projected + turned + mixing + attended + state,
+        state + projected + turned + mixing + attended + copies + state,
     )
     return saved, forward, backward
 
@@ -206,7 +211,7 @@ def head_tile(read: int, vocabulary: int) -> tuple[int, int]:
     return rows, max(min(vocabulary, HEAD_TILE // rows), 1)
 
 
-def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entropy: bool, grad: bool) -> int:
+def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entropy: bool, wide: bool, grad: bool) -> int:
     """The last norm and what is read behind it, for `read` states of the micro-batch."""
     width = c.embed_dim or c.d_model
     hidden = _norm(c.norm, tokens, c.d_model, s).saved if c.final_norm else 0
@@ -219,12 +224,17 @@ def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entrop
     rows, columns = head_tile(read, c.vocab_size)
     logits = rows * columns
     narrow = logits * s if s < FP32 else 0  # a product's own dtype, on the way to fp32 and back
+    partial = 0
+    if wide:  # fp32 copies of the states, and of the weight a tile at a time with its share of the product
+        height = max(min(PRODUCT_TILE // width, columns), 1)
+        narrow, partial = (rows + width) * height * FP32, (2 * rows + height) * width * FP32
+        states += read * width * FP32
     numbers = read * FP32 * (4 if entropy else 3)
     forward = hidden + states + numbers + logits * FP32 + max(logits * FP32 if entropy else 0, narrow)
     if not grad:
         return forward
     backs = read * width * FP32  # summed over the tiles before they are rounded
-    slopes = hidden + states + backs + numbers + logits * FP32 + narrow + rows * width * s
+    slopes = hidden + states + backs + numbers + logits * FP32 + max(narrow + rows * width * s, partial)
     rounded = hidden + states + backs + read * width * s * (s < FP32) + numbers
     return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s)
 
