@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.facts import write
 from penstock.algorithms.planning import Role, Workload, config_of, forecast_of
 from penstock.algorithms.rehearsal import rehearse
+from penstock.models.shapes import Arithmetic
 
 SIZES = {
     # name: (layers kept, device budgets in MB: none, and one that is tight)
@@ -27,6 +28,9 @@ RUNS = (
     ("gemini_cpu", 1), ("gemini_nvme", 1), ("gemini_auto", 1), ("zero2_cpu", 2), ("gemini", 4), ("gemini_cpu", 4),
     ("ddp", 1), ("zero1", 4),
 )  # fmt: skip
+ARITHMETIC: tuple[Arithmetic, ...] = ("narrow", "wide sums", "wide")
+ON_CPUS = ("ddp", "gemini_cpu", "gemini_auto")
+"""Strategies that are tried with a CPU's arithmetic too."""
 
 
 def work(size: str, batch: tuple[int, int, int, int]) -> Workload:
@@ -40,10 +44,13 @@ def work(size: str, batch: tuple[int, int, int, int]) -> Workload:
     return Workload("ppo", roles, rows, micro, rows, 1, prompt, response)
 
 
-def compare(size: str, batch: tuple[int, int, int, int], strategy: str, world: int, device: int | None) -> dict:
+def compare(
+    size: str, batch: tuple[int, int, int, int], strategy: str, world: int, device: int | None,
+    arithmetic: Arithmetic = "narrow",
+) -> dict:  # fmt: skip
     """One configuration."""
     budgets: Any = {"device": device, "host": None, "disk": None}
-    setting: Any = {"strategy": strategy, "dtype": "bf16", "world": world, "budgets": budgets}
+    setting: Any = {"strategy": strategy, "dtype": "bf16", "world": world, "budgets": budgets, "arithmetic": arithmetic}
     planned, measured = forecast_of(work(size, batch), **setting), rehearse(work(size, batch), **setting)
     traffic = measured.pop("traffic")
     keys = ("host_read", "host_written", "disk_read", "disk_written")
@@ -53,6 +60,7 @@ def compare(size: str, batch: tuple[int, int, int, int], strategy: str, world: i
     }
     return {
         "size": size, "layers": SIZES[size][0], "batch": batch, "strategy": strategy, "world": world, "budget": device,
+        "arithmetic": arithmetic,
         "predicted": planned.peak, "measured": measured,
         "ratio": {tier: planned.peak[tier] / nbytes for tier, nbytes in measured.items() if nbytes},
         "moved": moved, "moved_ratio": {key: said / done for key, (said, done) in moved.items() if done},
@@ -68,8 +76,10 @@ def grid() -> None:
                 if (i + j + k) % 2 and size != "s":  # half of them: every pair of strategy and size is there
                     continue
                 tight = SIZES[size][1][1] * 10**6 if strategy in ("gemini_cpu", "gemini_nvme", "gemini_auto") else None
-                rows.append(compare(size, batch, strategy, world, tight))
-                print(json.dumps({key: rows[-1][key] for key in ("size", "batch", "strategy", "world", "ratio")}))
+                for arithmetic in ARITHMETIC if strategy in ON_CPUS and world == 1 else ARITHMETIC[:1]:
+                    rows.append(compare(size, batch, strategy, world, tight, arithmetic))
+                    said = ("size", "batch", "strategy", "world", "arithmetic", "ratio")
+                    print(json.dumps({key: rows[-1][key] for key in said}), flush=True)
     ratios = [ratio for row in rows for ratio in row["ratio"].values()]
     moved = [ratio for row in rows for ratio in row["moved_ratio"].values()]
     write(

@@ -21,7 +21,7 @@ PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9], [1, 3]]
 @pytest.fixture(autouse=True, params=["c", "torch"])
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
+        monkeypatch.setattr(native, "compiled", lambda *_: "no compiler")
 
 
 def answers_of(decoder, swap, rows, **sampling):

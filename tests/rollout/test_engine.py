@@ -21,7 +21,7 @@ SAMPLING = Sampling(max_new_tokens=10, seed=5)
 @pytest.fixture(autouse=True, params=["c", "torch"])
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "compiled", lambda source: "no compiler")
+        monkeypatch.setattr(native, "compiled", lambda *_: "no compiler")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.tiers import Ram
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
+from penstock.models.linear import arithmetic_of
 from penstock.models.places import ALL_LINEAR, Spec
 from penstock.models.roles import ScalarModel
 from penstock.rollout.engine import Answer
@@ -80,7 +81,7 @@ def leave_room(
         work, strategy=strategy.name, dtype=NAME_OF[strategy.dtype], world=strategy.world.size,
         budgets={name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
         recompute=strategy.recompute, chunk_size=strategy.chunk_size, timed=False,
-        activation_budget=strategy.activation_budget, wide=strategy.world.device.type == "cpu",
+        activation_budget=strategy.activation_budget, arithmetic=arithmetic_of(strategy.world.device.type),
     )  # fmt: skip
     strategy.reserve, strategy.recompute = found.activations, found.recompute
     strategy.swapped = found.swapped

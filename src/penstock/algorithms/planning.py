@@ -121,10 +121,9 @@ def config_of(name: str, flag: str) -> DecoderConfig:
 
 def passes(
     work: Workload, dtype: str, world: int, swap: bool = False, activation_budget: int | None = None,
-    wide: bool = False,
+    arithmetic: shapes.Arithmetic = "narrow",
 ) -> dict[str, list[Pass]]:  # fmt: skip
-    """What each phase does with each model, on the rank that has most rows. `swap`: the KV cache is on the host;
-    `wide`: as shapes.work_of has it."""
+    """What each phase does with each model, on the rank that has most rows. `swap`: the KV cache is on the host."""
     share = math.ceil(work.batch_size / world)
     phases: dict[str, list[Pass]] = {"rollout": [], "score": [], "train": []}
     response = work.length - work.prompt_length
@@ -134,7 +133,7 @@ def passes(
         groups = shapes.prefills([work.prompt_length] * rows)
         prefill = places.work_of(
             actor, dtype, work.roles[0].spec, Batch(groups[0].stop, work.prompt_length, rows), scalar=False,
-            packed=work.roles[0].base_dtype, wide=wide,
+            packed=work.roles[0].base_dtype, arithmetic=arithmetic,
         )  # fmt: skip
         cache, token = (shapes.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
         phases["rollout"].append(
@@ -156,19 +155,21 @@ def passes(
         for name in ("actor", "reference", "critic", "reward"):  # in the order of algorithms.ppo.score
             if name in roles:  # a --reward-fn is no model
                 phases["score"].append(
-                    _pass(work, roles[name], dtype, share, response, "evaluate", activation_budget, wide)
+                    _pass(work, roles[name], dtype, share, response, "evaluate", activation_budget, arithmetic)
                 )
     updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.stage == "ppo" else 1)
     for role in work.roles:
         if role.trained:
             rows = math.ceil(work.mini_batch_size / world)
-            phases["train"].append(_pass(work, role, dtype, rows, response, "step", activation_budget, wide, updates))
+            phases["train"].append(
+                _pass(work, role, dtype, rows, response, "step", activation_budget, arithmetic, updates)
+            )
     return {phase: found for phase, found in phases.items() if found}
 
 
 def _pass(
     work: Workload, role: Role, dtype: str, rows: int, response: int, kind: Any, activation_budget: int | None,
-    wide: bool, times: int = 1,
+    arithmetic: shapes.Arithmetic, times: int = 1,
 ) -> Pass:  # fmt: skip
     micro = min(work.micro_batch_size, rows)
     once = role.name == "reward" or work.stage == "reward"  # read at the last token alone
@@ -176,7 +177,7 @@ def _pass(
     whole = rows if once else rows * (work.length if work.stage == "sft" else response)
     held = places.work_of(
         role.config, dtype, role.spec, Batch(micro, work.length, read), scalar=role.scalar,
-        entropy=work.stage != "sft", packed=role.base_dtype, wide=wide,
+        entropy=work.stage != "sft", packed=role.base_dtype, arithmetic=arithmetic,
     )  # fmt: skip
     if activation_budget is not None:
         held = within(held, role.config, dtype, micro, work.length, activation_budget)
@@ -212,10 +213,9 @@ def forecast_of(
     rates: Rates | None = None,
     timed: bool = True,
     activation_budget: int | None = None,
-    wide: bool = False,
+    arithmetic: shapes.Arithmetic = "narrow",
 ) -> Forecast:
-    """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements; `wide`: on
-    a CPU, where attention and logits are computed in fp32."""
+    """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements."""
     dtype, recompute = DTYPES[dtype], True if activation_budget is not None else recompute
     laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
     shared = {
@@ -227,7 +227,7 @@ def forecast_of(
 
     def under(moves: bool, again: bool | None, swap: bool = False) -> Forecast:
         """With room for the activations of models that move, or of models that stay."""
-        phases = passes(work, dtype, world, swap, activation_budget, wide)
+        phases = passes(work, dtype, world, swap, activation_budget, arithmetic)
         fullest = max(
             activations_of([(one, moves) for one in company], again)
             for each in phases.values() for company in _companies(each, shared)

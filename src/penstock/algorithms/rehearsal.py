@@ -7,7 +7,7 @@ scoring and the optimizer steps are the very functions that `penstock ppo`, `sft
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
 
@@ -30,6 +30,7 @@ from penstock.models import linear, lora
 from penstock.models.decoder import Decoder
 from penstock.models.quantised import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
+from penstock.models.shapes import Arithmetic
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
 
@@ -46,16 +47,15 @@ def rehearse(
     recompute: bool | None = None,
     chunk_size: int | None = None,
     activation_budget: int | None = None,
-    wide: bool = False,
+    arithmetic: Arithmetic = "narrow",
 ) -> dict[str, Any]:
-    """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written. `wide`: as on
-    a CPU, and as on this one where it has no bf16 instructions.
+    """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written.
 
     Raises ResourceError where a budget does not suffice.
     """
     planned = forecast_of(
         work, strategy=strategy, dtype=dtype, world=world, budgets=budgets, recompute=recompute,
-        chunk_size=chunk_size, timed=False, activation_budget=activation_budget, wide=wide,
+        chunk_size=chunk_size, timed=False, activation_budget=activation_budget, arithmetic=arithmetic,
     )  # fmt: skip
     ranks = PretendWorld(0, world, CPU)
     placed = Strategy(
@@ -68,7 +68,7 @@ def rehearse(
         },
     )  # fmt: skip
     models = models_of(work, placed)
-    with pretend(ranks), nullcontext() if wide else linear.as_if_fast():
+    with pretend(ranks), linear.computing(arithmetic):
         return iterate(work, placed, models, swap=planned.swapped > 0)
 
 

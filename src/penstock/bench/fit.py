@@ -15,6 +15,7 @@ from penstock.errors import ResourceError, UserError
 from penstock.memory.placement import TierName
 from penstock.memory.strategy import Strategy
 from penstock.models.config import DecoderConfig
+from penstock.models.linear import arithmetic_of
 from penstock.models.places import Spec
 from penstock.models.sizes import GPT2, OPT
 
@@ -86,7 +87,7 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
     setting = plan_command.Setting(strategy.name, world, sizes.micro, None, recomputing(config), given)
     found = planning.forecast_of(
         work, strategy=strategy.name, dtype=config.dtype, world=world, budgets=given, recompute=recomputing(config),
-        chunk_size=strategy.chunk_size, wide=strategy.world.device.type == "cpu",
+        chunk_size=strategy.chunk_size, arithmetic=arithmetic_of(strategy.world.device.type),
     )  # fmt: skip
     free = room(strategy, found.peak["device"])
     budgets: dict[TierName, int | None] = {

@@ -20,30 +20,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.models import decode, quantised
-from penstock.models.shapes import PRODUCT_TILE
+from penstock.models.shapes import PRODUCT_TILE, Arithmetic
 
 FEW = 16
-_AS_IF_FAST = contextvars.ContextVar("as_if_fast", default=False)
+_ASSUMED: contextvars.ContextVar[Arithmetic | None] = contextvars.ContextVar("arithmetic", default=None)
 
 
 @contextlib.contextmanager
-def as_if_fast() -> Iterator[None]:
-    """Inside, every processor counts as one with bf16 instructions: a dry run is of another machine than this."""
-    token = _AS_IF_FAST.set(True)
+def computing(arithmetic: Arithmetic) -> Iterator[None]:
+    """Inside, everything is computed as on a machine of that kind: a dry run is of another machine than this."""
+    token = _ASSUMED.set(arithmetic)
     try:
         yield
     finally:
-        _AS_IF_FAST.reset(token)
+        _ASSUMED.reset(token)
+
+
+def arithmetic_of(device_type: str) -> Arithmetic:
+    """How a device of this machine computes with 16-bit weights and states."""
+    if assumed := _ASSUMED.get():
+        return assumed
+    if device_type != "cpu":
+        return "narrow"
+    return "wide" if _cpu_is_slow() else "wide sums"
 
 
 def slow_in_bf16(device_type: str) -> bool:
     """Whether bf16 matrix products have no instructions of their own there."""
-    return device_type == "cpu" and not _AS_IF_FAST.get() and _cpu_is_slow()
+    return arithmetic_of(device_type) == "wide"
 
 
 def sums_in_fp32(device_type: str) -> bool:
     """Whether attention and logits of bf16 states are computed in fp32 there."""
-    return device_type == "cpu" and not _AS_IF_FAST.get()
+    return arithmetic_of(device_type) != "narrow"
 
 
 @functools.cache

@@ -117,10 +117,11 @@ def groups_of(
 
 def work_of(
     config: DecoderConfig, dtype: str, spec: Spec | None, batch: Batch, *, scalar: bool, entropy: bool = True,
-    packed: BaseDtype | None = None, wide: bool = False,
+    packed: BaseDtype | None = None, arithmetic: shapes.Arithmetic = "narrow",
 ) -> Work:  # fmt: skip
     """`shapes.work_of` of a decoder that carries adapters: what models.lora and linear.add_to hold beside the rest."""
-    work, s = shapes.work_of(config, dtype, batch, scalar=scalar, entropy=entropy, wide=wide), ITEMSIZE[dtype]
+    s = ITEMSIZE[dtype]
+    work = shapes.work_of(config, dtype, batch, scalar=scalar, entropy=entropy, arithmetic=arithmetic)
     if spec is None and packed is None:
         return work
     rank = spec.rank if spec else 0

@@ -31,14 +31,16 @@ INLINE void tile(const Product *p, int kind, int64_t row, int64_t column, int ro
     const float *x = p->wide + row * in;
     vec sums[4][8] = {0};
     int64_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
-    const char *next = (const char *)p->weight + (column + columns) * in * size; /* the columns after these */
+    /* Each group of rows sends for its share of the block after this one, so that reading goes on while all compute. */
+    const char *next = (const char *)p->weight + (column + BLOCK * (kind == INT8 ? 2 : 1)) * in * size;
+    int64_t groups = (p->rows + 3) / 4, from = in * (row / 4) / groups, to = in * (row / 4 + 1) / groups;
     for (; k + LANES <= in; k += LANES) {
         vec w[8];
         for (int c = 0; c < columns; c++)
             w[c] = load(p->weight, kind, (column + c) * in + k);
-        if (row == 0)
+        if (k >= from && k < to)
             for (int64_t line = 0; line < columns * LANES * size; line += 64)
-                __builtin_prefetch(next + k * columns * size + line);
+                __builtin_prefetch(next + k * columns * size + line, 0, 2);
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < columns; c++)
                 sums[r][c] = fma_of(*(const vec *)(x + r * in + k), w[c], sums[r][c]);
@@ -103,6 +105,124 @@ static void by_lanes(const Product *p, int64_t first)
     }
 }
 
+#ifdef __AVX512BF16__
+/* Whether x has nothing that bf16 leaves out: states that were widened, say. */
+static int is_bf16(const Product *p)
+{
+    if (p->x_kind == BF16)
+        return 1;
+    uint32_t rest = 0;
+    for (int64_t i = 0; i < p->rows * p->in; i++)
+        rest |= ((const uint32_t *)p->x)[i];
+    return !(rest & 0xffffu);
+}
+
+/* Numbers of bf16 in pairs, 32 at once: twice as many products as in fp32, and nothing to widen. Here a tile has up to 4
+   rows and 4 columns. */
+enum { PAIRS = 32, ACROSS = 4 };
+
+INLINE __m512bh pairs_at(const uint16_t *from, int64_t there)
+{
+    if (there >= PAIRS)
+        return (__m512bh)_mm512_loadu_si512(from);
+    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1u << there) - 1), from);
+}
+
+INLINE void pair_step(const uint16_t *x, const uint16_t *w, int64_t in, int64_t there, int rows, int columns,
+                      const uint16_t *next, __m512 sums[4][ACROSS])
+{
+    __m512bh weights[ACROSS];
+    for (int c = 0; c < columns; c++) {
+        weights[c] = pairs_at(w + c * in, there);
+        if (next)
+            __builtin_prefetch(next + c * PAIRS, 0, 2);
+    }
+    for (int r = 0; r < rows; r++) {
+        __m512bh left = pairs_at(x + r * in, there);
+        for (int c = 0; c < columns; c++)
+            sums[r][c] = _mm512_dpbf16_ps(sums[r][c], left, weights[c]);
+    }
+}
+
+INLINE __m128 quarter(__m512 x)
+{
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+
+/* A row's sums, in the order of `sum` whatever `columns` is, to their places. */
+INLINE void pair_give(const Product *p, int64_t row, int64_t column, int columns, const __m512 *sums)
+{
+    float totals[ACROSS];
+    if (columns == ACROSS) {
+        __m128 a = quarter(sums[0]), b = quarter(sums[1]), c = quarter(sums[2]), d = quarter(sums[3]);
+        __m128 first = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+        __m128 second = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+        _mm_storeu_ps(totals, _mm_add_ps(_mm_movelh_ps(first, second), _mm_movehl_ps(second, first)));
+    } else {
+        for (int c = 0; c < columns; c++)
+            totals[c] = sum((vec)sums[c]);
+    }
+    for (int c = 0; c < columns; c++) {
+        if (p->bias)
+            totals[c] += load_one(p->bias, p->bias_kind, column + c);
+        store_one(p->y, p->x_kind, row * p->out + column + c, totals[c]);
+    }
+}
+
+INLINE void pair_tile(const Product *p, int64_t row, int64_t column, int rows, int columns)
+{
+    int64_t in = p->in, k = 0;
+    const uint16_t *x = (const uint16_t *)p->packed + row * in, *w = (const uint16_t *)p->weight + column * in;
+    __m512 sums[4][ACROSS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++)
+            sums[r][c] = _mm512_setzero_ps();
+    const uint16_t *next = w + BLOCK * in; /* as in `tile` */
+    int64_t groups = (p->rows + 3) / 4, from = in * (row / 4) / groups, to = in * (row / 4 + 1) / groups;
+    for (; k + PAIRS <= from; k += PAIRS)
+        pair_step(x + k, w + k, in, PAIRS, rows, columns, NULL, sums);
+    for (; k < to && k + PAIRS <= in; k += PAIRS)
+        pair_step(x + k, w + k, in, PAIRS, rows, columns, next + k * columns, sums);
+    for (; k + PAIRS <= in; k += PAIRS)
+        pair_step(x + k, w + k, in, PAIRS, rows, columns, NULL, sums);
+    if (k < in)
+        pair_step(x + k, w + k, in, in - k, rows, columns, NULL, sums);
+    for (int r = 0; r < rows; r++)
+        pair_give(p, row + r, column, columns, sums[r]);
+}
+
+INLINE void pair_rows(const Product *p, int64_t row, int rows, int64_t column, int64_t end)
+{
+    for (; column + ACROSS <= end; column += ACROSS)
+        pair_tile(p, row, column, rows, ACROSS);
+    for (; column < end; column++)
+        pair_tile(p, row, column, rows, 1);
+}
+
+static void by_pairs(const Product *p)
+{
+    Product mine = *p;
+    if (p->x_kind == BF16)
+        mine.packed = (uint32_t *)p->x;
+    else
+        for (int64_t i = 0; i < p->rows * p->in; i++)
+            ((uint16_t *)p->packed)[i] = ((const uint16_t *)p->x)[2 * i + 1];
+    p = &mine;
+#pragma omp parallel for num_threads(p->threads) schedule(static)
+    for (int64_t column = 0; column < p->out; column += BLOCK) {
+        int64_t end = column + BLOCK < p->out ? column + BLOCK : p->out, row = 0;
+        for (; row + 4 <= p->rows; row += 4)
+            pair_rows(p, row, 4, column, end);
+        switch (p->rows - row) {
+        case 1: pair_rows(p, row, 1, column, end); break;
+        case 2: pair_rows(p, row, 2, column, end); break;
+        case 3: pair_rows(p, row, 3, column, end); break;
+        }
+    }
+}
+#endif
+
 #ifdef __AMX_BF16__
 /* Intel's matrix unit: 16 columns of the weight as they lie, times 16 rows of x whose pairs were laid side by side. It
    adds 16 x 16 x 32 products in 16 cycles, so that reading the weight is what is left. Every row goes the same way,
@@ -122,17 +242,6 @@ static int unit_is_ours(void)
     if (ours < 0)
         ours = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return ours;
-}
-
-/* Whether x has nothing that bf16 leaves out: states that were widened, say. */
-static int is_bf16(const Product *p)
-{
-    if (p->x_kind == BF16)
-        return 1;
-    uint32_t rest = 0;
-    for (int64_t i = 0; i < p->rows * p->in; i++)
-        rest |= ((const uint32_t *)p->x)[i];
-    return !(rest & 0xffffu);
 }
 
 /* 0, step, .. 15 step */
@@ -255,6 +364,12 @@ void product(Product *p)
             widen(p);
         by_unit(p, columns);
         by_lanes(p, columns);
+        return;
+    }
+#endif
+#ifdef __AVX512BF16__
+    if (p->kind == BF16 && is_bf16(p)) {
+        by_pairs(p);
         return;
     }
 #endif

@@ -26,6 +26,9 @@ HEAD_COLUMNS = 2048
 
 PRODUCT_TILE = 1 << 22
 """Elements of a weight that are widened or unpacked at once: models.linear."""
+Arithmetic = Literal["narrow", "wide sums", "wide"]
+"""What 16-bit weights and states are computed in. narrow: in their own dtype, a GPU; wide sums: attention and logits in
+fp32, a CPU; wide: products too, a CPU without bf16 instructions (models.linear)."""
 BaseDtype = Literal["int8", "nf4"]
 PACKED_BLOCK = 64
 """Inputs that share a scale in nf4."""
@@ -96,12 +99,12 @@ def visits_of(config: DecoderConfig, *, scalar: bool) -> list[tuple[str, ...]]:
 
 
 def work_of(
-    config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, entropy: bool = True, wide: bool = False
-) -> Work:
+    config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, entropy: bool = True,
+    arithmetic: Arithmetic = "narrow",
+) -> Work:  # fmt: skip
     """What the parts of one model hold on the device for a micro-batch of whole rows.
 
-    `entropy`: whether that of every distribution is read beside the log-probabilities. `wide`: attention and logits of
-    16-bit states are computed in fp32, as on a CPU (models.linear).
+    `entropy`: whether that of every distribution is read beside the log-probabilities.
     """
     c, s = config, ITEMSIZE[dtype]
     tokens = batch.rows * batch.length
@@ -111,8 +114,10 @@ def work_of(
         # a dense gradient of the position table, and the table's rows
         backward=_embed(c, tokens, s) + (c.max_length * c.d_model * s if c.position == "learned" else 0) + state,
     )  # fmt: skip
-    wide = wide and s < FP32
+    wide = arithmetic != "narrow" and s < FP32
     block = _block(c, tokens, s, wide)
+    if arithmetic == "wide" and s < FP32:
+        block = (block[0], block[1] + _widened(c, tokens), block[2] + _widened(c, tokens))
     blocks = [PartWork((f"blocks.{i}",), state, *block) for i in range(c.num_layers)]
     return Work(
         parts=(first, *blocks),
@@ -190,6 +195,13 @@ def _block(c: DecoderConfig, tokens: int, s: int, wide: bool) -> tuple[int, int,
         state + projected + turned + mixing + attended + copies + state,
     )
     return saved, forward, backward
+
+
+def _widened(c: DecoderConfig, tokens: int) -> int:
+    """fp32 copies that the largest product of a block needs: of its rows, and of a tile of its weight with its share of
+    the result or, in backward, of the gradient."""
+    height = max(PRODUCT_TILE // max(c.d_ff, c.d_model), 1)
+    return FP32 * (tokens * max(c.d_ff, c.d_model) + PRODUCT_TILE + tokens * height)
 
 
 def _context(c: DecoderConfig, length: int, s: int) -> int:

@@ -15,7 +15,7 @@ from penstock.memory.autochunk import Report, Slicer
 from penstock.memory.program import owners
 from penstock.models.config import DecoderConfig
 from penstock.models.decode import gelu_tanh
-from penstock.models.linear import as_if_fast, linear, slow_in_bf16
+from penstock.models.linear import computing, linear, slow_in_bf16
 
 
 def one_layer(config: DecoderConfig) -> DecoderConfig:
@@ -51,7 +51,7 @@ def peaks(config: DecoderConfig, dtype: str, rows: int, length: int, budget: int
     found, reports = [0, 0], []
     kind = getattr(torch, dtype)
     decoder = Decoder(one_layer(config), dtype=kind, device="meta")
-    with FakeTensorMode(), as_if_fast():  # as the plan counts everything else
+    with FakeTensorMode(), computing("narrow"):  # as the plan counts everything else
         for module, name in owners(decoder).values():
             shape = getattr(module, name).shape
             setattr(module, name, nn.Parameter(torch.empty(shape, dtype=kind)))
