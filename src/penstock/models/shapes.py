@@ -115,9 +115,10 @@ def work_of(
         backward=_embed(c, tokens, s) + (c.max_length * c.d_model * s if c.position == "learned" else 0) + state,
     )  # fmt: skip
     wide = arithmetic != "narrow" and s < FP32
-    block = _block(c, tokens, s, wide)
+    block = _block(c, tokens, batch.length, s, wide)
     if arithmetic == "wide" and s < FP32:
-        block = (block[0], block[1] + _widened(c, tokens), block[2] + _widened(c, tokens))
+        forward, backward = _widened(c, tokens)
+        block = (block[0], block[1] + forward, block[2] + backward)
     blocks = [PartWork((f"blocks.{i}",), state, *block) for i in range(c.num_layers)]
     return Work(
         parts=(first, *blocks),
@@ -155,7 +156,7 @@ def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
     return held
 
 
-def _block(c: DecoderConfig, tokens: int, s: int, wide: bool) -> tuple[int, int, int]:
+def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool) -> tuple[int, int, int]:
     """(saved, forward, backward) of one block; see PartWork."""
     state, inner = tokens * c.d_model * s, tokens * c.d_ff * s
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
@@ -173,7 +174,8 @@ def _block(c: DecoderConfig, tokens: int, s: int, wide: bool) -> tuple[int, int,
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
     if c.position == "rotary":
         attended += queries  # turned queries lie head by head, and what they become is put back row by row
-    copies = (projected + queries) * FP32 // s if wide else 0  # of q, k and v, and what attention makes of them
+    # of q, k, v and the bias, and what attention makes of them
+    copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
     attention = norm.saved + (attended + copies if wide else projected + turned + attended)
     raised = 2 * inner if c.gated else inner
     # what the activation keeps: relu its result, gelu its argument too, a gate all four
@@ -197,11 +199,12 @@ def _block(c: DecoderConfig, tokens: int, s: int, wide: bool) -> tuple[int, int,
     return saved, forward, backward
 
 
-def _widened(c: DecoderConfig, tokens: int) -> int:
-    """fp32 copies that the largest product of a block needs: of its rows, and of a tile of its weight with its share of
-    the result or, in backward, of the gradient."""
-    height = max(PRODUCT_TILE // max(c.d_ff, c.d_model), 1)
-    return FP32 * (tokens * max(c.d_ff, c.d_model) + PRODUCT_TILE + tokens * height)
+def _widened(c: DecoderConfig, tokens: int) -> tuple[int, int]:
+    """fp32 copies that the down projection needs, a block's largest, forward and backward: of its rows, and of a tile
+    of its weight with its share of the result; the states' gradient is summed over tiles beside the next one's part."""
+    height = min(max(PRODUCT_TILE // c.d_ff, 1), c.d_model)
+    tile = height * c.d_ff + tokens * height
+    return FP32 * (tokens * c.d_ff + tile), FP32 * (tokens * c.d_ff * (1 if height == c.d_model else 2) + tile)
 
 
 def _context(c: DecoderConfig, length: int, s: int) -> int:
@@ -210,10 +213,14 @@ def _context(c: DecoderConfig, length: int, s: int) -> int:
     if c.position == "rotary":
         held += 2 * length * c.rotary_dim * s
     kinds = {window for window in (c.windows or (0,)) if 0 < window < length or c.position == "alibi"}
-    if kinds:
-        heads = c.num_heads if c.position == "alibi" else 1
-        held += len(kinds) * heads * length * length * s
-    return held
+    return held + len(kinds) * _bias(c, length) * s
+
+
+def _bias(c: DecoderConfig, length: int) -> int:
+    """Elements of what attention adds to its scores, where it adds anything."""
+    if c.position != "alibi" and not any(0 < window < length for window in c.windows or ()):
+        return 0
+    return (c.num_heads if c.position == "alibi" else 1) * length * length
 
 
 def head_tile(read: int, vocabulary: int) -> tuple[int, int]:
