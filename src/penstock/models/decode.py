@@ -68,6 +68,14 @@ def ready(device: torch.device, *dtypes: torch.dtype) -> bool:
     return _ONE_TOKEN.get() and device.type == "cpu" and all(dtype in KINDS for dtype in dtypes)
 
 
+def unrounded(x: Tensor, weight: Tensor) -> bool:
+    """Whether fp32 states that bf16 can hold meet a bf16 weight here at bf16's speed, and the result is not rounded."""
+    if x.dtype != torch.float32 or weight.dtype != torch.bfloat16 or x.device.type != "cpu" or not native.real():
+        return False
+    library = _library()
+    return not isinstance(library, str) and bool(library.has_bf16())
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
     """x [..., I] fp32 or bf16, weight [O, I], bias [O] -> [..., O] in x's dtype, summed in fp32.
 

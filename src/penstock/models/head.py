@@ -92,13 +92,12 @@ class _Chosen(torch.autograd.Function):
                 here, there = _within(targets[rows], columns)
                 slope.scatter_add_(1, there, torch.where(here, grad[rows], 0.0)[:, None])
                 for (x, weight), back, place in zip(pairs, backs, places, strict=True):
-                    widen = x.dtype != weight.dtype or (x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type))
-                    mine = slope if widen else slope.to(x.dtype)
-                    with rounding_to(weight.dtype):
-                        if back is not None:
-                            back[rows] += backward_to_x(mine, weight[columns], widen)
-                        if place is not None:
-                            add_product(place[columns], mine, x[rows], widen)
+                    widen = weight.dtype == torch.bfloat16 and slow_in_bf16(x.device.type)
+                    mine = slope if widen else slope.to(weight.dtype)
+                    if back is not None:
+                        back[rows] += backward_to_x(mine, weight[columns], widen)
+                    if place is not None:
+                        add_product(place[columns], mine, x[rows].to(mine.dtype), widen)
                 del logits, slope, mine
         found = [None if back is None else back.to(x.dtype) for x, back in zip(xs, backs, strict=True)]
         return None, None, None, *[one for pair in zip(found, made, strict=True) for one in pair]

@@ -72,6 +72,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor
     rows = x.shape[:-1].numel()
     if rows <= decode.FEW and decode.ready(x.device, x.dtype, weight.dtype):
         return decode.product(x, weight, bias, scales)
+    if not learning and decode.unrounded(x, weight):
+        return decode.product(x, weight, bias)
     if scales is not None:
         return _Product.apply(x, weight, bias, x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type), scales)
     # Without a compiler: casting the weight for a token or a few would cost more than the slow product.
@@ -197,6 +199,7 @@ def backward_to_x(grad: Tensor, weight: Tensor, widen: bool, scales: Tensor | No
     for rows in _tiles(weight):
         part = grad[..., rows].to(dtype) @ _values(weight, scales, dtype, rows)
         summed = part if summed is None else summed.add_(part)
+        del part  # the next one is made without it
     assert summed is not None
     return summed.to(grad.dtype)
 

@@ -353,6 +353,20 @@ static void by_unit(const Product *p, int64_t columns)
 }
 #endif
 
+/* Whether products of bf16 numbers have instructions of their own here. */
+int32_t has_bf16(void)
+{
+#ifdef __AMX_BF16__
+    if (unit_is_ours())
+        return 1;
+#endif
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 void product(Product *p)
 {
     if (p->x_kind == FP32)
