@@ -7,6 +7,7 @@ A claim is one section: a table, often a plot, and the command that measured it.
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -247,31 +248,30 @@ def autochunk_table(found: dict[str, Found]) -> Table:
     return rows
 
 
+def races(results: str, where: str, says: str) -> list[Claim]:
+    """What one kind of processor makes of the races: seconds, and memory."""
+    command = f"python -m benchmarks.peers.run --name {results}"
+    return [
+        Claim(f"Throughput against other stacks{where}", says, (results,), command, peers_table, throughput_plot),
+        Claim(
+            f"Memory against other stacks{where}", "Peak RSS of both sides of these races.", (results,), command,
+            lambda found: [], memory_plot,
+        ),
+    ]  # fmt: skip
+
+
 CLAIMS = [
     Claim(
         "Capacity", "The deepest model, in steps of one block, that completes a PPO iteration in a device budget.",
         ("capacity_search",), "python -m benchmarks.record capacity_search capacity --device-memory 2GB",
         capacity_table, capacity_plot,
     ),
-    Claim(
-        "Throughput against other stacks",
-        "Each peer in an environment of its own, step by step in turns with ours; medians, and the median of the "
-        "paired ratios.",
-        ("peers",), "make bench-peers", peers_table, throughput_plot,
+    *races(
+        "peers", "", "Each peer in an environment of its own, step by step in turns with ours; medians, and the median "
+        "of the paired ratios. Here on a processor without bf16 instructions.",
     ),
-    Claim(
-        "Memory", "Peak RSS of both sides of the races above; `penstock bench` below. A CPU's device memory is a tier "
-        "with a budget and what tensors take beside it, counted.",
-        ("peers",), "make bench-peers", lambda found: [], memory_plot,
-    ),
-    Claim(
-        "Throughput with bf16 instructions", "The same races on a processor that has them.",
-        ("peers_amx",), "python -m benchmarks.peers.run --name peers_amx", peers_table, throughput_plot,
-    ),
-    Claim(
-        "Memory with bf16 instructions", "Peak RSS of both sides of these.",
-        ("peers_amx",), "python -m benchmarks.peers.run --name peers_amx", lambda found: [], memory_plot,
-    ),
+    *races("peers_avx512", " (AVX512-BF16)", "The same races on a processor that multiplies bf16 in its vectors."),
+    *races("peers_amx", " (AMX)", "And on one with a matrix unit."),
     Claim(
         "The published benchmark", "`penstock bench` as it was recorded, run by run.",
         ("bench_*",),
@@ -329,7 +329,7 @@ def section(claim: Claim, results: dict[str, Found], out: Path) -> list[str]:
     if not found:
         return [*lines, f"Not measured yet: `{claim.command}`"]
     if claim.plot is not None:
-        name = claim.title.lower().replace(" ", "-")
+        name = re.sub("[^a-z0-9]+", "-", claim.title.lower()).strip("-")
         figure, axes = plt.subplots(figsize=(7.2, 3.0), layout="constrained")
         claim.plot(found, axes)
         figure.savefig(out / "plots" / f"{name}.svg", metadata={"Date": None})
