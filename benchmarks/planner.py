@@ -2,6 +2,7 @@
 
 python -m benchmarks.planner           strategies x sizes x batches x processes, on pretended tensors
 python -m benchmarks.planner 175b      the dry runs of 175B on 32 and on 8 processes: seconds, RSS, what fits
+python -m benchmarks.planner one-card  the same of 66B, and of 175B on nf4, with LoRA and four roles on one base
 """
 
 import argparse
@@ -91,14 +92,24 @@ def grid() -> None:
     )  # fmt: skip
 
 
-def largest() -> None:
-    """175B actor and reference with a 6B critic and reward model, 80 GB of device memory per process."""
+LARGEST = [
+    f"--model 175b --critic-model 6b --world {world} --device-memory 80GB{more}"
+    for world, more in ((32, ""), (8, " --host-memory 200GB"))
+]
+"""175B actor and reference with a 6B critic and reward model, 80 GB of device memory per process."""
+ONE_CARD = [
+    f"--model {model} --lora 16{more} --strategy gemini_auto --device-memory 70GB --host-memory 120GB --batch-size 4 "
+    "--micro-batch-size 4 --prompt-length 400 --max-new-tokens 112"
+    for model, more in (("opt-66b", ""), ("175b", " --base-dtype nf4"))
+]
+"""Four roles on one base, on one card of 80 GB with 128 GB of host memory."""
+
+
+def dry_runs(name: str, settings: list[str]) -> None:
+    """The dry run of each: seconds, RSS, what it took beside the plan, and whether it fits."""
     rows = []
-    for world, more in ((32, []), (8, ["--host-memory", "200GB"])):
-        command = [
-            sys.executable, "-m", "penstock", "plan", "--model", "175b", "--critic-model", "6b", "--world", str(world),
-            "--device-memory", "80GB", *more, "--dry-run", "--json",
-        ]  # fmt: skip
+    for setting in settings:
+        command = [sys.executable, "-m", "penstock", "plan", *setting.split(), "--dry-run", "--json"]
         began = time.perf_counter()
         code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE);"
         code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.stdout.flush();"
@@ -114,10 +125,14 @@ def largest() -> None:
             }
         )  # fmt: skip
         print(json.dumps(rows[-1], indent=2))
-    write("planner_175b", {"rows": rows})
+    write(name, {"rows": rows})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["grid", "175b"], default="grid")
-    (largest if parser.parse_args().what == "175b" else grid)()
+    parser.add_argument("what", nargs="?", choices=["grid", "175b", "one-card"], default="grid")
+    what = parser.parse_args().what
+    if what == "grid":
+        grid()
+    else:
+        dry_runs(*{"175b": ("planner_175b", LARGEST), "one-card": ("planner_one_card", ONE_CARD)}[what])
