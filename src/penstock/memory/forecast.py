@@ -264,9 +264,8 @@ def _shard(model: Model, world: int) -> int:
 
 
 def with_slack(activations: int, shard: int) -> int:
-    """What to keep free for these activations: what is too small to be listed, and a shard's copies on their way: one
-    that goes or comes, and in training what it is added to. On a CPU the latter is no copy, so a dry run may hold less.
-    """
+    """What to keep free for these activations: what is too small to be listed, and in training a shard's copies: one on
+    its way, and what it is added to. On a CPU the latter is no copy, so a dry run may hold less."""
     return activations + int(activations * SHARE) + SLACK + 2 * shard
 
 
