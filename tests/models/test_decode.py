@@ -36,7 +36,7 @@ def test_products_are_those_of_torch(dtype, inputs, outputs, rows, biased):
     near(decode.product(x, weight, bias), exact, dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+@pytest.mark.parametrize("rows", [1, 5, 16, 40, 150])
 @pytest.mark.parametrize("kept", [True, False])
 def test_wide_activations_meet_a_bf16_weight_unrounded(rows, kept):
     """Widened states go to the matrix unit of processors that have one, others do not; neither is rounded."""

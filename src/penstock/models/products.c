@@ -105,7 +105,7 @@ static void by_lanes(const Product *p, int64_t first)
     }
 }
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 /* Whether x has nothing that bf16 leaves out: states that were widened, say. */
 static int is_bf16(const Product *p)
 {
@@ -116,7 +116,9 @@ static int is_bf16(const Product *p)
         rest |= ((const uint32_t *)p->x)[i];
     return !(rest & 0xffffu);
 }
+#endif
 
+#ifdef __AVX512BF16__
 /* Numbers of bf16 in pairs, 32 at once: twice as many products as in fp32, and nothing to widen. Here a tile has up to 4
    rows and 4 columns. */
 enum { PAIRS = 32, ACROSS = 4 };
