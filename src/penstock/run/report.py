@@ -90,8 +90,8 @@ figure{margin:0;padding:.7rem .8rem .5rem}img{width:100%;height:auto;display:blo
 figcaption{display:flex;justify-content:space-between;gap:1rem;font-variant-numeric:tabular-nums}
 figcaption b{color:var(--ink);font-weight:500;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;padding:.3rem .4rem}table{border-collapse:collapse;width:100%;font-size:.9rem}
-th,td{text-align:left;vertical-align:top;padding:.42rem .7rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-tbody td{border-top:1px solid var(--line)}
+th,td{text-align:left;vertical-align:top;padding:.42rem .7rem;font-variant-numeric:tabular-nums}
+td{overflow-wrap:anywhere}tbody td{border-top:1px solid var(--line)}
 summary{cursor:pointer;font-weight:600;margin:1.4rem 0 .9rem}
 .sample{margin-bottom:1rem;overflow:hidden}
 .prompt{padding:.8rem 1rem;color:var(--soft);white-space:pre-wrap;overflow-wrap:anywhere}
