@@ -160,9 +160,15 @@ BUGS: list[tuple[str, str, str, str]] = [
     (LINEAR, "an adapter's scale is forgotten", "y.add_(adapters[0](x).mul_(scale))", "y.add_(adapters[0](x))"),
     (LORA, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
     (LORA, "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
-    (QUANTISED, "nf4's two numbers of a byte change places", "levels[(some >> 4).int()], levels[(some & 15).int()]", "levels[(some & 15).int()], levels[(some >> 4).int()]"),
+    (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),
     (EIGHTBIT, "a first moment's sign is lost", "found += (blocks < 0)", "found += 0 * (blocks < 0)"),
     (PPO, "the value loss is not weighed on a shared trunk", "policy + config.vf_coef * value", "policy + value"),
+    ("memory/mailbox.py", "this rank's part is added twice", "total.add_(box[self._rank])", "total.add_(boxes[self._rank][self._rank])"),
+    ("memory/mailbox.py", "a mailbox has one half", "self._half = 1 - self._half", "self._half = 0"),
+    ("memory/mailbox.py", "nobody waits for the others", "        dist.all_reduce(self._token)", "        pass"),
+    ("models/products.c", "a tail of pairs is left out", "    if (k < in)\n        pair_step", "    if (k > in)\n        pair_step"),
+    (LINEAR, "logits of a frozen head are rounded", "    return arithmetic_of(device_type) != \"narrow\"", "    return False"),
+    (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(mine.dtype)", "x[rows]"),
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 
 from penstock.memory.meter import Meter
 from penstock.models import head, shapes
-from penstock.models.linear import precise
+from penstock.models.linear import arithmetic_of, computing, precise
 from penstock.models.places import Spec
 from penstock.models.roles import Actor
 from tests.algorithms import oracle
@@ -64,6 +64,25 @@ def test_bf16_logits_are_not_rounded_on_a_cpu_and_the_process_is_left_as_it_was(
     assert logits.abs().max() > 100
     agree(found, logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].float(), 1e-4)
     assert torch.backends.mkldnn.matmul.fp32_precision == setting
+
+
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("slow", [False, True])
+def test_bf16_gradients_are_those_of_exact_arithmetic_but_for_rounding(placed, slow):
+    """Of states and of the head, in several tiles of columns; `slow`: as on processors without bf16 instructions."""
+    rng = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 64, generator=rng).bfloat16().requires_grad_() for n in (70, 130_000))
+    targets = torch.randint(len(weight), (len(states),), generator=rng)
+    if placed:
+        weight.grad = torch.zeros_like(weight)
+    with computing("wide" if slow else arithmetic_of("cpu")):
+        head.logprobs([(precise(states), weight)], targets)[0].sum().backward()
+    exact = [one.detach().double().requires_grad_() for one in (states, weight)]
+    (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    for ours, theirs in zip((states, weight), exact, strict=True):
+        gap = (ours.grad.double() - theirs.grad).abs()
+        assert gap.max() <= 2**-7 * theirs.grad.abs().max()
+        assert gap.mean() <= 2**-8 * theirs.grad.abs().mean()
 
 
 def test_large_logits_neither_overflow_nor_lose_their_differences():
