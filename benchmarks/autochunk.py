@@ -2,6 +2,7 @@
 
     python -m benchmarks.autochunk                            GPT2-XL, BLOOM-7b1 and Llama-7b blocks, as benchmarks say
     python -m benchmarks.autochunk --quick                    the same on a thousand tokens, to see that it runs
+    python -m benchmarks.autochunk --frozen                   training through weights that do not learn, timed alone
 
 Blocks are transformers' own, fp32, on one row of hidden states. Two ways of use: forward without gradients, and a
 block that is recomputed (forward without gradients; then forward and backward), which is how penstock trains. The peak
@@ -107,23 +108,23 @@ def step(call: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, training: b
 
 def measure(
     name: str, attention: str, length: int, training: bool, repeats: int, device: str = "cpu",
-    turn: contextlib.AbstractContextManager[Any] | None = None,
+    turn: contextlib.AbstractContextManager[Any] | None = None, *, frozen: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row: peaks, seconds, difference. Whatever takes memory or is timed happens inside `turn`."""
+    """One row: peaks, seconds, difference. Whatever takes memory or is timed happens inside `turn`. `frozen`: the
+    layer's weights do not learn, and gradients pass through them alone."""
     turn, began = turn or contextlib.nullcontext(), time.perf_counter()
     torch.manual_seed(0)
     with torch.device(device):
         layer = Layer(**{**SHAPES[name], "attention": attention})
-        for weight in layer.parameters():
-            weight.grad = torch.zeros_like(weight)
+        for weight in layer.requires_grad_(not frozen).parameters():
+            weight.grad = None if frozen else torch.zeros_like(weight)
         x, given = torch.randn(1, length, SHAPES[name]["width"]), layer.given(length)
         slope = torch.randn_like(x)
     found: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
+    found |= {"frozen": True} if frozen else {}
 
     def counted(call: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
-        for weight in layer.parameters():
-            assert weight.grad is not None
-            weight.grad.zero_()
+        layer.zero_grad(set_to_none=frozen)
         results, peak = peak_of(lambda: step(call, x, slope, training), x.device)
         grads = [weight.grad.clone() for weight in layer.parameters() if weight.grad is not None]
         return results, grads * training, peak
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--counted-tokens", type=int, nargs="*", default=[8192, 32768], help="without memory")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed", nargs="+", default=["forward", "training"], help="what is run on real tensors too")
+    parser.add_argument("--frozen", action="store_true", help="weights that do not learn, as beside adapters")
     parser.add_argument("--budget", type=int, default=1_000_000_000, help="bytes, for the longest sequence")
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -259,11 +261,14 @@ def main() -> None:
         ) -> None:
             found[kind].append(row)
             if not flags.quick:  # row by row: planning for the longest sequences takes minutes
-                facts.write(f"autochunk_{name}", found, "transformers")
+                facts.write(f"autochunk_{name}{'_frozen' * flags.frozen}", found, "transformers")
             print(kind, {key: value for key, value in row.items() if key not in ("report", "ratios")}, flush=True)
 
         for attention in ("eager", "sdpa")[: 1 if SHAPES[name]["kind"] == "bloom" else 2]:
             tokens = flags.sdpa_tokens if attention == "sdpa" else flags.eager_tokens
+            if flags.frozen:
+                add("rows", measure(name, attention, tokens, True, flags.repeats, frozen=True))
+                continue
             for training in (False, True):
                 if ("training" if training else "forward") in flags.timed:
                     add("rows", measure(name, attention, 512 if flags.quick else tokens, training, flags.repeats))

@@ -235,7 +235,8 @@ def autochunk_table(found: dict[str, Found]) -> Table:
             rows.append(
                 [
                     run["block"] + where, run["attention"], f"{run['tokens']:,}",
-                    "training" if run["training"] else "forward", show_bytes(run["peak_before"]),
+                    ("training" if run["training"] else "forward") + ", frozen weights" * run.get("frozen", False),
+                    show_bytes(run["peak_before"]),
                     show_bytes(run["peak_after"]), f"{run['cut']:.1%}",
                     f"{run['extra_time']:.1%}" if "extra_time" in run else "counted",
                     f"{run['difference']:.1e}" if "difference" in run else "",
