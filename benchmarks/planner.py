@@ -125,7 +125,7 @@ def dry_runs(name: str, settings: list[str]) -> None:
             }
         )  # fmt: skip
         print(json.dumps(rows[-1], indent=2))
-    write(name, {"rows": rows})
+        write(name, {"rows": rows})  # the next may take long
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(
             gaps.append((said - torch.tensor(one.logprobs)).abs())
     ulp = 2.0 ** (math.floor(math.log2(loudest)) - 7)
     assert torch.cat(gaps).max() <= ulp
-    assert torch.cat(gaps).mean() <= ulp / 16  # one state rounded the other way here and there
+    assert torch.cat(gaps).mean() <= ulp / 32  # one state rounded the other way here and there
 
 
 def test_what_we_save_transformers_loads_bit_for_bit(both: tuple[Any, Decoder, Path], tmp_path: Path) -> None:

@@ -146,18 +146,13 @@ INLINE void pair_step(const uint16_t *x, const uint16_t *w, int64_t in, int64_t 
     }
 }
 
-INLINE __m128 quarter(__m512 x)
-{
-    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-}
-
 /* A row's sums, in the order of `sum` whatever `columns` is, to their places. */
 INLINE void pair_give(const Product *p, int64_t row, int64_t column, int columns, const __m512 *sums)
 {
     float totals[ACROSS];
     if (columns == ACROSS) {
-        __m128 a = quarter(sums[0]), b = quarter(sums[1]), c = quarter(sums[2]), d = quarter(sums[3]);
+        __m128 a = quarter((vec)sums[0]), b = quarter((vec)sums[1]);
+        __m128 c = quarter((vec)sums[2]), d = quarter((vec)sums[3]);
         __m128 first = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
         __m128 second = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
         _mm_storeu_ps(totals, _mm_add_ps(_mm_movelh_ps(first, second), _mm_movehl_ps(second, first)));

@@ -110,18 +110,25 @@ INLINE vec fma_of(vec a, vec b, vec c)
 #endif
 }
 
-/* Lanes in pairs, and their sums in pairs: a chain of additions would wait for each of them. */
-INLINE float sum(vec x)
+#ifdef __AVX2__
+/* Four sums of the lanes, each of those that are four apart. */
+INLINE __m128 quarter(vec x)
 {
 #ifdef __AVX512F__
     __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)x, 1));
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), upper);
-#elif defined(__AVX2__)
+#else
     __m256 eight = (__m256)x;
 #endif
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+#endif
+
+/* Lanes in pairs, and their sums in pairs: a chain of additions would wait for each of them. */
+INLINE float sum(vec x)
+{
 #ifdef __AVX2__
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    __m128 four = quarter(x), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     float total = 0;
