@@ -6,7 +6,7 @@
 
 Blocks are transformers' own, fp32, on one row of hidden states. Two ways of use: forward without gradients, and a
 block that is recomputed (forward without gradients; then forward and backward), which is how penstock trains. The peak
-is counted by memory.meter, on a GPU by its allocator: every tensor made inside, the output and the input's gradient
+is counted by autochunk.meter, on a GPU by its allocator: every tensor made inside, the output and the input's gradient
 among them: each is as large as one state, `state_bytes`. Times are A B A B, medians. Long sequences that no one here
 can hold are counted on fake tensors.
 """
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import facts
-from penstock.bench.clock import settle
+from penstock.autochunk.api import Slicer
+from penstock.autochunk.execute import in_brief
+from penstock.autochunk.meter import Meter
+from penstock.commands.bench.clock import settle
 from penstock.errors import ResourceError
-from penstock.memory.autochunk import Slicer
-from penstock.memory.meter import Meter
-from penstock.memory.program import turning
-from penstock.memory.slices import in_brief
+from penstock.memory.program import recomputing
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-xl": {"kind": "gpt2", "width": 1600, "heads": 25},
@@ -99,7 +99,7 @@ def step(call: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, training: b
     kept = y.sum()  # what follows a block has read its output; in the engine it is the next block's input
     del y
     leaf = x.detach().requires_grad_()
-    with turning():
+    with recomputing():
         again = call(leaf)
     again.backward(slope)
     assert leaf.grad is not None

@@ -12,10 +12,10 @@ import time
 import torch
 
 from benchmarks.facts import write
-from penstock.bench.work import Four
+from penstock.commands.bench.work import Four
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk, empty_pages
-from penstock.models import sizes
+from penstock.models import presets
 from penstock.models.decoder import Decoder
 from penstock.run.metrics import peak_rss_bytes
 
@@ -58,7 +58,7 @@ def main() -> None:
         print(json.dumps(phases[-1]), flush=True)
         began = time.perf_counter()
 
-    four = Four(strategy, sizes.named(arguments.size), arguments.prompts)
+    four = Four(strategy, presets.named(arguments.size), arguments.prompts)
     mark("prepare")
     for iteration in range(arguments.iterations):
         prompts = torch.randint(50257, (arguments.prompts, 64)).tolist()

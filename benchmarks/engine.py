@@ -18,12 +18,12 @@ import torch
 from benchmarks.facts import write
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
-from penstock.bench.work import Four, fill_quickly
-from penstock.memory import native
-from penstock.memory.adam import SOURCE, AdamW, states_of
-from penstock.memory.meter import Meter
+from penstock.autochunk.meter import Meter
+from penstock.commands.bench.work import Four, fill_quickly
+from penstock.kernels import compile as compiler
+from penstock.memory.adamw import SOURCE, AdamW, states_of
 from penstock.memory.strategy import Strategy
-from penstock.models import sizes
+from penstock.models import presets
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
 
@@ -51,14 +51,14 @@ def adamw(repeats: int = 9, numel: int = 100_000_000) -> dict[str, Any]:
         AdamW().update(weights, states, grads, lr=1e-6, scale=0.5, step=1)
 
     def without_compiler() -> None:
-        with mock.patch.object(native, "compiled", return_value="not this time"):
+        with mock.patch.object(compiler, "compiled", return_value="not this time"):
             update()
 
     calls = {"update": update, "in_torch_operations": without_compiler, "copy": lambda: x.copy_(y)}
     seconds = in_turns(calls, repeats)
     rates = {name: (8 if name == "copy" else 28) * numel / statistics.median(some) for name, some in seconds.items()}
     return {
-        "compiled": not isinstance(native.compiled(SOURCE), str),
+        "compiled": not isinstance(compiler.compiled(SOURCE), str),
         "bytes_per_second": rates,
         "ratio": rates["update"] / rates["copy"],
         "ratio_in_torch_operations": rates["in_torch_operations"] / rates["copy"],
@@ -79,7 +79,7 @@ def tax(
         budget = device_memory if name == "gemini_cpu" else None
         strategy = Strategy.named(name, dtype=dtype, device=device, device_memory=budget, recompute=recompute)
         with strategy.init():
-            actor = Actor(Decoder(dataclasses.replace(sizes.named(size), num_layers=layers)))
+            actor = Actor(Decoder(dataclasses.replace(presets.named(size), num_layers=layers)))
         actor.fill = fill_quickly  # type: ignore[method-assign]
         stream = strategy.prepare(actor)
         trained = torch.arange(length, device=device) >= max(1, length - 64)
@@ -112,7 +112,7 @@ def tax(
 def small(prompt: int = 400, new: int = 112, device_memory: str = "180MB") -> dict[str, Any]:
     """Two iterations of PPO with batch 1: what lives in the device tier, and what tensors take beside it at most."""
     strategy = Strategy.named("gemini_cpu", dtype="bf16", device="cpu", device_memory=device_memory)
-    four = Four(strategy, sizes.named("s"))
+    four = Four(strategy, presets.named("s"))
     beside: dict[str, int] = {}
     with Meter() as meter:
         for _ in range(2):

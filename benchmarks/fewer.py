@@ -23,19 +23,19 @@ from torch.nn import functional as F
 from benchmarks.engine import in_turns
 from benchmarks.facts import write
 from penstock.algorithms import ppo
-from penstock.algorithms.planning import Role, Workload
-from penstock.algorithms.rehearsal import rehearse
+from penstock.autochunk.meter import Meter
+from penstock.commands.dry_run import dry_run
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.errors import ResourceError
-from penstock.memory.meter import Meter
 from penstock.memory.strategy import Strategy
-from penstock.models import head as heads
-from penstock.models import lora, sizes
+from penstock.models import log_probs as heads
+from penstock.models import lora, presets
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.places import Spec
+from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.models.shapes import count_of
+from penstock.models.weight_shapes import count_of
+from penstock.planner.workload import Role, Workload
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 
@@ -90,7 +90,7 @@ def roles_of(strategy: Strategy, shape: DecoderConfig, rank: int) -> list[Any]:
         made.seed = 1
         if seed is None:
             return made
-        lora.add(made, Spec(rank), seed=seed)
+        lora.add(made, LoraSpec(rank), seed=seed)
         return made
 
     with strategy.init():
@@ -105,7 +105,7 @@ def hydra(
     repeats: int, size: str = "m", rank: int = 16, rows: int = 2, prompt: int = 64, new: int = 64
 ) -> dict[str, Any]:
     """One iteration in bf16: all resident, and streamed from the host through a third of the base's bytes."""
-    shape, found = sizes.named(size), {}
+    shape, found = presets.named(size), {}
     for name, budget in (("naive", None), ("gemini_cpu", f"{count_of(shape, scalar=False) * 2 // 3}")):
         torch.manual_seed(0)
         strategy = Strategy.named(name, dtype="bf16", device="cpu", device_memory=budget)
@@ -157,9 +157,9 @@ def merged(repeats: int, size: str = "s", rows: int = 8, prompt: int = 64, new: 
     """Greedy generation in bf16 by the base, by an adapter beside it, and by the adapter merged into it."""
     torch.manual_seed(0)
     prompts = torch.randint(50257, (rows, prompt)).tolist()
-    models = {name: Decoder(sizes.named(size), dtype=torch.bfloat16) for name in ("base", "merged", "beside")}
+    models = {name: Decoder(presets.named(size), dtype=torch.bfloat16) for name in ("base", "merged", "beside")}
     for name in ("merged", "beside"):
-        lora.add(models[name], Spec(16))
+        lora.add(models[name], LoraSpec(16))
         with torch.no_grad():
             for adapter in lora.adapters_of(models[name]):
                 adapter.b.normal_(std=0.02)
@@ -188,7 +188,7 @@ def opt(
     largest that fits. Ours: the largest published OPT whose dry run fits, bf16 with its exact fp32 master."""
     plain: tuple[int, str] = (0, "none")
     for name in OPTS[:4]:
-        shape = sizes.named(f"opt-{name}")
+        shape = presets.named(f"opt-{name}")
         low, high = 0, 4 * shape.num_layers
         while low < high:
             middle = (low + high + 1) // 2
@@ -199,13 +199,13 @@ def opt(
         count = count_of(dataclasses.replace(shape, num_layers=low), scalar=False) if low else 0
         plain = max(plain, (count, f"opt-{name} with {low} blocks"))
     ours: dict[str, Any] = {}
-    for way, spec in (("streamed", None), ("lora", Spec(16))):
+    for way, spec in (("streamed", None), ("lora", LoraSpec(16))):
         for name in reversed(OPTS):
-            shape = sizes.named(f"opt-{name}")
+            shape = presets.named(f"opt-{name}")
             role = Role("model", shape, True, False, spec, "base" if spec else None)
             work = Workload("sft", (role,), rows, 1, rows, 1, length - 1, 1)
             try:
-                measured = rehearse(
+                measured = dry_run(
                     work, strategy="gemini_cpu", dtype="bf16", world=1,
                     budgets={"device": device, "host": host, "disk": None},
                 )  # fmt: skip

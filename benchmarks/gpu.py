@@ -30,20 +30,20 @@ from benchmarks.facts import write
 from benchmarks.gpu_tables import Place, apart
 from benchmarks.peers.plain import gpt2
 from penstock.algorithms import functional as fn
-from penstock.algorithms.planning import Role, Workload, forecast_of
 from penstock.algorithms.sft import Rows, response_logprobs
-from penstock.bench import capacity as capacity_of
-from penstock.bench.capacity import most_layers
-from penstock.bench.work import Four
-from penstock.memory.adam import AdamW, states_of
+from penstock.commands.bench import capacity as capacity_of
+from penstock.commands.bench.capacity import most_layers
+from penstock.commands.bench.work import Four
+from penstock.memory.adamw import AdamW, states_of
 from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Ram
-from penstock.models import head, shapes, sizes
+from penstock.models import log_probs, presets, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.quantised import quantise_base
+from penstock.models.packed import quantise_base
 from penstock.models.roles import Actor
+from penstock.planner.workload import Role, Workload, forecast_of
 from penstock.rollout.cache import KVCache
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
@@ -53,7 +53,7 @@ FORKS = "PENSTOCK_GPU_CHECK_FORKS"
 SETTINGS = {FORKS: "1", "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """The last is Hopper's own default, said aloud: torch wants to hear it where results must not vary."""
 SMALL = dataclasses.replace(
-    sizes.named("s"), num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, vocab_size=500,
+    presets.named("s"), num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, vocab_size=500,
 )  # fmt: skip
 CAP = 16 * 10**9
 """Bytes of device memory that the capacity check allows either side."""
@@ -130,7 +130,7 @@ def features(place: Place) -> dict[str, Any]:
     targets = torch.randint(5000, (300,), device=place.device)
     plain = (states @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     wanted = torch.autograd.grad(plain.sum(), (states, weight))
-    tiled = head.logprobs([(states, weight)], targets)[0]
+    tiled = log_probs.logprobs([(states, weight)], targets)[0]
     given = torch.autograd.grad(tiled.sum(), (states, weight))
     found["head, log-probabilities and gradients against plain"] = [
         float((a - b).abs().max()) for a, b in zip((plain, *wanted), (tiled, *given), strict=True)
@@ -248,7 +248,7 @@ def waited(place: Place, call: Callable[[], object]) -> Callable[[], None]:
 
 def small(place: Place) -> dict[str, Any]:
     """124M PPO, batch 1, 400 + 112 tokens; the reference system needed 1.62 GB."""
-    shape = dataclasses.replace(sizes.named("s"), num_layers=2) if place.tiny else sizes.named("s")
+    shape = dataclasses.replace(presets.named("s"), num_layers=2) if place.tiny else presets.named("s")
     prompt, new = (24, 8) if place.tiny else (400, 112)
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # a small budget sets its own
     strategy = Strategy.named("gemini_cpu", dtype="bf16", device=place.device, device_memory="180MB")
@@ -282,7 +282,7 @@ def tax_6b(place: Place) -> dict[str, Any]:
 def capacity(place: Place) -> dict[str, Any]:
     """Full-parameter PPO under a cap of device memory: the largest of plain PyTorch (fp32, four models, AdamW) against
     the largest that the plan says fits here, which is then run."""
-    width = dataclasses.replace(sizes.named("2b"), num_layers=1) if not place.tiny else sizes.named("s")
+    width = dataclasses.replace(presets.named("2b"), num_layers=1) if not place.tiny else presets.named("s")
     cap, prompts, new = (CAP, 2, 64) if not place.tiny else (3 * 10**9, 2, 4)
     if place.gpu:
         torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.mem_get_info()[1])
@@ -328,7 +328,7 @@ def with_layers(shape: DecoderConfig, layers: int) -> DecoderConfig:
 
 def count(shape: DecoderConfig) -> int:
     """Parameters of one model."""
-    return shapes.count_of(shape, scalar=False)
+    return weight_shapes.count_of(shape, scalar=False)
 
 
 def work_of(shape: DecoderConfig, prompts: int, new: int) -> Workload:
@@ -354,7 +354,7 @@ def rollout(place: Place) -> dict[str, Any]:
     bytes of the KV cache against those of the plan."""
     rows: dict[str, Any] = {}
     for size in ("s",) if place.tiny else ("xl", "8b"):
-        shape = with_layers(sizes.named(size), 2) if place.tiny else sizes.named(size)
+        shape = with_layers(presets.named(size), 2) if place.tiny else presets.named(size)
         with torch.device(place.device):
             decoder = Decoder(shape, dtype=torch.bfloat16).requires_grad_(False)
             theirs = transformers.GPT2LMHeadModel(
@@ -402,7 +402,7 @@ def against_transformers(decoder: Decoder, theirs: Any, batch: int, place: Place
         "ratio": rate["ours"] / max(rate[name] for name in calls if name.startswith("transformers")),
         "weights_bytes": weights, "weights_bytes_per_second": rate["ours"] / batch * weights,
         "cache_bytes": {
-            "allocated": allocated, "planned": shapes.cache_of(decoder.config, "bfloat16", batch, prompt + new)
+            "allocated": allocated, "planned": weight_shapes.cache_of(decoder.config, "bfloat16", batch, prompt + new)
         },
     }  # fmt: skip
 

@@ -23,9 +23,9 @@ import transformers
 from benchmarks import autochunk as blocks
 from benchmarks.facts import RESULTS
 from benchmarks.peers import plain
-from penstock.bench.config import BenchConfig
-from penstock.bench.fit import shape_of
-from penstock.bench.run import bench
+from penstock.commands.bench.config import BenchConfig
+from penstock.commands.bench.fit import shape_of
+from penstock.commands.bench.run import bench
 from penstock.errors import PenstockError
 
 

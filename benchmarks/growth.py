@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.facts import write
-from penstock.algorithms.planning import config_of
-from penstock.bench.capacity import arguments_of, strategy_of
-from penstock.bench.config import BenchConfig
-from penstock.bench.fit import check, shape_of
+from penstock.commands.bench.capacity import arguments_of, strategy_of
+from penstock.commands.bench.config import BenchConfig
+from penstock.commands.bench.fit import check, shape_of
 from penstock.errors import ResourceError
-from penstock.models import shapes
+from penstock.models import weight_shapes
+from penstock.planner.workload import config_of
 
 
 def point(size: str, length: int, layers: int | None, asked: argparse.Namespace) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def point(size: str, length: int, layers: int | None, asked: argparse.Namespace)
             lines = done.stderr.strip().splitlines()
             raise RuntimeError(f"exit code {done.returncode}: {lines[-1] if lines else 'killed'}")
         found = json.loads(out.read_text(encoding="utf-8"))
-    groups = shapes.groups_of(config_of(size, "--sizes"), "bfloat16", trained=True, scalar=False)
+    groups = weight_shapes.groups_of(config_of(size, "--sizes"), "bfloat16", trained=True, scalar=False)
     block = sum(2 * weight.numel for group, weights in groups if group == "blocks.0" for weight in weights)
     return {
         "size": size,

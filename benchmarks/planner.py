@@ -14,9 +14,9 @@ import time
 from typing import Any
 
 from benchmarks.facts import write
-from penstock.algorithms.planning import Role, Workload, config_of, forecast_of
-from penstock.algorithms.rehearsal import rehearse
-from penstock.models.shapes import Arithmetic
+from penstock.commands.dry_run import dry_run
+from penstock.models.weight_shapes import Arithmetic
+from penstock.planner.workload import Role, Workload, config_of, forecast_of
 
 SIZES = {
     # name: (layers kept, device budgets in MB: none, and one that is tight)
@@ -52,7 +52,7 @@ def compare(
     """One configuration."""
     budgets: Any = {"device": device, "host": None, "disk": None}
     setting: Any = {"strategy": strategy, "dtype": "bf16", "world": world, "budgets": budgets, "arithmetic": arithmetic}
-    planned, measured = forecast_of(work(size, batch), **setting), rehearse(work(size, batch), **setting)
+    planned, measured = forecast_of(work(size, batch), **setting), dry_run(work(size, batch), **setting)
     traffic = measured.pop("traffic")
     keys = ("host_read", "host_written", "disk_read", "disk_written")
     moved = {

@@ -24,15 +24,15 @@ TESTS = (
 FN, PPO, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward", "experience")
 )
-DECODER, SHAPES, HEAD = "models/decoder.py", "models/shapes.py", "models/head.py"
+DECODER, SHAPES, HEAD = "models/decoder.py", "models/weight_shapes.py", "models/log_probs.py"
 LINEAR, LORA, QUANTISED, EIGHTBIT, PASSES = (
     "models/linear.py",
     "models/lora.py",
-    "models/quantised.py",
-    "memory/eightbit.py",
-    "memory/passes.py",
+    "models/packed.py",
+    "memory/adamw_8bit.py",
+    "planner/activations.py",
 )
-STREAM, SINK, ADAM, PLAN, FORECAST = (f"memory/{name}.py" for name in ("stream", "sink", "adam", "plan", "forecast"))
+STREAM, SINK, ADAM, PLAN = (f"memory/{name}.py" for name in ("stream", "sink", "adamw", "plan"))
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
 BUGS: list[tuple[str, str, str, str]] = [
@@ -163,10 +163,10 @@ BUGS: list[tuple[str, str, str, str]] = [
     (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),
     (EIGHTBIT, "a first moment's sign is lost", "found += (blocks < 0)", "found += 0 * (blocks < 0)"),
     (PPO, "the value loss is not weighed on a shared trunk", "policy + config.vf_coef * value", "policy + value"),
-    ("memory/mailbox.py", "this rank's part is added twice", "total.add_(box[self._rank])", "total.add_(boxes[self._rank][self._rank])"),
-    ("memory/mailbox.py", "a mailbox has one half", "self._half = 1 - self._half", "self._half = 0"),
-    ("memory/mailbox.py", "nobody waits for the others", "        dist.all_reduce(self._token)", "        pass"),
-    ("models/products.c", "a tail of pairs is left out", "    if (k < in)\n        pair_step", "    if (k > in)\n        pair_step"),
+    ("distributed/shared_memory.py", "this rank's part is added twice", "total.add_(box[self._rank])", "total.add_(boxes[self._rank][self._rank])"),
+    ("distributed/shared_memory.py", "a mailbox has one half", "self._half = 1 - self._half", "self._half = 0"),
+    ("distributed/shared_memory.py", "nobody waits for the others", "        dist.all_reduce(self._token)", "        pass"),
+    ("kernels/products.c", "a tail of pairs is left out", "    if (k < in)\n        pair_step", "    if (k > in)\n        pair_step"),
     (LINEAR, "logits of a frozen head are rounded", "    return arithmetic_of(device_type) != \"narrow\"", "    return False"),
     (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(mine.dtype)", "x[rows]"),
 ]  # fmt: skip

@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.facts import write
 from penstock.algorithms import ppo
-from penstock.bench.work import fill_quickly
+from penstock.commands.bench.work import fill_quickly
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
 from penstock.memory.strategy import Strategy
-from penstock.models import sizes
+from penstock.models import presets
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, Critic
 
@@ -52,7 +52,7 @@ def learn(asked: argparse.Namespace) -> None:
     name, _, kept = name.partition(", ")  # "gemini, kept" keeps what is inside blocks while weights move
     strategy = Strategy.named(name, dtype=asked.dtype, device="cpu", recompute=False if kept else None)
     world = strategy.world
-    shape = sizes.named(asked.model)
+    shape = presets.named(asked.model)
     shape = dataclasses.replace(shape, num_layers=asked.layers or shape.num_layers)
     with strategy.init():
         actor, critic = Actor(Decoder(shape)), Critic(Decoder(shape))

@@ -22,10 +22,11 @@ import transformers
 
 from benchmarks.engine import in_turns
 from benchmarks.facts import write
+from penstock.kernels import cpu_ops
 from penstock.memory.strategy import Strategy
-from penstock.models import decode, linear, sizes
+from penstock.models import linear, presets
 from penstock.models.decoder import Decoder
-from penstock.models.quantised import quantise
+from penstock.models.packed import quantise
 from penstock.models.roles import Actor
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
@@ -37,7 +38,7 @@ EOS = 50256
 def both() -> tuple[Decoder, Any]:
     """Ours and transformers', the same weights in bf16."""
     torch.manual_seed(0)
-    decoder = Decoder(sizes.named("s"), dtype=torch.bfloat16)
+    decoder = Decoder(presets.named("s"), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as directory:
         decoder.save_pretrained(directory)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
@@ -127,7 +128,7 @@ def int8(repeats: int) -> dict[str, Any]:
 def streamed(repeats: int, layers: int = 12) -> dict[str, Any]:
     """gemini_cpu with a device budget of half the model against resident, batch 8: the same tokens, and the speed that
     the link (here a copy in memory by the same cores that compute) leaves."""
-    shape = dataclasses.replace(sizes.named("s"), num_layers=layers)
+    shape = dataclasses.replace(presets.named("s"), num_layers=layers)
     prompts = torch.randint(EOS, (8, PROMPT)).tolist()
     greedy = Sampling(temperature=0.0, max_new_tokens=32)
     plain = Decoder(shape, dtype=torch.bfloat16)
@@ -177,7 +178,7 @@ def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
 
     def own() -> None:
         for weight in narrow:
-            decode.product(x, weight)
+            cpu_ops.product(x, weight)
 
     def torchs() -> None:
         for weight in wide:

@@ -191,7 +191,7 @@ def engine_rate(model: str, seconds: float, *, staggered: bool) -> float:
     """
     import torch
 
-    from penstock.models.tokenizers import load_tokenizer
+    from penstock.models.tokenizer_files import load_tokenizer
     from penstock.rollout import engine as engines
     from penstock.rollout.sampling import Sampling
 

@@ -20,7 +20,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from penstock.memory.units import show_bytes
+from penstock.units import show_bytes
 
 HERE = Path(__file__).parent
 Found = dict[str, Any]

@@ -17,7 +17,7 @@ import torch
 from benchmarks.facts import write
 from benchmarks.peers import ours, plain
 from penstock.memory.strategy import Strategy
-from penstock.models import sizes
+from penstock.models import presets
 
 ROWS, LENGTH, PROMPT, NEW = 4, 128, 64, 64
 
@@ -27,10 +27,10 @@ def both(work: str, strategy: Strategy) -> tuple[Callable[[], object], Callable[
     device = strategy.world.device
     tokens = torch.randint(50257, (ROWS, LENGTH), device=device)
     if work == "sft":
-        mine, peer = ours.sft(strategy, sizes.named("s")), plain.SFT(strategy.dtype)
+        mine, peer = ours.sft(strategy, presets.named("s")), plain.SFT(strategy.dtype)
         peer.model.to(device)
         return lambda: mine(tokens), lambda: peer.step(tokens)
-    iterate, four = ours.ppo(strategy, sizes.named("s"), ROWS), plain.PPO(strategy.dtype)
+    iterate, four = ours.ppo(strategy, presets.named("s"), ROWS), plain.PPO(strategy.dtype)
     for model in (four.actor, four.reference, four.critic, four.reward):
         model.to(device)
     return lambda: iterate(tokens[:, :PROMPT], NEW), lambda: four.step(tokens[:, :PROMPT], NEW)

@@ -8,13 +8,13 @@ import torch
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import response_logprobs, rows_of
-from penstock.bench.work import Four
+from penstock.commands.bench.work import Four
 from penstock.data.chat import Example
 from penstock.memory.strategy import Strategy
-from penstock.models import lora, sizes
+from penstock.models import lora, presets
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.places import Spec
+from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor
 
 
@@ -23,7 +23,7 @@ def sft(strategy: Strategy, shape: DecoderConfig, rank: int = 0) -> Callable[[to
     with strategy.init():
         actor = Actor(Decoder(shape))
         if rank:
-            lora.add(actor.decoder, Spec(rank))
+            lora.add(actor.decoder, LoraSpec(rank))
     stream = strategy.prepare(actor)
 
     def step(tokens: torch.Tensor) -> object:
@@ -56,7 +56,7 @@ def main() -> None:
     torch.manual_seed(0)
     heads = max(asked.width // 64, 1)
     shape = dataclasses.replace(
-        sizes.named("s"), num_layers=asked.layers, d_model=asked.width, d_ff=4 * asked.width, num_heads=heads,
+        presets.named("s"), num_layers=asked.layers, d_model=asked.width, d_ff=4 * asked.width, num_heads=heads,
         num_kv_heads=heads, head_dim=asked.width // heads, vocab_size=asked.vocab,
     )  # fmt: skip
     strategy = Strategy.named(asked.strategy, dtype=asked.dtype, recompute=asked.recompute == "yes" or None)

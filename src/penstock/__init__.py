@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from penstock import autochunk as autochunk
     from penstock.algorithms.ppo import ppo as ppo
     from penstock.algorithms.reward import reward as reward
     from penstock.algorithms.sft import sft as sft
     from penstock.config import PPOConfig as PPOConfig
     from penstock.config import RewardConfig as RewardConfig
     from penstock.config import SFTConfig as SFTConfig
-    from penstock.memory.autochunk import autochunk as autochunk
     from penstock.memory.strategy import Strategy as Strategy
     from penstock.models.decoder import Decoder as Decoder
     from penstock.models.roles import Actor as Actor
@@ -24,17 +24,19 @@ if TYPE_CHECKING:
 _HOMES = {
     "sft": "algorithms.sft", "reward": "algorithms.reward", "ppo": "algorithms.ppo",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
-    "autochunk": "memory.autochunk", "Strategy": "memory.strategy", "Decoder": "models.decoder",
+    "Strategy": "memory.strategy", "Decoder": "models.decoder",
     "Engine": "rollout.engine", "Rollout": "rollout.engine", "Sampling": "rollout.sampling",
     "Actor": "models.roles", "Critic": "models.roles", "RewardModel": "models.roles",
 }  # fmt: skip
 
-__all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore
+__all__ = sorted([*_HOMES, "autochunk", "__version__"])  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'penstock' has no attribute {name!r}")
     import importlib
 
+    if name == "autochunk":  # a package that can be called
+        return importlib.import_module("penstock.autochunk")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'penstock' has no attribute {name!r}")
     return getattr(importlib.import_module(f"penstock.{_HOMES[name]}"), name)

@@ -147,7 +147,7 @@ def _generate(arguments: list[str]) -> None:
     from penstock.flags import parse
 
     config = parse(GenerateConfig, arguments, "generate")
-    from penstock.talk import generate
+    from penstock.commands.generate import generate
 
     generate(config)
 
@@ -159,7 +159,7 @@ def _chat(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]  # penstock chat RUN
     config = parse(ChatConfig, arguments, "chat")
-    from penstock.talk import chat
+    from penstock.commands.generate import chat
 
     chat(config)
 
@@ -183,7 +183,7 @@ def _export(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--run", *arguments]  # penstock export RUN --out DIR
     config = parse(ExportConfig, arguments, "export")
-    from penstock.run.export import export
+    from penstock.commands.export import export
 
     print(f"wrote {export(config)}")
 
@@ -216,7 +216,7 @@ def _export_votes(arguments: list[str]) -> None:
     if rest == arguments and not {"-h", "--help"} & set(arguments):
         raise UserError("data export writes votes only: penstock data export --votes --out FILE.")
     config = parse(VotesConfig, rest, "data export --votes")
-    from penstock.serve.votes import export
+    from penstock.commands.votes import export
 
     print(export(config))
 
@@ -226,7 +226,7 @@ def _plan(arguments: list[str]) -> None:
     from penstock.flags import parse
 
     config = parse(PlanConfig, arguments, "plan")
-    from penstock.algorithms.plan_command import run
+    from penstock.commands.plan import run
 
     code = run(config)
     sys.stdout.flush()
@@ -237,26 +237,26 @@ def _bench(arguments: list[str]) -> None:
     from penstock.flags import parse
 
     if arguments[:1] == ["micro"]:
-        from penstock.bench.config import MicroConfig
+        from penstock.commands.bench.config import MicroConfig
 
         ceilings = parse(MicroConfig, arguments[1:], "bench micro")
-        from penstock.bench.micro import micro
+        from penstock.commands.bench.micro import micro
 
         micro(ceilings)
     elif arguments[:1] == ["capacity"]:
-        from penstock.bench.config import CapacityConfig
+        from penstock.commands.bench.config import CapacityConfig
 
         budget = parse(CapacityConfig, arguments[1:], "bench capacity")
-        from penstock.bench.capacity import capacity
+        from penstock.commands.bench.capacity import capacity
 
         capacity(budget)
     elif arguments and not arguments[0].startswith("-"):
         raise UserError(f"no such use: bench {arguments[0]}; there are bench, bench micro and bench capacity.")
     else:
-        from penstock.bench.config import BenchConfig
+        from penstock.commands.bench.config import BenchConfig
 
         config = parse(BenchConfig, arguments, "bench")
-        from penstock.bench.run import bench
+        from penstock.commands.bench.run import bench
 
         bench(config)
 
@@ -266,7 +266,7 @@ def _demo(arguments: list[str]) -> None:
     from penstock.flags import parse
 
     config = parse(DemoConfig, arguments, "demo")
-    from penstock.demo import demo
+    from penstock.commands.demo import demo
 
     demo(config)
 
@@ -275,7 +275,7 @@ def _doctor(arguments: list[str]) -> None:
     if arguments:
         print(f"usage: penstock doctor\n\n{COMMANDS['doctor']}")
         sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
-    from penstock.doctor import doctor
+    from penstock.commands.doctor import doctor
 
     sys.exit(doctor())
 

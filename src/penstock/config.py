@@ -40,7 +40,7 @@ class Flags:
                     raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}.")
 
 
-def recomputing(flags: Any) -> bool | None:
+def recompute_of(flags: Any) -> bool | None:
     """What --recompute and --keep-activations say: always, never, or (None) where weights move. Raises UserError."""
     if flags.recompute and flags.keep_activations:
         raise UserError("--recompute and --keep-activations are opposites; give one of them.")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.algorithms import scoring
+from penstock.algorithms import reward_source
 from penstock.algorithms.experience import Experience, concatenate, in_order
 from penstock.algorithms.ppo import permutation, ppo
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
@@ -179,8 +179,8 @@ def test_a_bad_reward_function_is_named(tmp_path, tiny_model, jsonl, text, messa
 )  # fmt: skip
 def test_a_reward_function_takes_what_it_wants(tmp_path, text, scores):
     address = write_reward_fn(tmp_path, text)
-    scorer = scoring._from_function(scoring.load_reward_fn(address), Encoder(None, eos_ids=[2], vocab_size=16,
-                                                                             max_length=32), address)  # fmt: skip
+    encoder = Encoder(None, eos_ids=[2], vocab_size=16, max_length=32)
+    scorer = reward_source._from_function(reward_source.load_reward_fn(address), encoder, address)
     assert scorer([None] * 2, [Answer([1], [3], [0.0]), Answer([1], [4, 5], [0.0, 0.0])]) == scores
 
 

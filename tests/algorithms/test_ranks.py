@@ -13,8 +13,8 @@ import torch
 
 from penstock.algorithms.ppo import ppo
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.distributed.world import World
 from penstock.errors import UserError
-from penstock.memory.shard import World
 from tests.conftest import comparisons, demonstrations
 
 SCORE = """

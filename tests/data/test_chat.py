@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from penstock.data.chat import Encoder
 from penstock.data.formats import Comparison, Demonstration, Message, Prompt
 from penstock.errors import DataError, UserError
-from penstock.models.tokenizers import check_fit, load_tokenizer
+from penstock.models.tokenizer_files import check_fit, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

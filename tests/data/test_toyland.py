@@ -90,7 +90,7 @@ def test_training_code_never_names_gold():
     import ast
     import inspect
 
-    from penstock import demo
+    from penstock.commands import demo
 
     calls = collections.Counter(
         node.func.attr

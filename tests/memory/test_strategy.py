@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
 from penstock.memory.placement import NAMES
 from penstock.memory.program import ALWAYS_THERE, Part
-from penstock.memory.shard import World
 from penstock.memory.strategy import Strategy
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))

@@ -15,12 +15,12 @@ from penstock.memory import sink
 from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk
-from penstock.memory.units import show_bytes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, Critic
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
+from penstock.units import show_bytes
 from tests.conftest import TINY
 
 BASE = dataclasses.replace(TINY, vocab_size=50, num_layers=3)

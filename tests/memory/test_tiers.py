@@ -13,7 +13,7 @@ from hypothesis import given
 from penstock.errors import ResourceError, UserError
 from penstock.memory import tiers
 from penstock.memory.tiers import Disk, Ram, empty_pages
-from penstock.memory.units import parse_bytes, show_bytes
+from penstock.units import parse_bytes, show_bytes
 
 CPU = torch.device("cpu")
 

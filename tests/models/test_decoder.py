@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from penstock.models import sizes
+from penstock.models import presets
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Block, Decoder, Positions
 
@@ -103,20 +103,20 @@ def test_a_block_computes_with_weights_fed_from_elsewhere(decoder: Decoder) -> N
 
 
 def test_on_the_meta_device_nothing_is_allocated_and_copies_are_free() -> None:
-    decoder = Decoder(sizes.named("175b"), dtype=torch.bfloat16, device="meta")
+    decoder = Decoder(presets.named("175b"), dtype=torch.bfloat16, device="meta")
     copied = copy.deepcopy(decoder)
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in copied.parameters())
     assert sum(parameter.numel() for parameter in copied.parameters()) == pytest.approx(175e9, rel=0.01)
 
 
 def test_gpt2_small_has_the_124_million_weights_of_the_paper() -> None:
-    decoder = Decoder(sizes.named("s"), device="meta")
+    decoder = Decoder(presets.named("s"), device="meta")
     assert sum(parameter.numel() for parameter in decoder.parameters()) == 124_439_808
 
 
-@pytest.mark.parametrize("name", sizes.NAMES)
+@pytest.mark.parametrize("name", presets.NAMES)
 def test_every_size_can_be_built(name: str) -> None:
-    config = sizes.named(name)
+    config = presets.named(name)
     assert config.num_heads * config.head_dim == config.d_model
 
 
@@ -126,15 +126,15 @@ def test_every_size_can_be_built(name: str) -> None:
      ("llama-7b", 6738.4), ("llama-3-8b", 8030.3)],
 )  # fmt: skip
 def test_published_sizes_have_the_weights_of_the_published_models(name: str, millions: float) -> None:
-    weights = sum(p.numel() for p in Decoder(sizes.named(name), device="meta").parameters())
+    weights = sum(p.numel() for p in Decoder(presets.named(name), device="meta").parameters())
     assert weights / 1e6 == pytest.approx(millions, rel=1e-4)
 
 
 def test_an_unknown_size_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no size 'opt-6.6b'; there are opt-66b"):
-        sizes.named("opt-6.6b")
+        presets.named("opt-6.6b")
     with pytest.raises(ValueError, match=r"no size 'huge'; there are s, m, l, xl"):
-        sizes.named("huge")
+        presets.named("huge")
 
 
 def test_random_weights_are_gpt2s_and_depend_on_the_generator_alone() -> None:

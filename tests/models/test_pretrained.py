@@ -12,13 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from penstock.errors import UserError
-from penstock.models import pretrained, sizes
+from penstock.models import presets, pretrained
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families import FAMILIES
 
 TINY = dataclasses.replace(
-    sizes.named("s"), vocab_size=40, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=64,
+    presets.named("s"), vocab_size=40, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=64,
     max_length=16,
 )  # fmt: skip
 

@@ -4,15 +4,15 @@ import gc
 
 import pytest
 import torch
+from tests.algorithms.test_planning import FAMILIES
 
 from penstock.errors import ResourceError
-from penstock.memory import native
+from penstock.kernels import compile as compiler
 from penstock.memory.tiers import Ram
-from penstock.models import shapes
+from penstock.models import weight_shapes
 from penstock.models.decoder import Decoder
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
-from tests.algorithms.test_planning import FAMILIES
 from tests.conftest import EOS, TINY
 
 PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9], [1, 3]]
@@ -21,7 +21,7 @@ PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9], [1, 3]]
 @pytest.fixture(autouse=True, params=["c", "torch"])
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "compiled", lambda *_: "no compiler")
+        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
 
 
 def answers_of(decoder, swap, rows, **sampling):
@@ -39,7 +39,7 @@ def test_a_swapped_cache_gives_the_same_answers(name, rows):
     assert answers_of(decoder, host, rows) == answers_of(decoder, None, rows)
     gc.collect()
     assert host.used == 0
-    assert host.peak == shapes.cache_of(FAMILIES[name], "float32", rows, 41)  # 40 slots, and what a step adds
+    assert host.peak == weight_shapes.cache_of(FAMILIES[name], "float32", rows, 41)  # 40 slots, and what a step adds
 
 
 def test_a_cancelled_answer_leaves_its_neighbours_in_a_swapped_cache_alone():
@@ -76,8 +76,8 @@ def test_bytes_that_a_step_moves_are_those_of_the_plan():
     assert host.bytes_read == 0
     before = host.bytes_written
     engine.step()
-    assert host.bytes_read == shapes.cache_of(config, "float32", 4, 20)
-    assert host.bytes_written - before == shapes.cache_of(config, "float32", 4, 1)
+    assert host.bytes_read == weight_shapes.cache_of(config, "float32", 4, 20)
+    assert host.bytes_written - before == weight_shapes.cache_of(config, "float32", 4, 1)
 
 
 @pytest.mark.parametrize("most", [1, 6, 11, 1000])
@@ -85,7 +85,7 @@ def test_prompts_are_read_in_groups_of_so_many_tokens(monkeypatch, most):
     decoder = Decoder(TINY, generator=torch.Generator().manual_seed(0))
     expected = answers_of(decoder, None, 10)
     widths = []
-    monkeypatch.setattr(shapes, "PREFILL_TOKENS", most)
+    monkeypatch.setattr(weight_shapes, "PREFILL_TOKENS", most)
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda t, *rest: widths.append(t.numel()) or forward(t, *rest))
     got = answers_of(decoder, None, 10)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.memory import native
+from penstock.kernels import compile as compiler
 from penstock.models.decoder import Decoder
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
@@ -21,7 +21,7 @@ SAMPLING = Sampling(max_new_tokens=10, seed=5)
 @pytest.fixture(autouse=True, params=["c", "torch"])
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "compiled", lambda *_: "no compiler")
+        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from penstock.memory import native
+from penstock.kernels import compile as compiler
 from penstock.rollout.sampling import Sampling, adjust, pick, stream
 from tests.algorithms.oracle import token_logprobs
 
@@ -13,7 +13,7 @@ from tests.algorithms.oracle import token_logprobs
 def both_ways(request, monkeypatch):
     """In C where there is a compiler, and by torch."""
     if request.param == "by torch":
-        monkeypatch.setattr(native, "compiled", lambda *_: "no compiler")
+        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
 
 
 pytestmark = pytest.mark.usefixtures("both_ways")
@@ -108,7 +108,7 @@ def test_a_row_chooses_alike_in_c_by_torch_alone_and_in_company(vocabulary, temp
     alone = [pick(logits[i : i + 1], numbers[i : i + 1], sampling) for i in range(9)]
     assert torch.equal(torch.cat([one for one, _ in alone]), tokens)
     assert torch.equal(torch.cat([one for _, one in alone]), logprobs)
-    monkeypatch.setattr(native, "compiled", lambda *_: "no compiler")
+    monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
     others, theirs = pick(logits, numbers, sampling)
     assert torch.equal(others, tokens)
     assert torch.allclose(theirs, logprobs, atol=1e-5)  # torch sums 50,257 shares in fp32

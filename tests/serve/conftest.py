@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from penstock.data.toyland import save_tokenizer
-from penstock.serve import keys
+from penstock.serve import auth
 from penstock.serve.app import Service
 from penstock.serve.config import ServeConfig
 from penstock.serve.server import Web, address_of, listen
@@ -104,7 +104,7 @@ def running(directory: Path, *models: str, wait=True, **flags):
         model=models, port=0, key=KEY, data_dir=str(directory), device="cpu", **{"rows": 4, "queue": 8, **flags}
     )  # fmt: skip
     store = open_store(config.data_dir, config.database)
-    keys.settle(store, config.key, False)
+    auth.settle(store, config.key, False)
     service, listener, here = Service(config, store), listen(config.host, config.port), {}
 
     async def main() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
-from penstock.serve import gate, wire
+from penstock.serve import http_protocol, middleware
 from tests.serve.conftest import KEY, running, save_chatty
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "seed": 1}
@@ -338,7 +338,7 @@ def test_a_body_of_just_one_mib_is_read(server):
 
 
 def test_a_head_that_never_ends_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(wire, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.3)
     assert raw(server, b"") == b""
     assert raw(server, b"GET /health HTTP/1.1\r\nx: y\r\n").startswith(b"HTTP/1.1 408")
 
@@ -354,14 +354,14 @@ def test_what_is_no_http_is_told_so(server):
 
 
 def test_a_body_that_drips_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
-    monkeypatch.setattr(gate, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "LINGER_SECONDS", 0.1)
     answer = raw(server, head("content-length: 100").encode() + b"{")
     assert answer.startswith(b"HTTP/1.1 408")
 
 
 def test_a_client_that_stops_reading_loses_its_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(gate, "SEND_SECONDS", 0.6)
+    monkeypatch.setattr(middleware, "SEND_SECONDS", 0.6)
     model = save_chatty(tmp_path / "tiny", max_length=4000)
     with running(tmp_path / "data", model) as one:
         body = json.dumps({**ASK, "max_tokens": 3900, "n": 4, "stream": True, "logprobs": True, "top_logprobs": 20})

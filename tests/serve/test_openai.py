@@ -43,10 +43,10 @@ def test_a_full_server_is_a_rate_limit_and_the_client_tries_again(tmp_path):
 
 
 def test_the_client_waits_while_a_model_loads(tmp_path, monkeypatch):
-    from penstock.serve import served
+    from penstock.serve import catalogue
 
-    load = served.Catalogue._load
-    monkeypatch.setattr(served.Catalogue, "_load", lambda *given: time.sleep(2) or load(*given))
+    load = catalogue.Catalogue._load
+    monkeypatch.setattr(catalogue.Catalogue, "_load", lambda *given: time.sleep(2) or load(*given))
     with running(tmp_path / "data", save_chatty(tmp_path / "tiny"), wait=False) as slow:
         assert slow.ask("GET", "/health", key=None).error["code"] == "loading"
         with openai.OpenAI(base_url=f"{slow.address}/v1", api_key=KEY, max_retries=0) as hasty:

@@ -50,7 +50,7 @@ WAIT = 15_000
 
 
 @dataclass
-class Served:
+class ServedModel:
     """A server that runs, and its store for what no route can do."""
 
     url: str
@@ -58,7 +58,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     home = tmp_path_factory.mktemp("served")
     for seed, name in enumerate(("left", "right")):
         _save_babbler(home / name, seed)
@@ -75,7 +75,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         url = re.search(r"http://\S+", first)[0]
         _wait_for_models(url, process)
         store = open_store(str(home / "data"), None)
-        yield Served(url, store)
+        yield ServedModel(url, store)
         store.close()
     finally:
         process.send_signal(signal.SIGTERM)
@@ -159,7 +159,7 @@ def contexts(browser: Any) -> dict[bool, Any]:
 
 
 @pytest.fixture
-def open_page(served: Served, contexts: dict[bool, Any], watch: Watch) -> Iterator[Open]:
+def open_page(served: ServedModel, contexts: dict[bool, Any], watch: Watch) -> Iterator[Open]:
     """open_page(width=390, sampling={...}): the page in a browser that remembers these settings only, logged in."""
     pages = []
 
@@ -224,7 +224,7 @@ def answers(page: Any) -> list[str]:
     return page.locator(".prose").all_inner_texts()
 
 
-def conversation_of(page: Any, served: Served) -> list[dict[str, Any]]:
+def conversation_of(page: Any, served: ServedModel) -> list[dict[str, Any]]:
     """The messages as the server has them."""
     return served.store.messages(page.url.split("#/")[1])
 
@@ -234,7 +234,7 @@ def ask(page: Any, path: str) -> Any:
     return page.evaluate("path => fetch(path).then(answer => answer.json())", path)
 
 
-def speak(page: Any, served: Served, *texts: str) -> None:
+def speak(page: Any, served: ServedModel, *texts: str) -> None:
     """The next answers are these texts, stored as the server would store its model's."""
     left = list(texts)
 

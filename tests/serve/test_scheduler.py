@@ -6,12 +6,12 @@ import contextlib
 import pytest
 
 from penstock.data.chat import Encoder
-from penstock.models.tokenizers import load_tokenizer
+from penstock.models.tokenizer_files import load_tokenizer
 from penstock.rollout import engine as engines
 from penstock.rollout.sampling import Sampling
+from penstock.serve.catalogue import ServedModel, named_sources
 from penstock.serve.errors import ApiError
 from penstock.serve.scheduler import BusyError, Generation, Scheduler
-from penstock.serve.served import Served, named_sources
 from tests.serve.conftest import save_chatty
 
 NO_EOS = ((2, -100.0),)
@@ -26,7 +26,7 @@ def load(tmp_path_factory):
         path = save_chatty(tmp_path_factory.mktemp("model"), seed)
         decoder = engines.load(path, "fp32", "cpu")[1].decoder
         encoder = Encoder(load_tokenizer(path), eos_ids=[2], vocab_size=400, max_length=2**31)
-        return Served(name, f"digest of {seed}", 0, encoder, decoder, rows, 10_000)
+        return ServedModel(name, f"digest of {seed}", 0, encoder, decoder, rows, 10_000)
 
     return make
 

@@ -4,9 +4,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from penstock.distributed.world import World
 from penstock.errors import UserError
 from penstock.memory import strategy
-from penstock.memory.shard import World
 from penstock.models.roles import Role
 
 POLICIES = {"cuda": "", "cpu": "_cpu", "auto": "_auto", "nvme": "_nvme"}

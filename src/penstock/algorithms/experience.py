@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.scoring import Scorer
+from penstock.algorithms.reward_source import Scorer
 from penstock.config import PPOConfig
 from penstock.data.batching import pad
 from penstock.memory.strategy import Strategy, Work

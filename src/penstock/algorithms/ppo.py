@@ -14,27 +14,27 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, in_order, logprobs_of, score, values_of
-from penstock.algorithms.inputs import (
-    check_learns,
+from penstock.algorithms.reward_source import check_room, scorer_of
+from penstock.algorithms.setup import (
+    check_adapter_learns,
     encoder_of,
     keep_tokenizer,
     learns,
-    leave_room,
     read,
+    reserve_activations,
     sample_rows,
     strategy_of,
 )
-from penstock.algorithms.scoring import check_room, scorer_of
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.algorithms.sft import micro_batches as example_batches
 from penstock.config import PPOConfig
 from penstock.data.batching import Shuffle
 from penstock.data.chat import Encoder, Example
+from penstock.distributed.world import World
 from penstock.errors import UserError
-from penstock.memory.shard import World
 from penstock.memory.strategy import Step, StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
-from penstock.models.adapterfile import is_adapter_directory
+from penstock.models.adapter_files import is_adapter_directory
 from penstock.models.roles import Actor, ActorCritic, Critic
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling, stream
@@ -65,7 +65,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     pickled, how = config.data.allow_pickle, learns(config.peft, run.seed)
     with strategy.init():
         actor = Actor.from_pretrained(source, allow_pickle=pickled, **how)
-    check_learns(actor, config.peft)
+    check_adapter_learns(actor, config.peft)
     encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
     keep_tokenizer(session, source)
     reward, scorer_from, reads_our_tokens = scorer_of(
@@ -95,7 +95,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             own = {"adapter": None, "seed": run.seed + 1}
             own |= {"lora": None} if is_adapter_directory(Path(found)) else {}  # its own learns on
             critic = Critic.from_pretrained(found, allow_pickle=pickled, **{**how, **own})
-            check_learns(critic, config.peft)
+            check_adapter_learns(critic, config.peft)
             check_role("critic", found, critic, encoder, config)
         else:
             critic = Critic(copy.deepcopy(actor.decoder))
@@ -108,7 +108,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         critic_ready = bool(critic and critic.score.any()) or not config.value_warmup  # (19)
         roles = {"actor": actor, "reference": reference, "critic": critic, "reward": reward}
         roles = {name: model for name, model in roles.items() if model is not None}
-        swap = leave_room(
+        swap = reserve_activations(
             strategy, "ppo", roles, optim, longest=max(map(len, prompts)) + config.max_new_tokens,
             response=config.max_new_tokens, mini_batch_size=config.mini_batch_size,
             rollout_batch_size=config.rollout_batch_size,

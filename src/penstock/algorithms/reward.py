@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import check_learns, encoder_of, keep_tokenizer, learns, leave_room, read, strategy_of
+from penstock.algorithms.setup import (
+    check_adapter_learns,
+    encoder_of,
+    keep_tokenizer,
+    learns,
+    read,
+    reserve_activations,
+    strategy_of,
+)
 from penstock.config import RewardConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
@@ -55,7 +63,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
         model = RewardModel.from_pretrained(
             source, allow_pickle=config.data.allow_pickle, **learns(config.peft, run.seed)
         )
-    check_learns(model, config.peft)
+    check_adapter_learns(model, config.peft)
     encoder = encoder_of(source, model.decoder.config, config.data)
     keep_tokenizer(session, source)
     records, encoded = read(session.say, encoder, config.data.data, "comparisons", config.data)
@@ -73,7 +81,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     with session:
         longest = max(len(row) for ranking in [*train, *heldout] for row in ranking.rows)
         most = optim.batch_size * max(len(ranking.rows) for ranking in train)
-        leave_room(strategy, "reward", {"model": model}, optim, longest=longest, rows=most)
+        reserve_activations(strategy, "reward", {"model": model}, optim, longest=longest, rows=most)
         stream = strategy.prepare(model, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(train), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)

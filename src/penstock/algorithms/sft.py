@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.inputs import (
-    check_learns,
+from penstock.algorithms.setup import (
+    check_adapter_learns,
     encoder_of,
     keep_tokenizer,
     learns,
-    leave_room,
     read,
+    reserve_activations,
     sample_rows,
     strategy_of,
 )
@@ -48,7 +48,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     source = resolve_model(config.model)
     with strategy.init():
         actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle, **learns(config.peft, run.seed))
-    check_learns(actor, config.peft)
+    check_adapter_learns(actor, config.peft)
     encoder = encoder_of(source, actor.decoder.config, config.data)
     keep_tokenizer(session, source)
     records, encoded = read(session.say, encoder, config.data.data, "demonstrations", config.data)
@@ -57,7 +57,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
 
     with session:
         longest = max(len(example.tokens) for example in encoded)
-        leave_room(strategy, "sft", {"model": actor}, optim, longest=longest)
+        reserve_activations(strategy, "sft", {"model": actor}, optim, longest=longest)
         stream = strategy.prepare(actor, weight_decay=optim.weight_decay)
         shuffle = Shuffle(len(examples), run.seed)
         total = optim.steps or math.ceil(optim.epochs * len(examples) / optim.batch_size)

@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock.data.formats import Comparison, Demonstration, Message, Prompt
 from penstock.errors import DataError, UserError
-from penstock.models.tokenizers import check_fit, load_tokenizer, one_line
+from penstock.models.tokenizer_files import check_fit, load_tokenizer, one_line
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}"

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from penstock.data import fields
-from penstock.data.fields import Message
-from penstock.data.lines import FieldError, objects
+from penstock.data import field_checks
+from penstock.data.field_checks import Message
+from penstock.data.jsonl import FieldError, objects
 from penstock.errors import DataError, UserError
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
@@ -171,7 +171,7 @@ def _unique(item: Mapping[str, Any], where: str, ids: dict[str, str]) -> None:
         return
     first = ids.setdefault(repr(given), where)  # 1 and "1" are two ids
     if first != where:
-        raise FieldError("id", f"{fields.shown(given)} was used at {first} already; give each record its own id.")
+        raise FieldError("id", f"{field_checks.shown(given)} was used at {first} already; give each record its own id.")
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _form_of(item: Mapping[str, Any], kind: Kind, candidates: Sequence[Form]) ->
             if form.fits(given):
                 return form
     wanted = " or ".join("+".join(form.needs) for form in candidates)
-    found = ", ".join(fields.shown(name) for name in list(item)[:8]) or "no fields"
+    found = ", ".join(field_checks.shown(name) for name in list(item)[:8]) or "no fields"
     other = next((other for other in KINDS if any(form.fits(filled) for form in FORMS[other])), kind)
     looks = f" (it looks like {other})" if other != kind else ""
     raise FieldError("fields", f"found {found}{looks}; {kind} need {wanted}, or name them with --keys ours=theirs.")
@@ -234,20 +234,22 @@ def _pair(item: Mapping[str, Any], where: str, answer: str = "response") -> Demo
         turns = item[answer]
         if isinstance(turns, str):
             turns = [{"role": "assistant", "content": turns}]
-        return _conversation(where, [*asked.messages, *fields.messages(turns, answer)], answer)
-    return Demonstration(where=where, prompt=asked.prompt, response=fields.text(item[answer], answer, empty=False))
+        return _conversation(where, [*asked.messages, *field_checks.messages(turns, answer)], answer)
+    return Demonstration(
+        where=where, prompt=asked.prompt, response=field_checks.text(item[answer], answer, empty=False)
+    )
 
 
 def _ids_pair(item: Mapping[str, Any], where: str) -> Demonstration:
     return Demonstration(
         where=where,
-        prompt_ids=fields.token_ids(item["prompt_ids"], "prompt_ids"),
-        response_ids=fields.token_ids(item["response_ids"], "response_ids"),
+        prompt_ids=field_checks.token_ids(item["prompt_ids"], "prompt_ids"),
+        response_ids=field_checks.token_ids(item["response_ids"], "response_ids"),
     )
 
 
 def _dialogue(item: Mapping[str, Any], where: str, name: str = "messages") -> Demonstration:
-    return _conversation(where, fields.messages(item[name], name), name)
+    return _conversation(where, field_checks.messages(item[name], name), name)
 
 
 def _conversation(where: str, messages: list[Message], name: str) -> Demonstration:
@@ -260,39 +262,41 @@ def _conversation(where: str, messages: list[Message], name: str) -> Demonstrati
 
 def _alpaca(item: Mapping[str, Any], where: str) -> Demonstration:
     asked = _alpaca_prompt(item, where)
-    return Demonstration(where=where, prompt=asked.prompt, response=fields.text(item["output"], "output", empty=False))
+    return Demonstration(
+        where=where, prompt=asked.prompt, response=field_checks.text(item["output"], "output", empty=False)
+    )
 
 
 def _alpaca_prompt(item: Mapping[str, Any], where: str) -> Prompt:
     """The prompt of Taori et al. 2023, without its preamble."""
-    instruction = fields.text(item["instruction"], "instruction", empty=False)
-    given = "" if item.get("input") is None else fields.text(item["input"], "input")
+    instruction = field_checks.text(item["instruction"], "instruction", empty=False)
+    given = "" if item.get("input") is None else field_checks.text(item["input"], "input")
     middle = f"\n\n### Input:\n{given}" if given else ""
     return Prompt(where=where, prompt=f"### Instruction:\n{instruction}{middle}\n\n### Response:\n")
 
 
 def _ranked(item: Mapping[str, Any], where: str) -> Comparison:
-    many = enumerate(fields.items(item["responses"], "responses"))
-    texts = tuple(fields.text(one, f"responses[{i}]", empty=False) for i, one in many)
-    ranks = fields.ranks(item["ranking"], texts)
+    many = enumerate(field_checks.items(item["responses"], "responses"))
+    texts = tuple(field_checks.text(one, f"responses[{i}]", empty=False) for i, one in many)
+    ranks = field_checks.ranks(item["ranking"], texts)
     return Comparison(where=where, **_as_asked(_asked(item["prompt"], where)), responses=texts, ranks=ranks)
 
 
 def _ranked_ids(item: Mapping[str, Any], where: str) -> Comparison:
-    many = enumerate(fields.items(item["response_ids"], "response_ids"))
-    ids = tuple(fields.token_ids(one, f"response_ids[{i}]") for i, one in many)
-    ranks = fields.ranks(item["ranking"], ids)
+    many = enumerate(field_checks.items(item["response_ids"], "response_ids"))
+    ids = tuple(field_checks.token_ids(one, f"response_ids[{i}]") for i, one in many)
+    ranks = field_checks.ranks(item["ranking"], ids)
     return Comparison(where=where, **_as_asked(_ids_prompt(item, where)), response_ids=ids, ranks=ranks)
 
 
 def _preferred(item: Mapping[str, Any], where: str) -> Comparison:
     """A prompt beside chosen and rejected: texts, or messages with or without the prompt's own turns in front."""
     if isinstance(item["chosen"], str):
-        texts = [fields.text(item[name], name, empty=False) for name in ("chosen", "rejected")]
+        texts = [field_checks.text(item[name], name, empty=False) for name in ("chosen", "rejected")]
         return _two(where, _asked(item["prompt"], where), *texts)
     asked = _asked(item["prompt"], where)
     before = list(asked.messages or ({"role": "user", "content": asked.prompt or ""},))
-    one, two = (fields.messages(item[name], name) for name in ("chosen", "rejected"))
+    one, two = (field_checks.messages(item[name], name) for name in ("chosen", "rejected"))
     if len(one) == len(two) == 1:
         one, two = before + one, before + two
     elif one[: len(before)] != before:
@@ -306,9 +310,9 @@ def _dialogues(item: Mapping[str, Any], where: str) -> Comparison:
     """chosen and rejected are whole dialogues that share their beginning (as in Bai et al. 2022's data)."""
     if isinstance(item["chosen"], list):
         return _last_turns(
-            where, fields.messages(item["chosen"], "chosen"), fields.messages(item["rejected"], "rejected")
+            where, field_checks.messages(item["chosen"], "chosen"), field_checks.messages(item["rejected"], "rejected")
         )
-    one, two = (fields.text(item[name], name, empty=False) for name in ("chosen", "rejected"))
+    one, two = (field_checks.text(item[name], name, empty=False) for name in ("chosen", "rejected"))
     if one == two:
         raise FieldError("rejected", SAME)
     cut = _last_answer(one, two)
@@ -352,7 +356,7 @@ def _text_prompt(item: Mapping[str, Any], where: str) -> Prompt:
 
 
 def _ids_prompt(item: Mapping[str, Any], where: str) -> Prompt:
-    return Prompt(where=where, prompt_ids=fields.token_ids(item["prompt_ids"], "prompt_ids"))
+    return Prompt(where=where, prompt_ids=field_checks.token_ids(item["prompt_ids"], "prompt_ids"))
 
 
 def _only_prompt(read_whole: Callable[[Mapping[str, Any], str], Prompt]) -> Callable[[Mapping[str, Any], str], Prompt]:
@@ -363,7 +367,7 @@ def _only_prompt(read_whole: Callable[[Mapping[str, Any], str], Prompt]) -> Call
 
 
 def _messages_prompt(item: Mapping[str, Any], where: str, name: str = "messages") -> Prompt:
-    messages = fields.messages(item[name], name)
+    messages = field_checks.messages(item[name], name)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
@@ -411,11 +415,11 @@ FORMS: dict[Kind, tuple[Form, ...]] = {
 def _asked(value: Any, where: str) -> Prompt:
     """A prompt field: text, or a list of messages."""
     if isinstance(value, list):
-        messages = fields.messages(value, "prompt")
+        messages = field_checks.messages(value, "prompt")
         if messages[-1]["role"] != "user":
             raise FieldError("prompt", "must end with a user turn, the one to answer.")
         return Prompt(where=where, messages=tuple(messages))
-    return Prompt(where=where, prompt=fields.text(value, "prompt"))
+    return Prompt(where=where, prompt=field_checks.text(value, "prompt"))
 
 
 def _as_asked(asked: Prompt) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ResourceError
-from penstock.memory.link import Leaving
 from penstock.memory.plan import choose
 from penstock.memory.tiers import Ram
-from penstock.memory.units import show_bytes
+from penstock.memory.transfer import Offload
+from penstock.units import show_bytes
 
 Key = Any
-"""What a slot holds: a memory.stored.Stored."""
+"""What a slot holds: a memory.homes.Stored."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Slot:
     users: int = 0
     landing: Callable[[], None] | None = None
     """Waits for the copy that fills the slot; None once it has landed."""
-    leaving: Leaving | None = None
+    leaving: Offload | None = None
     """The copy that takes gradients home from here; whoever writes next waits for it."""
     age: int = field(default=0)
     views: tuple[object, list[nn.Parameter]] = (None, [])

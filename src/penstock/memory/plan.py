@@ -19,7 +19,7 @@ STATES: dict[int, dict[str, tuple[str, int]]] = {
     },
 }  # fmt: skip
 """What AdamW keeps beside a weight, by the bits of its moments: name -> (dtype, elements of the weight per element).
-Names are torch's own; memory.eightbit says what codes and scales are."""
+Names are torch's own; memory.adamw_8bit says what codes and scales are."""
 PIECE = 1 << 22
 """Elements that one set of buffers between a disk and the update holds."""
 SETS, SET_BYTES = 3, PIECE * 14
@@ -67,6 +67,11 @@ def resident(row: Row, world: int) -> bool:
 def in_place(row: Row, world: int) -> bool:
     """Autograd adds straight into the home of the gradients."""
     return row.grads.tier == "device" and (world == 1 or not row.grads.sharded)
+
+
+def recomputes(moves: bool, recompute: bool | None) -> bool:
+    """Whether backward runs blocks once more: as it was asked for, or (None) where weights move."""
+    return moves if recompute is None else recompute
 
 
 def states_of(dtype: str, bits: int) -> dict[str, tuple[str, int]]:
@@ -144,12 +149,12 @@ def place(
 def _gradients(models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]]) -> int:
     """Bytes of gradients at once, as `homes` counts them: models share them, but those on the same frozen weights."""
     sums: Counter[int] = Counter()
-    for first, (chunks, _) in zip(_companies([chunks for chunks, _ in models]), models, strict=True):
+    for first, (chunks, _) in zip(_sharing_groups([chunks for chunks, _ in models]), models, strict=True):
         sums[first] += sum(chunk.nbytes for chunk in chunks if chunk.trained)
     return max(sums.values())
 
 
-def _companies(models: Sequence[Iterable[Chunk]]) -> list[int]:
+def _sharing_groups(models: Sequence[Iterable[Chunk]]) -> list[int]:
     """For each model the first one that stands on some of the same frozen weights: they step side by side."""
     weights = [{chunk.shared for chunk in chunks} - {None} for chunks in models]
     firsts: list[int] = []
@@ -186,7 +191,9 @@ def homes(
     seen: set[Hashable] = set()
     models = list(models)
     companies: dict[int, Counter[TierName]] = {}
-    for first, placed in zip(_companies([[one.chunk for one in placed] for placed in models]), models, strict=True):
+    for first, placed in zip(
+        _sharing_groups([[one.chunk for one in placed] for placed in models]), models, strict=True
+    ):
         grads = companies.setdefault(first, Counter())
         for one in placed:
             chunk, row = one.chunk, one.row

@@ -1,8 +1,7 @@
 """What the memory engine knows of a model: an ordered list of parts, and which groups of weights each part reads."""
 
 import contextlib
-import contextvars
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,7 +74,7 @@ class Program(Protocol):
         """The context of a micro-batch, for every part: what depends on positions alone, and no weights."""
 
     def slice(self, budget: int) -> None:
-        """From now on, whole rows hold at most so many bytes inside a block; see memory.autochunk."""
+        """From now on, whole rows hold at most so many bytes inside a block; see autochunk.api."""
 
     def recipe(self, name: str) -> Hashable:
         """Where this parameter's initial value comes from: equal recipes and names, equal bytes. None: ask nobody."""
@@ -91,22 +90,3 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
-
-
-_TURNING = contextvars.ContextVar("turning", default=False)
-
-
-@contextlib.contextmanager
-def turning() -> Iterator[None]:
-    """Inside, parts are run again for their gradients alone: what they return was known before, so a part that is
-    computed in slices (memory.autochunk) may return something of the same shape that holds nothing."""
-    token = _TURNING.set(True)
-    try:
-        yield
-    finally:
-        _TURNING.reset(token)
-
-
-def is_turning() -> bool:
-    """Whether this is inside `turning()`."""
-    return _TURNING.get()

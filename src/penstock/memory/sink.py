@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from penstock.memory.adam import AdamW, join, narrow, split, sum_of_squares, widen
+from penstock.distributed.world import World
+from penstock.memory.adamw import AdamW, join, narrow, split, sum_of_squares, widen
 from penstock.memory.chunks import Weight
-from penstock.memory.link import Leaving
+from penstock.memory.homes import CPU, ChunkHome, bring, gather, put_back
 from penstock.memory.plan import PIECE, SETS
-from penstock.memory.shard import World
-from penstock.memory.stored import CPU, Stored, bring, gather, put_back
 from penstock.memory.tiers import DiskHome, Home, RamHome, worker
+from penstock.memory.transfer import Offload
 
 SAVED = ("master", "exp_avg", "exp_avg_sq")
 """What a checkpoint keeps per weight, fp32, whatever the strategy and the world."""
@@ -28,14 +28,14 @@ class Sink:
     """The gradients and optimizer states of one model. `stored` are its trained chunks, in order."""
 
     def __init__(
-        self, stored: Sequence[Stored], world: World, rule: AdamW, buffers: Callable[[], list[Tensor]]
+        self, stored: Sequence[ChunkHome], world: World, rule: AdamW, buffers: Callable[[], list[Tensor]]
     ) -> None:
         self.stored, self.world, self.rule = list(stored), world, rule
         self.steps = 0
         """Updates so far: AdamW's count."""
         self._buffers = buffers
         """plan.SETS runs of plan.SET_BYTES in RAM, shared by all models."""
-        self._leaving: dict[Stored, Leaving] = {}
+        self._leaving: dict[ChunkHome, Offload] = {}
         """Gradients on their way to host memory."""
         self._reader = worker("update-read")
         self._writer = worker("update-write")
@@ -50,7 +50,7 @@ class Sink:
                 assert isinstance(one.grads, RamHome)
                 one.grads.tensor.zero_()
 
-    def open(self, one: Stored, grads: Tensor) -> None:
+    def open(self, one: ChunkHome, grads: Tensor) -> None:
         """Before a visit: makes `grads`, [numel] on the device, ready for autograd to add to."""
         if one.graded and self.world.size == 1:
             assert one.grads is not None
@@ -60,7 +60,7 @@ class Sink:
         else:
             grads.zero_()
 
-    def settle(self, one: Stored, grads: Tensor) -> Leaving | None:
+    def settle(self, one: ChunkHome, grads: Tensor) -> Offload | None:
         """After a visit: takes its gradients home, reduced over ranks, this rank's shard.
 
         Returns what whoever writes to `grads` next must wait for; None: they have left.
@@ -68,7 +68,7 @@ class Sink:
         assert one.grads is not None
         graded, one.graded = one.graded, True
         if self.world.size == 1 and grads.device.type != "cpu" and isinstance(one.grads, RamHome):
-            self._leaving[one] = Leaving(grads, one.grads.tensor, one.grads.tier)
+            self._leaving[one] = Offload(grads, one.grads.tensor, one.grads.tier)
             return self._leaving[one]
         if self.world.size > 1:
             mine = self.world.sum_shards(grads)
@@ -102,7 +102,7 @@ class Sink:
             shared = self.world.sum(shared)
         return shared.sqrt().float()
 
-    def _own_gradients(self, one: Stored, device: torch.device) -> Tensor:
+    def _own_gradients(self, one: ChunkHome, device: torch.device) -> Tensor:
         """The gradients of this rank's share of the chunk, summed over ranks."""
         assert one.grads is not None
         if not (one.graded or one.in_place):  # nothing of this chunk took part
@@ -123,7 +123,7 @@ class Sink:
                     self._update_in_ram(one, move)
         self._update_on_disk([one for one in self.stored if _homes_on_disk(one)], move)
 
-    def _update_in_ram(self, one: Stored, move: dict[str, Any]) -> None:
+    def _update_in_ram(self, one: ChunkHome, move: dict[str, Any]) -> None:
         device = next(home.tensor.device for home in one.states.values() if isinstance(home, RamHome))
         states = {name: bring(home, device) for name, home in one.states.items()}
         whole = bring(one.weights, device)
@@ -136,7 +136,7 @@ class Sink:
                 whole = gather(weights, self.world)
         put_back(one.weights, whole)
 
-    def _update_on_disk(self, stored: Sequence[Stored], move: dict[str, Any]) -> None:
+    def _update_on_disk(self, stored: Sequence[ChunkHome], move: dict[str, Any]) -> None:
         """Piece by piece; while one is updated the next is read and the last one written."""
         pieces = [
             (one, start, min(start + PIECE, one.share.stop - one.share.start))
@@ -166,7 +166,7 @@ class Sink:
             return
         buffers = self._buffers()
         reading: Future | None = self._reader.submit(read, 0)
-        gradients: tuple[Stored, Tensor] | None = None
+        gradients: tuple[ChunkHome, Tensor] | None = None
         for i, (one, start, stop) in enumerate(pieces):
             assert reading is not None
             here = reading.result()
@@ -228,15 +228,15 @@ class Sink:
         return [weight for one in self.stored for weight in one.chunk.weights]
 
 
-def _homes(one: Stored) -> dict[str, Home]:
+def _homes(one: ChunkHome) -> dict[str, Home]:
     return {"weights": one.weights, **one.states}
 
 
-def _homes_on_disk(one: Stored) -> bool:
+def _homes_on_disk(one: ChunkHome) -> bool:
     return any(isinstance(home, DiskHome) for home in _homes(one).values())
 
 
-def _write(one: Stored, here: dict[str, Tensor], start: int) -> None:
+def _write(one: ChunkHome, here: dict[str, Tensor], start: int) -> None:
     for name, home in _homes(one).items():
         if isinstance(home, DiskHome):
             home.write(here[name], start // one.per(name))

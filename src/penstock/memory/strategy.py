@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
-from penstock.memory import native, plan
-from penstock.memory.adam import AdamW, states_of
+from penstock.kernels import compile as compiler
+from penstock.memory import plan
+from penstock.memory.adamw import AdamW, states_of
 from penstock.memory.arena import Arena
 from penstock.memory.chunks import Chunk, Weight, layout
-from penstock.memory.passes import again
+from penstock.memory.homes import ChunkHome
 from penstock.memory.placement import AUTO, Row, bits_of, known, tiers_of
 from penstock.memory.program import owners
-from penstock.memory.shard import World
 from penstock.memory.sink import Sink
-from penstock.memory.stored import Stored
-from penstock.memory.stream import Losses, LossOf, Result, Stream, Visits, side_by_side, visits_of
+from penstock.memory.stream import Losses, LossOf, Result, Stream, Visits, interleave, visits_of
 from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages
-from penstock.memory.units import parse_bytes, show_bytes
+from penstock.units import parse_bytes, show_bytes
 
 Work = tuple[Stream, Sequence[Any], Callable[[Tensor, Any], Any]]
 """A model, its micro-batches, and what is read of each: `evaluate`'s arguments."""
@@ -65,7 +65,7 @@ class Strategy:
     streams: list[Stream] = field(default_factory=list)
     models: list[plan.Model] = field(default_factory=list)
     """What the plan knows of the streams' models, in the same order."""
-    shared: dict[tuple[Weight, ...], Stored] = field(default_factory=dict)
+    shared: dict[tuple[Weight, ...], ChunkHome] = field(default_factory=dict)
     """Frozen chunks that more than one model may be made of: each has one home."""
     apart: list[tuple[set[Any], set[int]]] = field(default_factory=list)
     """Of trained models that share weights: which, and their gradients."""
@@ -210,7 +210,7 @@ class Strategy:
             stored,
             self.world,
             sink=Sink(trained, self.world, AdamW(**adamw), self._update_buffers) if trained else None,
-            recompute=again(moves, self.recompute),
+            recompute=plan.recomputes(moves, self.recompute),
             ahead=self.ahead,
             arenas=self._cut_arenas,
         )
@@ -225,7 +225,7 @@ class Strategy:
         mine = {one.chunk.shared for one in placed}
         return {home for weights, homes in self.apart if weights & mine for home in homes}
 
-    def _shared(self, model: Any, placed: plan.Placed, taken: set[int]) -> Stored:
+    def _shared(self, model: Any, placed: plan.Placed, taken: set[int]) -> ChunkHome:
         """The chunk's homes: made now, or the ones that another model of the same frozen weights has."""
         key = placed.chunk.shared
         if key is None:
@@ -234,7 +234,7 @@ class Strategy:
             self.shared[key] = self._store(model, placed.chunk, placed.row, taken)
         return self.shared[key]
 
-    def _store(self, model: Any, chunk: Chunk, row: Row, taken: set[int]) -> Stored:
+    def _store(self, model: Any, chunk: Chunk, row: Row, taken: set[int]) -> ChunkHome:
         """Homes for one chunk on this rank, with its first weights in them."""
         size, rank = self.world.size, self.world.rank
         shard = slice(rank * (chunk.numel // size), (rank + 1) * (chunk.numel // size))
@@ -259,7 +259,7 @@ class Strategy:
             what = f"the gradients of {type(model).__name__} {chunk.group}"
             numel = chunk.numel // (1 if grads_whole else size)
             grads = self._gradient_home(row.grads.tier, numel, dtype, what, taken)
-        return Stored(chunk, weights, whole, states, grads, not row.grads.sharded or size == 1, share)
+        return ChunkHome(chunk, weights, whole, states, grads, not row.grads.sharded or size == 1, share)
 
     def _stage(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zeroed host memory for a chunk's first values on their way elsewhere: one place for all, pinned on a GPU."""
@@ -331,7 +331,7 @@ class Strategy:
         """Says which phase runs now; without gradients unless it is `train`. Its wall time is kept for timing/*."""
         started = time.perf_counter()
         if name == "train" and self.latest not in (None, "train") and self.world.device.type == "cpu":
-            native.give_back()  # training holds the most; what other phases freed lies between what is in use
+            compiler.give_back()  # training holds the most; what other phases freed lies between what is in use
         self.latest = name
         with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
             yield
@@ -350,7 +350,7 @@ class Strategy:
     def evaluate_all(self, works: Sequence[Work]) -> list[list[Any]]:
         """`evaluate` of several models; those that share weights that move go through them side by side."""
         with torch.no_grad():
-            return _in_companies(
+            return _interleaved(
                 [stream for stream, _, _ in works],
                 lambda i: works[i][0].evaluation(works[i][1], works[i][2]),
                 lambda i, result: result,
@@ -378,7 +378,7 @@ class Strategy:
             sink.clear()
             return steps[i].stream.backward(steps[i].micro_batches, steps[i].loss_of)
 
-        return _in_companies(
+        return _interleaved(
             [one.stream for one in steps], begin, lambda i, losses: self._update(steps[i], losses, max_grad_norm)
         )
 
@@ -413,7 +413,7 @@ class Strategy:
         return {k: (highest if k.startswith("max_") else summed)[i] for i, k in enumerate(keys)}
 
 
-def _in_companies(
+def _interleaved(
     streams: Sequence[Stream], begin: Callable[[int], Visits[Any]], end: Callable[[int, Any], Result]
 ) -> list[Result]:
     """`begin`s every stream's pass and `end`s it with what it gave: company by company, those of one side by side."""
@@ -421,7 +421,7 @@ def _in_companies(
     while len(results) < len(streams):
         first = next(i for i in range(len(streams)) if i not in results)
         beside = [i for i in range(len(streams)) if i not in results and _keep_company(streams[first], streams[i])]
-        given = side_by_side([begin(i) for i in beside])
+        given = interleave([begin(i) for i in beside])
         results |= {i: end(i, one) for i, one in zip(beside, given, strict=True)}
     return [results[i] for i in range(len(streams))]
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from penstock.autochunk.recompute import recomputing
+from penstock.distributed.world import World
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk
-from penstock.memory.link import copy_ahead
-from penstock.memory.program import Part, Program, owners, turning
-from penstock.memory.shard import World
+from penstock.memory.homes import ChunkHome
+from penstock.memory.program import Part, Program, owners
 from penstock.memory.sink import Sink
-from penstock.memory.stored import Stored
 from penstock.memory.tiers import DiskHome, RamHome, worker
+from penstock.memory.transfer import copy_ahead
 
 NEVER = 1 << 60
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -37,7 +38,7 @@ Visits = Generator[None, None, Result]
 class Hold:
     """A chunk in use: what `lease` took and `release` gives back."""
 
-    stored: Stored
+    stored: ChunkHome
     slot: Slot | None
     gradient_slot: Slot | None
     gradients: bool
@@ -51,7 +52,7 @@ class Stream:
     def __init__(
         self,
         model: Any,
-        stored: Sequence[Stored],
+        stored: Sequence[ChunkHome],
         world: World,
         *,
         sink: Sink | None,
@@ -75,12 +76,12 @@ class Stream:
             for name, owner in self._owners.items()
         }
         """Shapes and dtypes: what stands in for weights that are not here."""
-        self._groups: dict[str, list[Stored]] = {}
+        self._groups: dict[str, list[ChunkHome]] = {}
         for one in self.stored:
             self._groups.setdefault(one.chunk.group, []).append(one)
-        self._graph: dict[Stored, list[nn.Parameter]] = {}
+        self._graph: dict[ChunkHome, list[nn.Parameter]] = {}
         """The parameters of chunks that move, as a graph that is kept knows them: wherever the weights are now."""
-        self._holds: dict[Stored, list[Hold]] = {}
+        self._holds: dict[ChunkHome, list[Hold]] = {}
         self._reader = worker("prefetch")
         self._order: list[tuple[str, ...]] = []
         self._positions: dict[str, list[int]] = {}
@@ -199,7 +200,7 @@ class Stream:
             with leased as holds, record_function(f"backward.{i}"):
                 for j, context in enumerate(contexts):
                     x = here.pop(0)
-                    with torch.enable_grad(), turning():
+                    with torch.enable_grad(), recomputing():
                         y = parts[i].run(x, context) if self.recompute else ys.pop(0)
                     if y.requires_grad and slopes[j] is not None:  # None: the loss read nothing of it
                         self._open(holds)
@@ -263,7 +264,7 @@ class Stream:
             for hold in reversed(holds):
                 self._release(hold)
 
-    def _hold(self, one: Stored, gradients: bool, graph: bool) -> Hold:
+    def _hold(self, one: ChunkHome, gradients: bool, graph: bool) -> Hold:
         gradients = gradients and one.chunk.trained
         outer = self._holds.setdefault(one, [])
         if outer:  # inside another lease of the same chunk
@@ -324,7 +325,7 @@ class Stream:
             setattr(*self._owners[weight.name], bound[-1])
         return bound
 
-    def _bind_slot(self, one: Stored, slot: Slot, *, trained: bool) -> None:
+    def _bind_slot(self, one: ChunkHome, slot: Slot, *, trained: bool) -> None:
         """The same for a chunk in a slot. While it stays there it is cut once: decoding visits it for every token."""
         purpose = (id(self), one, trained)
         if slot.views[0] != purpose:
@@ -334,7 +335,7 @@ class Stream:
         for weight, parameter in zip(one.chunk.weights, slot.views[1], strict=True):
             setattr(*self._owners[weight.name], parameter)
 
-    def _bind_graph(self, one: Stored, slot: Slot) -> None:
+    def _bind_graph(self, one: ChunkHome, slot: Slot) -> None:
         """The same parameters whenever the chunk comes, on the memory that it is in now."""
         weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
         views = [
@@ -357,7 +358,7 @@ class Stream:
         for weight in chunk.weights:
             setattr(*self._owners[weight.name], self._empty[weight.name])
 
-    def _gradient_slot(self, one: Stored) -> Slot:
+    def _gradient_slot(self, one: ChunkHome) -> Slot:
         arena = self._arenas()[1]
         slot = arena.claim(one, one.chunk.nbytes, lambda key: 0)
         if slot is None:
@@ -380,7 +381,7 @@ class Stream:
 
     # --- fetching -----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, one: Stored) -> Slot:
+    def _fetch(self, one: ChunkHome) -> Slot:
         """The chunk's slot, filled or being filled."""
         arena = self._arenas()[0]
         slot = arena.find(one)
@@ -391,7 +392,7 @@ class Stream:
             slot.landing = self._start(one, slot)
         return slot
 
-    def _start(self, one: Stored, slot: Slot) -> Callable[[], None]:
+    def _start(self, one: ChunkHome, slot: Slot) -> Callable[[], None]:
         """Begins to fill a slot; calling the result waits until it is full."""
         out = slot.memory[: one.chunk.nbytes].view(one.dtype)
         mine = out
@@ -446,7 +447,7 @@ class Stream:
                 self._at = at
                 return
 
-    def _next_use(self, one: Stored) -> int:
+    def _next_use(self, one: ChunkHome) -> int:
         """Visits from now until this chunk is needed again."""
         if one not in self._mine:
             return NEVER
@@ -457,7 +458,7 @@ class Stream:
         return len(self._order) - self._at + positions[0] if self._repeats and positions else NEVER
 
 
-def side_by_side(passes: Sequence[Visits[Result]]) -> list[Result]:
+def interleave(passes: Sequence[Visits[Result]]) -> list[Result]:
     """Several models' passes, one visit of each in turn: frozen weights that they share are brought once for all."""
     results: dict[int, Result] = {}
     while len(results) < len(passes):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from penstock.errors import ResourceError, UserError
-from penstock.memory.units import show_bytes
+from penstock.units import show_bytes
 
 PAGE = 4096
 BLOCK = 8 << 20

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.kernels import cpu_ops
 from penstock.memory.program import ALWAYS_THERE, Part
-from penstock.models import decode, head, lora, quantised
+from penstock.models import log_probs, lora, packed
 from penstock.models.config import DecoderConfig
 from penstock.models.linear import Linear, add_to, attention, linear, precise
 from penstock.models.positions import Positions, alibi_slopes, attention_bias, rotary_tables, rotate
-from penstock.models.shapes import BaseDtype
+from penstock.models.weight_shapes import BaseDtype
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [B, G, S, E], preallocated and written in place."""
@@ -47,7 +48,7 @@ class Norm(nn.Module):
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": decode.gelu_tanh,
+    "gelu_tanh": cpu_ops.gelu_tanh,
     "relu": F.relu,
     "silu": F.silu,
 }
@@ -103,7 +104,7 @@ class Block(nn.Module):
         if positions.rotary is not None:
             q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
         if cache is not None and positions.slots is not None and positions.bias is None:
-            mixed = decode.attention(q, k, v, cache, positions.slots, positions.slopes, positions.window)
+            mixed = cpu_ops.attention(q, k, v, cache, positions.slots, positions.slopes, positions.window)
             return self.out(mixed)
         if cache is not None:
             k, v = write(cache, k, v, positions)
@@ -139,7 +140,7 @@ class Embedding(nn.Module):
         width = config.embed_dim or config.d_model
         self.tokens = nn.Parameter(torch.empty(config.vocab_size, width))
         self.scales: nn.Parameter | None = None
-        """[V], where tokens are int8; see models.quantised."""
+        """[V], where tokens are int8; see models.packed."""
         self.lora: nn.ModuleList | None = None
         """A low-rank addition to the token table; see models.lora."""
         learned = config.position == "learned"
@@ -151,7 +152,7 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
         if self.scales is not None:
-            x = quantised.rows(self.tokens, self.scales, tokens)
+            x = packed.rows(self.tokens, self.scales, tokens)
         elif torch.is_grad_enabled() and self.tokens.requires_grad and not torch.compiler.is_exporting():
             x = _Rows.apply(self.tokens, tokens)
         else:
@@ -223,7 +224,7 @@ class Decoder(nn.Module):
         self.head_scales: nn.Parameter | None = None
         """[V], where the head is int8."""
         self.base_dtype: BaseDtype | None = None
-        """What the products of all blocks are packed in, if they are; see models.quantised."""
+        """What the products of all blocks are packed in, if they are; see models.packed."""
         self.lora: nn.ModuleList | None = None
         """A low-rank addition to the head; see models.lora."""
         self.adapted: lora.Adapted | None = None
@@ -232,7 +233,7 @@ class Decoder(nn.Module):
         self.feed: Any = ALWAYS_THERE
         """Who brings the weights: a memory.stream.Stream once a strategy has prepared the model."""
         self.slicer: Any = None
-        """A memory.autochunk.Slicer for its blocks, where activations have a budget; see `slice`."""
+        """A autochunk.api.Slicer for its blocks, where activations have a budget; see `slice`."""
         self.source: Source | None = None
         """The checkpoint that it is made of. None: its weights are drawn, keyed by `seed` and name."""
         self.seed = 0
@@ -277,7 +278,7 @@ class Decoder(nn.Module):
                     self.source.fill(full)
                 else:
                     self._drawn(full)
-                made[module] = quantised.pack(full[f"{module}.weight"], kind)
+                made[module] = packed.pack(full[f"{module}.weight"], kind)
             weight.copy_(made[module][which == "scales"])
         return rest
 
@@ -370,7 +371,7 @@ class Decoder(nn.Module):
             adapter: Any
             for adapter in self.lora or ():
                 products.append((linear(states, adapter.a) * adapter.scale, adapter.b))
-            return head.logprobs(products, targets, temperature, entropy=entropy)
+            return log_probs.logprobs(products, targets, temperature, entropy=entropy)
 
     def _run(self, tokens: Tensor, context: Context) -> Tensor:
         x = tokens
@@ -420,7 +421,7 @@ class Decoder(nn.Module):
         rotary = rotary_tables(c, where, dtype) if c.position == "rotary" else None
         positions = {}
         for window in set(c.windows or (0,)):  # one per kind of layer
-            if slots is not None and decode.ready(self.device, dtype):
+            if slots is not None and cpu_ops.ready(self.device, dtype):
                 slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
                 positions[window] = Positions(rotary, None, slots, seen, window, slopes)
             else:
@@ -429,8 +430,8 @@ class Decoder(nn.Module):
         return Context(where, positions, cache)
 
     def slice(self, budget: int) -> None:
-        """From now on, whole rows hold at most so many bytes inside a block; see models.slicing."""
-        from penstock.models.slicing import slicer_of
+        """From now on, whole rows hold at most so many bytes inside a block; see models.sliced_blocks."""
+        from penstock.models.sliced_blocks import slicer_of
 
         self.slicer = slicer_of(self.config, budget)
 

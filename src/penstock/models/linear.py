@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from penstock.models import decode, quantised
-from penstock.models.shapes import PRODUCT_TILE, Arithmetic
+from penstock.kernels import cpu_ops
+from penstock.models import packed
+from penstock.models.weight_shapes import PRODUCT_TILE, Arithmetic
 
 FEW = 16
 _ASSUMED: contextvars.ContextVar[Arithmetic | None] = contextvars.ContextVar("arithmetic", default=None)
@@ -62,18 +63,18 @@ def _cpu_is_slow() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O], as torch's own; `scales` where the weight is packed: it is
-    given back its values a tile of rows at a time (models.quantised).
+    given back its values a tile of rows at a time (models.packed).
 
     With x in fp32 and a weight in bf16 nothing is rounded on the way out.
     """
-    if torch.compiler.is_exporting():  # one plain op in the graph, for which memory.autochunk calls us again
+    if torch.compiler.is_exporting():  # one plain op in the graph, for which autochunk.api calls us again
         return F.linear(x, weight, bias)
     learning = torch.is_grad_enabled()
     rows = x.shape[:-1].numel()
-    if rows <= decode.FEW and decode.ready(x.device, x.dtype, weight.dtype):
-        return decode.product(x, weight, bias, scales)
-    if not learning and decode.unrounded(x, weight):
-        return decode.product(x, weight, bias)
+    if rows <= cpu_ops.FEW and cpu_ops.ready(x.device, x.dtype, weight.dtype):
+        return cpu_ops.product(x, weight, bias, scales)
+    if not learning and cpu_ops.unrounded(x, weight):
+        return cpu_ops.product(x, weight, bias)
     if scales is not None:
         return _Product.apply(x, weight, bias, x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type), scales)
     # Without a compiler: casting the weight for a token or a few would cost more than the slow product.
@@ -119,7 +120,7 @@ class Linear(nn.Linear):
     def __init__(self, width: int, height: int, *, bias: bool) -> None:
         super().__init__(width, height, bias=bias)
         self.scales: nn.Parameter | None = None
-        """Where the weight is packed; see models.quantised."""
+        """Where the weight is packed; see models.packed."""
         self.lora: nn.ModuleList | None = None
         """Low-rank additions to the product; see models.lora."""
 
@@ -205,7 +206,7 @@ def backward_to_x(grad: Tensor, weight: Tensor, widen: bool, scales: Tensor | No
 
 
 def _values(weight: Tensor, scales: Tensor | None, dtype: torch.dtype, rows: slice) -> Tensor:
-    return weight[rows].to(dtype) if scales is None else quantised.dense(weight, scales, rows, dtype)
+    return weight[rows].to(dtype) if scales is None else packed.dense(weight, scales, rows, dtype)
 
 
 def add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:

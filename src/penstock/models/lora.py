@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from penstock.errors import UserError
 from penstock.models.config import DecoderConfig
 from penstock.models.linear import linear
-from penstock.models.places import Place, Spec, places_of
+from penstock.models.lora_targets import LoraSpec, LoraTarget, lora_targets_of
 
 if TYPE_CHECKING:
     from penstock.models.decoder import Decoder
@@ -31,7 +31,7 @@ class Adapter(nn.Module):
     Beside a token table `a` is [r, V] and `b` [D, r], as peft's lora_embedding_A and _B.
     """
 
-    def __init__(self, place: Place, spec: Spec, config: DecoderConfig, dtype: torch.dtype) -> None:
+    def __init__(self, place: LoraTarget, spec: LoraSpec, config: DecoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.place, self.config, self.scale = place, config, spec.scale
         self.a = nn.Parameter(torch.empty(spec.rank, place.width, dtype=dtype))
@@ -52,7 +52,7 @@ class Adapter(nn.Module):
 
 
 class Saved(Protocol):
-    """Adapters in a file (models.adapterfile.AdapterFile). Equal ones hold the same weights."""
+    """Adapters in a file (models.adapter_files.AdapterFile). Equal ones hold the same weights."""
 
     def check(self, decoder: "Decoder") -> None:
         """Raises UserError when these adapters do not belong to a decoder with places for them."""
@@ -65,7 +65,7 @@ class Saved(Protocol):
 class Adapted:
     """What a decoder that carries adapters knows of them (`decoder.adapted`)."""
 
-    spec: Spec
+    spec: LoraSpec
     base: str
     """The base model's directory or hub id."""
     saved: Saved | None
@@ -89,7 +89,7 @@ class Adapted:
 
 
 def add(
-    decoder: "Decoder", spec: Spec, *, base: str = "", digest: str = "", seed: int = 0, saved: Saved | None = None
+    decoder: "Decoder", spec: LoraSpec, *, base: str = "", digest: str = "", seed: int = 0, saved: Saved | None = None
 ) -> None:
     """Puts fresh adapters on a decoder, or those that were `saved`, and freezes all else.
 
@@ -97,7 +97,7 @@ def add(
     """
     if decoder.adapted is not None:
         raise UserError("this model carries an adapter already, and takes one; penstock export --merge makes it one.")
-    places = places_of(decoder.config)
+    places = lora_targets_of(decoder.config)
     wanted = [place for place in places if spec.wants(place)]
     if not wanted:
         known = ", ".join(sorted({place.theirs.rsplit(".", 1)[-1] for place in places}))

@@ -27,7 +27,7 @@ class Positions:
     """Decoding: cache slots that any row sees."""
     window: int = 0
     slopes: Tensor | None = None
-    """Decoding without a bias, which `models.decode` does not need: the attention window, and ALiBi's slopes."""
+    """Decoding without a bias, which `kernels.cpu_ops` does not need: the attention window, and ALiBi's slopes."""
 
 
 pytree.register_dataclass(Positions)  # so that a block can be exported with them
@@ -36,9 +36,9 @@ pytree.register_dataclass(Positions)  # so that a block can be exported with the
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions in the half-split layout (Su et al. 2021, as Hugging Face stores weights): x [B, H, T, E]."""
     cos, sin = rotary
-    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    part, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = part.chunk(2, dim=-1)
+    turned = part * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from penstock.errors import UserError
-from penstock.models import adapterfile, lora, tensorfile
+from penstock.models import adapter_files, lora, safetensors_writer
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families import family_of, weights_of
 from penstock.models.families.weights import Weight
-from penstock.models.places import Spec
-from penstock.models.tensorfile import Entry
+from penstock.models.lora_targets import LoraSpec
+from penstock.models.safetensors_writer import Entry
 
 INDEX, SINGLE, CLASSIFIER_HEAD = "model.safetensors.index.json", "model.safetensors", "score.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,7 +56,7 @@ def load(
     Raises UserError for an unknown family, missing files, and missing, unexpected or mis-shaped weights, by name.
     """
     directory = _local(source, allow_pickle)
-    if adapter is not None or adapterfile.is_adapter_directory(directory):
+    if adapter is not None or adapter_files.is_adapter_directory(directory):
         return _adapted(source, adapter, dtype=dtype, device=device, allow_pickle=allow_pickle)
     hf = read_config(directory)
     family = family_of(hf.get("model_type"), str(directory / "config.json"))
@@ -79,24 +79,24 @@ def load(
 
 def _adapted(source: str | Path, adapter: str | Path | None, **how: Any) -> tuple[Decoder, dict[str, Tensor]]:
     directory = _local(source if adapter is None else adapter)
-    spec, base = adapterfile.read_spec(directory)
+    spec, base = adapter_files.read_spec(directory)
     base = base if adapter is None else str(source)
     if not base:
-        raise UserError(f"{directory / adapterfile.CONFIG}: names no base model; give that, and this as --adapter.")
-    if Path(base).is_dir() and adapterfile.is_adapter_directory(Path(base)):
+        raise UserError(f"{directory / adapter_files.CONFIG}: names no base model; give that, and this as --adapter.")
+    if Path(base).is_dir() and adapter_files.is_adapter_directory(Path(base)):
         raise UserError(f"{base}: is an adapter itself, and a model takes one; penstock export --merge it first.")
     decoder, extras = load(base, **how)
     adapt(decoder, spec, base=base, directory=directory)
-    more, said = adapterfile.read_extras(directory)
+    more, said = adapter_files.read_extras(directory)
     decoder.config.hf.update({f"penstock_{key}": value for key, value in said.items() if key != "base_digest"})
     return decoder, extras | more
 
 
-def adapt(decoder: Decoder, spec: Spec, *, base: str, seed: int = 0, directory: Path | None = None) -> None:
+def adapt(decoder: Decoder, spec: LoraSpec, *, base: str, seed: int = 0, directory: Path | None = None) -> None:
     """Puts an adapter on a decoder that `load` made of `base`: a fresh one, or the one that `directory` holds."""
     digest = "" if decoder.source is None else decoder.source.digest()
     where = str(Path(base).resolve()) if Path(base).is_dir() else base
-    saved = None if directory is None else adapterfile.AdapterFile(directory.resolve())
+    saved = None if directory is None else adapter_files.AdapterFile(directory.resolve())
     lora.add(decoder, spec, base=where, digest=digest, seed=seed, saved=saved)
 
 
@@ -220,13 +220,13 @@ def save(
     carries = decoder.adapted is not None and decoder.adapted.merged is None
     if directory is None:
         if decoder.feed.collective:
-            for _ in adapterfile.tensors(decoder, score) if carries else _theirs(decoder, family, score):
+            for _ in adapter_files.tensors(decoder, score) if carries else _theirs(decoder, family, score):
                 pass
         return
     directory = Path(directory)
     if carries:
         said = {key.removeprefix("penstock_"): value for key, value in (extra_config or {}).items()}
-        adapterfile.save(decoder, directory, score=score, said=said)
+        adapter_files.save(decoder, directory, score=score, said=said)
         return
     directory.mkdir(parents=True, exist_ok=True)
     hf = {**config.hf, **family.hf_config(config), **(extra_config or {})}
@@ -250,7 +250,7 @@ def save(
     tensors = _theirs(decoder, family, score)
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensorfile.write(directory / file, shard, itertools.islice(tensors, len(shard)), {"format": "pt"})
+        safetensors_writer.write(directory / file, shard, itertools.islice(tensors, len(shard)), {"format": "pt"})
         where |= dict.fromkeys((entry.name for entry in shard), file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -281,7 +281,7 @@ def copy_tokenizer(source: str | Path, directory: Path) -> None:
     """Copies tokenizer and chat template files, byte by byte, beside a saved model; nothing when there are none."""
     origin = _local(source)
     if not any(origin.glob("tokenizer*")):
-        origin = _local(adapterfile.base_of(str(origin)))  # an adapter without one has its base's
+        origin = _local(adapter_files.base_of(str(origin)))  # an adapter without one has its base's
     for pattern in (
         "tokenizer*",
         "special_tokens_map.json",

@@ -18,9 +18,9 @@ from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import pretrained
 from penstock.models.decoder import Context, Decoder
 from penstock.models.lora import remove
-from penstock.models.places import Spec
-from penstock.models.quantised import quantise_base
-from penstock.models.shapes import BaseDtype
+from penstock.models.lora_targets import LoraSpec
+from penstock.models.packed import quantise_base
+from penstock.models.weight_shapes import BaseDtype
 
 
 class Role(nn.Module):
@@ -77,14 +77,14 @@ class Actor(Role):
 
     @staticmethod
     def from_pretrained(
-        source: str, *, lora: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
+        source: str, *, lora: LoraSpec | int | None = None, adapter: str | None = None, seed: int = 0,
         base_dtype: BaseDtype | None = None, unfrozen: int | None = None, allow_pickle: bool = False,
     ) -> "Actor":  # fmt: skip
         """From a Hugging Face directory or hub id, on torch's default device and in its default dtype.
 
         `lora`, a rank or a Spec: it is frozen and learns through an adapter, drawn from `seed`. `adapter`: one that was
         saved (peft's format) and learns on; its directory as `source` gives the base that it names. `base_dtype`:
-        frozen products are packed (models.quantised). `unfrozen`: only so many of the last blocks learn. Raises
+        frozen products are packed (models.packed). `unfrozen`: only so many of the last blocks learn. Raises
         UserError for a reward model: what it says was never trained.
         """
         decoder, extras = _load(source, allow_pickle, lora, adapter, seed, base_dtype, unfrozen)
@@ -149,7 +149,7 @@ class ScalarModel(Role):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, *, lora: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
+        cls, source: str, *, lora: LoraSpec | int | None = None, adapter: str | None = None, seed: int = 0,
         base_dtype: BaseDtype | None = None, unfrozen: int | None = None, allow_pickle: bool = False,
     ) -> Self:  # fmt: skip
         """From a language model (a new head) or from what `save_pretrained` wrote (its head and scale).
@@ -222,7 +222,7 @@ class RewardModel(ScalarModel):
 
 
 def _load(
-    source: str, allow_pickle: bool, spec: Spec | int | None = None, adapter: str | None = None, seed: int = 0,
+    source: str, allow_pickle: bool, spec: LoraSpec | int | None = None, adapter: str | None = None, seed: int = 0,
     base_dtype: BaseDtype | None = None, unfrozen: int | None = None,
 ) -> tuple[Decoder, dict[str, Tensor]]:  # fmt: skip
     decoder, extras = pretrained.load(
@@ -230,7 +230,7 @@ def _load(
         adapter=adapter,
     )  # fmt: skip
     if spec is not None:
-        spec = Spec(spec) if isinstance(spec, int) else spec
+        spec = LoraSpec(spec) if isinstance(spec, int) else spec
         if decoder.adapted is None:
             pretrained.adapt(decoder, spec, base=source, seed=seed)
         elif decoder.adapted.spec.rank != spec.rank:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from penstock.memory.link import copy_ahead
 from penstock.memory.tiers import Ram
+from penstock.memory.transfer import copy_ahead
 from penstock.models.decoder import Decoder
 
 Layers = Sequence[tuple[Tensor, Tensor]]

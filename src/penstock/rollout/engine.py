@@ -16,15 +16,16 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from penstock.kernels import cpu_ops
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Ram
-from penstock.models import decode, lora
+from penstock.models import lora
 from penstock.models.decoder import Decoder
-from penstock.models.quantised import quantise
+from penstock.models.packed import quantise
 from penstock.models.roles import Actor
-from penstock.models.shapes import prefills
+from penstock.models.weight_shapes import prefills
 from penstock.rollout.cache import KVCache
-from penstock.rollout.graphs import Steps
+from penstock.rollout.cuda_graphs import Steps
 from penstock.rollout.sampling import Sampling, adjust, pick, stream
 
 
@@ -96,7 +97,7 @@ class Engine:
     ) -> None:
         """`rows` answers run together, each of at most `length` tokens with its prompt (the model's own limit). The KV
         cache lives in `swap`, a tier of host memory, and not on the device, if there is one. `fixed`: decode at fixed
-        addresses, as rollout.graphs does; by default on a GPU whose weights and cache do not move."""
+        addresses, as rollout.cuda_graphs does; by default on a GPU whose weights and cache do not move."""
         most = decoder.config.max_length
         self.decoder, self.tokenizer = decoder, tokenizer
         self.eos_ids = frozenset(decoder.config.eos_ids if eos_ids is None else eos_ids)
@@ -115,7 +116,7 @@ class Engine:
     @staticmethod
     def from_pretrained(source: str, *, dtype: str = "fp32", device: str | None = None, rows: int = 32) -> "Engine":
         """Weights and tokenizer of a Hugging Face directory or hub id; dtype fp32, bf16 or int8 (weights only)."""
-        from penstock.models.tokenizers import load_tokenizer
+        from penstock.models.tokenizer_files import load_tokenizer
 
         return Engine(load(source, dtype, device)[1].decoder, tokenizer=load_tokenizer(source), rows=rows)
 
@@ -190,7 +191,7 @@ class Engine:
         del self._waiting[: len(new)]
         states = []
         if feed.most(old):
-            with decode.one_token():
+            with cpu_ops.one_token():
                 states.append(self._decode() if old else self.decoder.idle())
         first, unread, copies = self._split(new)
         groups = prefills([len(run.prompt.ids) for run in unread])
@@ -205,7 +206,7 @@ class Engine:
             self._cache.copy_row(first[id(run.prompt)], len(self._running), len(run.prompt.ids))
             self._running.append(run)
         states += [run.prompt.state[None] for run in (*unread, *copies) if run.prompt.state is not None]
-        with decode.one_token():
+        with cpu_ops.one_token():
             logits = self.decoder.logits(torch.cat(states))  # a visit, even without rows
         return self._give_tokens(logits.float()) if self._running else []
 

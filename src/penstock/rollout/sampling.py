@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.models import decode
+from penstock.kernels import cpu_ops
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     """One token per row by inverting the distribution's CDF: logits [B, V], uniforms [B] -> tokens [B], logprobs [B].
 
     The log-probability is that of the token under softmax(logits / temperature) in fp32, before any truncation:
-    the same number that `models.head.logprobs` gives (PPO.md 3).
+    the same number that `models.log_probs.logprobs` gives (PPO.md 3).
     """
     logits = logits.float()
     if sampling.temperature == 0.0 or not _cuts(sampling, logits.shape[-1]):
-        chosen = decode.choose(logits, uniforms, sampling.temperature)
+        chosen = cpu_ops.choose(logits, uniforms, sampling.temperature)
         if chosen is not None:
             return chosen
     if sampling.temperature not in (0.0, 1.0):

@@ -18,12 +18,12 @@ import safetensors
 import torch
 
 from penstock import flags
+from penstock.distributed.world import World
 from penstock.errors import PenstockError, ResourceError, UserError
-from penstock.memory.shard import World
 from penstock.memory.sink import SAVED
 from penstock.memory.strategy import StepStats
 from penstock.memory.stream import Stream
-from penstock.models import tensorfile
+from penstock.models import safetensors_writer
 from penstock.run import checkpoint
 from penstock.run.directory import RunDirectory
 from penstock.run.metrics import Lines, peak_rss_bytes
@@ -277,11 +277,11 @@ def write_optimizer(path: Path | None, stream: Stream) -> None:
                 pass
         return
     entries = [
-        tensorfile.Entry(f"{weight.name}.{kind}", torch.float32, weight.shape)
+        safetensors_writer.Entry(f"{weight.name}.{kind}", torch.float32, weight.shape)
         for weight in sink.weights
         for kind in SAVED
     ]
-    tensorfile.write(path, entries, sink.saved_states(), {"format": "pt"})
+    safetensors_writer.write(path, entries, sink.saved_states(), {"format": "pt"})
 
 
 def read_optimizer(path: Path, updates: int, stream: Stream) -> None:

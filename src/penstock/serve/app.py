@@ -19,18 +19,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
-from penstock.serve import answers, assets, history, protocol
+from penstock.serve import openai_requests, openai_responses, page_api, static_files
+from penstock.serve.auth import Keys
+from penstock.serve.catalogue import Catalogue, ServedModel
 from penstock.serve.config import ServeConfig
 from penstock.serve.errors import ApiError, documented
-from penstock.serve.gate import Application, Gate
-from penstock.serve.keys import Keys
 from penstock.serve.metrics import CONTENT_TYPE, Metrics
+from penstock.serve.middleware import AccessMiddleware, Application
 from penstock.serve.scheduler import BusyError, Generation, Scheduler
-from penstock.serve.served import Catalogue, Served
 from penstock.serve.store import Store
 
 Result = TypeVar("Result")
-Request_ = TypeVar("Request_", protocol.ChatRequest, protocol.CompletionRequest)
+Request_ = TypeVar("Request_", openai_requests.ChatRequest, openai_requests.CompletionRequest)
 DRAIN_SECONDS = 30.0
 """From SIGTERM until answers that still run are cut off."""
 LARGE_BYTES = 4096
@@ -90,7 +90,7 @@ class Service:
             self.scheduler = None
         self._encoding.shutdown(wait=False, cancel_futures=True)
 
-    def find(self, model: str) -> Served:
+    def find(self, model: str) -> ServedModel:
         """A model by name. Raises ApiError 503 while loading or draining, 404 with the known names."""
         if self.life is not Life.SERVING:
             raise ApiError(503, f"the server is {self.life.value}; try again in a moment.", code=self.life.value)
@@ -106,7 +106,7 @@ class Service:
             return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._encoding, work, *arguments)
 
-    def begin(self, served: Served, asked: protocol.Asked) -> Generation:
+    def begin(self, served: ServedModel, asked: openai_requests.Asked) -> Generation:
         """Hands a request to the scheduler. Raises ApiError 429 when there is no room, 400 when there never is."""
         generation = Generation(served, asked.prompts, asked.sampling, asked.stops, asked.wants_tokens)
         room = served.rows + self.config.queue
@@ -163,15 +163,17 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
-async def _answer(request: Request, service: Service, served: Served, asked: protocol.Asked, body: Any) -> Response:
+async def _answer(
+    request: Request, service: Service, served: ServedModel, asked: openai_requests.Asked, body: Any
+) -> Response:
     """Runs what was asked for and answers it, whole or in pieces."""
     generation = service.begin(served, asked)
-    chat = isinstance(body, protocol.ChatRequest)
+    chat = isinstance(body, openai_requests.ChatRequest)
     if body.stream:
-        return EventStream(service, generation, answers.events(generation, chat, body.with_usage))
+        return EventStream(service, generation, openai_responses.events(generation, chat, body.with_usage))
     leaving = asyncio.create_task(_gone(request.receive, service, generation))
     try:
-        return JSONResponse(await answers.whole(generation, chat))
+        return JSONResponse(await openai_responses.whole(generation, chat))
     finally:
         leaving.cancel()
         service.cancel(generation)
@@ -188,41 +190,43 @@ def _size(request: Request) -> int:
 
 
 @v1.post(
-    "/chat/completions", response_model=answers.ChatCompletion,
+    "/chat/completions", response_model=openai_responses.ChatCompletion,
     responses={200: {"content": IN_PIECES}, **documented(400, 401, 403, 404, 408, 413, 429, 500, 503)},
 )  # fmt: skip
-async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
+async def chat_completions(body: openai_requests.ChatRequest, request: Request) -> Response:
     """Answers a conversation; as server-sent events with `stream`."""
     service = service_of(request)
     served = service.find(body.model)
-    asked = await service.encode(_size(request), protocol.asked_chat, body, served)
+    asked = await service.encode(_size(request), openai_requests.asked_chat, body, served)
     return await _answer(request, service, served, asked, body)
 
 
 @v1.post(
-    "/completions", response_model=answers.TextCompletion,
+    "/completions", response_model=openai_responses.TextCompletion,
     responses={200: {"content": IN_PIECES}, **documented(400, 401, 403, 404, 408, 413, 429, 500, 503)},
 )  # fmt: skip
-async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
+async def completions(body: openai_requests.CompletionRequest, request: Request) -> Response:
     """Goes on with a text or with token ids, without a chat template."""
     service = service_of(request)
     served = service.find(body.model)
-    asked = await service.encode(_size(request), protocol.asked_text, body, served)
+    asked = await service.encode(_size(request), openai_requests.asked_text, body, served)
     return await _answer(request, service, served, asked, body)
 
 
-def _card(served: Served) -> dict[str, Any]:
+def _card(served: ServedModel) -> dict[str, Any]:
     return {"id": served.id, "object": "model", "created": served.created, "owned_by": "penstock"}
 
 
-@v1.get("/models", response_model=answers.ModelList, responses=documented(401, 403, 429, 503))
+@v1.get("/models", response_model=openai_responses.ModelList, responses=documented(401, 403, 429, 503))
 async def list_models(request: Request) -> JSONResponse:
     """The models that are served."""
     cards = [_card(served) for served in list(service_of(request).catalogue.models.values())]
     return JSONResponse({"object": "list", "data": cards})
 
 
-@v1.get("/models/{model:path}", response_model=answers.ModelCard, responses=documented(401, 403, 404, 429, 503))
+@v1.get(
+    "/models/{model:path}", response_model=openai_responses.ModelCard, responses=documented(401, 403, 404, 429, 503)
+)
 async def one_model(model: str, request: Request) -> JSONResponse:
     """One of them."""
     return JSONResponse(_card(service_of(request).find(model)))
@@ -266,7 +270,7 @@ async def _validation_error(request: Request, error: Any) -> Response:
     every = error.errors()
     first = next((one for one in every if not one["type"].endswith("_type")), every[0])
     where = [part for part in first["loc"] if part not in ("body", "query", "path")]
-    param = protocol.param_of(where, error.body) if first["loc"][0] == "body" else str(where[-1])
+    param = openai_requests.param_of(where, error.body) if first["loc"][0] == "body" else str(where[-1])
     if first["type"].startswith("union_tag"):
         param = first["ctx"]["discriminator"].strip("'")
     kind = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
@@ -289,10 +293,10 @@ def build(service: Service) -> Application:
         },
     )  # fmt: skip
     app.state.service = service
-    for router in (v1, own, history.api, assets.pages):
+    for router in (v1, own, page_api.api, static_files.pages):
         app.include_router(router)
     app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]
-    inner: Application = Gate(app, lambda: service.keys, service.metrics)
+    inner: Application = AccessMiddleware(app, lambda: service.keys, service.metrics)
     if service.config.cors:
         origins = list(service.config.cors)
         allowed = ["authorization", "content-type", "x-request-id"]

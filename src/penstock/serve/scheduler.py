@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
+from penstock.serve.catalogue import ServedModel
+from penstock.serve.detokenize import TextStream
 from penstock.serve.errors import ApiError
-from penstock.serve.served import Served
-from penstock.serve.text import Text
 
 
 class BusyError(Exception):
@@ -57,7 +57,7 @@ class Piece:
 class Generation:
     """The answers to one request, on their way. Belongs to the event loop that made it."""
 
-    served: Served
+    served: ServedModel
     prompts: list[list[int]]
     sampling: Sampling
     """Without stop strings: they are `stops`, which are found in the text as it is shown."""
@@ -96,7 +96,7 @@ class _Line:
     answer: Answer
     limit: int
     """Tokens it may have."""
-    text: Text
+    text: TextStream
     told: int = 0
     tokens: list[Token] = field(default_factory=list)
     """Tokens whose text waits."""
@@ -114,7 +114,7 @@ class Scheduler:
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lines: dict[Engine, dict[int, _Line]] = {}
         """Answers that wait or run, by engine and by the identity of the engine's answer."""
-        self._served: dict[Engine, Served] = {}
+        self._served: dict[Engine, ServedModel] = {}
         self._outstanding: dict[str, int] = {}
         """Answers accepted and not ended, by model."""
         self._lock = threading.Lock()
@@ -196,7 +196,7 @@ class Scheduler:
         for i, prompt in enumerate(generation.prompts):
             for j, answer in enumerate(engine.submit(prompt, sampling)):
                 limit = min(sampling.max_new_tokens, engine.length - len(prompt))
-                line = _Line(generation, i * sampling.n + j, answer, limit, Text(served.decode, generation.stops))
+                line = _Line(generation, i * sampling.n + j, answer, limit, TextStream(served.decode, generation.stops))
                 if answer.error:
                     refused.append((generation, _failed(line, ApiError(400, answer.error))))
                 else:
@@ -287,7 +287,7 @@ class Scheduler:
         del self._lines[engine][id(line.answer)]
         self._release(self._served[engine], 1)
 
-    def _release(self, served: Served, count: int) -> None:
+    def _release(self, served: ServedModel, count: int) -> None:
         with self._lock:
             self._outstanding[served.id] -= count
 

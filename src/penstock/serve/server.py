@@ -17,10 +17,10 @@ from penstock.serve.config import ServeConfig
 try:
     import uvicorn
 
-    from penstock.serve import keys
+    from penstock.serve import auth
     from penstock.serve.app import Service, build
+    from penstock.serve.http_protocol import LimitedHttpProtocol
     from penstock.serve.store import open_store
-    from penstock.serve.wire import Wire
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("penstock"):
         raise
@@ -35,7 +35,7 @@ def serve(config: ServeConfig) -> None:
     if config.key is None and not _is_local(config.host):
         raise UserError(
             f"--host {config.host}: other machines could reach the server there, so it needs a key that you chose: "
-            f"--key, with {keys.SHORTEST_KEY} characters or more."
+            f"--key, with {auth.SHORTEST_KEY} characters or more."
         )
     if config.key is not None and config.new_key:
         raise UserError("--new-key makes a key, and --key gives one; leave one of them out.")
@@ -43,7 +43,7 @@ def serve(config: ServeConfig) -> None:
         torch.set_num_threads(config.threads)
     store = open_store(config.data_dir, config.database, move_damaged=config.move_damaged)
     try:
-        made = keys.settle(store, config.key, config.new_key)
+        made = auth.settle(store, config.key, config.new_key)
         store.end_unfinished()
         service = Service(config, store)
         listener = listen(config.host, config.port)
@@ -86,7 +86,7 @@ class Web(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build(service),
-                http=Wire,
+                http=LimitedHttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -1,0 +1,167 @@
+"""What a stage brings in: the model's address, its encoder, and its records with their tokens."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags, recompute_of
+from penstock.data import formats
+from penstock.data.chat import Encoder
+from penstock.data.formats import SHOWN, Kind
+from penstock.errors import DataError, UserError
+from penstock.memory.strategy import DTYPES, Strategy
+from penstock.memory.tiers import Ram
+from penstock.models import pretrained
+from penstock.models.config import DecoderConfig
+from penstock.models.linear import arithmetic_of
+from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
+from penstock.models.roles import ScalarModel
+from penstock.planner.workload import RoleSpec, Workload, elements_of, forecast_of
+from penstock.rollout.engine import Answer
+from penstock.run.directory import resolve_model
+from penstock.run.session import Session
+
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def strategy_of(flags: RunFlags) -> Strategy:
+    """The strategy that a command's flags name."""
+    return Strategy.named(
+        flags.strategy, dtype=flags.dtype, device=flags.device, device_memory=flags.device_memory,
+        host_memory=flags.host_memory, disk=flags.disk, recompute=recompute_of(flags),
+        chunk_size=elements_of(flags.chunk_size, flags.dtype), activation_budget=flags.activation_budget,
+    )  # fmt: skip
+
+
+def learns(flags: LoraFlags, seed: int) -> dict[str, Any]:
+    """How a role is read, for its `from_pretrained`: whole, with a new adapter, or with one that was saved."""
+    spec = None
+    if flags.lora is not None:
+        spec = LoraSpec(flags.lora, flags.lora_alpha, flags.lora_targets or ALL_LINEAR, flags.rslora)
+    elif flags.lora_alpha is not None or flags.lora_targets or flags.rslora:
+        raise UserError("--lora-alpha, --lora-targets and --rslora shape a new adapter: give its rank too, --lora 16.")
+    adapter = None if flags.adapter is None else resolve_model(flags.adapter)
+    if flags.num_layers_unfrozen is not None and (spec or adapter):
+        raise UserError("--num-layers-unfrozen: under an adapter no block learns; give one of the two.")
+    return {
+        "lora": spec, "adapter": adapter, "seed": seed, "base_dtype": flags.base_dtype,
+        "unfrozen": flags.num_layers_unfrozen,
+    }  # fmt: skip
+
+
+def check_adapter_learns(model: Any, flags: LoraFlags) -> None:
+    """Raises UserError for packed weights without an adapter that learns in their place."""
+    if flags.base_dtype is not None and model.decoder.adapted is None:
+        raise UserError(
+            f"--base-dtype {flags.base_dtype}: packed weights cannot learn; give an adapter that does: --lora 16."
+        )
+
+
+def reserve_activations(
+    strategy: Strategy, stage: str, roles: Mapping[str, Any], optim: OptimFlags, *, longest: int, response: int = 0,
+    mini_batch_size: int | None = None, rollout_batch_size: int | None = None, rows: int | None = None,
+) -> Ram | None:  # fmt: skip
+    """Has the strategy leave so much of a device budget to activations as the plan says this work needs.
+
+    Returns the host tier where the KV cache must be swapped for that.
+
+    `roles`: the models, by name, before they are prepared; `longest`: tokens of the longest row, the last `response`
+    of them generated; `rows` per step over all ranks, the batch size when not given.
+    """
+    if strategy.tiers["device"].budget is None:
+        return None
+    batch_size = rows or optim.batch_size
+    work = Workload(
+        stage,
+        tuple(_role(name, model, strategy) for name, model in roles.items()),
+        batch_size, optim.micro_batch_size, mini_batch_size or batch_size, optim.epochs, longest - response, response,
+        rollout_batch_size,
+    )  # fmt: skip
+    found = forecast_of(
+        work, strategy=strategy.name, dtype=NAME_OF[strategy.dtype], world=strategy.world.size,
+        budgets={name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
+        recompute=strategy.recompute, chunk_size=strategy.chunk_size, timed=False,
+        activation_budget=strategy.activation_budget, arithmetic=arithmetic_of(strategy.world.device.type),
+    )  # fmt: skip
+    strategy.reserve, strategy.recompute = found.activations, found.recompute
+    strategy.swapped = found.swapped
+    host = strategy.tiers["host"]
+    return host if found.swapped and isinstance(host, Ram) else None
+
+
+def _role(name: str, model: Any, strategy: Strategy) -> RoleSpec:
+    adapted = model.decoder.adapted
+    return RoleSpec(
+        name, model.decoder.config, any(p.requires_grad for p in model.parameters()),
+        isinstance(model, ScalarModel),
+        adapted.spec if adapted else None, base_dtype=model.decoder.base_dtype,
+        groups=tuple((group, tuple(weights)) for group, weights in strategy.groups_of(model)),
+    )  # fmt: skip
+
+
+def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:
+    """The model's own tokenizer and template; rows never longer than the model's positions.
+
+    `reserve` tokens are kept free behind a prompt for the response.
+    """
+    longest = min(flags.max_length, config.max_length)
+    eos_ids, vocab_size = config.eos_ids, config.vocab_size
+    return Encoder.for_model(source, eos_ids=eos_ids, vocab_size=vocab_size, max_length=longest, reserve=reserve)
+
+
+def keep_tokenizer(session: Session, source: str) -> None:
+    """Every model that the session saves gets the tokenizer files of the model it came from."""
+    session.finishing = functools.partial(pretrained.copy_tokenizer, source)
+
+
+def read(
+    say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
+) -> tuple[list[Any], list[Any]]:
+    """The records of the files and each one's tokens, with what was sniffed and what was left out said aloud.
+
+    The tokens are what the encoder makes of that kind: an Example, a prompt's ids, or a prompt's and responses' ids.
+    Raises DataError for records that do not fit the model, unless `--skip-bad` leaves them out.
+    """
+    keys = dict(one.partition("=")[::2] for one in flags.keys)
+    if not all(keys.values()):
+        raise UserError(f"--keys {' '.join(flags.keys)}: give pairs ours=theirs, as in --keys prompt=question.")
+    dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad)
+    say(dataset.decision)
+    encoders: dict[Kind, Callable[[Any], Any]] = {
+        "demonstrations": encoder.encode_demonstration,
+        "comparisons": encoder.encode_comparison,
+        "prompts": encoder.encode_prompt,
+    }
+    encode = encoders[kind]
+    records, encoded, bad = [], [], list(dataset.bad)
+    for record in dataset.records:
+        try:
+            encoded.append(encode(record))
+            records.append(record)
+        except DataError as error:
+            bad.append(str(error))
+    if bad and not flags.skip_bad:
+        more = [f"... and {len(bad) - SHOWN} more."] if len(bad) > SHOWN else []
+        raise DataError("\n".join([*bad[:SHOWN], *more]))
+    if not records:
+        raise DataError(f"{', '.join(files)}: --skip-bad left nothing; the first problem: {bad[0]}")
+    if bad:
+        say(f"--skip-bad left out {len(bad)} of {len(bad) + len(records)} records, the first: {bad[0]}")
+    return records, encoded
+
+
+def sample_rows(
+    encoder: Encoder, answers: Sequence[Answer], scores: Sequence[float] | None = None, *, kind: str
+) -> list[dict[str, Any]]:
+    """Answers as samples.jsonl holds them: text where there is a tokenizer, ids where there is none.
+
+    `kind` is greedy (the same prompts before and after training) or rollout (what PPO sampled to learn from).
+    """
+    rows: list[dict[str, Any]] = []
+    for i, answer in enumerate(answers):
+        prompt, response = encoder.decode(answer.prompt_ids), encoder.decode(answer.response_ids)
+        if encoder.tokenizer is None:
+            prompt, response = str(answer.prompt_ids), str(answer.response_ids)
+        row = {"kind": kind, "prompt": prompt, "response": response, "finish_reason": answer.finish_reason}
+        rows.append(row if scores is None else {**row, "score": scores[i]})
+    return rows

@@ -1,0 +1,325 @@
+"""`penstock demo`: base model, SFT, labellers, reward model, PPO, and an honest report, on Toyland.
+
+Every stage runs as a user would run it, through the same functions and run directories; only the base model's corpus,
+the demonstrations and the labels come from Toyland. Gold scores are measured here, on questions that no stage ever
+saw, and shown to nobody else (PPO.md 25).
+"""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.algorithms.ppo import ppo
+from penstock.algorithms.reward import reward
+from penstock.algorithms.setup import encoder_of
+from penstock.algorithms.sft import sft
+from penstock.commands.generate import generate as answer_file
+from penstock.config import (
+    DataFlags,
+    DemoConfig,
+    GenerateConfig,
+    OptimFlags,
+    PPOConfig,
+    RewardConfig,
+    RunFlags,
+    SFTConfig,
+)
+from penstock.data.formats import Prompt
+from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
+from penstock.errors import UserError
+from penstock.models import presets
+from penstock.models.decoder import Decoder
+from penstock.models.roles import Actor
+from penstock.rollout.engine import generate
+from penstock.rollout.sampling import Sampling
+from penstock.run.directory import refused, resolve_model
+from penstock.run.metrics import peak_rss_bytes, read_lines
+from penstock.run.report import Curve, Curves, Samples, Section, Table, Text, page
+
+HELDOUT = 256
+"""Questions that nothing is trained on."""
+LABEL_NOISE = 0.7
+"""Standard deviation of a labeller's judgement, in units of gold."""
+RESPONSE_TOKENS = 40
+BEST_OF = 8
+"""Answers of the SFT model from which the reward model takes one: what PPO has to beat at an eighth of the price."""
+MARK = ".penstock-demo"
+"""Only a directory that holds this file is ever replaced."""
+
+
+def demo(config: DemoConfig) -> Path:
+    """Runs all seeds and writes report.html and report.json in `config.out`."""
+    out = Path(config.out)
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not (out / MARK).exists():
+                raise UserError(f"--out {out}: is not empty and no demo made it; choose another --out.")
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+    except OSError as error:
+        raise refused(f"--out {out}", error) from error
+    results = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        here = out if config.seeds == 1 else out / f"seed-{seed}"
+        results.append(one_seed(here, seed))
+        result = results[-1].facts
+        print(
+            f"seed {seed}: gold base {result['base_gold']:+.2f}, sft {result['sft_gold']:+.2f}, "
+            f"best of {BEST_OF} {result['best_of_gold']:+.2f}, "
+            f"ppo {result['ppo_gold']:+.2f} (se {result['gold_se']:.2f}); reward model {result['rm_accuracy']:.3f} of "
+            f"{result['rm_ceiling']:.3f}; kl {result['kl']:.1f} nats; {result['seconds']:.0f} s",
+            flush=True,
+        )
+    report = {
+        "seeds": [one.facts for one in results],
+        "curves": [one.curves for one in results],
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page_of(results), encoding="utf-8")
+    print(json.dumps(report["seeds"]) if config.json else f"wrote {out / 'report.html'}")
+    return out
+
+
+@dataclasses.dataclass
+class SeedResult:
+    """One repetition: the facts of report.json, and what its part of the page shows."""
+
+    facts: dict[str, Any]
+    """seed, base_gold, sft_gold, best_of_gold, ppo_gold, gold_se, rm_accuracy, rm_ceiling, kl, seconds; gold_se is the
+    standard error of ppo_gold - sft_gold."""
+    curves: dict[str, dict[str, Curve]]
+    """Title of a picture -> name of a line -> its points; also in report.json, for those who draw their own."""
+    answers: list[tuple[str, dict[str, tuple[str, float | None]]]]
+    """Per held-out question, what base, sft and ppo answered, with gold."""
+
+
+def one_seed(out: Path, seed: int) -> SeedResult:
+    """The whole way once."""
+    started = time.perf_counter()
+    world, rng = Toyland(seed), random.Random(f"demo {seed}")
+    trained_on, heldout = world.split(seed, HELDOUT)
+    data = out / "data"
+    data.mkdir(parents=True, exist_ok=True)
+
+    # A base model that has read about animals but never answered anybody.
+    corpus = [world.text(rng) for _ in range(9600)]
+    demonstrators = [(q, world.demonstration(q, rng)) for q in trained_on[:1500]]
+    untrained = out / "untrained"
+    tokenizer = save_tokenizer(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]])
+    architecture = dataclasses.replace(
+        presets.named("s"), vocab_size=len(tokenizer), d_model=160, num_layers=3, num_heads=5, num_kv_heads=5,
+        head_dim=32, d_ff=640, max_length=64,
+        hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
+    )  # fmt: skip
+    Decoder(architecture, generator=torch.Generator().manual_seed(seed)).save_pretrained(untrained)
+    write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
+    base = sft(
+        SFTConfig(
+            model=str(untrained),
+            data=DataFlags(data=(str(data / "corpus.jsonl"),), max_length=64),
+            run=RunFlags(out=str(out / "base"), seed=seed, checkpoint_every=10_000, keep=1),
+            optim=OptimFlags(lr=5e-3, batch_size=32, micro_batch_size=32),
+            heldout=0.02, samples=0,
+        )
+    )  # fmt: skip
+
+    # Stage 1: demonstrations.
+    write_lines(data / "demonstrations.jsonl", [{"prompt": q.prompt, "response": a} for q, a in demonstrators])
+    tuned = sft(
+        SFTConfig(
+            model=str(base),
+            data=DataFlags(data=(str(data / "demonstrations.jsonl"),), max_length=64),
+            run=RunFlags(out=str(out / "sft"), seed=seed, checkpoint_every=10_000, keep=1),
+            optim=OptimFlags(lr=1.5e-3, batch_size=32, micro_batch_size=32, epochs=3),
+            max_new_tokens=RESPONSE_TOKENS,
+        )
+    )
+
+    # Stage 2: labellers rank K = 4 answers of the SFT model by gold plus noise; the reward model sees ranks only.
+    asked = trained_on[1500:3000]
+    sampled = answer(tuned, asked, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed + 1))
+    comparisons = []
+    for question, four in zip(asked, sampled, strict=True):
+        told = dict(four)  # text -> whether it ended; the same answer given twice is judged once, and ties with itself
+        if "" in told:
+            continue  # nobody can judge an empty answer
+        judged = ranks([world.gold(question, text, ended) for text, ended in told.items()], LABEL_NOISE, rng)
+        place = dict(zip(told, judged, strict=True))
+        texts = [text for text, _ in four]
+        labels = ranking([place[text] for text in texts])
+        comparisons.append({"prompt": question.prompt, "responses": texts, "ranking": labels})
+    write_lines(data / "comparisons.jsonl", comparisons)
+    judge = reward(
+        RewardConfig(
+            model=str(tuned),
+            data=DataFlags(data=(str(data / "comparisons.jsonl"),), max_length=64),
+            run=RunFlags(out=str(out / "reward"), seed=seed, checkpoint_every=10_000, keep=1),
+            optim=OptimFlags(lr=3e-4, batch_size=16, micro_batch_size=64, epochs=1),
+            heldout=0.15, eval_every=40,
+        )
+    )  # fmt: skip
+
+    # Stage 3: PPO sees prompts and the reward model.
+    write_lines(data / "prompts.jsonl", [{"prompt": q.prompt} for q in trained_on[3000:]])
+    aligned = ppo(
+        PPOConfig(
+            actor=str(tuned), reward=str(judge),
+            data=DataFlags(data=(str(data / "prompts.jsonl"),), max_length=64),
+            run=RunFlags(out=str(out / "ppo"), seed=seed, checkpoint_every=10_000, keep=1),
+            optim=OptimFlags(lr=3e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=28),
+            critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1, samples=64,
+        )
+    )  # fmt: skip
+    return measure(out, seed, world, heldout, {"base": base, "sft": tuned, "ppo": aligned}, judge, started)
+
+
+def measure(
+    out: Path, seed: int, world: Toyland, heldout: list[Question], runs: dict[str, Path], judge: Path, started: float
+) -> SeedResult:
+    """Gold of base, SFT, the best of 8 of SFT and PPO on the held-out questions, one answer each, and what the runs
+    logged."""
+    sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
+    answers = {name: [one for (one,) in answer(run, heldout, sampling)] for name, run in runs.items()}
+    best = best_of(out, runs["sft"], heldout, judge, seed + 2)
+    answers = {"base": answers["base"], "sft": answers["sft"], f"best of {BEST_OF}": best, "ppo": answers["ppo"]}
+    golds: dict[str, list[float]] = {}
+    texts: dict[str, list[str]] = {}
+    for name, told in answers.items():
+        texts[name] = [text for text, _ in told]
+        golds[name] = [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, told, strict=True)]
+    mean = {name: statistics.mean(values) for name, values in golds.items()}
+    variance = {name: statistics.variance(values) / len(values) for name, values in golds.items()}
+
+    asked = {question.prompt: question for question in world.questions}
+    learned = read_lines(runs["ppo"] / "metrics.jsonl")
+    gold_by_step: dict[int, list[float]] = {}
+    for row in read_lines(runs["ppo"] / "samples.jsonl"):
+        if row["kind"] == "rollout":
+            ended = row["finish_reason"] == "stop"
+            gold_by_step.setdefault(row["step"], []).append(world.gold(asked[row["prompt"]], row["response"], ended))
+    steps = [row["step"] for row in learned]
+    curves: dict[str, dict[str, Curve]] = {
+        "gold (hidden) and proxy scores": {
+            "gold": (list(gold_by_step), [statistics.mean(values) for values in gold_by_step.values()]),
+            "proxy": (steps, [row["objective/scores"] for row in learned]),
+        },
+        "KL from the SFT model, nats per answer": {"kl": (steps, [row["objective/kl"] for row in learned])},
+        "answer length, tokens": {"length": (steps, [row["objective/response_length"] for row in learned])},
+    }
+    judged = read_lines(judge / "metrics.jsonl")[-1]
+    facts = {
+        "seed": seed,
+        "base_gold": mean["base"],
+        "sft_gold": mean["sft"],
+        "best_of_gold": mean[f"best of {BEST_OF}"],
+        "ppo_gold": mean["ppo"],
+        "gold_se": math.sqrt(variance["sft"] + variance["ppo"]),
+        "rm_accuracy": judged["heldout/accuracy"],
+        "rm_ceiling": noise_ceiling(world, out / "data" / "comparisons.jsonl"),
+        "kl": learned[-1]["objective/kl"],
+        "seconds": time.perf_counter() - started,
+    }
+    shown: list[tuple[str, dict[str, tuple[str, float | None]]]] = [
+        (q.prompt.strip(), {name: (texts[name][i], golds[name][i]) for name in answers})
+        for i, q in enumerate(heldout[:10])
+    ]
+    return SeedResult(facts, curves, shown)
+
+
+def noise_ceiling(world: Toyland, comparisons: Path) -> float:
+    """The pair accuracy that gold itself would reach on the noisy labels; a tie in gold is a coin toss."""
+    asked = {question.prompt: question for question in world.questions}
+    right = pairs = 0.0
+    for row in read_lines(comparisons):
+        golds = [world.gold(asked[row["prompt"]], text) for text in row["responses"]]
+        places = {i: place for place, group in enumerate(row["ranking"]) for i in group}
+        for i, a in enumerate(golds):
+            for j, b in enumerate(golds):
+                if places[i] < places[j]:
+                    right += 1.0 if a > b else 0.5 if a == b else 0.0
+                    pairs += 1
+    return right / pairs
+
+
+def answer(run: Path, questions: list[Question], sampling: Sampling) -> list[list[tuple[str, bool]]]:
+    """Sampled answers of a run's model to each question: (text, ended by itself)."""
+    source = resolve_model(str(run))
+    actor = Actor.from_pretrained(source).eval()
+    config = actor.decoder.config
+    encoder = encoder_of(source, config, DataFlags(data=(), max_length=64), reserve=RESPONSE_TOKENS)
+    prompts = [encoder.encode_prompt(Prompt(prompt=q.prompt, where="toyland")) for q in questions]
+    answers = generate(actor.decoder, prompts, sampling, eos_ids=encoder.eos_ids, batch_size=256)
+    told = [(encoder.decode(a.response_ids), a.finish_reason == "stop") for a in answers]
+    return [told[i : i + sampling.n] for i in range(0, len(told), sampling.n)]
+
+
+def best_of(out: Path, run: Path, questions: list[Question], judge: Path, seed: int) -> list[tuple[str, bool]]:
+    """Per question the answer, of `BEST_OF`, that the reward model likes most: (text, ended by itself)."""
+    asked, answered = out / "data" / "heldout.jsonl", out / "data" / "best-of.jsonl"
+    write_lines(asked, [{"prompt": question.prompt} for question in questions])
+    answer_file(
+        GenerateConfig(
+            model=str(run), data=str(asked), out=str(answered), reward=str(judge), best_of=BEST_OF, seed=seed,
+            max_new_tokens=RESPONSE_TOKENS, batch_size=256,
+        )
+    )  # fmt: skip
+    return [(row["response"], row["finish_reason"] == "stop") for row in read_lines(answered)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def page_of(results: list[SeedResult]) -> str:
+    """The demo's report.html."""
+    sections: list[Section] = [
+        Text(
+            "A small world of animals and people who ask about them. A base model learned plain text; SFT learned to "
+            "answer from demonstrators of mixed care; a reward model learned from noisy rankings of four answers; PPO "
+            "learned from the reward model. A hidden gold function (true, to the point, friendly, not too long) was "
+            "shown to nobody, and measured all of them on questions that nothing was trained on."
+        )
+    ]
+    header = ("seed", "gold: base", "gold: sft", f"gold: best of {BEST_OF}", "gold: ppo",
+              "se of ppo - sft", "ppo - sft in se", "reward accuracy",
+              "noise ceiling", "KL, nats", "seconds")  # fmt: skip
+    rows = []
+    for facts in (result.facts for result in results):
+        gain = facts["ppo_gold"] - facts["sft_gold"]
+        rows.append(
+            (str(facts["seed"]), *(f"{facts[k]:+.2f}" for k in ("base_gold", "sft_gold", "best_of_gold", "ppo_gold")),
+             f"{facts['gold_se']:.3f}", f"{gain / facts['gold_se']:+.1f}", f"{facts['rm_accuracy']:.3f}",
+             f"{facts['rm_ceiling']:.3f}", f"{facts['kl']:.1f}", f"{facts['seconds']:.0f}")
+        )  # fmt: skip
+    sections.append(Table(f"Gold scores on {HELDOUT} held-out questions", header, rows))
+    for result in results:
+        seed = result.facts["seed"]
+        scores = result.curves["gold (hidden) and proxy scores"]
+        if over_optimised(scores):
+            sections.append(Text(f"Seed {seed}: the proxy score rose while gold fell: over-optimisation.", loud=True))
+        sections.append(Curves(f"PPO, seed {seed}", result.curves))
+        sections.append(Samples(f"Answers to held-out questions, seed {seed} (gold)", result.answers))
+    return page("penstock demo", "base model, SFT, reward model and PPO on Toyland", sections)
+
+
+def over_optimised(scores: dict[str, Curve]) -> bool:
+    """True when, over the second half of PPO, the proxy rose and gold fell by more than a tenth of its spread."""
+
+    def rise(curve: Curve) -> float:
+        ys = list(curve[1])
+        half, quarter = ys[len(ys) // 2 :], max(len(ys) // 8, 1)
+        spread = statistics.pstdev(ys) or 1.0
+        return (statistics.mean(half[-quarter:]) - statistics.mean(half[:quarter])) / spread
+
+    return rise(scores["proxy"]) > 0.1 and rise(scores["gold"]) < -0.1

@@ -1,0 +1,69 @@
+"""`penstock doctor`: what this machine has, what is missing, and what to do about it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+
+NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "tyro", "rich", "matplotlib", "tomli_w")
+EXTRAS = {"pyarrow": "reading .parquet data: pip install 'penstock[parquet]'"}
+
+
+def doctor() -> int:
+    """Prints the findings and returns the exit code: 0 when training can start, 3 when something needed is missing."""
+    lines, problems = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"], []
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+        problems.append("penstock is tested with Python 3.11 and 3.12 only.")
+    for name in NEEDED:
+        try:
+            lines.append(f"{name:12} {importlib.metadata.version(name.replace('_', '-'))}")
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{name} is not installed: run make setup.")
+    for name, use in EXTRAS.items():
+        if importlib.util.find_spec(name) is None:
+            lines.append(f"{name:12} not installed (only for {use})")
+    lines.append(f"cores        {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        total, free = (int(facts[key].split()[0]) / 2**20 for key in ("MemTotal", "MemAvailable"))
+        lines.append(f"memory       {free:.1f} GiB free of {total:.1f} GiB")
+    disk = shutil.disk_usage(".")
+    lines.append(f"disk here    {disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} GiB")
+    if disk.free < 2**30:
+        problems.append("Less than 1 GiB of disk is free here: checkpoints will not fit.")
+    if not any("torch is not" in one for one in problems):
+        lines += [*_devices(), f"C            {_compiler()}"]
+    print("\n".join(lines))
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("ready to train" if not problems else f"{len(problems)} to mend")
+    return 3 if problems else 0
+
+
+def _compiler() -> str:
+    from penstock.kernels import compile as compiler
+    from penstock.memory import adamw
+
+    made = compiler.compiled(adamw.SOURCE)
+    if isinstance(made, str):
+        return f"none ({made}): decoding and optimizer updates on this CPU take two to five times as long"
+    return "compiled for this CPU: decoding and optimizer updates"
+
+
+def _devices() -> list[str]:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        bf16 = "with" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "without"
+        return [f"device       cpu, {torch.get_num_threads()} threads, {bf16} bf16 instructions"]
+    if accelerator.type != "cuda":
+        return [f"device       {accelerator.type}"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        lines.append(f"device       cuda:{index} {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+    return lines

@@ -1,0 +1,51 @@
+"""`penstock export`: a run's model as a directory that transformers loads."""
+
+import os
+import shutil
+from pathlib import Path
+
+from penstock.config import ExportConfig
+from penstock.errors import UserError
+from penstock.memory.strategy import DTYPES
+from penstock.models import pretrained
+from penstock.models.adapter_files import dtype_of, is_adapter_directory
+from penstock.models.lora import merge
+from penstock.run.directory import RunDirectory, refused, resolve_model
+
+
+def export(config: ExportConfig) -> Path:
+    """Copies the best (or newest verified) checkpoint's model or adapter; with --dtype, rounded or widened on the way,
+    and with --merge the base with the adapter in it."""
+    RunDirectory.peek(config.run)
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists and is not empty; choose another directory.")
+    source = Path(resolve_model(config.run, config.which))
+    if source.name != config.which:
+        raise UserError(f"{config.run}: this run has no {config.which}; only ppo runs have a critic.")
+    adapter = is_adapter_directory(source)
+    if config.merge and not adapter:
+        raise UserError(f"--merge: {config.run} trained all weights and has no adapter; leave --merge out.")
+    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        if config.merge:
+            pretrained.copy_tokenizer(source, unfinished)
+        else:
+            for file in source.iterdir():
+                shutil.copyfile(file, unfinished / file.name)
+        if config.merge or config.dtype is not None:
+            dtype = DTYPES[config.dtype] if config.dtype else dtype_of(source)
+            decoder, extras = pretrained.load(source, dtype=dtype, device="cpu")
+            if config.merge:
+                merge(decoder, keep=False)
+            said = {key: value for key, value in decoder.config.hf.items() if key.startswith("penstock_")}
+            pretrained.save(decoder, unfinished, score=extras.get("score.weight"), extra_config=said)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    except OSError as error:
+        raise refused(f"--out {out}", error) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out

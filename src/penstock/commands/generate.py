@@ -1,0 +1,206 @@
+"""`penstock generate` and `penstock chat`: a trained model answers, from a file or in the terminal."""
+
+import contextlib
+import functools
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from penstock.algorithms.reward_source import Scorer, scorer_of
+from penstock.algorithms.setup import encoder_of, read
+from penstock.config import ChatConfig, DataFlags, GenerateConfig
+from penstock.data.chat import Encoder
+from penstock.data.formats import Prompt
+from penstock.errors import DataError, UserError
+from penstock.memory.strategy import Strategy
+from penstock.models.roles import Actor
+from penstock.rollout import engine
+from penstock.rollout.engine import Answer, Engine
+from penstock.rollout.sampling import Sampling
+from penstock.run.directory import refused, resolve_model
+
+
+def generate(config: GenerateConfig) -> None:
+    """Answers every prompt and writes one JSON object per answer, to --out or the terminal."""
+    if (config.data is None) == (config.prompt is None):
+        raise UserError("generate needs prompts: give either --prompt TEXT or --data FILE.")
+    if config.out and Path(config.out).exists():
+        raise UserError(f"--out {config.out}: exists already; choose another name or remove it.")
+    if bool(config.reward) + bool(config.reward_fn) > 1:
+        raise UserError("give --reward or --reward-fn, not both.")
+    if config.best_of and not (config.reward or config.reward_fn):
+        raise UserError("--best-of needs a judge: give --reward RUN or --reward-fn file.py:name.")
+    if config.best_of and config.best_of < config.n:
+        raise UserError(f"--best-of {config.best_of} keeps the best --n {config.n} answers; give at least as many.")
+    sampling = _sampling(config, n=max(config.n, config.best_of))
+    strategy, actor, encoder = load(config)
+    flags = DataFlags(data=(config.data or "",), skip_bad=config.skip_bad)
+    if config.prompt is not None:
+        records: list[Any] = [Prompt(prompt=config.prompt, where="--prompt")]
+        prompts = [encoder.encode_prompt(records[0])]
+    else:
+        records, prompts = read(functools.partial(print, file=sys.stderr), encoder, flags.data, "prompts", flags)
+    scorer = _scorer(config, strategy, encoder, flags) if config.reward or config.reward_fn else None
+    lines = _answers(config, actor, encoder, records, prompts, sampling, scorer)
+    if config.out is None:
+        for line in lines:
+            as_text = line["response"] if encoder.tokenizer else " ".join(map(str, line["response_ids"]))
+            print(json.dumps(line, ensure_ascii=False) if config.json else as_text)
+        return
+    unfinished = Path(config.out + ".tmp")
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        unfinished.rename(config.out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise refused(f"--out {config.out}", error) from error
+    print(f"wrote {config.out}", file=sys.stderr)
+
+
+WINDOW = 16
+"""Batches of answers that are in work at once: long prompts find each other there, and answers are written in order."""
+
+
+def _answers(
+    config: GenerateConfig, actor: Actor, encoder: Encoder, records: list[Any], prompts: list[list[int]],
+    sampling: Sampling, scorer: Scorer | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    engine = Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=config.batch_size, tokenizer=encoder.tokenizer)
+    n = sampling.n
+    window = max(WINDOW * config.batch_size // n, 1)
+    for start in range(0, len(prompts), window):
+        answers = engine.generate(prompts[start : start + window], sampling, first_episode=start * n)
+        scores: list[float | None] = [None] * len(answers)
+        if scorer is not None:
+            scores = [*scorer([records[start + i // n] for i in range(len(answers))], answers)]
+        for i in range(0, len(answers), n):
+            mine = list(zip(answers[i : i + n], scores[i : i + n], strict=True))
+            if config.best_of:
+                mine = sorted(mine, key=lambda one: -one[1] if one[1] is not None else 0)[: config.n]
+            for answer, score in mine:
+                yield _line(encoder, answer, score)
+
+
+def _line(encoder: Encoder, answer: Answer, score: float | None) -> dict[str, Any]:
+    response = encoder.decode(answer.response_ids) if answer.text is None else answer.text
+    line = {
+        "prompt": encoder.decode(answer.prompt_ids),
+        "response": response,
+        "prompt_ids": answer.prompt_ids,
+        "response_ids": answer.response_ids,
+        "logprobs": answer.logprobs,
+        "finish_reason": answer.finish_reason,
+    }
+    extra = {"top_logprobs": answer.top_logprobs, "score": score, "error": answer.error}
+    return line | {key: value for key, value in extra.items() if value not in (None, [])}
+
+
+def _scorer(config: GenerateConfig, strategy: Strategy, encoder: Encoder, flags: DataFlags) -> Scorer:
+    say = functools.partial(print, file=sys.stderr)
+    model, scorer_from, _ = scorer_of(
+        config.reward, config.reward_fn, encoder, strategy, flags, config.batch_size, say
+    )  # fmt: skip
+    return scorer_from() if model is None else scorer_from(strategy.prepare(model))
+
+
+def chat(config: ChatConfig) -> None:
+    """A conversation on stdin and stdout: answers stream as they are made; /reset forgets, /quit or Ctrl-D ends."""
+    _, actor, encoder = load(config)
+    if encoder.tokenizer is None:
+        raise UserError(
+            f"--model {config.model}: has no tokenizer, so it cannot chat; use penstock generate with prompt_ids."
+        )
+    sampling, engine = _sampling(config), Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=1)
+    interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    opening = [{"role": "system", "content": config.system}] if config.system else []
+    messages, turn = list(opening), 0
+    if interactive:
+        print(f"{config.model}: type a message; /reset forgets the conversation, /quit ends.")
+    while True:
+        try:
+            text = input("you> " if interactive else "")
+        except EOFError:
+            return
+        if text.strip() in ("/quit", "/exit"):
+            return
+        if text.strip() == "/reset":
+            messages = list(opening)
+            continue
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            messages, prompt = _fit(encoder, messages, opening)
+        except DataError:
+            messages.pop()
+            print("(that message is too long for the model's context and was not sent)", file=sys.stderr)
+            continue
+        reply = _say(config, engine, encoder, prompt, sampling, turn)
+        messages.append({"role": "assistant", "content": reply})
+        turn += 1
+
+
+def _fit(
+    encoder: Encoder, messages: list[dict[str, str]], opening: list[dict[str, str]]
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The conversation and its tokens; the oldest turns are forgotten, with a word, when they no longer fit."""
+    while True:
+        try:
+            prompt = encoder.encode_prompt(Prompt(messages=tuple(messages), where="chat:1"))
+            return messages, prompt
+        except DataError:
+            rest = messages[len(opening) :]
+            if len(rest) <= 1:
+                raise
+            messages = [*opening, *rest[2:]]
+            print("(the oldest turn no longer fits the context and is forgotten)", file=sys.stderr)
+
+
+def _say(config: ChatConfig, engine: Engine, encoder: Encoder, prompt: list[int], sampling: Sampling, turn: int) -> str:
+    """Streams one answer to stdout and returns it."""
+    ids: list[int] = []
+    shown = ""
+    try:
+        for token in engine.stream(prompt, sampling, episode=turn):
+            ids.append(token)
+            text = encoder.decode(ids)
+            if text.endswith("\ufffd"):  # half a character: the rest of its bytes comes with the next token
+                continue
+            if not config.json:
+                print(text[len(shown) :], end="", flush=True)
+            shown = text
+    except KeyboardInterrupt:
+        print(" (stopped)", file=sys.stderr)
+    print(json.dumps({"response": shown}, ensure_ascii=False) if config.json else "", flush=True)
+    return shown
+
+
+def load(config: GenerateConfig | ChatConfig) -> tuple[Strategy, Actor, Encoder]:
+    """The model that --model names, where it is, and its encoder."""
+    source = resolve_model(config.model)
+    adapter = None if config.adapter is None else resolve_model(config.adapter)
+    strategy, actor = engine.load(source, config.dtype, config.device, adapter)
+    longest = actor.decoder.config.max_length
+    return strategy, actor, encoder_of(source, actor.decoder.config, DataFlags(data=(), max_length=longest))
+
+
+def _sampling(config: GenerateConfig | ChatConfig, n: int = 1) -> Sampling:
+    more: dict[str, Any] = {}
+    if isinstance(config, GenerateConfig):
+        more = {name: getattr(config, name) for name in ("min_p", "repetition_penalty", "stop", "top_logprobs")}
+    try:
+        return Sampling(
+            temperature=config.temperature, max_new_tokens=config.max_new_tokens, n=n,
+            top_k=config.top_k, top_p=config.top_p, seed=config.seed, **more,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{error}.") from error

@@ -1,0 +1,62 @@
+"""C where torch has no operation for it: compiled by this machine's own compiler when first needed, kept in a cache.
+
+It saves time and nothing else: without a compiler torch operations do the same work, slower. `penstock doctor` says
+which of the two it will be. Threads come from OpenMP, so that torch's own pool is shared and not fought with.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from penstock.kernels.machine import cache_directory, cpu_facts
+
+FLAGS = (
+    "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
+    "-fPIC",
+)  # fmt: skip
+
+
+@functools.cache
+def compiled(*files: Path) -> ctypes.CDLL | str:
+    """One library of these C files, compiled for this machine, or why it is not; headers are named beside them."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return "no C compiler (cc)"
+    cache = cache_directory()
+    command = [compiler, *FLAGS]
+    sources = [str(file) for file in files if file.suffix == ".c"]
+    everything = b"".join(file.read_bytes() for file in files)
+    stamp = hashlib.sha256(everything + " ".join((*command, cpu_facts())).encode()).hexdigest()[:16]
+    made = cache / f"{files[0].stem}-{stamp}.so"
+    try:
+        if not made.exists():
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=cache) as beside:
+                fresh = Path(beside) / made.name
+                command += [*sources, "-o", str(fresh), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+                fresh.replace(made)  # whole or not at all: ranks may compile side by side
+        return ctypes.CDLL(str(made))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler}: {' '.join((error.stderr or 'failed').strip().splitlines()[-1:])}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+
+
+def give_back() -> None:
+    """Has the C library return what was freed to the system, where it can (glibc): a tenth of a small run's memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def real() -> bool:
+    """Whether tensors have memory: in a dry run they have not."""
+    return torch._guards.detect_fake_mode() is None

@@ -1,0 +1,177 @@
+"""One token per row on a CPU: products of few rows with a weight, and attention over a cache, in C.
+
+torch's own are made for many rows: with 8 of them an fp32 product runs at a fifth of the processor's rate, and bf16 on
+processors without bf16 instructions at a tenth. Here a weight is read once at memory speed, widened in registers or fed
+to the matrix unit as it lies, and a row's result does not depend, to the last bit, on the rows beside it. Beside them
+the C chooses tokens, and makes GELU for training too. Where there is no compiler, torch does it all.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import record_function
+
+from penstock.kernels import compile as compiler
+
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "products.c", "vectors.h")]
+FEW = 64
+"""Rows up to which a product is made here: with more, torch's blocking wins."""
+WIDEST = 512
+"""Elements per head at most."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def _struct(name: str, pointers: str, sizes: str, floats: str, kinds: str) -> type[ctypes.Structure]:
+    """A C struct: its pointers, int64, float and int32 members, in this order."""
+    types = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (floats, ctypes.c_float), (kinds, ctypes.c_int32))
+    return type(
+        name, (ctypes.Structure,), {"_fields_": [(field, kind) for names, kind in types for field in names.split()]}
+    )
+
+
+_Product = _struct(
+    "Product", "x weight bias scales y wide packed", "rows inputs outputs", "", "kind bias_kind x_kind threads"
+)
+_Attention = _struct(
+    "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window", "scale",
+    "kind x_kind threads",
+)  # fmt: skip
+_Choice = _struct("Choice", "logits uniforms tokens logprobs", "rows vocabulary", "temperature", "threads")
+
+_ONE_TOKEN = contextvars.ContextVar("one_token", default=False)
+
+
+@contextlib.contextmanager
+def one_token() -> Iterator[None]:
+    """Inside, rows are single tokens and nobody will ask for a gradient.
+
+    A forward over whole rows stays outside, however few they are: scoring and training must round alike (PPO.md 6).
+    """
+    before = _ONE_TOKEN.set(compiler.real() and not isinstance(_library(), str))
+    try:
+        with record_function("compute.decode"):
+            yield
+    finally:
+        _ONE_TOKEN.reset(before)
+
+
+def ready(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether these go through here: inside `one_token`, on a CPU with a compiler, in dtypes that the C knows."""
+    return _ONE_TOKEN.get() and device.type == "cpu" and all(dtype in KINDS for dtype in dtypes)
+
+
+def unrounded(x: Tensor, weight: Tensor) -> bool:
+    """Whether fp32 states that bf16 can hold meet a bf16 weight here at bf16's speed, and the result is not rounded."""
+    if x.dtype != torch.float32 or weight.dtype != torch.bfloat16 or x.device.type != "cpu" or not compiler.real():
+        return False
+    library = _library()
+    return not isinstance(library, str) and bool(library.has_bf16())
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """x [..., I] fp32 or bf16, weight [O, I], bias [O] -> [..., O] in x's dtype, summed in fp32.
+
+    The weight is fp32, bf16, or int8 with `scales` [O]. All on the CPU, weights without gaps.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    scales = scales if scales is None else scales.float()
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    wide = x if x.dtype == torch.float32 else torch.empty(x.shape)
+    rows = x.shape[:-1].numel()
+    few = -(-rows // 16) * 16 if weight.dtype == torch.bfloat16 else 0
+    packed = torch.empty(few, x.shape[-1], dtype=torch.bfloat16)
+    call = _Product(
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        0 if scales is None else scales.data_ptr(), y.data_ptr(), wide.data_ptr(), packed.data_ptr(), rows, x.shape[-1],
+        len(weight), KINDS[weight.dtype], 0 if bias is None else KINDS[bias.dtype], KINDS[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _library().product(ctypes.byref(call))  # type: ignore[union-attr]
+    return y
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, slopes: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:  # fmt: skip
+    """One token per row: q [B, H, 1, E], k and v [B, G, 1, E], cache [B, G, S, E] twice -> [B, 1, H * E].
+
+    Row b's k and v are written to slot `slots[b]` (int64), and its query sees the slots up to it, the nearest `window`
+    of them if that is not 0; `slopes` [H] fp32 are ALiBi's. q, k and v lie alike, and so do both halves of the cache,
+    each [S, E] without gaps.
+    """
+    (rows, heads, _, width), (keys, values) = q.shape, cache
+    if len({one.stride()[:2] for one in (q, k, v)}) > 1 or q.stride(3) != 1:  # rotated, or normed
+        q, k, v = torch.cat((q, k, v), dim=1).split((heads, k.shape[1], v.shape[1]), dim=1)
+    assert keys.stride() == values.stride()
+    assert keys.stride()[2:] == (width, 1)
+    y = q.new_empty(rows, 1, heads * width)
+    call = _Attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        0 if slopes is None else slopes.data_ptr(), slots.data_ptr(), y.data_ptr(), rows, heads, keys.shape[1], width,
+        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), window, 1 / math.sqrt(width), KINDS[keys.dtype],
+        KINDS[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _library().attention(ctypes.byref(call))  # type: ignore[union-attr]
+    return y
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by tanh, in half the time that torch takes on a CPU; inside `one_token` in place."""
+    library = _library() if x.device.type == "cpu" and compiler.real() and not torch.compiler.is_exporting() else ""
+    if isinstance(library, str) or x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
+        return F.gelu(x, approximate="tanh")
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Gelu.apply(x)
+    return _gelu(x, None, x if _ONE_TOKEN.get() else torch.empty_like(x))
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _gelu(x, None, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _gelu(x, grad.contiguous(), torch.empty_like(x))
+
+
+def _gelu(x: Tensor, grad: Tensor | None, y: Tensor) -> Tensor:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    places = (ctypes.c_void_p(None if one is None else one.data_ptr()) for one in (x, grad, y))
+    library.gelu_tanh(*places, ctypes.c_int64(x.numel()), KINDS[x.dtype], torch.get_num_threads())
+    return y
+
+
+def choose(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor] | None:
+    """A token per row by its softmax, as `rollout.sampling.pick` says: logits [B, V], uniforms [B] -> tokens, logprobs
+    [B]. None where there is no compiler, or logits are not fp32 on a CPU.
+
+    The logits are read twice and nothing of their size is made: no distribution, no running sum of it.
+    """
+    library = _library()
+    if isinstance(library, str) or logits.device.type != "cpu" or logits.dtype != torch.float32 or not compiler.real():
+        return None
+    logits, uniforms = logits.contiguous(), uniforms.float().contiguous()
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    call = _Choice(
+        logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), *logits.shape, temperature,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    library.choose(ctypes.byref(call))
+    return tokens, logprobs
+
+
+def _library() -> ctypes.CDLL | str:
+    return compiler.compiled(*SOURCES)

@@ -1,0 +1,196 @@
+"""AdamW where the state lives: one chunk's shard at a time, in place; on a CPU in one pass of C, else tile by tile.
+
+bf16 weights have a *split master* (PPO.md 18: at lr 1e-6 most bf16 updates vanish): the fp32 master's bits are the
+bf16 compute weight, rounded to nearest, plus a 16-bit remainder kept beside the moments. It costs 2 + 2 + 4 + 4 = 12
+bytes per parameter instead of 16 and is exact: joining gives back every bit. fp32 weights are their own master.
+"""
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.kernels import compile as compiler
+from penstock.memory import plan
+from penstock.memory.adamw_8bit import BLOCK, CODES_FIRST, CODES_SECOND, FIRST, SECOND, decode, encode
+
+SOURCE = Path(compiler.__file__).with_name("adamw.c")
+ALIGN = 64
+"""Elements: torch's kernel rounds the few beyond its last vector another way."""
+SPAN = 65536
+"""Gradients whose squares are one sum in adamw.c."""
+TILE = 1 << 20
+"""Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
+GPU_TILE = 1 << 23
+"""The same on a GPU, where every pass is a dozen launches and activations have just been let go of."""
+
+
+def states_of(dtype: torch.dtype, bits: int = 32) -> dict[str, tuple[torch.dtype, int]]:
+    """plan.states_of in torch's own words: name -> (dtype, elements of the weight per element)."""
+    found = plan.states_of(str(dtype).removeprefix("torch."), bits)
+    return {name: (getattr(torch, kind), per) for name, (kind, per) in found.items()}
+
+
+class Rule(ctypes.Structure):
+    """What adamw.c calls Rule, in its order."""
+
+    _fields_ = [
+        (name, ctypes.c_float)
+        for name in ("decay", "lerp", "beta2", "square", "step_size", "root", "eps", "divisor")
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with the defaults of PPO.md 18: the rule, without any state."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+
+    def update(
+        self, weights: Tensor, states: Mapping[str, Tensor], grads: Tensor, *, lr: float, scale: float, step: int
+    ) -> None:
+        """Moves weights and states, in place, by gradients times `scale` (the clip factor).
+
+        weights, grads: [n] in one dtype; states: as `states_of` says; all on one device. step counts from 1. With
+        moments in 8 bits n is a multiple of eightbit.BLOCK.
+        """
+        narrow = "exp_avg_scale" in states
+        tensors = [weights, *(states[name] for name in states_of(weights.dtype, 8 if narrow else 32)), grads]
+        done = _in_one_pass(tensors, self._rule(lr, scale, step))
+        count = torch.tensor(float(step), device=weights.device)
+        divisor = None if scale == 1.0 else torch.tensor(1.0 / scale, device=weights.device)
+        tile = _tile_on(weights.device)
+        size = min(tile, weights.numel() - done)
+        split_master = "remainder" in states
+        master, wide = torch.empty(size, device=weights.device), torch.empty(size, device=weights.device)
+        scratch = torch.empty(size if split_master else 0, dtype=torch.int32, device=weights.device)
+        beta1, beta2 = self.betas
+        for start in range(done, weights.numel(), tile):
+            here = slice(start, min(start + tile, weights.numel()))
+            count_here = here.stop - here.start
+            moments = _wide(states, here) if narrow else [states[name][here] for name in ("exp_avg", "exp_avg_sq")]
+            gradient = wide[:count_here].copy_(grads[here])  # a copy: the kernel divides it in place
+            whole = master[:count_here] if split_master else weights[here]
+            if split_master:
+                join(weights[here], states["remainder"][here], whole, scratch[:count_here])
+            torch._fused_adamw_(
+                [whole], [gradient], moments[:1], moments[1:], [], [count],
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=self.weight_decay, eps=self.eps,
+                amsgrad=False, maximize=False, grad_scale=divisor,
+            )  # fmt: skip
+            if split_master:
+                split(whole, weights[here], states["remainder"][here], scratch[:count_here])
+            if narrow:
+                _keep(moments, states, here)
+
+    def _rule(self, lr: float, scale: float, step: int) -> Rule:
+        beta1, beta2 = self.betas
+        return Rule(
+            decay=1 - lr * self.weight_decay,
+            lerp=1 - beta1,
+            beta2=beta2,
+            square=1 - beta2,
+            step_size=lr / (1 - beta1**step),
+            root=math.sqrt(1 - beta2**step),
+            eps=self.eps,
+            divisor=1 / scale,
+        )
+
+
+def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
+    """Updates in place and returns how many elements are done: 0 where there is no compiler, or no CPU tensors.
+
+    `tensors` are in the order of adamw.c's arguments.
+    """
+    narrow = len(tensors) > 5
+    whole = tensors[0].numel() // (BLOCK if narrow else ALIGN) * (BLOCK if narrow else ALIGN)
+    if not whole or any(one.device.type != "cpu" for one in tensors) or not compiler.real():
+        return 0
+    compiled = compiler.compiled(SOURCE)
+    if isinstance(compiled, str):
+        return 0
+    assert all(one.is_contiguous() for one in tensors)
+    update = getattr(compiled, ("adamw8_" if narrow else "adamw_") + ("fp32" if tensors[0].itemsize == 4 else "bf16"))
+    tables = [FIRST, SECOND, CODES_FIRST, CODES_SECOND] if narrow else []
+    places = (ctypes.c_void_p(one.data_ptr()) for one in (*tensors, *tables))
+    update(*places, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())
+    return whole
+
+
+def _tile_on(device: torch.device) -> int:
+    return GPU_TILE if device.type == "cuda" else TILE
+
+
+def sum_of_squares(grads: Tensor) -> Tensor:
+    """Of gradients [n], summed in fp32 in parts and in fp64 over them: fp64 scalar. No copy of them is made."""
+    compiled = compiler.compiled(SOURCE) if grads.device.type == "cpu" and compiler.real() else "another device"
+    if isinstance(compiled, str) or grads.dtype != torch.bfloat16 or not grads.is_contiguous():
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grads.split(_tile_on(grads.device))]
+        return torch.stack(norms).double().square().sum()
+    sums = torch.empty(-(-grads.numel() // SPAN), dtype=torch.float64)
+    places = (ctypes.c_void_p(grads.data_ptr()), ctypes.c_int64(grads.numel()), ctypes.c_void_p(sums.data_ptr()))
+    compiled.squares_bf16(*places, torch.get_num_threads())
+    return sums.sum()
+
+
+def widen(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The states with moments in fp32, whatever their bits."""
+    if "exp_avg_scale" not in states:
+        return dict(states)
+    rest = {name: tensor for name, tensor in states.items() if not name.startswith("exp_avg")}
+    first, second = _wide(states, slice(0, states["exp_avg"].numel()))
+    return {**rest, "exp_avg": first, "exp_avg_sq": second}
+
+
+def narrow(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `widen` for moments in 8 bits: [n], n a multiple of eightbit.BLOCK."""
+    count = states["exp_avg"].numel()
+    found = {name: torch.empty(count, dtype=torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
+    found |= {f"{name}_scale": torch.empty(count // BLOCK) for name in ("exp_avg", "exp_avg_sq")}
+    _keep([states["exp_avg"], states["exp_avg_sq"]], found, slice(0, count))
+    return {**states, **found}
+
+
+def _wide(states: Mapping[str, Tensor], here: slice) -> list[Tensor]:
+    """Both moments, fp32."""
+    blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+    first = decode(states["exp_avg"][here], states["exp_avg_scale"][blocks], signed=True)
+    return [first, decode(states["exp_avg_sq"][here], states["exp_avg_sq_scale"][blocks], signed=False)]
+
+
+def _keep(moments: list[Tensor], states: Mapping[str, Tensor], here: slice) -> None:
+    """Back into 8 bits."""
+    blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+    for name, moment, signed in (("exp_avg", moments[0], True), ("exp_avg_sq", moments[1], False)):
+        code, scales = encode(moment, signed)
+        states[name][here].copy_(code)
+        states[f"{name}_scale"][blocks].copy_(scales)
+
+
+def join(weights: Tensor, remainder: Tensor, master: Tensor, scratch: Tensor | None = None) -> None:
+    """master [n] fp32 <- weights [n] bf16 and remainder [n] int16: bits = bf16 bits * 65536 + remainder.
+
+    `scratch` is [n] int32. Conversions are passes of their own: mixed dtypes in one operation take twice as long.
+    """
+    bits = master.view(torch.int32)
+    high = torch.empty_like(bits) if scratch is None else scratch
+    high.copy_(weights.view(torch.int16))
+    bits.copy_(remainder).add_(high, alpha=65536)
+
+
+def split(master: Tensor, weights: Tensor, remainder: Tensor, scratch: Tensor | None = None) -> None:
+    """weights [n] bf16, remainder [n] int16 <- master [n] fp32, which it overwrites; `scratch` is [n] int32.
+
+    Rounds to nearest, ties away from zero: a tie to even would need a remainder of +32768, which int16 has not.
+    """
+    bits = master.view(torch.int32)
+    high = torch.empty_like(bits) if scratch is None else scratch
+    torch.add(bits, 0x8000, out=high).bitwise_right_shift_(16)
+    weights.view(torch.int16).copy_(high)
+    remainder.copy_(bits.sub_(high, alpha=65536))

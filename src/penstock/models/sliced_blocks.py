@@ -1,0 +1,68 @@
+"""Blocks within an activation budget: what autochunk.api needs to know of our models, and what the plan asks of it.
+
+Only whole rows are computed in slices (training, scoring); decoding and prefill, which write a cache, are not.
+"""
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from penstock.autochunk.api import Report, Slicer
+from penstock.kernels.cpu_ops import gelu_tanh
+from penstock.memory.program import owners
+from penstock.models.config import DecoderConfig
+from penstock.models.linear import computing, linear, slow_in_bf16
+
+
+def one_layer(config: DecoderConfig) -> DecoderConfig:
+    """A model of one block, whose context has the positions of every kind of layer."""
+    return dataclasses.replace(config, num_layers=1, windows=tuple(dict.fromkeys(config.windows)))
+
+
+def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
+    """For the blocks of a model whose gradients are made by recomputation, in at most so many bytes each. Models of
+    one shape share it, and so does the plan: it holds no weights."""
+    return _slicer_of(config, budget, slow_in_bf16("cpu"))
+
+
+@functools.cache
+def _slicer_of(config: DecoderConfig, budget: int, slow: bool) -> Slicer:
+    return Slicer(budget, ops={torch.ops.aten.linear.default: linear, torch.ops.aten.gelu.default: _gelu}, again=True)
+
+
+def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """As models.decoder computes it: the same bits in slices."""
+    return gelu_tanh(x) if approximate == "tanh" else F.gelu(x)
+
+
+@functools.lru_cache
+def peaks(config: DecoderConfig, dtype: str, rows: int, length: int, budget: int) -> tuple[int, int, str]:
+    """Most bytes alive in a block: in forward without gradients, and in forward and backward; and the reports.
+
+    Both count what the block returns and its input's gradient, as `planner.activations.PartWork` does. `dtype`: as in
+    "bfloat16". Raises ResourceError where the budget is below the least that works.
+    """
+    from penstock.models.decoder import Decoder
+
+    found, reports = [0, 0], []
+    kind = getattr(torch, dtype)
+    decoder = Decoder(one_layer(config), dtype=kind, device="meta")
+    with FakeTensorMode(), computing("narrow"):  # as the plan counts everything else
+        for module, name in owners(decoder).values():
+            shape = getattr(module, name).shape
+            setattr(module, name, nn.Parameter(torch.empty(shape, dtype=kind)))
+        slicer = slicer_of(config, budget)
+        context = decoder.begin(torch.empty(rows, length, dtype=torch.int64))
+        for positions in context.positions.values():
+            for training in (False, True):
+                x = torch.empty(rows, length, config.d_model, dtype=kind, requires_grad=training)
+                with torch.set_grad_enabled(training):
+                    slicer.plan_for(decoder.blocks[0], (x, positions), {})
+                report: Report = slicer.reports[slicer.latest]
+                found[training] = max(found[training], report.after)
+                reports.append(str(report))
+    return found[0], found[1], "\n".join(reports)

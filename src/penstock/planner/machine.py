@@ -1,0 +1,48 @@
+"""What this machine was measured to do: written by `penstock bench micro`, read by the planner. No torch in here.
+
+One small JSON file per machine and kind of device in the user's cache, so that a home directory may be shared.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from penstock.errors import UserError
+from penstock.kernels.machine import cache_directory, cpu_facts
+from penstock.planner.forecast import Rates
+
+
+def path_of(device: str) -> Path:
+    """The file of this machine's ceilings with that kind of device: cpu, cuda, ..."""
+    stamp = hashlib.sha256(f"{cpu_facts()} {os.cpu_count()}".encode()).hexdigest()[:12]
+    return cache_directory() / f"ceilings-{device}-{stamp}.json"
+
+
+def save(device: str, ceilings: dict[str, Any]) -> Path:
+    """Keeps them: whole or not at all."""
+    path = path_of(device)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(ceilings, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+    return path
+
+
+def rates(dtype: str, network: float) -> Rates:
+    """The planner's rates on this machine, those of its accelerator if one was measured. `dtype`: fp32 or bf16.
+
+    Raises UserError where nothing was measured yet, or the file is damaged.
+    """
+    found = next((path for path in map(path_of, ("cuda", "xpu", "mps", "cpu")) if path.is_file()), None)
+    if found is None:
+        raise UserError("--rates measured: nothing was measured on this machine yet; run penstock bench micro first.")
+    try:
+        known = json.loads(found.read_text(encoding="utf-8"))
+        return Rates(
+            flops=float(known[f"gemm_{dtype}"]), link=float(known["link"]), disk_read=float(known["disk_read"]),
+            disk_write=float(known["disk_write"]), host=float(known["adamw"]), network=network,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--rates measured: {found} cannot be read ({error}); run penstock bench micro.") from error

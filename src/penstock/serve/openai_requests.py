@@ -1,0 +1,270 @@
+"""What a request to /v1 may say, and what it comes to: OpenAI's names in, prompts as token ids and a Sampling out.
+
+Keys that would change what an answer means, and that we do not do, are refused by name; other unknown keys are let
+through unread, because clients send many. Numbers are not taken from texts, nor texts from numbers.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from penstock.data.formats import Prompt
+from penstock.errors import DataError
+from penstock.rollout.sampling import Sampling
+from penstock.serve.catalogue import ServedModel
+from penstock.serve.errors import ApiError
+
+MOST_MESSAGES = 256
+MOST_ANSWERS = 16
+MOST_PROMPTS = 64
+"""In one request to /v1/completions."""
+MOST_STOPS = 4
+LONGEST_STOP = 64
+MOST_BIASES = 300
+COLDEST = 1e-3
+"""A temperature below it takes the likeliest token, as 0 does: fp32 cannot divide logits by less."""
+
+
+def _storable(text: str) -> str:
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("holds a zero byte or half a character; send plain Unicode text")
+    return text
+
+
+Str = Annotated[str, AfterValidator(_storable)]
+"""Text that can be tokenized, stored and sent back."""
+
+
+class Loose(BaseModel):
+    """An object that may hold more than we read."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class TextPart(Loose):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Str
+
+
+class ChatMessage(Loose):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """All parts, end to end."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(Loose):
+    """How to stream."""
+
+    include_usage: bool | None = None
+
+
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+TopK = Annotated[int, Field(ge=0, lt=2**31, description="Not OpenAI's; 0 is off.")]
+MinP = Annotated[float, Field(ge=0, le=1, description="Not OpenAI's; 0 is off.")]
+# Below 0.1 it would multiply logits out of fp32, one token after the other.
+RepetitionPenalty = Annotated[float, Field(ge=0.1, le=10, description="Not OpenAI's; 1 is off.")]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+SEED_BITS = 53
+"""Of a seed that we draw: JavaScript, and so the page, knows no larger whole numbers exactly."""
+Stop = Annotated[Str, Field(min_length=1, max_length=LONGEST_STOP)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Sampled(Loose):
+    """What both kinds of completion share; null is the same as leaving a key out."""
+
+    model: str
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    max_tokens: Count | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with how many tokens there were."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Sampled):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+class CompletionRequest(Sampled):
+    """The body of POST /v1/completions."""
+
+    prompt: (
+        Str
+        | Ids
+        | Annotated[list[Str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, ready for the scheduler."""
+
+    prompts: list[list[int]]
+    """Token ids of each prompt."""
+    sampling: Sampling
+    stops: tuple[str, ...]
+    wants_tokens: bool
+    """Log-probabilities were asked for."""
+
+
+# --- from the request to the engine's terms ---------------------------------------------------------------------------
+
+
+def asked_chat(request: ChatRequest, served: ServedModel) -> Asked:
+    """What a chat request asks for. Raises ApiError for what cannot be done, with the key at fault."""
+    _refuse(request, CHANGES_CHAT)
+    for i, message in enumerate(request.messages):
+        _refuse(message, CHANGES_MESSAGE, f"messages[{i}].")
+        if message.role in ("system", "developer") and i > 0:
+            raise ApiError(400, "a system message belongs at the start; move it there.", param=f"messages[{i}].role")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true beside it.", param="top_logprobs")
+    if None not in (request.max_tokens, request.max_completion_tokens) and (
+        request.max_tokens != request.max_completion_tokens
+    ):
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens")
+    messages = [{"role": message.role, "content": message.text} for message in request.messages]
+    prompt = encode_chat(served, messages)
+    limit = request.max_completion_tokens or request.max_tokens or served.length
+    sampling = _sampling(request, served, limit, request.top_logprobs or 0)
+    return Asked([prompt], sampling, request.stops, bool(request.logprobs))
+
+
+def asked_text(request: CompletionRequest, served: ServedModel) -> Asked:
+    """What a plain completion asks for. Raises ApiError as `asked_chat` does."""
+    _refuse(request, CHANGES_TEXT)
+    given = request.prompt
+    many: Sequence[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    if len(many) * (request.n or 1) > MOST_PROMPTS:
+        text = f"{len(many)} prompts with n={request.n} are more than {MOST_PROMPTS} answers; send fewer at once."
+        raise ApiError(400, text, param="prompt")
+    prompts = []
+    for i, one in enumerate(many):
+        param = "prompt" if len(many) == 1 else f"prompt[{i}]"
+        record = Prompt(prompt=one, where=param) if isinstance(one, str) else Prompt(prompt_ids=tuple(one), where=param)
+        prompts.append(_encode(served, record, param))
+    sampling = _sampling(request, served, request.max_tokens or 16, request.logprobs or 0)  # 16: OpenAI's default
+    return Asked(prompts, sampling, request.stops, request.logprobs is not None)
+
+
+def encode_chat(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
+    """The tokens that an answer to these messages follows. Raises ApiError when the template or the context refuses."""
+    turns = [{**one, "role": "system" if one["role"] == "developer" else one["role"]} for one in messages]
+    return _encode(served, Prompt(messages=tuple(turns), where="messages"), "messages")
+
+
+def _encode(served: ServedModel, record: Prompt, param: str) -> list[int]:
+    try:
+        ids = served.encoder.encode_prompt(record)
+    except DataError as error:
+        raise ApiError(400, str(error), param=param) from error
+    if len(ids) >= served.length:
+        text = (
+            f"the prompt has {len(ids)} tokens and {served.id} has a context of {served.length}, answer included; "
+            "shorten it or begin a new conversation."
+        )
+        raise ApiError(400, text, param=param, code="context_length_exceeded")
+    return ids
+
+
+def _sampling(request: Sampled, served: ServedModel, limit: int, top_logprobs: int) -> Sampling:
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream: true beside it.", param="stream_options")
+    temperature = 1.0 if request.temperature is None else request.temperature
+    return Sampling(
+        temperature=temperature if temperature >= COLDEST else 0.0,
+        max_new_tokens=min(limit, served.length),
+        n=request.n or 1,
+        top_k=request.top_k or 0,
+        top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),  # 0: the likeliest token alone
+        seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed,
+        min_p=request.min_p or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=_biases(request.logit_bias or {}, served.decoder.config.vocab_size),
+        top_logprobs=top_logprobs,
+    )
+
+
+def _biases(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    for key in given:
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+            text = f"{ascii(key)[:40]} is no token of this model; its ids are 0 to {vocab_size - 1}."
+            raise ApiError(400, text, param="logit_bias")
+    return tuple((int(key), more) for key, more in given.items())
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+CHANGES_SAMPLED: dict[str, Any] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "audio": (), "modalities": (["text"], []), "web_search_options": (),
+    "use_beam_search": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
+}  # fmt: skip
+"""Keys that change what an answer is, with the values that do not; null never does."""
+CHANGES_CHAT = {**CHANGES_SAMPLED, "prediction": (), "continue_final_message": (False,)}
+CHANGES_TEXT = {**CHANGES_SAMPLED, "echo": (False,), "suffix": ("",), "best_of": (1,)}
+CHANGES_MESSAGE: dict[str, Any] = {"tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": ()}
+
+
+def _refuse(request: Loose, changes: dict[str, Any], where: str = "") -> None:
+    for key, value in (request.model_extra or {}).items():
+        if key in changes and value is not None and value not in changes[key]:
+            text = f"{key} would change what the answer means, and this server does not do it; leave it out."
+            raise ApiError(400, text, param=where + key, code="unsupported_parameter")
+
+
+def param_of(where: Sequence[int | str], body: Any) -> str | None:
+    """The key that a validation error is about, as in messages[0].role: pydantic's path without its own words."""
+    name = ""
+    for part in where:
+        if isinstance(body, dict) and isinstance(part, str) and (part in body or part == where[-1]):
+            name += f".{part}" if name else part
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            name += f"[{part}]"
+            body = body[part]
+    return name or None

@@ -1,0 +1,392 @@
+"""The page's own routes under /api: sessions, conversations as trees, answers that stream into them, votes, export."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse
+
+from penstock.serve import openai_requests
+from penstock.serve.auth import COOKIE, SESSION_SECONDS, csrf_of
+from penstock.serve.errors import ApiError, documented
+from penstock.serve.openai_requests import Str
+from penstock.serve.scheduler import Generation
+
+if TYPE_CHECKING:
+    from penstock.serve.app import Service
+
+MOST_CHARACTERS = 500_000
+"""Of one message: what fits the body, and no model's context exceeds it by much."""
+api = APIRouter(prefix="/api", tags=["page"], dependencies=[Depends(HTTPBearer(auto_error=False))])
+FAILS = documented(400, 401, 403, 404, 408, 413, 429)
+
+
+class Strict(BaseModel):
+    """A body of the page's own: nothing in it that we do not know."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Login(Strict):
+    """The key that penstock serve printed."""
+
+    key: str
+
+
+class Csrf(BaseModel):
+    """What X-CSRF-Token must say beside the session's cookie."""
+
+    csrf: str
+
+
+class ConversationChanges(Strict):
+    """Title and system prompt; what is left out stays."""
+
+    title: Annotated[Str, Field(max_length=200)] | None = None
+    system: Annotated[Str, Field(max_length=MOST_CHARACTERS)] | None = None
+
+
+class NewMessage(Strict):
+    """A user's turn: under an answer, or at the top (null). Another one there is another branch."""
+
+    parent_id: str | None = None
+    role: Literal["user"]
+    content: Annotated[Str, Field(min_length=1, max_length=MOST_CHARACTERS)]
+
+
+class NewReply(Strict):
+    """Which model shall answer which message, and how."""
+
+    parent_id: str
+    model: str
+    temperature: openai_requests.Temperature | None = None
+    top_p: openai_requests.Share | None = None
+    top_k: openai_requests.TopK | None = None
+    min_p: openai_requests.MinP | None = None
+    max_tokens: openai_requests.Count | None = None
+    seed: openai_requests.Seed | None = None
+    repetition_penalty: openai_requests.RepetitionPenalty | None = None
+
+
+class ThumbVote(Strict):
+    """Likes or dislikes one answer; 0 takes it back."""
+
+    kind: Literal["thumb"]
+    message_id: str
+    value: Literal[1, -1, 0]
+
+
+class PairVote(Strict):
+    """Prefers one of two answers shown side by side, left one first; null is a tie."""
+
+    kind: Literal["pair"]
+    shown: Annotated[list[str], Field(min_length=2, max_length=2)]
+    chosen_id: str | None
+
+
+class Conversation(BaseModel):
+    """A conversation."""
+
+    id: str
+    title: str
+    system: str
+    created_at: str
+    updated_at: str
+
+
+class StoredMessage(BaseModel):
+    """A message in a conversation's tree; an answer says which model gave it, how, and why it ended."""
+
+    id: str
+    conversation_id: str
+    parent_id: str | None
+    role: Literal["user", "assistant"]
+    content: str
+    model: str | None
+    sampling: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "cancelled", "error"] | None
+    created_at: str
+
+
+class WholeConversation(Conversation):
+    """With all its messages, oldest first."""
+
+    messages: list[StoredMessage]
+
+
+class ConversationList(BaseModel):
+    """Newest first."""
+
+    data: list[Conversation]
+    has_more: bool
+
+
+class Vote(BaseModel):
+    """A vote. `shown` holds the ids of the answers in the order of the screen."""
+
+    id: str
+    kind: Literal["thumb", "pair"]
+    conversation_id: str
+    message_id: str | None
+    value: int | None
+    shown: list[str]
+    chosen_id: str | None
+    created_at: str
+
+
+class VoteList(BaseModel):
+    """Oldest first."""
+
+    data: list[Vote]
+
+
+def _service(request: Request) -> "Service":
+    return request.app.state.service
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What the store does not have is 404, what it cannot do is 400."""
+    try:
+        yield
+    except (LookupError, ValueError) as error:
+        raise ApiError(404 if isinstance(error, LookupError) else 400, str(error.args[0])) from error
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON: times in ISO 8601, UTC."""
+    times: dict[str, Any] = {
+        name: datetime.fromtimestamp(row[name], UTC).isoformat(timespec="milliseconds")
+        for name in ("created_at", "updated_at")
+        if name in row
+    }
+    return {**row, **times}
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+@api.post("/session", response_model=Csrf, responses=documented(400, 401, 408, 413))
+def log_in(body: Login, request: Request) -> JSONResponse:
+    """Opens a session for who knows the key: an HttpOnly cookie, and a token that must come beside it."""
+    session = _service(request).keys.open_session(body.key)
+    if session is None:
+        raise ApiError(
+            401, "this key is not the server's; penstock serve printed it when it first started.", param="key"
+        )
+    answer = JSONResponse({"csrf": csrf_of(session)})
+    secure = request.url.scheme == "https"
+    answer.set_cookie(COOKIE, session, max_age=SESSION_SECONDS, httponly=True, samesite="strict", secure=secure)
+    return answer
+
+
+@api.get("/session", response_model=Csrf, responses=documented(401, 403, 429))
+def see_session(request: Request) -> JSONResponse:
+    """The token of the session that the cookie names."""
+    session = request.scope.get("penstock.session")
+    if session is None:
+        raise ApiError(401, "there is no session; POST the key to /api/session.", code="no_session")
+    return JSONResponse({"csrf": csrf_of(session)})
+
+
+@api.delete("/session", status_code=204, responses=documented(401, 403, 429))
+def log_out(request: Request) -> Response:
+    """Ends the session that the cookie names."""
+    session = request.scope.get("penstock.session")
+    if session is not None:
+        _service(request).keys.close_session(session)
+    answer = Response(status_code=204)
+    answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    return answer
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+@api.get("/conversations", response_model=ConversationList, responses=FAILS)
+def list_conversations(
+    request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: str | None = None
+) -> JSONResponse:
+    """The most recently used conversations, from behind `before` on."""
+    with _told():
+        rows, has_more = _service(request).store.list_conversations(limit, before)
+    return JSONResponse({"data": [_shown(row) for row in rows], "has_more": has_more})
+
+
+@api.post("/conversations", status_code=201, response_model=Conversation, responses=FAILS)
+def add_conversation(body: ConversationChanges, request: Request) -> JSONResponse:
+    """A new conversation; its first message names it if it has no title."""
+    row = _service(request).store.add_conversation(body.title or "", body.system or "")
+    return JSONResponse(_shown(row), 201)
+
+
+@api.get("/conversations/{conversation_id}", response_model=WholeConversation, responses=FAILS)
+def one_conversation(conversation_id: str, request: Request) -> JSONResponse:
+    """A conversation with the whole tree of its messages."""
+    store = _service(request).store
+    with _told():
+        row, messages = store.conversation(conversation_id), store.messages(conversation_id)
+    return JSONResponse({**_shown(row), "messages": [_shown(one) for one in messages]})
+
+
+@api.patch("/conversations/{conversation_id}", response_model=Conversation, responses=FAILS)
+def change_conversation(conversation_id: str, body: ConversationChanges, request: Request) -> JSONResponse:
+    """Sets title or system prompt."""
+    changes = {name: value for name, value in body.model_dump().items() if value is not None}
+    with _told():
+        return JSONResponse(_shown(_service(request).store.change_conversation(conversation_id, changes)))
+
+
+@api.delete("/conversations/{conversation_id}", status_code=204, responses=FAILS)
+def remove_conversation(conversation_id: str, request: Request) -> Response:
+    """Removes a conversation with its messages and votes."""
+    with _told():
+        _service(request).store.remove_conversation(conversation_id)
+    return Response(status_code=204)
+
+
+@api.post("/conversations/{conversation_id}/messages", status_code=201, response_model=StoredMessage, responses=FAILS)
+def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSONResponse:
+    """A user's message. Editing one is adding another under the same parent."""
+    with _told():
+        row = _service(request).store.add_message(conversation_id, body.parent_id, "user", body.content)
+    return JSONResponse(_shown(row), 201)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@api.post(
+    "/conversations/{conversation_id}/replies", response_class=Response,
+    responses={
+        200: {"content": {"text/event-stream": {}}},
+        **documented(400, 401, 403, 404, 408, 413, 429, 503),
+    },
+)  # fmt: skip
+async def add_reply(conversation_id: str, body: NewReply, request: Request) -> Response:
+    """Has a model answer a message, as events: the stored message, what it gains, and how it ended."""
+    from penstock.serve.app import EventStream
+
+    service = _service(request)
+    served = service.find(body.model)
+    with _told():
+        turns = await asyncio.to_thread(service.store.turns, body.parent_id, conversation_id)
+    chosen = {
+        name: value for name, value in body.model_dump(exclude={"parent_id", "model"}).items() if value is not None
+    }
+    try:
+        asked_for = openai_requests.ChatRequest.model_validate({"model": body.model, "messages": turns, **chosen})
+    except ValueError as error:  # more turns than one request may have
+        raise ApiError(400, f"this conversation cannot be sent: {error.errors()[0]['msg']}.") from error  # type: ignore[attr-defined]
+    size = sum(len(turn["content"]) for turn in turns)
+    asked = await service.encode(size, openai_requests.asked_chat, asked_for, served)
+    chosen["seed"] = asked.sampling.seed  # drawn, if none was given: with it the answer can be had again
+    generation = service.begin(served, asked)  # first: a request that is turned away leaves nothing in the history
+    try:
+        with _told():
+            message = await asyncio.to_thread(
+                service.store.add_message, conversation_id, body.parent_id, "assistant", "",
+                model=served.id, model_digest=served.digest, sampling=chosen,
+            )  # fmt: skip
+    except BaseException:
+        service.cancel(generation)
+        raise
+    return EventStream(service, generation, _told_events(service, generation, message))
+
+
+async def _told_events(
+    service: "Service", generation: Generation, message: dict[str, Any]
+) -> AsyncGenerator[bytes, None]:
+    """The events of one answer. However it ends, what was said until then is stored."""
+    said: list[str] = []
+    reason, failure = "cancelled", None
+    try:
+        yield _event(type="message", message=_shown(message))
+        while reason == "cancelled":
+            pieces = await generation.pieces()
+            if not pieces:
+                return
+            for piece in pieces:
+                said.append(piece.text)
+                reason, failure = piece.finish_reason or reason, piece.error
+            if text := "".join(piece.text for piece in pieces):
+                yield _event(type="delta", content=text)
+        stored = await _end(service, message, said, reason)
+        message = {**message, "content": "".join(said), "finish_reason": reason}
+        if failure is not None:
+            yield _event(type="error", **failure.body)
+        else:
+            yield _event(type="done", message=_shown(stored or message))
+    finally:
+        if reason == "cancelled":
+            await asyncio.shield(_end(service, message, said, reason))
+
+
+async def _end(service: "Service", message: dict[str, Any], said: list[str], reason: str) -> dict[str, Any] | None:
+    return await asyncio.to_thread(service.store.end_message, message["id"], "".join(said), reason)
+
+
+def _event(**said: Any) -> bytes:
+    return f"data: {json.dumps(said)}\n\n".encode()
+
+
+# --- votes and export -------------------------------------------------------------------------------------------------
+
+
+def _vote(row: dict[str, Any]) -> dict[str, Any]:
+    pair = row["kind"] == "pair"
+    return {
+        "id": row["id"], "kind": row["kind"], "conversation_id": row["conversation_id"],
+        "message_id": None if pair else row["message_id"], "value": row["value"],
+        "shown": [answer["message_id"] for answer in row["shown"]], "chosen_id": row["chosen_id"],
+        "created_at": _shown(row)["created_at"],
+    }  # fmt: skip
+
+
+@api.post("/votes", response_model=Vote, responses=FAILS)
+def add_vote(body: Annotated[ThumbVote | PairVote, Field(discriminator="kind")], request: Request) -> JSONResponse:
+    """Stores a vote, in the place of an earlier one on the same answers."""
+    store = _service(request).store
+    with _told():
+        if isinstance(body, ThumbVote):
+            row = store.vote_thumb(body.message_id, body.value)
+        else:
+            row = store.vote_pair((body.shown[0], body.shown[1]), body.chosen_id)
+    return JSONResponse(_vote(row))
+
+
+@api.get("/votes", response_model=VoteList, responses=FAILS)
+def list_votes(request: Request, conversation_id: str | None = None) -> JSONResponse:
+    """The votes in a conversation, or all."""
+    with _told():
+        rows = _service(request).store.votes(conversation_id)
+    return JSONResponse({"data": [_vote(row) for row in rows]})
+
+
+JSON_LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}}
+
+
+def _lines(request: Request, conversation_id: str | None, name: str) -> Response:
+    with _told():
+        leaves = list(_service(request).store.leaves(conversation_id))
+    lines = [json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for turns in leaves]
+    headers = {"content-disposition": f'attachment; filename="{name}.jsonl"'}
+    return Response("".join(lines).encode(), media_type="application/jsonl", headers=headers)
+
+
+@api.get("/conversations/{conversation_id}/export", response_class=Response, responses={**FAILS, **JSON_LINES})
+def export_one(conversation_id: str, request: Request) -> Response:
+    """JSON lines: one conversation per way through the tree, as penstock sft reads them."""
+    return _lines(request, conversation_id, "conversation")
+
+
+@api.get("/export", response_class=Response, responses={**FAILS, **JSON_LINES})
+def export_all(request: Request) -> Response:
+    """The same of all conversations."""
+    return _lines(request, None, "conversations")

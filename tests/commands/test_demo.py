@@ -1,0 +1,69 @@
+"""The demo's own decisions; the demo itself is measured by `python -m benchmarks.demo` and by `make demo`."""
+
+import json
+
+import pytest
+
+from penstock.commands import demo
+from penstock.commands.demo import SeedResult, noise_ceiling, over_optimised, page_of, write_lines
+from penstock.config import DemoConfig
+from penstock.data.toyland import Toyland
+from penstock.errors import UserError
+
+FACTS = {
+    "seed": 0, "base_gold": 0.1, "sft_gold": 1.0, "best_of_gold": 1.5, "ppo_gold": 2.0, "gold_se": 0.1,
+    "rm_accuracy": 0.7, "rm_ceiling": 0.8, "kl": 3.0, "seconds": 100.0,
+}  # fmt: skip
+STEPS = list(range(20))
+
+
+def result(seed=0, gold=STEPS, proxy=STEPS):
+    curves = {"gold (hidden) and proxy scores": {"gold": (STEPS, gold), "proxy": (STEPS, proxy)}}
+    return SeedResult({**FACTS, "seed": seed}, curves, [("Q?", {"base": ("no", -1.0), "ppo": ("yes", 2.0)})])
+
+
+def test_over_optimisation_is_said_aloud():
+    falling = [-x for x in STEPS]
+    assert over_optimised({"gold": (STEPS, falling), "proxy": (STEPS, STEPS)})
+    assert not over_optimised({"gold": (STEPS, STEPS), "proxy": (STEPS, STEPS)})
+    assert not over_optimised({"gold": (STEPS, falling), "proxy": (STEPS, falling)})
+    assert "over-optimisation" in page_of([result(gold=falling)])
+    assert "over-optimisation" not in page_of([result()])
+
+
+def test_the_page_shows_every_seed_and_needs_nothing_from_outside():
+    page = page_of([result(0), result(1)])
+    assert "+10.0" in page  # PPO above SFT in standard errors
+    assert page.count("data:image/png") == 2
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_the_noise_ceiling_is_what_gold_itself_would_reach(tmp_path):
+    world = Toyland(0)
+    question = world.questions[0]
+    good = world.sentence(
+        f"The {question.animal}", question.attribute, world.facts[question.animal][question.attribute]
+    )
+    row = {"prompt": question.prompt, "responses": [good, "Look it up yourself.", ""]}
+    write_lines(tmp_path / "c.jsonl", [{**row, "ranking": [[0], [1], [2]]}, {**row, "ranking": [[0, 1], [2]]}])
+    # golds 2, -2.5, -1: pairs 0>1 right, 0>2 right, 1>2 wrong; then 0>2 right, 1>2 wrong
+    assert noise_ceiling(world, tmp_path / "c.jsonl") == pytest.approx(3 / 5)
+
+
+def test_a_directory_that_no_demo_made_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="no demo made it"):
+        demo.demo(DemoConfig(out=str(tmp_path)))
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_reports_of_all_seeds_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "one_seed", lambda out, seed: result(seed))
+    for _ in range(2):  # the second replaces what the first made
+        demo.demo(DemoConfig(out=str(tmp_path / "demo"), seeds=3, seed=5))
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert [one["seed"] for one in report["seeds"]] == [5, 6, 7]
+    assert set(report["seeds"][0]) == set(FACTS)
+    assert (tmp_path / "demo" / "report.html").exists()
+    assert "seed 7: gold base +0.10, sft +1.00, best of 8 +1.50, ppo +2.00" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""`penstock generate`: answers in order, judged and picked where that was asked for."""
+
+import json
+
+import pytest
+
+from penstock.commands.generate import generate
+from penstock.config import GenerateConfig
+from penstock.errors import UserError
+
+REWARD_FN = """
+def score(prompts, responses, *, response_ids=None, **_):
+    return [ids.count(5) - ids.count(6) + len(ids) / 100 for ids in response_ids]
+"""
+
+
+@pytest.fixture
+def ask(tmp_path, tiny_model, jsonl):
+    """Answers to five prompts of different lengths, as generate writes them."""
+    model = tiny_model()
+    data = jsonl([{"prompt_ids": [1, *range(3, 3 + i)]} for i in (5, 1, 4, 2, 3)])
+    (tmp_path / "fn.py").write_text(REWARD_FN)
+    calls = []
+
+    def run(**flags):
+        calls.append(tmp_path / f"answers-{len(calls)}.jsonl")
+        if "best_of" in flags:
+            flags["reward_fn"] = f"{tmp_path}/fn.py:score"
+        generate(GenerateConfig(model=model, data=data, out=str(calls[-1]), max_new_tokens=8, device="cpu", **flags))
+        return [json.loads(line) for line in calls[-1].read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_answers_come_in_the_order_of_prompts_whatever_the_batch_size(ask, batch_size):
+    lines, alone = ask(n=2, batch_size=batch_size), ask(n=2, batch_size=7)
+    assert [len(line["prompt_ids"]) for line in lines] == [6, 6, 2, 2, 5, 5, 3, 3, 4, 4]
+    assert [line["response_ids"] for line in lines] == [line["response_ids"] for line in alone]
+    assert set(lines[0]) == {"prompt", "response", "prompt_ids", "response_ids", "logprobs", "finish_reason"}
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_best_of_keeps_the_best_by_score(ask, keep):
+    every = ask(n=6, reward_fn=None)
+    best = ask(n=keep, best_of=6)
+    assert len(best) == 5 * keep
+    for i in range(5):
+        mine = [line["response_ids"] for line in every[i * 6 : i * 6 + 6]]
+        scores = sorted((ids.count(5) - ids.count(6) + len(ids) / 100 for ids in mine), reverse=True)
+        assert [line["score"] for line in best[i * keep : (i + 1) * keep]] == pytest.approx(scores[:keep])
+        assert all(line["response_ids"] in mine for line in best[i * keep : (i + 1) * keep])
+
+
+def test_what_was_asked_for_besides_is_told(ask):
+    lines = ask(top_logprobs=2, min_p=0.01, repetition_penalty=1.2)
+    assert all(len(likely) == 2 for line in lines for likely in line["top_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"best_of": 4, "n": 8}, "keeps the best --n 8"),
+        ({"best_of": 4, "reward": "x"}, "not both"),
+        ({"min_p": 2.0}, "not in"),
+        ({"repetition_penalty": 0.0}, "not above 0"),
+        ({"stop": ("",)}, "empty one"),
+    ],
+)  # fmt: skip
+def test_flags_that_cannot_work_are_refused(ask, flags, why):
+    with pytest.raises(UserError, match=why):
+        ask(**flags)
+
+
+def test_best_of_needs_a_judge(tiny_model):
+    with pytest.raises(UserError, match="needs a judge"):
+        generate(GenerateConfig(model=tiny_model(), prompt="a", best_of=3))

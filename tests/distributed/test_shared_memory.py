@@ -1,0 +1,78 @@
+"""Shards that ranks of one machine send each other are plain sums and concatenations of what all of them hold."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import os, sys, time, torch
+from penstock.distributed import shared_memory
+from penstock.distributed import world
+
+mailbox.HALF = 1 << 12  # many pieces of few bytes
+apart = sys.argv[1] == "apart"
+if apart and os.environ["RANK"] == "1":  # as in another container: the number names another process's file
+    make = mailbox._make
+    def elsewhere():
+        handle, (machine, path, device, inode) = make()
+        return handle, (machine, path, device, inode + 1)
+    mailbox._make = elsewhere
+world = shard.World.join("cpu")
+assert (shard._mailboxes is None) == apart
+pieces = 0
+if shard._mailboxes is not None:
+    turn = shard._mailboxes._turn
+    def counted():
+        global pieces
+        pieces += 1
+        return turn()
+    shard._mailboxes._turn = counted
+for case, n in enumerate([1, 7, 512, 1024, 1025, 5000] * 3):
+    dtype = [torch.float32, torch.bfloat16, torch.float64][case // 6]
+    generator = torch.Generator().manual_seed(case)
+    everyone = [torch.randn(n * world.size, generator=generator).to(dtype) for _ in range(world.size)]
+    time.sleep(0.002 * ((case + world.rank) % 3))  # somebody is always late
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    want = sum((one.to(wide) for one in everyone[1:]), everyone[0].to(wide)).to(dtype).view(world.size, -1)
+    same = torch.equal if shard._mailboxes is not None else lambda a, b: torch.allclose(a, b, atol=0.1, rtol=0)
+    given = everyone[world.rank].clone()
+    mine = world.sum_shards(given)
+    assert same(mine, want[world.rank]) and torch.equal(given, everyone[world.rank])
+    whole = world.join_shards(mine)
+    assert same(whole, want.flatten()) and torch.equal(whole.view(world.size, -1)[world.rank], mine)
+    place = torch.zeros_like(whole).view(world.size, -1)
+    place[world.rank] = mine
+    assert torch.equal(world.join_shards(place[world.rank], place.view(-1)), whole)
+    assert torch.equal(place.view(-1), whole)
+    states = torch.arange(n, dtype=torch.int16) + world.rank
+    found = world.join_shards(states).view(world.size, -1)
+    assert all(torch.equal(row, states - world.rank + rank) for rank, row in enumerate(found))
+large = torch.full((shard.LARGE + 5,), float(world.rank))
+assert torch.equal(world.sum(large), torch.full_like(large, sum(range(world.size))))
+if not apart:
+    assert pieces > 200
+world.leave()
+assert shard._mailboxes is None
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no memory without a name")
+@pytest.mark.parametrize(("size", "what"), [(2, "together"), (3, "together"), (2, "apart")])
+def test_shards_are_those_of_plain_sums_and_concatenations(size, what):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, what], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **common, "RANK": str(rank), "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    ended = [(one.communicate(timeout=120)[1][-2000:], one.returncode) for one in ranks]
+    assert ended == [("", 0)] * size

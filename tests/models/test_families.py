@@ -1,0 +1,203 @@
+"""Every family against transformers: the same weights give the same logits, the same greedy text and the same files.
+
+transformers is the oracle. All weights are random, biases and norms too, so that a swapped or forgotten one shows.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from penstock.data.batching import pad
+from penstock.kernels import compile as compiler
+from penstock.models import pretrained
+from penstock.models.decoder import Decoder
+from penstock.rollout.engine import generate
+from penstock.rollout.sampling import Sampling
+from tests.algorithms.oracle import token_logprobs
+
+SMALL = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6}
+LLAMA = SMALL | {"intermediate_size": 80, "max_position_embeddings": 64, "num_key_value_heads": 2}
+GPT2 = {"vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}
+OPT = SMALL | {"ffn_dim": 80, "max_position_embeddings": 64, "word_embed_proj_dim": 48}
+NEOX = SMALL | {"intermediate_size": 80, "max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    # name: model_type, what its transformers config says
+    "gpt2": ("gpt2", GPT2),
+    "gpt2, untied, n_inner, erf GELU": (
+        "gpt2",
+        GPT2 | {"tie_word_embeddings": False, "n_inner": 100, "activation_function": "gelu"},
+    ),
+    "opt": ("opt", OPT),
+    "opt, 350m: post-norm, projections": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt, no final norm, no biases": ("opt", OPT | {"_remove_final_layer_norm": True, "enable_bias": False}),
+    "opt, untied": ("opt", OPT | {"tie_word_embeddings": False}),
+    "bloom, 6 heads": ("bloom", {"vocab_size": 96, "hidden_size": 48, "n_layer": 3, "n_head": 6}),
+    "bloom, 4 heads": ("bloom", {"vocab_size": 96, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox, sequential, fully rotary": (
+        "gpt_neox",
+        NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
+    ),
+    "gpt_neox, tied, no attention bias": ("gpt_neox", NEOX | {"tie_word_embeddings": True, "attention_bias": False}),
+    "llama, grouped queries": ("llama", LLAMA),
+    "llama, tied, all biased, wide heads": (
+        "llama",
+        LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    ),
+    "llama, llama3 rope scaling": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
+    "llama, linear rope scaling": (
+        "llama",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+    ),
+    "mistral, window exceeded": ("mistral", LLAMA | {"sliding_window": 5}),
+    "mistral, no window": ("mistral", LLAMA | {"sliding_window": None}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2, last two layers in a window": (
+        "qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3, normed queries and keys": ("qwen3", LLAMA | {"head_dim": 16}),
+    "qwen3, tied": ("qwen3", LLAMA | {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+LENGTHS = (9, 14, 1, 6)
+
+
+def reference(name: str) -> transformers.PreTrainedModel:
+    """A transformers model with every weight random."""
+    model_type, settings = CASES[name]
+    config = transformers.AutoConfig.for_model(model_type, **(settings | NO_SPECIAL))
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.2 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5
+            parameter.mul_(parameter.dim() == 1).add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Decoder, Path]:
+    """The reference, our decoder read from what it saved, and that directory."""
+    theirs = reference(request.param)
+    directory = tmp_path_factory.mktemp("reference")
+    theirs.save_pretrained(directory)
+    return theirs, Decoder.from_pretrained(str(directory)), directory
+
+
+def ragged_batch(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Right-padded rows whose padding is other tokens, [B, T] and [B]."""
+    tokens = torch.randint(vocab_size, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(3))
+    return tokens, torch.tensor(LENGTHS)
+
+
+def test_logits_are_those_of_transformers_on_a_ragged_batch(both: tuple[Any, Decoder, Path]) -> None:
+    theirs, ours, _ = both
+    tokens, lengths = ragged_batch(ours.config.vocab_size)
+    valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=valid.long()).logits[valid]
+        got = ours.logits(ours(tokens, lengths))[valid]
+    assert expected.std() > 0.5  # else the comparison says nothing
+    assert (got - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_greedy_text_is_that_of_transformers_for_32_tokens(
+    both: tuple[Any, Decoder, Path], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged prompts, two rows of a cache for four answers; log-probs are those of the trainer's forward, within 1e-5
+    for logits up to 4 and in proportion for louder ones: either may be off by as much from fp64, as processors go."""
+    theirs, ours, _ = both
+    if not compiled:
+        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+    tokens, lengths = ragged_batch(ours.config.vocab_size)
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    for rows in (None, 2):
+        greedy = Sampling(temperature=0.0, max_new_tokens=32)
+        for answer in generate(ours, prompts, greedy, eos_ids=(), batch_size=rows):
+            prompt = torch.tensor([answer.prompt_ids])
+            with torch.no_grad():
+                expected = theirs.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
+                )
+                whole = torch.tensor([answer.prompt_ids + answer.response_ids])
+                logits = ours.logits(ours(whole)[0, :-1])
+                logprobs = logits.log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+            assert answer.response_ids == expected[0, prompt.shape[1] :].tolist()
+            near = 1e-5 * max(1.0, float(logits.abs().max()) / 4)
+            assert answer.logprobs == pytest.approx(logprobs[prompt.shape[1] - 1 :].tolist(), rel=0, abs=near)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(
+    both: tuple[Any, Decoder, Path], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one bf16 ulp of the loudest logit (0.016 for logits up to 4): states are rounded to bf16 between products,
+    and one that is rounded the other way moves what follows by as much.
+    """
+    _, ours, _ = both
+    if not compiled:
+        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+    half = copy.deepcopy(ours).bfloat16()
+    tokens, lengths = ragged_batch(half.config.vocab_size)
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    answers = generate(half, prompts, Sampling(n=4, max_new_tokens=16, seed=3), eos_ids=())
+    gaps, loudest = [], 0.0
+    for start in range(0, len(answers), 8):
+        rows, sizes = pad([one.prompt_ids + one.response_ids for one in answers[start : start + 8]])
+        with torch.no_grad():
+            logits = half.logits(half(rows, sizes))
+        loudest = max(loudest, float(logits.abs().max()))
+        for i, one in enumerate(answers[start : start + 8]):
+            n = len(one.prompt_ids)
+            said = token_logprobs(logits[i, n - 1 : sizes[i] - 1], rows[i, n : sizes[i]])[0]
+            gaps.append((said - torch.tensor(one.logprobs)).abs())
+    ulp = 2.0 ** (math.floor(math.log2(loudest)) - 7)
+    assert torch.cat(gaps).max() <= ulp
+    assert torch.cat(gaps).mean() <= ulp / 32  # one state rounded the other way here and there
+
+
+def test_what_we_save_transformers_loads_bit_for_bit(both: tuple[Any, Decoder, Path], tmp_path: Path) -> None:
+    theirs, ours, _ = both
+    ours.save_pretrained(tmp_path)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(again) is type(theirs)
+    expected, got = theirs.state_dict(), again.state_dict()
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+    tokens, _ = ragged_batch(ours.config.vocab_size)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tokens).logits, theirs(tokens).logits)  # the config came back as well
+
+
+def test_a_reward_model_is_a_sequence_classifier_for_transformers(
+    both: tuple[Any, Decoder, Path], tmp_path: Path
+) -> None:
+    _, ours, _ = both
+    score = torch.randn(1, ours.head_weight.shape[1], generator=torch.Generator().manual_seed(5))
+    pretrained.save(ours, tmp_path, score=score, extra_config={"penstock_score_mean": 0.5, "pad_token_id": 0})
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    tokens, lengths = ragged_batch(ours.config.vocab_size)
+    tokens = tokens.clamp(min=1).masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], 0)
+    again, extras = pretrained.load(tmp_path)
+    with torch.no_grad():
+        expected = theirs.eval()(tokens, attention_mask=(tokens != 0).long()).logits[:, 0]
+        last = again(tokens, lengths)[torch.arange(len(lengths)), lengths - 1]
+    assert ((last @ extras["score.weight"][0]) - expected).abs().max() <= 1e-4
+    assert again.config.hf["penstock_score_mean"] == 0.5

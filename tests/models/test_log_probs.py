@@ -1,0 +1,177 @@
+"""Log-probabilities without logits: against the plain formula, values and gradients, tiles, adapters, and bytes."""
+
+import math
+
+import pytest
+import torch
+
+from penstock.autochunk.meter import Meter
+from penstock.models import log_probs, weight_shapes
+from penstock.models.linear import arithmetic_of, computing, precise
+from penstock.models.lora_targets import LoraSpec
+from penstock.models.roles import Actor
+from tests.algorithms import oracle
+from tests.algorithms.test_functional import TOLERANCE, agree, agree_with_gradients
+
+
+def of_logits(logits, targets, temperature=1.0, **more):
+    """The distribution of given logits: states are the logits and the head is the identity."""
+    identity = torch.eye(logits.shape[1], dtype=logits.dtype)
+    return log_probs.logprobs([(logits, identity)], targets, temperature, **more)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_token_logprobs_and_entropy(temperature, count):
+    rng = torch.Generator().manual_seed(count)
+    logits = 3 * torch.randn(count, 7, generator=rng)
+    targets = torch.randint(7, (count,), generator=rng)
+    agree_with_gradients(
+        lambda x: of_logits(x, targets, temperature)[0],
+        lambda x: oracle.token_logprobs(x, targets, temperature)[0],
+        logits,
+    )
+    entropy = of_logits(logits.requires_grad_(), targets, temperature)[1]
+    agree(entropy, oracle.token_logprobs(logits, targets, temperature)[1])
+    assert not entropy.requires_grad
+
+
+def test_token_logprobs_by_hand():
+    logits = torch.tensor([[math.log(1.0), math.log(4.0)]])
+    logprobs, entropy = of_logits(logits, torch.tensor([1]), temperature=2.0)  # odds 1 : 2
+    assert logprobs.item() == pytest.approx(math.log(2 / 3), abs=TOLERANCE)
+    assert entropy.item() == pytest.approx(-(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_softmax_of_half_precision_logits_is_taken_in_fp32(dtype):
+    logits = (4 * torch.randn(6, 33, generator=torch.Generator().manual_seed(0))).to(dtype)
+    targets = torch.arange(6)
+    for temperature in (1.0, 0.7):
+        ours = of_logits(logits, targets, temperature)
+        for mine, theirs in zip(ours, oracle.token_logprobs(logits, targets, temperature), strict=True):
+            agree(mine, theirs, 2e-6)
+
+
+def test_bf16_logits_are_not_rounded_on_a_cpu_and_the_process_is_left_as_it_was():
+    """A bf16 logit of 30 would be off by up to 0.06. On processors with bf16 instructions the products use them."""
+    rng = torch.Generator().manual_seed(0)
+    states, weight = (3 * torch.randn(40, 64, generator=rng).bfloat16() for _ in range(2))
+    targets = torch.randint(40, (40,), generator=rng)
+    setting = torch.backends.mkldnn.matmul.fp32_precision
+    found = log_probs.logprobs([(precise(states), weight)], targets)[0]
+    logits = states.double() @ weight.double().t()
+    assert logits.abs().max() > 100
+    agree(found, logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].float(), 1e-4)
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting
+
+
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("slow", [False, True])
+def test_bf16_gradients_are_those_of_exact_arithmetic_but_for_rounding(placed, slow):
+    """Of states and of the head, in several tiles of columns; `slow`: as on processors without bf16 instructions."""
+    rng = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 64, generator=rng).bfloat16().requires_grad_() for n in (70, 130_000))
+    targets = torch.randint(len(weight), (len(states),), generator=rng)
+    if placed:
+        weight.grad = torch.zeros_like(weight)
+    with computing("wide" if slow else arithmetic_of("cpu")):
+        log_probs.logprobs([(precise(states), weight)], targets)[0].sum().backward()
+    exact = [one.detach().double().requires_grad_() for one in (states, weight)]
+    (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    for ours, theirs in zip((states, weight), exact, strict=True):
+        gap = (ours.grad.double() - theirs.grad).abs()
+        assert gap.max() <= 2**-7 * theirs.grad.abs().max()
+        assert gap.mean() <= 2**-8 * theirs.grad.abs().mean()
+
+
+def test_large_logits_neither_overflow_nor_lose_their_differences():
+    logits = torch.tensor([[1e4, 1e4 - 1, -1e4]], requires_grad=True)
+    logprobs, entropy = of_logits(logits, torch.tensor([1]))
+    want = oracle.token_logprobs(logits, torch.tensor([1]))
+    agree(logprobs, want[0])
+    agree(entropy, want[1])
+    logprobs.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_a_token_ruled_out_adds_nothing_to_the_entropy():
+    logprobs, entropy = of_logits(torch.tensor([[0.0, -1e30, 0.0]]), torch.tensor([2]))
+    agree(logprobs, torch.tensor([-math.log(2)]))
+    agree(entropy, torch.tensor([math.log(2)]))
+
+
+def test_without_entropy_the_log_probs_are_the_same():
+    logits, targets = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    logprobs, entropy = of_logits(logits, targets, 0.7, entropy=False)
+    assert entropy is None
+    assert torch.equal(logprobs, of_logits(logits, targets, 0.7)[0])
+
+
+def test_many_tokens_are_scored_like_few(monkeypatch):
+    """Rows are visited in tiles, and the seams do not show."""
+    monkeypatch.setattr(weight_shapes, "HEAD_TILE", 5 * 1024)
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(5003, 5, generator=rng), torch.randint(5, (5003,), generator=rng)
+    logprobs, entropy = of_logits(logits, targets)
+    assert logprobs.shape == entropy.shape == (5003,)
+    for n in (0, 1, 1023, 1024, 2047, 2048, 4095, 4096, 5002):
+        want = oracle.token_logprobs(logits[n : n + 1], targets[n : n + 1])
+        agree(logprobs[n : n + 1], want[0])
+        agree(entropy[n : n + 1], want[1])
+
+
+@pytest.mark.parametrize("tile", [1, 40, 1 << 23])
+@pytest.mark.parametrize("placed", [True, False])
+def test_gradients_reach_states_head_and_adapter(tile, placed, monkeypatch):
+    """`placed`: the weights have gradients already, and theirs are added to them."""
+    monkeypatch.setattr(weight_shapes, "HEAD_TILE", tile)
+    rng = torch.Generator().manual_seed(0)
+    given = [torch.randn(*shape, generator=rng) for shape in ((9, 6), (13, 6), (9, 2), (13, 2))]
+    targets, upstream = torch.randint(13, (9,), generator=rng), torch.randn(9, generator=rng)
+    ours, plain = ([one.clone().requires_grad_() for one in given] for _ in range(2))
+    for i in (1, 3):
+        if placed:
+            ours[i].grad, plain[i].grad = torch.ones_like(given[i]), torch.ones_like(given[i])
+    got, entropy = log_probs.logprobs([(ours[0], ours[1]), (ours[2], ours[3])], targets, 0.7)
+    want, spread = oracle.token_logprobs(plain[0] @ plain[1].t() + plain[2] @ plain[3].t(), targets, 0.7)
+    agree(got, want, 2e-6)
+    agree(entropy, spread, 2e-6)
+    (got * upstream).sum().backward()
+    (want * upstream).sum().backward()
+    for one, other in zip(ours, plain, strict=True):
+        assert (one.grad - other.grad).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("lm_head", "wte")])
+def test_a_decoder_says_what_its_logits_say(tiny_model, targets):
+    actor = Actor.from_pretrained(tiny_model(), lora=LoraSpec(3, targets=targets))
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    hidden = actor(torch.arange(3, 13)[None], None)[0]
+    wanted = torch.arange(4, 14)
+    logprobs, entropy = actor.decoder.logprobs(hidden, wanted, 1.3)
+    want = oracle.token_logprobs(actor.decoder.logits(hidden), wanted, 1.3)
+    agree(logprobs, want[0], 2e-6)
+    agree(entropy, want[1], 2e-6)
+
+
+def test_frozen_weights_get_no_gradient():
+    states, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
+    log_probs.logprobs([(states, weight)], torch.arange(5))[0].sum().backward()
+    assert weight.grad is None
+    assert states.grad is not None
+
+
+def test_logits_exist_a_tile_at_a_time(monkeypatch):
+    rows, vocabulary, width = 2048, 2000, 8
+    monkeypatch.setattr(weight_shapes, "HEAD_TILE", 64 * vocabulary)
+    states = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    with Meter() as meter:
+        log_probs.logprobs([(states, weight)], torch.arange(rows) % vocabulary, entropy=False)[0].sum().backward()
+    tile, states_bytes = 64 * vocabulary * 4, rows * width * 4
+    assert meter.peak <= 1.25 * tile + 4 * states_bytes  # one of them, never the next beside it
+    assert meter.peak < 0.1 * rows * vocabulary * 4

@@ -1,0 +1,175 @@
+"""int8 weights: what they give back, and that answering with them is one computation on every path."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from penstock.errors import UserError
+from penstock.kernels import compile as compiler
+from penstock.memory.strategy import Strategy
+from penstock.models import linear as linear_module
+from penstock.models import lora
+from penstock.models.decoder import Decoder
+from penstock.models.linear import linear
+from penstock.models.lora_targets import LoraSpec, groups_of
+from penstock.models.packed import NF4, dense, pack, quantise, quantise_base
+from penstock.models.roles import Actor
+from penstock.models.weight_shapes import packed_shapes
+from penstock.planner.workload import Role
+from penstock.rollout.engine import Engine, generate
+from penstock.rollout.sampling import Sampling
+from tests.models.test_decoder import KINDS, decoder  # noqa: F401  (the fixture)
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+
+
+def restored(original: Decoder) -> Decoder:
+    """A plain decoder with the values that int8 weights stand for: the oracle."""
+    made, small = copy.deepcopy(original), copy.deepcopy(original)
+    quantise(small)
+    with torch.no_grad():
+        for one, two in zip(made.modules(), small.modules(), strict=True):
+            if isinstance(one, torch.nn.Linear):
+                one.weight.copy_(two.weight.float() * two.scales[:, None])
+        made.embed.tokens.copy_(small.embed.tokens.float() * small.embed.scales[:, None])
+        if made.head is not None:
+            made.head.copy_(small.head.float() * small.head_scales[:, None])
+    return made
+
+
+def test_every_weight_comes_back_within_half_a_level(decoder):  # noqa: F811
+    made = restored(decoder)
+    for (name, before), after in zip(decoder.named_parameters(), made.parameters(), strict=True):
+        level = before.abs().amax(-1, keepdim=True) / 127 if before.dim() == 2 and "positions" not in name else 0.0
+        assert ((before - after).abs() <= 0.51 * torch.as_tensor(level) + 1e-9).all(), name
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_answers_are_those_of_the_restored_weights(decoder, compiled, monkeypatch):  # noqa: F811
+    if not compiled:
+        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+    small, prompts = copy.deepcopy(decoder), [[1, 5, 6], [7], [9, 8, 7, 6, 5]]
+    quantise(small)
+    assert small.dtype == torch.float32
+    expected = generate(restored(decoder), prompts, GREEDY, eos_ids=())
+    for ours, theirs in zip(generate(small, prompts, GREEDY, eos_ids=()), expected, strict=True):
+        assert ours.response_ids == theirs.response_ids
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_an_engine_reads_a_directory_into_int8(tiny_model):
+    source = tiny_model()
+    small, plain = (Engine.from_pretrained(source, dtype=dtype, device="cpu") for dtype in ("int8", "bf16"))
+    assert {p.dtype for n, p in small.decoder.named_parameters() if n.endswith("qkv.weight")} == {torch.int8}
+    assert small.decoder.dtype == torch.bfloat16
+    one, two = (engine.generate([[1, 3, 4]], GREEDY)[0] for engine in (small, plain))
+    assert one.error is None
+    assert one.logprobs[0] == pytest.approx(two.logprobs[0], abs=0.1)
+
+
+# --- under adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("int8", 1 / 254), ("nf4", (NF4[1] - NF4[0]) / 2)])
+@pytest.mark.parametrize("shape", [(24, 128), (7, 96), (5, 6)])
+def test_packed_weights_come_back_within_half_a_level_and_pack_to_themselves(kind, worst, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    weight[0] = 0
+    packed = pack(weight, kind)
+    assert [(tuple(one.shape), str(one.dtype)[6:]) for one in packed] == packed_shapes(kind, *shape)
+    found = dense(*packed, slice(None), torch.float32)
+    blocks = packed_shapes(kind, *shape)[1][0][1] if kind == "nf4" else 1
+    size = weight.view(shape[0], blocks, -1).abs().amax(-1, keepdim=True)
+    assert ((found - weight).view(shape[0], blocks, -1).abs() <= (worst + 1e-6) * size + 1e-9).all()
+    for one, other in zip(pack(found, kind), packed, strict=True):
+        assert torch.allclose(one.float(), other.float(), rtol=1e-6)
+    some = dense(*packed, slice(1, 4), torch.float32)
+    assert torch.equal(some, found[1:4])
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("tile", [64, 1 << 22])
+def test_products_and_gradients_are_those_of_the_restored_weight(kind, tile, monkeypatch):
+    monkeypatch.setattr(linear_module, "PRODUCT_TILE", tile)
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(20, 32, generator=generator), torch.randn(20, generator=generator)
+    packed, x = pack(weight, kind), torch.randn(3, 7, 32, generator=generator)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = linear(ours, packed[0], bias, packed[1])
+    expected = F.linear(theirs, dense(*packed, slice(None), torch.float32), bias)
+    assert torch.allclose(y, expected, atol=1e-5)
+    slope = torch.randn(3, 7, 20, generator=generator)
+    y.backward(slope)
+    expected.backward(slope)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+
+
+class Tokens:
+    def __init__(self, seed):
+        self.tokens = torch.randint(3, 16, (2, 9), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_packed_base_streams_and_learns_as_its_restored_values_do(kind, tiny_model, tmp_path):
+    """Adapters on a packed base, resident, from the host and from a disk, against the same on the restored weights."""
+    source, ends = tiny_model(), {}
+    for name in ("oracle", "naive", "gemini_cpu", "gemini_nvme"):
+        disk = {"disk": str(tmp_path)} if name == "gemini_nvme" else {}
+        strategy = Strategy.named("naive" if name == "oracle" else name, device="cpu", recompute=True, **disk)
+        with strategy.init():
+            actor = Actor.from_pretrained(source, lora=LoraSpec(2), base_dtype=None if name == "oracle" else kind)
+        if name == "oracle":
+            full = Actor.from_pretrained(source).decoder
+            with torch.no_grad():
+                for module in full.blocks.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module.weight.copy_(dense(*pack(module.weight, kind), slice(None), torch.float32))
+            full.save_pretrained(tmp_path / "restored")
+            with strategy.init():
+                actor = Actor.from_pretrained(str(tmp_path / "restored"), lora=LoraSpec(2))
+        stream = strategy.prepare(actor)
+
+        def loss_of(hidden, batch, actor=actor):
+            flat = hidden[:, :-1].flatten(0, 1)
+            return -actor.decoder.logprobs(flat, batch.tokens[:, 1:].flatten())[0].mean(), {}
+
+        losses = [strategy.step(stream, [Tokens(i)], loss_of, lr=1e-2).sums["loss"] for i in range(6)]
+        ends[name] = losses
+        answers = generate(actor.decoder, [[1, 5, 6], [7]], GREEDY, eos_ids=())
+        ends[name, "answers"] = [one.response_ids for one in answers]
+    assert ends["naive"] == ends["gemini_cpu"] == ends["gemini_nvme"]
+    assert ends["naive"] == pytest.approx(ends["oracle"], abs=1e-5)
+    assert ends["naive"][-1] < ends["naive"][0]
+    assert ends["naive", "answers"] == ends["oracle", "answers"] == ends["gemini_nvme", "answers"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_plan_knows_every_packed_weight(decoder, kind):  # noqa: F811
+    config = decoder.config
+    if kind == "nf4" and (config.d_model % 2 or config.d_ff % 2):
+        pytest.skip("odd widths do not pack")
+    recipe = Decoder(config, device="meta")
+    quantise_base(recipe, kind)
+    lora.add(recipe, LoraSpec(2))
+    actor = Actor(recipe)
+    said = groups_of(config, "float32", LoraSpec(2), trained=True, scalar=False, packed=kind)
+    real = Strategy.named("naive", device="cpu").groups_of(actor)
+    plain = [[(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in said]
+    assert plain == [
+        [(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in real
+    ]
+    assert dataclasses.replace(Role("x", config, True, False), base_dtype=kind).base_dtype == kind
+
+
+def test_what_does_not_pack_is_said(decoder):  # noqa: F811
+    odd = Decoder(dataclasses.replace(decoder.config, d_ff=33), device="meta")
+    with pytest.raises(UserError, match="must be even"):
+        quantise_base(odd, "nf4")
+    made = copy.deepcopy(decoder)
+    quantise_base(made, "int8")
+    lora.add(made, LoraSpec(2))
+    with pytest.raises(ValueError, match="load the base in full"):
+        lora.merge(made)

@@ -1,0 +1,382 @@
+"""The plan against the engine: names and shapes, bytes on real tensors and on pretended ones, and the command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from penstock.autochunk.meter import Meter
+from penstock.cli import main
+from penstock.commands.dry_run import dry_run, iterate, models_of
+from penstock.distributed.world import World
+from penstock.errors import ResourceError, UserError
+from penstock.kernels import compile as compiler
+from penstock.memory import plan
+from penstock.memory.placement import NAMES
+from penstock.memory.strategy import Strategy
+from penstock.memory.stream import visits_of
+from penstock.memory.tiers import Disk, Ram
+from penstock.models import lora_targets, weight_shapes
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.lora_targets import LoraSpec
+from penstock.models.roles import Actor, Critic
+from penstock.planner.workload import RoleSpec, Workload, config_of, forecast_of
+from penstock.rollout.sampling import Sampling, pick
+
+CPU = torch.device("cpu")
+BASE = DecoderConfig("gpt2", 512, d_model=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512,
+                     max_length=128)  # fmt: skip
+LLAMA = dataclasses.replace(
+    BASE, family="llama", position="rotary", rotary_dim=32, norm="rms", activation="silu", gated=True, d_ff=320,
+    qkv_bias=False, out_bias=False, mlp_bias=False, tied=False, num_kv_heads=2,
+)  # fmt: skip
+FAMILIES = {
+    "gpt2": BASE,
+    "opt": dataclasses.replace(BASE, family="opt", position_offset=2, activation="relu"),
+    "opt 350m": dataclasses.replace(
+        BASE, family="opt", position_offset=2, activation="relu", pre_norm=False, final_norm=False, embed_dim=64
+    ),
+    "bloom": dataclasses.replace(BASE, family="bloom", position="alibi", embed_norm=True),
+    "gpt_neox": dataclasses.replace(
+        BASE, family="gpt_neox", position="rotary", rotary_dim=8, parallel_residual=True, tied=False
+    ),
+    "llama": LLAMA,
+    "qwen3": dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, tied=True),
+    "mistral": dataclasses.replace(LLAMA, family="mistral", windows=(16, 16, 16)),
+}
+
+
+def work(config=BASE, **changes):
+    roles = (
+        RoleSpec("actor", config, trained=True, scalar=False), 
+        RoleSpec("critic", config, trained=True, scalar=True),
+        RoleSpec("reference", config, trained=False, scalar=False),
+        RoleSpec("reward", config, trained=False, scalar=True),
+    )  # fmt: skip
+    base = {"batch_size": 8, "micro_batch_size": 4, "mini_batch_size": 8, "epochs": 1, "prompt_length": 40,
+            "max_new_tokens": 24}  # fmt: skip
+    return Workload("ppo", roles, **{**base, **changes})
+
+
+def one_model(stage, config=BASE, scalar=False):
+    return dataclasses.replace(
+        work(config), stage=stage, roles=(RoleSpec("model", config, trained=True, scalar=scalar),)
+    )
+
+
+def forecast(of, strategy, dtype="fp32", world=1, device=None, host=None):
+    budgets = {"device": device, "host": host, "disk": None}
+    return forecast_of(of, strategy=strategy, dtype=dtype, world=world, budgets=budgets)
+
+
+def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
+    budgets = {"device": device, "host": host, "disk": None}
+    return dry_run(of, strategy=strategy, dtype=dtype, world=world, budgets=budgets)
+
+
+def real(of, name, tmp_path, device=None):
+    """The same iteration on tensors that have memory, on a machine without a compiler: updates then need the most."""
+    reserve = forecast(of, name, device=device).activations
+    tiers = {"device": Ram("device", CPU, device), "host": Ram("host", CPU), "disk": Disk(tmp_path)}
+    strategy = Strategy(name, World(0, 1, CPU), torch.float32, reserve=reserve, tiers=tiers)
+    with mock.patch.object(compiler, "compiled", return_value="no compiler"):
+        found = iterate(of, strategy, models_of(of, strategy))
+    tiers["disk"].close()
+    return found
+
+
+def assert_near(planned, measured, most=1.15):
+    for tier, nbytes in measured.items():
+        if tier != "traffic":
+            assert nbytes <= planned.peak[tier] <= most * nbytes, (tier, planned.peak[tier] / max(nbytes, 1))
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plan_knows_every_weight_of_a_model_and_the_order_they_are_needed_in(name, scalar):
+    decoder = Decoder(FAMILIES[name], device="meta")
+    model = (Critic if scalar else Actor)(decoder)
+    where = dict(model.named_parameters())
+    planned = weight_shapes.groups_of(FAMILIES[name], "float32", trained=True, scalar=scalar)
+    assert [(group, [w.name for w in weights]) for group, weights in planned] == model.groups()
+    assert all(w.shape == tuple(where[w.name].shape) for _, weights in planned for w in weights)
+    assert weight_shapes.visits_of(FAMILIES[name], scalar=scalar) == visits_of(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_operations_are_those_that_torch_counts(name):
+    actor, rows, length = Actor(Decoder(FAMILIES[name])), 2, 64
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        actor.decoder.logits(actor(torch.zeros(rows, length, dtype=torch.int64), None))
+    planned = rows * weight_shapes.flops_of(FAMILIES[name], [(length, length)]) + weight_shapes.head_flops(
+        FAMILIES[name], rows * length
+    )
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)  # torch counts the masked half of attention
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "gemini_nvme"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_peaks_are_foretold_on_real_tensors(name, strategy, tmp_path):
+    of = work(FAMILIES[name])
+    device = None if strategy == "ddp" else 9_000_000
+    assert_near(forecast(of, strategy, device=device), real(of, strategy, tmp_path, device))
+
+
+@pytest.mark.parametrize("strategy", ["gemini_cpu", "gemini_nvme", "gemini_auto"])
+def test_a_dry_run_takes_what_the_real_one_takes(strategy, tmp_path):
+    of = work(micro_batch_size=2)
+    pretended, found = dry(of, strategy, device=8_000_000), real(of, strategy, tmp_path, device=8_000_000)
+    for tier in ("device", "host", "disk"):
+        assert pretended[tier] == pytest.approx(found[tier], rel=0.01), tier
+    assert pretended["traffic"] == found["traffic"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("of", [one_model, work], ids=["sft", "ppo"])
+def test_words_outweigh_everything_and_are_foretold(of, dtype):
+    """200,000 of them: the head's tiles are what learning needs most, and choosing a token what a rollout does."""
+    many = dataclasses.replace(BASE, vocab_size=200_000, d_model=32, head_dim=8, d_ff=64)
+    workload = of("sft", many) if of is one_model else of(many)
+    assert_near(forecast(workload, "gemini_cpu", dtype), dry(workload, "gemini_cpu", dtype))
+
+
+def test_choosing_a_token_holds_what_the_plan_says(monkeypatch):
+    rows, words = 8, 50_000
+    logits = torch.randn(rows, words).bfloat16()
+    said = weight_shapes.sampling_of(dataclasses.replace(BASE, vocab_size=words), "bfloat16", rows)
+    with Meter() as compiled:  # no distribution is made; another device than a CPU makes one
+        pick(logits, torch.rand(rows), Sampling())
+    assert compiled.peak + logits.nbytes <= said
+    monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+    with Meter() as meter:
+        pick(logits, torch.rand(rows), Sampling())
+    assert meter.peak + logits.nbytes == pytest.approx(said, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world"),
+    [
+        (name, world)
+        for name in (*NAMES, "gemini_cpu_8bit", "gemini_nvme_8bit") for world in (1, 4) if (name, world) != ("naive", 4)
+    ],
+)  # fmt: skip
+def test_every_strategys_peaks_are_foretold(strategy, world):
+    of = work(batch_size=16, prompt_length=100)
+    assert_near(forecast(of, strategy, "bf16", world), dry(of, strategy, "bf16", world), 1.15 if world == 1 else 1.3)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "device"), [("gemini_cpu", 1, None), ("gemini", 4, None), ("gemini_auto", 1, 12_000_000)]
+)
+def test_activations_that_are_kept_while_weights_move_are_foretold(strategy, world, device):
+    of = dataclasses.replace(one_model("sft"), batch_size=16, mini_batch_size=16, prompt_length=100)
+    how = {"strategy": strategy, "dtype": "bf16", "world": world}
+    budgets = {"device": device, "host": None, "disk": None}
+    planned = forecast_of(of, **how, budgets=budgets, recompute=False)
+    assert_near(planned, dry_run(of, **how, budgets=budgets, recompute=False), 1.15 if world == 1 else 1.3)
+    if strategy == "gemini_cpu":  # elsewhere an update's scratch on the device is the most
+        again = forecast_of(of, **how, budgets=budgets)
+        assert planned.activations > again.activations
+        assert planned.seconds["train"].compute < again.seconds["train"].compute
+
+
+def on_one_base(of, spec):
+    """The same work through adapters: four roles on one base."""
+    roles = (
+        dataclasses.replace(role, spec=None if role.name == "reference" else spec, base="base") for role in of.roles
+    )
+    return dataclasses.replace(of, roles=tuple(roles))
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), [("naive", "bf16"), ("gemini_cpu", "fp32")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_four_roles_on_one_base_are_foretold(name, strategy, dtype):
+    of = on_one_base(work(FAMILIES[name], prompt_length=100), LoraSpec(4))
+    assert_near(forecast(of, strategy, dtype), dry(of, strategy, dtype))
+
+
+def test_one_base_and_its_adapters_take_a_fraction_of_four_models():
+    four, one = work(), on_one_base(work(), LoraSpec(4))
+    adapters = sum(
+        weight.numel
+        for role in one.roles if role.spec
+        for _, weights in lora_targets.groups_of(BASE, "bfloat16", role.spec, trained=role.trained, scalar=role.scalar)
+        for weight in weights if ".lora." in weight.name
+    )  # fmt: skip
+    base = 2 * weight_shapes.count_of(BASE, scalar=False)
+    pages = 4 * 4096 * 5 * 12  # chunks end on pages: of five groups, four models, up to 12 bytes an element
+    assert forecast(one, "gemini_cpu", "bf16").peak["host"] < base + 14 * adapters + pages + 12 * plan.UPDATE_TILE
+    assert forecast(four, "gemini_cpu", "bf16").peak["host"] > 15 * base
+
+
+def test_one_weight_stream_is_foretold(tmp_path):
+    """Bytes that scoring and learning fetch, where four roles share what moves."""
+    of = on_one_base(work(mini_batch_size=4, epochs=2), LoraSpec(4))
+    planned = forecast(of, "gemini_nvme", device=6_300_000)
+    moved = real(of, "gemini_nvme", tmp_path, device=6_300_000)["traffic"]
+    for key in ("host_written", "disk_read", "disk_written"):
+        said, done = (sum(phase[key] for phase in one.values()) for one in (planned.traffic, moved))
+        assert said == pytest.approx(done, rel=0.1), key
+
+
+def test_auto_stays_within_its_budget_when_roles_step_side_by_side():
+    """Their gradients are there at once, and not one after the other."""
+    of = on_one_base(work(mini_batch_size=4), LoraSpec(16))
+    least = forecast(of, "gemini_auto", "bf16", device=1).peak["device"]
+    for device in range(least, 3 * least, least // 16):
+        assert forecast(of, "gemini_auto", "bf16", device=device).peak["device"] <= device
+
+
+@pytest.mark.parametrize(("stage", "scalar"), [("sft", False), ("reward", True)])
+def test_other_stages_are_foretold(stage, scalar):
+    of = one_model(stage, scalar=scalar)
+    assert_near(forecast(of, "gemini_cpu"), dry(of, "gemini_cpu"))
+
+
+def test_traffic_is_foretold(tmp_path):
+    of = work(mini_batch_size=4, epochs=2)
+    planned = forecast(of, "gemini_nvme", device=8_000_000)
+    moved = real(of, "gemini_nvme", tmp_path, device=8_000_000)["traffic"]
+    for key in ("host_written", "disk_read", "disk_written"):
+        said, done = (sum(phase[key] for phase in one.values()) for one in (planned.traffic, moved))
+        assert said == pytest.approx(done, rel=0.1), key
+
+
+def test_a_device_budget_holds_activations_too():
+    of = work(prompt_length=100)
+    least = forecast(of, "gemini_cpu", device=1).peak["device"]
+    assert dry(of, "gemini_cpu", device=least)["device"] <= least
+    with pytest.raises(ResourceError, match=r"at least .* with their activations"):
+        dry(of, "gemini_cpu", device=least - 200_000)
+
+
+def test_auto_fills_the_device_then_host_memory_then_the_disk():
+    of = work()
+    everything = forecast(of, "gemini_auto").peak
+    assert everything["host"] == everything["disk"] == 0
+    some = forecast(of, "gemini_auto", device=everything["device"] // 2).peak
+    assert everything["device"] // 3 < some["device"] <= everything["device"] // 2
+    assert some["host"] > some["disk"] == 0
+    # an update through buffers takes 176 MB of host memory, more than these models, and 12 MB in between
+    for host in range(190_000_000, 200_000_000, 500_000):
+        tight = forecast(of, "gemini_auto", device=everything["device"] // 2, host=host).peak
+        assert 0 < tight["host"] <= host
+        assert tight["disk"] > 0
+
+
+def plan_of(capsys, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *flags])
+    return stopped.value.code, capsys.readouterr().out
+
+
+def test_the_command_says_as_json_what_fits(capsys):
+    code, out = plan_of(capsys, "--model", "8b", "--strategy", "gemini_cpu", "--device-memory", "40GB", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["fits"] is True
+    assert found["advice"] is None
+    assert set(found["predicted"]) == {"device", "host", "disk"}
+    assert {"rollout", "score", "train"} == set(found["phases"]) == set(found["traffic"])
+    assert {"weights", "grads", "optimizer", "activations", "kv_cache", "head_tile", "slots"} <= set(found["objects"])
+    # DESIGN 6: four equal models take 30 bytes a weight, 8.3 billion of them
+    assert found["predicted"]["host"] == pytest.approx(30 * found["parameters"]["actor"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--device-memory 24GB --host-memory 128GB", "--device-memory 8GB --host-memory 400GB",
+     "--device-memory 7GB --batch-size 32", "--host-memory 128GB --device-memory 80GB --strategy ddp --stage sft"],
+)  # fmt: skip
+def test_the_change_it_advises_fits(capsys, flags):
+    base = ["--model", "8b", "--strategy", "gemini_cpu", *flags.split()]
+    code, out = plan_of(capsys, *base, "--json")
+    found = json.loads(out)
+    assert code == 3
+    assert not found["fits"]
+    assert found["lacking"]
+    change, _, _ = found["advice"].partition(" fits: ")
+    assert change.startswith("--")
+    code, out = plan_of(capsys, *base, *change.split(), "--json")
+    assert (code, json.loads(out)["fits"]) == (0, True)
+
+
+def test_when_nothing_fits_it_says_what_would(capsys):
+    base = ["--model", "175b", "--strategy", "gemini_cpu", "--device-memory", "2GB", "--host-memory", "1GB"]
+    code, out = plan_of(capsys, *base, "--disk", "1GB", "--json")
+    assert code == 3
+    change = json.loads(out)["advice"].split(";")[1].removesuffix(" would.")
+    code, _ = plan_of(capsys, *base, "--disk", "1GB", *change.split(), "--json")
+    assert code == 0
+
+
+def test_the_text_names_the_command_to_run(capsys):
+    code, out = plan_of(
+        capsys, "--model", "xl", "--critic-model", "s", "--strategy", "colossalai_gemini_cpu", "--world", "2"
+    )
+    assert code == 0
+    assert "torchrun --nproc_per_node 2 -m penstock ppo --strategy gemini_cpu --dtype bf16" in out
+
+
+def test_a_dry_run_stands_beside_the_plan(capsys):
+    code, out = plan_of(capsys, "--model", "s", "--batch-size", "2", "--prompt-length", "16", "--max-new-tokens", "4",
+                     "--strategy", "gemini_cpu", "--world", "2", "--dry-run", "--json")  # fmt: skip
+    found = json.loads(out)
+    assert code == 0
+    for tier in ("device", "host", "disk"):
+        assert found["measured"][tier] <= found["predicted"][tier] <= 1.15 * found["measured"][tier]
+
+
+def test_planning_imports_no_torch():
+    code = (
+        "import sys; from penstock.cli import main\n"
+        "try: main(['plan', '--model', '175b', '--world', '32', '--json'])\n"
+        "except SystemExit as stopped: assert stopped.code == 0\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [("--model 9b", "no size '9b'"), ("--model xl --prompt-length 1024", "leaves no room"),
+     ("--model xl --strategy zero9", "no such strategy"), ("--model xl --link fast", "--link fast: not a number")],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_said(capsys, flags, what):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *flags.split()])
+    assert stopped.value.code == 2
+    assert what in capsys.readouterr().err
+
+
+def test_a_directory_is_planned_from_its_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2}))
+    assert config_of(str(tmp_path), "--model").d_model == 64
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(UserError, match="mamba"):
+        config_of(str(tmp_path), "--model")
+
+
+@pytest.mark.parametrize("strategy", ["gemini_cpu", "naive"])
+def test_a_kv_cache_that_does_not_fit_is_swapped(strategy, tmp_path):
+    """A budget below what the cache takes beside the rest, and above what two layers of it do."""
+    of = work(batch_size=32, micro_batch_size=1, mini_batch_size=1, prompt_length=8, max_new_tokens=120)
+    roomy = forecast(of, strategy)
+    assert not roomy.swapped
+    least = roomy.peak["device"] - roomy.slots.nbytes
+    device = least - roomy.objects["kv_cache"]["device"] // 4 + sum(roomy.slots.weights[:3]) * (strategy != "naive")
+    planned = forecast(of, strategy, device=device)
+    assert planned.swapped
+    assert planned.peak["device"] <= device
+    measured = dry(of, strategy, device=device)
+    assert_near(planned, measured)
+    assert measured["host"] >= weight_shapes.cache_of(BASE, "float32", 32, 128)
+    rollout, done = planned.traffic["rollout"], measured["traffic"]["rollout"]
+    for way in ("host_read", "host_written"):
+        assert done[way] <= rollout[way] <= 1.2 * done[way]

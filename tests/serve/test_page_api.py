@@ -1,0 +1,287 @@
+"""The page's routes, as the page uses them: conversations, answers that stream into them, votes, their export."""
+
+import json
+import socket
+
+import pytest
+
+from penstock import cli
+from penstock.data.formats import read
+from penstock.serve import static_files
+from penstock.serve.scheduler import BusyError
+from tests.serve.conftest import KEY
+from tests.serve.test_api import eventually
+
+SAMPLING = {"model": "tiny", "max_tokens": 6, "seed": 1}
+
+
+def begin(server, text="What is a penstock?", **more):
+    """A conversation with one message: (its id, the message's)."""
+    talk = server.ask("POST", "/api/conversations", more).json["id"]
+    return talk, say(server, talk, text)
+
+
+def say(server, talk, text, parent=None):
+    body = {"parent_id": parent, "role": "user", "content": text}
+    reply = server.ask("POST", f"/api/conversations/{talk}/messages", body)
+    assert reply.status == 201
+    return reply.json["id"]
+
+
+def answer(server, talk, parent, **more):
+    """The events of an answer."""
+    reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": parent, **SAMPLING, **more})
+    assert reply.status == 200
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    return reply.events
+
+
+def tree(server, talk):
+    return server.ask("GET", f"/api/conversations/{talk}").json["messages"]
+
+
+def test_an_answer_streams_and_is_kept(server):
+    talk, asked = begin(server, system="Be brief.")
+    first, *deltas, last = answer(server, talk, asked, temperature=0.5, top_k=5)
+    assert first["type"] == "message"
+    assert (first["message"]["role"], first["message"]["content"], first["message"]["parent_id"]) == (
+        "assistant",
+        "",
+        asked,
+    )
+    assert {one["type"] for one in deltas} == {"delta"}
+    assert last["type"] == "done"
+    assert last["message"]["content"] == "".join(one["content"] for one in deltas)
+    assert last["message"]["finish_reason"] in ("length", "stop")
+    assert last["message"]["sampling"] == {"temperature": 0.5, "top_k": 5, "max_tokens": 6, "seed": 1}
+    assert [one["role"] for one in tree(server, talk)] == ["user", "assistant"]
+    assert tree(server, talk)[1] == last["message"]
+
+
+def test_it_is_the_answer_that_the_api_gives(server):
+    talk, asked = begin(server, system="Be brief.")
+    said = answer(server, talk, asked)[-1]["message"]
+    more = say(server, talk, "Really?", said["id"])
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is a penstock?"},
+        {"role": "assistant", "content": said["content"]},
+        {"role": "user", "content": "Really?"},
+    ]
+    body = {**SAMPLING, "messages": messages}
+    whole = server.ask("POST", "/v1/chat/completions", body).json["choices"][0]["message"]["content"]
+    assert answer(server, talk, more)[-1]["message"]["content"] == whole
+
+
+def test_without_a_seed_the_drawn_one_is_kept_and_gives_the_same_answer_again(server):
+    talk, asked = begin(server)
+    one = answer(server, talk, asked, seed=None)[-1]["message"]
+    assert 0 <= one["sampling"]["seed"] < 2**53  # as JavaScript's numbers
+    again = answer(server, talk, asked, seed=one["sampling"]["seed"])[-1]["message"]
+    assert again["content"] == one["content"]
+    assert again["id"] != one["id"]
+
+
+def test_editing_makes_a_branch(server):
+    talk, asked = begin(server)
+    answer(server, talk, asked)
+    edited = say(server, talk, "What is a weir?")
+    answer(server, talk, edited)
+    assert [one["parent_id"] for one in tree(server, talk)] == [None, asked, None, edited]
+
+
+def test_who_leaves_stops_the_answer_and_what_was_said_is_kept(server):
+    talk, asked = begin(server)
+    body = json.dumps({"parent_id": asked, **SAMPLING, "max_tokens": 200, "seed": 5})
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            f"POST /api/conversations/{talk}/replies HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        seen = b""
+        while b'"delta"' not in seen:
+            seen += connection.recv(4096)
+    assert server.idle()
+    assert eventually(lambda: tree(server, talk)[1]["finish_reason"] is not None)
+    said = tree(server, talk)[1]
+    assert said["finish_reason"] == "cancelled"
+    assert said["content"]
+    whole = answer(server, talk, asked, max_tokens=200, seed=5)[-1]["message"]["content"]
+    assert whole.startswith(said["content"])
+    assert len(said["content"]) < len(whole)
+
+
+def test_a_prompt_beyond_the_context_stores_no_answer(server):
+    talk, asked = begin(server, "x" * 2000)
+    reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": asked, **SAMPLING})
+    assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+    assert len(tree(server, talk)) == 1
+
+
+def test_a_reply_that_is_turned_away_stores_no_answer(server, monkeypatch):
+    def full(generation):
+        raise BusyError("no room")
+
+    talk, asked = begin(server)
+    monkeypatch.setattr(server.service.scheduler, "submit", full)
+    reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": asked, **SAMPLING})
+    assert (reply.status, reply.error["code"]) == (429, "queue_full")
+    assert len(tree(server, talk)) == 1
+
+
+def test_an_answer_that_fits_nowhere_is_not_generated(server):
+    talk, asked = begin(server)
+    said = answer(server, talk, asked)[-1]["message"]["id"]
+    body = {"parent_id": said, **SAMPLING, "max_tokens": 200}
+    reply = server.ask("POST", f"/api/conversations/{talk}/replies", body)
+    assert (reply.status, "belongs under a user's message" in reply.error["message"]) == (400, True)
+    assert server.idle(5.0)
+    assert len(tree(server, talk)) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("messages", {"role": "assistant", "content": "x"}, 400, "role"),
+        ("messages", {"role": "user", "content": ""}, 400, "content"),
+        ("messages", {"role": "user", "content": "a\0b"}, 400, "content"),
+        ("messages", {"role": "user", "content": "x", "parent_id": "msg_" + "0" * 24}, 404, None),
+        ("messages", {"role": "user", "content": "x", "more": 1}, 400, "more"),
+        ("replies", {"parent_id": "msg_" + "0" * 24, "model": "tiny"}, 404, None),
+        ("replies", {"parent_id": "x", "model": "nobody"}, 404, "model"),
+        ("replies", {"parent_id": "x", "model": "tiny", "temperature": 9}, 400, "temperature"),
+    ],
+)
+def test_bad_bodies_are_named(server, path, body, status, param):
+    talk, _ = begin(server)
+    reply = server.ask("POST", f"/api/conversations/{talk}/{path}", body)
+    assert (reply.status, reply.error["param"]) == (status, param)
+
+
+def test_conversations_are_listed_changed_and_removed(server):
+    talk, _ = begin(server, "  first\n words ")
+    assert server.ask("GET", "/api/conversations?limit=1").json["data"][0]["title"] == "first words"
+    changed = server.ask("PATCH", f"/api/conversations/{talk}", {"title": "renamed"}).json
+    assert (changed["title"], changed["system"]) == ("renamed", "")
+    page = server.ask("GET", f"/api/conversations?limit=1&before={talk}").json
+    assert talk not in [one["id"] for one in page["data"]]
+    assert server.ask("DELETE", f"/api/conversations/{talk}").status == 204
+    assert server.ask("GET", f"/api/conversations/{talk}").status == 404
+
+
+def test_export_has_a_line_for_each_way_through_the_tree(server, tmp_path):
+    talk, asked = begin(server, "\u6c34 </script>", system="Be brief.")
+    for seed in (1, 2):
+        answer(server, talk, asked, seed=seed)
+    reply = server.ask("GET", f"/api/conversations/{talk}/export")
+    assert reply.headers["content-type"].startswith("application/jsonl")
+    assert reply.headers["content-disposition"].startswith("attachment")
+    lines = [json.loads(line) for line in reply.body.decode().splitlines()]
+    assert [[turn["role"] for turn in line["messages"]] for line in lines] == [["system", "user", "assistant"]] * 2
+    assert lines[0]["messages"][1]["content"] == "\u6c34 </script>"
+    everything = server.ask("GET", "/api/export").body.decode().splitlines()
+    assert {json.dumps(json.loads(line)) for line in everything} >= {json.dumps(line) for line in lines}
+
+
+# --- votes ------------------------------------------------------------------------------------------------------------
+
+
+def two_answers(server, text="What is a penstock?"):
+    talk, asked = begin(server, text, system="Be brief.")
+    ids = [answer(server, talk, asked, model=model)[-1]["message"]["id"] for model in ("tiny", "other")]
+    return talk, ids
+
+
+def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
+    pair, (a, b) = two_answers(server)
+    vote = server.ask("POST", "/api/votes", {"kind": "pair", "shown": [b, a], "chosen_id": a})
+    assert (vote.status, vote.json["shown"], vote.json["chosen_id"]) == (200, [b, a], a)
+    tie, (c, d) = two_answers(server, "And a weir?")
+    server.ask("POST", "/api/votes", {"kind": "pair", "shown": [c, d], "chosen_id": None})
+    thumbs, (e, f) = two_answers(server, "And a sluice?")
+    server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": e, "value": -1})
+    server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": f, "value": 1})
+    _lonely, (g, _) = two_answers(server, "And a dam?")
+    server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": g, "value": 1})
+    assert [v["value"] for v in server.ask("GET", f"/api/votes?conversation_id={thumbs}").json["data"]] == [-1, 1]
+
+    out = tmp_path / "votes.jsonl"
+    cli.main(["data", "export", "--votes", "--data-dir", server.service.config.data_dir, "--out", str(out)])
+    assert "3 comparisons" in capsys.readouterr().out
+    texts = {one["id"]: one["content"] for talk in (pair, tie, thumbs) for one in tree(server, talk)}
+    records = read(str(out), "comparisons").records
+    assert [(record.responses, record.ranks) for record in records] == [
+        ((texts[b], texts[a]), (1, 0)), ((texts[c], texts[d]), (0, 0)), ((texts[f], texts[e]), (0, 1)),
+    ]  # fmt: skip
+    assert records[0].messages == (
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a penstock?"}
+    )  # fmt: skip
+    line = json.loads(out.read_text().splitlines()[0])
+    digests = {name: served.digest for name, served in server.service.catalogue.models.items()}
+    assert [(one["model"], one["digest"]) for one in line["shown"]] == [(n, digests[n]) for n in ("other", "tiny")]
+    assert [one["sampling"]["seed"] for one in line["shown"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"kind": "pair", "shown": ["a"], "chosen_id": None}, "shown"),
+        ({"kind": "thumb", "message_id": "x", "value": 2}, "value"),
+        ({"kind": "wave"}, "kind"),
+        ({}, "kind"),
+    ],
+)
+def test_a_vote_that_says_nothing_is_refused(server, body, param):
+    reply = server.ask("POST", "/api/votes", body)
+    assert (reply.status, (reply.error["param"] or "").rpartition(".")[2]) == (400, param)
+
+
+def test_there_is_nothing_to_export_from_nowhere(tmp_path, capsys):
+    for arguments, says in (
+        (["--votes", "--data-dir", str(tmp_path), "--out", str(tmp_path / "x")], "there is no penstock.db in it"),
+        (["--out", str(tmp_path / "x")], "writes votes only"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["data", "export", *arguments])
+        assert stopped.value.code == 2
+        assert says in capsys.readouterr().err
+
+
+# --- the page's files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    (tmp_path / "vendor").mkdir()
+    (tmp_path / "index.html").write_text('<script src="/assets/app.js"></script><link href="assets/no.css"> "assets"')
+    (tmp_path / "app.js").write_text("console.log(1)")
+    (tmp_path / "vendor" / "x.js").write_text("2")
+    (tmp_path / "secret.pem").write_text("not for the web")
+    monkeypatch.setattr(static_files, "PAGE", tmp_path)
+    static_files.files.cache_clear()
+    yield tmp_path
+    static_files.files.cache_clear()
+
+
+def test_files_have_the_hash_of_their_bytes_and_are_kept_for_ever(server, page):
+    reply = server.ask("GET", "/", key=None)
+    version = static_files.files()["app.js"][1]
+    assert reply.body.decode() == (
+        f'<script src="/assets/app.js?v={version}"></script><link href="assets/no.css"> "assets"'
+    )
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.headers["cache-control"] == "no-cache"
+    again = server.ask("GET", "/", key=None, headers={"if-none-match": reply.headers["etag"]})
+    assert (again.status, again.body) == (304, b"")
+    script = server.ask("GET", f"/assets/app.js?v={version}", key=None)
+    assert (script.body, script.headers["cache-control"]) == (b"console.log(1)", static_files.FOREVER)
+    assert script.headers["content-type"].startswith("text/javascript")
+    assert server.ask("GET", "/assets/app.js?v=old", key=None).headers["cache-control"] == "no-cache"
+    assert server.ask("GET", "/assets/vendor/x.js", key=None).status == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["secret.pem", "index.html", "../app.py", "%2e%2e/%2e%2e/app.py", "/etc/passwd", "nothing.js"]
+)
+def test_nothing_else_is_served(server, page, path):
+    assert server.ask("GET", f"/assets/{path}", key=None).status == 404
