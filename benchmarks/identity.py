@@ -31,7 +31,7 @@ MOVING = ["--device-memory", "30MB"]
 """A budget in which the demo's model cannot stay: its blocks stream."""
 OPTIMIZER = ["--lr", "1e-3", "--batch-size", "16", "--micro-batch-size", "8", "--steps", str(STEPS)]
 
-SLOW_REWARD = '''
+SLOW_REWARD = """
 import os, signal, threading
 calls = []
 def score(prompts, responses, **_):
@@ -39,12 +39,12 @@ def score(prompts, responses, **_):
     if len(calls) == 4 and os.environ.get("STOP_AFTER"):  # the first call scores samples for the report
         threading.Timer(float(os.environ["STOP_AFTER"]), os.kill, (os.getpid(), signal.SIGTERM)).start()
     return [float(text.count("a")) for text in responses]
-'''
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where the two versions differ."""
-    parser = argparse.ArgumentParser(prog="identity", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("old", type=Path, help="a checkout of the version to compare with")
     parser.add_argument("new", type=Path, nargs="?", default=ROOT)
     parser.add_argument("--keep", type=Path, help="directory to keep the old version's runs in, and to find them again")
@@ -68,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{'equal' if old == new else 'DIFFERENT':10}{name}", flush=True)
         for stage, flags, delay in stopped_runs(old_runs):
             if options.only in stage:
-                digests[stage] = resumed(options.old, options.new, old_runs, stage, flags, delay)
+                stopped = stop(options.old, old_runs / stage.replace(" ", "_").replace(",", ""), flags, delay)
+                old, new = (
+                    resumed(checkout, stopped, runs / f"{stopped.name}-resumed")
+                    for checkout, runs in ((options.old, old_runs), (options.new, new_runs))
+                )
+                digests[stage] = {"old": old, "new": new, "equal": old == new}
                 print(f"{'equal' if digests[stage]['equal'] else 'DIFFERENT':10}{stage}", flush=True)
     equal = sum(digest["equal"] for digest in digests.values())
     print(f"{equal} of {len(digests)} runs are equal")
@@ -179,24 +184,26 @@ def outcome(path: Path) -> dict[str, str]:
     }
 
 
-def resumed(old: Path, new: Path, runs: Path, name: str, flags: list[str], delay: float) -> dict:
-    """Stops a run of the old version, and resumes copies of it with both versions."""
-    stopped = runs / name.replace(" ", "_").replace(",", "")
-    if not stopped.exists():
-        if delay:
-            assert run(old, [*flags, "--out", str(stopped)], STOP_AFTER=str(delay)) == 128 + signal.SIGTERM
-            state = json.loads((last_checkpoint(stopped) / "state.json").read_text())
-            assert state["experience"] and state["update"] > 0, "the signal came outside a step; change its delay"
-        else:
-            stop_after(old, [*flags, "--out", str(stopped)], stopped, steps=8)
-    digests = []
-    for version, checkout in (("old", old), ("new", new)):
-        copy = stopped.with_name(f"{stopped.name}-resumed-{version}")
-        shutil.rmtree(copy, ignore_errors=True)
+def stop(checkout: Path, out: Path, flags: list[str], delay: float) -> Path:
+    """A run of the old version that was stopped by a signal: inside a step with a delay, else after eight steps."""
+    if out.exists():
+        return out
+    if not delay:
+        stop_after(checkout, [*flags, "--out", str(out)], out, steps=8)
+        return out
+    assert run(checkout, [*flags, "--out", str(out)], STOP_AFTER=str(delay)) == 128 + signal.SIGTERM
+    state = json.loads((last_checkpoint(out) / "state.json").read_text())
+    assert state["experience"], "the signal came outside a step; change its delay"
+    assert state["update"] > 0, "the signal came before the first update; change its delay"
+    return out
+
+
+def resumed(checkout: Path, stopped: Path, copy: Path) -> dict[str, str]:
+    """What a copy of a stopped run has left when a version has gone on with it."""
+    if not copy.exists():
         shutil.copytree(stopped, copy)
         assert run(checkout, ["resume", str(copy)]) == 0
-        digests.append(outcome(copy))
-    return {"old": digests[0], "new": digests[1], "equal": digests[0] == digests[1]}
+    return outcome(copy)
 
 
 def stop_after(checkout: Path, arguments: list[str], out: Path, steps: int) -> None:
