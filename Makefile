@@ -1,5 +1,5 @@
-# Each target works from a bare clone with Python 3.11 or 3.12: it makes .venv, installs pinned versions, and runs.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,12))' 2>/dev/null && echo $$p && break; done)
+# Each target works from a bare clone with Python 3.11 to 3.14: it makes .venv, installs pinned versions, and runs.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,14))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt tools/setup.sh
-	PYTHON="$(PYTHON)" sh tools/setup.sh $(VENV)
+	@PYTHON="$(PYTHON)" sh tools/setup.sh $(VENV)
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -1,25 +1,38 @@
 #!/bin/sh
-# Makes the virtual environment $1 and installs penstock with pinned versions.
+# Makes the virtual environment $1 and installs penstock in it, with the versions of constraints.txt.
 #
-# torch comes first and by itself: without an NVIDIA GPU only a CPU build is acceptable, never the default Linux build
-# that brings gigabytes of CUDA packages along. TORCH_INDEX may name a wheel index that has CPU builds (the address that
-# pytorch.org's "get started" page prints for CPU); with a GPU, the default build is what you want.
+# torch comes first and by itself, because its default build for Linux brings several gigabytes of CUDA packages. Without
+# an NVIDIA GPU the CPU build is tried first: from the index that pip is configured with, then from TORCH_INDEX. The
+# default build is the last resort; with an NVIDIA GPU, and on macOS, it is the right one.
 set -eu
 venv=$1
-[ -n "${PYTHON:-}" ] || { echo "penstock needs Python 3.11 or 3.12; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 torch=$(sed -n 's/^torch==//p' constraints.txt)
-[ -x "$venv/bin/python" ] || "$PYTHON" -m venv "$venv"
-pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt"
+
+say() { echo "setup: $*"; }
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
+try() { install --no-deps "$@" >>"$venv/setup.log" 2>&1; } # what torch needs is installed with penstock, below
+
+[ -n "${PYTHON:-}" ] || { say "penstock needs Python 3.11 to 3.14. Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    say "virtual environment $venv with $("$PYTHON" --version)"
+    "$PYTHON" -m venv "$venv"
+fi
 
 if "$venv/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch')" 2>/dev/null; then
-    :
+    say "torch $torch is installed already"
 elif command -v nvidia-smi >/dev/null 2>&1 || [ "$(uname -s)" = Darwin ]; then
-    $pip "torch==$torch"
+    say "torch $torch, the default build for this machine"
+    install "torch==$torch"
 else
-    $pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "torch==$torch+cpu" || {
-        echo "No CPU build of torch $torch was found, and the default build would bring gigabytes of CUDA packages." >&2
-        echo "Run again with TORCH_INDEX=ADDRESS, the wheel index that pytorch.org's start page prints for CPU." >&2
-        exit 2
-    }
+    say "torch $torch, the CPU build: this machine has no NVIDIA GPU"
+    if ! try "torch==$torch+cpu"; then
+        say "torch $torch, the CPU build, from $index"
+        if ! try --timeout 30 --retries 1 --index-url "$index" "torch==$torch+cpu"; then
+            say "no CPU build was found (see $venv/setup.log); installing the default build: several gigabytes on Linux"
+            install "torch==$torch"
+        fi
+    fi
 fi
-$pip --editable ".[dev,serve]"
+say "penstock and its other packages"
+install --editable ".[dev,serve]"

@@ -14,8 +14,8 @@ EXTRAS = {"pyarrow": "reading .parquet data: pip install 'penstock[parquet]'"}
 def doctor() -> int:
     """Prints the findings and returns the exit code: 0 when training can start, 3 when something needed is missing."""
     lines, problems = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"], []
-    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        problems.append("penstock is tested with Python 3.11 and 3.12 only.")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+        problems.append("penstock needs Python 3.11 to 3.14.")
     for name in NEEDED:
         try:
             lines.append(f"{name:12} {importlib.metadata.version(name.replace('_', '-'))}")
