@@ -14,9 +14,9 @@ import pytest
 
 from penstock.data.toyland import save_tokenizer
 from penstock.serve import auth
-from penstock.serve.app import Service
 from penstock.serve.config import ServeConfig
 from penstock.serve.server import Web, address_of, listen
+from penstock.serve.service import Service
 from penstock.serve.store import open_store
 from tests.conftest import save_tiny
 

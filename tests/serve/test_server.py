@@ -84,9 +84,9 @@ def test_the_key_is_printed_once_and_goes_on_working_and_sigterm_lets_streams_en
 
 
 def test_draining_turns_new_requests_away_and_cuts_off_what_takes_too_long(tmp_path, model, monkeypatch):
-    from penstock.serve import app
+    from penstock.serve import service
 
-    monkeypatch.setattr(app, "DRAIN_SECONDS", 1.0)
+    monkeypatch.setattr(service, "DRAIN_SECONDS", 1.0)
     long = save_chatty(tmp_path / "long", max_length=20_000)
     with running(tmp_path / "data", long) as one:
         got = []

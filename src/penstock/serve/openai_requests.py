@@ -1,7 +1,7 @@
-"""What a request to /v1 may say, and what it comes to: OpenAI's names in, prompts as token ids and a Sampling out.
+"""Requests to /v1: OpenAI's names in, prompts as token ids and a Sampling out. Knows no routes and no scheduler.
 
-Keys that would change what an answer means, and that we do not do, are refused by name; other unknown keys are let
-through unread, because clients send many. Numbers are not taken from texts, nor texts from numbers.
+A key that would change what an answer means, and that this server does not support, is refused by name. Other unknown
+keys are ignored, because clients send many of them. A text is never read as a number, nor a number as a text.
 """
 
 import secrets
@@ -17,15 +17,15 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import ApiError
 
-MOST_MESSAGES = 256
-MOST_ANSWERS = 16
-MOST_PROMPTS = 64
+MAX_MESSAGES = 256
+MAX_ANSWERS = 16
+MAX_PROMPTS = 64
 """In one request to /v1/completions."""
-MOST_STOPS = 4
-LONGEST_STOP = 64
-MOST_BIASES = 300
-COLDEST = 1e-3
-"""A temperature below it takes the likeliest token, as 0 does: fp32 cannot divide logits by less."""
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 64
+MAX_BIASES = 300
+MIN_TEMPERATURE = 1e-3
+"""A temperature below it takes the likeliest token, as 0 does: logits divided by less leave the range of fp32."""
 
 
 def _storable(text: str) -> str:
@@ -74,12 +74,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TopK = Annotated[int, Field(ge=0, lt=2**31, description="Not OpenAI's; 0 is off.")]
 MinP = Annotated[float, Field(ge=0, le=1, description="Not OpenAI's; 0 is off.")]
-# Below 0.1 it would multiply logits out of fp32, one token after the other.
+# Below 0.1 the logits of repeated tokens leave the range of fp32.
 RepetitionPenalty = Annotated[float, Field(ge=0.1, le=10, description="Not OpenAI's; 1 is off.")]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 SEED_BITS = 53
-"""Of a seed that we draw: JavaScript, and so the page, knows no larger whole numbers exactly."""
-Stop = Annotated[Str, Field(min_length=1, max_length=LONGEST_STOP)]
+"""Of a drawn seed: JavaScript, and so the page, represents no larger whole numbers exactly."""
+Stop = Annotated[Str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -89,13 +89,13 @@ class Sampled(Loose):
     model: str
     temperature: Temperature | None = None
     top_p: Share | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     max_tokens: Count | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: TopK | None = None
@@ -116,7 +116,7 @@ class Sampled(Loose):
 class ChatRequest(Sampled):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -131,14 +131,14 @@ class CompletionRequest(Sampled):
     prompt: (
         Str
         | Ids
-        | Annotated[list[Str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedRequest:
     """A request, ready for the scheduler."""
 
     prompts: list[list[int]]
@@ -146,14 +146,14 @@ class Asked:
     sampling: Sampling
     stops: tuple[str, ...]
     wants_tokens: bool
-    """Log-probabilities were asked for."""
+    """Whether the answer holds log-probabilities."""
 
 
 # --- from the request to the engine's terms ---------------------------------------------------------------------------
 
 
-def asked_chat(request: ChatRequest, served: ServedModel) -> Asked:
-    """What a chat request asks for. Raises ApiError for what cannot be done, with the key at fault."""
+def encode_chat(request: ChatRequest, model: ServedModel) -> EncodedRequest:
+    """A chat request, encoded. Raises ApiError, with the key at fault, for what this server cannot do."""
     _refuse(request, CHANGES_CHAT)
     for i, message in enumerate(request.messages):
         _refuse(message, CHANGES_MESSAGE, f"messages[{i}].")
@@ -161,61 +161,58 @@ def asked_chat(request: ChatRequest, served: ServedModel) -> Asked:
             raise ApiError(400, "a system message belongs at the start; move it there.", param=f"messages[{i}].role")
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true beside it.", param="top_logprobs")
-    if None not in (request.max_tokens, request.max_completion_tokens) and (
-        request.max_tokens != request.max_completion_tokens
-    ):
+    limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
+    if len(limits) > 1:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens")
-    messages = [{"role": message.role, "content": message.text} for message in request.messages]
-    prompt = encode_chat(served, messages)
-    limit = request.max_completion_tokens or request.max_tokens or served.length
-    sampling = _sampling(request, served, limit, request.top_logprobs or 0)
-    return Asked([prompt], sampling, request.stops, bool(request.logprobs))
+    turns = tuple(
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in request.messages
+    )
+    prompt = _encode(model, Prompt(messages=turns, where="messages"), "messages")
+    sampling = _sampling(request, model, max(limits, default=model.length), request.top_logprobs or 0)
+    return EncodedRequest([prompt], sampling, request.stops, bool(request.logprobs))
 
 
-def asked_text(request: CompletionRequest, served: ServedModel) -> Asked:
-    """What a plain completion asks for. Raises ApiError as `asked_chat` does."""
+def encode_text(request: CompletionRequest, model: ServedModel) -> EncodedRequest:
+    """A plain completion, encoded. Raises ApiError as `encode_chat` does."""
     _refuse(request, CHANGES_TEXT)
-    given = request.prompt
-    many: Sequence[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    if len(many) * (request.n or 1) > MOST_PROMPTS:
-        text = f"{len(many)} prompts with n={request.n} are more than {MOST_PROMPTS} answers; send fewer at once."
-        raise ApiError(400, text, param="prompt")
+    texts: Any = request.prompt  # a text, token ids, or a list of either
+    if isinstance(texts, str) or isinstance(texts[0], int):
+        texts = [texts]
+    if len(texts) * (request.n or 1) > MAX_PROMPTS:
+        message = f"{len(texts)} prompts with n={request.n} are more than {MAX_PROMPTS} answers; send fewer at once."
+        raise ApiError(400, message, param="prompt")
     prompts = []
-    for i, one in enumerate(many):
-        param = "prompt" if len(many) == 1 else f"prompt[{i}]"
-        record = Prompt(prompt=one, where=param) if isinstance(one, str) else Prompt(prompt_ids=tuple(one), where=param)
-        prompts.append(_encode(served, record, param))
-    sampling = _sampling(request, served, request.max_tokens or 16, request.logprobs or 0)  # 16: OpenAI's default
-    return Asked(prompts, sampling, request.stops, request.logprobs is not None)
+    for i, text in enumerate(texts):
+        param = "prompt" if len(texts) == 1 else f"prompt[{i}]"
+        source: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"prompt_ids": tuple(text)}
+        prompts.append(_encode(model, Prompt(**source, where=param), param))
+    sampling = _sampling(request, model, request.max_tokens or 16, request.logprobs or 0)  # 16: OpenAI's default
+    return EncodedRequest(prompts, sampling, request.stops, request.logprobs is not None)
 
 
-def encode_chat(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens that an answer to these messages follows. Raises ApiError when the template or the context refuses."""
-    turns = [{**one, "role": "system" if one["role"] == "developer" else one["role"]} for one in messages]
-    return _encode(served, Prompt(messages=tuple(turns), where="messages"), "messages")
-
-
-def _encode(served: ServedModel, record: Prompt, param: str) -> list[int]:
+def _encode(model: ServedModel, record: Prompt, param: str) -> list[int]:
+    """A prompt's token ids. Raises ApiError when the chat template or the context refuses it."""
     try:
-        ids = served.encoder.encode_prompt(record)
+        ids = model.encoder.encode_prompt(record)
     except DataError as error:
         raise ApiError(400, str(error), param=param) from error
-    if len(ids) >= served.length:
+    if len(ids) >= model.length:
         text = (
-            f"the prompt has {len(ids)} tokens and {served.id} has a context of {served.length}, answer included; "
+            f"the prompt has {len(ids)} tokens and {model.id} has a context of {model.length}, answer included; "
             "shorten it or begin a new conversation."
         )
         raise ApiError(400, text, param=param, code="context_length_exceeded")
     return ids
 
 
-def _sampling(request: Sampled, served: ServedModel, limit: int, top_logprobs: int) -> Sampling:
+def _sampling(request: Sampled, model: ServedModel, limit: int, top_logprobs: int) -> Sampling:
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options needs stream: true beside it.", param="stream_options")
     temperature = 1.0 if request.temperature is None else request.temperature
     return Sampling(
-        temperature=temperature if temperature >= COLDEST else 0.0,
-        max_new_tokens=min(limit, served.length),
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        max_new_tokens=min(limit, model.length),
         n=request.n or 1,
         top_k=request.top_k or 0,
         top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),  # 0: the likeliest token alone
@@ -224,17 +221,17 @@ def _sampling(request: Sampled, served: ServedModel, limit: int, top_logprobs: i
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        logit_bias=_biases(request.logit_bias or {}, served.decoder.config.vocab_size),
+        logit_bias=_biases(request.logit_bias or {}, model.decoder.config.vocab_size),
         top_logprobs=top_logprobs,
     )
 
 
-def _biases(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    for key in given:
+def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    for key in biases:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
             text = f"{ascii(key)[:40]} is no token of this model; its ids are 0 to {vocab_size - 1}."
             raise ApiError(400, text, param="logit_bias")
-    return tuple((int(key), more) for key, more in given.items())
+    return tuple((int(key), bias) for key, bias in biases.items())
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -244,24 +241,24 @@ CHANGES_SAMPLED: dict[str, Any] = {
     "response_format": ({"type": "text"},), "audio": (), "modalities": (["text"], []), "web_search_options": (),
     "use_beam_search": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
 }  # fmt: skip
-"""Keys that change what an answer is, with the values that do not; null never does."""
+"""Keys that change what an answer means, with the values that do not; null never does."""
 CHANGES_CHAT = {**CHANGES_SAMPLED, "prediction": (), "continue_final_message": (False,)}
 CHANGES_TEXT = {**CHANGES_SAMPLED, "echo": (False,), "suffix": ("",), "best_of": (1,)}
 CHANGES_MESSAGE: dict[str, Any] = {"tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": ()}
 
 
-def _refuse(request: Loose, changes: dict[str, Any], where: str = "") -> None:
+def _refuse(request: Loose, changes: dict[str, Any], prefix: str = "") -> None:
     for key, value in (request.model_extra or {}).items():
         if key in changes and value is not None and value not in changes[key]:
             text = f"{key} would change what the answer means, and this server does not do it; leave it out."
-            raise ApiError(400, text, param=where + key, code="unsupported_parameter")
+            raise ApiError(400, text, param=prefix + key, code="unsupported_parameter")
 
 
-def param_of(where: Sequence[int | str], body: Any) -> str | None:
-    """The key that a validation error is about, as in messages[0].role: pydantic's path without its own words."""
+def param_of(path: Sequence[int | str], body: Any) -> str | None:
+    """The key that a validation error is about, as in messages[0].role: pydantic's path without its type names."""
     name = ""
-    for part in where:
-        if isinstance(body, dict) and isinstance(part, str) and (part in body or part == where[-1]):
+    for part in path:
+        if isinstance(body, dict) and isinstance(part, str) and (part in body or part == path[-1]):
             name += f".{part}" if name else part
             body = body.get(part)
         elif isinstance(body, list) and isinstance(part, int) and part < len(body):

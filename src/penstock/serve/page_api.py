@@ -5,7 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.security import HTTPBearer
@@ -15,11 +15,10 @@ from starlette.responses import JSONResponse
 from penstock.serve import openai_requests
 from penstock.serve.auth import COOKIE, SESSION_SECONDS, csrf_of
 from penstock.serve.errors import ApiError, documented
+from penstock.serve.event_stream import EventStream
 from penstock.serve.openai_requests import Str
 from penstock.serve.scheduler import Generation
-
-if TYPE_CHECKING:
-    from penstock.serve.app import Service
+from penstock.serve.service import Service, service_of
 
 MOST_CHARACTERS = 500_000
 """Of one message: what fits the body, and no model's context exceeds it by much."""
@@ -146,10 +145,6 @@ class VoteList(BaseModel):
     data: list[Vote]
 
 
-def _service(request: Request) -> "Service":
-    return request.app.state.service
-
-
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """What the store does not have is 404, what it cannot do is 400."""
@@ -175,7 +170,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 @api.post("/session", response_model=Csrf, responses=documented(400, 401, 408, 413))
 def log_in(body: Login, request: Request) -> JSONResponse:
     """Opens a session for who knows the key: an HttpOnly cookie, and a token that must come beside it."""
-    session = _service(request).keys.open_session(body.key)
+    session = service_of(request).keys.open_session(body.key)
     if session is None:
         raise ApiError(
             401, "this key is not the server's; penstock serve printed it when it first started.", param="key"
@@ -200,7 +195,7 @@ def log_out(request: Request) -> Response:
     """Ends the session that the cookie names."""
     session = request.scope.get("penstock.session")
     if session is not None:
-        _service(request).keys.close_session(session)
+        service_of(request).keys.close_session(session)
     answer = Response(status_code=204)
     answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return answer
@@ -215,21 +210,21 @@ def list_conversations(
 ) -> JSONResponse:
     """The most recently used conversations, from behind `before` on."""
     with _told():
-        rows, has_more = _service(request).store.list_conversations(limit, before)
+        rows, has_more = service_of(request).store.list_conversations(limit, before)
     return JSONResponse({"data": [_shown(row) for row in rows], "has_more": has_more})
 
 
 @api.post("/conversations", status_code=201, response_model=Conversation, responses=FAILS)
 def add_conversation(body: ConversationChanges, request: Request) -> JSONResponse:
     """A new conversation; its first message names it if it has no title."""
-    row = _service(request).store.add_conversation(body.title or "", body.system or "")
+    row = service_of(request).store.add_conversation(body.title or "", body.system or "")
     return JSONResponse(_shown(row), 201)
 
 
 @api.get("/conversations/{conversation_id}", response_model=WholeConversation, responses=FAILS)
 def one_conversation(conversation_id: str, request: Request) -> JSONResponse:
     """A conversation with the whole tree of its messages."""
-    store = _service(request).store
+    store = service_of(request).store
     with _told():
         row, messages = store.conversation(conversation_id), store.messages(conversation_id)
     return JSONResponse({**_shown(row), "messages": [_shown(one) for one in messages]})
@@ -240,14 +235,14 @@ def change_conversation(conversation_id: str, body: ConversationChanges, request
     """Sets title or system prompt."""
     changes = {name: value for name, value in body.model_dump().items() if value is not None}
     with _told():
-        return JSONResponse(_shown(_service(request).store.change_conversation(conversation_id, changes)))
+        return JSONResponse(_shown(service_of(request).store.change_conversation(conversation_id, changes)))
 
 
 @api.delete("/conversations/{conversation_id}", status_code=204, responses=FAILS)
 def remove_conversation(conversation_id: str, request: Request) -> Response:
     """Removes a conversation with its messages and votes."""
     with _told():
-        _service(request).store.remove_conversation(conversation_id)
+        service_of(request).store.remove_conversation(conversation_id)
     return Response(status_code=204)
 
 
@@ -255,7 +250,7 @@ def remove_conversation(conversation_id: str, request: Request) -> Response:
 def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSONResponse:
     """A user's message. Editing one is adding another under the same parent."""
     with _told():
-        row = _service(request).store.add_message(conversation_id, body.parent_id, "user", body.content)
+        row = service_of(request).store.add_message(conversation_id, body.parent_id, "user", body.content)
     return JSONResponse(_shown(row), 201)
 
 
@@ -271,9 +266,7 @@ def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSO
 )  # fmt: skip
 async def add_reply(conversation_id: str, body: NewReply, request: Request) -> Response:
     """Has a model answer a message, as events: the stored message, what it gains, and how it ended."""
-    from penstock.serve.app import EventStream
-
-    service = _service(request)
+    service = service_of(request)
     served = service.find(body.model)
     with _told():
         turns = await asyncio.to_thread(service.store.turns, body.parent_id, conversation_id)
@@ -285,7 +278,7 @@ async def add_reply(conversation_id: str, body: NewReply, request: Request) -> R
     except ValueError as error:  # more turns than one request may have
         raise ApiError(400, f"this conversation cannot be sent: {error.errors()[0]['msg']}.") from error  # type: ignore[attr-defined]
     size = sum(len(turn["content"]) for turn in turns)
-    asked = await service.encode(size, openai_requests.asked_chat, asked_for, served)
+    asked = await service.encode(size, openai_requests.encode_chat, asked_for, served)
     chosen["seed"] = asked.sampling.seed  # drawn, if none was given: with it the answer can be had again
     generation = service.begin(served, asked)  # first: a request that is turned away leaves nothing in the history
     try:
@@ -301,7 +294,7 @@ async def add_reply(conversation_id: str, body: NewReply, request: Request) -> R
 
 
 async def _told_events(
-    service: "Service", generation: Generation, message: dict[str, Any]
+    service: Service, generation: Generation, message: dict[str, Any]
 ) -> AsyncGenerator[bytes, None]:
     """The events of one answer. However it ends, what was said until then is stored."""
     said: list[str] = []
@@ -328,7 +321,7 @@ async def _told_events(
             await asyncio.shield(_end(service, message, said, reason))
 
 
-async def _end(service: "Service", message: dict[str, Any], said: list[str], reason: str) -> dict[str, Any] | None:
+async def _end(service: Service, message: dict[str, Any], said: list[str], reason: str) -> dict[str, Any] | None:
     return await asyncio.to_thread(service.store.end_message, message["id"], "".join(said), reason)
 
 
@@ -352,7 +345,7 @@ def _vote(row: dict[str, Any]) -> dict[str, Any]:
 @api.post("/votes", response_model=Vote, responses=FAILS)
 def add_vote(body: Annotated[ThumbVote | PairVote, Field(discriminator="kind")], request: Request) -> JSONResponse:
     """Stores a vote, in the place of an earlier one on the same answers."""
-    store = _service(request).store
+    store = service_of(request).store
     with _told():
         if isinstance(body, ThumbVote):
             row = store.vote_thumb(body.message_id, body.value)
@@ -365,7 +358,7 @@ def add_vote(body: Annotated[ThumbVote | PairVote, Field(discriminator="kind")],
 def list_votes(request: Request, conversation_id: str | None = None) -> JSONResponse:
     """The votes in a conversation, or all."""
     with _told():
-        rows = _service(request).store.votes(conversation_id)
+        rows = service_of(request).store.votes(conversation_id)
     return JSONResponse({"data": [_vote(row) for row in rows]})
 
 
@@ -374,7 +367,7 @@ JSON_LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/js
 
 def _lines(request: Request, conversation_id: str | None, name: str) -> Response:
     with _told():
-        leaves = list(_service(request).store.leaves(conversation_id))
+        leaves = list(service_of(request).store.leaves(conversation_id))
     lines = [json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for turns in leaves]
     headers = {"content-disposition": f'attachment; filename="{name}.jsonl"'}
     return Response("".join(lines).encode(), media_type="application/jsonl", headers=headers)

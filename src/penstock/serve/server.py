@@ -18,8 +18,9 @@ try:
     import uvicorn
 
     from penstock.serve import auth
-    from penstock.serve.app import Service, build
+    from penstock.serve.app import build
     from penstock.serve.http_protocol import LimitedHttpProtocol
+    from penstock.serve.service import Service
     from penstock.serve.store import open_store
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("penstock"):

@@ -1,0 +1,83 @@
+"""OpenAI's routes under /v1. They are thin: `openai_requests` reads a request, the scheduler runs it, and
+`openai_responses` writes the answer.
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.security import HTTPBearer
+from starlette.responses import JSONResponse
+
+from penstock.serve import openai_requests, openai_responses
+from penstock.serve.catalogue import ServedModel
+from penstock.serve.errors import documented
+from penstock.serve.event_stream import EventStream, cancel_on_disconnect
+from penstock.serve.openai_requests import ChatRequest, CompletionRequest
+from penstock.serve.scheduler import Generation
+from penstock.serve.service import LARGE_BYTES, Service, service_of
+
+v1 = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(HTTPBearer(auto_error=False))])
+COMPLETION_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    **documented(400, 401, 403, 404, 408, 413, 429, 500, 503),
+}
+
+
+@v1.post("/chat/completions", response_model=openai_responses.ChatCompletion, responses=COMPLETION_RESPONSES)
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """Answers a conversation; as server-sent events with `stream`."""
+    service = service_of(request)
+    model = service.find(body.model)
+    encoded = await service.encode(_size(request), openai_requests.encode_chat, body, model)
+    return await _answer(request, service, service.begin(model, encoded), body)
+
+
+@v1.post("/completions", response_model=openai_responses.TextCompletion, responses=COMPLETION_RESPONSES)
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Goes on with a text or with token ids, without a chat template."""
+    service = service_of(request)
+    model = service.find(body.model)
+    encoded = await service.encode(_size(request), openai_requests.encode_text, body, model)
+    return await _answer(request, service, service.begin(model, encoded), body)
+
+
+@v1.get("/models", response_model=openai_responses.ModelList, responses=documented(401, 403, 429, 503))
+async def list_models(request: Request) -> JSONResponse:
+    """The models that are served."""
+    cards = [_card(model) for model in list(service_of(request).catalogue.models.values())]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+@v1.get(
+    "/models/{model:path}", response_model=openai_responses.ModelCard, responses=documented(401, 403, 404, 429, 503)
+)
+async def one_model(model: str, request: Request) -> JSONResponse:
+    """One of them."""
+    return JSONResponse(_card(service_of(request).find(model)))
+
+
+def _size(request: Request) -> int:
+    """Bytes of the body; counts as large when the client does not say."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdigit() else LARGE_BYTES + 1
+
+
+async def _answer(
+    request: Request, service: Service, generation: Generation, body: ChatRequest | CompletionRequest
+) -> Response:
+    """The answer to a request that runs, whole or as events."""
+    chat = isinstance(body, ChatRequest)
+    if body.stream:
+        return EventStream(service, generation, openai_responses.events(generation, chat, body.with_usage))
+    watch = asyncio.create_task(cancel_on_disconnect(request.receive, service, generation))
+    try:
+        return JSONResponse(await openai_responses.whole(generation, chat))
+    finally:
+        watch.cancel()
+        service.cancel(generation)
+        service.metrics.generated(generation)
+
+
+def _card(model: ServedModel) -> dict[str, Any]:
+    return {"id": model.id, "object": "model", "created": model.created, "owned_by": "penstock"}

@@ -1,0 +1,125 @@
+"""The service: models, scheduler, store, keys and metrics, as one object that all routes share. Knows no routes.
+
+[Note: one thread around the engines] `scheduler.py` owns the engines on a thread of its own; routes hand in a
+`Generation` and await its pieces. A process of its own for the engines would free them from the interpreter's lock, at
+the price of a protocol between the two. The web side takes a seventh of the processor time (58 of 385 us per token at
+32 streams of a model with a million parameters), so there is none.
+"""
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from penstock.serve.auth import Keys
+from penstock.serve.catalogue import Catalogue, ServedModel
+from penstock.serve.config import ServeConfig
+from penstock.serve.errors import ApiError
+from penstock.serve.metrics import Metrics
+from penstock.serve.openai_requests import EncodedRequest
+from penstock.serve.scheduler import BusyError, Generation, Scheduler
+from penstock.serve.store import Store
+
+Result = TypeVar("Result")
+DRAIN_SECONDS = 30.0
+"""From SIGTERM until answers that still run are cut off."""
+LARGE_BYTES = 4096
+"""Longer prompts are tokenized in a thread, so that no stream waits for them."""
+
+
+class Life(enum.Enum):
+    """Loading: no model yet. Serving. Draining: running answers end, new requests are refused."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, config: ServeConfig, store: Store) -> None:
+        self.config, self.store = config, store
+        self.catalogue, self.metrics = Catalogue(config), Metrics()
+        self.keys = Keys(store, config.per_key)
+        self.scheduler: Scheduler | None = None
+        self.draining = False
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
+        """One thread: several must not use a tokenizer at once."""
+
+    @property
+    def life(self) -> Life:
+        """Loading, serving or draining."""
+        if self.draining:
+            return Life.DRAINING
+        return Life.SERVING if self.catalogue.ready.is_set() else Life.LOADING
+
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Starts the scheduler in the running loop, and loading. Calls `on_failure` if a model cannot be loaded."""
+        self.scheduler = Scheduler(asyncio.get_running_loop(), queue_length=self.config.queue)
+        self.scheduler.start()
+        self.metrics.watch(self.scheduler, self.catalogue)
+        self.catalogue.start(on_failure)
+
+    async def drain(self) -> None:
+        """Waits up to DRAIN_SECONDS until all running answers end; the remaining ones get an error."""
+        self.draining = True
+        assert self.scheduler is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while self.scheduler.outstanding:
+                    await asyncio.sleep(0.02)
+        self.stop()
+        await asyncio.sleep(0.1)  # the last pieces are on their way to the clients
+
+    def stop(self) -> None:
+        """Ends all running answers with an error that says why."""
+        self.catalogue.stop()
+        if self.scheduler is not None:
+            self.scheduler.close(ApiError(503, "the server is shutting down.", code="shutting_down"))
+            self.scheduler = None
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def find(self, name: str) -> ServedModel:
+        """A model by name. Raises ApiError 503 while loading or draining, 404 with the known names."""
+        if self.life is not Life.SERVING:
+            raise ApiError(503, f"the server is {self.life.value}; try again in a moment.", code=self.life.value)
+        if name not in self.catalogue.models:
+            known = ", ".join(self.catalogue.models)
+            text = f"there is no model {ascii(name)[:80]} here; there are: {known}."
+            raise ApiError(404, text, param="model", code="model_not_found")
+        return self.catalogue.models[name]
+
+    async def encode(self, size: int, encode: Callable[..., Result], *arguments: Any) -> Result:
+        """Calls a function that tokenizes `size` bytes: at once if they are few, in the thread otherwise."""
+        if size <= LARGE_BYTES:
+            return encode(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode, *arguments)
+
+    def begin(self, model: ServedModel, request: EncodedRequest) -> Generation:
+        """Hands a request to the scheduler. Raises ApiError 429 when there is no room, 400 when there never is."""
+        generation = Generation(model, request.prompts, request.sampling, request.stops, request.wants_tokens)
+        room = model.rows + self.config.queue
+        if generation.count > room:
+            raise ApiError(400, f"{generation.count} answers are more than the {room} there is room for.", param="n")
+        if self.scheduler is None:
+            raise ApiError(503, "the server is draining; try again in a moment.", code="draining")
+        try:
+            self.scheduler.submit(generation)
+        except BusyError as error:
+            raise ApiError(429, str(error), code="queue_full") from error
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Frees the rows of a generation that no client waits for."""
+        if self.scheduler is not None:
+            self.scheduler.cancel(generation)
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a request."""
+    return request.app.state.service
