@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 
-settings.register_profile("penstock", derandomize=True)  # a commit passes or fails, never by luck
+PATIENCE = 600
+"""Seconds that a test waits for another process or thread at most. No test fails because the machine is busy."""
+# A commit passes or fails, never by luck: not that of the random numbers, nor that of the clock.
+UNHURRIED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("penstock", derandomize=True, deadline=None, suppress_health_check=UNHURRIED)
 settings.load_profile("penstock")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 

@@ -9,13 +9,13 @@ import pytest
 
 from penstock import cli
 from penstock.data.toyland import save_tokenizer
-from tests.conftest import comparisons, demonstrations
+from tests.conftest import PATIENCE, comparisons, demonstrations
 
 
 def run(*arguments, **options):
     """The real command in a process of its own."""
     command = [sys.executable, "-m", "penstock", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 def exit_of(capsys, *arguments):

@@ -13,6 +13,7 @@ import pytest
 
 from penstock import cli
 from penstock.data.toyland import save_tokenizer
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,7 +33,9 @@ def run_page(page, directory, model):
             (directory / name).write_text(text, encoding="utf-8")
         elif language in ("bash", "python"):
             command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
-            done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400)
+            done = subprocess.run(
+                command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE
+            )
             assert done.returncode == 0, f"{page.name}:\n{text}\n{done.stderr[-3000:]}"
             ran += 1
     return ran

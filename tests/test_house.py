@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import PATIENCE
+
 SOURCE = Path(__file__).parent.parent / "src" / "penstock"
 FLOORS = [  # top to bottom; a file imports its own folder and lower floors
     {"__main__", "__init__"},
@@ -109,7 +111,7 @@ def test_the_command_line_starts_without_torch():
     """Parsing a command line must stay fast: torch alone takes a second to import. So must a plan."""
     planner = "".join(f", penstock.planner.{path.stem}" for path in sorted((SOURCE / "planner").glob("[a-z]*.py")))
     code = f"import sys, penstock.cli{planner}\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE).returncode == 0
 
 
 def test_files_stay_one_idea_long():

@@ -16,7 +16,7 @@ from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.run.session import read_optimizer, write_optimizer
-from tests.conftest import comparisons, demonstrations
+from tests.conftest import PATIENCE, comparisons, demonstrations
 
 SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
 SCORE = """
@@ -69,7 +69,7 @@ def test_a_checkpoint_of_two_ranks_on_disk_goes_on_resident_and_back(tmp_path, t
     def two_ranks(*rest):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "penstock"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launch, *rest], capture_output=True, text=True, timeout=240, env=environment)
+        done = subprocess.run([*launch, *rest], capture_output=True, text=True, timeout=PATIENCE, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
 
     two_ranks(*arguments, "--out", str(run), *place("gemini_nvme", tmp_path))

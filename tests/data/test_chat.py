@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -161,7 +161,7 @@ def test_every_assistant_turn_is_trained_with_one_end_and_nothing_else_is(encode
 TURNS = st.lists(st.text("aH: \n.", min_size=1, max_size=6), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(turns=TURNS, answer=st.text("aH: \n.", min_size=1, max_size=6))
 def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_same_ids(
     encoder: Encoder, turns: list[str], answer: str
@@ -183,7 +183,7 @@ def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_s
 ORDINARY = st.text(min_size=1, max_size=9).filter(lambda text: "<" not in text)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(prompt=ORDINARY, answer=ORDINARY)
 def test_text_prompts_too(encoder: Encoder, prompt: str, answer: str) -> None:
     record = Comparison(where="f:1", prompt=prompt, responses=(answer, "x"), ranks=(0, 1))

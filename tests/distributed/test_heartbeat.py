@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from tests.conftest import PATIENCE
+
 WORKER = """
 import os, sys, time, torch
 from penstock.cli import _refused
@@ -48,7 +50,7 @@ print("done", flush=True)
 class Ranks:
     """Three processes in one group, without a launcher that would end them."""
 
-    def __init__(self, what, beat=0.1, silence=20):
+    def __init__(self, what, beat=0.2, silence=20):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -67,7 +69,9 @@ class Ranks:
 
     def ends(self, *ranks):
         """Exit code and output of these ranks."""
-        return [(*self.processes[rank].communicate(timeout=60), self.processes[rank].returncode) for rank in ranks]
+        return [
+            (*self.processes[rank].communicate(timeout=PATIENCE), self.processes[rank].returncode) for rank in ranks
+        ]
 
 
 @pytest.fixture
@@ -125,7 +129,7 @@ def test_a_rank_that_fails_is_named_and_says_itself_why(ranks):
 
 
 def test_a_stop_of_the_whole_job_is_nobodys_silence(ranks):
-    three = ranks("all run", beat=0.1, silence=10)
+    three = ranks("all run", beat=0.1, silence=20)
     for one in three.processes:
         one.send_signal(signal.SIGSTOP)
     time.sleep(3)
@@ -138,7 +142,7 @@ def test_a_stop_of_the_whole_job_is_nobodys_silence(ranks):
 
 @pytest.mark.parametrize("what", ["one leaves", "one just ends"])
 def test_a_rank_that_is_done_is_not_missed(ranks, what):
-    three = ranks(what, beat=0.05, silence=10)
+    three = ranks(what, beat=0.05, silence=30)
     for out, err, code in three.ends(1, 0, 2):
         assert code == 0, err
         assert "done" in out

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PATIENCE
+
 WORKER = """
 import os, sys, time, torch
 from penstock.distributed import shared_memory
@@ -74,5 +76,5 @@ def test_shards_are_those_of_plain_sums_and_concatenations(size, what):
         )
         for rank in range(size)
     ]  # fmt: skip
-    ended = [(one.communicate(timeout=120)[1][-2000:], one.returncode) for one in ranks]
+    ended = [(one.communicate(timeout=PATIENCE)[1][-2000:], one.returncode) for one in ranks]
     assert ended == [("", 0)] * size

@@ -6,7 +6,7 @@ import dataclasses
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
@@ -158,7 +158,7 @@ def test_an_update_from_disk_in_many_small_pieces_is_the_same_update(dtype, tmp_
     ahead=st.integers(1, 4),
     again=st.booleans(),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(
     name, family, chunk_size, room, rows, ahead, again, tmp_path
 ):

@@ -10,6 +10,7 @@ import torch
 
 from penstock.memory.placement import NAMES
 from penstock.models.roles import Actor
+from tests.conftest import PATIENCE
 from tests.memory.test_stream import FAMILIES, decoder, plain
 
 STEPS = 20
@@ -66,7 +67,7 @@ def found(tmp_path_factory):
     command = [*launch, str(folder / "worker.py"), str(folder / "out.pt"), str(folder / "disk"), str(STEPS), *SHARED]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "out.pt", weights_only=False)
 

@@ -17,7 +17,7 @@ from penstock.commands.bench.run import Beat, schedule
 from penstock.errors import UserError
 from penstock.flags import parse
 from penstock.memory.strategy import Strategy
-from tests.conftest import TINY
+from tests.conftest import PATIENCE, TINY
 
 QUICK = [
     "--prompt_length", "4", "--max_length", "8", "--num_episodes", "2", "--max_timesteps", "2", "--update-timesteps",
@@ -202,7 +202,7 @@ def test_every_rank_makes_different_rollouts(tmp_path, tiny_model):
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, script, tmp_path / "seen", *flags], capture_output=True, text=True, timeout=240,
+        [*launch, script, tmp_path / "seen", *flags], capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
