@@ -35,7 +35,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.models.weight_shapes import count_of
-from penstock.planner.workload import Role, Workload
+from penstock.planner.workload import RoleSpec, Setting, Workload
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 
@@ -202,13 +202,10 @@ def opt(
     for way, spec in (("streamed", None), ("lora", LoraSpec(16))):
         for name in reversed(OPTS):
             shape = presets.named(f"opt-{name}")
-            role = Role("model", shape, True, False, spec, "base" if spec else None)
+            role = RoleSpec("model", shape, True, False, spec, "base" if spec else None)
             work = Workload("sft", (role,), rows, 1, rows, 1, length - 1, 1)
             try:
-                measured = dry_run(
-                    work, strategy="gemini_cpu", dtype="bf16", world=1,
-                    budgets={"device": device, "host": host, "disk": None},
-                )  # fmt: skip
+                measured = dry_run(Setting(work, "gemini_cpu", "bf16", budgets={"device": device, "host": host}))
             except ResourceError as refused:
                 ours.setdefault(f"{way}, refused", []).append(f"opt-{name}: {refused}")
                 continue

@@ -43,7 +43,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.packed import quantise_base
 from penstock.models.roles import Actor
-from penstock.planner.workload import Role, Workload, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of
 from penstock.rollout.cache import KVCache
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
@@ -292,7 +292,7 @@ def capacity(place: Place) -> dict[str, Any]:
 
     def planned(layers: int) -> Any:
         work = work_of(with_layers(width, layers), prompts, new)
-        return forecast_of(work, strategy="gemini_auto", dtype="bf16", world=1, budgets=budgets)
+        return forecast_of(Setting(work, "gemini_auto", "bf16", budgets=budgets))
 
     def fits(layers: int) -> bool:
         return all(nbytes <= budgets[tier] for tier, nbytes in planned(layers).peak.items())
@@ -334,8 +334,9 @@ def count(shape: DecoderConfig) -> int:
 def work_of(shape: DecoderConfig, prompts: int, new: int) -> Workload:
     """What `Four` does, for the plan."""
     roles = (
-        Role("actor", shape, trained=True, scalar=False), Role("critic", shape, trained=True, scalar=True),
-        Role("reference", shape, trained=False, scalar=False), Role("reward", shape, trained=False, scalar=True),
+        RoleSpec("actor", shape, trained=True, scalar=False), RoleSpec("critic", shape, trained=True, scalar=True),
+        RoleSpec("reference", shape, trained=False, scalar=False),
+        RoleSpec("reward", shape, trained=False, scalar=True),
     )  # fmt: skip
     return Workload("ppo", roles, prompts, 1, prompts, 1, 64, new)
 

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.facts import write
 from penstock.commands.dry_run import dry_run
 from penstock.models.weight_shapes import Arithmetic
-from penstock.planner.workload import Role, Workload, config_of, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of
 
 SIZES = {
     # name: (layers kept, device budgets in MB: none, and one that is tight)
@@ -39,8 +39,9 @@ def work(size: str, batch: tuple[int, int, int, int]) -> Workload:
     config = dataclasses.replace(config_of(size, "--model"), num_layers=SIZES[size][0], windows=())
     rows, micro, prompt, response = batch
     roles = (
-        Role("actor", config, trained=True, scalar=False), Role("critic", config, trained=True, scalar=True),
-        Role("reference", config, trained=False, scalar=False), Role("reward", config, trained=False, scalar=True),
+        RoleSpec("actor", config, trained=True, scalar=False), RoleSpec("critic", config, trained=True, scalar=True),
+        RoleSpec("reference", config, trained=False, scalar=False),
+        RoleSpec("reward", config, trained=False, scalar=True),
     )  # fmt: skip
     return Workload("ppo", roles, rows, micro, rows, 1, prompt, response)
 
@@ -51,8 +52,8 @@ def compare(
 ) -> dict:  # fmt: skip
     """One configuration."""
     budgets: Any = {"device": device, "host": None, "disk": None}
-    setting: Any = {"strategy": strategy, "dtype": "bf16", "world": world, "budgets": budgets, "arithmetic": arithmetic}
-    planned, measured = forecast_of(work(size, batch), **setting), dry_run(work(size, batch), **setting)
+    setting = Setting(work(size, batch), strategy, "bf16", world, budgets, arithmetic=arithmetic)
+    planned, measured = forecast_of(setting), dry_run(setting)
     traffic = measured.pop("traffic")
     keys = ("host_read", "host_written", "disk_read", "disk_written")
     moved = {

@@ -409,14 +409,13 @@ def test_the_plan_counts_what_the_engine_holds_in_slices() -> None:
     from tests.algorithms.test_planning import one_model
 
     from penstock.commands.dry_run import dry_run
-    from penstock.planner.workload import forecast_of
+    from penstock.planner.workload import Setting, forecast_of
 
     config = dataclasses.replace(FAMILIES["llama"], max_length=256)
     of = dataclasses.replace(one_model("reward", config, scalar=True), prompt_length=200, max_new_tokens=56)
-    setting: dict[str, Any] = {"strategy": "gemini_cpu", "dtype": "fp32", "world": 1, "budgets": {}}
-    plain = forecast_of(of, **setting, recompute=True)
-    planned = forecast_of(of, **setting, activation_budget=6_000_000)
-    measured = dry_run(of, **setting, activation_budget=6_000_000)
+    plain = forecast_of(Setting(of, "gemini_cpu", "fp32", recompute=True))
+    sliced = Setting(of, "gemini_cpu", "fp32", activation_budget=6_000_000)
+    planned, measured = forecast_of(sliced), dry_run(sliced)
     assert planned.peak["device"] < 0.7 * plain.peak["device"]
     assert 1.0 <= planned.peak["device"] / measured["device"] <= 1.15
 

@@ -18,7 +18,7 @@ from penstock.models.lora_targets import LoraSpec, groups_of
 from penstock.models.packed import NF4, dense, pack, quantise, quantise_base
 from penstock.models.roles import Actor
 from penstock.models.weight_shapes import packed_shapes
-from penstock.planner.workload import Role
+from penstock.planner.workload import RoleSpec
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 from tests.models.test_decoder import KINDS, decoder  # noqa: F401  (the fixture)
@@ -161,7 +161,7 @@ def test_the_plan_knows_every_packed_weight(decoder, kind):  # noqa: F811
     assert plain == [
         [(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in real
     ]
-    assert dataclasses.replace(Role("x", config, True, False), base_dtype=kind).base_dtype == kind
+    assert dataclasses.replace(RoleSpec("x", config, True, False), base_dtype=kind).base_dtype == kind
 
 
 def test_what_does_not_pack_is_said(decoder):  # noqa: F811

@@ -26,7 +26,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic
-from penstock.planner.workload import RoleSpec, Workload, config_of, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of
 from penstock.rollout.sampling import Sampling, pick
 
 CPU = torch.device("cpu")
@@ -72,12 +72,12 @@ def one_model(stage, config=BASE, scalar=False):
 
 def forecast(of, strategy, dtype="fp32", world=1, device=None, host=None):
     budgets = {"device": device, "host": host, "disk": None}
-    return forecast_of(of, strategy=strategy, dtype=dtype, world=world, budgets=budgets)
+    return forecast_of(Setting(of, strategy, dtype, world, budgets))
 
 
 def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
     budgets = {"device": device, "host": host, "disk": None}
-    return dry_run(of, strategy=strategy, dtype=dtype, world=world, budgets=budgets)
+    return dry_run(Setting(of, strategy, dtype, world, budgets))
 
 
 def real(of, name, tmp_path, device=None):
@@ -176,12 +176,12 @@ def test_every_strategys_peaks_are_foretold(strategy, world):
 )
 def test_activations_that_are_kept_while_weights_move_are_foretold(strategy, world, device):
     of = dataclasses.replace(one_model("sft"), batch_size=16, mini_batch_size=16, prompt_length=100)
-    how = {"strategy": strategy, "dtype": "bf16", "world": world}
     budgets = {"device": device, "host": None, "disk": None}
-    planned = forecast_of(of, **how, budgets=budgets, recompute=False)
-    assert_near(planned, dry_run(of, **how, budgets=budgets, recompute=False), 1.15 if world == 1 else 1.3)
+    setting = Setting(of, strategy, "bf16", world, budgets, recompute=False)
+    planned = forecast_of(setting)
+    assert_near(planned, dry_run(setting), 1.15 if world == 1 else 1.3)
     if strategy == "gemini_cpu":  # elsewhere an update's scratch on the device is the most
-        again = forecast_of(of, **how, budgets=budgets)
+        again = forecast_of(dataclasses.replace(setting, recompute=None))
         assert planned.activations > again.activations
         assert planned.seconds["train"].compute < again.seconds["train"].compute
 

@@ -16,7 +16,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.linear import arithmetic_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.models.roles import ScalarModel
-from penstock.planner.workload import RoleSpec, Workload, elements_of, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, elements_of, forecast_of
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
@@ -77,16 +77,25 @@ def reserve_activations(
         batch_size, optim.micro_batch_size, mini_batch_size or batch_size, optim.epochs, longest - response, response,
         rollout_batch_size,
     )  # fmt: skip
-    found = forecast_of(
-        work, strategy=strategy.name, dtype=NAME_OF[strategy.dtype], world=strategy.world.size,
-        budgets={name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
-        recompute=strategy.recompute, chunk_size=strategy.chunk_size, timed=False,
-        activation_budget=strategy.activation_budget, arithmetic=arithmetic_of(strategy.world.device.type),
-    )  # fmt: skip
-    strategy.reserve, strategy.recompute = found.activations, found.recompute
-    strategy.swapped = found.swapped
+    planned = forecast_of(setting_of(strategy, work), timed=False)
+    strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
     host = strategy.tiers["host"]
-    return host if found.swapped and isinstance(host, Ram) else None
+    return host if planned.swapped and isinstance(host, Ram) else None
+
+
+def setting_of(strategy: Strategy, work: Workload) -> Setting:
+    """The work under a strategy that exists, with its budgets, on its kind of device."""
+    return Setting(
+        work,
+        strategy.name,
+        NAME_OF[strategy.dtype],
+        strategy.world.size,
+        {name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
+        strategy.recompute,
+        strategy.chunk_size,
+        strategy.activation_budget,
+        arithmetic_of(strategy.world.device.type),
+    )
 
 
 def _role(name: str, model: Any, strategy: Strategy) -> RoleSpec:

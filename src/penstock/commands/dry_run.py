@@ -21,7 +21,6 @@ from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.autochunk.meter import Meter
 from penstock.commands.pretend import PretendDisk, PretendWorld, pretend
 from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
-from penstock.memory.placement import TierName
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
@@ -29,47 +28,32 @@ from penstock.models import linear, lora
 from penstock.models.decoder import Decoder
 from penstock.models.packed import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.models.weight_shapes import Arithmetic
-from penstock.planner.workload import RoleSpec, Workload, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
 
 CPU = torch.device("cpu")
 
 
-def dry_run(
-    work: Workload,
-    *,
-    strategy: str,
-    dtype: str,
-    world: int,
-    budgets: dict[TierName, int | None],
-    recompute: bool | None = None,
-    chunk_size: int | None = None,
-    activation_budget: int | None = None,
-    arithmetic: Arithmetic = "narrow",
-) -> dict[str, Any]:
+def dry_run(setting: Setting) -> dict[str, Any]:
     """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written.
 
     Raises ResourceError where a budget does not suffice.
     """
-    planned = forecast_of(
-        work, strategy=strategy, dtype=dtype, world=world, budgets=budgets, recompute=recompute,
-        chunk_size=chunk_size, timed=False, activation_budget=activation_budget, arithmetic=arithmetic,
+    planned = forecast_of(setting, timed=False)
+    budgets, ranks = setting.budgets, PretendWorld(0, setting.world, CPU)
+    tiers: dict[str, Any] = {
+        "device": Ram("device", CPU, budgets.get("device")),
+        "host": Ram("host", CPU, budgets.get("host")),
+        "disk": PretendDisk(budgets.get("disk")),
+    }
+    strategy = Strategy(
+        setting.strategy, ranks, DTYPES[setting.dtype], planned.recompute, setting.chunk_size,
+        setting.activation_budget, reserve=planned.activations, swapped=planned.swapped, tiers=tiers,
     )  # fmt: skip
-    ranks = PretendWorld(0, world, CPU)
-    placed = Strategy(
-        strategy, ranks, DTYPES[dtype], planned.recompute, chunk_size, activation_budget,
-        reserve=planned.activations, swapped=planned.swapped,
-        tiers={
-            "device": Ram("device", CPU, budgets.get("device")),
-            "host": Ram("host", CPU, budgets.get("host")),
-            "disk": PretendDisk(budgets.get("disk")),
-        },
-    )  # fmt: skip
-    models = models_of(work, placed)
-    with pretend(ranks), linear.computing(arithmetic):
-        return iterate(work, placed, models, swap=planned.swapped > 0)
+    models = models_of(setting.workload, strategy)
+    with pretend(ranks), linear.computing(setting.arithmetic):
+        return iterate(setting.workload, strategy, models, swap=planned.swapped > 0)
 
 
 def models_of(work: Workload, strategy: Strategy) -> list[Any]:

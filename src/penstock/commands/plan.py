@@ -6,192 +6,151 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from penstock.config import PlanConfig, recompute_of
-from penstock.memory.placement import EIGHT_BIT, NAMES, TierName, bits_of, known, tiers_of
+from penstock.config import PlanConfig
+from penstock.memory.placement import EIGHT_BIT, NAMES, TierName, bits_of, tiers_of
 from penstock.models import weight_shapes
-from penstock.planner import machine
-from penstock.planner.forecast import TIERS, Forecast, Rates
-from penstock.planner.workload import (
-    DTYPES,
-    Workload,
-    bytes_of,
-    elements_of,
-    forecast_of,
-    workload,
-)
+from penstock.planner.forecast import TIERS, Forecast
+from penstock.planner.workload import DTYPES, Setting, forecast_of, setting_of
 from penstock.units import parse_bytes, show_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the plan may change to make a run fit, as the flags say it."""
-
-    strategy: str
-    world: int
-    micro_batch_size: int
-    rollout_batch_size: int | None
-    recompute: bool | None
-    budgets: dict[TierName, int | None]
 
 
 def run(config: PlanConfig) -> int:
     """Prints the plan and returns the exit code: 0 where everything fits, 3 where it does not."""
-    setting = Setting(
-        known(config.strategy), config.world, config.micro_batch_size, config.rollout_batch_size, recompute_of(config),
-        {
-            "device": bytes_of(config.device_memory, "--device-memory"),
-            "host": bytes_of(config.host_memory, "--host-memory"),
-            "disk": bytes_of((config.disk or "").rpartition(":")[2] or None, "--disk"),
-        },
-    )  # fmt: skip
-    work = workload(config)
-    found = _forecast(config, work, setting)
-    result = as_dict(config, work, setting, found)
-    result["slices"] = slices(config, work, setting)
+    setting = setting_of(config)
+    result = as_dict(setting, forecast_of(setting))
+    result["slices"] = slices(setting)
     if config.dry_run:
         from penstock.commands.dry_run import dry_run
 
-        took = dry_run(
-            work, strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
-            recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
-            activation_budget=bytes_of(config.activation_budget, "--activation-budget"),
-        )  # fmt: skip
-        result["measured_traffic"] = took.pop("traffic")
-        result["measured"] = took
+        measured = dry_run(setting)
+        result["measured_traffic"] = measured.pop("traffic")
+        result["measured"] = measured
     print(json.dumps(result, indent=2) if config.json else as_text(config, setting, result))
     return 0 if result["fits"] else 3
 
 
-def as_dict(config: PlanConfig, work: Workload, setting: Setting, found: Forecast) -> dict[str, Any]:
+def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
     """What --json prints."""
-    lacking = short(found, setting)
+    lacking, roles = short(forecast, setting), setting.workload.roles
     return {
         "fits": not lacking,
         "strategy": setting.strategy,
         "world": setting.world,
-        "dtype": config.dtype,
-        "parameters": {role.name: weight_shapes.count_of(role.config, scalar=role.scalar) for role in work.roles},
+        "dtype": setting.dtype,
+        "parameters": {role.name: weight_shapes.count_of(role.config, scalar=role.scalar) for role in roles},
         "budgets": setting.budgets,
-        "predicted": found.peak,
-        "phases": {phase: {**peaks, "fullest": found.worst[phase]} for phase, peaks in found.phases.items()},
-        "objects": found.objects,
-        "slots": {"weights": found.slots.weights, "gradients": found.slots.gradients, "ahead": found.ahead},
-        "traffic": found.traffic,
+        "predicted": forecast.peak,
+        "phases": {phase: {**peaks, "fullest": forecast.worst[phase]} for phase, peaks in forecast.phases.items()},
+        "objects": forecast.objects,
+        "slots": {"weights": forecast.slots.weights, "gradients": forecast.slots.gradients, "ahead": forecast.ahead},
+        "traffic": forecast.traffic,
         "seconds": {
-            **{phase: dataclasses.asdict(seconds) for phase, seconds in found.seconds.items()},
-            "total": sum(seconds.total for seconds in found.seconds.values()),
+            **{phase: dataclasses.asdict(seconds) for phase, seconds in forecast.seconds.items()},
+            "total": _seconds(forecast),
         },
         "lacking": lacking,
-        "advice": advice(config, work, setting) if lacking else None,
+        "advice": advice(setting) if lacking else None,
     }
 
 
-def slices(config: PlanConfig, work: Workload, setting: Setting) -> dict[str, str]:
-    """Per role, how its blocks are computed within --activation-budget."""
-    budget = bytes_of(config.activation_budget, "--activation-budget")
+def slices(setting: Setting) -> dict[str, str]:
+    """Per role, how its blocks are computed within the activation budget."""
+    work, budget = setting.workload, setting.activation_budget
     if budget is None:
         return {}
     from penstock.models import sliced_blocks
 
-    rows = min(setting.micro_batch_size, math.ceil(work.mini_batch_size / setting.world))
+    rows = min(work.micro_batch_size, math.ceil(work.mini_batch_size / setting.world))
     return {
-        role.name: sliced_blocks.peaks(role.config, DTYPES[config.dtype], rows, work.length, budget)[2]
+        role.name: sliced_blocks.peaks(role.config, DTYPES[setting.dtype], rows, work.length, budget)[2]
         for role in work.roles
     }
 
 
-def short(found: Forecast, setting: Setting) -> dict[TierName, int]:
-    """Bytes by which each tier's budget is passed, for those where it is."""
-    over = {tier: found.peak[tier] - (setting.budgets[tier] or found.peak[tier]) for tier in TIERS}
+def short(forecast: Forecast, setting: Setting) -> dict[TierName, int]:
+    """Bytes by which the forecast is over each tier's budget, for the tiers where it is."""
+    over = {tier: forecast.peak[tier] - (setting.budgets.get(tier) or forecast.peak[tier]) for tier in TIERS}
     return {tier: nbytes for tier, nbytes in over.items() if nbytes > 0}
 
 
-def advice(config: PlanConfig, work: Workload, setting: Setting) -> str:
-    """The fastest change that fits these budgets: on this machine if there is one, else more of it."""
+FLAGS: dict[TierName, str] = {"device": "--device-memory", "host": "--host-memory", "disk": "--disk"}
 
-    def fitting(settings: Iterable[Setting]) -> list[Setting]:
-        return [one for one in settings if not short(_forecast(config, work, one, timed=False), one)]
 
-    here = fitting(on_this_machine(setting, work))
-    more = here or fitting(dataclasses.replace(setting, world=setting.world * times) for times in (2, 4, 8))
-    if more:
-        timed = [(_forecast(config, work, one), one) for one in more[:MOST]]
-        found, best = min(timed, key=lambda pair: sum(one.total for one in pair[0].seconds.values()))
-        seconds = sum(one.total for one in found.seconds.values())
-        return f"{difference(setting, best)} fits: {_peaks(found)}, {seconds:.0f} s per iteration."
-    others = [dataclasses.replace(setting, strategy=name) for name in _strategies(setting)]
-    found, best = min(
-        ((_forecast(config, work, one, timed=False), one) for one in others),
+def advice(setting: Setting) -> str:
+    """The fastest change that fits these budgets: with this hardware if there is one, else with more processes."""
+
+    def fitting(changes: Iterable[Setting]) -> list[Setting]:
+        return [change for change in changes if not short(forecast_of(change, timed=False), change)]
+
+    changes = fitting(on_this_machine(setting)) or fitting(
+        dataclasses.replace(setting, world=setting.world * times) for times in (2, 4, 8)
+    )
+    if changes:
+        timed = [(forecast_of(change), change) for change in changes[:MOST]]
+        forecast, change = min(timed, key=lambda pair: _seconds(pair[0]))
+        peaks = ", ".join(f"{show_bytes(forecast.peak[tier])} of {tier}" for tier in TIERS if forecast.peak[tier])
+        return f"{difference(setting, change)} fits: {peaks}, {_seconds(forecast):.0f} s per iteration."
+    return f"nothing else fits, up to {setting.world * 8} processes; {larger_budgets(setting)} would."
+
+
+def larger_budgets(setting: Setting) -> str:
+    """The strategy that lacks the fewest bytes, and the budgets with which it fits, as flags."""
+    changes = [dataclasses.replace(setting, strategy=name) for name in _strategies(setting)]
+    forecast, change = min(
+        ((forecast_of(change, timed=False), change) for change in changes),
         key=lambda pair: sum(short(pair[0], setting).values()),
     )
-    flags: dict[TierName, str] = {"device": "--device-memory", "host": "--host-memory", "disk": "--disk"}
-    asked: dict[TierName, str] = {}
-    while lacking := short(found, best):  # in larger budgets a strategy may place more
-        asked |= {tier: _flag(found.peak[tier]) for tier in lacking}
-        larger = {tier: parse_bytes(asked[tier], flags[tier]) for tier in lacking}
-        best = dataclasses.replace(best, budgets={**best.budgets, **larger})
-        found = _forecast(config, work, best, timed=False)
-    budgets = " ".join(f"{flags[tier]} {nbytes}" for tier, nbytes in asked.items())
-    return f"nothing else fits, up to {setting.world * 8} processes; --strategy {best.strategy} {budgets} would."
+    sizes: dict[TierName, str] = {}
+    while lacking := short(forecast, change):  # in larger budgets a strategy may place more
+        sizes |= {tier: f"{math.ceil(forecast.peak[tier] / 1e8) / 10:g}GB" for tier in lacking}
+        larger = {tier: parse_bytes(sizes[tier], FLAGS[tier]) for tier in lacking}
+        change = dataclasses.replace(change, budgets={**change.budgets, **larger})
+        forecast = forecast_of(change, timed=False)
+    return " ".join([f"--strategy {change.strategy}", *(f"{FLAGS[tier]} {size}" for tier, size in sizes.items())])
 
 
 MOST = 3
 """Changes whose seconds are compared: the first that fit, and gentle ones come first."""
 
 
-def on_this_machine(setting: Setting, work: Workload) -> Iterator[Setting]:
-    """Changes that ask for no more hardware: another strategy, smaller batches in memory, recomputation."""
-    rollout = math.ceil(work.batch_size / setting.world) if work.stage == "ppo" else 1
+def on_this_machine(setting: Setting) -> Iterator[Setting]:
+    """Changes that need no more hardware: another strategy, smaller batches in memory, recomputation."""
+    work = setting.workload
+    micro, answers = work.micro_batch_size, math.ceil(work.batch_size / setting.world) if work.stage == "ppo" else 1
     for name in _strategies(setting):
-        for halvings in range(max(setting.micro_batch_size, rollout).bit_length()):
-            micro = max(setting.micro_batch_size >> halvings, 1)
-            rows = max(rollout >> halvings, 1) if halvings and work.stage == "ppo" else setting.rollout_batch_size
-            yield dataclasses.replace(setting, strategy=name, micro_batch_size=micro, rollout_batch_size=rows)
-    if setting.recompute is False:
-        yield dataclasses.replace(setting, recompute=None)
-    elif setting.recompute is None:
-        yield dataclasses.replace(setting, recompute=True)
+        for halvings in range(max(micro, answers).bit_length()):
+            rollout = max(answers >> halvings, 1) if halvings and work.stage == "ppo" else work.rollout_batch_size
+            smaller = dataclasses.replace(work, micro_batch_size=max(micro >> halvings, 1), rollout_batch_size=rollout)
+            yield dataclasses.replace(setting, strategy=name, workload=smaller)
+    if setting.recompute is not True:
+        yield dataclasses.replace(setting, recompute=None if setting.recompute is False else True)
 
 
 def _strategies(setting: Setting) -> list[str]:
-    """The one that was asked for, then from the one that needs least device memory upward, with moments as exact."""
+    """The setting's own, then from the one that needs least device memory upward, with moments of the same bits."""
     moments = EIGHT_BIT if bits_of(setting.strategy)[1] == 8 else ""
-    others = [name + moments for name in reversed(NAMES) if name != "naive" or setting.world == 1]
-    return [setting.strategy, *(name for name in others if name != setting.strategy)]
+    names = [name + moments for name in reversed(NAMES) if name != "naive" or setting.world == 1]
+    return [setting.strategy, *(name for name in names if name != setting.strategy)]
 
 
-def difference(setting: Setting, other: Setting) -> str:
-    """The flags that differ."""
-    changed = []
-    for one in dataclasses.fields(Setting):
-        value = getattr(other, one.name)
-        if one.name != "budgets" and value != getattr(setting, one.name):
-            flag = "--" + one.name.replace("_", "-")
-            if one.name == "recompute" and value is None:
-                flag = "without --keep-activations"
-            changed.append(flag if value is True or one.name == "recompute" else f"{flag} {value}")
-    return " ".join(changed)
+def difference(setting: Setting, change: Setting) -> str:
+    """The flags that change one setting into the other."""
+    flags = []
+    if change.strategy != setting.strategy:
+        flags.append(f"--strategy {change.strategy}")
+    if change.world != setting.world:
+        flags.append(f"--world {change.world}")
+    for flag, name in (("--micro-batch-size", "micro_batch_size"), ("--rollout-batch-size", "rollout_batch_size")):
+        rows = getattr(change.workload, name)
+        if rows != getattr(setting.workload, name):
+            flags.append(f"{flag} {rows}")
+    if change.recompute != setting.recompute:
+        flags.append("--recompute" if change.recompute else "without --keep-activations")
+    return " ".join(flags)
 
 
-def _forecast(config: PlanConfig, work: Workload, setting: Setting, *, timed: bool = True) -> Forecast:
-    return forecast_of(
-        dataclasses.replace(
-            work, micro_batch_size=setting.micro_batch_size, rollout_batch_size=setting.rollout_batch_size
-        ),
-        timed=timed,
-        strategy=setting.strategy, dtype=config.dtype, world=setting.world, budgets=setting.budgets,
-        recompute=setting.recompute, chunk_size=elements_of(config.chunk_size, config.dtype),
-        activation_budget=bytes_of(config.activation_budget, "--activation-budget"),
-        rates=_rates(config),
-    )  # fmt: skip
-
-
-def _rates(config: PlanConfig) -> Rates:
-    names = ("link", "disk_read", "disk_write", "host_bandwidth", "network")
-    given = [float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}")) for name in names]
-    if config.rates == "measured":
-        return machine.rates(config.dtype, network=given[-1])
-    return Rates(config.tflops * 1e12, *given)
+def _seconds(forecast: Forecast) -> float:
+    return sum(seconds.total for seconds in forecast.seconds.values())
 
 
 def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str:
@@ -256,11 +215,3 @@ def _table(head: str, rows: dict[str, dict[str, Any]], result: dict[str, Any]) -
         given = [result["budgets"][tier] for tier in TIERS]
         lines.append(f"{'budget':18}" + "".join(f"{show_bytes(one) if one else '-':>12}" for one in given))
     return lines
-
-
-def _peaks(found: Forecast) -> str:
-    return ", ".join(f"{show_bytes(found.peak[tier])} of {tier}" for tier in TIERS if found.peak[tier])
-
-
-def _flag(nbytes: int) -> str:
-    return f"{math.ceil(nbytes / 1e8) / 10:g}GB"

@@ -1,6 +1,7 @@
-"""What a training command will need: its models, and what it does with them in one iteration. No torch in here.
+"""What a training command will need: its models, and what it does with them in one iteration. No torch at import.
 
-`penstock plan` prints it, the commands leave room for activations by it, and the dry run is held against it.
+A `Workload` is what is computed; a `Setting` says also where it lives and how it computes. `penstock plan` prints the
+forecast of a setting, the commands reserve memory for activations by it, and the dry run is compared with it.
 """
 
 import dataclasses
@@ -8,44 +9,46 @@ import functools
 import json
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from penstock.config import PlanConfig
+from penstock.config import PlanConfig, recompute_of
 from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
-from penstock.memory.placement import AUTO, TierName, bits_of
+from penstock.memory.placement import AUTO, TierName, bits_of, known
 from penstock.models import lora_targets, presets, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import family_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
+from penstock.planner import machine
 from penstock.planner.activations import Batch, Pass, Work, activations_of
-from penstock.planner.forecast import Forecast, Rates, forecast, with_slack
+from penstock.planner.forecast import TIERS, Forecast, Rates, forecast, with_slack
 from penstock.units import parse_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class RoleSpec:
-    """One model of a stage. Example: Role("critic", config, trained=True, scalar=True)."""
+    """One model of a stage. Example: RoleSpec("critic", config, trained=True, scalar=True)."""
 
     name: str
     config: DecoderConfig
     trained: bool
     scalar: bool
     spec: LoraSpec | None = None
-    """The adapters that it carries; if it is trained, they alone learn."""
+    """The adapters that it carries; if it is trained, only they learn."""
     base: Hashable = None
-    """What its frozen weights are: roles of equal bases share them. None: nobody else has them."""
+    """Identifies its frozen weights: roles of equal bases share them. None: it shares none."""
     base_dtype: weight_shapes.BaseDtype | None = None
-    """What its frozen products are packed in."""
+    """The format that its frozen products are packed in."""
     groups: tuple[tuple[str, tuple[Weight, ...]], ...] | None = None
-    """Its weights, where a real model said them; None: as its config has it."""
+    """The weights of a real model. None: those that follow from its config."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Workload:
     """One iteration of a stage, over all ranks."""
 
@@ -58,7 +61,7 @@ class Workload:
     prompt_length: int
     max_new_tokens: int
     rollout_batch_size: int | None = None
-    """Answers that one process generates together; None: all of its own."""
+    """Answers that one process generates together. None: all answers of the process."""
 
     @property
     def length(self) -> int:
@@ -67,41 +70,91 @@ class Workload:
         return min(self.prompt_length + self.max_new_tokens, longest)
 
 
-def workload(config: PlanConfig) -> Workload:
-    """What the flags describe. Raises UserError for a model that does not exist."""
-    model = config_of(config.model, "--model")
-    scalar = config_of(config.critic_model, "--critic-model") if config.critic_model else model
-    spec = None
+@dataclass(frozen=True)
+class Setting:
+    """A workload, where it lives and how it computes. Example: Setting(work, "gemini_cpu", "bf16", world=4)."""
+
+    workload: Workload
+    strategy: str
+    dtype: str
+    """fp32 or bf16, as the flag has it."""
+    world: int = 1
+    budgets: dict[TierName, int | None] = field(default_factory=lambda: dict.fromkeys(TIERS))
+    """Bytes per tier and process. None: no limit; no entry: no such tier, so gemini_auto places nothing there."""
+    recompute: bool | None = None
+    """Whether blocks are run again in backward. None: where weights move. An activation budget implies True."""
+    chunk_size: int | None = None
+    """Most elements of weights that move together."""
+    activation_budget: int | None = None
+    """Bytes that the activations inside a block may take per micro-batch."""
+    arithmetic: weight_shapes.Arithmetic = "narrow"
+    rates: Rates = field(default_factory=Rates)
+
+
+def setting_of(config: PlanConfig) -> Setting:
+    """What the flags of `penstock plan` describe, parsed. Raises UserError for a flag that cannot be read."""
+    return Setting(
+        strategy=known(config.strategy),
+        recompute=recompute_of(config),
+        budgets={
+            "device": bytes_of(config.device_memory, "--device-memory"),
+            "host": bytes_of(config.host_memory, "--host-memory"),
+            "disk": bytes_of((config.disk or "").rpartition(":")[2] or None, "--disk"),
+        },
+        workload=workload_of(config),
+        dtype=config.dtype,
+        world=config.world,
+        chunk_size=elements_of(config.chunk_size, config.dtype),
+        activation_budget=bytes_of(config.activation_budget, "--activation-budget"),
+        rates=_rates(config),
+    )
+
+
+def _rates(config: PlanConfig) -> Rates:
+    names = ("link", "disk_read", "disk_write", "host_bandwidth", "network")
+    rates = [float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}")) for name in names]
+    if config.rates == "measured":
+        return machine.rates(config.dtype, network=rates[-1])
+    return Rates(config.tflops * 1e12, *rates)
+
+
+ROLES = {  # of each stage: name, whether it is trained, whether it has a scalar head
+    "ppo": (("actor", True, False), ("critic", True, True), ("reference", False, False), ("reward", False, True)),
+    "sft": (("model", True, False),),
+    "reward": (("model", True, True),),
+}
+
+
+def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workload:
+    """What the flags describe; `shape` replaces the decoder that --model names. Raises UserError for unknown models."""
+    model = shape or config_of(config.model, "--model")
+    scalar_model = config_of(config.critic_model, "--critic-model") if config.critic_model else model
     if config.base_dtype is not None and config.lora is None:
         raise UserError(f"--base-dtype {config.base_dtype}: packed weights cannot learn; give --lora 16 beside it.")
-    if config.lora is not None:
-        spec = LoraSpec(config.lora, targets=config.lora_targets or ALL_LINEAR)
-    whose = config.critic_model or config.model
+    adapters = None if config.lora is None else LoraSpec(config.lora, targets=config.lora_targets or ALL_LINEAR)
 
-    def role(name: str, trained: bool, scalar_head: bool) -> RoleSpec:
-        own, base = (scalar, whose) if scalar_head else (model, config.model)
-        adapter = None if name == "reference" else spec
-        return RoleSpec(name, own, trained, scalar_head, adapter, base if spec else None, config.base_dtype)
+    def role(name: str, trained: bool, scalar: bool) -> RoleSpec:
+        decoder, source = (scalar_model, config.critic_model or config.model) if scalar else (model, config.model)
+        spec = None if name == "reference" else adapters
+        return RoleSpec(name, decoder, trained, scalar, spec, source if adapters else None, config.base_dtype)
 
-    roles = {
-        "ppo": (
-            role("actor", True, False), role("critic", True, True), role("reference", False, False),
-            role("reward", False, True),
-        ),
-        "sft": (role("model", True, False),),
-        "reward": (role("model", True, True),),
-    }  # fmt: skip
     if config.prompt_length >= model.max_length:
         raise UserError(
             f"--prompt-length {config.prompt_length}: leaves no room for a response in {config.model}, which holds "
             f"rows of {model.max_length} tokens."
         )
-    pairs = 2 if config.stage == "reward" else 1
+    batch_size = config.batch_size * (2 if config.stage == "reward" else 1)  # a pair is two rows
     return Workload(
-        config.stage, roles[config.stage], config.batch_size * pairs, config.micro_batch_size,
-        config.mini_batch_size or config.batch_size * pairs, config.epochs, config.prompt_length, config.max_new_tokens,
+        config.stage,
+        tuple(role(*row) for row in ROLES[config.stage]),
+        batch_size,
+        config.micro_batch_size,
+        config.mini_batch_size or batch_size,
+        config.epochs,
+        config.prompt_length,
+        config.max_new_tokens,
         config.rollout_batch_size,
-    )  # fmt: skip
+    )
 
 
 def config_of(name: str, flag: str) -> DecoderConfig:
@@ -119,136 +172,147 @@ def config_of(name: str, flag: str) -> DecoderConfig:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
 
-def passes(
-    work: Workload, dtype: str, world: int, swap: bool = False, activation_budget: int | None = None,
-    arithmetic: weight_shapes.Arithmetic = "narrow",
-) -> dict[str, list[Pass]]:  # fmt: skip
+SCORED = ("actor", "reference", "critic", "reward")
+"""Roles in the order in which algorithms.experience.score runs them."""
+
+
+def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
     """What each phase does with each model, on the rank that has most rows. `swap`: the KV cache is on the host."""
-    share = math.ceil(work.batch_size / world)
-    phases: dict[str, list[Pass]] = {"rollout": [], "score": [], "train": []}
-    response = work.length - work.prompt_length
+    work, world = setting.workload, setting.world
+    rows = math.ceil(work.batch_size / world)
+    phases: dict[str, list[Pass]] = {}
     if work.stage == "ppo":
-        actor = work.roles[0].config
-        rows = min(work.rollout_batch_size or share, share)
-        groups = weight_shapes.prefills([work.prompt_length] * rows)
-        prefill = lora_targets.work_of(
-            actor, dtype, work.roles[0].spec, Batch(groups[0].stop, work.prompt_length, rows), scalar=False,
-            packed=work.roles[0].base_dtype, arithmetic=arithmetic,
-        )  # fmt: skip
-        cache, token = (weight_shapes.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
-        phases["rollout"].append(
-            Pass(
-                "actor", "generate", prefill, times=math.ceil(share / rows), tokens=response - 1,
-                flops=_flops(actor, rows, work.prompt_length, rows),
-                decode_flops=sum(
-                    weight_shapes.flops_of(actor, [(1, work.prompt_length + i)]) + weight_shapes.head_flops(actor, 1)
-                    for i in range(1, response)
-                ) * rows,
-                beside=2 * cache // actor.num_layers if swap else cache,
-                sampling=weight_shapes.sampling_of(actor, dtype, rows),
-                prefills=len(groups),
-                swapped=cache + token if swap else 0,
-                swap_writes=(cache, token) if swap else (0, 0),
-            )
-        )  # fmt: skip
-        roles = {role.name: role for role in work.roles}
-        for name in ("actor", "reference", "critic", "reward"):  # in the order of algorithms.ppo.score
-            if name in roles:  # a --reward-fn is no model
-                phases["score"].append(
-                    _pass(work, roles[name], dtype, share, response, "evaluate", activation_budget, arithmetic)
-                )
+        roles = {role.name: role for role in work.roles}  # without "reward" where a --reward-fn scores
+        phases["rollout"] = [_generation(setting, rows, swap)]
+        phases["score"] = [_pass(setting, roles[name], rows, "evaluate") for name in SCORED if name in roles]
     updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.stage == "ppo" else 1)
-    for role in work.roles:
-        if role.trained:
-            rows = math.ceil(work.mini_batch_size / world)
-            phases["train"].append(
-                _pass(work, role, dtype, rows, response, "step", activation_budget, arithmetic, updates)
-            )
-    return {phase: found for phase, found in phases.items() if found}
+    rows = math.ceil(work.mini_batch_size / world)
+    trained = [role for role in work.roles if role.trained]
+    if trained:
+        phases["train"] = [_pass(setting, role, rows, "step", times=updates) for role in trained]
+    return phases
 
 
-def _pass(
-    work: Workload, role: RoleSpec, dtype: str, rows: int, response: int, kind: Any, activation_budget: int | None,
-    arithmetic: weight_shapes.Arithmetic, times: int = 1,
-) -> Pass:  # fmt: skip
-    micro = min(work.micro_batch_size, rows)
-    once = role.name == "reward" or work.stage == "reward"  # read at the last token alone
-    read = micro if once else micro * (work.length if work.stage == "sft" else response)
-    whole = rows if once else rows * (work.length if work.stage == "sft" else response)
-    held = lora_targets.work_of(
-        role.config, dtype, role.spec, Batch(micro, work.length, read), scalar=role.scalar,
-        entropy=work.stage != "sft", packed=role.base_dtype, arithmetic=arithmetic,
-    )  # fmt: skip
-    if activation_budget is not None:
-        held = within(held, role.config, dtype, micro, work.length, activation_budget)
+def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
+    """A rank's rollout: prefills and decoding steps of the actor, as often as its answers need."""
+    work, dtype = setting.workload, DTYPES[setting.dtype]
+    role, response = work.roles[0], work.length - work.prompt_length
+    actor = role.config
+    rows = min(work.rollout_batch_size or answers, answers)
+    groups = weight_shapes.prefills([work.prompt_length] * rows)
+    batch = Batch(groups[0].stop, work.prompt_length, rows)
+    prefill = lora_targets.work_of(
+        actor, dtype, role.spec, batch, scalar=False, packed=role.base_dtype, arithmetic=setting.arithmetic
+    )
+    decode_flops = sum(
+        weight_shapes.flops_of(actor, [(1, work.prompt_length + i)]) + weight_shapes.head_flops(actor, 1)
+        for i in range(1, response)
+    )
+    cache, token = (weight_shapes.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
     return Pass(
-        role.name, kind, held,
-        count=math.ceil(rows / micro), times=times,
-        flops=_flops(role.config, rows, work.length, 0 if role.scalar else whole) * (3 if kind == "step" else 1),
-    )  # fmt: skip
+        "actor",
+        "generate",
+        prefill,
+        times=math.ceil(answers / rows),
+        tokens=response - 1,
+        flops=_flops(actor, rows, work.prompt_length, rows),
+        decode_flops=decode_flops * rows,
+        beside=2 * cache // actor.num_layers if swap else cache,
+        sampling=weight_shapes.sampling_of(actor, dtype, rows),
+        prefills=len(groups),
+        swapped=cache + token if swap else 0,
+        swap_writes=(cache, token) if swap else (0, 0),
+    )
 
 
-def within(held: Work, config: DecoderConfig, dtype: str, rows: int, length: int, budget: int) -> Work:
-    """The same where blocks are computed in slices: as many bytes as the engine's own planner of slices finds."""
-    from penstock.models import sliced_blocks  # torch, in here alone
+def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate", "step"], times: int = 1) -> Pass:
+    work, dtype = setting.workload, DTYPES[setting.dtype]
+    micro = min(work.micro_batch_size, rows)
+    if role.name == "reward" or work.stage == "reward":
+        states = 1  # per row: the score is read at the last token alone
+    else:
+        states = work.length if work.stage == "sft" else work.length - work.prompt_length
+    held = lora_targets.work_of(
+        role.config,
+        dtype,
+        role.spec,
+        Batch(micro, work.length, micro * states),
+        scalar=role.scalar,
+        entropy=work.stage != "sft",
+        packed=role.base_dtype,
+        arithmetic=setting.arithmetic,
+    )
+    if setting.activation_budget is not None:
+        held = _in_slices(held, setting, role, micro)
+    flops = _flops(role.config, rows, work.length, 0 if role.scalar else rows * states)
+    return Pass(
+        role.name, kind, held, count=math.ceil(rows / micro), times=times, flops=flops * (3 if kind == "step" else 1)
+    )
 
-    forward, backward, _ = sliced_blocks.peaks(config, dtype, rows, length, budget)
+
+def _in_slices(held: Work, setting: Setting, role: RoleSpec, rows: int) -> Work:
+    """The same with blocks computed in slices: as many bytes as the engine's own planner of slices says."""
+    from penstock.models import sliced_blocks  # imports torch
+
+    assert setting.activation_budget is not None
+    forward, backward, _ = sliced_blocks.peaks(
+        role.config, DTYPES[setting.dtype], rows, setting.workload.length, setting.activation_budget
+    )
     blocks = [dataclasses.replace(part, forward=forward, backward=backward) for part in held.parts[1:]]
     return dataclasses.replace(held, parts=(held.parts[0], *blocks))
 
 
-def _flops(config: DecoderConfig, rows: int, length: int, read: int) -> float:
-    return weight_shapes.flops_of(config, [(length, length)]) * rows + weight_shapes.head_flops(config, read)
+def _flops(config: DecoderConfig, rows: int, length: int, states: int) -> float:
+    return weight_shapes.flops_of(config, [(length, length)]) * rows + weight_shapes.head_flops(config, states)
 
 
-def forecast_of(
-    work: Workload,
-    *,
-    strategy: str,
-    dtype: str,
-    world: int,
-    budgets: dict[TierName, int | None],
-    recompute: bool | None = None,
-    chunk_size: int | None = None,
-    rates: Rates | None = None,
-    timed: bool = True,
-    activation_budget: int | None = None,
-    arithmetic: weight_shapes.Arithmetic = "narrow",
-) -> Forecast:
-    """The forecast of one iteration under a strategy. `dtype` as the flag says it; `chunk_size` in elements."""
-    dtype, recompute = DTYPES[dtype], True if activation_budget is not None else recompute
-    laid = [_laid(role, dtype, world, chunk_size) for role in work.roles]
+# [Note: the plan is the engine's own arithmetic]
+# memory.plan decides (placements, slots, which chunk leaves a slot), and both the engine and the forecast call it. The
+# forecast walks the same passes on ids, and the planner's bytes of a part follow models/decoder.py line by line.
+# Nothing is fitted to measurements: where plan and engine disagree, one of them has a mistake.
+
+
+def forecast_of(setting: Setting, *, timed: bool = True) -> Forecast:
+    """The forecast of one iteration. Without `timed` it has no traffic and no seconds."""
+    if setting.activation_budget is not None:
+        setting = dataclasses.replace(setting, recompute=True)
+    device = setting.budgets.get("device")
+    moves = bits_of(setting.strategy)[0] != AUTO or bool(setting.recompute)
+    on_device = _forecast(setting, timed, moves)
+    if setting.workload.stage != "ppo" or device is None or on_device.peak["device"] <= device:
+        return on_device
+    swapped = _forecast(setting, timed, moves, swap=True)
+    return min(on_device, swapped, key=lambda forecast: forecast.peak["device"])
+
+
+def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) -> Forecast:
+    """With memory reserved for the activations of models whose weights move, or of models whose weights stay."""
+    work, world, recompute = setting.workload, setting.world, setting.recompute
+    laid = [_laid(role, DTYPES[setting.dtype], world, setting.chunk_size) for role in work.roles]
     shared = {
         role.name: {chunk.shared for chunk in chunks} - {None}
         for role, (chunks, _) in zip(work.roles, laid, strict=True)
     }
     shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
-    device, auto = budgets.get("device"), bits_of(strategy)[0] == AUTO
-
-    def under(moves: bool, again: bool | None, swap: bool = False) -> Forecast:
-        """With room for the activations of models that move, or of models that stay."""
-        phases = passes(work, dtype, world, swap, activation_budget, arithmetic)
-        fullest = max(
-            activations_of([(one, moves) for one in company], again)
-            for each in phases.values() for company in _sharing_groups(each, shared)
-        )  # fmt: skip
-        left = dict(budgets)
-        if swap and (host := budgets.get("host")) is not None:
-            left["host"] = max(host - max(one.swapped for one in phases["rollout"]), 0)
-        placed = plan.place(strategy, laid, world, left, with_slack(fullest, shard))
-        models = {
-            role.name: plan.Model(role.name, tuple(one), tuple(visits))
-            for role, one, (_, visits) in zip(work.roles, placed, laid, strict=True)
-        }
-        if auto and not moves and any(model.moving(world) for model in models.values()):
-            return under(True, recompute is not False, swap)
-        return forecast(models, phases, world=world, device=device, recompute=again, rates=rates, timed=timed)
-
-    found = under(not auto or bool(recompute), recompute)
-    if work.stage == "ppo" and device is not None and found.peak["device"] > device:
-        swapped = under(not auto or bool(recompute), recompute, swap=True)
-        return min(found, swapped, key=lambda one: one.peak["device"])
-    return found
+    phases = passes(setting, swap=swap)
+    fullest = max(
+        activations_of([(one, moves) for one in company], recompute)
+        for each in phases.values() for company in _sharing_groups(each, shared)
+    )  # fmt: skip
+    budgets = dict(setting.budgets)
+    host = budgets.get("host")
+    if swap and host is not None:
+        budgets["host"] = max(host - max(generation.swapped for generation in phases["rollout"]), 0)
+    placed = plan.place(setting.strategy, laid, world, budgets, with_slack(fullest, shard))
+    models = {
+        role.name: plan.Model(role.name, tuple(chunks), tuple(visits))
+        for role, chunks, (_, visits) in zip(work.roles, placed, laid, strict=True)
+    }
+    if not moves and any(model.moving(world) for model in models.values()):
+        return _forecast(dataclasses.replace(setting, recompute=recompute is not False), timed, True, swap)
+    return forecast(
+        models, phases, world=world, device=budgets.get("device"), recompute=recompute, rates=setting.rates, timed=timed
+    )
 
 
 def _sharing_groups(passes: Sequence[Pass], shared: dict[str, set[Any]]) -> list[list[Pass]]:
@@ -266,19 +330,15 @@ def _sharing_groups(passes: Sequence[Pass], shared: dict[str, set[Any]]) -> list
 
 @functools.cache
 def _laid(role: RoleSpec, dtype: str, world: int, chunk_size: int | None) -> tuple[list[Chunk], list[tuple[str, ...]]]:
+    """A role's chunks and the order in which its groups are visited."""
     groups: Iterable[tuple[str, Sequence[Weight]]]
     if role.groups is not None:
         groups = role.groups
     elif role.spec or role.base:
         groups = lora_targets.groups_of(
-            role.config,
-            dtype,
-            role.spec,
-            trained=role.trained,
-            scalar=role.scalar,
-            base=role.base,
-            packed=role.base_dtype,
-        )
+            role.config, dtype, role.spec, trained=role.trained, scalar=role.scalar, base=role.base,
+            packed=role.base_dtype
+        )  # fmt: skip
     else:
         groups = weight_shapes.groups_of(role.config, dtype, trained=role.trained, scalar=role.scalar)
     chunks = layout(groups, world=world, max_numel=chunk_size)

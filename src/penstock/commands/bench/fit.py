@@ -7,23 +7,22 @@ from pathlib import Path
 
 import torch
 
+from penstock.algorithms.setup import setting_of
 from penstock.commands import plan
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.work import Sizes
-from penstock.config import PlanConfig, recompute_of
+from penstock.config import PlanConfig
 from penstock.errors import ResourceError, UserError
 from penstock.memory.placement import TierName
 from penstock.memory.strategy import Strategy
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import arithmetic_of
-from penstock.models.lora_targets import LoraSpec
 from penstock.models.presets import GPT2, OPT
 from penstock.planner import workload
+from penstock.planner.forecast import TIERS
+from penstock.planner.workload import forecast_of, workload_of
 
 ALIASES = {size: f"opt-{size}" for size in OPT if size not in GPT2}
 """What the published LoRA benchmark calls its models."""
-
-TRAINED = ("actor", "critic")
 
 
 def shape_of(config: BenchConfig) -> DecoderConfig:
@@ -70,35 +69,18 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
         keep_activations=config.keep_activations, chunk_size=config.chunk_size,
         lora=config.lora_rank or None, base_dtype=config.base_dtype,
     )  # fmt: skip
-    spec = LoraSpec(config.lora_rank) if config.lora_rank else None
-    roles = tuple(
-        workload.RoleSpec(
-            name, shape, trained=name in TRAINED, scalar=name in ("critic", "reward"),
-            spec=spec if name in TRAINED else None, base="one base" if spec else None, base_dtype=config.base_dtype,
-        )
-        for name in ("actor", "critic", "reference", "reward")
-    )  # fmt: skip
-    work = workload.Workload(
-        "ppo", roles, asked.batch_size, sizes.micro, sizes.train * world, sizes.epochs, sizes.prompt, sizes.new
-    )
-    given: dict[TierName, int | None] = {
-        "device": strategy.tiers["device"].budget, "host": strategy.tiers["host"].budget,
-        "disk": strategy.tiers["disk"].budget if "disk" in strategy.tiers else None,
-    }  # fmt: skip
-    setting = plan.Setting(strategy.name, world, sizes.micro, None, recompute_of(config), given)
-    found = workload.forecast_of(
-        work, strategy=strategy.name, dtype=config.dtype, world=world, budgets=given, recompute=recompute_of(config),
-        chunk_size=strategy.chunk_size, arithmetic=arithmetic_of(strategy.world.device.type),
-    )  # fmt: skip
-    free = room(strategy, found.peak["device"])
-    budgets: dict[TierName, int | None] = {
-        tier: min((one for one in (given[tier], free[tier]) if one is not None), default=None) for tier in given
-    }
-    limited = dataclasses.replace(setting, budgets=budgets)
-    if plan.short(found, limited):
-        table = plan.as_text(asked, limited, plan.as_dict(asked, work, limited, found))
+    work = workload_of(asked, shape)
+    # Unlike in training, the reward model is the bare base: it has no adapter.
+    roles = tuple(dataclasses.replace(role, spec=None) if role.name == "reward" else role for role in work.roles)
+    setting = setting_of(strategy, dataclasses.replace(work, roles=roles))
+    planned = forecast_of(setting)
+    free = room(strategy, planned.peak["device"])
+    limits = {tier: [n for n in (setting.budgets.get(tier), free[tier]) if n is not None] for tier in TIERS}
+    limited = dataclasses.replace(setting, budgets={tier: min(limits[tier], default=None) for tier in TIERS})
+    if plan.short(planned, limited):
+        table = plan.as_text(asked, limited, plan.as_dict(limited, planned))
         raise ResourceError(f"these models do not fit here, and nothing was made. The plan:\n\n{table}")
-    return found.peak
+    return planned.peak
 
 
 def room(strategy: Strategy, on_device: int) -> dict[TierName, int | None]:
