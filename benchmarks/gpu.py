@@ -86,7 +86,7 @@ def exact(place: Place) -> dict[str, Any]:
                 weight.name: one.whole_weights(strategy.world)[offset : offset + weight.numel]
                 .view(weight.shape)
                 .float()
-                for one in stream.stored
+                for one in stream.homes
                 for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True)
             }
             reference = reference or found
@@ -113,7 +113,7 @@ def features(place: Place) -> dict[str, Any]:
         four = Four(strategy, shape, lora_rank=4)
         for seed in range(2):
             list(four.iteration(torch.randint(400, (3, 16)).tolist(), 8, seed))
-        learned[name] = torch.cat([one.whole_weights(strategy.world).float() for one in four.streams["actor"].stored])
+        learned[name] = torch.cat([one.whole_weights(strategy.world).float() for one in four.streams["actor"].homes])
     found["hydra, largest difference to naive"] = {
         name: float((one - learned["naive"]).abs().max()) for name, one in learned.items()
     }

@@ -58,7 +58,7 @@ def test_a_frozen_start_is_one_for_actor_reference_and_critic(tiny_model):
         critic = Critic.from_pretrained(source, unfrozen=1)
         reference = actor.frozen()
     streams = strategy.prepare_all(actor, reference, critic)
-    homes = [{id(one) for one in stream.stored if one.chunk.group.startswith(("tokens", "embed", "blocks"))}
+    homes = [{id(one) for one in stream.homes if one.chunk.group.startswith(("tokens", "embed", "blocks"))}
              for stream in streams]  # fmt: skip
     assert len(homes[0] & homes[1]) == len(homes[0] & homes[2]) == 2 + 3  # tables and three of four blocks
     assert [name for name, p in actor.named_parameters() if p.requires_grad] == [

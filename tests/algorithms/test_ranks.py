@@ -101,7 +101,7 @@ stream = strategy.prepare(actor)
 lengths = [3, 9, 4, 7, 2, 8, 5, 6]
 rows = [Example([1] + [3 + (i * j) % 12 for j in range(n)], [False] + [True] * n) for i, n in enumerate(lengths)]
 loss = lambda hidden, batch: (sft_loss(response_logprobs(actor, hidden, batch), sum(lengths)), {})
-mine = micro_batches(strategy.world.mine(rows), 2, strategy.world.device)
+mine = micro_batches(strategy.world.share_of(rows), 2, strategy.world.device)
 strategy.step(stream, mine, loss, lr=0.0, max_grad_norm=1e9)
 if strategy.world.first:
     torch.save([p.grad.clone() for p in actor.parameters()], out)

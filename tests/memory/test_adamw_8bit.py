@@ -136,7 +136,7 @@ def test_every_placement_trains_to_the_same_bytes(dtype, tmp_path):
             actor = Actor(Decoder(TINY))
             actor.decoder.seed = 7
         stream = strategy.prepare(actor)
-        assert all("exp_avg_scale" in one.states for one in stream.sink.stored)
+        assert all("exp_avg_scale" in one.states for one in stream.sink.homes)
         rows = [Tokens(torch.randint(3, 16, (2, 9), generator=torch.Generator().manual_seed(i))) for i in range(4)]
         for one in rows:
             strategy.step(stream, [one], loss_of(actor), lr=1e-2)

@@ -117,7 +117,7 @@ def test_the_norm_is_global_over_dtypes():
     net.linear.bias = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     strategy = Strategy.named(device="cpu")
     stream = strategy.prepare(net)
-    assert len(stream.stored) == 2
+    assert len(stream.homes) == 2
     net.linear.weight.grad.fill_(1.0)
     net.linear.bias.grad.fill_(4.0)
     assert float(stream.sink.norm()) == pytest.approx(40**0.5)
@@ -147,7 +147,7 @@ def test_a_frozen_model_has_weights_and_nothing_else():
     strategy = Strategy.named("gemini_cpu", device="cpu")
     stream = strategy.prepare(Line().requires_grad_(False))
     assert stream.sink is None
-    assert strategy.tiers["host"].used == sum(one.chunk.nbytes for one in stream.stored)
+    assert strategy.tiers["host"].used == sum(one.chunk.nbytes for one in stream.homes)
 
 
 def test_a_host_budget_that_is_too_small_says_how_much_would_do():
@@ -171,7 +171,7 @@ def test_models_share_one_buffer_of_gradients():
     one = strategy.prepare(Line())
     used = strategy.tiers["host"].used
     strategy.prepare(Line())
-    assert strategy.tiers["host"].used == 2 * used - sum(stored.chunk.nbytes for stored in one.stored)
+    assert strategy.tiers["host"].used == 2 * used - sum(stored.chunk.nbytes for stored in one.homes)
 
 
 def test_phases_switch_gradients_and_keep_time():
@@ -224,7 +224,7 @@ def test_naive_is_one_process(monkeypatch):
 
 def test_shares_of_ranks_are_disjoint_and_cover_everything():
     items = list(range(11))
-    shares = [World(rank, 3, torch.device("cpu")).mine(items) for rank in range(3)]
+    shares = [World(rank, 3, torch.device("cpu")).share_of(items) for rank in range(3)]
     assert sorted(item for share in shares for item in share) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

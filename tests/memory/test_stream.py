@@ -93,7 +93,7 @@ def streamed(model, strategy, steps=STEPS, count=3):
 
 def weights_of(stream):
     found = {}
-    for one in stream.stored:
+    for one in stream.homes:
         whole = one.whole_weights(stream.world)
         for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True):
             found[weight.name] = whole[offset : offset + weight.numel].view(weight.shape).clone()

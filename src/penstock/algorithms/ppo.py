@@ -163,7 +163,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             done = step - 1
             if experience is None:  # otherwise a checkpoint was taken in the middle of this step
                 chosen = shuffle.next(optim.batch_size)
-                mine = world.mine(list(range(len(chosen))))
+                mine = world.share_of(list(range(len(chosen))))
                 with strategy.phase("rollout"):
                     rollout = generate(
                         actor.decoder, [prompts[chosen[i]] for i in mine], sampling,
@@ -274,7 +274,7 @@ def learn(
     world, optim = strategy.world, config.optim
     count, ptx_count = int(experience.lengths[index].sum()), sum(sum(example.trained) for example in extra)
     share = [experience.rows(rows).to(world.device) for rows in shares(index, world, optim.micro_batch_size)]
-    mixed = [*share, *example_batches(world.mine(list(extra)), optim.micro_batch_size, world.device)]
+    mixed = [*share, *example_batches(world.share_of(list(extra)), optim.micro_batch_size, world.device)]
     actor = actors.model
     steps: dict[str, Step] = {}
 

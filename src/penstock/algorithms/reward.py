@@ -105,7 +105,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
             with strategy.phase("train"):
                 stats = strategy.step(
                     stream,
-                    micro_batches(world.mine(rankings), optim.micro_batch_size, world.device),
+                    micro_batches(world.share_of(rankings), optim.micro_batch_size, world.device),
                     loss_of,
                     lr=lr,
                     max_grad_norm=optim.max_grad_norm,
@@ -179,7 +179,7 @@ def score_rankings(
 ) -> list[list[float]]:
     """Every ranking's scores, in order, on every rank."""
     world = strategy.world
-    mine = world.mine(list(enumerate(rankings)))
+    mine = world.share_of(list(enumerate(rankings)))
     rows = [row for _, ranking in mine for row in ranking.rows]
     scores = score_rows(strategy, stream, model, rows, size)
     scored: list[tuple[int, list[float]]] = []

@@ -90,7 +90,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             with strategy.phase("train"):
                 stats = strategy.step(
                     stream,
-                    micro_batches(world.mine(rows), optim.micro_batch_size, world.device),
+                    micro_batches(world.share_of(rows), optim.micro_batch_size, world.device),
                     loss_of,
                     lr=lr,
                     max_grad_norm=optim.max_grad_norm,
@@ -156,6 +156,6 @@ def heldout_loss(strategy: Strategy, stream: Stream, actor: Actor, examples: Seq
     def read(hidden: Tensor, rows: Rows) -> Tensor:
         return response_logprobs(actor, hidden, rows).double().sum()
 
-    sums = strategy.evaluate(stream, micro_batches(world.mine(list(examples)), size, world.device), read)
+    sums = strategy.evaluate(stream, micro_batches(world.share_of(list(examples)), size, world.device), read)
     total = -sum(sums, torch.zeros((), dtype=torch.float64, device=world.device))
     return float(world.sum(total)) / max(sum(sum(example.trained) for example in examples), 1)

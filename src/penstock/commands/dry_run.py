@@ -109,7 +109,7 @@ def updates_count_at_home(stream: Stream, meter: Meter) -> None:
     """Where optimizer states live off the device, what an update needs in between lives there too."""
     if stream.sink is None:
         return
-    homes = {home.tier.name for one in stream.sink.stored for home in one.states.values()}
+    homes = {home.tier.name for one in stream.sink.homes for home in one.states.values()}
     update = stream.sink.update
 
     def counted(lr: float, scale: float) -> None:

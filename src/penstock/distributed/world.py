@@ -136,7 +136,7 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def mine(self, items: list[Any]) -> list[Any]:
+    def share_of(self, items: list[Any]) -> list[Any]:
         """This rank's share of a list that every rank holds: every size-th item, so long and short rows mix."""
         return items[self.rank :: self.size]
 

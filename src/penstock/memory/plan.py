@@ -1,12 +1,16 @@
-"""What lives where, and how many slots there are: decided from ids and byte counts alone. No torch in here.
+"""Where every chunk lives, how many slots there are, and which chunk is in which slot: decided from ids and byte counts
+alone, without torch. The engine calls it before it allocates, the forecast where nothing is allocated.
 
-The engine asks before it allocates anything, and `forecast.py` asks the same functions when nothing will be allocated.
+[Note: one arithmetic for plan and engine] Nothing in a forecast is fitted to measurements: it runs these functions too.
+Where forecast and engine disagree, one of the two has a mistake.
 """
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.memory.chunks import ITEMSIZE, Chunk
 from penstock.memory.placement import AUTO, DISK, HOST, SHARD, STRATEGIES, Placement, Row, TierName, bits_of
@@ -19,23 +23,26 @@ STATES: dict[int, dict[str, tuple[str, int]]] = {
     },
 }  # fmt: skip
 """What AdamW keeps beside a weight, by the bits of its moments: name -> (dtype, elements of the weight per element).
-Names are torch's own; memory.adamw_8bit says what codes and scales are."""
+Names are torch's own; memory.adamw_8bit explains codes and scales."""
 PIECE = 1 << 22
 """Elements that one set of buffers between a disk and the update holds."""
 SETS, SET_BYTES = 3, PIECE * 14
 """A weight of up to 4 bytes, or of 2 and its remainder, and two moments."""
 UPDATE_TILE = 1 << 20
-"""Elements that an update works on at once where it is not compiled: adam.TILE."""
+"""Elements that an update works on at once where it is not compiled: adamw.TILE."""
 UPDATE_WIDTH = {32: 8, 8: 28}
 """Bytes that each of them takes meanwhile, by the bits of the moments; a split master takes 4 more."""
 RESERVED = 0.25
-"""Share of a device budget that is left to activations when nobody says what they need."""
+"""Default share of a device budget that is left to activations."""
 PAGE = 4096
+
+Layout = tuple[Sequence[Chunk], Sequence[tuple[str, ...]]]
+"""A model's chunks, and its visits: groups that are needed at once, in order."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A chunk and the row of the table that says where its bytes live."""
+    """A chunk and the row of the table that its bytes follow."""
 
     chunk: Chunk
     row: Row
@@ -43,7 +50,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Model:
-    """One model, as far as memory goes."""
+    """One model's chunks and visits."""
 
     name: str
     placed: tuple[Placed, ...]
@@ -51,26 +58,26 @@ class Model:
     """Groups that are needed at once, in order."""
 
     def moving(self, world: int) -> list[Chunk]:
-        """Chunks whose weights must be brought before they are used."""
-        return [one.chunk for one in self.placed if not resident(one.row, world)]
+        """Chunks whose weights must be fetched before they are used."""
+        return [placed.chunk for placed in self.placed if not resident(placed.row, world)]
 
     def passing(self, world: int) -> list[Chunk]:
-        """Trained chunks whose gradients do not stay where autograd makes them."""
-        return [one.chunk for one in self.placed if one.chunk.trained and not in_place(one.row, world)]
+        """Trained chunks whose gradients leave the memory that autograd writes."""
+        return [p.chunk for p in self.placed if p.chunk.trained and not in_place(p.row, world)]
 
 
 def resident(row: Row, world: int) -> bool:
-    """Weights are used where they lie."""
+    """Whether weights are used where they lie."""
     return row.params.tier == "device" and (world == 1 or not row.params.sharded)
 
 
 def in_place(row: Row, world: int) -> bool:
-    """Autograd adds straight into the home of the gradients."""
+    """Whether autograd adds straight into the home of the gradients."""
     return row.grads.tier == "device" and (world == 1 or not row.grads.sharded)
 
 
 def recomputes(moves: bool, recompute: bool | None) -> bool:
-    """Whether backward runs blocks once more: as it was asked for, or (None) where weights move."""
+    """Whether backward runs blocks once more. `recompute` None: where weights move."""
     return moves if recompute is None else recompute
 
 
@@ -81,134 +88,146 @@ def states_of(dtype: str, bits: int) -> dict[str, tuple[str, int]]:
 
 def state_bytes(numel: int, dtype: str, bits: int) -> int:
     """Bytes of AdamW's states for so many elements."""
-    return sum(numel // per * ITEMSIZE[kind] for kind, per in states_of(dtype, bits).values())
+    return sum(numel // per * ITEMSIZE[state_dtype] for state_dtype, per in states_of(dtype, bits).values())
+
+
+def sharing_groups(keys: Sequence[AbstractSet[Hashable]]) -> list[list[int]]:
+    """Indices of the sets, grouped: sets with a common key, directly or through a third set, are in one group.
+
+    The keys of a model are its frozen weights: models of one group step side by side, so that shared weights are
+    fetched once for all of them, and their gradients exist at the same time.
+    """
+    groups: list[list[int]] = []
+    for index, key_set in enumerate(keys):
+        sharing = [group for group in groups if any(keys[member] & key_set for member in group)]
+        merged = sorted(member for group in [*sharing, [index]] for member in group)
+        groups = [group for group in groups if group not in sharing] + [merged]
+    return sorted(groups)
+
+
+def shared_keys(chunks: Iterable[Chunk]) -> set[Hashable]:
+    """What identifies a model's frozen weights in all models that are made of them."""
+    return {chunk.shared for chunk in chunks if chunk.shared is not None}
 
 
 # --- placement --------------------------------------------------------------------------------------------------------
 
 
-def place(
-    name: str,
-    models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]],
-    world: int,
-    budgets: dict[TierName, int | None],
-    reserve: int | None = None,
-) -> list[list[Placed]]:
-    """Every chunk's row under a strategy, for models as (chunks, visits) that are prepared together.
+class _Room:
+    """Bytes that are left on each tier; None: no end. Tiers that do not exist are not in it."""
 
-    `gemini_auto` fills the device first, then host memory, then the disk: weights before gradients before optimizer
-    states, because a weight is read in every pass and a state once a step; and within each the models in order.
-    `budgets` are what is left on each tier (None: no end); `reserve` bytes of the device are left to activations.
+    def __init__(self, left: dict[TierName, int | None]) -> None:
+        self._left = left
+        self._shared: dict[Hashable, Placement] = {}
+
+    @property
+    def tiers(self) -> list[Placement]:
+        """The fastest first."""
+        return [placement for placement in (SHARD, HOST, DISK) if placement.tier in self._left]
+
+    def take(self, nbytes: int, placements: Sequence[Placement]) -> Placement:
+        """The first with room for so many bytes."""
+        for placement in placements:
+            if placement.tier in self._left:
+                left = self._left[placement.tier]
+                if left is None:
+                    return placement
+                if left >= nbytes:
+                    self._left[placement.tier] = left - nbytes
+                    return placement
+        return placements[-1]  # too little everywhere: the tier itself raises
+
+    def take_weights(self, chunk: Chunk, world: int) -> Placement:
+        """The same for a chunk's weights, once for all models that share it."""
+        placement = self._shared.get(chunk.shared) or self.take(chunk.nbytes // world, self.tiers)
+        if chunk.shared is not None:
+            self._shared[chunk.shared] = placement
+        return placement
+
+
+def place(
+    name: str, models: Sequence[Layout], world: int, budgets: dict[TierName, int | None], reserve: int | None = None
+) -> list[list[Placed]]:
+    """Every chunk's row under a strategy, for models that are prepared together.
+
+    `budgets` are the bytes left on each tier (None: no end); `reserve` bytes of the device are left to activations.
+
+    [Note: gemini_auto] It places chunk by chunk: the device is filled first, then host memory, then the disk; weights
+    before gradients before optimizer states, because a weight is read in every pass and a state once a step; and within
+    each the models in order. So it has to see all models at once.
     """
     name, bits = bits_of(name)
     if name != AUTO:
         row = replace(STRATEGIES[name], bits=bits)
         return [[Placed(chunk, row) for chunk in chunks] for chunks, _ in models]
-    room = dict(budgets)
-    device = room.get("device")
+    left = dict(budgets)
+    device, host = left.get("device"), left.get("host")
     if device is not None and not _all_fits(models, world, device, reserve, bits):
-        slots = sum(together([weight_slots(chunks, visits) for chunks, visits in models]))
-        slots += sum(together([gradient_slots([c for c in chunks if c.trained], visits) for chunks, visits in models]))
-        held = int((device - slots) * RESERVED) if reserve is None else reserve
-        room["device"] = max(device - slots - held, 0)
-    host = room.get("host")
+        slots = sum(largest_of_each([weight_slots(chunks, visits) for chunks, visits in models]))
+        trained = [([chunk for chunk in chunks if chunk.trained], visits) for chunks, visits in models]
+        slots += sum(largest_of_each([gradient_slots(chunks, visits) for chunks, visits in trained]))
+        activations = int((device - slots) * RESERVED) if reserve is None else reserve
+        left["device"] = max(device - slots - activations, 0)
     if host is not None:
-        room["host"] = max(host - SETS * SET_BYTES - UPDATE_TILE * (UPDATE_WIDTH[bits] + 4), 0)
-
-    def take(nbytes: int, tiers: Sequence[Placement]) -> Placement:
-        for one in tiers:
-            left = room.get(one.tier)
-            if left is None and one.tier in room:
-                return one
-            if left is not None and left >= nbytes:
-                room[one.tier] = left - nbytes
-                return one
-        return tiers[-1]  # too little everywhere: the tier itself will say so
-
-    tiers = [one for one in (SHARD, HOST, DISK) if one.tier in room]
-    shared: dict[Hashable, Placement] = {}
-
-    def once(chunk: Chunk) -> Placement:
-        home = shared.get(chunk.shared) or take(chunk.nbytes // world, tiers)
-        if chunk.shared is not None:
-            shared[chunk.shared] = home
-        return home
-
-    params = [[once(chunk) for chunk in chunks] for chunks, _ in models]
-    grads = take(_gradients(models) // world, [one for one in tiers if one.tier != "disk"])
+        left["host"] = max(host - SETS * SET_BYTES - UPDATE_TILE * (UPDATE_WIDTH[bits] + 4), 0)
+    room = _Room(left)
+    params = [[room.take_weights(chunk, world) for chunk in chunks] for chunks, _ in models]
+    grads = room.take(_gradient_bytes(models) // world, [each for each in room.tiers if each.tier != "disk"])
     placed = []
-    for (chunks, _), homes_of_params in zip(models, params, strict=True):
+    for (chunks, _), weights_of_chunks in zip(models, params, strict=True):
         rows = []
-        for chunk, home in zip(chunks, homes_of_params, strict=True):
-            states = take(state_bytes(chunk.numel // world, chunk.dtype, bits), tiers) if chunk.trained else home
-            rows.append(Placed(chunk, Row(home, grads, states, bits)))
+        for chunk, weights in zip(chunks, weights_of_chunks, strict=True):
+            states = weights
+            if chunk.trained:
+                states = room.take(state_bytes(chunk.numel // world, chunk.dtype, bits), room.tiers)
+            rows.append(Placed(chunk, Row(weights, grads, states, bits)))
         placed.append(rows)
     return placed
 
 
-def _gradients(models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]]) -> int:
-    """Bytes of gradients at once, as `homes` counts them: models share them, but those on the same frozen weights."""
-    sums: Counter[int] = Counter()
-    for first, (chunks, _) in zip(_sharing_groups([chunks for chunks, _ in models]), models, strict=True):
-        sums[first] += sum(chunk.nbytes for chunk in chunks if chunk.trained)
-    return max(sums.values())
+def _gradient_bytes(models: Sequence[Layout]) -> int:
+    """Bytes of gradients at once, as `homes` counts them: models share them, but those of one sharing group do not."""
+    nbytes = [sum(chunk.nbytes for chunk in chunks if chunk.trained) for chunks, _ in models]
+    groups = sharing_groups([shared_keys(chunks) for chunks, _ in models])
+    return max(sum(nbytes[i] for i in group) for group in groups)
 
 
-def _sharing_groups(models: Sequence[Iterable[Chunk]]) -> list[int]:
-    """For each model the first one that stands on some of the same frozen weights: they step side by side."""
-    weights = [{chunk.shared for chunk in chunks} - {None} for chunks in models]
-    firsts: list[int] = []
-    for at, mine in enumerate(weights):
-        firsts.append(next((firsts[i] for i in range(at) if weights[i] & mine), at))
-    return firsts
-
-
-def _all_fits(
-    models: Sequence[tuple[Sequence[Chunk], Sequence[Sequence[str]]]],
-    world: int,
-    device: int,
-    reserve: int | None,
-    bits: int,
-) -> bool:
+def _all_fits(models: Sequence[Layout], world: int, device: int, reserve: int | None, bits: int) -> bool:
     """Whether everything may stay on the device: then nothing moves and no slot is needed."""
     if world > 1:
         return False  # shards are gathered into slots
     row = replace(STRATEGIES["gemini"], bits=bits)
-    placed = [[Placed(chunk, row) for chunk in chunks] for chunks, _ in models]
-    held = sum(homes(placed, world).values())
-    return held + (int(device * RESERVED) if reserve is None else reserve) <= device
+    at_home = sum(homes([[Placed(chunk, row) for chunk in chunks] for chunks, _ in models], world).values())
+    return at_home + (int(device * RESERVED) if reserve is None else reserve) <= device
 
 
 def homes(
-    models: Iterable[Sequence[Placed]], world: int, pooled: int = 0, there: Container[Hashable] = ()
+    models: Iterable[Sequence[Placed]], world: int, pooled: int = 0, existing: Container[Hashable] = ()
 ) -> dict[TierName, int]:
     """Bytes that models' weights, gradients and optimizer states take at home, per tier and rank.
 
-    Models step one at a time, so they share the gradients' bytes, of which `pooled` are there already; those that stand
-    on the same frozen weights step side by side and do not. Such weights have one home; `there`: who has it already.
+    Models step one at a time, so they share the gradients' bytes, of which `pooled` exist already; those of one sharing
+    group step side by side and do not. Shared weights have one home; `existing`: keys of those that have it already.
     """
     needs: Counter[TierName] = Counter()
-    seen: set[Hashable] = set()
+    counted: set[Hashable] = set()
     models = list(models)
-    companies: dict[int, Counter[TierName]] = {}
-    for first, placed in zip(
-        _sharing_groups([[one.chunk for one in placed] for placed in models]), models, strict=True
-    ):
-        grads = companies.setdefault(first, Counter())
-        for one in placed:
-            chunk, row = one.chunk, one.row
+    grads: list[Counter[TierName]] = [Counter() for _ in models]
+    for placed, grads_of_model in zip(models, grads, strict=True):
+        for chunk, row in ((each.chunk, each.row) for each in placed):
             if chunk.shared is not None:
-                if chunk.shared in seen or chunk.shared in there:
+                if chunk.shared in counted or chunk.shared in existing:
                     continue
-                seen.add(chunk.shared)
+                counted.add(chunk.shared)
             needs[row.params.tier] += _on(row.params.tier, chunk.nbytes // _parts(row.params, world))
             if chunk.trained:
                 count = chunk.numel // _parts(row.optimizer, world)
-                for kind, per in states_of(chunk.dtype, row.bits).values():
-                    needs[row.optimizer.tier] += _on(row.optimizer.tier, count // per * ITEMSIZE[kind])
-                grads[row.grads.tier] += chunk.nbytes // _parts(row.grads, world)
-    for tier in {tier for grads in companies.values() for tier in grads}:
-        needs[tier] += max(max(grads[tier] for grads in companies.values()) - pooled, 0)
+                for dtype, per in states_of(chunk.dtype, row.bits).values():
+                    needs[row.optimizer.tier] += _on(row.optimizer.tier, count // per * ITEMSIZE[dtype])
+                grads_of_model[row.grads.tier] += chunk.nbytes // _parts(row.grads, world)
+    groups = sharing_groups([shared_keys(each.chunk for each in placed) for placed in models])
+    for tier in {tier for counter in grads for tier in counter}:
+        needs[tier] += max(max(sum(grads[i][tier] for i in group) for group in groups) - pooled, 0)
     return dict(needs)
 
 
@@ -224,21 +243,21 @@ def _on(tier: TierName, nbytes: int) -> int:
 
 
 def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]], ahead: int = 1) -> list[int]:
-    """Bytes of the fewest slots that let a model's chunks pass with `ahead` visits fetched beforehand; `chunks` are
-    those that move, `visits` the groups that are needed at once, in order."""
+    """Bytes of the fewest slots that let a model's chunks pass with `ahead` visits prefetched; `chunks` are those that
+    move, `visits` the groups that are needed at once, in order."""
     needs = []
     for i in range(len(visits)):
         near = {group for step in range(ahead + 1) for group in visits[(i + step) % len(visits)]}
         needs.append([chunk.nbytes for chunk in chunks if chunk.group in near])
-    return together(needs)
+    return largest_of_each(needs)
 
 
 def gradient_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:
-    """Bytes of the slots that one visit's gradients need; `chunks` are those whose gradients do not stay there."""
-    return together([[chunk.nbytes for chunk in chunks if chunk.group in groups] for groups in visits])
+    """Bytes of the slots that one visit's gradients need; `chunks` are those whose gradients leave."""
+    return largest_of_each([[chunk.nbytes for chunk in chunks if chunk.group in groups] for groups in visits])
 
 
-def together(needs: Sequence[Sequence[int]]) -> list[int]:
+def largest_of_each(needs: Sequence[Sequence[int]]) -> list[int]:
     """Slots that serve each of several needs, which never come at the same time: the i-th largest for the i-th."""
     ordered = [sorted(sizes, reverse=True) for sizes in needs]
     return [max(sizes[i] for sizes in ordered if i < len(sizes)) for i in range(max(map(len, ordered), default=0))]
@@ -251,12 +270,12 @@ def filled(slots: Sequence[int], models: Sequence[Sequence[Chunk]], room: int | 
     """
     largest = max(models, key=lambda chunks: sum(chunk.nbytes for chunk in chunks), default=[])
     wanted = Counter(chunk.nbytes for chunk in largest) - Counter(slots)
-    result, held = list(slots), sum(slots)
+    result, total = list(slots), sum(slots)
     for nbytes in sorted(wanted.elements()):
-        if room is not None and held + nbytes > room:
+        if room is not None and total + nbytes > room:
             break
         result.append(nbytes)
-        held += nbytes
+        total += nbytes
     return result
 
 
@@ -278,12 +297,15 @@ class Slots:
 def cut(models: Sequence[Model], world: int, room: int | None, reserve: int | None = None, ahead: int = 1) -> Slots:
     """The slots for these models in `room` bytes of device memory, of which `reserve` are left to activations.
 
-    Where room is too small the fewest that work are given, and `least` says what they take.
+    Where room is too small the fewest that work are given, and `least` is what they take.
+
+    [Note: slots are cut once] One cut serves all phases. If the budget suffices, there are slots enough for the whole
+    actor, which then stays while it generates.
     """
     moving = [model.moving(world) for model in models]
     pairs = list(zip(models, moving, strict=True))
-    weights = together([weight_slots(chunks, model.visits, ahead) for model, chunks in pairs])
-    gradients = together([gradient_slots(model.passing(world), model.visits) for model in models])
+    weights = largest_of_each([weight_slots(chunks, model.visits, ahead) for model, chunks in pairs])
+    gradients = largest_of_each([gradient_slots(model.passing(world), model.visits) for model in models])
     least = sum(weights) + sum(gradients)
     if room is not None:
         spare = max(room - least, 0)
@@ -291,41 +313,131 @@ def cut(models: Sequence[Model], world: int, room: int | None, reserve: int | No
     return Slots(filled(weights, moving, room), gradients, least)
 
 
-class Holder(Protocol):
-    """A slot, real or imagined."""
+@dataclass(eq=False)
+class Slot:
+    """A place for one chunk; in a forecast it is imagined. Free: no key. Cached: a key, no users. Leased: users."""
 
-    @property
-    def nbytes(self) -> int:
-        """How much it can hold."""
+    nbytes: int
+    key: Any = None
+    """The chunk's home (`ScheduledHome`), or None."""
+    users: int = 0
+    age: int = 0
+    """The table's count when it was filled."""
 
-    @property
-    def key(self) -> Hashable | None:
-        """What it holds."""
-
-    @property
-    def users(self) -> int:
-        """Above 0: it cannot be taken away."""
-
-    @property
-    def age(self) -> int:
-        """When it was filled: the arena's count."""
+    def wait(self) -> None:
+        """Returns when the chunk's bytes have arrived."""
 
 
-Slot = TypeVar("Slot", bound=Holder)
+SlotType = TypeVar("SlotType", bound=Slot)
 
 
-def choose(slots: Iterable[Slot], nbytes: int, next_use: Callable[[Any], int], before: int = -1) -> Slot | None:
-    """The slot that a chunk of `nbytes` goes to, or None when all that fit are in use.
+class SlotTable(Generic[SlotType]):
+    """Which chunk is in which slot."""
 
-    The smallest size that fits; within it an empty slot first, else the one whose chunk is used latest from now, which
-    is optimal when the order is known (Belady 1966), and ours is. None too when that is within `before` visits.
-    """
-    fitting = [slot for slot in slots if slot.nbytes >= nbytes and not slot.users]
-    if not fitting:
+    def __init__(self, slots: Iterable[SlotType]) -> None:
+        self.slots = list(slots)
+        self._clock = 0
+
+    def find(self, key: Hashable) -> SlotType | None:
+        """The slot that holds the chunk, arrived or on its way."""
+        for slot in self.slots:
+            if slot.key == key:
+                return slot
         return None
-    size = min(slot.nbytes for slot in fitting)
-    chosen = max(
-        (slot for slot in fitting if slot.nbytes == size),
-        key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age),
-    )
-    return None if chosen.key is not None and next_use(chosen.key) <= before else chosen
+
+    def claim(
+        self, key: Hashable, nbytes: int, next_use: Callable[[Any], int], min_next_use: int = -1
+    ) -> SlotType | None:
+        """The slot that a chunk of `nbytes` goes to, or None when all that fit are in use.
+
+        The smallest size that fits; within it an empty slot first, else the one whose chunk is used latest, which is
+        optimal when the order is known (Belady 1966), and it is. None too when that is within `min_next_use` visits.
+        """
+        fitting = [slot for slot in self.slots if slot.nbytes >= nbytes and not slot.users]
+        if not fitting:
+            return None
+        size = min(slot.nbytes for slot in fitting)
+        chosen = max(
+            (slot for slot in fitting if slot.nbytes == size),
+            key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age),
+        )
+        if chosen.key is not None and next_use(chosen.key) <= min_next_use:
+            return None
+        chosen.wait()  # the copy of an unused prefetch must not write into the next chunk
+        self._clock += 1
+        chosen.key, chosen.age = key, self._clock
+        return chosen
+
+    def forget(self, is_old: Callable[[Any], bool]) -> None:
+        """Empties the slots of chunks whose homes have changed."""
+        for slot in self.slots:
+            if slot.key is not None and is_old(slot.key):
+                assert not slot.users
+                slot.wait()
+                slot.key = None
+
+
+# --- the order of visits ----------------------------------------------------------------------------------------------
+
+NEVER = 1 << 60
+
+
+class ScheduledHome(Hashable, Protocol):
+    """What a slot is filled from: a ChunkHome or an imagined one. Models that share a chunk share its home."""
+
+    @property
+    def chunk(self) -> Chunk:
+        """The chunk that lives there."""
+
+
+HomeType = TypeVar("HomeType", bound=ScheduledHome)
+
+
+class Schedule(Generic[HomeType]):
+    """The visits of one pass of one model, in order: the current one, when a chunk is needed next, what to prefetch.
+
+    `homes`: per group those whose weights move; `order`: groups per visit; `repeats`: the first visit follows the last
+    one. The engine runs it with slots of an arena, the forecast with imagined ones.
+    """
+
+    def __init__(
+        self, homes: Mapping[str, Sequence[HomeType]], order: Sequence[tuple[str, ...]], *, repeats: bool
+    ) -> None:
+        self._homes, self._order, self._repeats = homes, order, repeats
+        self._members = {home for group in homes.values() for home in group}
+        self._at = -1
+        self._positions: dict[str, list[int]] = {}
+        for i, groups in enumerate(order):
+            for group in groups:
+                self._positions.setdefault(group, []).append(i)
+
+    def advance(self, groups: tuple[str, ...]) -> None:
+        """Makes the next visit of these groups the current one; nothing changes when the order has no such visit."""
+        for step in range(1, len(self._order) + 1):
+            at = (self._at + step) % len(self._order)
+            if self._order[at] == groups:
+                self._at = at
+                return
+
+    def next_use(self, home: HomeType) -> int:
+        """Visits from now until this chunk is needed again."""
+        if home not in self._members:
+            return NEVER
+        positions = self._positions.get(home.chunk.group, ())
+        later = bisect_right(positions, self._at)
+        if later < len(positions):
+            return positions[later] - self._at
+        return len(self._order) - self._at + positions[0] if self._repeats and positions else NEVER
+
+    def prefetch(self, slots: SlotTable[SlotType], ahead: int) -> Iterator[tuple[HomeType, SlotType]]:
+        """Claims slots for chunks of the next `ahead` visits, where one holds nothing that is needed sooner."""
+        for step in range(1, ahead + 1):
+            at = self._at + step
+            if at >= len(self._order) and not self._repeats:
+                return
+            for group in self._order[at % len(self._order)]:
+                for home in self._homes.get(group, ()):
+                    if slots.find(home) is None:
+                        slot = slots.claim(home, home.chunk.nbytes, self.next_use, min_next_use=step)
+                        if slot is not None:
+                            yield home, slot

@@ -40,11 +40,11 @@ class AlwaysThere:
         """Nothing to do."""
         return contextlib.nullcontext()
 
-    def together(self, busy: bool) -> bool:
+    def any_rank_busy(self, busy: bool) -> bool:
         """Whether any rank still needs this model's weights: here, whether this one does."""
         return busy
 
-    def most(self, count: int) -> int:
+    def max_over_ranks(self, count: int) -> int:
         """The largest of all ranks' counts: here, its own."""
         return count
 

@@ -25,12 +25,12 @@ SAVED = ("master", "exp_avg", "exp_avg_sq")
 
 
 class Sink:
-    """The gradients and optimizer states of one model. `stored` are its trained chunks, in order."""
+    """The gradients and optimizer states of one model. `homes` are its trained chunks, in order."""
 
     def __init__(
-        self, stored: Sequence[ChunkHome], world: World, rule: AdamW, buffers: Callable[[], list[Tensor]]
+        self, homes: Sequence[ChunkHome], world: World, rule: AdamW, buffers: Callable[[], list[Tensor]]
     ) -> None:
-        self.stored, self.world, self.rule = list(stored), world, rule
+        self.homes, self.world, self.rule = list(homes), world, rule
         self.steps = 0
         """Updates so far: AdamW's count."""
         self._buffers = buffers
@@ -44,7 +44,7 @@ class Sink:
 
     def clear(self) -> None:
         """Before a step: what the homes of gradients hold no longer counts."""
-        for one in self.stored:
+        for one in self.homes:
             one.graded = False
             if one.in_place:
                 assert isinstance(one.grads, RamHome)
@@ -84,7 +84,7 @@ class Sink:
         for leaving in self._leaving.values():
             leaving.arrive()
         self._leaving.clear()
-        for one in self.stored:
+        for one in self.homes:
             if one.grads_whole and self.world.size > 1:
                 assert isinstance(one.grads, RamHome)
                 self.world.sum(one.grads.tensor)
@@ -95,10 +95,10 @@ class Sink:
         Squares are added up chunk by chunk in fp64, in the same order on every tier.
         """
         shared = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for one in self.stored:
+        for one in self.homes:
             here = one.grads.tensor.device if isinstance(one.grads, RamHome) else CPU  # 4 bytes travel, not the chunk
             shared += sum_of_squares(self._own_gradients(one, here)).to(shared.device)
-        if any(not one.grads_whole or one.split for one in self.stored):
+        if any(not one.grads_whole or one.split for one in self.homes):
             shared = self.world.sum(shared)
         return shared.sqrt().float()
 
@@ -117,11 +117,11 @@ class Sink:
         """One AdamW update of every chunk, where its state lives, with gradients times `scale`."""
         self.steps += 1
         move = {"lr": lr, "scale": scale, "step": self.steps}
-        for one in self.stored:
+        for one in self.homes:
             if not _homes_on_disk(one):
                 with record_function(f"update.{one.chunk.group}"):
                     self._update_in_ram(one, move)
-        self._update_on_disk([one for one in self.stored if _homes_on_disk(one)], move)
+        self._update_on_disk([one for one in self.homes if _homes_on_disk(one)], move)
 
     def _update_in_ram(self, one: ChunkHome, move: dict[str, Any]) -> None:
         device = next(home.tensor.device for home in one.states.values() if isinstance(home, RamHome))
@@ -185,7 +185,7 @@ class Sink:
 
     def saved_states(self) -> Iterator[Tensor]:
         """Every weight's `SAVED` states, whole, fp32, on the CPU. Where ranks share, all of them go through it."""
-        for one in self.stored:
+        for one in self.homes:
             whole = widen(one.whole_states(self.world))
             weights = one.whole_weights(self.world)
             if "remainder" in whole:
@@ -202,7 +202,7 @@ class Sink:
 
         Raises ValueError when they belong to another model.
         """
-        for one in self.stored:
+        for one in self.homes:
             whole = {name: torch.zeros(one.chunk.numel) for name in SAVED}
             for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True):
                 for name, tensor in whole.items():
@@ -225,7 +225,7 @@ class Sink:
     @property
     def weights(self) -> list[Weight]:
         """The trained weights, in the order of `saved_states`."""
-        return [weight for one in self.stored for weight in one.chunk.weights]
+        return [weight for one in self.homes for weight in one.chunk.weights]
 
 
 def _homes(one: ChunkHome) -> dict[str, Home]:

@@ -416,19 +416,15 @@ class Strategy:
 def _interleaved(
     streams: Sequence[Stream], begin: Callable[[int], Visits[Any]], end: Callable[[int, Any], Result]
 ) -> list[Result]:
-    """`begin`s every stream's pass and `end`s it with what it gave: company by company, those of one side by side."""
+    """Begins every stream's pass and ends it with its result: one sharing group after the other, each interleaved.
+
+    Shared weights that stay on the device do not count: there, one model after the other holds fewer states at once.
+    """
     results: dict[int, Result] = {}
-    while len(results) < len(streams):
-        first = next(i for i in range(len(streams)) if i not in results)
-        beside = [i for i in range(len(streams)) if i not in results and _keep_company(streams[first], streams[i])]
-        given = interleave([begin(i) for i in beside])
-        results |= {i: end(i, one) for i, one in zip(beside, given, strict=True)}
+    for group in plan.sharing_groups([{stream, *stream.moving_homes} for stream in streams]):
+        passed = interleave([begin(i) for i in group])
+        results |= {i: end(i, result) for i, result in zip(group, passed, strict=True)}
     return [results[i] for i in range(len(streams))]
-
-
-def _keep_company(one: Stream, other: Stream) -> bool:
-    """Where weights stay, one model after the other holds fewer states at once."""
-    return one is other or (one.moves and one.shares(other))
 
 
 @dataclass(frozen=True)

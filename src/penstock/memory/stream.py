@@ -1,14 +1,27 @@
-"""One model's weights in motion: fetch, compute, drop, in the order of its program.
+"""The executor of one model's weights: fetch, compute, drop, in the order of the model's program.
 
-A `Stream` knows where every chunk is at home, brings chunks to the device while a part of the program runs, and takes
-their gradients away afterwards. It decides nothing: which tiers, how many slots and whether to recompute come from the
-plan. Several micro-batches run inside one visit, so a weight moves once per pass whatever their number.
+A `Stream` knows the home of every chunk, brings chunks to the device while a part of the program runs, and takes their
+gradients away afterwards. It decides nothing: tiers, slots, recomputation and what to fetch next come from the plan.
+Several micro-batches run inside one visit, so a weight moves once per pass whatever their number.
+
+[Note: resident is the easy case] All strategies are rows of `placement.py`, run by this one engine. A chunk whose home
+is whole on the device is bound to the model once; then a lease costs nothing, micro-batches run one after the other
+with an ordinary graph, and the engine is plain PyTorch. Where weights move, or with --recompute, forward keeps the
+inputs of blocks and backward runs each block once more. Streaming is bit-equal to resident with recomputation.
+
+[Note: parameters are rebound] A module's own parameters become views of a slot for the time of a lease. That is as
+cheap as `functional_call`, works for every module unchanged, and a resident model is a lease that never ends.
+
+[Note: a kept graph] With --keep-activations where weights move, the graph's parameters stay the same objects and their
+memory changes, so backward finds a chunk in whatever slot it is in by then. Micro-batches then go one after the other.
+
+[Note: one gradient slot] A visit claims its gradient slot when it begins and writes to it only when the block has been
+recomputed. The gradients that were in the slot have that long to leave, so one slot is enough.
 """
 
 import contextlib
-from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,39 +33,55 @@ from penstock.distributed.world import World
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk
 from penstock.memory.homes import ChunkHome
+from penstock.memory.plan import Schedule
 from penstock.memory.program import Part, Program, owners
 from penstock.memory.sink import Sink
 from penstock.memory.tiers import DiskHome, RamHome, worker
 from penstock.memory.transfer import copy_ahead
 
-NEVER = 1 << 60
 Losses = tuple[Tensor, dict[str, Tensor]]
 LossOf = Callable[[Tensor, Any], Losses]
 """(last states [B, T, D], micro-batch) -> its part of the loss, and statistics."""
 Result = TypeVar("Result")
 Visits = Generator[None, None, Result]
-"""A pass through a model that stops behind every visit, so that another model's can go beside it."""
+"""A pass through a model that stops after every visit, so that passes of several models can be interleaved."""
 
 
 @dataclass
 class Hold:
-    """A chunk in use: what `lease` took and `release` gives back."""
+    """A chunk in use: what `lease` took and `_release` gives back."""
 
-    stored: ChunkHome
+    home: ChunkHome
     slot: Slot | None
     gradient_slot: Slot | None
     gradients: bool
     opened: bool = False
-    """The gradient slot is ready to be added to."""
+    """Autograd may add to the gradient slot."""
+
+
+@dataclass
+class Wave:
+    """Micro-batches that go through the model together, and the tensors between its parts: one per micro-batch."""
+
+    micro_batches: Sequence[Any]
+    contexts: list[Any]
+    states: list[Tensor]
+    """What the next part reads."""
+    inputs: list[list[Tensor]] = field(default_factory=list)
+    """Per part from the first trained one: what it read."""
+    outputs: list[list[Tensor]] = field(default_factory=list)
+    """The same: what it returned, with its graph; empty where backward runs the part again."""
+    state_grads: list[Tensor | None] = field(default_factory=list)
+    """Gradients of the states that backward has come to; None: the loss does not depend on them."""
 
 
 class Stream:
-    """See the module. Made by `Strategy.prepare`; `arena` and `gradient_arena` are called when first needed."""
+    """One model's executor. `Strategy.prepare` makes it; `arenas` is called when weights or gradients first move."""
 
     def __init__(
         self,
         model: Any,
-        stored: Sequence[ChunkHome],
+        homes: Sequence[ChunkHome],
         world: World,
         *,
         sink: Sink | None,
@@ -64,38 +93,40 @@ class Stream:
         """A module that is a `Program`."""
         self.program: Program = model
         self.world, self.sink = world, sink
-        self.stored = list(stored)
-        self._mine = set(stored)
+        self.homes = list(homes)
+        self._home_set = set(homes)
         self.recompute, self.ahead = recompute, ahead
         self.device: torch.device = world.device
-        """Where weights are when a part runs."""
+        """Where weights are while a part runs."""
         self._arenas = arenas
         self._owners = owners(model)
         self._empty = {
             name: nn.Parameter(torch.empty_like(getattr(*owner), device="meta"), getattr(*owner).requires_grad)
             for name, owner in self._owners.items()
         }
-        """Shapes and dtypes: what stands in for weights that are not here."""
+        """Parameters without memory, bound while weights are elsewhere: shapes and dtypes."""
         self._groups: dict[str, list[ChunkHome]] = {}
-        for one in self.stored:
-            self._groups.setdefault(one.chunk.group, []).append(one)
+        self._moving: dict[str, list[ChunkHome]] = {}
+        """The homes of each group; those whose weights must be fetched."""
+        for home in self.homes:
+            self._groups.setdefault(home.chunk.group, []).append(home)
+            if not home.resident:
+                self._moving.setdefault(home.chunk.group, []).append(home)
+        self.moves = bool(self._moving)
+        """Whether any weight comes and goes: if none does, all have fixed addresses."""
         self._graph: dict[ChunkHome, list[nn.Parameter]] = {}
-        """The parameters of chunks that move, as a graph that is kept knows them: wherever the weights are now."""
-        self._holds: dict[ChunkHome, list[Hold]] = {}
+        """The parameters of moving chunks in a graph that is kept. See [Note: a kept graph]."""
+        self._holds: dict[ChunkHome, list[Hold]] = {home: [] for home in self.homes}
         self._reader = worker("prefetch")
-        self._order: list[tuple[str, ...]] = []
-        self._positions: dict[str, list[int]] = {}
-        self._at = 0
-        self._repeats = True
         self._follow(self._cycle(), repeats=True)
-        for one in self.stored:
-            self._unbind(one.chunk)
-            if one.resident:
-                assert isinstance(one.weights, RamHome)
-                grads = one.grads.tensor if isinstance(one.grads, RamHome) and one.in_place else None
-                self._bind(one.chunk, one.weights.tensor, trained=one.chunk.trained)
-                if grads is not None:
-                    self._bind_gradients(one.chunk, grads)
+        for home in self.homes:
+            self._unbind(home.chunk)
+            if home.resident:
+                assert isinstance(home.weights, RamHome)
+                self._bind(home.chunk, home.weights.tensor, trained=home.chunk.trained)
+                if home.in_place:
+                    assert isinstance(home.grads, RamHome)
+                    self._bind_gradients(home.chunk, home.grads.tensor)
         model.feed = self
 
     # --- what models call: weights for a moment, without gradients ----------------------------------------------------
@@ -107,25 +138,25 @@ class Stream:
             yield
 
     @property
-    def collective(self) -> bool:
-        """Whether a visit brings ranks together: all must make it, in the same order."""
-        return any(not one.whole for one in self.stored)
-
-    def shares(self, other: "Stream") -> bool:
-        """Whether the two are made of some of the same weights."""
-        return not self._mine.isdisjoint(other.stored)
+    def moving_homes(self) -> list[ChunkHome]:
+        """Those whose weights must be fetched."""
+        return [home for homes in self._moving.values() for home in homes]
 
     @property
-    def moves(self) -> bool:
-        """Whether any weight comes and goes: if none does, all have fixed addresses."""
-        return not all(one.resident for one in self.stored)
+    def collective(self) -> bool:
+        """Whether a visit is a collective: all ranks must make it, in the same order."""
+        return any(not home.whole for home in self.homes)
 
-    def together(self, busy: bool) -> bool:
-        """Whether any rank is still busy with this model: a rank that is done keeps visiting with the others."""
-        return bool(self.most(int(busy)))
+    def shares(self, other: "Stream") -> bool:
+        """Whether the two models have weights in common."""
+        return not self._home_set.isdisjoint(other.homes)
 
-    def most(self, count: int) -> int:
-        """The largest count of all ranks, where they must visit as often as each other; else its own."""
+    def any_rank_busy(self, busy: bool) -> bool:
+        """Whether any rank still uses this model: a rank that is done keeps visiting with the others."""
+        return bool(self.max_over_ranks(int(busy)))
+
+    def max_over_ranks(self, count: int) -> int:
+        """The largest count of all ranks where visits are collective; else this rank's."""
         if not self.collective:
             return count
         return int(self.world.max(torch.tensor(count, device=self.world.device)))
@@ -135,16 +166,16 @@ class Stream:
     def evaluation(self, micro_batches: Sequence[Any], read: Callable[[Tensor, Any], Any]) -> "Visits[list[Any]]":
         """read(last states, micro-batch) of every micro-batch (each has `.tokens` [B, T]), without gradients."""
         results: list[Any] = []
-        for wave in self._waves(micro_batches, agree=False):
-            xs: list[Tensor] = [one.tokens for one in wave]
-            contexts = [self.program.begin(one.tokens) for one in wave]
+        for batches in self._waves(micro_batches, backward=False):
+            states: list[Tensor] = [batch.tokens for batch in batches]
+            contexts = [self.program.begin(batch.tokens) for batch in batches]
             self._follow(self._cycle(), repeats=True)
             for part in self.program.parts():
                 with self.lease(part.groups, gradients=False):
-                    xs = [part.run(x, context) for x, context in zip(xs, contexts, strict=True)]
+                    states = [part.run(x, context) for x, context in zip(states, contexts, strict=True)]
                 yield
             with self.lease(self.program.reads(), gradients=False):
-                results += [read(x, one) for x, one in zip(xs, wave, strict=True)]
+                results += [read(x, batch) for x, batch in zip(states, batches, strict=True)]
             yield
         return results
 
@@ -153,85 +184,91 @@ class Stream:
 
         Returns each micro-batch's loss and statistics. With `recompute` a block's inner activations live only while
         it is visited: forward keeps the inputs of blocks, backward runs each block once more. Without, where weights
-        move, the graph's parameters stay the same and their memory changes: backward looks where they are by then.
+        move, see [Note: a kept graph].
         """
-        results: list[Losses] = []
-        for wave in self._waves(micro_batches, agree=True):
-            results += yield from self._pass(wave, loss_of)
-        return results
+        losses: list[Losses] = []
+        for batches in self._waves(micro_batches, backward=True):
+            losses += yield from self._pass(batches, loss_of)
+        return losses
 
-    def _pass(self, wave: Sequence[Any], loss_of: LossOf) -> "Visits[list[Losses]]":
+    def _pass(self, batches: Sequence[Any], loss_of: LossOf) -> "Visits[list[Losses]]":
         parts = self.program.parts()
+        contexts = [self.program.begin(batch.tokens) for batch in batches]
+        wave = Wave(batches, contexts, [batch.tokens for batch in batches])
         first = self._first_trained(parts)
-        order = visits_of(self.program)
-        self._follow([*order, *(part.groups for part in reversed(parts[first:-1]))], repeats=False)
-        contexts = [self.program.begin(one.tokens) for one in wave]
-        xs: list[Tensor] = [one.tokens for one in wave]
-        inputs: list[list[Tensor]] = []
-        outputs: list[list[Tensor]] = []
+        visits = visits_of(self.program)
+        self._follow([*visits, *(part.groups for part in reversed(parts[first:-1]))], repeats=False)
         for i, part in enumerate(parts[:-1]):
-            keep = i >= first
-            with self.lease(part.groups, gradients=False, graph=keep and not self.recompute):
-                if keep:
-                    xs = [_leaf(x, i > first) for x in xs]
-                    inputs.append(xs)
-                with record_function(f"forward.{i}"), torch.set_grad_enabled(keep and not self.recompute):
-                    ys = [part.run(x, context) for x, context in zip(xs, contexts, strict=True)]
-                if keep:
-                    outputs.append([] if self.recompute else ys)
-                xs = [y.detach() for y in ys]
-                del ys
+            keeps = i >= first
+            with self.lease(part.groups, gradients=False, graph=keeps and not self.recompute):
+                if keeps:
+                    wave.states = [_leaf(x, i > first) for x in wave.states]
+                    wave.inputs.append(wave.states)
+                with record_function(f"forward.{i}"), torch.set_grad_enabled(keeps and not self.recompute):
+                    outputs = [part.run(x, context) for x, context in zip(wave.states, wave.contexts, strict=True)]
+                if keeps:
+                    wave.outputs.append([] if self.recompute else outputs)
+                wave.states = [y.detach() for y in outputs]
+                del outputs
             yield
-        results, slopes = [], []
-        with self.lease(order[-1], gradients=True) as holds, torch.enable_grad(), record_function("turn"):
-            for context, one in zip(contexts, wave, strict=True):
-                x = _leaf(xs.pop(0), len(parts) - 1 > first)  # what one micro-batch held is let go of before the next
-                loss, stats = loss_of(parts[-1].run(x, context), one)
-                self._open(holds)
-                loss.backward()
-                # Undetached, a statistic would hold the whole graph, and with it the states it began from.
-                results.append((loss.detach(), {key: value.detach() for key, value in stats.items()}))
-                slopes.append(x.grad)
-                del x, loss, stats
+        with self.lease(visits[-1], gradients=True) as holds, torch.enable_grad(), record_function("turn"):
+            losses = self._turn(wave, parts[-1], holds, loss_of, wants_grads=len(parts) - 1 > first)
         yield
         for i in reversed(range(first, len(parts) - 1)):
-            here, ys = inputs.pop(), outputs.pop()
             leased = self.lease(parts[i].groups, gradients=True, graph=not self.recompute)
             with leased as holds, record_function(f"backward.{i}"):
-                for j, context in enumerate(contexts):
-                    x = here.pop(0)
-                    with torch.enable_grad(), recomputing():
-                        y = parts[i].run(x, context) if self.recompute else ys.pop(0)
-                    if y.requires_grad and slopes[j] is not None:  # None: the loss read nothing of it
-                        self._open(holds)
-                        y.backward(slopes[j])
-                    slopes[j] = x.grad
-                    del x, y
+                self._backward_part(wave, parts[i], holds)
             yield
-        return results
+        return losses
+
+    def _turn(self, wave: Wave, part: Part, holds: Sequence[Hold], loss_of: LossOf, wants_grads: bool) -> list[Losses]:
+        """The last part, forward and backward."""
+        losses = []
+        for context, batch in zip(wave.contexts, wave.micro_batches, strict=True):
+            x = _leaf(wave.states.pop(0), wants_grads)  # each micro-batch's tensors are freed before the next one's
+            loss, stats = loss_of(part.run(x, context), batch)
+            self._open(holds)
+            loss.backward()
+            # Undetached, a statistic would hold the whole graph, and with it the states it began from.
+            losses.append((loss.detach(), {key: value.detach() for key, value in stats.items()}))
+            wave.state_grads.append(x.grad)
+            del x, loss, stats
+        return losses
+
+    def _backward_part(self, wave: Wave, part: Part, holds: Sequence[Hold]) -> None:
+        inputs, outputs = wave.inputs.pop(), wave.outputs.pop()
+        for j, context in enumerate(wave.contexts):
+            x = inputs.pop(0)
+            with torch.enable_grad(), recomputing():
+                y = part.run(x, context) if self.recompute else outputs.pop(0)
+            if y.requires_grad and wave.state_grads[j] is not None:
+                self._open(holds)
+                y.backward(wave.state_grads[j])
+            wave.state_grads[j] = x.grad
+            del x, y
 
     def _first_trained(self, parts: Sequence[Part]) -> int:
-        """The first part that has something to learn; nothing before it needs a gradient."""
+        """The first part that has trained weights; nothing before it needs a gradient."""
         for i, part in enumerate(parts):
-            if any(one.chunk.trained for group in part.groups for one in self._groups.get(group, ())):
+            if any(home.chunk.trained for group in part.groups for home in self._groups.get(group, ())):
                 return i
         return len(parts) - 1
 
-    def _waves(self, micro_batches: Sequence[Any], agree: bool) -> list[Sequence[Any]]:
-        """Micro-batches that share one visit: all of them when weights move, unless what is inside blocks is kept."""
-        if self.recompute or (self.moves and not agree):
+    def _waves(self, micro_batches: Sequence[Any], backward: bool) -> list[Sequence[Any]]:
+        """Micro-batches that share one visit: all where weights move, unless activations inside blocks are kept."""
+        if self.recompute or (self.moves and not backward):
             return [micro_batches]
-        waves: list[Sequence[Any]] = [[one] for one in micro_batches]
-        if agree and (self.collective or any(not one.grads_whole for one in self.stored if one.chunk.trained)):
-            # Every wave ends in collectives, so a rank with fewer micro-batches visits with empty hands.
-            most = int(self.world.max(torch.tensor(len(waves), device=self.world.device)))
-            waves += [[] for _ in range(most - len(waves))]
+        waves: list[Sequence[Any]] = [[batch] for batch in micro_batches]
+        if backward and (self.collective or any(not home.grads_whole for home in self.homes if home.chunk.trained)):
+            # Every wave ends in collectives, so a rank with fewer micro-batches visits without any.
+            count = int(self.world.max(torch.tensor(len(waves), device=self.world.device)))
+            waves += [[] for _ in range(count - len(waves))]
         return waves
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def update(self, lr: float, scale: float) -> None:
-        """One AdamW update of every trained chunk, with gradients times `scale`; slots forget what they held."""
+        """One AdamW update of every trained chunk, with gradients times `scale`; slots forget the old weights."""
         assert self.sink is not None
         self.sink.update(lr, scale)
         self._forget()
@@ -245,76 +282,76 @@ class Stream:
 
     def _forget(self) -> None:
         if self.moves:
-            self._arenas()[0].forget(lambda key: key in self._mine and key.chunk.trained)
+            self._arenas()[0].forget(lambda home: home in self._home_set and home.chunk.trained)
 
     # --- leases -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lease(self, groups: Sequence[str], gradients: bool, graph: bool = False) -> Iterator[list[Hold]]:
-        """Inside, the weights of these groups are on the device and, with `gradients`, have a place for theirs, which
-        is theirs to add to once it has been opened. `graph`: they are the parameters of a graph that is kept."""
-        self._advance(tuple(groups))
-        needed = [one for group in groups for one in self._groups.get(group, ())]
+        """Inside, the weights of these groups are on the device and, with `gradients`, theirs have memory too, which
+        must be opened before autograd adds to it. `graph`: they are the parameters of a graph that is kept."""
+        self._schedule.advance(tuple(groups))
+        needed = [home for group in groups for home in self._groups.get(group, ())]
         # The largest first: a small chunk may have been fetched into the only slot that holds a large one.
-        holds = [self._hold(one, gradients, graph) for one in sorted(needed, key=lambda one: -one.chunk.nbytes)]
-        self._prefetch()
+        holds = [self._hold(home, gradients, graph) for home in sorted(needed, key=lambda home: -home.chunk.nbytes)]
+        if self.moves:
+            for home, slot in self._schedule.prefetch(self._arenas()[0], self.ahead):
+                slot.landing = self._start(home, slot)
         try:
             yield holds
         finally:
             for hold in reversed(holds):
                 self._release(hold)
 
-    def _hold(self, one: ChunkHome, gradients: bool, graph: bool) -> Hold:
-        gradients = gradients and one.chunk.trained
-        outer = self._holds.setdefault(one, [])
+    def _hold(self, home: ChunkHome, gradients: bool, graph: bool) -> Hold:
+        gradients = gradients and home.chunk.trained
+        outer = self._holds[home]
         if outer:  # inside another lease of the same chunk
-            hold = Hold(one, None, None, gradients=False)
+            hold = Hold(home, None, None, gradients=False)
             outer.append(hold)
             return hold
         slot = None
-        if not one.resident:
-            slot = self._fetch(one)
+        if not home.resident:
+            slot = self._fetch(home)
             slot.users += 1
             slot.wait()
         gradient_slot = None
         grads = None
-        if gradients and not one.in_place:
-            gradient_slot = self._gradient_slot(one)
-            grads = gradient_slot.memory[: one.chunk.nbytes].view(one.dtype)
+        if gradients and not home.in_place:
+            gradient_slot = self._gradient_slot(home)
+            grads = gradient_slot.memory[: home.chunk.nbytes].view(home.dtype)
         if slot is not None:
             if grads is None and gradients:
-                assert isinstance(one.grads, RamHome)
-                grads = one.grads.tensor
+                assert isinstance(home.grads, RamHome)
+                grads = home.grads.tensor
             if graph:
-                self._bind_graph(one, slot)
+                self._bind_graph(home, slot)
             else:
-                self._bind_slot(one, slot, trained=gradients)
-            if grads is not None:
-                self._bind_gradients(one.chunk, grads)
-        elif grads is not None:  # resident weights: the graph knows these very parameters
-            self._bind_gradients(one.chunk, grads)
-        hold = Hold(one, slot, gradient_slot, gradients)
+                self._bind_slot(home, slot, trained=gradients)
+        if grads is not None:
+            self._bind_gradients(home.chunk, grads)
+        hold = Hold(home, slot, gradient_slot, gradients)
         outer.append(hold)
         return hold
 
     def _release(self, hold: Hold) -> None:
-        one = hold.stored
-        self._holds[one].remove(hold)
+        home = hold.home
+        self._holds[home].remove(hold)
         if hold.gradient_slot is not None:
             assert self.sink is not None
             self._open([hold])
-            grads = hold.gradient_slot.memory[: one.chunk.nbytes].view(one.dtype)
-            hold.gradient_slot.leaving = self.sink.settle(one, grads)
+            grads = hold.gradient_slot.memory[: home.chunk.nbytes].view(home.dtype)
+            hold.gradient_slot.leaving = self.sink.settle(home, grads)
             hold.gradient_slot.users -= 1
             hold.gradient_slot.key = None
         elif hold.gradients:
-            one.graded = True
-        if hold.gradients and not (hold.slot is None and one.in_place):
-            for weight in one.chunk.weights:
+            home.graded = True
+        if hold.gradients and not (hold.slot is None and home.in_place):
+            for weight in home.chunk.weights:
                 getattr(*self._owners[weight.name]).grad = None
         if hold.slot is not None:
             hold.slot.users -= 1
-            self._unbind(one.chunk)
+            self._unbind(home.chunk)
 
     def _bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> list[nn.Parameter]:
         """The model's own parameters become views of `weights`."""
@@ -325,26 +362,26 @@ class Stream:
             setattr(*self._owners[weight.name], bound[-1])
         return bound
 
-    def _bind_slot(self, one: ChunkHome, slot: Slot, *, trained: bool) -> None:
+    def _bind_slot(self, home: ChunkHome, slot: Slot, *, trained: bool) -> None:
         """The same for a chunk in a slot. While it stays there it is cut once: decoding visits it for every token."""
-        purpose = (id(self), one, trained)
-        if slot.views[0] != purpose:
-            weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
-            slot.views = (purpose, self._bind(one.chunk, weights, trained=trained))
+        bound_for = (self, home, trained)
+        if slot.bound_for != bound_for:
+            weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
+            slot.bound_for, slot.parameters = bound_for, self._bind(home.chunk, weights, trained=trained)
             return
-        for weight, parameter in zip(one.chunk.weights, slot.views[1], strict=True):
+        for weight, parameter in zip(home.chunk.weights, slot.parameters, strict=True):
             setattr(*self._owners[weight.name], parameter)
 
-    def _bind_graph(self, one: ChunkHome, slot: Slot) -> None:
-        """The same parameters whenever the chunk comes, on the memory that it is in now."""
-        weights = slot.memory[: one.chunk.nbytes].view(one.dtype)
+    def _bind_graph(self, home: ChunkHome, slot: Slot) -> None:
+        """The same parameters whenever the chunk comes, on its current memory. See [Note: a kept graph]."""
+        weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
         views = [
-            weights[offset : offset + weight.numel].view(weight.shape).data  # of no version: slots are written again
-            for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True)
+            weights[offset : offset + weight.numel].view(weight.shape).data  # .data has no version: slots are rewritten
+            for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True)
         ]
-        if one not in self._graph:
-            self._graph[one] = [nn.Parameter(view, one.chunk.trained) for view in views]
-        for weight, parameter, view in zip(one.chunk.weights, self._graph[one], views, strict=True):
+        if home not in self._graph:
+            self._graph[home] = [nn.Parameter(view, home.chunk.trained) for view in views]
+        for weight, parameter, view in zip(home.chunk.weights, self._graph[home], views, strict=True):
             parameter.data = view
             setattr(*self._owners[weight.name], parameter)
 
@@ -358,17 +395,19 @@ class Stream:
         for weight in chunk.weights:
             setattr(*self._owners[weight.name], self._empty[weight.name])
 
-    def _gradient_slot(self, one: ChunkHome) -> Slot:
+    def _gradient_slot(self, home: ChunkHome) -> Slot:
         arena = self._arenas()[1]
-        slot = arena.claim(one, one.chunk.nbytes, lambda key: 0)
+        slot = arena.claim(home, home.chunk.nbytes, lambda key: 0)
         if slot is None:
-            raise arena.too_small(one.chunk.nbytes)
+            raise arena.too_small(home.chunk.nbytes)
         slot.users += 1
         return slot
 
     def _open(self, holds: Sequence[Hold]) -> None:
-        """Before the first backward of a visit, which is late: what the slot held last may still be on its way home
-        while a block is recomputed."""
+        """Before the first backward of a visit: fills gradient slots with zeros or with the sum so far.
+
+        See [Note: one gradient slot].
+        """
         for hold in holds:
             slot = hold.gradient_slot
             if slot is not None and not hold.opened:
@@ -376,96 +415,58 @@ class Stream:
                 if slot.leaving is not None:
                     slot.leaving.wait()
                     slot.leaving = None
-                self.sink.open(hold.stored, slot.memory[: hold.stored.chunk.nbytes].view(hold.stored.dtype))
+                self.sink.open(hold.home, slot.memory[: hold.home.chunk.nbytes].view(hold.home.dtype))
                 hold.opened = True
 
     # --- fetching -----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, one: ChunkHome) -> Slot:
-        """The chunk's slot, filled or being filled."""
-        arena = self._arenas()[0]
-        slot = arena.find(one)
-        if slot is None:
-            slot = arena.claim(one, one.chunk.nbytes, self._next_use)
-            if slot is None:
-                raise arena.too_small(one.chunk.nbytes)
-            slot.landing = self._start(one, slot)
-        return slot
-
-    def _start(self, one: ChunkHome, slot: Slot) -> Callable[[], None]:
-        """Begins to fill a slot; calling the result waits until it is full."""
-        out = slot.memory[: one.chunk.nbytes].view(one.dtype)
-        mine = out
-        if not one.whole:
-            size = one.chunk.numel // self.world.size
-            mine = out[self.world.rank * size : (self.world.rank + 1) * size]
-        arrived: Callable[[], None]
-        if isinstance(one.weights, DiskHome):
-            arrived = self._reader.submit(one.weights.read, mine).result
-        else:
-            arrived = copy_ahead(one.weights.tensor, mine, one.weights.tier)
-
-        kind = "disk.wait" if isinstance(one.weights, DiskHome) else "link.wait"
-
-        def land() -> None:
-            with record_function(kind):
-                arrived()
-            if mine is not out:
-                self.world.join_shards(mine, out)
-
-        return land
-
-    def _prefetch(self) -> None:
-        """Sends for the chunks of the next visits, where a slot holds nothing that is needed sooner."""
-        for step in range(1, self.ahead + 1):
-            at = self._at + step
-            if at >= len(self._order) and not self._repeats:
-                return
-            for group in self._order[at % len(self._order)]:
-                for one in self._groups.get(group, ()):
-                    if one.resident or self._arenas()[0].find(one) is not None:
-                        continue
-                    slot = self._arenas()[0].claim(one, one.chunk.nbytes, self._next_use, before=step)
-                    if slot is not None:
-                        slot.landing = self._start(one, slot)
+    def _follow(self, order: list[tuple[str, ...]], *, repeats: bool) -> None:
+        self._schedule = Schedule(self._moving, order, repeats=repeats)
 
     def _cycle(self) -> list[tuple[str, ...]]:
         return [*(part.groups for part in self.program.parts()), self.program.reads()]
 
-    def _follow(self, order: list[tuple[str, ...]], *, repeats: bool) -> None:
-        """What will be visited, in this order: eviction and prefetch read it."""
-        self._order, self._repeats, self._at = order, repeats, -1
-        self._positions = {}
-        for i, groups in enumerate(order):
-            for group in groups:
-                self._positions.setdefault(group, []).append(i)
+    def _fetch(self, home: ChunkHome) -> Slot:
+        """The chunk's slot, filled or being filled."""
+        arena = self._arenas()[0]
+        slot = arena.find(home)
+        if slot is None:
+            slot = arena.claim(home, home.chunk.nbytes, self._schedule.next_use)
+            if slot is None:
+                raise arena.too_small(home.chunk.nbytes)
+            slot.landing = self._start(home, slot)
+        return slot
 
-    def _advance(self, groups: tuple[str, ...]) -> None:
-        for step in range(1, len(self._order) + 1):
-            at = (self._at + step) % len(self._order)
-            if self._order[at] == groups:
-                self._at = at
-                return
+    def _start(self, home: ChunkHome, slot: Slot) -> Callable[[], None]:
+        """Begins to fill a slot; calling the result waits until it is full."""
+        whole = slot.memory[: home.chunk.nbytes].view(home.dtype)
+        part = whole
+        if not home.whole:
+            size = home.chunk.numel // self.world.size
+            part = whole[self.world.rank * size : (self.world.rank + 1) * size]
+        arrived: Callable[[], None]
+        if isinstance(home.weights, DiskHome):
+            label, arrived = "disk.wait", self._reader.submit(home.weights.read, part).result
+        else:
+            label, arrived = "link.wait", copy_ahead(home.weights.tensor, part, home.weights.tier)
 
-    def _next_use(self, one: ChunkHome) -> int:
-        """Visits from now until this chunk is needed again."""
-        if one not in self._mine:
-            return NEVER
-        positions = self._positions.get(one.chunk.group, ())
-        later = bisect_right(positions, self._at)
-        if later < len(positions):
-            return positions[later] - self._at
-        return len(self._order) - self._at + positions[0] if self._repeats and positions else NEVER
+        def land() -> None:
+            with record_function(label):
+                arrived()
+            if part is not whole:
+                self.world.join_shards(part, whole)
+
+        return land
 
 
 def interleave(passes: Sequence[Visits[Result]]) -> list[Result]:
-    """Several models' passes, one visit of each in turn: frozen weights that they share are brought once for all."""
+    """Several models' passes, one visit of each in turn: weights that they share are fetched once for all."""
     results: dict[int, Result] = {}
     while len(results) < len(passes):
-        for i, one in enumerate(passes):
+        for i, visits in enumerate(passes):
             if i not in results:
                 try:
-                    next(one)
+                    next(visits)
                 except StopIteration as end:
                     results[i] = end.value
     return [results[i] for i in range(len(passes))]
@@ -478,6 +479,6 @@ def visits_of(program: Program) -> list[tuple[str, ...]]:
 
 
 def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:
-    """The same values cut from what made them; with a gradient of its own if wanted."""
+    """The same values without their graph; with a gradient of its own if wanted."""
     x = x.detach()
     return x.requires_grad_() if wants_gradient and x.is_floating_point() else x

@@ -1,4 +1,4 @@
-"""One use of a model in a phase, and what it holds on the device: `stream.Stream`'s loops, line by line, in bytes."""
+"""Bytes that one pass of a model holds on the device outside homes and slots: `stream.Stream`'s loops, line by line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class PartWork:
-    """Bytes that one part of a program holds for one micro-batch, beside its input."""
+    """Bytes that one part of a program holds for one micro-batch, its input not counted."""
 
     groups: tuple[str, ...]
     output: int
     saved: int
-    """When its forward has run with gradients: what autograd keeps, the output included."""
+    """What autograd keeps after the forward, the output included."""
     forward: int
     """At the fullest instant of a forward without gradients, the output included."""
     backward: int
@@ -34,10 +34,10 @@ class PartWork:
 
 @dataclass(frozen=True)
 class Work:
-    """What one model holds on the device for one micro-batch."""
+    """Bytes that one model holds on the device for one micro-batch."""
 
     parts: tuple[PartWork, ...]
-    """All but the last, which belongs to the head."""
+    """All but the last one, which belongs to the head."""
     context: int
     """What depends on positions alone, and the tokens."""
     forward_head: int
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """One use of a model in a phase. `count` micro-batches on the rank that has most, `times` times over."""
+    """One use of a model in a phase: `count` micro-batches, on the rank that has most of them, `times` times over."""
 
     model: str
     kind: Literal["generate", "evaluate", "step"]
@@ -57,10 +57,10 @@ class Pass:
     times: int = 1
     flops: float = 0.0
     """Of one time, over all of this rank's micro-batches, recomputation not counted."""
-    beside: int = 0
-    """Bytes on the device meanwhile: the KV cache, the batch itself."""
+    cache_bytes: int = 0
+    """Generating: bytes of the KV cache on the device."""
     tokens: int = 0
-    """Generating: decoding steps behind the prefill."""
+    """Generating: decoding steps after the prefill."""
     decode_flops: float = 0.0
     """Generating: of all decoding steps."""
     sampling: int = 0
@@ -75,35 +75,37 @@ class Pass:
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit of a pass: bytes that it finds and leaves, states of all micro-batches, and those on top meanwhile."""
+    """One visit of a pass, in bytes."""
 
-    held: int
-    more: int
+    lasting: int
+    """States of all micro-batches that exist before or after it."""
+    passing: int
+    """The most on top of them in between."""
 
 
-def activations_of(company: Sequence[tuple[Pass, bool]], recompute: bool | None) -> int:
-    """Bytes that tensors take beside homes and slots while these passes run: `stream.Stream`'s loops, line by line.
+def activations_of(group: Sequence[tuple[Pass, bool]], recompute: bool | None) -> int:
+    """Bytes that tensors take outside homes and slots while these passes run side by side.
 
-    Each comes with whether its model's weights move: all micro-batches then share a visit. A company of several goes
-    through the same weights side by side: what one holds between visits, all do. `recompute`: None is where they move.
+    Each comes with whether its model's weights move: all micro-batches then share a visit. Several passes go through
+    the same weights in turn, so each holds its lasting bytes all the time. `recompute` None: where weights move.
     """
-    passes = [_visits(one, moves, recompute) for one, moves in company]
+    passes = [_visits(each, moves, recompute) for each, moves in group]
     fullest = 0
     for at in range(max(map(len, passes))):
-        here = [visits[min(at, len(visits) - 1)] for visits in passes]
-        fullest = max(fullest, sum(one.held for one in here) + max(one.more for one in here))
-    return fullest + max(one.beside for one, _ in company)
+        current = [visits[min(at, len(visits) - 1)] for visits in passes]
+        fullest = max(fullest, sum(visit.lasting for visit in current) + max(visit.passing for visit in current))
+    return fullest + max(each.cache_bytes for each, _ in group)
 
 
-def _visits(one: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
-    work = one.work
-    if one.kind == "generate":
-        most = max(visit.held + visit.more for visit in _forward(work, 1))
-        return [Visit(0, max(most, one.sampling + work.context))]
-    if one.kind == "evaluate":
-        return _forward(work, one.count if moves or recompute else 1)
+def _visits(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
+    work = each.work
+    if each.kind == "generate":
+        fullest = max(visit.lasting + visit.passing for visit in _forward(work, 1))
+        return [Visit(0, max(fullest, each.sampling + work.context))]
+    if each.kind == "evaluate":
+        return _forward(work, each.count if moves or recompute else 1)
     if plan.recomputes(moves, recompute):
-        return _recomputed(work, one.count)
+        return _recomputed(work, each.count)
     return [Visit(_kept(work), 0) if moves else Visit(0, _kept(work))]
 
 
@@ -124,18 +126,17 @@ def _recomputed(work: Work, count: int) -> list[Visit]:
         visits.append(Visit(count * (work.context + kept), (count - 1) * part.output + part.forward))
         kept += states[i]
     visits.append(Visit(count * (work.context + kept), work.backward_head))
-    slopes, kept = states[-1], kept - states[-1]
+    state_grads, kept = states[-1], kept - states[-1]
     for i in reversed(range(len(work.parts))):
-        visits.append(Visit(count * (work.context + kept + slopes), work.parts[i].backward))
+        visits.append(Visit(count * (work.context + kept + state_grads), work.parts[i].backward))
         if i:
             kept -= states[i - 1]
-            slopes = states[i - 1]
+            state_grads = states[i - 1]
     return visits
 
 
 def _kept(work: Work) -> int:
-    """Everything that autograd keeps of one micro-batch."""
+    """The most that one micro-batch holds with an ordinary graph."""
     saved = sum(part.saved for part in work.parts)
     last = work.parts[-1]
-    beyond = max(work.backward_head, last.output + last.backward - last.saved)
-    return work.context + saved + beyond
+    return work.context + saved + max(work.backward_head, last.output + last.backward - last.saved)

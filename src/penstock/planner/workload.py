@@ -24,7 +24,7 @@ from penstock.models.families import family_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.planner import machine
 from penstock.planner.activations import Batch, Pass, Work, activations_of
-from penstock.planner.forecast import TIERS, Forecast, Rates, forecast, with_slack
+from penstock.planner.forecast import TIERS, Forecast, Rates, forecast, sharing_groups, with_slack
 from penstock.units import parse_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -217,7 +217,7 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
         tokens=response - 1,
         flops=_flops(actor, rows, work.prompt_length, rows),
         decode_flops=decode_flops * rows,
-        beside=2 * cache // actor.num_layers if swap else cache,
+        cache_bytes=2 * cache // actor.num_layers if swap else cache,
         sampling=weight_shapes.sampling_of(actor, dtype, rows),
         prefills=len(groups),
         swapped=cache + token if swap else 0,
@@ -289,16 +289,11 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     """With memory reserved for the activations of models whose weights move, or of models whose weights stay."""
     work, world, recompute = setting.workload, setting.world, setting.recompute
     laid = [_laid(role, DTYPES[setting.dtype], world, setting.chunk_size) for role in work.roles]
-    shared = {
-        role.name: {chunk.shared for chunk in chunks} - {None}
-        for role, (chunks, _) in zip(work.roles, laid, strict=True)
-    }
+    keys = {role.name: plan.shared_keys(chunks) for role, (chunks, _) in zip(work.roles, laid, strict=True)}
     shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
     phases = passes(setting, swap=swap)
-    fullest = max(
-        activations_of([(one, moves) for one in company], recompute)
-        for each in phases.values() for company in _sharing_groups(each, shared)
-    )  # fmt: skip
+    groups = [group for in_phase in phases.values() for group in sharing_groups(in_phase, keys)]
+    fullest = max(activations_of([(each, moves) for each in group], recompute) for group in groups)
     budgets = dict(setting.budgets)
     host = budgets.get("host")
     if swap and host is not None:
@@ -313,19 +308,6 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     return forecast(
         models, phases, world=world, device=budgets.get("device"), recompute=recompute, rates=setting.rates, timed=timed
     )
-
-
-def _sharing_groups(passes: Sequence[Pass], shared: dict[str, set[Any]]) -> list[list[Pass]]:
-    """Before anything is placed: the passes that go side by side if all weights move; see forecast.companies_of."""
-    found: list[list[Pass]] = []
-    for one in passes:
-        beside = (each for each in found if shared[each[0].model] & shared[one.model])
-        company = next(beside, None) if one.kind != "generate" else None
-        if company is None:
-            found.append([one])
-        else:
-            company.append(one)
-    return found
 
 
 @functools.cache

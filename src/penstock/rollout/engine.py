@@ -190,12 +190,12 @@ class Engine:
         new = self._waiting[: self.free]
         del self._waiting[: len(new)]
         states = []
-        if feed.most(old):
+        if feed.max_over_ranks(old):
             with cpu_ops.one_token():
                 states.append(self._decode() if old else self.decoder.idle())
         first, unread, copies = self._split(new)
         groups = prefills([len(run.prompt.ids) for run in unread])
-        for i in range(feed.most(len(groups))):
+        for i in range(feed.max_over_ranks(len(groups))):
             if i < len(groups):
                 self._prefill(old + groups[i].start, unread[groups[i]])
             else:
@@ -327,7 +327,7 @@ class Engine:
 
     def run(self) -> None:
         """Until everybody has ended, on every rank that shares the weights."""
-        while self.decoder.feed.together(self.busy):
+        while self.decoder.feed.any_rank_busy(self.busy):
             self.step()
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling, *, episode: int = 0) -> Iterator[int]:

@@ -272,7 +272,7 @@ def write_optimizer(path: Path | None, stream: Stream) -> None:
     sink = stream.sink
     assert sink is not None
     if path is None:
-        if any(not one.whole or one.split for one in sink.stored):
+        if any(not one.whole or one.split for one in sink.homes):
             for _ in sink.saved_states():
                 pass
         return

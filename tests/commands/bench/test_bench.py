@@ -163,7 +163,7 @@ def test_roles_that_stream_one_base_learn_as_resident_ones_do(again, base_dtype)
         four = work.Four(strategy, TINY, lora_rank=2, base_dtype=base_dtype)
         for seed in range(2):
             list(four.iteration([[3, 4, 5], [4, 5, 6], [5, 6, 7]], 6, seed))
-        learned.append([one.whole_weights(strategy.world) for one in four.streams["actor"].stored])
+        learned.append([one.whole_weights(strategy.world) for one in four.streams["actor"].homes])
     assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
 
 
