@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from penstock.errors import UserError
 from penstock.kernels import compile as compiler
+from penstock.memory import prepare
 from penstock.memory.strategy import Strategy
 from penstock.models import linear as linear_module
 from penstock.models import lora
@@ -156,7 +157,7 @@ def test_the_plan_knows_every_packed_weight(decoder, kind):  # noqa: F811
     lora.add(recipe, LoraSpec(2))
     actor = Actor(recipe)
     said = groups_of(config, "float32", LoraSpec(2), trained=True, scalar=False, packed=kind)
-    real = Strategy.named("naive", device="cpu").groups_of(actor)
+    real = prepare.groups_of(actor)
     plain = [[(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in said]
     assert plain == [
         [(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in real

@@ -9,6 +9,7 @@ from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
 from penstock.errors import DataError, UserError
+from penstock.memory.prepare import groups_of
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.tiers import Ram
 from penstock.models import pretrained
@@ -104,7 +105,7 @@ def _role(name: str, model: Any, strategy: Strategy) -> RoleSpec:
         name, model.decoder.config, any(p.requires_grad for p in model.parameters()),
         isinstance(model, ScalarModel),
         adapted.spec if adapted else None, base_dtype=model.decoder.base_dtype,
-        groups=tuple((group, tuple(weights)) for group, weights in strategy.groups_of(model)),
+        groups=tuple((group, tuple(weights)) for group, weights in groups_of(model)),
     )  # fmt: skip
 
 

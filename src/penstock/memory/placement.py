@@ -1,10 +1,12 @@
-"""The table of strategies: where weights, gradients and optimizer states live, and whether ranks share them."""
+"""The table of strategies: where weights, gradients and optimizer states live, and whether ranks share them; and the
+limits of these memories as a user writes them."""
 
 import difflib
 from dataclasses import dataclass
 from typing import Literal
 
 from penstock.errors import UserError
+from penstock.units import parse_bytes
 
 TierName = Literal["device", "host", "disk"]
 
@@ -19,7 +21,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy of the table."""
+    """One strategy of the table, or one chunk's placement under gemini_auto."""
 
     params: Placement
     grads: Placement
@@ -44,20 +46,20 @@ STRATEGIES: dict[str, Row] = {
     "gemini_nvme": Row(DISK, HOST, DISK),
 }  # fmt: skip
 AUTO = "gemini_auto"
-"""Each chunk by itself: the device is filled first, then host memory, then the disk; see plan.place."""
+"""Each chunk has a row of its own. See [Note: gemini_auto]."""
 NAMES = (*STRATEGIES, AUTO)
 EIGHT_BIT = "_8bit"
-"""Behind any of the names: the same row with the optimizer's moments in 8 bits, 6 bytes per weight instead of 12."""
+"""Suffix of any name: the same row with the optimizer's moments in 8 bits, 6 bytes per weight instead of 12."""
 
 
 def known(name: str) -> str:
-    """The strategy's own name: the reference's names (colossalai_gemini_cpu, ...) mean the same rows.
+    """The strategy's name in the table: ColossalAI's names (colossalai_gemini_cpu, ...) mean the same rows.
 
     Raises UserError for names that do not exist.
     """
     ours = name.removeprefix("colossalai_").replace("gemini_cuda", "gemini")
     if bits_of(ours)[0] not in NAMES:
-        near = difflib.get_close_matches(ours, [*NAMES, *(f"{one}{EIGHT_BIT}" for one in NAMES)], n=3)
+        near = difflib.get_close_matches(ours, [*NAMES, *(f"{row}{EIGHT_BIT}" for row in NAMES)], n=3)
         hint = f"nearest: {', '.join(near)}." if near else f"there are {', '.join(NAMES)}; each with {EIGHT_BIT} too."
         raise UserError(f"--strategy {name}: no such strategy; {hint}")
     return ours
@@ -74,3 +76,29 @@ def tiers_of(name: str) -> set[TierName]:
     if row is None:
         return {"device", "host", "disk"}
     return {row.params.tier, row.grads.tier, row.optimizer.tier}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Limits of one rank's memories, as flags write them. Example: Budgets("6GB", "48GB", "/scratch:200GB")."""
+
+    device_memory: str | None = None
+    host_memory: str | None = None
+    disk: str | None = None
+    """PATH or PATH:200GB; a colon whose right side has a slash belongs to the path."""
+    activation_budget: str | None = None
+    """What a block's activations may take per micro-batch."""
+
+    @property
+    def disk_directory(self) -> str:
+        """The PATH of `disk`."""
+        return self._split_disk()[0]
+
+    def nbytes(self, name: str) -> int | None:
+        """A limit in bytes; None: no limit. Raises UserError for what is no number of bytes."""
+        text = self._split_disk()[1] or None if name == "disk" else getattr(self, name)
+        return None if text is None else parse_bytes(text, "--" + name.replace("_", "-"))
+
+    def _split_disk(self) -> tuple[str, str]:
+        directory, _, size = (self.disk or "").rpartition(":")
+        return (directory, size) if directory and "/" not in size else (self.disk or "", "")

@@ -1,0 +1,170 @@
+"""Models become homes: each chunk's weights, optimizer states and gradients get memory, and weights their first values.
+
+`Homes` is what all models of a rank have in common here: frozen chunks that several models are made of, memory for
+gradients, buffers between a disk and the update.
+
+[Note: shared bases] A weight on `meta` has a recipe: a checkpoint, or a seed. Frozen chunks of equal recipes are one
+`ChunkHome`, whichever models they are for: actor, reference, critic and reward model with adapters, or full models that
+freeze the same first blocks (trained blocks are copies). Where such weights move, these models go through them side by
+side (`Strategy.step_all`), and each block is fetched once for all.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.distributed.world import World
+from penstock.memory import plan
+from penstock.memory.adamw import states_of
+from penstock.memory.chunks import Chunk, Weight
+from penstock.memory.homes import ChunkHome
+from penstock.memory.placement import Row
+from penstock.memory.program import owners
+from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages
+
+CPU = torch.device("cpu")
+
+
+def groups_of(model: Any) -> list[tuple[str, list[Weight]]]:
+    """What the plan needs to know of a model's weights, group by group."""
+    owner_of = owners(model)
+    return [(group, [_weight(model, name, owner_of[name]) for name in names]) for group, names in model.groups()]
+
+
+def _weight(model: Any, name: str, owner: tuple[nn.Module, str]) -> Weight:
+    parameter = getattr(*owner)
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return Weight(name, tuple(parameter.shape), dtype, parameter.requires_grad, model.recipe(name))
+
+
+class Homes:
+    """The homes of all models of one rank."""
+
+    def __init__(self, world: World, tiers: Mapping[str, Ram | Disk]) -> None:
+        self.world, self.tiers = world, tiers
+        self._shared: dict[Hashable, ChunkHome] = {}
+        """Frozen chunks by `Chunk.shared`."""
+        self._gradients: list[RamHome] = []
+        """Memory for one chunk's gradients each; one model at a time uses it."""
+        self._groups: list[tuple[set[Hashable], set[int]]] = []
+        """Trained models that share weights: keys of these, and which of `_gradients` such models use."""
+        self._buffers: list[Tensor] = []
+        self._staging: Tensor | None = None
+        """Where first values are made that belong elsewhere than in host memory; only while models are prepared."""
+
+    def check(self, placed: Sequence[plan.Placed], owner: str) -> None:
+        """Raises ResourceError where a model's homes would pass a tier's budget."""
+        used = self._used_gradients(placed)
+        pooled = sum(home.tensor.nbytes for i, home in enumerate(self._gradients) if i not in used)
+        for tier, nbytes in plan.homes([placed], self.world.size, pooled, self._shared).items():
+            self.tiers[tier].check(nbytes, owner)
+
+    def make(self, model: Any, placed: Sequence[plan.Placed]) -> list[ChunkHome]:
+        """A model's homes on this rank, with its first weights in them."""
+        before = self._used_gradients(placed)
+        used = set(before)
+        homes = []
+        for chunk, row in ((each.chunk, each.row) for each in placed):
+            home = None if chunk.shared is None else self._shared.get(chunk.shared)
+            if home is None:
+                home = self._home(model, chunk, row, used)
+                if chunk.shared is not None:
+                    self._shared[chunk.shared] = home
+            homes.append(home)
+        if used != before:
+            self._groups.append((plan.shared_keys(each.chunk for each in placed), used))
+        return homes
+
+    def end(self) -> None:
+        """All models are made: first values need no staging memory any more."""
+        self._staging = None
+
+    def update_buffers(self) -> list[Tensor]:
+        """What states on a disk pass through on their way to an update and back."""
+        host = self.tiers["host"]
+        assert isinstance(host, Ram)
+        while len(self._buffers) < plan.SETS:
+            self._buffers.append(host.home(plan.SET_BYTES, torch.uint8, "buffers between disk and optimizer").tensor)
+        return self._buffers
+
+    def _used_gradients(self, placed: Sequence[plan.Placed]) -> set[int]:
+        """Memory for gradients that models with some of the same weights use: all of them may step side by side."""
+        keys = [plan.shared_keys(each.chunk for each in placed), *(keys for keys, _ in self._groups)]
+        group = next(group for group in plan.sharing_groups(keys) if 0 in group)
+        return {i for index in group[1:] for i in self._groups[index - 1][1]}
+
+    def _home(self, model: Any, chunk: Chunk, row: Row, used: set[int]) -> ChunkHome:
+        size, rank = self.world.size, self.world.rank
+        shard = slice(rank * (chunk.numel // size), (rank + 1) * (chunk.numel // size))
+        dtype, of_chunk = getattr(torch, chunk.dtype), f"of {type(model).__name__} {chunk.group}"
+        whole = not row.params.sharded or size == 1
+        weights = _weights_home(
+            self.tiers[row.params.tier], chunk.numel // (1 if whole else size), dtype, f"the weights {of_chunk}"
+        )
+        if isinstance(weights, RamHome) and whole and weights.tensor.device.type == "cpu":
+            self._first_values(model, chunk, weights.tensor)
+        else:
+            staged = self._stage(chunk.numel, dtype)
+            self._first_values(model, chunk, staged)
+            weights.write(staged if whole else staged[shard])
+        states: dict[str, Home] = {}
+        grads = None
+        share = shard if row.optimizer.sharded else slice(0, chunk.numel)
+        grads_whole = not row.grads.sharded or size == 1
+        if chunk.trained:
+            tier, count = self.tiers[row.optimizer.tier], share.stop - share.start
+            states = {
+                name: tier.home(count // per, state_dtype, f"the optimizer states {of_chunk}")
+                for name, (state_dtype, per) in states_of(dtype, row.bits).items()
+            }
+            numel = chunk.numel // (1 if grads_whole else size)
+            grads = self._gradient_home(row.grads.tier, numel, dtype, f"the gradients {of_chunk}", used)
+        return ChunkHome(chunk, weights, whole, states, grads, grads_whole, share)
+
+    def _stage(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Zeroed host memory for a chunk's first values on their way elsewhere: the same for all, pinned for a GPU."""
+        nbytes = numel * dtype.itemsize
+        if self._staging is None or self._staging.numel() < nbytes:
+            self._staging = empty_pages(nbytes, CPU, pinned=self.world.device.type == "cuda")
+        return self._staging[:nbytes].zero_().view(dtype)
+
+    def _gradient_home(self, tier: str, numel: int, dtype: torch.dtype, purpose: str, used: set[int]) -> Home:
+        """The smallest memory for gradients that fits and is not in `used`, which it joins; new where there is none."""
+        nbytes = numel * dtype.itemsize
+        free = [
+            i
+            for i, home in enumerate(self._gradients)
+            if i not in used and home.tier.name == tier and home.tensor.numel() >= nbytes
+        ]
+        if free:
+            index = min(free, key=lambda i: self._gradients[i].tensor.numel())
+        else:
+            ram, index = self.tiers[tier], len(self._gradients)
+            assert isinstance(ram, Ram)
+            self._gradients.append(ram.home(nbytes, torch.uint8, purpose, travels=True))
+        used.add(index)
+        home = self._gradients[index]
+        return RamHome(home.tier, home.tensor[:nbytes].view(dtype))
+
+    def _first_values(self, model: Any, chunk: Chunk, flat: Tensor) -> None:
+        """Fills `flat`, [numel] on the CPU, from the model's parameters; those on `meta` by the model's recipes."""
+        owner_of = owners(model)
+        recipes: dict[str, Tensor] = {}
+        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
+            view = flat[offset : offset + weight.numel].view(weight.shape)
+            parameter = getattr(*owner_of[weight.name])
+            if parameter.is_meta:
+                recipes[weight.name] = view
+            else:
+                view.copy_(parameter.detach())
+        if recipes:
+            model.fill(recipes)
+
+
+def _weights_home(tier: Ram | Disk, numel: int, dtype: torch.dtype, purpose: str) -> Home:
+    """In RAM it is pinned, for the device fetches weights from it."""
+    if isinstance(tier, Ram):
+        return tier.home(numel, dtype, purpose, travels=True)
+    return tier.home(numel, dtype, purpose)
