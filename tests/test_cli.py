@@ -108,23 +108,8 @@ def test_none_turns_off_numbers_and_is_a_word_elsewhere():
     from penstock.config import GenerateConfig, PPOConfig
     from penstock.flags import parse
 
-    ppo = parse(
-        PPOConfig,
-        [
-            "--actor",
-            "a",
-            "--reward",
-            "r",
-            "--data",
-            "d",
-            "--out",
-            "o",
-            "--missing-eos-score",
-            "none",
-            "--value-clip",
-            "None",
-        ],
-    )
+    flags = "--actor a --reward r --data d --out o --missing-eos-score none --value-clip None"
+    ppo = parse(PPOConfig, flags.split())
     assert ppo.missing_eos_score is None
     assert ppo.value_clip is None
     assert parse(GenerateConfig, ["--model", "m", "--prompt", "none"]).prompt == "none"
@@ -267,10 +252,10 @@ def test_doctor_says_ready():
     ],
 )
 def test_what_the_machine_refuses_has_its_own_exit_code(capsys, monkeypatch, error, code, text):
-    def refuse(arguments):
+    def refuse(config):
         raise error
 
-    monkeypatch.setattr(cli, "_doctor", refuse)
+    monkeypatch.setattr("penstock.commands.doctor.doctor", refuse)
     got, _, err = exit_of(capsys, "doctor")
     assert got == code
     assert text in err

@@ -95,7 +95,9 @@ def test_commands_and_make_targets_exist(page):
     text = page.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE)) <= targets
-    assert set(re.findall(r"(?:^|`|\| )penstock ([a-z]+)", text, re.MULTILINE)) <= set(cli.COMMANDS)
+    assert set(re.findall(r"(?:^|`|\| )penstock ([a-z]+)", text, re.MULTILINE)) <= {
+        name.split()[0] for name in cli.COMMANDS
+    }
     for module in re.findall(r"python -m (benchmarks[.\w]*\w)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
 

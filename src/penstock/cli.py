@@ -1,27 +1,96 @@
-"""The `penstock` command: one line per command, nothing imported before it is needed."""
+"""The `penstock` command: one table of commands; a command's modules are imported when it runs."""
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from penstock.errors import PenstockError, ResourceError, UserError
 
-COMMANDS: dict[str, str] = {
-    "sft": "teach a language model to answer from demonstrations",
-    "reward": "learn a score from rankings",
-    "ppo": "improve the actor against a score, near the reference",
-    "chat": "talk with a model or a run in the terminal",
-    "serve": "answer over HTTP as OpenAI's API does, with a page to chat in",
-    "generate": "answer prompts from a file",
-    "export": "write a run's model as a Hugging Face directory",
-    "data": "data check FILE: say what a file is; data export --votes: what people preferred in the chat page",
-    "plan": "what a run will need, move and take, before it runs; and what to change if it does not fit",
-    "bench": "PPO on random prompts, measured; bench micro: this machine's ceilings; bench capacity: the largest model",
-    "demo": "all three stages on a small world of their own, with a report",
-    "doctor": "say what this machine has and what is missing",
-    "resume": "go on with a run that was stopped or killed",
-}
+
+class Command(NamedTuple):
+    """One row of the table. The function takes the config; an int that it returns is the exit code."""
+
+    text: str
+    """What it does, for `penstock --help`."""
+    config: str
+    """module:class of its flags."""
+    function: str
+    """module:function, imported after the flags are checked."""
+    positional: str = ""
+    """The flag whose values may be given without its name."""
+    example: str = ""
+    """What --help shows first."""
+
+
+COMMANDS: dict[str, Command] = {
+    "sft": Command(
+        "teach a language model to answer from demonstrations", "config:SFTConfig", "algorithms.sft:sft",
+        example="penstock sft --model gpt2 --data demonstrations.jsonl --out runs/sft --steps 500",
+    ),
+    "reward": Command(
+        "learn a score from rankings", "config:RewardConfig", "algorithms.reward:reward",
+        example="penstock reward --model runs/sft --data rankings.jsonl --out runs/reward",
+    ),
+    "ppo": Command(
+        "improve the actor against a score, near the reference", "config:PPOConfig", "algorithms.ppo:ppo",
+        example="penstock ppo --actor runs/sft --reward runs/reward --data prompts.jsonl --out runs/ppo",
+    ),
+    "chat": Command(
+        "talk with a model or a run in the terminal", "config:ChatConfig", "commands.generate:chat", "model",
+        "penstock chat runs/ppo",
+    ),
+    "serve": Command(
+        "answer over HTTP as OpenAI's API does, with a page to chat in", "serve.config:ServeConfig",
+        "serve.server:serve", "model", "penstock serve runs/ppo runs/sft --port 8000",
+    ),
+    "generate": Command(
+        "answer prompts from a file", "config:GenerateConfig", "commands.generate:generate",
+        example="penstock generate --model runs/ppo --data prompts.jsonl --out answers.jsonl",
+    ),
+    "export": Command(
+        "write a run's model as a Hugging Face directory", "config:ExportConfig", "commands.export:export", "run",
+        "penstock export runs/ppo --out my-model",
+    ),
+    "data check": Command(
+        "say what data files are, and name each bad line", "config:CheckConfig", "commands.data:check", "files",
+        "penstock data check demonstrations.jsonl",
+    ),
+    "data export": Command(
+        "write the votes of the chat page as comparisons", "config:VotesConfig", "commands.data:export",
+        example="penstock data export --votes --out rankings.jsonl",
+    ),
+    "plan": Command(
+        "what a run needs, moves and takes, before it runs; and what to change if it does not fit",
+        "config:PlanConfig", "commands.plan:run",
+        example="penstock plan --model llama-3-8b --device-memory 24GB --host-memory 128GB --lora 16",
+    ),
+    "bench": Command(
+        "measure PPO on random prompts", "commands.bench.config:BenchConfig", "commands.bench.run:bench",
+        example="penstock bench --model xl --strategy gemini_cpu --device-memory 6GB --iterations 1",
+    ),
+    "bench micro": Command(
+        "measure the ceilings of this machine", "commands.bench.config:MicroConfig", "commands.bench.micro:micro",
+        example="penstock bench micro --quick",
+    ),
+    "bench capacity": Command(
+        "search the largest model that a budget holds", "commands.bench.config:CapacityConfig",
+        "commands.bench.capacity:capacity", example="penstock bench capacity --device-memory 2GB",
+    ),
+    "demo": Command(
+        "run all three stages on a small made-up world, with a report", "config:DemoConfig", "commands.demo:demo",
+        example="penstock demo",
+    ),
+    "doctor": Command(
+        "list what this machine has and what is missing", "config:DoctorConfig", "commands.doctor:doctor",
+        example="penstock doctor",
+    ),
+    "resume": Command(
+        "continue a run that was stopped or killed", "config:ResumeConfig", "cli:resume", "run",
+        "penstock resume runs/ppo",
+    ),
+}  # fmt: skip
 
 HELP = """usage: penstock COMMAND [flags]
 
@@ -36,252 +105,112 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else ""
     try:
-        _run(name, arguments[1:])
+        code = _run(arguments)
         sys.stdout.flush()
     except PenstockError as error:
-        print(f"penstock {name}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = _fail(name, error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:  # penstock generate ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = 0
     except Exception as error:
         problem = _refused(error)
         if problem is not None:
-            print(f"penstock {name}: {problem}", file=sys.stderr)
-            sys.exit(problem.exit_code)
-        import traceback
+            code = _fail(name, problem)
+        else:
+            import traceback
 
-        traceback.print_exc()
-        print(f"penstock {name}: internal error ({type(error).__name__}): please report it.", file=sys.stderr)
-        sys.exit(5)
+            traceback.print_exc()
+            print(f"penstock {name}: internal error ({type(error).__name__}): please report it.", file=sys.stderr)
+            code = 5
+    if code is not None:
+        sys.exit(code)
 
 
-def _run(name: str, arguments: list[str]) -> None:
-    if name in ("", "-h", "--help"):
-        print(HELP.format(commands="\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())))
-        sys.stdout.flush()
-        sys.exit(0 if name else 2)
-    if name == "--version":
+def _run(arguments: list[str]) -> int | None:
+    """The exit code, or None when the command has ended well."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:14} {command.text}" for name, command in COMMANDS.items())))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
         from penstock import __version__
 
         print(f"penstock {__version__}")
-        return
-    _command(name)(arguments)
+        return None
+    name = _command_name(arguments)
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    if name not in COMMANDS:  # `data`, which only has subcommands
+        print("\n".join(_usages(name)))
+        return 0 if wants_help else 2
+    from penstock.flags import help_text, parse
+
+    command = COMMANDS[name]
+    config_class = _load(command.config)
+    if wants_help:
+        print(help_text(config_class, name, command.example, command.positional))
+        return 0
+    config = parse(config_class, arguments[len(name.split()) :], name, command.positional)
+    code = _load(command.function)(config)
+    return code if isinstance(code, int) else None
 
 
-def _command(name: str) -> Callable[[list[str]], None]:
-    if name not in COMMANDS:
-        import difflib
+def _command_name(arguments: list[str]) -> str:
+    """The command or subcommand that the first words name. Raises UserError, with the nearest, when there is none."""
+    first, words = arguments[0], arguments[:2]
+    if " ".join(words) in COMMANDS:
+        return " ".join(words)
+    subcommands = _usages(first)
+    if len(words) > 1 and not words[1].startswith("-") and len(subcommands) > 1:
+        raise UserError(f"no command {' '.join(words)!r}; try {' or '.join(subcommands)}.")
+    if first in COMMANDS or subcommands:
+        return first
+    import difflib
 
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
-        raise UserError(f"no command {name!r}; {hint}")
-    return globals()[f"_{name}"]
-
-
-def _sft(arguments: list[str]) -> None:
-    from penstock.config import SFTConfig
-    from penstock.flags import parse
-
-    config = parse(SFTConfig, arguments, "sft")
-    from penstock.algorithms.sft import sft
-
-    sft(config)
+    names = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    near = difflib.get_close_matches(first, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
+    raise UserError(f"no command {first!r}; {hint}")
 
 
-def _reward(arguments: list[str]) -> None:
-    from penstock.config import RewardConfig
-    from penstock.flags import parse
+def _usages(first: str) -> list[str]:
+    """How the command and each of its subcommands are written."""
+    from penstock.flags import usage
 
-    config = parse(RewardConfig, arguments, "reward")
-    from penstock.algorithms.reward import reward
-
-    reward(config)
+    rows = [(name, command) for name, command in COMMANDS.items() if name.split()[0] == first]
+    return [usage(_load(command.config), name, command.positional) for name, command in rows]
 
 
-def _ppo(arguments: list[str]) -> None:
-    from penstock.config import PPOConfig
-    from penstock.flags import parse
-
-    config = parse(PPOConfig, arguments, "ppo")
-    from penstock.algorithms.ppo import ppo
-
-    ppo(config)
+def _load(address: str) -> Any:
+    """What module:name names, within the package."""
+    module, name = address.split(":")
+    return getattr(importlib.import_module(f"penstock.{module}"), name)
 
 
-def _resume(arguments: list[str]) -> None:
-    from penstock.config import PPOConfig, ResumeConfig, RewardConfig, SFTConfig
-    from penstock.flags import from_dict, parse, to_dict
+def _fail(name: str, error: PenstockError) -> int:
+    print(f"penstock {name}: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def resume(config: Any) -> None:
+    """Continues the training command that config.toml names; flags of `penstock resume` win over those in the file."""
+    from penstock.flags import from_dict, to_dict
     from penstock.run.directory import RunDirectory
 
-    if arguments and not arguments[0].startswith("-"):
-        if len(arguments) > 1 and not arguments[1].startswith("-"):
-            raise UserError("give exactly one RUN, a run directory: everything else is in its config.toml.")
-        arguments = ["--run", *arguments]  # penstock resume RUN
-    place = to_dict(parse(ResumeConfig, arguments, "resume"))
-    path = place.pop("run")
+    overrides = to_dict(config)
+    path = overrides.pop("run")
     saved = RunDirectory.peek(path)
-    configs = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
-    command = str(saved.pop("command"))
-    if command not in configs:
-        raise UserError(f"{path}/config.toml: no command {command!r} can be resumed; there are {', '.join(configs)}.")
-    config: Any = from_dict(configs[command], {**saved, "out": path, **place})
-    if command == "sft":
-        from penstock.algorithms.sft import sft
-
-        sft(config, resume=True)
-    elif command == "reward":
-        from penstock.algorithms.reward import reward
-
-        reward(config, resume=True)
-    else:
-        from penstock.algorithms.ppo import ppo
-
-        ppo(config, resume=True)
-
-
-def _generate(arguments: list[str]) -> None:
-    from penstock.config import GenerateConfig
-    from penstock.flags import parse
-
-    config = parse(GenerateConfig, arguments, "generate")
-    from penstock.commands.generate import generate
-
-    generate(config)
-
-
-def _chat(arguments: list[str]) -> None:
-    from penstock.config import ChatConfig
-    from penstock.flags import parse
-
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]  # penstock chat RUN
-    config = parse(ChatConfig, arguments, "chat")
-    from penstock.commands.generate import chat
-
-    chat(config)
-
-
-def _serve(arguments: list[str]) -> None:
-    from penstock.flags import parse
-    from penstock.serve.config import ServeConfig
-
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]  # penstock serve RUN [RUN2 ...]
-    config = parse(ServeConfig, arguments, "serve")
-    from penstock.serve.server import serve
-
-    serve(config)
-
-
-def _export(arguments: list[str]) -> None:
-    from penstock.config import ExportConfig
-    from penstock.flags import parse
-
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--run", *arguments]  # penstock export RUN --out DIR
-    config = parse(ExportConfig, arguments, "export")
-    from penstock.commands.export import export
-
-    print(f"wrote {export(config)}")
-
-
-def _data(arguments: list[str]) -> None:
-    if arguments[:1] == ["export"]:
-        _export_votes(arguments[1:])
-        return
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(
-            "usage: penstock data check FILE [FILE ...]\n       penstock data export --votes --out FILE\n\n"
-            "check says what files are and names each bad line; exit 4 if any. export --votes writes what people\n"
-            "preferred in the chat page as comparisons, which penstock reward reads."
-        )
-        sys.exit(0 if arguments else 2)
-    if arguments[0] != "check" or len(arguments) < 2:
-        raise UserError(f"no such use: data {' '.join(arguments)}; try penstock data check FILE.")
-    from penstock.data.formats import check
-
-    report = check(arguments[1:])
-    print(report.text)
-    sys.exit(4 if report.bad else 0)
-
-
-def _export_votes(arguments: list[str]) -> None:
-    from penstock.config import VotesConfig
-    from penstock.flags import parse
-
-    rest = [one for one in arguments if one != "--votes"]
-    if rest == arguments and not {"-h", "--help"} & set(arguments):
-        raise UserError("data export writes votes only: penstock data export --votes --out FILE.")
-    config = parse(VotesConfig, rest, "data export --votes")
-    from penstock.commands.votes import export
-
-    print(export(config))
-
-
-def _plan(arguments: list[str]) -> None:
-    from penstock.config import PlanConfig
-    from penstock.flags import parse
-
-    config = parse(PlanConfig, arguments, "plan")
-    from penstock.commands.plan import run
-
-    code = run(config)
-    sys.stdout.flush()
-    sys.exit(code)
-
-
-def _bench(arguments: list[str]) -> None:
-    from penstock.flags import parse
-
-    if arguments[:1] == ["micro"]:
-        from penstock.commands.bench.config import MicroConfig
-
-        ceilings = parse(MicroConfig, arguments[1:], "bench micro")
-        from penstock.commands.bench.micro import micro
-
-        micro(ceilings)
-    elif arguments[:1] == ["capacity"]:
-        from penstock.commands.bench.config import CapacityConfig
-
-        budget = parse(CapacityConfig, arguments[1:], "bench capacity")
-        from penstock.commands.bench.capacity import capacity
-
-        capacity(budget)
-    elif arguments and not arguments[0].startswith("-"):
-        raise UserError(f"no such use: bench {arguments[0]}; there are bench, bench micro and bench capacity.")
-    else:
-        from penstock.commands.bench.config import BenchConfig
-
-        config = parse(BenchConfig, arguments, "bench")
-        from penstock.commands.bench.run import bench
-
-        bench(config)
-
-
-def _demo(arguments: list[str]) -> None:
-    from penstock.config import DemoConfig
-    from penstock.flags import parse
-
-    config = parse(DemoConfig, arguments, "demo")
-    from penstock.commands.demo import demo
-
-    demo(config)
-
-
-def _doctor(arguments: list[str]) -> None:
-    if arguments:
-        print(f"usage: penstock doctor\n\n{COMMANDS['doctor']}")
-        sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
-    from penstock.commands.doctor import doctor
-
-    sys.exit(doctor())
+    name = str(saved.pop("command"))
+    stages = ("sft", "reward", "ppo")
+    if name not in stages:
+        raise UserError(f"{path}/config.toml: no command {name!r} can be resumed; there are {', '.join(stages)}.")
+    command = COMMANDS[name]
+    run_config = from_dict(_load(command.config), {**saved, "out": path, **overrides})
+    _load(command.function)(run_config, resume=True)
 
 
 def _refused(error: Exception) -> PenstockError | None:
-    """What the machine would not give, in words, or None when the error is something else."""
+    """The error of a full disk, a missing permission or the like, or None when the error is something else."""
     import errno
 
     # On a CPU torch says "DefaultCPUAllocator: can't allocate memory" in a plain RuntimeError.
@@ -292,7 +221,7 @@ def _refused(error: Exception) -> PenstockError | None:
         )
     if not isinstance(error, OSError):
         return None
-    where = f"{error.filename}: " if error.filename else ""
+    origin = f"{error.filename}: " if error.filename else ""
     resources = {
         errno.ENOSPC: "the disk is full; free some space and try again; checkpoints that were written are intact.",
         errno.EDQUOT: "the disk quota is used up; free some space and try again; written checkpoints are intact.",
@@ -303,5 +232,5 @@ def _refused(error: Exception) -> PenstockError | None:
         errno.EACCES: "permission denied; choose a place that you may read and write.",
     }
     if error.errno in resources:
-        return ResourceError(where + resources[error.errno])
-    return UserError(where + mistakes[error.errno]) if error.errno in mistakes else None
+        return ResourceError(origin + resources[error.errno])
+    return UserError(origin + mistakes[error.errno]) if error.errno in mistakes else None

@@ -86,8 +86,6 @@ class RunFlags(Flags):
     """Checkpoints kept, beside the best one."""
     json: bool = False
     """Print one JSON object per step instead of the live line."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)
@@ -273,8 +271,6 @@ class ResumeConfig(Flags):
     """Where gemini_nvme keeps weights and optimizer states."""
     device: str | None = None
     """cpu, cuda, ..."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)
@@ -345,8 +341,6 @@ class PlanConfig(Flags):
     """Also run the engine on tensors without memory, and print what it took beside what was planned."""
     json: bool = False
     """Print one JSON object."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)
@@ -399,8 +393,6 @@ class GenerateConfig(Flags):
     """Leave out malformed prompts instead of stopping at them."""
     json: bool = False
     """Print answers as JSON lines."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)
@@ -429,20 +421,33 @@ class ChatConfig(Flags):
     """cpu, cuda, ... The accelerator if there is one, when not given."""
     json: bool = False
     """Print each answer as one JSON object, for programs that talk through a pipe."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
+
+
+@dataclass(frozen=True)
+class CheckConfig(Flags):
+    """Say what data files are: kind and format, counts, lengths, and each bad line; exit code 4 if there is one."""
+
+    files: tuple[str, ...]
+    """Files of demonstrations, comparisons or prompts."""
 
 
 @dataclass(frozen=True)
 class VotesConfig(Flags):
     """Write the votes of the chat page as comparisons, which penstock reward reads."""
 
+    votes: bool
+    """Votes are all that can be exported so far."""
     out: str
     """JSON-lines file to write; must not exist yet."""
     data_dir: str = "runs/serve"
-    """Where penstock serve kept them."""
+    """Directory in which penstock serve kept the votes."""
     database: str | None = None
-    """Or the PostgreSQL that it kept them in: postgresql://USER:PASSWORD@HOST/NAME."""
+    """PostgreSQL database in which penstock serve kept the votes: postgresql://USER:PASSWORD@HOST/NAME."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig(Flags):
+    """List what this machine has, what is missing, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -459,8 +464,6 @@ class ExportConfig(Flags):
     """Round or widen the weights; as trained when not given."""
     merge: bool = False
     """Of a run that trained an adapter: write the whole model with the adapter in it, instead of the adapter."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ import platform
 import shutil
 import sys
 
-NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "tyro", "rich", "matplotlib", "tomli_w")
+from penstock.config import DoctorConfig
+
+NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "rich", "matplotlib", "tomli_w")
 EXTRAS = {"pyarrow": "reading .parquet data: pip install 'penstock[parquet]'"}
 
 
-def doctor() -> int:
+def doctor(config: DoctorConfig) -> int:
     """Prints the findings and returns the exit code: 0 when training can start, 3 when something needed is missing."""
     lines, problems = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"], []
     if not (3, 11) <= sys.version_info[:2] <= (3, 14):
@@ -34,7 +36,7 @@ def doctor() -> int:
     lines.append(f"disk here    {disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} GiB")
     if disk.free < 2**30:
         problems.append("Less than 1 GiB of disk is free here: checkpoints will not fit.")
-    if not any("torch is not" in one for one in problems):
+    if importlib.util.find_spec("torch") is not None:
         lines += [*_devices(), f"C            {_compiler()}"]
     print("\n".join(lines))
     for problem in problems:
@@ -47,9 +49,9 @@ def _compiler() -> str:
     from penstock.kernels import compile as compiler
     from penstock.memory import adamw
 
-    made = compiler.compiled(adamw.SOURCE)
-    if isinstance(made, str):
-        return f"none ({made}): decoding and optimizer updates on this CPU take two to five times as long"
+    library = compiler.compiled(adamw.SOURCE)
+    if isinstance(library, str):
+        return f"none ({library}): decoding and optimizer updates on this CPU take two to five times as long"
     return "compiled for this CPU: decoding and optimizer updates"
 
 

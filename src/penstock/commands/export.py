@@ -1,4 +1,4 @@
-"""`penstock export`: a run's model as a directory that transformers loads."""
+"""`penstock export`: a run's model as a directory that transformers can load."""
 
 import os
 import shutil
@@ -13,9 +13,11 @@ from penstock.models.lora import merge
 from penstock.run.directory import RunDirectory, refused, resolve_model
 
 
-def export(config: ExportConfig) -> Path:
-    """Copies the best (or newest verified) checkpoint's model or adapter; with --dtype, rounded or widened on the way,
-    and with --merge the base with the adapter in it."""
+def export(config: ExportConfig) -> None:
+    """Copies the model or the adapter of the best, or else the newest verified, checkpoint.
+
+    With --dtype the weights are rounded or widened; with --merge it writes the base with the adapter merged into it.
+    """
     RunDirectory.peek(config.run)
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -39,8 +41,8 @@ def export(config: ExportConfig) -> Path:
             decoder, extras = pretrained.load(source, dtype=dtype, device="cpu")
             if config.merge:
                 merge(decoder, keep=False)
-            said = {key: value for key, value in decoder.config.hf.items() if key.startswith("penstock_")}
-            pretrained.save(decoder, unfinished, score=extras.get("score.weight"), extra_config=said)
+            extra_config = {key: value for key, value in decoder.config.hf.items() if key.startswith("penstock_")}
+            pretrained.save(decoder, unfinished, score=extras.get("score.weight"), extra_config=extra_config)
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
@@ -48,4 +50,4 @@ def export(config: ExportConfig) -> Path:
         raise refused(f"--out {out}", error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return out
+    print(f"wrote {out}")

@@ -44,5 +44,3 @@ class ServeConfig(Flags):
     """cpu, cuda, ... The accelerator if there is one, when not given."""
     threads: int | None = None
     """CPU threads that compute, torch's own choice when not given; 1 is best for small models on few cores."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""

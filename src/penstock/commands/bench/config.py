@@ -71,8 +71,6 @@ class BenchConfig(Flags):
     """Also write what was found to this file, as one JSON object."""
     profile: str | None = None
     """Record the first timed iteration: a Chrome trace in this file, and a table of where the time went."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,6 @@ class MicroConfig(Flags):
     """Small sizes: seconds instead of a minute, and less sure."""
     json: bool = False
     """Print one JSON object."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""
 
 
 @dataclass(frozen=True)
@@ -121,5 +117,3 @@ class CapacityConfig(Flags):
     """The deepest to try."""
     json: str | None = None
     """Also write what was found to this file, as one JSON object."""
-    config: str | None = None
-    """A TOML file of these flags; the command line wins over it."""

@@ -1,8 +1,7 @@
-"""`penstock data export --votes`: what people preferred in the chat page, as comparisons for `penstock reward`.
+"""`penstock data`: what data files are, and the votes of the chat page as comparisons for `penstock reward`.
 
-A pair is one line. Thumbs become lines where answers to the same message were liked and disliked: each liked one
-against each disliked one. What says nothing is left out and counted: a thumb without its opposite, two equal answers,
-an empty one.
+A vote on a pair is one line. Thumbs are lines where answers to one message were liked and disliked: each liked one
+against each disliked one. A thumb without its opposite, two equal answers and an empty answer are left out and counted.
 """
 
 import json
@@ -11,14 +10,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from penstock.config import VotesConfig
+from penstock.config import CheckConfig, VotesConfig
+from penstock.data import formats
 from penstock.errors import DataError, UserError
 from penstock.run.directory import refused
 from penstock.serve.store import Row, open_store
 
 
-def export(config: VotesConfig) -> str:
-    """Writes the file and says what is in it. Raises DataError when there is nothing to write."""
+def check(config: CheckConfig) -> int:
+    """Prints what the files are, and returns the exit code: 4 if a line is bad."""
+    report = formats.check(config.files)
+    print(report.text)
+    return DataError.exit_code if report.bad else 0
+
+
+def export(config: VotesConfig) -> None:
+    """Writes the file and prints what is in it. Raises DataError when there is nothing to write."""
     out = Path(config.out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose another name or remove it.")
@@ -35,19 +42,19 @@ def export(config: VotesConfig) -> str:
         out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise refused(f"--out {out}", error) from error
-    return f"wrote {out}: {len(lines)} comparisons from {len(votes)} votes"
+    print(f"wrote {out}: {len(lines)} comparisons from {len(votes)} votes")
 
 
 def comparisons(votes: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """The lines: prompt, responses and ranking, which `reward` reads; and each answer's model, digest and sampling."""
+    """The lines: prompt, responses and ranking for `penstock reward`; and each answer's model, digest and sampling."""
     thumbs: dict[str, dict[int, list[Row]]] = defaultdict(lambda: {1: [], -1: []})
     for vote in votes:
         if vote["kind"] == "pair":
-            one, two = vote["shown"]
+            left, right = vote["shown"]
             ranking: list[Any] = [[0, 1]]
             if vote["chosen_id"] is not None:
-                ranking = [0, 1] if vote["chosen_id"] == one["message_id"] else [1, 0]
-            yield from _line(vote, vote["id"], [one, two], ranking)
+                ranking = [0, 1] if vote["chosen_id"] == left["message_id"] else [1, 0]
+            yield from _line(vote, vote["id"], [left, right], ranking)
         else:
             thumbs[json.dumps([vote["conversation_id"], vote["prompt"]])][vote["value"]].append(vote)
     for sides in thumbs.values():
@@ -61,8 +68,13 @@ def _line(vote: Row, name: str, shown: list[Row], ranking: list[Any]) -> Iterato
     texts = [answer["content"] for answer in shown]
     if not all(text.strip() for text in texts) or texts[0] == texts[1]:
         return
-    about = ("message_id", "model", "digest", "sampling", "finish_reason")
+    details = ("message_id", "model", "digest", "sampling", "finish_reason")
     yield {
-        "id": name, "prompt": vote["prompt"], "responses": texts, "ranking": ranking, "kind": vote["kind"],
-        "shown": [{key: answer[key] for key in about} for answer in shown], "created_at": vote["created_at"],
-    }  # fmt: skip
+        "id": name,
+        "prompt": vote["prompt"],
+        "responses": texts,
+        "ranking": ranking,
+        "kind": vote["kind"],
+        "shown": [{key: answer[key] for key in details} for answer in shown],
+        "created_at": vote["created_at"],
+    }
