@@ -160,14 +160,13 @@ def _command_name(arguments: list[str]) -> str:
     first, words = arguments[0], arguments[:2]
     if " ".join(words) in COMMANDS:
         return " ".join(words)
-    subcommands = _usages(first)
-    if len(words) > 1 and not words[1].startswith("-") and len(subcommands) > 1:
-        raise UserError(f"no command {' '.join(words)!r}; try {' or '.join(subcommands)}.")
-    if first in COMMANDS or subcommands:
+    names = dict.fromkeys(name.split()[0] for name in COMMANDS)
+    if any(name.startswith(f"{first} ") for name in COMMANDS) and not words[-1].startswith("-") and len(words) > 1:
+        raise UserError(f"no command {' '.join(words)!r}; try {' or '.join(_usages(first))}.")
+    if first in names:
         return first
     import difflib
 
-    names = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
     near = difflib.get_close_matches(first, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
     raise UserError(f"no command {first!r}; {hint}")

@@ -1,7 +1,7 @@
-"""Every command's flags: one frozen dataclass per command, each field's docstring its --help line.
+"""Every command's flags: one frozen dataclass per command; the docstring of a field is its --help line. No torch here.
 
-No torch in here, so that `penstock ppo --help` answers at once. A group of flags that several commands share is a
-dataclass of its own; on the command line and in TOML files all names are flat (`--lr`, `lr = 1e-5`).
+Flags that several commands share are a group: a dataclass that a config inherits, with other defaults where it declares
+a field again, or holds as a field. On the command line and in TOML files all names are flat (`--lr`, `lr = 1e-5`).
 """
 
 import math
@@ -30,7 +30,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 
 
 class Flags:
-    """A group of flags. Raises UserError, when it is made, for a number that makes no sense."""
+    """A group of flags. Raises UserError for a number that is out of range."""
 
     def __post_init__(self) -> None:
         for wanted, fits, names in RANGES:
@@ -40,84 +40,128 @@ class Flags:
                     raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}.")
 
 
-def recompute_of(flags: Any) -> bool | None:
-    """What --recompute and --keep-activations say: always, never, or (None) where weights move. Raises UserError."""
+def recompute_of(flags: "PlacementFlags") -> bool | None:
+    """Recompute blocks always (True), never (False) or where weights move (None). Raises UserError for both flags."""
     if flags.recompute and flags.keep_activations:
         raise UserError("--recompute and --keep-activations are opposites; give one of them.")
-    return True if flags.recompute else False if flags.keep_activations else None
+    if flags.recompute or flags.keep_activations:
+        return flags.recompute
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFlags(Flags):
+    """The device."""
+
+    device: str | None = None
+    """Where the model computes: cpu, cuda, ... Default: the accelerator if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetFlags(Flags):
+    """Memory."""
+
+    device_memory: str | None = None
+    """Device memory per process for all that is kept there or passes through: 6GB. Default: all there is."""
+    host_memory: str | None = None
+    """Host memory per process for what is kept there: 48GB. Default: all there is."""
+    disk: str | None = None
+    """Directory in which gemini_nvme keeps weights and optimizer states, with a limit per process: PATH:200GB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementFlags(BudgetFlags):
+    """Placement of weights, gradients and optimizer states."""
+
+    strategy: str = "ddp"
+    """Where weights, gradients and optimizer states are kept: naive, ddp, zero1, zero1_cpu, zero2, zero2_cpu, gemini,
+    gemini_cpu, gemini_nvme, gemini_auto. Each next one needs less device memory and moves more bytes; gemini_auto
+    fills the device first, then host memory, then the disk."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the weights compute in; the optimizer keeps an fp32 master in both cases."""
+    chunk_size: str | None = None
+    """Weights that move together at most: 64MB. Default: one block."""
+    recompute: bool = False
+    """Run each block again in backward instead of keeping its activations: less memory, a third more compute. This is
+    the default where weights move."""
+    keep_activations: bool = False
+    """Keep the activations of blocks where weights move too, one micro-batch after the other: nothing is computed
+    twice, and weights move once per micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceFlags(DeviceFlags):
+    """The model that answers."""
+
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What the weights compute in; int8 keeps weights in 8 bits and computes in bf16, for speed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(Flags):
+    """Sampling."""
+
+    max_new_tokens: int = 128
+    """Tokens per answer."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep only the likeliest tokens that together have this probability; 1 is off."""
+    seed: int = 0
+    """The same seed gives the same answers, whatever the batch size."""
 
 
 @dataclass(frozen=True)
-class RunFlags(Flags):
-    """What the run leaves, and on what it runs."""
+class RunFlags(PlacementFlags, DeviceFlags):
+    """The run directory."""
 
     out: str
     """Run directory; must not exist yet or be empty."""
     seed: int = 0
-    """Same seed, same data, same machine: same weights, byte for byte, on a CPU."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the weights compute in; the optimizer keeps an fp32 master either way."""
-    strategy: str = "ddp"
-    """Where weights, gradients and optimizer states live: naive, ddp, zero1, zero1_cpu, zero2, zero2_cpu, gemini,
-    gemini_cpu, gemini_nvme, gemini_auto. The further down, the less device memory and the more traffic; gemini_auto
-    fills the device first, then host memory, then the disk."""
-    device_memory: str | None = None
-    """Device memory per process, for what lives there or passes through: 6GB. All there is, when not given."""
-    host_memory: str | None = None
-    """Host memory per process, for what lives there: 48GB. All there is, when not given."""
-    disk: str | None = None
-    """Where gemini_nvme keeps weights and optimizer states: PATH or PATH:200GB, per process."""
-    chunk_size: str | None = None
-    """Bytes of weights that move together at most: 64MB. A block, when not given."""
-    recompute: bool = False
-    """Run each block again in backward instead of keeping what is inside it: less memory, a third more compute. It is
-    what happens where weights move, unless --keep-activations says otherwise."""
-    keep_activations: bool = False
-    """Keep what is inside blocks where weights move too, one micro-batch after the other: no compute is done twice, and
-    weights move once per micro-batch."""
+    """The same seed, data and machine give the same weights, byte for byte, on a CPU."""
     activation_budget: str | None = None
-    """Bytes that the activations inside a block may take per micro-batch, in training and scoring: 500MB. Blocks are
-    computed in slices where they would take more, and always recomputed."""
-    device: str | None = None
-    """cpu, cuda, ... The accelerator if there is one, when not given."""
+    """Activations inside a block per micro-batch, in training and scoring, at most: 500MB. Blocks that need more are
+    computed in slices, and always recomputed."""
     checkpoint_every: int = 50
     """Steps between checkpoints. SIGTERM and Ctrl-C write one too."""
     keep: int = 2
-    """Checkpoints kept, beside the best one."""
+    """Newest checkpoints that are kept; the best one is kept as well."""
     json: bool = False
     """Print one JSON object per step instead of the live line."""
 
 
 @dataclass(frozen=True)
 class DataFlags(Flags):
-    """What is learned from."""
+    """Data."""
 
     data: tuple[str, ...]
     """JSON lines (.jsonl, .gz) or .parquet files."""
     keys: tuple[str, ...] = ()
-    """Field names where sniffing guesses wrong, as ours=theirs: prompt=question response=answer."""
+    """Names of fields that are not recognised, as ours=theirs: prompt=question response=answer."""
     skip_bad: bool = False
-    """Train on the good lines and say how many were left out, instead of stopping at bad ones."""
+    """Leave bad lines out and print how many, instead of stopping at them."""
     max_length: int = 1024
-    """Tokens of prompt and response together; never above what the model was built for."""
+    """Tokens of prompt and response together; at most what the model was built for."""
     allow_pickle: bool = False
     """Also read .bin weights, through torch.load(weights_only=True)."""
 
 
 @dataclass(frozen=True)
 class OptimFlags(Flags):
-    """How weights move."""
+    """Optimizer."""
 
     lr: float
-    """Peak learning rate: linear warm-up, then linear to 0."""
+    """Peak learning rate, after a linear warm-up; it then falls linearly to 0."""
     batch_size: int = 32
     """Rows per optimizer step over all ranks (ppo: episodes per rollout)."""
     micro_batch_size: int = 8
-    """Rows per forward pass; changes memory and speed, never the gradient."""
+    """Rows per forward pass; it changes memory and speed, never the gradient."""
     epochs: int = 1
     """Passes over the data (ppo: passes over each experience)."""
     steps: int | None = None
-    """Optimizer steps instead of whole epochs (ppo: rollout iterations)."""
+    """Optimizer steps (ppo: rollout iterations). Default: --epochs passes over the data."""
     warmup: float = 0.05
     """Fraction of all updates spent warming up."""
     max_grad_norm: float = 1.0
@@ -128,23 +172,23 @@ class OptimFlags(Flags):
 
 @dataclass(frozen=True)
 class LoraFlags(Flags):
-    """What learns: all weights, or an adapter beside frozen ones."""
+    """Adapters: what is trained."""
 
     lora: int | None = None
-    """Learn through a low-rank adapter of this rank and leave the model frozen (LoRA)."""
+    """Train a low-rank adapter of this rank and leave the model frozen (LoRA)."""
     lora_alpha: float | None = None
-    """The adapter's share is multiplied by alpha / rank; twice the rank when not given."""
+    """The adapter's output is multiplied by alpha / rank. Default: twice the rank."""
     lora_targets: tuple[str, ...] = ()
-    """Modules that get an adapter, by the endings of their Hugging Face names: q_proj v_proj; lm_head and the token
-    table only when named. All products, when not given."""
+    """Modules that get an adapter, by the endings of their Hugging Face names: q_proj v_proj. Default: all linear
+    layers of the blocks, without lm_head and the token table."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
     adapter: str | None = None
-    """An adapter (peft's format, or a run) that the model is read with; it is what learns on."""
+    """An adapter to read with the model and to train further: a run, or a directory in peft's format."""
     base_dtype: Literal["int8", "nf4"] | None = None
-    """Beside an adapter: keep the frozen blocks' products in 8 bits a weight, or in 4 (QLoRA's NF4)."""
+    """With an adapter: keep the weights of the frozen blocks in 8 bits, or in 4 (QLoRA's NF4)."""
     num_layers_unfrozen: int | None = None
-    """Without an adapter: only so many of the last blocks learn, and models that start alike share the others."""
+    """Without an adapter: train only this many of the last blocks; models that start alike share the others."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +202,9 @@ class SFTConfig(Flags):
     peft: LoraFlags = field(default_factory=LoraFlags)
     optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
     heldout: float = 0.05
-    """Fraction of prompts kept aside for the held-out loss; 0 trains on everything."""
+    """Fraction of prompts held out for the loss; 0 trains on everything."""
     eval_every: int = 50
-    """Steps between held-out losses; the best checkpoint is the one with the lowest."""
+    """Steps between held-out losses; the best checkpoint has the lowest."""
     samples: int = 8
     """Held-out prompts answered before and after training, for the report."""
     max_new_tokens: int = 128
@@ -178,13 +222,13 @@ class RewardConfig(Flags):
     peft: LoraFlags = field(default_factory=LoraFlags)
     optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
     heldout: float = 0.1
-    """Fraction of prompts kept aside for the pair accuracy; split by prompt, never by pair."""
+    """Fraction of prompts held out for the pair accuracy; the split is by prompt, never by pair."""
     eval_every: int = 50
     """Steps between held-out accuracies."""
     margin: float = 0.0
-    """Score gap asked for between a better and a worse response."""
+    """Score gap that the loss asks for between a better and a worse response."""
     normalize: tuple[str, ...] = ()
-    """Demonstrations whose mean score becomes 0; all held-out responses when not given."""
+    """Demonstrations whose mean score becomes 0. Default: all held-out responses."""
 
 
 @dataclass(frozen=True)
@@ -256,77 +300,55 @@ class PPOConfig(Flags):
 
 
 @dataclass(frozen=True)
-class ResumeConfig(Flags):
-    """Go on with a run that was stopped or killed. Its config.toml says how; only where things live may change."""
+class ResumeConfig(BudgetFlags, DeviceFlags):
+    """Continue a run that was stopped or killed, with the flags in its config.toml; only placement may change."""
 
     run: str
     """Run directory."""
     strategy: str | None = None
-    """Another placement of weights, gradients and optimizer states than before."""
-    device_memory: str | None = None
-    """Device memory per process."""
-    host_memory: str | None = None
-    """Host memory per process."""
-    disk: str | None = None
-    """Where gemini_nvme keeps weights and optimizer states."""
-    device: str | None = None
-    """cpu, cuda, ..."""
+    """Where weights, gradients and optimizer states are kept. Default: as before."""
 
 
-@dataclass(frozen=True)
-class PlanConfig(Flags):
-    """What a run will need and move, before it runs. Budgets are per process and may be those of another machine."""
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PlacementFlags):
+    """What a run needs and moves, before it runs. Budgets are per process, unlimited by default."""
 
     model: str
     """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json."""
     critic_model: str | None = None
-    """Size of critic and reward model; --model's when not given."""
+    """Size of critic and reward model. Default: --model."""
     stage: Literal["ppo", "sft", "reward"] = "ppo"
-    """Which command is planned."""
+    """The command to plan."""
     strategy: str = "gemini_auto"
-    """Where weights, gradients and optimizer states live; see penstock ppo --help."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """What the weights compute in."""
-    device_memory: str | None = None
-    """Device memory per process: 24GB. Without end, when not given."""
-    host_memory: str | None = None
-    """Host memory per process: 128GB. Without end, when not given."""
-    disk: str | None = None
-    """Disk per process: 200GB, or PATH:200GB. Without end, when not given."""
     world: int = 1
     """Processes."""
     lora: int | None = None
-    """Everything learns through adapters of this rank, and all models of one size stand on one frozen base."""
+    """Train adapters of this rank; all models of one size share one frozen base."""
     lora_targets: tuple[str, ...] = ()
-    """Modules that get an adapter: q_proj v_proj. All products, when not given."""
+    """Modules that get an adapter: q_proj v_proj. Default: all linear layers of the blocks."""
     base_dtype: Literal["int8", "nf4"] | None = None
-    """Beside --lora: what the frozen blocks' products are kept in."""
+    """With --lora: what the weights of the frozen blocks are kept in."""
     batch_size: int = 64
     """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
     micro_batch_size: int = 8
     """Rows per forward pass."""
     mini_batch_size: int | None = None
-    """ppo: episodes per optimizer step; the whole batch when not given."""
+    """ppo: episodes per optimizer step. Default: the whole batch."""
     epochs: int = 1
     """ppo: passes over each experience."""
     rollout_batch_size: int | None = None
-    """ppo: answers that one process generates together; all of its own, when not given."""
+    """ppo: answers that one process generates together. Default: all of its answers."""
     prompt_length: int = 384
     """Tokens per prompt."""
     max_new_tokens: int = 128
     """Tokens per response."""
-    recompute: bool = False
-    """Run each block again in backward also where weights stay."""
-    keep_activations: bool = False
-    """Keep what is inside blocks also where weights move."""
     activation_budget: str | None = None
-    """Bytes that the activations inside a block may take per micro-batch; the slices are printed."""
-    chunk_size: str | None = None
-    """Bytes of weights that move together at most: 64MB. A block, when not given."""
+    """Activations inside a block per micro-batch, at most: 500MB; the slices are printed."""
     rates: Literal["given", "measured"] = "given"
-    """measured: what penstock bench micro found on this machine, instead of the flags that follow (not --network)."""
+    """measured: rates that penstock bench micro measured here replace all flags below but --network."""
     tflops: float = 200.0
-    """What one device computes, in 10^12 operations per second."""
+    """Speed of one device, in 10^12 operations per second."""
     link: str = "25GB"
     """Bytes per second between host and device, each way."""
     disk_read: str = "3GB"
@@ -338,87 +360,61 @@ class PlanConfig(Flags):
     network: str = "25GB"
     """Bytes per second between processes, each way."""
     dry_run: bool = False
-    """Also run the engine on tensors without memory, and print what it took beside what was planned."""
+    """Also run the engine on tensors without memory, and print what it takes next to what is planned."""
     json: bool = False
     """Print one JSON object."""
 
 
 @dataclass(frozen=True)
-class GenerateConfig(Flags):
+class GenerateConfig(SamplingFlags, InferenceFlags):
     """Answer prompts from a file, or one prompt from the command line."""
 
     model: str
     """Hugging Face directory, hub id or run directory."""
     adapter: str | None = None
-    """An adapter for that model: peft's format, or a run."""
+    """An adapter for that model: a run, or a directory in peft's format."""
     prompt: str | None = None
     """One prompt; the answer is printed."""
     data: str | None = None
-    """Prompts, JSON lines: {"prompt"}, {"messages"} or {"prompt_ids"}."""
+    """File of prompts, JSON lines: {"prompt"}, {"messages"} or {"prompt_ids"}."""
     out: str | None = None
-    """Answers, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason, and score."""
+    """Answers to write, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason, score."""
     n: int = 1
     """Answers per prompt."""
-    max_new_tokens: int = 128
-    """Tokens per answer."""
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Keep only the k likeliest tokens; 0 is off."""
-    top_p: float = 1.0
-    """Keep only the likeliest tokens that hold this much probability; 1 is off."""
     min_p: float = 0.0
     """Keep only tokens at least this many times as likely as the likeliest; 0 is off."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that were said become less likely; 1 is off."""
+    """Above 1, tokens of prompt and answer become less likely; 1 is off."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer and are no part of it."""
+    """Texts that end an answer; they are not part of it."""
     top_logprobs: int = 0
-    """With each token, so many of the likeliest and their log-probabilities."""
+    """Also write this many likeliest tokens at each position, with their log-probabilities."""
     best_of: int = 0
-    """Sample so many answers per prompt, score them, and keep the best --n."""
+    """Sample this many answers per prompt, score them, and keep the best --n; 0 is off."""
     reward: str | None = None
     """The reward model that scores answers: a run of penstock reward."""
     reward_fn: str | None = None
-    """Or a function that does: file.py:name."""
+    """A function that scores answers, instead of a reward model: file.py:name."""
     batch_size: int = 32
-    """Answers decoded together."""
-    seed: int = 0
-    """Same seed, same answers, whatever the batch size."""
-    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
-    """What the weights compute in; int8: weights only, beside bf16, for speed."""
-    device: str | None = None
-    """cpu, cuda, ... The accelerator if there is one, when not given."""
+    """Answers that are decoded together."""
     skip_bad: bool = False
-    """Leave out malformed prompts instead of stopping at them."""
+    """Leave bad prompts out, instead of stopping at them."""
     json: bool = False
     """Print answers as JSON lines."""
 
 
-@dataclass(frozen=True)
-class ChatConfig(Flags):
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(SamplingFlags, InferenceFlags):
     """Talk with a model in the terminal; the conversation is kept until /reset."""
 
     model: str
     """Hugging Face directory, hub id or run directory."""
     adapter: str | None = None
-    """An adapter for that model: peft's format, or a run."""
+    """An adapter for that model: a run, or a directory in peft's format."""
     system: str | None = None
     """A system message that opens the conversation."""
     max_new_tokens: int = 256
-    """Tokens per answer."""
     temperature: float = 0.7
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Keep only the k likeliest tokens; 0 is off."""
-    top_p: float = 1.0
-    """Keep only the likeliest tokens that hold this much probability; 1 is off."""
-    seed: int = 0
-    """Same seed, same talk."""
-    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
-    """What the weights compute in; int8: weights only, beside bf16, for speed."""
-    device: str | None = None
-    """cpu, cuda, ... The accelerator if there is one, when not given."""
     json: bool = False
     """Print each answer as one JSON object, for programs that talk through a pipe."""
 
@@ -459,19 +455,19 @@ class ExportConfig(Flags):
     out: str
     """Directory to write; must not exist yet or be empty."""
     which: Literal["model", "critic"] = "model"
-    """A PPO run has a critic too."""
+    """What to write; only PPO runs have a critic."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Round or widen the weights; as trained when not given."""
+    """Type of the written weights. Default: as trained."""
     merge: bool = False
-    """Of a run that trained an adapter: write the whole model with the adapter in it, instead of the adapter."""
+    """For a run that trained an adapter: write the whole model with the adapter merged into it."""
 
 
 @dataclass(frozen=True)
 class DemoConfig(Flags):
-    """The whole way on a small world of its own: base model, SFT, labellers, reward model, PPO, and a report."""
+    """All stages on a small made-up world: base model, SFT, labellers, reward model, PPO, and a report."""
 
     out: str = "runs/demo"
-    """Where the runs and the report go; replaced if an earlier demo made it."""
+    """Directory of the runs and the report; an earlier demo in it is replaced."""
     seeds: int = 1
     """Independent repetitions, one after the other."""
     seed: int = 0

@@ -33,7 +33,8 @@ COMMON = {
 METAVARS = {
     "MODEL": ("model", "actor", "critic", "reference", "critic_model"),
     "RUN": ("run", "reward", "adapter"),
-    "FILE": ("data", "files", "ptx_data", "normalize", "profile"),
+    "FILE": ("data", "files", "ptx_data", "normalize", "profile", "json"),
+    "NAME": ("strategy",),
     "FILE.py:NAME": ("reward_fn",),
     "DIR": ("data_dir",),
     "PATH": ("out", "disk"),
@@ -176,7 +177,6 @@ def help_text(config_class: type, command: str, example: str, positional: str = 
 
 def _flags_of(config_class: type, template: Any, group: str) -> Iterator[Flag]:
     """The flags of a dataclass; defaults are those of `template`, an instance of it, where there is one."""
-    texts = _docstrings(config_class)
     for field in dataclasses.fields(config_class):
         value: Any = field.type
         default = field.default
@@ -185,16 +185,20 @@ def _flags_of(config_class: type, template: Any, group: str) -> Iterator[Flag]:
         if template is not None:
             default = getattr(template, field.name)
         if _is_group(value):
-            yield from _flags_of(
-                value, None if default is MISSING else default, (value.__doc__ or "").rstrip(".") + ":"
-            )
+            yield from _flags_of(value, None if default is MISSING else default, _title(value))
             continue
         optional = get_origin(value) in (types.UnionType, Union)  # Literal[...] | None is of the second
         if optional:
             value = next(part for part in get_args(value) if part is not types.NoneType)
         several, choices = get_origin(value) is tuple, get_args(value) if get_origin(value) is Literal else ()
         plain = str if several or choices else value
-        yield Flag(field.name, plain, choices, several, optional, default, texts.get(field.name, ""), group)
+        owner = next(base for base in config_class.__mro__ if field.name in _docstrings(base))
+        title = group if owner is config_class else _title(owner)
+        yield Flag(field.name, plain, choices, several, optional, default, _docstrings(owner)[field.name], title)
+
+
+def _title(group: type) -> str:
+    return (group.__doc__ or "").rstrip(".") + ":"
 
 
 @functools.cache

@@ -36,7 +36,9 @@ def test_not_even_one_block_is_an_error():
 
 
 def test_flags_survive_the_way_to_another_process():
-    config = BenchConfig("xl", "gemini_cpu", experience_batch_size=2, recompute=True, device_memory="2GB", layers=7)
+    config = BenchConfig(
+        "xl", strategy="gemini_cpu", experience_batch_size=2, recompute=True, device_memory="2GB", layers=7
+    )
     assert parse(BenchConfig, capacity.arguments_of(config), "bench") == config
 
 

@@ -113,7 +113,7 @@ PEAKS = ("peak_device_bytes", "peak_host_bytes", "peak_disk_bytes", "peak_rss_by
 def bench_config(config: CapacityConfig, host: str, layers: int) -> BenchConfig:
     """The one iteration that a depth must complete, after one to warm up."""
     return BenchConfig(
-        config.model, config.strategy, experience_batch_size=config.experience_batch_size,
+        config.model, strategy=config.strategy, experience_batch_size=config.experience_batch_size,
         train_batch_size=config.experience_batch_size, update_timesteps=1, max_epochs=1, top_k=0, dtype=config.dtype,
         prompt_length=config.prompt_length, max_length=config.max_length, iterations=1,
         micro_batch_size=config.micro_batch_size, layers=layers, device_memory=config.device_memory, host_memory=host,

@@ -62,7 +62,7 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
     """
     world, sizes = strategy.world.size, sizes_of(config)
     asked = PlanConfig(
-        config.model, strategy=strategy.name, dtype=config.dtype, device_memory=config.device_memory,
+        model=config.model, strategy=strategy.name, dtype=config.dtype, device_memory=config.device_memory,
         host_memory=config.host_memory, disk=config.disk, world=world, batch_size=sizes.experience * world,
         micro_batch_size=sizes.micro, mini_batch_size=sizes.train * world, epochs=sizes.epochs,
         prompt_length=sizes.prompt, max_new_tokens=sizes.new, recompute=config.recompute,
