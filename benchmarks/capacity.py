@@ -70,7 +70,9 @@ def main() -> None:
     read, written = (sum(one["read_and_written_bytes"]["disk"][i] for one in work) for i in (0, 1))
     rates = {key: statistics.mean(one[key] for one in floors) for key in floors[0]}
     disk = read / rates["disk_read"] + written / rates["disk_write"]
-    compute = arguments.iterations * compute_seconds(four.actor.decoder, arguments.prompts, 64, 64, rates)
+    compute = arguments.iterations * compute_seconds(
+        four.streams["actor"].model.decoder, arguments.prompts, 64, 64, rates
+    )
     seconds = sum(one["seconds"] for one in work)
     print(
         f"{seconds:.0f} s; disk floor {disk:.0f} s, compute floor {compute:.0f} s: {seconds / max(disk, compute):.2f}"

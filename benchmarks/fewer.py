@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from benchmarks.engine import in_turns
 from benchmarks.facts import write
-from penstock.algorithms import ppo
+from penstock.algorithms.experience import Roles
+from penstock.algorithms.ppo import PPO
 from penstock.autochunk.meter import Meter
 from penstock.commands.dry_run import dry_run
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import OptimFlags, PPOFlags
 from penstock.errors import ResourceError
 from penstock.memory.strategy import Strategy
 from penstock.models import log_probs as heads
@@ -119,23 +120,17 @@ def hydra(
             max(sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models) * 2
         )  # gradients
         actors, references, critics, rewards = strategy.prepare_all(*models)
-        config = PPOConfig(
-            "actor", DataFlags(("-",)), RunFlags("-"), reward="-", max_new_tokens=new,
-            optim=OptimFlags(lr=1e-5, batch_size=rows, micro_batch_size=1),
+        iteration = PPO(
+            strategy, Roles(actors, references, critics, rewards), OptimFlags(lr=1e-5, micro_batch_size=1),
+            PPOFlags(max_new_tokens=new),
         )  # fmt: skip
         prompts = torch.randint(shape.vocab_size, (rows, prompt)).tolist()
         with Meter() as meter:
-            with strategy.phase("rollout"):
-                rollout = generate(models[0].decoder, prompts, Sampling(max_new_tokens=new), eos_ids=())
+            rollout = iteration.rollout(prompts, range(rows))
             before = strategy.tiers["host"].bytes_read
-            with strategy.phase("score"):
-                experience = ppo.score(
-                    strategy, rollout, [None] * rows, actors, references, critics, lambda *_: [], config, 1, rewards
-                )  # fmt: skip
+            experience = iteration.score(rollout, [None] * rows, 0.05)
             moved = strategy.tiers["host"].bytes_read - before
-            experience = ppo.with_advantages(experience, 0.05, config)
-            with strategy.phase("train"):
-                ppo.learn(strategy, actors, critics, experience, torch.arange(rows), config, 1.0)
+            iteration.learn(experience, torch.arange(rows))
         tiers = {tier: one.peak for tier, one in strategy.tiers.items()}
         total = sum(tiers.values()) + meter.peak
         found[name] = {

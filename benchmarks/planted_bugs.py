@@ -21,8 +21,8 @@ TESTS = (
     "test_functional.py", "test_experience.py", "test_planning.py", "test_sft.py", "test_reward.py", "test_ppo.py",
 )  # fmt: skip
 
-FN, PPO, SFT, RM, EXPERIENCE = (
-    f"algorithms/{name}.py" for name in ("functional", "ppo", "sft", "reward", "experience")
+FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
+    f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
 DECODER, SHAPES, HEAD = "models/decoder.py", "models/weight_shapes.py", "models/log_probs.py"
 LINEAR, LORA, QUANTISED, EIGHTBIT, PASSES = (
@@ -108,24 +108,24 @@ BUGS: list[tuple[str, str, str, str]] = [
     (FN, "log of a sigmoid that underflows", "-F.logsigmoid(gaps - margin).mean()", "-torch.sigmoid(gaps - margin).log().mean()"),
     (FN, "first update at learning rate 0", "return (step + 1) / warmup", "return step / warmup"),
     # PPO's own lines
-    (EXPERIENCE, "old log-probs taken from the reference", "            logprobs=own,\n", "            logprobs=ref_logprobs,\n"),
-    (EXPERIENCE, "reference scored by the actor", "logprobs(actors), logprobs(references)", "logprobs(actors), logprobs(actors)"),
-    (EXPERIENCE, "reference at temperature 1", "logprobs_of(stream.model, hidden, rows, config.temperature)", "logprobs_of(stream.model, hidden, rows, config.temperature if stream is actors else 1.0)"),
-    (PPO, "training at temperature 1", "logprobs_of(actor, hidden, part, config.temperature)", "logprobs_of(actor, hidden, part, 1.0)"),
+    (EXPERIENCE, "old log-probs taken from the reference", "            logprobs=batch_logprobs,\n", "            logprobs=ref_logprobs,\n"),
+    (EXPERIENCE, "reference scored by the actor", "logprobs(roles.reference)", "logprobs(roles.actor)"),
+    (EXPERIENCE, "reference at temperature 1", "logprobs_of(stream.model, hidden, rows, temperature)", "logprobs_of(stream.model, hidden, rows, temperature if stream is roles.actor else 1.0)"),
+    (PPO, "training at temperature 1", "logprobs_of(actor, hidden, part, flags.temperature)", "logprobs_of(actor, hidden, part, 1.0)"),
     (EXPERIENCE, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths)", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
     (PPO, "rewards whitened with their mean shifted", "fn.whiten(rewards, experience.mask, shift_mean=False)", "fn.whiten(rewards, experience.mask)"),
     (PPO, "advantages not whitened", "advantages=fn.whiten(advantages, experience.mask)", "advantages=advantages"),
     (PPO, "returns from whitened advantages", "returns=returns)", "returns=fn.whiten(advantages, experience.mask) + experience.values)"),
-    (PPO, "score clipped after the missing-EOS rule", "scores = scores.clamp(-config.reward_clip, config.reward_clip)\n    scores = fn.replace_missing_eos(scores, experience.ended, config.missing_eos_score)", "scores = fn.replace_missing_eos(scores, experience.ended, config.missing_eos_score)\n        scores = scores.clamp(-config.reward_clip, config.reward_clip)"),
-    (PPO, "gamma and lambda swapped", "config.gamma, config.lam)", "config.lam, config.gamma)"),
+    (PPO, "score clipped after the missing-EOS rule", "scores = scores.clamp(-flags.reward_clip, flags.reward_clip)\n    scores = fn.replace_missing_eos(scores, experience.ended, flags.missing_eos_score)", "scores = fn.replace_missing_eos(scores, experience.ended, flags.missing_eos_score)\n        scores = scores.clamp(-flags.reward_clip, flags.reward_clip)"),
+    (PPO, "gamma and lambda swapped", "flags.gamma, flags.lam)", "flags.lam, flags.gamma)"),
     (PPO, "advantages in the place of returns", "fn.value_loss(values, part.values, part.returns,", "fn.value_loss(values, part.values, part.advantages,"),
     (PPO, "values clipped around themselves", "fn.value_loss(values, part.values,", "fn.value_loss(values, values.detach(),"),
     (PPO, "ratio against the reference", "fn.policy_loss(logprobs, part.logprobs,", "fn.policy_loss(logprobs, part.ref_logprobs,"),
-    (PPO, "ptx coefficient forgotten", "return config.ptx_coef * loss,", "return loss,"),
+    (PPO, "ptx coefficient forgotten", "return flags.ptx_coef * loss,", "return loss,"),
     (PPO, "every epoch in the same order", "(step << 16) + epoch", "step << 16"),
-    (EXPERIENCE, "trimmed rows lose their last token", "[:, :responses] for one", "[:, :max(responses - 1, 1)] for one"),
-    (PPO, "KL of the batch, not per sequence", "mask).sum()) / rows\n    scores", "mask).sum())\n    scores"),
-    (EXPERIENCE, "an answer cut short counts as ended", 'a.finish_reason == "stop" for a', 'a.finish_reason != "" for a'),
+    (EXPERIENCE, "trimmed rows lose their last token", "[:, :responses] for name", "[:, :max(responses - 1, 1)] for name"),
+    (PPO_METRICS, "KL of the batch, not per sequence", "mask).sum()) / rows\n    scores", "mask).sum())\n    scores"),
+    (EXPERIENCE, "an answer cut short counts as ended", 'answer.finish_reason == "stop" for answer', 'answer.finish_reason != "" for answer'),
     # what stands around
     (SFT, "prompts are trained on", "[int(flag) for flag in example.trained]", "[int(i > 0) for i in range(len(example.trained))]"),
     (RM, "loss over responses instead of prompts", 'return loss / count, {"correct"', 'return loss / len(scores), {"correct"'),
@@ -162,7 +162,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (LORA, "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
     (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),
     (EIGHTBIT, "a first moment's sign is lost", "found += (blocks < 0)", "found += 0 * (blocks < 0)"),
-    (PPO, "the value loss is not weighed on a shared trunk", "policy + config.vf_coef * value", "policy + value"),
+    (PPO, "the value loss is not weighed on a shared trunk", "policy + flags.vf_coef * value", "policy + value"),
     ("distributed/shared_memory.py", "this rank's part is added twice", "total.add_(box[self._rank])", "total.add_(boxes[self._rank][self._rank])"),
     ("distributed/shared_memory.py", "a mailbox has one half", "self._half = 1 - self._half", "self._half = 0"),
     ("distributed/shared_memory.py", "nobody waits for the others", "        dist.all_reduce(self._token)", "        pass"),

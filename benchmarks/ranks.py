@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.facts import write
-from penstock.algorithms import ppo
+from penstock.algorithms.experience import Experience, Roles
+from penstock.algorithms.ppo import PPO
 from penstock.commands.bench.work import fill_quickly
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import OptimFlags
 from penstock.memory.strategy import Strategy
 from penstock.models import presets
 from penstock.models.decoder import Decoder
@@ -32,14 +33,14 @@ from penstock.models.roles import Actor, Critic
 IDEAL = "alone"
 
 
-def experience_of(rows: int, prompt: int, new: int, vocabulary: int) -> ppo.Experience:
+def experience_of(rows: int, prompt: int, new: int, vocabulary: int) -> Experience:
     """Random episodes, the same on every rank."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(vocabulary, (rows, prompt + new), generator=generator)
     per_token = torch.zeros(rows, new)
     lengths = torch.full((rows,), new)
     advantages = torch.randn(rows, new, generator=generator)
-    return ppo.Experience(
+    return Experience(
         tokens, torch.full((rows,), prompt), lengths, per_token - 10, per_token - 10, per_token, per_token, per_token,
         torch.zeros(rows), torch.zeros(rows, dtype=torch.bool), advantages, advantages,
     )  # fmt: skip
@@ -61,13 +62,12 @@ def learn(asked: argparse.Namespace) -> None:
     actors, critics = strategy.prepare_all(actor, critic)
     rows = asked.rows * world.size
     optim = OptimFlags(lr=1e-6, batch_size=rows, micro_batch_size=asked.rows)
-    config = PPOConfig("-", DataFlags(("-",)), RunFlags("-"), reward="-", optim=optim)
+    iteration = PPO(strategy, Roles(actors, actors, critics), optim)
     experience = experience_of(rows, asked.prompt, asked.new, shape.vocab_size)
     seconds = []
     for _ in range(asked.steps + 1):
         began = time.perf_counter()
-        with strategy.phase("train"):
-            ppo.learn(strategy, actors, critics, experience, torch.arange(rows), config, 1.0)
+        iteration.learn(experience, torch.arange(rows))
         seconds.append(time.perf_counter() - began)
     if world.first:
         print("seconds", json.dumps(seconds), flush=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig
+from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 
@@ -80,6 +80,12 @@ def comparisons(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def ppo_config(**flags: Any) -> PPOConfig:
+    """PPOConfig from flat names, as on the command line."""
+    group = {field.name: flags.pop(field.name) for field in dataclasses.fields(PPOFlags) if field.name in flags}
+    return PPOConfig(**flags, ppo=PPOFlags(**group))
+
+
 REWARD_FN = """
 import random
 def score(prompts, responses, *, response_ids=None, **_):
@@ -97,7 +103,7 @@ def stage_config(
     if stage == "ppo":
         (directory / "fn.py").write_text(REWARD_FN)
         data = write_jsonl(directory / "prompts.jsonl", [{"prompt_ids": [1, 3 + i]} for i in range(12)])
-        return PPOConfig(
+        return ppo_config(
             actor=model, reward_fn=f"{directory}/fn.py:score", data=DataFlags(data=(data,), max_length=32), run=run,
             optim=optim, max_new_tokens=6, kl_target=2.0, mini_batch_size=4, value_warmup=False, samples=2,
         )  # fmt: skip

@@ -91,7 +91,7 @@ def test_a_reward_is_learned():
         rewards.append(sum(a.response_ids.count(7) / len(a.response_ids) for a in answers) / len(answers))
         return [a.response_ids.count(7) / len(a.response_ids) for a in answers]
 
-    trainer._score = prefers_seven
+    trainer.ppo.roles.reward, trainer.ppo.roles.scorer = None, prefers_seven
     trainer.experience_batch_size, trainer.train_batch_size = 16, 16
     trainer.fit(PROMPTS, num_episodes=25, max_timesteps=1)
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3

@@ -110,8 +110,8 @@ def test_none_turns_off_numbers_and_is_a_word_elsewhere():
 
     flags = "--actor a --reward r --data d --out o --missing-eos-score none --value-clip None"
     ppo = parse(PPOConfig, flags.split())
-    assert ppo.missing_eos_score is None
-    assert ppo.value_clip is None
+    assert ppo.ppo.missing_eos_score is None
+    assert ppo.ppo.value_clip is None
     assert parse(GenerateConfig, ["--model", "m", "--prompt", "none"]).prompt == "none"
 
 

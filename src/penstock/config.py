@@ -232,6 +232,50 @@ class RewardConfig(Flags):
 
 
 @dataclass(frozen=True)
+class PPOFlags(Flags):
+    """How answers are sampled, and what PPO does with them."""
+
+    max_new_tokens: int = 128
+    """Tokens per response."""
+    temperature: float = 1.0
+    """Divides the logits in rollout, reference and training alike."""
+    top_k: int = 0
+    """Truncated sampling in rollouts; 0 is off, and off is what PPO assumes."""
+    top_p: float = 1.0
+    """Nucleus sampling in rollouts; 1 is off, and off is what PPO assumes."""
+    rollout_batch_size: int | None = None
+    """Answers that one process generates together. Fewer need a smaller KV cache. Default: all of its answers."""
+    kl_coef: float = 0.05
+    """Weight of the per-token KL penalty in the reward."""
+    kl_target: float | None = None
+    """Nats per sequence that the adaptive controller steers to; 6 is common. Default: --kl-coef stays fixed."""
+    kl_horizon: float = 10_000.0
+    """Episodes over which the adaptive controller moves."""
+    missing_eos_score: float | None = -1.0
+    """Replaces the score of a response that did not end by itself; none turns it off."""
+    reward_clip: float | None = None
+    """Clip scores to +- this; the clipped fraction is logged."""
+    whiten_rewards: bool = False
+    """Divide per-token rewards by their standard deviation."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip: float = 0.2
+    """PPO's clip of the probability ratio."""
+    value_clip: float | None = 0.2
+    """Clip of the value around the old value; none turns it off."""
+    vf_coef: float = 0.1
+    """With --value-head: weight of the value loss beside the policy's."""
+    critic_lr: float | None = None
+    """The critic's learning rate. Default: 5 times --lr."""
+    target_kl: float | None = 0.1
+    """An epoch stops when a mini-batch's approximate KL passes 1.5 times this; none turns it off."""
+    ptx_coef: float = 0.0
+    """Weight of the language-modelling loss on --ptx-data (PPO-ptx)."""
+
+
+@dataclass(frozen=True)
 class PPOConfig(Flags):
     """PPO: improve the actor against a score, staying near the reference."""
 
@@ -245,54 +289,17 @@ class PPOConfig(Flags):
     reward_fn: str | None = None
     """Instead of a reward model: file.py:name, a function score(prompts, responses, **_) -> list[float]."""
     critic: str | None = None
-    """Where the critic starts; the reward model when not given, a zero head on the actor without one."""
+    """Where the critic starts. Default: the reward model; without one, the actor with a zero head."""
     reference: str | None = None
-    """The frozen model that KL is measured from; the actor's start when not given."""
+    """The frozen model that KL is measured from. Default: the actor's start."""
     optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=3e-6, batch_size=64, epochs=4, steps=200))
-    value_head: bool = False
-    """No model as critic: a value head on the actor's own states, which one loss teaches both."""
-    vf_coef: float = 0.1
-    """With --value-head: weight of the value loss beside the policy's."""
-    critic_lr: float | None = None
-    """Critic's learning rate; 5 times --lr when not given."""
+    ppo: PPOFlags = field(default_factory=PPOFlags)
     mini_batch_size: int | None = None
-    """Episodes per optimizer step; the whole batch when not given."""
-    rollout_batch_size: int | None = None
-    """Answers that one process generates together; all of its own, when not given. Fewer need a smaller KV cache."""
-    max_new_tokens: int = 128
-    """Tokens per response."""
-    temperature: float = 1.0
-    """Divides the logits in rollout, reference and training alike."""
-    top_k: int = 0
-    """Truncated sampling in rollouts; 0 is off, and off is what PPO assumes."""
-    top_p: float = 1.0
-    """Nucleus sampling in rollouts; 1 is off, and off is what PPO assumes."""
-    kl_coef: float = 0.05
-    """Weight of the per-token KL penalty in the reward."""
-    kl_target: float | None = None
-    """Nats per sequence the adaptive controller steers to (6 is common); fixed --kl-coef when not given."""
-    kl_horizon: float = 10_000.0
-    """Episodes over which the adaptive controller moves."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """Lambda of generalised advantage estimation."""
-    clip: float = 0.2
-    """PPO's clip of the probability ratio."""
-    value_clip: float | None = 0.2
-    """Clip of the value around the old one; none turns it off."""
-    target_kl: float | None = 0.1
-    """An epoch stops when a mini-batch's approximate KL passes 1.5 times this; none turns it off."""
-    missing_eos_score: float | None = -1.0
-    """Replaces the score of a response that did not end by itself; none turns it off."""
-    whiten_rewards: bool = False
-    """Divide per-token rewards by their standard deviation."""
-    reward_clip: float | None = None
-    """Clip scores to +- this; the clipped fraction is logged."""
+    """Episodes per optimizer step. Default: the whole batch."""
+    value_head: bool = False
+    """No model as critic: a value head on the actor's own states, and one loss trains both."""
     value_warmup: bool = True
-    """With a zero-head critic: hold the actor still until the critic explains some variance."""
-    ptx_coef: float = 0.0
-    """Weight of the language-modelling loss on --ptx-data (PPO-ptx)."""
+    """With a zero-head critic: the actor does not move until the critic explains some variance."""
     ptx_data: tuple[str, ...] = ()
     """Demonstrations mixed into the actor's updates when --ptx-coef is above 0."""
     samples: int = 8

@@ -10,16 +10,16 @@ import pytest
 import torch
 import transformers
 
-from penstock.algorithms import ppo as ppo_module
+from penstock.algorithms.experience import Roles, score
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.sft import sft
 from penstock.cli import main
-from penstock.config import DataFlags, LoraFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
 from penstock.memory.strategy import Strategy
 from penstock.models import lora
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import Answer
-from tests.conftest import comparisons, demonstrations, stage_config
+from tests.conftest import comparisons, demonstrations, ppo_config, stage_config
 
 
 def adapter_of(run):
@@ -128,7 +128,7 @@ PLACES = {
 
 def hydra_config(tmp_path, base, data, reward, name, out):
     disk = {"disk": str(tmp_path / f"disk-{out}")} if name == "gemini_nvme" else {}
-    return PPOConfig(
+    return ppo_config(
         actor=base, reward=reward, data=DataFlags(data=(data,), max_length=32),
         run=RunFlags(out=str(tmp_path / out), strategy=name, checkpoint_every=1000, **PLACES[name], **disk),
         peft=LoraFlags(lora=4), critic_lr=1e-2, value_warmup=False, max_new_tokens=6, samples=0,
@@ -187,7 +187,6 @@ def test_one_weight_stream_serves_all_four_roles(tmp_path, reward_run):
     """Bytes that scoring fetches from the host: the base once, not four times."""
     base, reward = reward_run()
     answers = [Answer([1, 3 + i], [4, 5, 2], [-1.0] * 3, "stop") for i in range(6)]
-    config = hydra_config(tmp_path, base, "-", reward, "gemini_cpu", "none")
     fetched = {}
     for company in (True, False):
         strategy, models, streams = prepared(tmp_path, base, reward, device_memory="150kB")
@@ -198,7 +197,7 @@ def test_one_weight_stream_serves_all_four_roles(tmp_path, reward_run):
         tier = strategy.tiers["host"]
         before = tier.bytes_read
         with strategy.phase("score"):
-            ppo_module.score(strategy, answers, [None] * 6, actors, references, critics, None, config, 2, rewards)
+            score(strategy, Roles(actors, references, critics, rewards), answers, [None] * 6, 1.0, 2)
         fetched[company] = tier.bytes_read - before
     weights = sum(p.numel() for p in models[1].parameters()) * 4
     others = sum(p.numel() for model in models for n, p in model.named_parameters() if lora.is_adapter(n)) * 4

@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.ppo import Experience, actor_loss, critic_loss, score, summary, with_advantages
+from penstock.algorithms.experience import Experience, Roles, score
+from penstock.algorithms.ppo import PPO, actor_loss, critic_loss, with_advantages
+from penstock.algorithms.ppo_metrics import summary
 from penstock.algorithms.sft import rows_of
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import OptimFlags, PPOFlags
 from penstock.data.chat import Example
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.models.roles import Actor, Critic
@@ -28,10 +30,7 @@ SCORES = [1.0, -2.0, 4.0, 0.5]
 
 
 def config(**changes):
-    return PPOConfig(
-        actor="a", reward_fn="f.py:score", data=DataFlags(data=("d",)), run=RunFlags(out="o"),
-        optim=OptimFlags(lr=1e-3), **{"temperature": 0.7, **changes},
-    )  # fmt: skip
+    return PPOFlags(**{"temperature": 0.7, **changes})
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def models(tiny_model):
 def scored(models, size=3):
     strategy = Strategy.named("naive", device="cpu")
     streams = [strategy.prepare(copy.deepcopy(model)) for model in models[:3]]
-    return score(strategy, ANSWERS, [None] * 4, *streams, lambda records, answers: SCORES, config(), size)
+    return score(strategy, Roles(*streams, scorer=lambda *_: SCORES), ANSWERS, [None] * 4, 0.7, size)
 
 
 def loss_of_actor(actor, part, setting, count):
@@ -199,6 +198,19 @@ def test_losses_are_the_oracles(models):
     loss, _ = loss_of_critic(critic, moved, config(value_clip=None), 10)
     expected, _ = oracle.value_loss(experience.values, moved.values, moved.returns, moved.mask, clip=None, count=10)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_without_a_critic_values_are_zero_and_the_actor_learns_alone(models):
+    """What algorithms with other advantages (GRPO) build on."""
+    strategy = Strategy.named("naive", device="cpu")
+    actor, reference = (strategy.prepare(copy.deepcopy(model)) for model in models[:2])
+    roles = Roles(actor, reference, scorer=lambda *_: SCORES)
+    iteration = PPO(strategy, roles, OptimFlags(lr=1e-3, micro_batch_size=3), config())
+    experience = iteration.score(ANSWERS, [None] * 4, 0.1)
+    assert not experience.values.any()
+    steps = iteration.learn(experience, torch.arange(4))
+    assert list(steps) == ["policy"]
+    assert steps["policy"].applied
 
 
 def test_ptx_is_the_sft_loss_times_its_coefficient(models):

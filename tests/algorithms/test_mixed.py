@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience
-from penstock.algorithms.ppo import learn, ppo
+from penstock.algorithms.experience import Experience, Roles
+from penstock.algorithms.ppo import PPO, ppo
 from penstock.cli import main
-from penstock.config import DataFlags, LoraFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
 from penstock.memory.strategy import Strategy
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, ActorCritic, Critic, RewardModel
-from tests.conftest import comparisons, demonstrations
+from tests.conftest import comparisons, demonstrations, ppo_config
 
 
 def metrics(run):
@@ -40,7 +40,7 @@ def config(tmp_path, tiny_model, jsonl):
     )
 
     def make(out, strategy="naive", peft=None, **budgets):
-        return PPOConfig(
+        return ppo_config(
             actor=base, reward_fn=f"{tmp_path}/fn.py:score", data=DataFlags(data=(data,), max_length=32),
             run=RunFlags(out=str(tmp_path / out), strategy=strategy, checkpoint_every=1, **budgets),
             peft=peft or LoraFlags(), critic_lr=1e-2, value_warmup=False, max_new_tokens=6, samples=0,
@@ -116,7 +116,7 @@ def test_a_frozen_start_is_left_as_it_was(config):
 # --- a critic on the actor's trunk ------------------------------------------------------------------------------------
 
 
-def oracle_of(source, config, experience, still):
+def oracle_of(source, flags, experience, hold_actor):
     """The joint gradient in plain PyTorch: one decoder, two heads, two losses."""
     model = ActorCritic(Decoder.from_pretrained(source))
     rows = experience
@@ -124,17 +124,20 @@ def oracle_of(source, config, experience, still):
     mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
     logits = model.decoder.logits(fn.states_before(hidden, mask))
     logprobs = fn.unpack(torch.log_softmax(logits, -1).gather(1, rows.tokens[mask][:, None])[:, 0], rows.lengths)
-    values = fn.unpack((fn.states_before(hidden.detach() if still else hidden, mask) @ model.score[0]), rows.lengths)
+    values = fn.unpack(
+        (fn.states_before(hidden.detach() if hold_actor else hidden, mask) @ model.score[0]), rows.lengths
+    )
     count = int(rows.lengths.sum())
-    policy, _ = fn.policy_loss(logprobs, rows.logprobs, rows.advantages, rows.mask, config.clip, count)
-    value, _ = fn.value_loss(values, rows.values, rows.returns, rows.mask, config.value_clip, count)
-    (config.vf_coef * value + (0.0 if still else policy)).backward()
+    policy, _ = fn.policy_loss(logprobs, rows.logprobs, rows.advantages, rows.mask, flags.clip, count)
+    value, _ = fn.value_loss(values, rows.values, rows.returns, rows.mask, flags.value_clip, count)
+    (flags.vf_coef * value + (0.0 if hold_actor else policy)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("still", [False, True])
-def test_both_losses_reach_one_trunk(config, still, tiny_model):
-    one = dataclasses.replace(config("none"), value_head=True, vf_coef=0.3)
+@pytest.mark.parametrize("hold_actor", [False, True])
+def test_both_losses_reach_one_trunk(config, hold_actor):
+    setting = config("none")
+    flags = dataclasses.replace(setting.ppo, vf_coef=0.3)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 16, (6, 9), generator=generator)
     numbers = [torch.randn(6, 6, generator=generator) * 0.1 for _ in range(7)]
@@ -144,11 +147,13 @@ def test_both_losses_reach_one_trunk(config, still, tiny_model):
     )  # fmt: skip
     strategy = Strategy.named("naive", device="cpu")
     with strategy.init():
-        actor = ActorCritic(Actor.from_pretrained(one.actor).decoder)
+        actor = ActorCritic(Actor.from_pretrained(setting.actor).decoder)
     stream = strategy.prepare(actor)
-    steps = learn(strategy, stream, None, experience, torch.arange(6), one, 0.0, still=still)
-    assert [name for name, _ in steps] == (["value"] if still else ["policy", "value"])
-    expected = oracle_of(one.actor, one, experience, still)
+    iteration = PPO(strategy, Roles(stream, stream), setting.optim, flags)
+    steps = iteration.learn(experience, torch.arange(6), 0.0, hold_actor=hold_actor)
+    assert list(steps) == (["value"] if hold_actor else ["policy", "value"])
+    assert set(steps["value"].sums) == {"loss", "clipfrac", "tokens"}
+    expected = oracle_of(setting.actor, flags, experience, hold_actor)
     for name, p in actor.named_parameters():
         assert torch.allclose(p.grad, expected.get(name, torch.zeros_like(p)), atol=1e-6), name
     assert expected["score"].abs().max() > 1e-4

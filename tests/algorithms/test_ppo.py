@@ -9,11 +9,12 @@ import torch
 from penstock.algorithms import reward_source
 from penstock.algorithms.experience import Experience, concatenate, in_order
 from penstock.algorithms.ppo import permutation, ppo
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.data.chat import Encoder
 from penstock.errors import ResourceError, UserError
 from penstock.models.roles import Actor, RewardModel
 from penstock.rollout.engine import Answer
+from tests.conftest import ppo_config
 
 REWARD_FN = """
 def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
@@ -25,7 +26,7 @@ def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
 def config(tmp_path, model, data, reward_fn, out="run", **changes):
     optim = {"lr": 3e-3, "batch_size": 16, "micro_batch_size": 16, "epochs": 2, "steps": 3} | changes.pop("optim", {})
     run = {"seed": 0, "checkpoint_every": 1000} | changes.pop("run", {})
-    return PPOConfig(
+    return ppo_config(
         actor=model, reward_fn=reward_fn, data=DataFlags(data=(data,), max_length=32),
         run=RunFlags(out=str(tmp_path / out), **run), optim=OptimFlags(**optim),
         **{"max_new_tokens": 6, "value_warmup": False, "critic_lr": 1e-2, **changes},
@@ -180,8 +181,8 @@ def test_a_bad_reward_function_is_named(tmp_path, tiny_model, jsonl, text, messa
 def test_a_reward_function_takes_what_it_wants(tmp_path, text, scores):
     address = write_reward_fn(tmp_path, text)
     encoder = Encoder(None, eos_ids=[2], vocab_size=16, max_length=32)
-    scorer = reward_source._from_function(reward_source.load_reward_fn(address), encoder, address)
-    assert scorer([None] * 2, [Answer([1], [3], [0.0]), Answer([1], [4, 5], [0.0, 0.0])]) == scores
+    source = reward_source.FunctionReward(reward_source.load_reward_fn(address), encoder, address)
+    assert source.score([None] * 2, [Answer([1], [3], [0.0]), Answer([1], [4, 5], [0.0, 0.0])]) == scores
 
 
 @pytest.mark.parametrize("role", ["reference", "critic"])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from penstock.algorithms.ppo import ppo
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.distributed.world import World
 from penstock.errors import UserError
-from tests.conftest import PATIENCE, comparisons, demonstrations
+from tests.conftest import PATIENCE, comparisons, demonstrations, ppo_config
 
 SCORE = """
 def score(prompts, responses, *, response_ids=None, **_):
@@ -124,7 +124,7 @@ def test_two_ranks_have_the_gradient_of_one_to_1e_6(tmp_path, tiny_model):
 
 def test_fewer_episodes_than_ranks_are_refused(tmp_path, tiny_model, jsonl, monkeypatch):
     monkeypatch.setattr(World, "join", staticmethod(lambda device: World(0, 4, torch.device("cpu"))))
-    config = PPOConfig(
+    config = ppo_config(
         actor=tiny_model(), reward_fn="f.py:score", data=DataFlags(data=(jsonl([{"prompt_ids": [1]}]),)),
         run=RunFlags(out=str(tmp_path / "run")), optim=OptimFlags(lr=1e-3, batch_size=3),
     )  # fmt: skip

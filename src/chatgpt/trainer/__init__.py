@@ -1,6 +1,8 @@
-"""PPOTrainer: the 2023 script's trainer as a loop over the functions of penstock.algorithms.ppo."""
+"""PPOTrainer: the 2023 script's trainer, a loop over penstock's PPO iteration.
 
-import dataclasses
+[Note: own loop] Episodes, timesteps and update timesteps are the published trainer's; `penstock ppo` has none of them.
+"""
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,14 +10,14 @@ import torch
 
 from chatgpt.nn import RewardModel
 from chatgpt.trainer.strategies import Strategy
-from penstock.algorithms import ppo
-from penstock.algorithms.experience import Experience, concatenate
-from penstock.algorithms.reward import score_rows
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.algorithms.experience import Experience, Roles, concatenate
+from penstock.algorithms.ppo import PPO, permutation
+from penstock.algorithms.ppo_metrics import summary
+from penstock.config import OptimFlags, PPOFlags
 from penstock.errors import UserError
+from penstock.memory.strategy import StepStats
 from penstock.models.roles import Actor, Critic
-from penstock.rollout.engine import Answer, generate
-from penstock.rollout.sampling import Sampling, stream
+from penstock.rollout.sampling import stream
 
 IGNORED = {"use_cache", "pad_token_id", "do_sample", "early_stopping", "bos_token_id"}
 """Arguments of `generate` that change nothing here: there is always a cache, and rows need no pad token."""
@@ -56,21 +58,20 @@ class PPOTrainer:
         self.max_epochs, self.tokenizer, self.callbacks = max_epochs, tokenizer, list(callbacks)
         self.metrics: list[dict[str, float]] = []
         """One row per learning phase, in the names of penstock's metrics.jsonl."""
-        self.eos_ids, self.sampling = _sampling(actor, seed, generate_kwargs)
+        self.seed, self._episodes, self._updates = seed, 0, 0
         self._longest: int | None = generate_kwargs.get("max_length")
+        eos_ids, sampling = _sampling(actor, generate_kwargs)
         lr, decay = _settings(actor_optim, 5e-6)
         critic_lr, _ = _settings(critic_optim, 5e-6)
-        self.config = PPOConfig(
-            "-", DataFlags(("-",)), RunFlags("-", seed=seed), reward="-",
-            optim=OptimFlags(lr, batch_size=experience_batch_size, micro_batch_size=train_batch_size,
-                             epochs=max_epochs, weight_decay=decay),
+        optim = OptimFlags(lr, micro_batch_size=train_batch_size)
+        flags = PPOFlags(
             critic_lr=critic_lr, kl_coef=kl_coef, clip=eps_clip, value_clip=value_clip, missing_eos_score=None,
-            temperature=self.sampling.temperature,
+            **sampling,
         )  # fmt: skip
         models = (actor, critic, reward_model.requires_grad_(False), initial_model.requires_grad_(False))
         prepared = self.engine.prepare_all(*models, weight_decay=decay)
-        self._actors, self._critics, self._rewards, self._references = prepared
-        self._episodes = self._updates = 0
+        roles = Roles(actor=prepared[0], critic=prepared[1], reward=prepared[2], reference=prepared[3])
+        self.ppo = PPO(self.engine, roles, optim, flags, seed, eos_ids)
 
     def fit(
         self, prompts: Sequence[Any], num_episodes: int = 1, max_timesteps: int = 1, update_timesteps: int | None = None
@@ -103,45 +104,31 @@ class PPOTrainer:
         return self.metrics
 
     def _experience(self, rows: list[list[int]]) -> Experience:
-        """Prompts drawn by this trainer's own random stream, answered, scored by all four models."""
+        """Prompts drawn by this trainer's own random stream, answered, and scored by all four models."""
         world, count = self.engine.world, self.experience_batch_size * self.engine.world.size
-        picks = (stream(self.sampling.seed ^ 0xC0A7, self._episodes, count) * len(rows)).long().tolist()
-        mine = list(range(world.rank, count, world.size))
-        asked = [rows[picks[i]] for i in mine]
-        sampling = self.sampling
+        picks = (stream(self.seed ^ 0xC0A7, self._episodes, count) * len(rows)).long().tolist()
+        episodes = range(world.rank, count, world.size)
+        prompts = [rows[picks[i]] for i in episodes]
+        new = self.ppo.flags.max_new_tokens
         if self._longest is not None:
-            room = self._longest - max(map(len, asked))
-            if room < 1:
+            new = self._longest - max(map(len, prompts))
+            if new < 1:
                 raise UserError(f"PPOTrainer: max_length={self._longest} leaves no room behind the longest prompt.")
-            sampling = dataclasses.replace(sampling, max_new_tokens=room)
-        with self.engine.phase("rollout"):
-            rollout = generate(
-                self.actor.decoder, asked, sampling, eos_ids=self.eos_ids, episodes=[self._episodes + i for i in mine]
-            )
+        rollout = self.ppo.rollout(prompts, [self._episodes + i for i in episodes], max_new_tokens=new)
         self._episodes += count
-        with self.engine.phase("score"):
-            local = ppo.score(
-                self.engine, rollout, asked, self._actors, self._references, self._critics, self._score, self.config,
-                self.train_batch_size,
-            )  # fmt: skip
-        return ppo.with_advantages(ppo.in_order(world.gather(local)), self.config.kl_coef, self.config)
-
-    def _score(self, prompts: Sequence[Any], answers: Sequence[Answer]) -> list[float]:
-        rows = [answer.prompt_ids + answer.response_ids for answer in answers]
-        return score_rows(self.engine, self._rewards, self._rewards.model, rows, self.train_batch_size)
+        return self.ppo.score(rollout, prompts, self.ppo.flags.kl_coef)
 
     def _learn(self, experience: Experience) -> None:
         size = self.train_batch_size * self.engine.world.size
-        sums = []
+        sums: list[tuple[str, StepStats]] = []
         for epoch in range(self.max_epochs):
             self._call("on_learn_epoch_start", epoch)
-            order = ppo.permutation(len(experience.tokens), self.config.run.seed, self._updates, epoch)
+            order = permutation(len(experience.tokens), self.seed, self._updates, epoch)
             for index in order.split(size):
-                with self.engine.phase("train"):
-                    sums += ppo.learn(self.engine, self._actors, self._critics, experience, index, self.config, 1.0)
+                sums += self.ppo.learn(experience, index).items()
             self._call("on_learn_epoch_end", epoch)
         self._updates += 1
-        self.metrics.append(ppo.summary(experience, sums, self.config.kl_coef, self.config))
+        self.metrics.append(summary(experience, sums, self.ppo.flags.kl_coef, self.ppo.flags))
 
     def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -168,12 +155,12 @@ def _settings(optimizer: torch.optim.Optimizer | None, lr: float) -> tuple[float
     return float(group["lr"]), float(group.get("weight_decay", 0.0))
 
 
-def _sampling(actor: Actor, seed: int, given: dict[str, Any]) -> tuple[tuple[int, ...], Sampling]:
-    """What stops an answer and how it is sampled, from generate's arguments. Raises UserError for unknown ones."""
-    names = {"max_length", "max_new_tokens", "temperature", "top_k", "top_p", "eos_token_id"}
-    if unknown := sorted(set(given) - names - IGNORED):
+def _sampling(actor: Actor, arguments: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """What stops an answer, and flags of its sampling, from generate's arguments. Raises UserError for unknown ones."""
+    flags = ("max_new_tokens", "temperature", "top_k", "top_p")
+    names = {"max_length", "eos_token_id", *flags}
+    if unknown := sorted(set(arguments) - names - IGNORED):
         raise UserError(f"PPOTrainer: does not know {', '.join(unknown)}; generation takes {', '.join(sorted(names))}.")
-    eos = given.get("eos_token_id")
+    eos = arguments.get("eos_token_id")
     eos_ids = actor.decoder.config.eos_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    known = {name: given[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p") if name in given}
-    return eos_ids, Sampling(seed=seed, **{"max_new_tokens": 32, **known})
+    return eos_ids, {"max_new_tokens": 32, **{name: arguments[name] for name in flags if name in arguments}}

@@ -1,4 +1,8 @@
-"""A rollout seen by all four models: what PPO learns from. Numbers in comments are the lines of docs/ppo.md."""
+"""A rollout scored by all models of PPO: what it learns from. Numbers in comments are the lines of docs/ppo.md.
+
+[Note: whole experience on every rank] After scoring, every rank gathers the whole batch (token ids and a dozen numbers
+per token: a few MB). Whitening, permutations and mini-batches are then one computation that world size never changes.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +13,6 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.reward_source import Scorer
-from penstock.config import PPOConfig
 from penstock.data.batching import pad
 from penstock.memory.strategy import Strategy, Work
 from penstock.memory.stream import Stream
@@ -19,7 +22,7 @@ from penstock.rollout.engine import Answer
 
 @dataclass
 class Experience:
-    """A rollout scored by all four models. Rows are episodes; [B, R] tensors are aligned with the response tokens."""
+    """Rows are episodes; [B, R] tensors are aligned with the response tokens."""
 
     tokens: Tensor
     """[B, T] int64, prompt and response, right-padded."""
@@ -32,7 +35,7 @@ class Experience:
     ref_logprobs: Tensor
     """[B, R] fp32, under the reference."""
     values: Tensor
-    """[B, R] fp32, the critic's at the state before each token."""
+    """[B, R] fp32, the critic's at the state before each token; zeros without a critic."""
     entropy: Tensor
     """[B, R] fp32, of the distribution each token was drawn from."""
     engine_gap: Tensor
@@ -42,9 +45,9 @@ class Experience:
     ended: Tensor
     """[B] bool, the response ended with EOS."""
     advantages: Tensor
-    """[B, R] fp32, whitened; zeros until `with_advantages`."""
+    """[B, R] fp32, whitened; zeros until `ppo.with_advantages`."""
     returns: Tensor
-    """[B, R] fp32, before whitening; zeros until `with_advantages`."""
+    """[B, R] fp32, before whitening; zeros until `ppo.with_advantages`."""
 
     @property
     def mask(self) -> Tensor:
@@ -52,19 +55,32 @@ class Experience:
         return fn.mask_of(self.lengths, self.logprobs.shape[1])
 
     def rows(self, index: Tensor) -> "Experience":
-        """The episodes of `index`, trimmed to their own longest rows."""
-        part = Experience(*(getattr(self, one.name)[index] for one in dataclasses.fields(self)))
+        """The episodes of `index`, trimmed to the longest of them."""
+        part = Experience(*(getattr(self, name)[index] for name in COLUMNS))
         width, responses = int((part.prompt_lengths + part.lengths).max()), int(part.lengths.max())
-        trimmed = {one.name: getattr(part, one.name)[:, :responses] for one in PER_TOKEN}
+        trimmed = {name: getattr(part, name)[:, :responses] for name in PER_TOKEN}
         return dataclasses.replace(part, tokens=part.tokens[:, :width], **trimmed)
 
     def to(self, device: torch.device | str) -> "Experience":
         """The same episodes on another device."""
-        return Experience(*(getattr(self, one.name).to(device) for one in dataclasses.fields(self)))
+        return Experience(*(getattr(self, name).to(device) for name in COLUMNS))
 
 
-PER_TOKEN = [one for one in dataclasses.fields(Experience) if one.name in
-             {"logprobs", "ref_logprobs", "values", "entropy", "engine_gap", "advantages", "returns"}]  # fmt: skip
+COLUMNS = tuple(field.name for field in dataclasses.fields(Experience))
+PER_TOKEN = ("logprobs", "ref_logprobs", "values", "entropy", "engine_gap", "advantages", "returns")
+
+
+@dataclass
+class Roles:
+    """The models of PPO, prepared."""
+
+    actor: Stream
+    reference: Stream
+    critic: Stream | None = None
+    """None: the actor's value head is the critic, or there are no values (a plain actor)."""
+    reward: Stream | None = None
+    """The reward model, where it reads the actor's tokens; None: `scorer` gives the scores."""
+    scorer: Scorer | None = None
 
 
 @dataclass(frozen=True)
@@ -80,78 +96,74 @@ class Answered:
     answers: Sequence[Answer]
 
 
+def score(
+    strategy: Strategy,
+    roles: Roles,
+    rollout: Sequence[Answer],
+    records: Sequence,
+    temperature: float,
+    micro_batch_size: int,
+) -> Experience:
+    """This rank's rollout, seen by all models, on the CPU. Models on one base run side by side, others in turn."""
+    batches = scoring_batches(rollout, micro_batch_size, strategy.world.device)
+
+    def logprobs(stream: Stream) -> Work:
+        def read(hidden: Tensor, rows: Answered) -> tuple[Tensor, Tensor, Tensor | None]:
+            values = None
+            token_logprobs, entropy = logprobs_of(stream.model, hidden, rows, temperature)
+            if isinstance(stream.model, ActorCritic):
+                values = values_of(stream.model, hidden, rows)
+            return token_logprobs, entropy, values
+
+        return stream, batches, read
+
+    critic, reward = roles.critic, roles.reward
+    # The actor first: if it streams, what fits of it is still on the device from the rollout.
+    works = {"actor": logprobs(roles.actor), "reference": logprobs(roles.reference)}
+    if critic is not None:
+        works["critic"] = critic, batches, lambda hidden, rows: values_of(critic.model, hidden, rows)
+    if reward is not None:
+        works["reward"] = reward, batches, lambda hidden, rows: score_of(reward.model, hidden, rows)
+    results = dict(zip(works, strategy.evaluate_all([*works.values()]), strict=True))
+    values = results["critic"] if critic is not None else [values for _, _, values in results["actor"]]
+    parts: list[Experience] = []
+    for batch, (batch_logprobs, entropy, _), (ref_logprobs, _, _), batch_values in zip(
+        batches, results["actor"], results["reference"], values, strict=True
+    ):
+        sampled = torch.tensor([p for answer in batch.answers for p in answer.logprobs], device=batch_logprobs.device)
+        zeros = torch.zeros_like(batch_logprobs)
+        part = Experience(
+            tokens=batch.tokens,
+            prompt_lengths=batch.prompt_lengths,
+            lengths=batch.lengths,
+            logprobs=batch_logprobs,
+            ref_logprobs=ref_logprobs,
+            values=zeros if batch_values is None else batch_values,
+            entropy=entropy,
+            engine_gap=(fn.unpack(sampled, batch.lengths) - batch_logprobs).abs(),
+            scores=torch.zeros(len(batch.answers)),
+            ended=torch.tensor([answer.finish_reason == "stop" for answer in batch.answers]),
+            advantages=zeros,
+            returns=zeros,
+        )
+        parts.append(part.to("cpu"))
+    if reward is not None:
+        scores = torch.cat(results["reward"]).float().cpu()
+    else:
+        assert roles.scorer is not None
+        scores = torch.tensor(roles.scorer(records, rollout), dtype=torch.float32)
+    return dataclasses.replace(concatenate(parts), scores=scores)
+
+
 def scoring_batches(rollout: Sequence[Answer], size: int, device: torch.device) -> list[Answered]:
     """The rollout in micro-batches of `size` answers."""
     batches = []
     for start in range(0, len(rollout), size):
         answers = rollout[start : start + size]
-        tokens, lengths = (x.to(device) for x in pad([a.prompt_ids + a.response_ids for a in answers]))
-        response_lengths = torch.tensor([len(a.response_ids) for a in answers], device=device)
+        tokens, lengths = (x.to(device) for x in pad([answer.prompt_ids + answer.response_ids for answer in answers]))
+        response_lengths = torch.tensor([len(answer.response_ids) for answer in answers], device=device)
         batches.append(Answered(tokens, lengths - response_lengths, response_lengths, answers))
     return batches
-
-
-def score(
-    strategy: Strategy,
-    rollout: Sequence[Answer],
-    records: Sequence,
-    actors: Stream,
-    references: Stream,
-    critics: Stream | None,
-    scorer: Scorer,
-    config: PPOConfig,
-    micro_batch_size: int,
-    rewards: Stream | None = None,
-) -> Experience:
-    """The rollout seen by all four models, on the CPU; the models on one base side by side, others in turn.
-
-    `critics`: None where the actor's own value head is the critic. `rewards`: the reward model, where it reads the
-    actor's tokens; else `scorer` gives the scores.
-    """
-    batches = scoring_batches(rollout, micro_batch_size, strategy.world.device)
-
-    def logprobs(stream: Stream) -> Work:
-        def read(hidden: Tensor, rows: Answered) -> tuple[Tensor, ...]:
-            found = logprobs_of(stream.model, hidden, rows, config.temperature)
-            return (*found, values_of(stream.model, hidden, rows)) if isinstance(stream.model, ActorCritic) else found
-
-        return stream, batches, read
-
-    # The actor first: if it streams, what fits of it is still on the device from the rollout.
-    works = [logprobs(actors), logprobs(references)]
-    if critics is not None:
-        works.append((critics, batches, lambda hidden, rows: values_of(critics.model, hidden, rows)))
-    if rewards is not None:
-        works.append((rewards, batches, lambda hidden, rows: score_of(rewards.model, hidden, rows)))
-    of_actor, of_reference, *given = strategy.evaluate_all(works)
-    values = given.pop(0) if critics is not None else [values for _, _, values in of_actor]
-    seen = zip(batches, of_actor, of_reference, values, strict=True)
-    parts: list[Experience] = []
-    for batch, (own, entropy, *_), (ref_logprobs, *_), state_values in seen:
-        engine = fn.unpack(
-            torch.tensor([p for a in batch.answers for p in a.logprobs], device=own.device), batch.lengths
-        )
-        zeros = torch.zeros_like(own)
-        part = Experience(
-            tokens=batch.tokens,
-            prompt_lengths=batch.prompt_lengths,
-            lengths=batch.lengths,
-            logprobs=own,
-            ref_logprobs=ref_logprobs,
-            values=state_values,
-            entropy=entropy,
-            engine_gap=(engine - own).abs(),
-            scores=torch.zeros(len(batch.answers)),
-            ended=torch.tensor([a.finish_reason == "stop" for a in batch.answers]),
-            advantages=zeros,
-            returns=zeros,
-        )
-        parts.append(part.to("cpu"))
-    if given:
-        scores = torch.cat(given[0]).float().cpu()
-    else:
-        scores = torch.tensor(scorer(records, rollout), dtype=torch.float32)
-    return dataclasses.replace(concatenate(parts), scores=scores)
 
 
 def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float) -> tuple[Tensor, Tensor]:
@@ -175,19 +187,19 @@ def values_of(critic: Critic | ActorCritic, hidden: Tensor, rows: Answered | Exp
 
 
 def concatenate(parts: Sequence[Experience]) -> Experience:
-    """Parts below each other, padded to the widest."""
+    """The rows of all parts, padded to the widest."""
     columns = {}
-    for one in dataclasses.fields(Experience):
-        tensors = [getattr(part, one.name) for part in parts]
+    for name in COLUMNS:
+        tensors = [getattr(part, name) for part in parts]
         if tensors[0].dim() == 2:
             width = max(t.shape[1] for t in tensors)
             tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]
-        columns[one.name] = torch.cat(tensors)
+        columns[name] = torch.cat(tensors)
     return Experience(**columns)
 
 
 def in_order(shares: Sequence[Experience]) -> Experience:
-    """Undoes `World.mine`: episode i came from rank i mod world. Every rank then holds the whole batch, a few MB."""
+    """The ranks' shares as one batch, in the order of episodes: inverse of `World.share_of`, rank by rank."""
     whole = concatenate(shares)
     origin = [row * len(shares) + rank for rank, part in enumerate(shares) for row in range(len(part.tokens))]
     return whole.rows(torch.tensor(origin).argsort())

@@ -1,44 +1,36 @@
 """PPO for language models: rollout, score, learn (Ziegler et al. 2019; Ouyang et al. 2022, stage 3).
 
-Numbers in comments are the lines of docs/ppo.md: what decides whether RLHF converges. The loop is at the end of
-`ppo()`; what it calls stands below it in the order it is called.
+`ppo()` is the loop; `PPO` is one iteration of it, which the dry run, the benchmarks and `chatgpt` use too; `State` is
+what a checkpoint holds. Numbers in comments are the lines of docs/ppo.md: what decides whether RLHF converges.
+
+[Note: loss over the global count] Losses are divided by the token count of the whole mini-batch before backward.
+Gradients are then plain sums over micro-batches and ranks, and neither number changes them (15).
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience, in_order, logprobs_of, score, values_of
-from penstock.algorithms.reward_source import check_room, scorer_of
-from penstock.algorithms.setup import (
-    check_adapter_learns,
-    encoder_of,
-    keep_tokenizer,
-    learns,
-    read,
-    reserve_activations,
-    sample_rows,
-    strategy_of,
-)
-from penstock.algorithms.sft import Rows, response_logprobs
-from penstock.algorithms.sft import micro_batches as example_batches
-from penstock.config import PPOConfig
+from penstock.algorithms.experience import Experience, Roles, in_order, logprobs_of, score, values_of
+from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
+from penstock.algorithms.ppo_metrics import summary
+from penstock.algorithms.setup import reserve_activations, sample_rows, strategy_of
+from penstock.algorithms.sft import Rows, micro_batches, response_logprobs
+from penstock.config import OptimFlags, PPOConfig, PPOFlags
 from penstock.data.batching import Shuffle
-from penstock.data.chat import Encoder, Example
-from penstock.distributed.world import World
-from penstock.errors import UserError
+from penstock.data.chat import Example
 from penstock.memory.strategy import Step, StepStats, Strategy
-from penstock.memory.stream import Losses, Stream
-from penstock.models.adapter_files import is_adapter_directory
+from penstock.memory.stream import Losses
+from penstock.memory.tiers import Ram
 from penstock.models.roles import Actor, ActorCritic, Critic
-from penstock.rollout.engine import generate
+from penstock.rollout.engine import Answer, generate
 from penstock.rollout.sampling import Sampling, stream
-from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 
@@ -47,200 +39,265 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
     `--steps` counts rollout iterations; `--batch-size` episodes per iteration over all ranks.
     """
-    optim, run = config.optim, config.run
-    if (config.reward is None) == (config.reward_fn is None):
-        raise UserError("ppo needs one score: give either --reward (a reward model) or --reward-fn file.py:name.")
-    if config.value_head and config.critic:
-        raise UserError("--value-head and --critic: the critic is a head on the actor or a model; give one of the two.")
-    if bool(config.ptx_coef) != bool(config.ptx_data):
-        raise UserError("--ptx-coef and --ptx-data belong together: give both or neither.")
-    if config.temperature <= 0:
-        raise UserError("--temperature 0: PPO learns from sampled answers; give a temperature above 0, 1 is usual.")
-    strategy = strategy_of(run)
-    world = strategy.world
-    if optim.batch_size < world.size:
-        raise UserError(f"--batch-size {optim.batch_size}: fewer episodes than the {world.size} ranks; give more.")
+    optim, flags, strategy = config.optim, config.ppo, strategy_of(config.run)
+    world, mini_batch = strategy.world, config.mini_batch_size or optim.batch_size
+    check_flags(config, world.size)
     session = Session("ppo", config, world, resume=resume)
-    source = resolve_model(config.actor)
-    pickled, how = config.data.allow_pickle, learns(config.peft, run.seed)
-    with strategy.init():
-        actor = Actor.from_pretrained(source, allow_pickle=pickled, **how)
-    check_adapter_learns(actor, config.peft)
-    encoder = encoder_of(source, actor.decoder.config, config.data, reserve=config.max_new_tokens)
-    keep_tokenizer(session, source)
-    reward, scorer_from, reads_our_tokens = scorer_of(
-        config.reward,
-        config.reward_fn,
-        encoder,
-        strategy,
-        config.data,
-        optim.micro_batch_size,
-        session.say,
-        config.peft.base_dtype,
-    )
-    critic_source = config.critic or (config.reward if reads_our_tokens else None)
-    with strategy.init():
-        if config.reference:
-            found = resolve_model(config.reference)
-            reference = Actor.from_pretrained(found, allow_pickle=pickled, base_dtype=how["base_dtype"])
-            reference.eval().requires_grad_(False)
-            check_role("reference", found, reference, encoder, config)
-        else:
-            reference = actor.frozen()
-        critic: Critic | None = None
-        if config.value_head:
-            actor = ActorCritic(actor.decoder)
-        elif critic_source:
-            found = resolve_model(critic_source, "critic")
-            own = {"adapter": None, "seed": run.seed + 1}
-            own |= {"lora": None} if is_adapter_directory(Path(found)) else {}  # its own learns on
-            critic = Critic.from_pretrained(found, allow_pickle=pickled, **{**how, **own})
-            check_adapter_learns(critic, config.peft)
-            check_role("critic", found, critic, encoder, config)
-        else:
-            critic = Critic(copy.deepcopy(actor.decoder))
-    records, prompts = read(session.say, encoder, config.data.data, "prompts", config.data)
-    ptx_examples: list[Example] = []
-    if config.ptx_coef:
-        ptx_examples = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
+    inputs = read_inputs(config, strategy, session)
+    records, prompts = inputs.records, inputs.prompts
+    total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
+    parts = math.ceil(optim.batch_size / mini_batch)  # mini-batches per epoch
+    updates = optim.epochs * parts
 
     with session:
-        critic_ready = bool(critic and critic.score.any()) or not config.value_warmup  # (19)
-        roles = {"actor": actor, "reference": reference, "critic": critic, "reward": reward}
-        roles = {name: model for name, model in roles.items() if model is not None}
-        swap = reserve_activations(
-            strategy, "ppo", roles, optim, longest=max(map(len, prompts)) + config.max_new_tokens,
-            response=config.max_new_tokens, mini_batch_size=config.mini_batch_size,
-            rollout_batch_size=config.rollout_batch_size,
-        )  # fmt: skip
-        prepared = strategy.prepare_all(*roles.values(), weight_decay=optim.weight_decay)
-        streams = dict(zip(roles, prepared, strict=True))
-        actors, references, critics, rewards = (
-            streams["actor"], streams["reference"], streams.get("critic"), streams.get("reward")
-        )  # fmt: skip
-        scorer = scorer_from(*[rewards] * (rewards is not None))
-        kl = fn.KLController(config.kl_coef, config.kl_target, config.kl_horizon)
-        shuffle, ptx_shuffle = Shuffle(len(prompts), run.seed), Shuffle(max(len(ptx_examples), 1), run.seed + 1)
-        sampling = Sampling(
-            temperature=config.temperature, max_new_tokens=config.max_new_tokens,
-            top_k=config.top_k, top_p=config.top_p, seed=run.seed,
-        )  # fmt: skip
-        if config.top_k or config.top_p < 1:
-            session.say(f"rollouts are truncated (top_k={config.top_k}, top_p={config.top_p}): KL may turn negative")
-        total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
-        done = update = 0
-        experience: Experience | None = None
-        trained = {"model": actors, **({"critic": critics} if critics else {})}
+        state = State.start(config, inputs)
+        iteration = prepare(config, strategy, inputs)
+        trained = {"model": iteration.roles.actor}
+        if iteration.roles.critic is not None:
+            trained["critic"] = iteration.roles.critic
         session.restore(trained)
         if session.state:
-            saved = session.state
-            shuffle.load_state_dict(saved["shuffle"])
-            ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
-            done, update, kl.beta, critic_ready = (saved[key] for key in ("step", "update", "beta", "critic_ready"))
-            experience = Experience(**saved["experience"]) if saved["experience"] else None
-        sums: list[tuple[str, StepStats]] = saved_sums(session.state)
+            state.load(session.state)
+        if state.step == 0 and state.experience is None:
+            show(0, session, iteration, inputs, config.samples)
 
-        def state() -> dict:
-            return {
-                "shuffle": shuffle.state_dict(), "ptx_shuffle": ptx_shuffle.state_dict(),
-                "step": done, "update": update, "beta": kl.beta, "critic_ready": critic_ready,
-                "experience": vars(experience) if experience else None,
-                "sums": [(name, dataclasses.asdict(one)) for name, one in sums],
-            }  # fmt: skip
-
-        def show(step: int) -> None:
-            greedy = dataclasses.replace(sampling, temperature=0.0)
-            answers = generate(actor.decoder, prompts[: config.samples], greedy, eos_ids=encoder.eos_ids, swap=swap)
-            scores = scorer(records[: config.samples], answers)
-            session.sample(step, sample_rows(encoder, answers, scores, kind="greedy"))
-
-        if done == 0 and experience is None:
-            show(0)
-
-        mini = config.mini_batch_size or optim.batch_size
-        updates = optim.epochs * math.ceil(optim.batch_size / mini)
-        for step in session.steps(done, total):
-            done = step - 1
-            if experience is None:  # otherwise a checkpoint was taken in the middle of this step
-                chosen = shuffle.next(optim.batch_size)
-                mine = world.share_of(list(range(len(chosen))))
-                with strategy.phase("rollout"):
-                    rollout = generate(
-                        actor.decoder, [prompts[chosen[i]] for i in mine], sampling,
-                        eos_ids=encoder.eos_ids, episodes=[session.episode + i for i in mine],
-                        batch_size=config.rollout_batch_size, swap=swap,
-                    )  # fmt: skip
-                with strategy.phase("score"):
-                    asked = [records[chosen[i]] for i in mine]
-                    local = score(
-                        strategy, rollout, asked, actors, references, critics, scorer, config, optim.micro_batch_size,
-                        rewards if reads_our_tokens else None,
-                    )  # fmt: skip
-                session.sample(
-                    step, sample_rows(encoder, rollout[: config.samples], local.scores.tolist(), kind="rollout")
-                )
-                experience = in_order(world.gather(local))
-                experience = with_advantages(experience, kl.beta, config)
+        for step in session.steps(state.step, total):
+            experience = state.experience  # not None: a checkpoint was taken inside this step
+            if experience is None:
+                drawn = world.share_of(list(enumerate(state.shuffle.next(optim.batch_size), start=session.episode)))
+                rollout = iteration.rollout([prompts[i] for _, i in drawn], [episode for episode, _ in drawn])
+                experience = iteration.score(rollout, [records[i] for _, i in drawn], state.kl.beta)
+                state.begin(experience)
+                scores = world.share_of(experience.scores.tolist())
+                session.sample(step, sample_rows(inputs.encoder, rollout[: config.samples], scores, kind="rollout"))
                 session.episode += optim.batch_size
-                update, sums = 0, []
-            if not critic_ready:
-                critic_ready = float(fn.explained_variance(experience.values, experience.returns, experience.mask)) > 0
+            while state.update < updates:
+                session.pause(state.step, trained, state.save)  # on SIGTERM; the experience is saved too
+                epoch, part = divmod(state.update, parts)
+                order = permutation(len(experience.tokens), config.run.seed, step, epoch)  # new each epoch (17)
+                index = order[part * mini_batch : (part + 1) * mini_batch]
+                lr = fn.lr_schedule((step - 1) * updates + state.update, total * updates, optim.warmup)
+                use_ptx = inputs.demonstrations and state.critic_ready
+                ptx = [inputs.demonstrations[i] for i in state.ptx_shuffle.next(mini_batch)] if use_ptx else []
+                steps = iteration.learn(experience, index, lr, ptx, hold_actor=not state.critic_ready)
+                for name, stats in steps.items():
+                    session.check(stats, name)
+                state.sums += steps.items()
+                state.update += 1
+                if passed_target_kl(steps, flags.target_kl):
+                    break  # (20) the experience is used up; the next one is fresh
 
-            while update < updates:
-                session.pause(done, trained, state)  # SIGTERM arrived: experience in flight
-                epoch, part = divmod(update, math.ceil(optim.batch_size / mini))
-                order = permutation(len(experience.tokens), run.seed, step, epoch)  # new each epoch (17)
-                index = order[part * mini : (part + 1) * mini]
-                lr = fn.lr_schedule((step - 1) * updates + update, total * updates, optim.warmup)
-                extra = [ptx_examples[i] for i in ptx_shuffle.next(mini)] if ptx_examples and critic_ready else []
-                with strategy.phase("train"):
-                    steps = learn(
-                        strategy, actors, critics, experience, index, config, lr, extra, still=not critic_ready
-                    )
-                for name, one in steps:
-                    session.check(one, name)
-                sums += steps
-                update += 1
-                last_policy = next((s.sums for name, s in reversed(sums) if name == "policy"), None)
-                counted = int(experience.lengths[index].sum())
-                if config.target_kl and last_policy and last_policy["approxkl"] > 1.5 * config.target_kl * counted:
-                    break  # (20) the experience has been used up; the next one is fresh
-
-            metrics = summary(experience, sums, kl.beta, config)
+            metrics = summary(experience, state.sums, state.kl.beta, flags)
             metrics |= {"lr": optim.lr * lr, "episode": session.episode}
-            kl.update(metrics["objective/kl"], optim.batch_size)
-            if run.dtype == "fp32" and metrics.get("val/first_ratio_gap", 0.0) > 1e-3:
-                session.say(f"step {step}: first ratio is off by {metrics['val/first_ratio_gap']:.2g}; it should be 1")
+            if config.run.dtype == "fp32" and (gap := metrics.get("val/first_ratio_gap", 0.0)) > 1e-3:
+                session.say(f"step {step}: first ratio is off by {gap:.2g}; it should be 1")
+            state.kl.update(metrics["objective/kl"], optim.batch_size)
+            state.end(step)
             tokens = int(experience.lengths.sum())
-            experience, done, update, sums = None, step, 0, []
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
             if step == total:
-                show(step)
-            session.checkpoint(step, trained, state)
+                show(step, session, iteration, inputs, config.samples)
+            session.checkpoint(step, trained, state.save)
         return session.finish()
 
 
-def check_role(flag: str, source: str, role: Actor | Critic, encoder: Encoder, config: PPOConfig) -> None:
-    """Raises UserError when a model does not read the actor's tokens, or not so many of them."""
-    check_room(flag, source, role.decoder.config, encoder)
-    own = encoder_of(source, role.decoder.config, config.data)
-    if role.decoder.config.vocab_size < encoder.vocab_size or not own.same_tokenizer(encoder):
-        raise UserError(f"--{flag} {source}: has another tokenizer than the actor, and the two must share one.")
+def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
+    """Gives the models their homes, and leaves the device memory that their activations need."""
+    models, source, optim, flags = inputs.models, inputs.source, config.optim, config.ppo
+    swap = reserve_activations(
+        strategy,
+        "ppo",
+        models,
+        optim,
+        longest=max(map(len, inputs.prompts)) + flags.max_new_tokens,
+        response=flags.max_new_tokens,
+        mini_batch_size=config.mini_batch_size,
+        rollout_batch_size=flags.rollout_batch_size,
+    )
+    prepared = strategy.prepare_all(*models.values(), weight_decay=optim.weight_decay)
+    streams = dict(zip(models, prepared, strict=True))
+    source.stream = streams.get("reward")
+    reward = source.stream if source.reads_actor_tokens else None
+    roles = Roles(streams["actor"], streams["reference"], streams.get("critic"), reward, source.score)
+    return PPO(strategy, roles, optim, flags, config.run.seed, inputs.encoder.eos_ids, swap)
 
 
-# --- learn ----------------------------------------------------------------------------------------------------------
+def show(step: int, session: Session, iteration: "PPO", inputs: Inputs, count: int) -> None:
+    """Greedy answers to the first `count` prompts and their scores, for the report."""
+    records, prompts = inputs.records[:count], inputs.prompts[:count]
+    decoder, sampling = iteration.roles.actor.model.decoder, iteration.sampling(temperature=0.0)
+    answers = generate(decoder, prompts, sampling, eos_ids=inputs.encoder.eos_ids, swap=iteration.swap)
+    scores = inputs.source.score(records, answers)
+    session.sample(step, sample_rows(inputs.encoder, answers, scores, kind="greedy"))
 
 
-def with_advantages(experience: Experience, beta: float, config: PPOConfig) -> Experience:
+@dataclass
+class State:
+    """What PPO keeps from one update to the next. A checkpoint holds all of it."""
+
+    shuffle: Shuffle
+    ptx_shuffle: Shuffle
+    kl: fn.KLController
+    critic_ready: bool
+    """False: the actor does not move until the critic explains some variance (19)."""
+    step: int = 0
+    """Steps that are complete."""
+    update: int = 0
+    """Updates on `experience` that are complete."""
+    experience: Experience | None = None
+    """None between two steps."""
+    sums: list[tuple[str, StepStats]] = field(default_factory=list)
+    """("policy" or "value", statistics) of each of those updates."""
+
+    @staticmethod
+    def start(config: PPOConfig, inputs: "Inputs") -> "State":
+        """Before the first step, and before the models are prepared."""
+        critic, seed = inputs.models.get("critic"), config.run.seed
+        return State(
+            Shuffle(len(inputs.prompts), seed),
+            Shuffle(max(len(inputs.demonstrations), 1), seed + 1),
+            fn.KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon),
+            critic_ready=bool(critic and critic.score.any()) or not config.value_warmup,
+        )
+
+    def begin(self, experience: Experience) -> None:
+        """A step begins: its experience has been scored."""
+        self.experience, self.update, self.sums = experience, 0, []
+        if not self.critic_ready:
+            explained = fn.explained_variance(experience.values, experience.returns, experience.mask)
+            self.critic_ready = float(explained) > 0
+
+    def end(self, step: int) -> None:
+        """A step is complete."""
+        self.step, self.update, self.experience, self.sums = step, 0, None, []
+
+    def save(self) -> dict[str, Any]:
+        """For a checkpoint's state.json."""
+        return {
+            "shuffle": self.shuffle.state_dict(),
+            "ptx_shuffle": self.ptx_shuffle.state_dict(),
+            "step": self.step,
+            "update": self.update,
+            "beta": self.kl.beta,
+            "critic_ready": self.critic_ready,
+            "experience": vars(self.experience) if self.experience else None,
+            "sums": [(name, dataclasses.asdict(stats)) for name, stats in self.sums],
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Inverse of `save`. A checkpoint without "sums" is one from between two steps."""
+        self.shuffle.load_state_dict(saved["shuffle"])
+        self.ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
+        self.step, self.update, self.critic_ready = saved["step"], saved["update"], saved["critic_ready"]
+        self.kl.beta = saved["beta"]
+        self.experience = Experience(**saved["experience"]) if saved["experience"] else None
+        self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
+
+
+# --- one iteration --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PPO:
+    """One iteration over prepared models: `rollout`, `score`, `learn`, each in its phase. It keeps no state.
+
+    Without a critic (`Roles.critic` None and a plain actor) values are zeros and `learn` updates the actor alone.
+    """
+
+    strategy: Strategy
+    roles: Roles
+    optim: OptimFlags
+    flags: PPOFlags = field(default_factory=PPOFlags)
+    seed: int = 0
+    """Of the sampled tokens."""
+    eos_ids: Sequence[int] = ()
+    """Tokens that end an answer."""
+    swap: Ram | None = None
+    """The host tier that the KV cache is swapped to."""
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """How tokens are drawn."""
+        flags = self.flags
+        sampling = Sampling(
+            flags.temperature, flags.max_new_tokens, top_k=flags.top_k, top_p=flags.top_p, seed=self.seed
+        )
+        return dataclasses.replace(sampling, **changes)
+
+    def rollout(self, prompts: Sequence[list[int]], episodes: Sequence[int], **changes: Any) -> list[Answer]:
+        """This rank's answers. `episodes` number their random streams; `changes` are those of the sampling."""
+        with self.strategy.phase("rollout"):
+            return generate(
+                self.roles.actor.model.decoder,
+                prompts,
+                self.sampling(**changes),
+                eos_ids=self.eos_ids,
+                episodes=episodes,
+                batch_size=self.flags.rollout_batch_size,
+                swap=self.swap,
+            )
+
+    def score(self, rollout: Sequence[Answer], records: Sequence, beta: float) -> Experience:
+        """The answers of all ranks, in the order of episodes, with advantages. records: this rank's prompts."""
+        strategy, size = self.strategy, self.optim.micro_batch_size
+        with strategy.phase("score"):
+            share = score(strategy, self.roles, rollout, records, self.flags.temperature, size)
+            # See [Note: whole experience on every rank]
+            return with_advantages(in_order(strategy.world.gather(share)), beta, self.flags)
+
+    def learn(
+        self,
+        experience: Experience,
+        index: Tensor,
+        lr: float = 1.0,
+        ptx: Sequence[Example] = (),
+        *,
+        hold_actor: bool = False,
+    ) -> dict[str, StepStats]:
+        """One optimizer step on the episodes of `index`: "policy", the actor's, and "value", the critic's statistics.
+
+        `lr` multiplies both learning rates; `ptx` are the demonstrations of the ptx loss; with `hold_actor` only the
+        critic learns. An actor with a value head takes one step on both losses.
+        """
+        world, optim, flags = self.strategy.world, self.optim, self.flags
+        size, actor, critic = optim.micro_batch_size, self.roles.actor, self.roles.critic
+        count, ptx_count = int(experience.lengths[index].sum()), sum(sum(example.trained) for example in ptx)
+        mine = index[world.rank :: world.size].split(size)
+        share = [experience.rows(rows).to(world.device) for rows in mine if len(rows)]
+        mixed = [*share, *micro_batches(world.share_of(list(ptx)), size, world.device)]
+
+        def policy(hidden: Tensor, part: Experience | Rows) -> Losses:
+            return actor_loss(actor.model, hidden, part, flags, count, ptx_count)
+
+        def value(hidden: Tensor, part: Experience) -> Losses:
+            assert critic is not None
+            return critic_loss(critic.model, hidden, part, flags, count)
+
+        def both(hidden: Tensor, part: Experience | Rows) -> Losses:
+            return shared_loss(actor.model, hidden, part, flags, count, ptx_count, hold_actor)
+
+        shared = isinstance(actor.model, ActorCritic)
+        steps: dict[str, Step] = {}
+        if shared:
+            steps["both"] = Step(actor, share if hold_actor else mixed, both, optim.lr * lr)
+        elif not hold_actor:
+            steps["policy"] = Step(actor, mixed, policy, optim.lr * lr)
+        if critic is not None:
+            steps["value"] = Step(critic, share, value, (flags.critic_lr or 5 * optim.lr) * lr)
+        with self.strategy.phase("train"):
+            stats = self.strategy.step_all([*steps.values()], max_grad_norm=optim.max_grad_norm)
+        return two_sets(stats[0], hold_actor) if shared else dict(zip(steps, stats, strict=True))
+
+
+def with_advantages(experience: Experience, beta: float, flags: PPOFlags) -> Experience:
     """Rewards shaped by the KL penalty, GAE, returns, whitening: all over the whole batch (7, 8, 10, 13, 14)."""
     scores = experience.scores
-    if config.reward_clip is not None:
-        scores = scores.clamp(-config.reward_clip, config.reward_clip)
-    scores = fn.replace_missing_eos(scores, experience.ended, config.missing_eos_score)
+    if flags.reward_clip is not None:
+        scores = scores.clamp(-flags.reward_clip, flags.reward_clip)
+    scores = fn.replace_missing_eos(scores, experience.ended, flags.missing_eos_score)
     rewards = fn.shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, beta)
-    if config.whiten_rewards:
+    if flags.whiten_rewards:
         rewards = fn.whiten(rewards, experience.mask, shift_mean=False)
-    advantages, returns = fn.gae(rewards, experience.values, experience.lengths, config.gamma, config.lam)
+    advantages, returns = fn.gae(rewards, experience.values, experience.lengths, flags.gamma, flags.lam)
     return dataclasses.replace(experience, advantages=fn.whiten(advantages, experience.mask), returns=returns)
 
 
@@ -249,162 +306,59 @@ def permutation(count: int, seed: int, step: int, epoch: int) -> Tensor:
     return stream(seed ^ 0x5EED, (step << 16) + epoch, count).argsort()
 
 
-def shares(index: Tensor, world: World, size: int) -> list[Tensor]:
-    """This rank's episodes of a mini-batch, in micro-batches."""
-    return [part for part in index[world.rank :: world.size].split(size) if len(part)]
-
-
-def learn(
-    strategy: Strategy,
-    actors: Stream,
-    critics: Stream | None,
-    experience: Experience,
-    index: Tensor,
-    config: PPOConfig,
-    lr: float,
-    extra: Sequence[Example] = (),
-    *,
-    still: bool = False,
-) -> list[tuple[str, StepStats]]:
-    """One optimizer step of the actor (`still`: none) and one of the critic, on the episodes of `index`; one of both
-    together where the critic is the actor's value head.
-
-    `lr` scales both learning rates; `extra` are the demonstrations of the ptx loss.
-    """
-    world, optim = strategy.world, config.optim
-    count, ptx_count = int(experience.lengths[index].sum()), sum(sum(example.trained) for example in extra)
-    share = [experience.rows(rows).to(world.device) for rows in shares(index, world, optim.micro_batch_size)]
-    mixed = [*share, *example_batches(world.share_of(list(extra)), optim.micro_batch_size, world.device)]
-    actor = actors.model
-    steps: dict[str, Step] = {}
-
-    def policy_loss(hidden: Tensor, part: Experience | Rows) -> Losses:
-        return actor_loss(actor, hidden, part, config, count, ptx_count)
-
-    if critics is None:
-
-        def both(hidden: Tensor, part: Experience | Rows) -> Losses:
-            return joint_loss(actor, hidden, part, config, count, ptx_count, still)
-
-        step = Step(actors, share if still else mixed, both, optim.lr * lr)
-        return apart(strategy.step_all([step], max_grad_norm=optim.max_grad_norm)[0])
-    if not still:
-        steps["policy"] = Step(actors, mixed, policy_loss, optim.lr * lr)
-    critic = critics.model
-    steps["value"] = Step(
-        critics, share, lambda hidden, part: critic_loss(critic, hidden, part, config, count),
-        (config.critic_lr or 5 * optim.lr) * lr,
-    )  # fmt: skip
-    done = strategy.step_all([*steps.values()], max_grad_norm=optim.max_grad_norm)
-    return list(zip(steps, done, strict=True))
-
-
 def actor_loss(
-    actor: Actor, hidden: Tensor, part: Experience | Rows, config: PPOConfig, count: int, ptx_count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+    actor: Actor, hidden: Tensor, part: Experience | Rows, flags: PPOFlags, count: int, ptx_count: int
+) -> Losses:
     """The clipped policy loss of a micro-batch of episodes, or the ptx loss of one of demonstrations (16, 21)."""
     if isinstance(part, Rows):
         loss = fn.sft_loss(response_logprobs(actor, hidden, part), ptx_count)
-        return config.ptx_coef * loss, {"ptx": loss}
-    logprobs, entropy = logprobs_of(actor, hidden, part, config.temperature)
-    loss, stats = fn.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip, count)
+        return flags.ptx_coef * loss, {"ptx": loss}
+    logprobs, entropy = logprobs_of(actor, hidden, part, flags.temperature)
+    loss, stats = fn.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, flags.clip, count)
     return loss, {**stats, "policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
 
 
-def critic_loss(
-    critic: Critic | ActorCritic, hidden: Tensor, part: Experience, config: PPOConfig, count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def critic_loss(critic: Critic | ActorCritic, hidden: Tensor, part: Experience, flags: PPOFlags, count: int) -> Losses:
     """The clipped value loss of a micro-batch; coefficient 1: the critic has its own optimizer (16)."""
     values = values_of(critic, hidden, part)
-    loss, stats = fn.value_loss(values, part.values, part.returns, part.mask, config.value_clip, count)
+    loss, stats = fn.value_loss(values, part.values, part.returns, part.mask, flags.value_clip, count)
     return loss, {**stats, "tokens": part.lengths.sum()}
 
 
-VALUE = "value_"
-"""Before the names of the value head's statistics, in a step that it shares with the actor."""
-
-
-def joint_loss(
+def shared_loss(
     actor: ActorCritic,
     hidden: Tensor,
     part: Experience | Rows,
-    config: PPOConfig,
+    flags: PPOFlags,
     count: int,
     ptx_count: int,
-    still: bool,
+    hold_actor: bool,
 ) -> Losses:
-    """Both losses on one trunk, the value's times --vf-coef (16). `still`: the head learns, the trunk does not."""
+    """Both losses on one trunk, the value's times --vf-coef (16). `hold_actor`: the head learns, the trunk does not.
+
+    The statistics are those of the policy, and the value's three under names of their own; `two_sets` parts them.
+    """
     if isinstance(part, Rows):
-        return actor_loss(actor, hidden, part, config, count, ptx_count)
-    value, its = critic_loss(actor, hidden.detach() if still else hidden, part, config, count)
-    of_value = {VALUE + name: number for name, number in {**its, "loss": value}.items()}
-    if still:
-        return config.vf_coef * value, of_value
-    policy, stats = actor_loss(actor, hidden, part, config, count, ptx_count)
-    return policy + config.vf_coef * value, {**stats, **of_value}
+        return actor_loss(actor, hidden, part, flags, count, ptx_count)
+    value, stats = critic_loss(actor, hidden.detach() if hold_actor else hidden, part, flags, count)
+    value_stats = {"value_loss": value, "value_clipfrac": stats["clipfrac"], "value_tokens": stats["tokens"]}
+    if hold_actor:
+        return flags.vf_coef * value, value_stats
+    policy, policy_stats = actor_loss(actor, hidden, part, flags, count, ptx_count)
+    return policy + flags.vf_coef * value, {**policy_stats, **value_stats}
 
 
-def apart(done: StepStats) -> list[tuple[str, StepStats]]:
-    """The statistics of a step that both losses shared, as those of two."""
-    of_value = {name.removeprefix(VALUE): number for name, number in done.sums.items() if name.startswith(VALUE)}
-    of_policy = {name: number for name, number in done.sums.items() if not name.startswith(VALUE)}
-    found = [("value", dataclasses.replace(done, sums=of_value))]
-    return [("policy", dataclasses.replace(done, sums=of_policy)), *found] if "ratio" in of_policy else found
+def two_sets(stats: StepStats, hold_actor: bool) -> dict[str, StepStats]:
+    """The statistics of a step on `shared_loss`, as those of a policy step and of a value step."""
+    sums = dict(stats.sums)
+    value = {name: sums.pop(f"value_{name}") for name in ("clipfrac", "tokens", "loss")}
+    steps = {} if hold_actor else {"policy": dataclasses.replace(stats, sums=sums)}
+    return {**steps, "value": dataclasses.replace(stats, sums=value)}
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
-
-
-def summary(
-    experience: Experience, sums: Sequence[tuple[str, StepStats]], beta: float, config: PPOConfig
-) -> dict[str, float]:
-    """One step's metrics, in the names people's dashboards know; all over valid tokens of the whole batch."""
-    mask, rows = experience.mask, len(experience.tokens)
-    logprobs, ref_logprobs = experience.logprobs, experience.ref_logprobs
-    kl = float(fn.clean(fn.kl_k1(logprobs, ref_logprobs), mask).sum()) / rows
-    scores = fn.replace_missing_eos(experience.scores, experience.ended, config.missing_eos_score)
-    metrics = {
-        "objective/kl": kl,
-        "objective/kl_k3": float(fn.clean(fn.kl_k3(logprobs, ref_logprobs), mask).sum()) / rows,
-        "objective/entropy": float(fn.clean(-logprobs, mask).sum()) / rows,
-        "objective/scores": float(experience.scores.mean()),
-        "objective/scores_std": float(experience.scores.std()) if rows > 1 else 0.0,
-        "objective/non_score_reward": -beta * kl,
-        "objective/rlhf_reward": float(scores.mean()) - beta * kl,
-        "objective/kl_coef": beta,
-        "objective/response_length": float(experience.lengths.float().mean()),
-        "val/num_eos_tokens": float(experience.ended.sum()),
-        "val/missing_eos_rate": 1.0 - float(experience.ended.float().mean()),
-        "val/explained_variance": float(fn.explained_variance(experience.values, experience.returns, mask)),
-        "val/engine_logprob_gap": float(experience.engine_gap.max()),
-    }
-    if config.reward_clip is not None:
-        metrics["objective/scores_clipfrac"] = float((experience.scores.abs() > config.reward_clip).float().mean())
-    policy = [one.sums for name, one in sums if name == "policy"]
-    if policy:
-        tokens = sum(s["tokens"] for s in policy)
-        ratio = sum(s["ratio"] for s in policy) / tokens
-        metrics |= {
-            "policy/approxkl_avg": sum(s["approxkl"] for s in policy) / tokens,
-            "policy/clipfrac_avg": sum(s["clipfrac"] for s in policy) / tokens,
-            "policy/entropy_avg": sum(s["entropy"] for s in policy) / tokens,
-            "loss/policy_avg": sum(s["policy"] for s in policy) / len(policy),
-            "val/ratio": ratio,
-            "val/ratio_var": max(sum(s["ratio_sq"] for s in policy) / tokens - ratio**2, 0.0),
-            "val/first_ratio_gap": policy[0]["max_ratio_gap"],
-            "policy/updates": float(len(policy)),
-        }
-        if "ptx" in policy[0]:
-            metrics["loss/ptx_avg"] = sum(s["ptx"] for s in policy) / len(policy)
-        metrics["policy/grad_norm"] = sum(one.grad_norm for name, one in sums if name == "policy") / len(policy)
-    value = [one.sums for name, one in sums if name == "value"]
-    if value:
-        tokens = sum(s["tokens"] for s in value)
-        metrics["val/clipfrac_avg"] = sum(s["clipfrac"] for s in value) / tokens
-        metrics["loss/value_avg"] = sum(s["loss"] for s in value) / len(value)
-    return metrics
-
-
-def saved_sums(state: dict | None) -> list[tuple[str, StepStats]]:
-    """The statistics of the updates that were done before a checkpoint in the middle of a step."""
-    return [(name, StepStats(**one)) for name, one in (state or {}).get("sums", [])]
+def passed_target_kl(steps: dict[str, StepStats], target_kl: float | None) -> bool:
+    """Whether the policy's mean approximate KL in this update is above 1.5 times the target (20)."""
+    if not target_kl or "policy" not in steps:
+        return False
+    sums = steps["policy"].sums
+    return sums["approxkl"] > 1.5 * target_kl * sums["tokens"]

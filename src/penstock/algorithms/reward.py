@@ -16,10 +16,10 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.setup import (
+    adapter_options,
     check_adapter_learns,
     encoder_of,
     keep_tokenizer,
-    learns,
     read,
     reserve_activations,
     strategy_of,
@@ -61,7 +61,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     torch.manual_seed(run.seed)  # the head's random start
     with strategy.init():
         model = RewardModel.from_pretrained(
-            source, allow_pickle=config.data.allow_pickle, **learns(config.peft, run.seed)
+            source, allow_pickle=config.data.allow_pickle, **adapter_options(config.peft, run.seed)
         )
     check_adapter_learns(model, config.peft)
     encoder = encoder_of(source, model.decoder.config, config.data)

@@ -26,43 +26,108 @@ Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
 """(prompt records, answers) -> one score per answer."""
 
 
-def scorer_of(
-    reward: str | None, reward_fn: str | None, encoder: Encoder, strategy: Strategy, flags: DataFlags, size: int,
-    say: Callable[[str], None], base_dtype: BaseDtype | None = None,
-) -> tuple[RewardModel | None, Callable[..., Scorer], bool]:  # fmt: skip
-    """What `--reward` or `--reward-fn` names: the reward model, if it is one, for the strategy to prepare; what makes
-    a scorer of its stream, `size` rows at a time; and whether it reads the actor's tokens."""
+class RewardSource:
+    """Scores answers. Prepare `model`, if it has one, with the other models, and put its stream into `stream`."""
+
+    model: RewardModel | None = None
+    stream: Stream | None = None
+    reads_actor_tokens = False
+    """True: `model` takes the actor's own rows, and may be scored together with the other models."""
+
+    def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
+        """One score per answer."""
+        raise NotImplementedError
+
+
+def reward_source(
+    reward: str | None,
+    reward_fn: str | None,
+    encoder: Encoder,
+    strategy: Strategy,
+    flags: DataFlags,
+    micro_batch_size: int,
+    say: Callable[[str], None],
+    base_dtype: BaseDtype | None = None,
+) -> RewardSource:
+    """What `--reward` or `--reward-fn` names. `encoder`: the actor's; `micro_batch_size`: rows per forward pass."""
     if reward_fn:
-        scorer = _from_function(load_reward_fn(reward_fn), encoder, reward_fn)
-        return None, lambda: scorer, False
+        return FunctionReward(load_reward_fn(reward_fn), encoder, reward_fn)
     assert reward is not None
     source = resolve_model(reward)
     with strategy.init():
         model = RewardModel.trained(source, base_dtype=base_dtype, allow_pickle=flags.allow_pickle)
     model.eval().requires_grad_(False)
     _warn_if_weak(model, say, reward)
-    own = encoder_of(source, model.decoder.config, dataclasses.replace(flags, max_length=1 << 30))
-    # The reward model must see what it was trained on (11): its own tokens, where its tokenizer is another one.
-    same_tokens = own.same_tokenizer(encoder)
+    model_encoder = encoder_of(source, model.decoder.config, dataclasses.replace(flags, max_length=1 << 30))
+    same_tokens = model_encoder.same_tokenizer(encoder)
     if same_tokens:
         check_room("reward", reward, model.decoder.config, encoder)
+    return ModelReward(model, strategy, encoder, model_encoder, same_tokens, micro_batch_size)
 
-    def scorer_from(stream: Stream) -> Scorer:
-        def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
-            if same_tokens:
-                rows = [answer.prompt_ids + answer.response_ids for answer in answers]
-            else:
-                ended = [answer.finish_reason == "stop" for answer in answers]
-                texts = [encoder.decode(answer.response_ids) for answer in answers]
-                rows = [
-                    own.encode_response(record, text, ended=end)
-                    for record, text, end in zip(records, texts, ended, strict=True)
-                ]
-            return score_rows(strategy, stream, stream.model, rows, size)
 
-        return score
+class ModelReward(RewardSource):
+    """A reward model. It reads the tokens it was trained on (11): where its tokenizer is another, texts go between."""
 
-    return model, scorer_from, same_tokens
+    def __init__(
+        self,
+        model: RewardModel,
+        strategy: Strategy,
+        encoder: Encoder,
+        model_encoder: Encoder,
+        reads_actor_tokens: bool,
+        micro_batch_size: int,
+    ) -> None:
+        self.model, self.strategy, self.micro_batch_size = model, strategy, micro_batch_size
+        self.encoder, self.model_encoder, self.reads_actor_tokens = encoder, model_encoder, reads_actor_tokens
+
+    def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
+        """The model's scores of whole rows."""
+        assert self.stream is not None, "prepare the reward model first"
+        if self.reads_actor_tokens:
+            rows = [answer.prompt_ids + answer.response_ids for answer in answers]
+        else:
+            rows = [
+                self.model_encoder.encode_response(
+                    record, self.encoder.decode(answer.response_ids), ended=answer.finish_reason == "stop"
+                )
+                for record, answer in zip(records, answers, strict=True)
+            ]
+        return score_rows(self.strategy, self.stream, self.stream.model, rows, self.micro_batch_size)
+
+
+class FunctionReward(RewardSource):
+    """A Python function score(prompts, responses, **_); `address` is its file.py:name for error messages."""
+
+    def __init__(self, function: Callable[..., list[float]], encoder: Encoder, address: str) -> None:
+        self.function, self.encoder, self.address = function, encoder, address
+        parameters = inspect.signature(function).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.takes = {name for name in ("prompt_ids", "response_ids") if takes_any or name in parameters}
+
+    def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
+        """The function's scores. Raises UserError when it fails, or gives too few scores or one that is not finite."""
+        ids = {
+            "prompt_ids": [answer.prompt_ids for answer in answers],
+            "response_ids": [answer.response_ids for answer in answers],
+        }
+        prompts, responses = (self._texts(rows) for rows in ids.values())
+        extras = {name: rows for name, rows in ids.items() if name in self.takes}
+        try:
+            scores = [float(x) for x in self.function(prompts, responses, **extras)]
+        except Exception as error:
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"--reward-fn {self.address}: raised {type(error).__name__}: {error} ({line.filename}:{line.lineno})."
+            ) from error
+        if len(scores) != len(answers):
+            raise UserError(f"--reward-fn {self.address}: gave {len(scores)} scores for {len(answers)} responses.")
+        for value, response in zip(scores, responses, strict=True):
+            if not math.isfinite(value):
+                raise UserError(f"--reward-fn {self.address}: gave {value} for {response!r}; scores must be finite.")
+        return scores
+
+    def _texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return [self.encoder.decode([*ids]) if self.encoder.tokenizer else "" for ids in rows]
 
 
 def check_room(flag: str, source: str, config: DecoderConfig, encoder: Encoder) -> None:
@@ -83,48 +148,20 @@ def load_reward_fn(address: str) -> Callable[..., list[float]]:
     if spec is None or spec.loader is None:
         raise UserError(f"--reward-fn {path}: is no Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look there
+    sys.modules[spec.name] = module  # dataclasses and pickling look it up by name
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"--reward-fn {path}: the file cannot be run: {type(error).__name__}: {error}.") from error
     function = getattr(module, name, None)
     if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"--reward-fn {path}: has no function {name!r}; it has {', '.join(there) or 'none'}.")
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"--reward-fn {path}: has no function {name!r}; it has {', '.join(names) or 'none'}.")
     return function
 
 
-def _from_function(function: Callable[..., list[float]], encoder: Encoder, address: str) -> Scorer:
-    parameters = inspect.signature(function).parameters
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-
-    def score(records: Sequence, answers: Sequence[Answer]) -> list[float]:
-        prompt_ids, response_ids = [a.prompt_ids for a in answers], [a.response_ids for a in answers]
-        prompts, responses = (
-            [encoder.decode(ids) for ids in many] if encoder.tokenizer else [""] * len(answers)
-            for many in (prompt_ids, response_ids)
-        )
-        extras = {"prompt_ids": prompt_ids, "response_ids": response_ids}
-        extras = {name: ids for name, ids in extras.items() if takes_any or name in parameters}
-        try:
-            scores = [float(x) for x in function(prompts, responses, **extras)]
-        except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{line.filename}:{line.lineno}"
-            raise UserError(f"--reward-fn {address}: raised {type(error).__name__}: {error} ({where}).") from error
-        if len(scores) != len(answers):
-            raise UserError(f"--reward-fn {address}: gave {len(scores)} scores for {len(answers)} responses.")
-        bad = next((i for i, x in enumerate(scores) if not math.isfinite(x)), None)
-        if bad is not None:
-            raise UserError(f"--reward-fn {address}: gave {scores[bad]} for {responses[bad]!r}; scores must be finite.")
-        return scores
-
-    return score
-
-
 def _warn_if_weak(model: RewardModel, say: Callable[[str], None], name: str) -> None:
-    """PPO.md 23: nobody starts PPO on a bad reward model without being told."""
+    """PPO.md 23: says so before PPO starts on a bad reward model."""
     accuracy, length = model.facts.get("pair_accuracy"), model.facts.get("length_correlation", 0.0)
     if accuracy is None:
         say(f"{name}: this reward model carries no held-out pair accuracy; check it before trusting its scores")

@@ -34,7 +34,7 @@ def strategy_of(flags: RunFlags) -> Strategy:
     )  # fmt: skip
 
 
-def learns(flags: LoraFlags, seed: int) -> dict[str, Any]:
+def adapter_options(flags: LoraFlags, seed: int) -> dict[str, Any]:
     """How a role is read, for its `from_pretrained`: whole, with a new adapter, or with one that was saved."""
     spec = None
     if flags.lora is not None:

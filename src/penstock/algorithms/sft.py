@@ -15,10 +15,10 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.setup import (
+    adapter_options,
     check_adapter_learns,
     encoder_of,
     keep_tokenizer,
-    learns,
     read,
     reserve_activations,
     sample_rows,
@@ -47,7 +47,9 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     session = Session("sft", config, world, resume=resume)
     source = resolve_model(config.model)
     with strategy.init():
-        actor = Actor.from_pretrained(source, allow_pickle=config.data.allow_pickle, **learns(config.peft, run.seed))
+        actor = Actor.from_pretrained(
+            source, allow_pickle=config.data.allow_pickle, **adapter_options(config.peft, run.seed)
+        )
     check_adapter_learns(actor, config.peft)
     encoder = encoder_of(source, actor.decoder.config, config.data)
     keep_tokenizer(session, source)

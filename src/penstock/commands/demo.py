@@ -28,6 +28,7 @@ from penstock.config import (
     GenerateConfig,
     OptimFlags,
     PPOConfig,
+    PPOFlags,
     RewardConfig,
     RunFlags,
     SFTConfig,
@@ -177,7 +178,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
             data=DataFlags(data=(str(data / "prompts.jsonl"),), max_length=64),
             run=RunFlags(out=str(out / "ppo"), seed=seed, checkpoint_every=10_000, keep=1),
             optim=OptimFlags(lr=3e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=28),
-            critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1, samples=64,
+            ppo=PPOFlags(critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1), samples=64,
         )
     )  # fmt: skip
     return measure(out, seed, world, heldout, {"base": base, "sft": tuned, "ppo": aligned}, judge, started)

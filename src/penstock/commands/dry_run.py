@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms import ppo
+from penstock.algorithms.experience import Roles
+from penstock.algorithms.ppo import PPO, permutation
 from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranking_loss, score_states
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.autochunk.meter import Meter
 from penstock.commands.pretend import PretendDisk, PretendWorld, pretend
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
+from penstock.config import OptimFlags
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
@@ -161,29 +162,27 @@ Phases = Callable[[Any], Any]
 
 def _ppo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases, swap: Ram | None) -> None:
     """One iteration as in algorithms.ppo.ppo."""
-    world = strategy.world
-    actor = streams["actor"].model
     optim = OptimFlags(1e-6, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size, epochs=work.epochs)
-    config = PPOConfig("actor", DataFlags(("-",)), RunFlags("-"), reward="-", optim=optim)
-    count, response = math.ceil(work.batch_size / world.size), work.length - work.prompt_length
+    roles = Roles(streams["actor"], streams["reference"], streams["critic"], streams.get("reward"), _no_scores)
+    iteration, decoder = PPO(strategy, roles, optim), streams["actor"].model.decoder
+    count, response = math.ceil(work.batch_size / strategy.world.size), work.length - work.prompt_length
     rollout: list[Answer] = []
     sampling, rows = Sampling(max_new_tokens=response), work.rollout_batch_size or count
     with phase("rollout"):
         for start in range(0, count, rows):
-            some = min(rows, count - start)
-            rollout += _generate(strategy, actor.decoder, some, work.prompt_length, sampling, swap)
+            answers = min(rows, count - start)
+            rollout += _generate(strategy, decoder, answers, work.prompt_length, sampling, swap)
     with phase("score"):
-        experience = ppo.score(
-            strategy, rollout, [None] * len(rollout), streams["actor"], streams["reference"], streams["critic"],
-            lambda records, answers: [0.0] * len(answers), config, work.micro_batch_size, streams.get("reward"),
-        )  # fmt: skip
-        experience = ppo.with_advantages(ppo.in_order(world.gather(experience)), 0.1, config)
+        experience = iteration.score(rollout, [None] * len(rollout), 0.1)
     with phase("train"):
         for epoch in range(work.epochs):
-            order = ppo.permutation(work.batch_size, 0, 1, epoch)
-            for start in range(0, work.batch_size, work.mini_batch_size):
-                index = order[start : start + work.mini_batch_size]
-                ppo.learn(strategy, streams["actor"], streams["critic"], experience, index, config, 1.0)
+            order = permutation(work.batch_size, 0, 1, epoch)
+            for index in order.split(work.mini_batch_size):
+                iteration.learn(experience, index)
+
+
+def _no_scores(records: Sequence[Any], answers: Sequence[Answer]) -> list[float]:
+    return [0.0] * len(answers)
 
 
 def _sft(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from penstock.algorithms.reward_source import Scorer, scorer_of
+from penstock.algorithms.reward_source import RewardSource, reward_source
 from penstock.algorithms.setup import encoder_of, read
 from penstock.config import ChatConfig, DataFlags, GenerateConfig
 from penstock.data.chat import Encoder
@@ -43,8 +43,8 @@ def generate(config: GenerateConfig) -> None:
         prompts = [encoder.encode_prompt(records[0])]
     else:
         records, prompts = read(functools.partial(print, file=sys.stderr), encoder, flags.data, "prompts", flags)
-    scorer = _scorer(config, strategy, encoder, flags) if config.reward or config.reward_fn else None
-    lines = _answers(config, actor, encoder, records, prompts, sampling, scorer)
+    source = _source(config, strategy, encoder, flags) if config.reward or config.reward_fn else None
+    lines = _answers(config, actor, encoder, records, prompts, sampling, source)
     if config.out is None:
         for line in lines:
             as_text = line["response"] if encoder.tokenizer else " ".join(map(str, line["response_ids"]))
@@ -70,7 +70,7 @@ WINDOW = 16
 
 def _answers(
     config: GenerateConfig, actor: Actor, encoder: Encoder, records: list[Any], prompts: list[list[int]],
-    sampling: Sampling, scorer: Scorer | None,
+    sampling: Sampling, source: RewardSource | None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     engine = Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=config.batch_size, tokenizer=encoder.tokenizer)
     n = sampling.n
@@ -78,8 +78,8 @@ def _answers(
     for start in range(0, len(prompts), window):
         answers = engine.generate(prompts[start : start + window], sampling, first_episode=start * n)
         scores: list[float | None] = [None] * len(answers)
-        if scorer is not None:
-            scores = [*scorer([records[start + i // n] for i in range(len(answers))], answers)]
+        if source is not None:
+            scores = [*source.score([records[start + i // n] for i in range(len(answers))], answers)]
         for i in range(0, len(answers), n):
             mine = list(zip(answers[i : i + n], scores[i : i + n], strict=True))
             if config.best_of:
@@ -102,12 +102,11 @@ def _line(encoder: Encoder, answer: Answer, score: float | None) -> dict[str, An
     return line | {key: value for key, value in extra.items() if value not in (None, [])}
 
 
-def _scorer(config: GenerateConfig, strategy: Strategy, encoder: Encoder, flags: DataFlags) -> Scorer:
+def _source(config: GenerateConfig, strategy: Strategy, encoder: Encoder, flags: DataFlags) -> RewardSource:
     say = functools.partial(print, file=sys.stderr)
-    model, scorer_from, _ = scorer_of(
-        config.reward, config.reward_fn, encoder, strategy, flags, config.batch_size, say
-    )  # fmt: skip
-    return scorer_from() if model is None else scorer_from(strategy.prepare(model))
+    source = reward_source(config.reward, config.reward_fn, encoder, strategy, flags, config.batch_size, say)
+    source.stream = None if source.model is None else strategy.prepare(source.model)
+    return source
 
 
 def chat(config: ChatConfig) -> None:

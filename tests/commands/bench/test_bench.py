@@ -147,9 +147,10 @@ def test_what_cannot_work_is_said_before_anything_is_made(flags, code, words, ca
 def test_four_roles_stand_on_one_base_with_adapters():
     strategy = Strategy.named("gemini_cpu")
     four = work.Four(strategy, TINY, lora_rank=2)
-    assert four.shared
+    assert four.streams["actor"].shares(four.streams["reward"])
     assert four.streams["actor"].shares(four.streams["reference"])
-    assert not work.Four(Strategy.named("gemini_cpu"), TINY).shared
+    full = work.Four(Strategy.named("gemini_cpu"), TINY)
+    assert not full.streams["actor"].shares(full.streams["reward"])
 
 
 @pytest.mark.parametrize("base_dtype", [None, "nf4"])

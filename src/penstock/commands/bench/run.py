@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from penstock.algorithms import ppo
-from penstock.algorithms.experience import concatenate
+from penstock.algorithms.experience import Experience, concatenate
+from penstock.algorithms.ppo import permutation
 from penstock.commands.bench import count
 from penstock.commands.bench.clock import Clock, largest
 from penstock.commands.bench.config import BenchConfig
@@ -110,7 +110,7 @@ def play(
     generator = torch.Generator().manual_seed(config.seed)
     prompts = torch.randint(shape.vocab_size, (config.prompts, config.prompt_length), generator=generator).tolist()
     new = config.max_length - config.prompt_length
-    kept: list[ppo.Experience] = []
+    kept: list[Experience] = []
     episode = learned = 0
     recorder = Recorder(config.profile if world.first else None, world.device)
     with contextlib.ExitStack() as warming, recorder:
@@ -132,7 +132,7 @@ def play(
                 with clock.phase("train", beat.timed):
                     experience = concatenate(kept)
                     for epoch in range(config.max_epochs):
-                        order = ppo.permutation(len(experience.tokens), config.seed, learned, epoch)
+                        order = permutation(len(experience.tokens), config.seed, learned, epoch)
                         for index in order.split(config.train_batch_size * world.size):
                             four.learn(experience, index)
                 kept, learned = [], learned + 1

@@ -1,7 +1,7 @@
-"""The work that is measured: PPO of four models of one shape on random prompts, by the functions of `penstock ppo`.
+"""The work that is measured: PPO of four models of one shape on random prompts, by `penstock ppo`'s own iteration.
 
-It knows nothing of clocks. `penstock bench` drives its two verbs in the published order; the repository's benchmarks
-use `iteration`.
+It knows nothing of clocks. `penstock bench` calls rollout, score and learn in the published order; the repository's
+benchmarks use `iteration`.
 """
 
 import copy
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.algorithms import ppo
-from penstock.algorithms.reward import score_rows
+from penstock.algorithms.experience import Experience, Roles
+from penstock.algorithms.ppo import PPO
 from penstock.algorithms.setup import reserve_activations
-from penstock.config import DataFlags, OptimFlags, PPOConfig, RunFlags
-from penstock.memory.strategy import StepStats, Strategy
+from penstock.config import OptimFlags, PPOFlags
+from penstock.memory.strategy import Strategy
 from penstock.models import lora
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -24,8 +24,7 @@ from penstock.models.lora_targets import LoraSpec
 from penstock.models.packed import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.models.weight_shapes import BaseDtype
-from penstock.rollout.engine import generate
-from penstock.rollout.sampling import Sampling
+from penstock.rollout.engine import Answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Sizes:
 class Four:
     """Actor, critic, reference and reward model with random weights: four full models, or four roles on one base.
 
-    With `sizes` room is left for what that work needs of a device budget; without, a quarter of it (see Strategy).
+    With `sizes` the strategy leaves to activations what that work needs of a device budget; without, a quarter of it.
     """
 
     def __init__(
@@ -62,67 +61,46 @@ class Four:
         seed: int = 0,
         sizes: Sizes | None = None,
     ) -> None:
-        self.strategy, self.micro_batch_size, self.top_k, self.seed = strategy, micro_batch_size, top_k, seed
+        self.strategy = strategy
         models = roles_of(strategy, shape, lora_rank, base_dtype)
         for model in models.values():
             model.fill = fill_quickly
-        self.actor, self.reward = models["actor"], models["reward"]
-        self.swap = None
+        optim = OptimFlags(lr=1e-6, micro_batch_size=micro_batch_size)
+        swap = None
         if sizes is not None:
-            optim = OptimFlags(1e-6, micro_batch_size=sizes.micro, epochs=sizes.epochs)
-            self.swap = reserve_activations(
-                strategy, "ppo", models, optim, longest=sizes.prompt + sizes.new, response=sizes.new,
+            swap = reserve_activations(
+                strategy, "ppo", models, dataclasses.replace(optim, micro_batch_size=sizes.micro, epochs=sizes.epochs),
+                longest=sizes.prompt + sizes.new, response=sizes.new,
                 rows=sizes.experience * strategy.world.size, mini_batch_size=sizes.train * strategy.world.size,
             )  # fmt: skip
         self.streams = dict(zip(models, strategy.prepare_all(*models.values()), strict=True))
-        self.shared = self.streams["actor"].shares(self.streams["reward"])
+        streams = self.streams
+        roles = Roles(streams["actor"], streams["reference"], streams["critic"], streams["reward"])
+        self.ppo = PPO(strategy, roles, optim, PPOFlags(top_k=top_k), seed, swap=swap)
 
-    def rollout(self, prompts: Sequence[list[int]], new: int, episodes: Sequence[int]) -> list[Any]:
+    def rollout(self, prompts: Sequence[list[int]], new: int, episodes: Sequence[int]) -> list[Answer]:
         """This rank's answers, every one of `new` tokens; `episodes` numbers their random streams."""
-        sampling = Sampling(max_new_tokens=new, seed=self.seed, top_k=self.top_k)
-        with self.strategy.phase("rollout"):
-            return generate(
-                self.actor.decoder, list(prompts), sampling, eos_ids=(), episodes=list(episodes), swap=self.swap
-            )
+        return self.ppo.rollout(prompts, episodes, max_new_tokens=new)
 
-    def score(self, rollout: Sequence[Any]) -> ppo.Experience:
+    def score(self, rollout: Sequence[Answer]) -> Experience:
         """The answers of all ranks, seen by all four models, with advantages."""
-        world, config = self.strategy.world, self._config(1, 1)
-        with self.strategy.phase("score"):
-            local = ppo.score(
-                self.strategy, rollout, [None] * len(rollout), self.streams["actor"], self.streams["reference"],
-                self.streams["critic"], self._score, config, self.micro_batch_size,
-                self.streams["reward"] if self.shared else None,
-            )  # fmt: skip
-            return ppo.with_advantages(ppo.in_order(world.gather(local)), config.kl_coef, config)
+        return self.ppo.score(rollout, [None] * len(rollout), self.ppo.flags.kl_coef)
 
-    def learn(self, experience: ppo.Experience, index: Tensor) -> list[tuple[str, StepStats]]:
+    def learn(self, experience: Experience, index: Tensor) -> None:
         """One optimizer step of actor and critic on the episodes of `index`, which are of all ranks."""
-        config = self._config(len(index), self.micro_batch_size)
-        with self.strategy.phase("train"):
-            steps = ppo.learn(
-                self.strategy, self.streams["actor"], self.streams["critic"], experience, index, config, 1.0
-            )
-        assert all(step.applied for _, step in steps), "a loss or a gradient of random weights was not finite"
-        return steps
+        steps = self.ppo.learn(experience, index)
+        assert all(stats.applied for stats in steps.values()), "a loss or a gradient of random weights was not finite"
 
     def iteration(self, prompts: Sequence[list[int]], new: int, seed: int = 0) -> Iterator[str]:
         """One rollout and one optimizer step on all of it; yields the name of the phase that has just ended."""
-        first = seed * len(prompts) * self.strategy.world.size + self.strategy.world.rank
-        rollout = self.rollout(prompts, new, [first + i * self.strategy.world.size for i in range(len(prompts))])
+        world = self.strategy.world
+        first = seed * len(prompts) * world.size + world.rank
+        rollout = self.rollout(prompts, new, [first + i * world.size for i in range(len(prompts))])
         yield "rollout"
         experience = self.score(rollout)
         yield "score"
         self.learn(experience, torch.arange(len(experience.tokens)))
         yield "train"
-
-    def _config(self, rows: int, micro: int) -> PPOConfig:
-        optim = OptimFlags(lr=1e-6, batch_size=rows, micro_batch_size=micro)
-        return PPOConfig("actor", DataFlags(("-",)), RunFlags("-"), reward="-", optim=optim)
-
-    def _score(self, records: Any, answers: Any) -> list[float]:
-        rows = [one.prompt_ids + one.response_ids for one in answers]
-        return score_rows(self.strategy, self.streams["reward"], self.reward, rows, self.micro_batch_size)
 
 
 def roles_of(
@@ -158,7 +136,6 @@ def fill_quickly(weights: dict[str, Tensor]) -> None:
             continue
         count = min(flat.numel(), 1 << 20)
         wide = torch.randn(count) * 0.02 if weight.is_floating_point() else torch.randint(0, 255, (count,))
-        some = wide.to(weight.dtype)
-        for start in range(0, flat.numel(), count):
-            part = flat[start : start + count]
-            part.copy_(some[: part.numel()])
+        numbers = wide.to(weight.dtype)
+        for part in flat.split(count):
+            part.copy_(numbers[: part.numel()])

@@ -1,0 +1,71 @@
+"""One PPO step as numbers, in the names that dashboards know. All are over valid tokens of the whole batch."""
+
+from collections.abc import Sequence
+
+from penstock.algorithms import functional as fn
+from penstock.algorithms.experience import Experience
+from penstock.config import PPOFlags
+from penstock.memory.strategy import StepStats
+
+
+def summary(
+    experience: Experience, sums: Sequence[tuple[str, StepStats]], beta: float, flags: PPOFlags
+) -> dict[str, float]:
+    """Metrics of the experience, and of the updates in `sums`, ("policy" or "value", statistics) each."""
+    policy = [stats for name, stats in sums if name == "policy"]
+    value = [stats.sums for name, stats in sums if name == "value"]
+    metrics = _of_experience(experience, beta, flags)
+    if policy:
+        metrics |= _of_policy([stats.sums for stats in policy])
+        metrics["policy/grad_norm"] = sum(stats.grad_norm for stats in policy) / len(policy)
+    if value:
+        metrics["val/clipfrac_avg"] = _total(value, "clipfrac") / _total(value, "tokens")
+        metrics["loss/value_avg"] = _total(value, "loss") / len(value)
+    return metrics
+
+
+def _of_experience(experience: Experience, beta: float, flags: PPOFlags) -> dict[str, float]:
+    mask, rows = experience.mask, len(experience.tokens)
+    logprobs, ref_logprobs = experience.logprobs, experience.ref_logprobs
+    kl = float(fn.clean(fn.kl_k1(logprobs, ref_logprobs), mask).sum()) / rows
+    scores = fn.replace_missing_eos(experience.scores, experience.ended, flags.missing_eos_score)
+    metrics = {
+        "objective/kl": kl,
+        "objective/kl_k3": float(fn.clean(fn.kl_k3(logprobs, ref_logprobs), mask).sum()) / rows,
+        "objective/entropy": float(fn.clean(-logprobs, mask).sum()) / rows,
+        "objective/scores": float(experience.scores.mean()),
+        "objective/scores_std": float(experience.scores.std()) if rows > 1 else 0.0,
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": float(scores.mean()) - beta * kl,
+        "objective/kl_coef": beta,
+        "objective/response_length": float(experience.lengths.float().mean()),
+        "val/num_eos_tokens": float(experience.ended.sum()),
+        "val/missing_eos_rate": 1.0 - float(experience.ended.float().mean()),
+        "val/explained_variance": float(fn.explained_variance(experience.values, experience.returns, mask)),
+        "val/engine_logprob_gap": float(experience.engine_gap.max()),
+    }
+    if flags.reward_clip is not None:
+        metrics["objective/scores_clipfrac"] = float((experience.scores.abs() > flags.reward_clip).float().mean())
+    return metrics
+
+
+def _of_policy(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    tokens = _total(updates, "tokens")
+    ratio = _total(updates, "ratio") / tokens
+    metrics = {
+        "policy/approxkl_avg": _total(updates, "approxkl") / tokens,
+        "policy/clipfrac_avg": _total(updates, "clipfrac") / tokens,
+        "policy/entropy_avg": _total(updates, "entropy") / tokens,
+        "loss/policy_avg": _total(updates, "policy") / len(updates),
+        "val/ratio": ratio,
+        "val/ratio_var": max(_total(updates, "ratio_sq") / tokens - ratio**2, 0.0),
+        "val/first_ratio_gap": updates[0]["max_ratio_gap"],
+        "policy/updates": float(len(updates)),
+    }
+    if "ptx" in updates[0]:
+        metrics["loss/ptx_avg"] = _total(updates, "ptx") / len(updates)
+    return metrics
+
+
+def _total(updates: Sequence[dict[str, float]], name: str) -> float:
+    return sum(sums[name] for sums in updates)
