@@ -233,7 +233,7 @@ class RewardConfig(Flags):
 
 @dataclass(frozen=True)
 class PPOFlags(Flags):
-    """How answers are sampled, and what PPO does with them."""
+    """PPO: rollout, rewards and losses."""
 
     max_new_tokens: int = 128
     """Tokens per response."""
