@@ -30,7 +30,7 @@ from penstock.config import OptimFlags, PPOFlags
 from penstock.errors import ResourceError
 from penstock.memory.strategy import Strategy
 from penstock.models import log_probs as heads
-from penstock.models import lora, presets
+from penstock.models import lora, presets, surgery
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
@@ -91,7 +91,7 @@ def roles_of(strategy: Strategy, shape: DecoderConfig, rank: int) -> list[Any]:
         made.seed = 1
         if seed is None:
             return made
-        lora.add(made, LoraSpec(rank), seed=seed)
+        surgery.add_adapters(made, LoraSpec(rank), seed=seed)
         return made
 
     with strategy.init():
@@ -154,11 +154,11 @@ def merged(repeats: int, size: str = "s", rows: int = 8, prompt: int = 64, new: 
     prompts = torch.randint(50257, (rows, prompt)).tolist()
     models = {name: Decoder(presets.named(size), dtype=torch.bfloat16) for name in ("base", "merged", "beside")}
     for name in ("merged", "beside"):
-        lora.add(models[name], LoraSpec(16))
+        surgery.add_adapters(models[name], LoraSpec(16))
         with torch.no_grad():
             for adapter in lora.adapters_of(models[name]):
                 adapter.b.normal_(std=0.02)
-    lora.merge(models["merged"], keep=False)
+    surgery.merge_adapters(models["merged"], keep=False)
     sampling = Sampling(temperature=0.0, max_new_tokens=new)
     calls = {name: lambda model=model: generate(model, prompts, sampling, eos_ids=()) for name, model in models.items()}
     seconds = in_turns(calls, repeats)

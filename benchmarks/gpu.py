@@ -41,8 +41,8 @@ from penstock.memory.tiers import Ram
 from penstock.models import log_probs, presets, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.packed import quantise_base
 from penstock.models.roles import Actor
+from penstock.models.surgery import quantise_base
 from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of
 from penstock.rollout.cache import KVCache
 from penstock.rollout.engine import Engine

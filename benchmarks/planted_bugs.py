@@ -25,9 +25,9 @@ FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
 DECODER, SHAPES, HEAD = "models/decoder.py", "models/weight_shapes.py", "models/log_probs.py"
-LINEAR, LORA, QUANTISED, EIGHTBIT, PASSES = (
+LINEAR, RECIPE, QUANTISED, EIGHTBIT, PASSES = (
     "models/linear.py",
-    "models/lora.py",
+    "models/recipe.py",
     "models/packed.py",
     "memory/adamw_8bit.py",
     "planner/activations.py",
@@ -134,7 +134,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (RM, "split by row, not by prompt", "split_by_prompt([record.prompt_key for record in records]", "split_by_prompt([str(i) for i, _ in enumerate(records)]"),
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
     (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),
-    (DECODER, "embedding's gradient overwrites what is there", "place.index_add_(0,", "place.index_copy_(0,"),
+    (DECODER, "embedding's gradient overwrites what is there", "table_grad.index_add_(0,", "table_grad.index_copy_(0,"),
     (STREAM, "only the last micro-batch counts", "            losses += yield from self._pass(batches, loss_of)\n", "            self.sink.clear()\n            losses += yield from self._pass(batches, loss_of)\n"),
     (STREAM, "slots keep old weights after an update", "        self.sink.update(lr, scale)\n        self._forget()\n", "        self.sink.update(lr, scale)\n"),
     (STREAM, "a block passes its own slope on", "            wave.state_grads[j] = x.grad\n", "            wave.state_grads[j] = wave.state_grads[j]\n"),
@@ -158,8 +158,8 @@ BUGS: list[tuple[str, str, str, str]] = [
     (ENGINE, "answers go on after EOS", "if token in self.eos_ids or (", "if ("),
     # adapters and fewer bits
     (LINEAR, "an adapter's scale is forgotten", "y.add_(adapters[0](x).mul_(scale))", "y.add_(adapters[0](x))"),
-    (LORA, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
-    (LORA, "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
+    (RECIPE, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
+    ("models/surgery.py", "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
     (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),
     (EIGHTBIT, "a first moment's sign is lost", "found += (blocks < 0)", "found += 0 * (blocks < 0)"),
     (PPO, "the value loss is not weighed on a shared trunk", "policy + flags.vf_coef * value", "policy + value"),

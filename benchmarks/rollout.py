@@ -24,10 +24,10 @@ from benchmarks.engine import in_turns
 from benchmarks.facts import write
 from penstock.kernels import cpu_ops
 from penstock.memory.strategy import Strategy
-from penstock.models import linear, presets
+from penstock.models import linear, presets, pretrained
 from penstock.models.decoder import Decoder
-from penstock.models.packed import quantise
 from penstock.models.roles import Actor
+from penstock.models.surgery import quantise
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 
@@ -40,7 +40,7 @@ def both() -> tuple[Decoder, Any]:
     torch.manual_seed(0)
     decoder = Decoder(presets.named("s"), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as directory:
-        decoder.save_pretrained(directory)
+        pretrained.save(decoder, directory)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     return decoder, theirs
 

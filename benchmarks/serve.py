@@ -42,6 +42,7 @@ def small_model(directory: Path) -> str:
     import torch
 
     from penstock.data.toyland import save_tokenizer
+    from penstock.models import pretrained
     from penstock.models.config import DecoderConfig
     from penstock.models.decoder import Decoder
 
@@ -50,7 +51,7 @@ def small_model(directory: Path) -> str:
         max_length=256, hf={"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
     )  # fmt: skip
     path = directory / "small"
-    Decoder(config, generator=torch.Generator().manual_seed(0)).save_pretrained(path)
+    pretrained.save(Decoder(config, generator=torch.Generator().manual_seed(0)), path)
     save_tokenizer(path, ["What is a penstock? The gated pipe that feeds a turbine."], vocab_size=512)
     return str(path)
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
+from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 
@@ -32,7 +33,7 @@ EOS = 2
 def save_tiny(path: Path, seed: int = 0, **changes: Any) -> str:
     """Saves a tiny GPT-2 with random weights."""
     decoder = Decoder(dataclasses.replace(TINY, **changes), generator=torch.Generator().manual_seed(seed))
-    decoder.save_pretrained(path)
+    pretrained.save(decoder, path)
     return str(path)
 
 

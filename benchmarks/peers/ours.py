@@ -11,7 +11,7 @@ from penstock.algorithms.sft import response_logprobs, rows_of
 from penstock.commands.bench.work import Four
 from penstock.data.chat import Example
 from penstock.memory.strategy import Strategy
-from penstock.models import lora, presets
+from penstock.models import presets, surgery
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
@@ -23,7 +23,7 @@ def sft(strategy: Strategy, shape: DecoderConfig, rank: int = 0) -> Callable[[to
     with strategy.init():
         actor = Actor(Decoder(shape))
         if rank:
-            lora.add(actor.decoder, LoraSpec(rank))
+            surgery.add_adapters(actor.decoder, LoraSpec(rank))
     stream = strategy.prepare(actor)
 
     def step(tokens: torch.Tensor) -> object:

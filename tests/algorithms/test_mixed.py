@@ -13,7 +13,7 @@ from penstock.algorithms.ppo import PPO, ppo
 from penstock.cli import main
 from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
 from penstock.memory.strategy import Strategy
-from penstock.models.decoder import Decoder
+from penstock.models import pretrained
 from penstock.models.roles import Actor, ActorCritic, Critic, RewardModel
 from tests.conftest import comparisons, demonstrations, ppo_config
 
@@ -118,7 +118,7 @@ def test_a_frozen_start_is_left_as_it_was(config):
 
 def oracle_of(source, flags, experience, hold_actor):
     """The joint gradient in plain PyTorch: one decoder, two heads, two losses."""
-    model = ActorCritic(Decoder.from_pretrained(source))
+    model = ActorCritic(pretrained.load(source)[0])
     rows = experience
     hidden = model.decoder(rows.tokens)
     mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])

@@ -94,7 +94,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     theirs = reference(request.param)
     directory = tmp_path_factory.mktemp("reference")
     theirs.save_pretrained(directory)
-    return theirs, Decoder.from_pretrained(str(directory)), directory
+    return theirs, pretrained.load(str(directory))[0], directory
 
 
 def ragged_batch(vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,7 @@ def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(
 
 def test_what_we_save_transformers_loads_bit_for_bit(both: tuple[Any, Decoder, Path], tmp_path: Path) -> None:
     theirs, ours, _ = both
-    ours.save_pretrained(tmp_path)
+    pretrained.save(ours, tmp_path)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert type(again) is type(theirs)

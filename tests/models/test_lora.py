@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
-from penstock.models import adapter_files, lora
+from penstock.models import adapter_files, lora, surgery
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.models.roles import Actor, Critic, RewardModel
 
@@ -144,14 +144,14 @@ def test_merging_changes_nothing_and_is_undone_bit_by_bit(name, tmp_path):
     all_random(ours.decoder)
     tokens = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(1))
     before, weights = logits(ours, tokens), {n: p.clone() for n, p in ours.named_parameters()}
-    lora.merge(ours.decoder)
+    surgery.merge_adapters(ours.decoder)
     assert not lora.adapters_of(ours.decoder)
     assert (logits(ours, tokens) - before).abs().max() <= 1e-5 * before.abs().max()
     ours.save_pretrained(tmp_path / "merged")
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         assert (whole(tokens).logits - before).abs().max() <= 1e-5 * before.abs().max()
-    lora.unmerge(ours.decoder)
+    surgery.unmerge_adapters(ours.decoder)
     assert torch.equal(logits(ours, tokens), before)
     now = dict(ours.named_parameters())
     assert all(torch.equal(now[n], p) for n, p in weights.items())
@@ -160,9 +160,9 @@ def test_merging_changes_nothing_and_is_undone_bit_by_bit(name, tmp_path):
 def test_weights_that_were_let_go_of_cannot_be_unmerged(tmp_path):
     reference("gpt2").save_pretrained(tmp_path / "base")
     ours = Actor.from_pretrained(str(tmp_path / "base"), lora=4)
-    lora.merge(ours.decoder, keep=False)
+    surgery.merge_adapters(ours.decoder, keep=False)
     with pytest.raises(ValueError, match="not kept"):
-        lora.unmerge(ours.decoder)
+        surgery.unmerge_adapters(ours.decoder)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

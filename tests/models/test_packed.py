@@ -12,12 +12,13 @@ from penstock.kernels import compile as compiler
 from penstock.memory import prepare
 from penstock.memory.strategy import Strategy
 from penstock.models import linear as linear_module
-from penstock.models import lora
+from penstock.models import surgery
 from penstock.models.decoder import Decoder
 from penstock.models.linear import linear
 from penstock.models.lora_targets import LoraSpec, groups_of
-from penstock.models.packed import NF4, dense, pack, quantise, quantise_base
+from penstock.models.packed import NF4, dense, pack
 from penstock.models.roles import Actor
+from penstock.models.surgery import quantise, quantise_base
 from penstock.models.weight_shapes import packed_shapes
 from penstock.planner.workload import RoleSpec
 from penstock.rollout.engine import Engine, generate
@@ -154,7 +155,7 @@ def test_the_plan_knows_every_packed_weight(decoder, kind):  # noqa: F811
         pytest.skip("odd widths do not pack")
     recipe = Decoder(config, device="meta")
     quantise_base(recipe, kind)
-    lora.add(recipe, LoraSpec(2))
+    surgery.add_adapters(recipe, LoraSpec(2))
     actor = Actor(recipe)
     said = groups_of(config, "float32", LoraSpec(2), trained=True, scalar=False, packed=kind)
     real = prepare.groups_of(actor)
@@ -171,6 +172,6 @@ def test_what_does_not_pack_is_said(decoder):  # noqa: F811
         quantise_base(odd, "nf4")
     made = copy.deepcopy(decoder)
     quantise_base(made, "int8")
-    lora.add(made, LoraSpec(2))
+    surgery.add_adapters(made, LoraSpec(2))
     with pytest.raises(ValueError, match="load the base in full"):
-        lora.merge(made)
+        surgery.merge_adapters(made)

@@ -26,7 +26,7 @@ TINY = dataclasses.replace(
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A directory with a tiny GPT-2."""
-    Decoder(TINY, generator=torch.Generator().manual_seed(0)).save_pretrained(tmp_path / "model")
+    pretrained.save(Decoder(TINY, generator=torch.Generator().manual_seed(0)), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -48,10 +48,10 @@ def edit_weights(directory: Path, **changes: Any) -> None:
 
 
 def test_shards_are_written_and_read(saved: Path, tmp_path: Path) -> None:
-    decoder = Decoder.from_pretrained(str(saved))
+    decoder = pretrained.load(str(saved))[0]
     pretrained.save(decoder, tmp_path / "shards", max_shard_bytes=5_000)
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
-    assert same(decoder, Decoder.from_pretrained(str(tmp_path / "shards")))
+    assert same(decoder, pretrained.load(str(tmp_path / "shards"))[0])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
     assert torch.equal(theirs.transformer.wte.weight, decoder.embed.tokens)
 
@@ -59,11 +59,11 @@ def test_shards_are_written_and_read(saved: Path, tmp_path: Path) -> None:
 def test_saving_over_another_layout_leaves_one_model_there(saved: Path) -> None:
     decoder = Decoder(TINY, generator=torch.Generator().manual_seed(1))
     pretrained.save(decoder, saved, max_shard_bytes=5_000)
-    assert same(decoder, Decoder.from_pretrained(str(saved)))
+    assert same(decoder, pretrained.load(str(saved))[0])
     decoder = Decoder(TINY, generator=torch.Generator().manual_seed(2))
     pretrained.save(decoder, saved)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
-    assert same(decoder, Decoder.from_pretrained(str(saved)))
+    assert same(decoder, pretrained.load(str(saved))[0])
 
 
 SETTINGS = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -82,13 +82,13 @@ def test_a_base_model_saved_without_prefix_is_read(name: str, tmp_path: Path) ->
     tokens = torch.arange(6)[None]
     with torch.no_grad():
         expected = theirs(tokens).last_hidden_state
-        assert (Decoder.from_pretrained(str(tmp_path))(tokens) - expected).abs().max() < 1e-5
+        assert (pretrained.load(str(tmp_path))[0](tokens) - expected).abs().max() < 1e-5
 
 
 def test_the_mask_buffers_of_old_gpt2_checkpoints_are_passed_over(saved: Path) -> None:
-    decoder = Decoder.from_pretrained(str(saved))
+    decoder = pretrained.load(str(saved))[0]
     edit_weights(saved, **{"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16), "lm_head.weight": torch.ones(40, 16)})
-    assert same(decoder, Decoder.from_pretrained(str(saved)))
+    assert same(decoder, pretrained.load(str(saved))[0])
 
 
 def test_rope_settings_of_transformers_4_are_understood(tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ def test_rope_settings_of_transformers_4_are_understood(tmp_path: Path) -> None:
     del config["rope_parameters"], config["dtype"]
     old = {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **scaling}, "torch_dtype": "float32"}
     path.write_text(json.dumps(config | old))
-    decoder = Decoder.from_pretrained(str(tmp_path / "theirs"))
+    decoder = pretrained.load(str(tmp_path / "theirs"))[0]
     assert decoder.config.rope_theta == 500.0
     assert dict(decoder.config.rope_scaling) == {"rope_type": "llama3", **scaling}
-    decoder.save_pretrained(tmp_path / "ours")
+    pretrained.save(decoder, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     tokens = torch.arange(40)[None]
     with torch.no_grad():
@@ -115,23 +115,23 @@ def test_rope_settings_of_transformers_4_are_understood(tmp_path: Path) -> None:
 
 def test_settings_we_do_not_use_survive_a_round_trip(saved: Path, tmp_path: Path) -> None:
     edit_config(saved, eos_token_id=[7, 9], pad_token_id=3, summary_type="cls_index", somebodys_note={"a": [1]})
-    decoder = Decoder.from_pretrained(str(saved))
+    decoder = pretrained.load(str(saved))[0]
     assert decoder.config.eos_ids == (7, 9)
-    decoder.save_pretrained(tmp_path / "again")
+    pretrained.save(decoder, tmp_path / "again")
     before, after = (json.loads((path / "config.json").read_text()) for path in (saved, tmp_path / "again"))
     assert after == before
 
 
 def test_generation_settings_of_the_source_are_not_taken_over(saved: Path, tmp_path: Path) -> None:
     (saved / "generation_config.json").write_text('{"top_k": 50}')  # PPO.md 4
-    Decoder.from_pretrained(str(saved)).save_pretrained(tmp_path / "again")
+    pretrained.save(pretrained.load(str(saved))[0], tmp_path / "again")
     assert not (tmp_path / "again" / "generation_config.json").exists()
 
 
 def test_weights_are_cast_to_the_dtype_asked_for(saved: Path) -> None:
-    decoder = Decoder.from_pretrained(str(saved), dtype=torch.bfloat16)
+    decoder = pretrained.load(str(saved), dtype=torch.bfloat16)[0]
     assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
-    expected = Decoder.from_pretrained(str(saved)).bfloat16()
+    expected = pretrained.load(str(saved))[0].bfloat16()
     assert same(decoder, expected)
 
 
@@ -144,7 +144,7 @@ def test_an_untied_reward_model_needs_no_language_model_head(tmp_path: Path) -> 
 
 
 def test_pickled_weights_are_read_only_when_asked_for(saved: Path) -> None:
-    decoder = Decoder.from_pretrained(str(saved))
+    decoder = pretrained.load(str(saved))[0]
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"only pickled weights.*--allow-pickle"):
@@ -205,7 +205,7 @@ def test_weights_that_do_not_fit_are_named(saved: Path, changes: dict[str, Any],
 
 def test_a_shape_that_does_not_fit_an_interleaved_weight_is_named(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, family="bloom", position="alibi", embed_norm=True)
-    Decoder(config).save_pretrained(tmp_path)
+    pretrained.save(Decoder(config), tmp_path)
     edit_weights(tmp_path, **{"transformer.h.0.self_attention.query_key_value.weight": torch.zeros(47, 16)})
     with pytest.raises(
         UserError, match=r"query_key_value.weight' has shape \(47, 16\) and config.json says \(48, 16\)"
@@ -222,14 +222,14 @@ def test_a_truncated_file_is_damaged_or_cut_short(saved: Path, kept: int) -> Non
 
 
 def test_a_missing_shard_is_named(saved: Path) -> None:
-    pretrained.save(Decoder.from_pretrained(str(saved)), saved, max_shard_bytes=5_000)
+    pretrained.save(pretrained.load(str(saved))[0], saved, max_shard_bytes=5_000)
     next(saved.glob("model-00002-*")).unlink()
     with pytest.raises(UserError, match=r"model-00002-of-.*the index names this file and it is missing"):
         pretrained.load(saved)
 
 
 def test_an_index_that_names_what_a_shard_does_not_hold_is_refused(saved: Path) -> None:
-    pretrained.save(Decoder.from_pretrained(str(saved)), saved, max_shard_bytes=5_000)
+    pretrained.save(pretrained.load(str(saved))[0], saved, max_shard_bytes=5_000)
     index = saved / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("wpe.weight", "wpo.weight"))
     with pytest.raises(UserError, match=r"the index names weight 'transformer.wpo.weight' in it"):
@@ -262,7 +262,7 @@ def test_a_write_that_the_disk_refuses_is_an_oserror_with_its_number(tmp_path: P
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as raised:
-            decoder.save_pretrained(tmp_path)
+            pretrained.save(decoder, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert raised.value.filename == str(tmp_path / "model.safetensors")

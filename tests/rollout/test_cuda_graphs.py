@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from penstock.kernels import compile as compiler
 from penstock.memory.strategy import Strategy
 from penstock.models.decoder import Decoder
-from penstock.models.packed import quantise
 from penstock.models.roles import Actor
+from penstock.models.surgery import quantise
 from penstock.rollout import engine as engines
 from penstock.rollout.cache import KVCache
 from penstock.rollout.cuda_graphs import Steps

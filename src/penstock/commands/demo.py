@@ -36,7 +36,7 @@ from penstock.config import (
 from penstock.data.formats import Prompt
 from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
 from penstock.errors import UserError
-from penstock.models import presets
+from penstock.models import presets, pretrained
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
 from penstock.rollout.engine import generate
@@ -122,7 +122,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
         head_dim=32, d_ff=640, max_length=64,
         hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
     )  # fmt: skip
-    Decoder(architecture, generator=torch.Generator().manual_seed(seed)).save_pretrained(untrained)
+    pretrained.save(Decoder(architecture, generator=torch.Generator().manual_seed(seed)), untrained)
     write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
     base = sft(
         SFTConfig(

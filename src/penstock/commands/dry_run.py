@@ -25,9 +25,8 @@ from penstock.config import OptimFlags
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
-from penstock.models import linear, lora
+from penstock.models import linear, surgery
 from penstock.models.decoder import Decoder
-from penstock.models.packed import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of
 from penstock.rollout.engine import Answer, Engine
@@ -96,9 +95,9 @@ def _model(role: RoleSpec) -> Any:
     if role.base is not None:
         decoder.seed = crc32(str(role.base).encode())  # equal bases are drawn alike, so they are one
     if role.base_dtype is not None:
-        quantise_base(decoder, role.base_dtype)
+        surgery.quantise_base(decoder, role.base_dtype)
     if role.spec is not None:
-        lora.add(decoder, role.spec, seed=crc32(role.name.encode()))
+        surgery.add_adapters(decoder, role.spec, seed=crc32(role.name.encode()))
     if not role.scalar:
         model: Any = Actor(decoder)
     else:

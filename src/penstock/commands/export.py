@@ -9,7 +9,7 @@ from penstock.errors import UserError
 from penstock.memory.strategy import DTYPES
 from penstock.models import pretrained
 from penstock.models.adapter_files import dtype_of, is_adapter_directory
-from penstock.models.lora import merge
+from penstock.models.surgery import merge_adapters
 from penstock.run.directory import RunDirectory, refused, resolve_model
 
 
@@ -40,7 +40,7 @@ def export(config: ExportConfig) -> None:
             dtype = DTYPES[config.dtype] if config.dtype else dtype_of(source)
             decoder, extras = pretrained.load(source, dtype=dtype, device="cpu")
             if config.merge:
-                merge(decoder, keep=False)
+                merge_adapters(decoder, keep=False)
             extra_config = {key: value for key, value in decoder.config.hf.items() if key.startswith("penstock_")}
             pretrained.save(decoder, unfinished, score=extras.get("score.weight"), extra_config=extra_config)
         if out.exists():

@@ -1,18 +1,23 @@
 """The decoder: one transformer for every family, as an explicit program embed -> blocks -> norm -> head.
 
-Right-padded batches (training, prefill) and single-token decoding share the same block. A block holds weights and
-nothing else: what depends on positions (rotary tables, attention bias) is computed once per call by the program and
-handed to every block, as is the cache, so that a block can be fed from anywhere.
+Training, prefill and single-token decoding run the same blocks. The decoder knows no file: `recipe` writes its first
+weights, `surgery` adds adapters and packs weights, `pretrained` loads and saves.
 
 Shapes: B rows, T tokens, D width, H query heads, G key/value heads, E head_dim, S cache slots, V vocabulary.
+
+[Note: one decoder, as a program] A block holds weights and nothing else. What depends on positions (rotary tables,
+attention bias) is computed once per call and passed to every block, as is the cache. So a block can be fed from any
+memory, and the sampler and the trainer run the same code: their log-probabilities agree to rounding.
+
+[Note: right padding, no masks] A valid token never sees the padding to its right, so training needs no mask tensor.
+Logits are computed only for the states whose log-probabilities are read.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +25,10 @@ from torch.nn import functional as F
 
 from penstock.kernels import cpu_ops
 from penstock.memory.program import ALWAYS_THERE, Part
-from penstock.models import log_probs, lora, packed
+from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
 from penstock.models.linear import Linear, add_to, attention, linear, precise
+from penstock.models.lora import Adapted
 from penstock.models.positions import Positions, alibi_slopes, attention_bias, rotary_tables, rotate
 from penstock.models.weight_shapes import BaseDtype
 
@@ -46,7 +52,7 @@ class Norm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": cpu_ops.gelu_tanh,
     "relu": F.relu,
@@ -56,12 +62,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Context:
-    """What every part of the program is told of a call beside the hidden states: all that follows from positions."""
+    """What every part of the program reads beside the hidden states: all that depends on positions."""
 
-    where: Tensor
-    """Positions of the tokens, [B or 1, T] int64."""
+    position_ids: Tensor
+    """[B or 1, T] int64."""
     positions: dict[int, Positions]
-    """Per attention window."""
+    """By attention window."""
     cache: KVCache | None
 
 
@@ -94,7 +100,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def attention(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Causal self-attention over the row itself, or over the cache when decoding."""
+        """Causal self-attention over the row, or over the cache when decoding."""
         c = self.config
         rows, length, _ = x.shape
         qkv = self.qkv(x).view(rows, length, c.num_heads + 2 * c.num_kv_heads, c.head_dim).transpose(1, 2)
@@ -113,7 +119,7 @@ class Block(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """down(activation(up(x))), gated or not."""
-        act = FUNCTIONS[self.config.activation]
+        act = ACTIVATION_FUNCTIONS[self.config.activation]
         if self.config.gated:
             gate, up = self.up(x).chunk(2, dim=-1)
             return self.down(act(gate) * up)
@@ -121,7 +127,7 @@ class Block(nn.Module):
 
 
 def write(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-    """Puts k and v [B, G, T, E] in their slots, in place, and returns the keys and values that attention reads."""
+    """Writes k and v [B, G, T, E] to their slots, in place. Returns the keys and values that attention reads."""
     keys, values = cache  # [B, G, S, E]
     if positions.slots is None:
         keys[:, :, : k.shape[2]], values[:, :, : v.shape[2]] = k, v
@@ -132,7 +138,7 @@ def write(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Positio
 
 
 class Embedding(nn.Module):
-    """Tokens (and learned positions) to the first hidden state."""
+    """From tokens (and learned positions) to the first hidden state."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -143,14 +149,14 @@ class Embedding(nn.Module):
         """[V], where tokens are int8; see models.packed."""
         self.lora: nn.ModuleList | None = None
         """A low-rank addition to the token table; see models.lora."""
-        learned = config.position == "learned"
         rows = config.max_length + config.position_offset
+        learned = config.position == "learned"
         self.positions = nn.Parameter(torch.empty(rows, config.d_model)) if learned else None
         self.project = Linear(width, config.d_model, bias=False) if config.embed_dim else None
         self.norm = Norm(config.d_model, config) if config.embed_norm else None
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
+    def forward(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """tokens [B, T], position_ids [B or 1, T] -> [B, T, D]."""
         if self.scales is not None:
             x = packed.rows(self.tokens, self.scales, tokens)
         elif torch.is_grad_enabled() and self.tokens.requires_grad and not torch.compiler.is_exporting():
@@ -162,14 +168,14 @@ class Embedding(nn.Module):
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
-            x = x + F.embedding(positions + self.config.position_offset, self.positions)
+            x = x + F.embedding(position_ids + self.config.position_offset, self.positions)
         return x if self.norm is None else self.norm(x)
 
 
 class _Rows(torch.autograd.Function):
-    """Embedding whose gradient is added, row by row, where the table's gradient has its place, if it has one by then.
+    """F.embedding, whose backward adds rows to the table's gradient in place, if the table has one by then.
 
-    autograd would fill a table of zeros for a few hundred rows, and another for the sum with a tied head's gradient.
+    autograd would fill a table of zeros for a few hundred rows, and a second one to add a tied head's gradient.
     """
 
     @staticmethod
@@ -181,24 +187,24 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (tokens,) = ctx.saved_tensors
-        made = torch.zeros_like(ctx.table) if ctx.table.grad is None else None
-        place = ctx.table.grad if made is None else made
-        place.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
-        return made, None
+        fresh = torch.zeros_like(ctx.table) if ctx.table.grad is None else None
+        table_grad = ctx.table.grad if fresh is None else fresh
+        table_grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+        return fresh, None
 
 
 class Source(Protocol):
-    """A checkpoint (models.pretrained.Checkpoint). Equal ones hold the same weights."""
+    """A checkpoint (models.pretrained.Checkpoint). Equal sources hold the same weights."""
 
     def fill(self, parameters: dict[str, Tensor]) -> None:
         """Reads these weights, by our names."""
 
     def digest(self) -> str:
-        """What tells it from others."""
+        """A hash that differs between different weights."""
 
 
 class Decoder(nn.Module):
-    """The program. `blocks[i]` is layer i; nothing is hidden in hooks."""
+    """The program. `blocks[i]` is layer i; there are no hooks."""
 
     def __init__(
         self,
@@ -210,7 +216,7 @@ class Decoder(nn.Module):
     ) -> None:
         """Random weights: N(0, 0.02), residual projections / sqrt(2L), biases 0, norms 1 (Radford et al. 2019, 2.3).
 
-        dtype and device are torch's defaults when not given; on `meta` nothing is allocated.
+        dtype, device: torch's defaults. On `meta` nothing is allocated: the decoder is a recipe, see models.recipe.
         """
         super().__init__()
         with torch.device("meta"):  # so that no weight is drawn twice
@@ -224,74 +230,30 @@ class Decoder(nn.Module):
         self.head_scales: nn.Parameter | None = None
         """[V], where the head is int8."""
         self.base_dtype: BaseDtype | None = None
-        """What the products of all blocks are packed in, if they are; see models.packed."""
+        """The dtype that the weights of all blocks are packed in, if they are; see models.packed."""
         self.lora: nn.ModuleList | None = None
         """A low-rank addition to the head; see models.lora."""
-        self.adapted: lora.Adapted | None = None
-        """What is known of its adapters, if it carries any."""
+        self.adapted: Adapted | None = None
+        """Describes its adapters, if it has any."""
         self.to(dtype or torch.get_default_dtype())
         self.feed: Any = ALWAYS_THERE
-        """Who brings the weights: a memory.stream.Stream once a strategy has prepared the model."""
+        """Brings the weights to the device: a memory.stream.Stream once a strategy has prepared the model."""
         self.slicer: Any = None
-        """A autochunk.api.Slicer for its blocks, where activations have a budget; see `slice`."""
+        """An autochunk.api.Slicer that runs its blocks, where activations have a budget; see models.sliced_blocks."""
         self.source: Source | None = None
-        """The checkpoint that it is made of. None: its weights are drawn, keyed by `seed` and name."""
+        """The checkpoint that its weights are read from. None: they are drawn, from `seed` and their names."""
         self.seed = 0
-        home = torch.device(device) if device is not None else torch.get_default_device()
-        if home.type != "meta":
-            self.to_empty(device=home)
-            for name, parameter in self.named_parameters():
-                self._draw(name, parameter, generator)
-        else:
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        if device.type == "meta":
             self.seed = int(torch.randint(1 << 62, (), device="cpu"))
-
-    def fill(self, weights: dict[str, Tensor]) -> None:
-        """Writes these weights' first values, by name: a decoder on `meta` is its recipe, and this is the cooking."""
-        if adapters := {name: weight for name, weight in weights.items() if lora.is_adapter(name)}:
-            lora.fill(self, adapters)
-            weights = {name: weight for name, weight in weights.items() if name not in adapters}
-        if self.base_dtype is not None:
-            weights = self._fill_packed(self.base_dtype, weights)
-        if self.source is not None:
-            self.source.fill(weights)
             return
-        self._drawn(weights)
-
-    def _drawn(self, weights: dict[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            self._draw(name, weight, torch.Generator(weight.device).manual_seed(self.seed ^ crc32(name.encode())))
-
-    def _fill_packed(self, kind: BaseDtype, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Writes packed weights and scales, which are made of the same weight in full. Returns the others."""
-        rest = {}
-        made: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, weight in weights.items():
-            module, _, which = name.rpartition(".")
-            holder = self.get_submodule(module)
-            if not isinstance(holder, Linear) or holder.scales is None or which == "bias":
-                rest[name] = weight
-                continue
-            if module not in made:
-                made.clear()  # one at a time
-                full = {f"{module}.weight": torch.empty(holder.out_features, holder.in_features, dtype=self.dtype)}
-                if self.source is not None:
-                    self.source.fill(full)
-                else:
-                    self._drawn(full)
-                made[module] = packed.pack(full[f"{module}.weight"], kind)
-            weight.copy_(made[module][which == "scales"])
-        return rest
-
-    def recipe(self, name: str) -> Hashable:
-        """Where a weight on `meta` comes from: equal recipes and names, equal bytes. None: it is made already."""
-        if not self.get_parameter(name).is_meta:
-            return None
-        if self.adapted is not None and lora.is_adapter(name):
-            return self.adapted.source
-        return ("drawn", self.seed) if self.source is None else ("read", self.source)
+        self.to_empty(device=device)
+        for name, parameter in self.named_parameters():
+            self.draw(name, parameter, generator)
 
     @torch.no_grad()
-    def _draw(self, name: str, weight: Tensor, generator: torch.Generator | None) -> None:
+    def draw(self, name: str, weight: Tensor, generator: torch.Generator | None) -> None:
+        """Writes the value that a fresh model's weight of this name has, in place."""
         if name.endswith("bias"):
             nn.init.zeros_(weight)
         elif "norm" in name:
@@ -301,27 +263,14 @@ class Decoder(nn.Module):
             std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
             nn.init.normal_(weight, std=std, generator=generator)
 
-    @staticmethod
-    def from_pretrained(source: str, **where: Any) -> "Decoder":
-        """From a Hugging Face directory or hub id; see `pretrained.load`."""
-        from penstock.models import pretrained
-
-        return pretrained.load(source, **where)[0]
-
-    def save_pretrained(self, directory: Any) -> None:
-        """A directory that `transformers.AutoModelForCausalLM` loads; see `pretrained.save`."""
-        from penstock.models import pretrained
-
-        pretrained.save(self, directory)
-
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.feed.device or self.embed.tokens.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: its weights' own, or what int8 weights were made from."""
+        """The dtype it computes in: its weights' own, or that of the weights that int8 ones were made from."""
         return self.embed.tokens.dtype if self.embed.scales is None else self.embed.scales.dtype
 
     @property
@@ -332,30 +281,30 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Whole rows: tokens [B, T] int64, right-padded -> hidden [B, T, D], causal, positions 0 .. T-1.
 
-        No mask is needed: a valid token never sees the padding to its right (`lengths` only documents the contract).
-        With `cache`, keys and values of all positions are written to its slots 0 .. T-1 as well.
+        `lengths` only documents the contract: see [Note: right padding, no masks]. With `cache`, keys and values of all
+        positions are also written to its slots 0 .. T-1.
         """
         return self._run(tokens, self.begin(tokens, cache))
 
     def decode(self, tokens: Tensor, cache: KVCache, positions: Tensor, seen: int | None = None) -> Tensor:
         """One token per row: tokens [B], positions [B] -> hidden [B, D].
 
-        Row b writes slot positions[b] and sees the slots up to it, so what lies beyond may be anything finite. `seen`
-        is the largest position and one; without it the device is asked.
+        Row b writes slot positions[b] and sees the slots up to it: the slots behind may hold any finite numbers. `seen`
+        is the largest position plus one. Default: read from the device.
         """
-        used = int(positions.max()) + 1 if seen is None else seen  # sync
-        return self._run(tokens[:, None], self._context(positions[:, None], used, positions, cache))[:, 0]
+        seen = int(positions.max()) + 1 if seen is None else seen  # sync
+        return self._run(tokens[:, None], self._context(positions[:, None], seen, positions, cache))[:, 0]
 
     def idle(self) -> Tensor:
-        """[0, D]. Visits every part with empty hands: ranks that share the weights visit together, or not at all."""
+        """[0, D]. Visits every part and computes nothing: ranks that share the weights must visit parts together."""
         for part in self.parts():
             with self.feed.visit(*part.groups):
                 pass
         return torch.empty(0, self.config.embed_dim or self.config.d_model, dtype=self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], in the weights' dtype, or in fp32 where that costs nothing: a bf16 logit of 5 is off by
-        up to 0.016, and the engine's and the trainer's would be so on different sides."""
+        """[..., D] -> [..., V], in the weights' dtype, or in fp32 where that costs nothing: a bf16 logit of 5 has an
+        error of up to 0.016, and the engine's and the trainer's errors would differ."""
         with self.feed.visit(*self.reads()):
             hidden = precise(hidden)
             logits = linear(hidden, self.head_weight, scales=self.head_scales)
@@ -364,7 +313,7 @@ class Decoder(nn.Module):
     def logprobs(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of tokens `targets` [N] behind states [N, D], and entropies; see `head.logprobs`."""
+        """Log-probabilities of tokens `targets` [N] after states [N, D], and entropies; see `log_probs.logprobs`."""
         with self.feed.visit(*self.reads()):
             states = precise(states)
             products = [(states, self.head_weight)]
@@ -383,30 +332,32 @@ class Decoder(nn.Module):
     # --- the program, as memory.stream reads it -----------------------------------------------------------------------
 
     def groups(self) -> list[tuple[str, list[str]]]:
-        """Which weights move together, in operational order; the token table is a group of its own, used at both
-        ends when the head is tied."""
+        """(group, names) of weights that move together, in operational order. The token table is a group of its own:
+        a tied head reads it too."""
         names = [name for name, _ in self.named_parameters()]
-        found = [
+        groups = [
             ("tokens", ["embed.tokens"]),
-            ("embed", [n for n in names if n.startswith("embed.") and n != "embed.tokens"]),
+            ("embed", [name for name in names if name.startswith("embed.") and name != "embed.tokens"]),
         ]
         for i in range(self.config.num_layers):
-            found.append((f"blocks.{i}", [name for name in names if name.startswith(f"blocks.{i}.")]))
-        found.append(("last", [name for name in names if name.startswith(("norm.", "unproject."))]))
-        found.append(("head", [name for name in names if name == "head" or name.startswith("lora.")]))
-        return [(group, members) for group, members in found if members]
+            groups.append((f"blocks.{i}", [name for name in names if name.startswith(f"blocks.{i}.")]))
+        groups.append(("last", [name for name in names if name.startswith(("norm.", "unproject."))]))
+        groups.append(("head", [name for name in names if name == "head" or name.startswith("lora.")]))
+        return [(group, members) for group, members in groups if members]
 
     def parts(self) -> list[Part]:
         """embed -> blocks -> norm. A micro-batch's first x is its tokens, the last one its hidden states."""
         return [
-            Part(("tokens", "embed"), lambda tokens, context: self.embed(tokens, context.where)),
+            Part(("tokens", "embed"), lambda tokens, context: self.embed(tokens, context.position_ids)),
             *(Part((f"blocks.{i}",), partial(self._block, i)) for i in range(self.config.num_layers)),
             Part(("last",), self._last),
         ]
 
     def reads(self) -> tuple[str, ...]:
-        """The groups of what logits are made with."""
-        return tuple(["tokens"] * (self.head is None) + ["head"] * (self.head is not None or self.lora is not None))
+        """The groups of weights that logits are computed with."""
+        if self.head is not None:
+            return ("head",)
+        return ("tokens",) if self.lora is None else ("tokens", "head")
 
     def begin(self, tokens: Tensor, cache: KVCache | None = None) -> Context:
         """The context of whole rows, tokens [B, T]."""
@@ -415,25 +366,19 @@ class Decoder(nn.Module):
             raise ValueError(f"a row of {length} tokens does not fit the model's {self.config.max_length} positions")
         return self._context(torch.arange(length, device=tokens.device)[None], length, None, cache)
 
-    def _context(self, where: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Context:
-        """Tokens stand at `where` [B or 1, T] and see key positions 0 .. seen-1."""
+    def _context(self, position_ids: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Context:
+        """Of tokens at position_ids [B or 1, T], which see key positions 0 .. seen-1."""
         c, dtype = self.config, self.dtype
-        rotary = rotary_tables(c, where, dtype) if c.position == "rotary" else None
+        rotary = rotary_tables(c, position_ids, dtype) if c.position == "rotary" else None
         positions = {}
         for window in set(c.windows or (0,)):  # one per kind of layer
             if slots is not None and cpu_ops.ready(self.device, dtype):
                 slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
                 positions[window] = Positions(rotary, None, slots, seen, window, slopes)
             else:
-                bias = attention_bias(c, window, where, seen, dtype, slots is not None)
+                bias = attention_bias(c, window, position_ids, seen, dtype, slots is not None)
                 positions[window] = Positions(rotary, bias, slots, seen)
-        return Context(where, positions, cache)
-
-    def slice(self, budget: int) -> None:
-        """From now on, whole rows hold at most so many bytes inside a block; see models.sliced_blocks."""
-        from penstock.models.sliced_blocks import slicer_of
-
-        self.slicer = slicer_of(self.config, budget)
+        return Context(position_ids, positions, cache)
 
     def _block(self, i: int, x: Tensor, context: Context) -> Tensor:
         window = self.config.windows[i] if self.config.windows else 0

@@ -136,15 +136,17 @@ def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
     Scaled behind both products, as peft does: the other way round its logits and ours differ by more than one rounding.
     """
     scale = adapters[0].scale
-    if len(adapters) == 1 and adapters[0].place.height == y.shape[-1]:
+    if len(adapters) == 1 and adapters[0].target.height == y.shape[-1]:
         return y.add_(adapters[0](x).mul_(scale))
-    parts, end = [], 0
-    for one in adapters:
-        start = one.place.start
-        parts += [y.new_zeros(*y.shape[:-1], start - end)] * (start > end) + [one(x)]
-        end = start + one.place.height
-    rest = y.shape[-1] - end
-    return y.add_(torch.cat([*parts, *[y.new_zeros(*y.shape[:-1], rest)] * (rest > 0)], dim=-1).mul_(scale))
+    pieces, end = [], 0
+    for adapter in adapters:
+        if adapter.target.start > end:
+            pieces.append(y.new_zeros(*y.shape[:-1], adapter.target.start - end))
+        pieces.append(adapter(x))
+        end = adapter.target.start + adapter.target.height
+    if end < y.shape[-1]:
+        pieces.append(y.new_zeros(*y.shape[:-1], y.shape[-1] - end))
+    return y.add_(torch.cat(pieces, dim=-1).mul_(scale))
 
 
 class _Product(torch.autograd.Function):

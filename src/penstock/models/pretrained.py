@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face directories (or hub ids), safetensors, sharded or not, tensor by tensor.
+"""Models loaded and saved: Hugging Face directories (or hub ids), safetensors in one file or in shards.
 
 Reading goes straight into a decoder's parameters, one tensor at a time; writing splits large models into shards with
 the usual index. A source's generation_config is never applied (PPO.md 4).
@@ -10,7 +10,7 @@ import itertools
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,25 +20,25 @@ import torch
 from torch import Tensor
 
 from penstock.errors import UserError
-from penstock.models import adapter_files, lora, safetensors_writer
+from penstock.models import adapter_files, safetensors_writer
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families import family_of, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.safetensors_writer import Entry
+from penstock.models.surgery import add_adapters
 
 INDEX, SINGLE, CLASSIFIER_HEAD = "model.safetensors.index.json", "model.safetensors", "score.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 IGNORED = (
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-    "rotary_emb.inv_freq",
+    ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq",
     "decoder.version",
-)
-"""Endings of what old checkpoints carry beside their weights: buffers."""
+)  # fmt: skip
+"""Endings of the names of buffers in old checkpoints."""
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
+)  # fmt: skip
 
 
 def load(
@@ -49,15 +49,15 @@ def load(
     allow_pickle: bool = False,
     adapter: str | Path | None = None,
 ) -> tuple[Decoder, dict[str, Tensor]]:
-    """A decoder from a directory or hub id, and the checkpoint's weights that are not the decoder's.
+    """A decoder from a directory or hub id, and the checkpoint's extra weights, which are no decoder's: `score.weight`
+    [1, D] of a *ForSequenceClassification checkpoint, else none.
 
-    Those extras are what a head needs: `score.weight` [1, D] of a *ForSequenceClassification checkpoint, else nothing.
-    `adapter`, in peft's format, is put on it; of an adapter's own directory the base is read that it names.
+    `adapter`, in peft's format, is added to it. If `source` is an adapter, the base that it names is loaded.
     Raises UserError for an unknown family, missing files, and missing, unexpected or mis-shaped weights, by name.
     """
     directory = _local(source, allow_pickle)
     if adapter is not None or adapter_files.is_adapter_directory(directory):
-        return _adapted(source, adapter, dtype=dtype, device=device, allow_pickle=allow_pickle)
+        return _load_adapted(source, adapter, dtype=dtype, device=device, allow_pickle=allow_pickle)
     hf = read_config(directory)
     family = family_of(hf.get("model_type"), str(directory / "config.json"))
     try:
@@ -70,14 +70,14 @@ def load(
     checkpoint = Checkpoint(directory, config, family, allow_pickle)
     extras = checkpoint.check(decoder)
     decoder.source = checkpoint
-    home = torch.device(device) if device is not None else torch.get_default_device()
-    if home.type != "meta":
-        decoder.to_empty(device=home)
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    if device.type != "meta":
+        decoder.to_empty(device=device)
         checkpoint.fill(dict(decoder.named_parameters()))
     return decoder, extras
 
 
-def _adapted(source: str | Path, adapter: str | Path | None, **how: Any) -> tuple[Decoder, dict[str, Tensor]]:
+def _load_adapted(source: str | Path, adapter: str | Path | None, **options: Any) -> tuple[Decoder, dict[str, Tensor]]:
     directory = _local(source if adapter is None else adapter)
     spec, base = adapter_files.read_spec(directory)
     base = base if adapter is None else str(source)
@@ -85,23 +85,23 @@ def _adapted(source: str | Path, adapter: str | Path | None, **how: Any) -> tupl
         raise UserError(f"{directory / adapter_files.CONFIG}: names no base model; give that, and this as --adapter.")
     if Path(base).is_dir() and adapter_files.is_adapter_directory(Path(base)):
         raise UserError(f"{base}: is an adapter itself, and a model takes one; penstock export --merge it first.")
-    decoder, extras = load(base, **how)
+    decoder, extras = load(base, **options)
     adapt(decoder, spec, base=base, directory=directory)
-    more, said = adapter_files.read_extras(directory)
-    decoder.config.hf.update({f"penstock_{key}": value for key, value in said.items() if key != "base_digest"})
-    return decoder, extras | more
+    adapter_extras, facts = adapter_files.read_extras(directory)
+    decoder.config.hf.update({f"penstock_{key}": value for key, value in facts.items() if key != "base_digest"})
+    return decoder, extras | adapter_extras
 
 
 def adapt(decoder: Decoder, spec: LoraSpec, *, base: str, seed: int = 0, directory: Path | None = None) -> None:
-    """Puts an adapter on a decoder that `load` made of `base`: a fresh one, or the one that `directory` holds."""
+    """Adds adapters to a decoder that `load` read from `base`: fresh ones, or those in `directory`."""
     digest = "" if decoder.source is None else decoder.source.digest()
-    where = str(Path(base).resolve()) if Path(base).is_dir() else base
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
     saved = None if directory is None else adapter_files.AdapterFile(directory.resolve())
-    lora.add(decoder, spec, base=where, digest=digest, seed=seed, saved=saved)
+    add_adapters(decoder, spec, base=base, digest=digest, seed=seed, saved=saved)
 
 
 class Checkpoint:
-    """The weights of a model directory, under our names. On `meta` a decoder holds this as its recipe."""
+    """The weights of a model directory, under our names. A decoder on `meta` has this as its source."""
 
     def __init__(self, directory: Path, config: DecoderConfig, family: ModuleType, allow_pickle: bool) -> None:
         self.directory, self.config, self.family, self.allow_pickle = directory, config, family, allow_pickle
@@ -121,19 +121,19 @@ class Checkpoint:
         return self.directory.resolve(), self.headless
 
     def check(self, decoder: Decoder) -> dict[str, Tensor]:
-        """Compares names and shapes with the decoder's, reading no weights; returns the extras, see `load`."""
+        """Compares names and shapes with the decoder's, and reads no weights. Returns the extras, see `load`."""
         weights = _open(self.directory, self.allow_pickle)
         parameters: dict[str, Tensor] = dict(decoder.named_parameters())
         if CLASSIFIER_HEAD in weights.names and self.family.HEAD not in weights.names and "head" in parameters:
             self.headless = True
             parameters.pop("head")
         used = self._fill(parameters, weights.names, lambda name: torch.empty(weights.shape(name), device="meta"))
-        rest = {name for name in weights.names - used if not name.endswith(IGNORED)} - {self.family.HEAD}
-        extras = {name: weights.get(name) for name in rest if name == CLASSIFIER_HEAD}
-        if unexpected := sorted(rest - set(extras)):
+        unused = {name for name in weights.names - used if not name.endswith(IGNORED)} - {self.family.HEAD}
+        extras = {name: weights.get(name) for name in unused if name == CLASSIFIER_HEAD}
+        if unexpected := sorted(unused - set(extras)):
             raise UserError(
                 f"{self.directory}: {len(unexpected)} weights belong to no {self.config.family} model of this "
-                f"config.json: {_some(unexpected)}."
+                f"config.json: {_first(unexpected)}."
             )
         for name, tensor in extras.items():
             if tensor.shape != (1, decoder.head_weight.shape[1]):
@@ -144,7 +144,7 @@ class Checkpoint:
         return extras
 
     def digest(self) -> str:
-        """What tells bases apart: a hash of every weight's name, shape and first row, in bf16; training moves those."""
+        """A hash of every weight's name, shape and first row in bf16, all of which training changes."""
         weights, digest = _open(self.directory, self.allow_pickle), hashlib.sha256()
         for name in sorted(weights.names):
             with torch.device("cpu"):  # a slice lands on the default device
@@ -153,7 +153,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def fill(self, parameters: dict[str, Tensor]) -> None:
-        """Reads these parameters, by our names, one at a time. Files are open only meanwhile."""
+        """Reads these parameters, by our names, one at a time. Opens the files for this call only."""
         weights = _open(self.directory, self.allow_pickle)
         if self.headless and "head" in parameters:
             parameters = dict(parameters)
@@ -162,23 +162,23 @@ class Checkpoint:
 
     @torch.no_grad()
     def _fill(self, parameters: dict[str, Tensor], names: set[str], get: Callable[[str], Tensor]) -> set[str]:
-        """Makes every parameter of the weights that hold it. Returns the names that were used."""
+        """Makes every parameter from their weights. Returns the names that were used."""
         used, missing = set(), []
         config, family = self.config, self.family
 
         def find(name: str, shape: torch.Size) -> Tensor:
-            # A base model saved alone lacks the first word of the prefix: OPT's says decoder., GPT-2's nothing at all.
+            # A base model saved alone lacks the first word of the prefix: OPT's is then "decoder.", GPT-2's empty.
             bare = name.removeprefix(family.PREFIX)
             shorter = family.PREFIX.split(".", 1)[1] + bare
-            found = next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
-            if found is None:
+            stored = next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
+            if stored is None:
                 missing.append(name)
                 return torch.zeros(shape, device="meta")
-            used.add(found)
-            tensor = get(found)
+            used.add(stored)
+            tensor = get(stored)
             if tensor.shape != shape:
                 raise UserError(
-                    f"{self.directory}: weight {found!r} has shape {tuple(tensor.shape)} and config.json says "
+                    f"{self.directory}: weight {stored!r} has shape {tuple(tensor.shape)} and config.json says "
                     f"{tuple(shape)}; config and weights belong to different models."
                 )
             return tensor
@@ -192,12 +192,12 @@ class Checkpoint:
                     ours.copy_(weight.read(theirs, config))
         if missing:
             raise UserError(
-                f"{self.directory}: {len(missing)} weights are missing: {_some(missing)}; is the download complete?"
+                f"{self.directory}: {len(missing)} weights are missing: {_first(missing)}; is the download complete?"
             )
         return used
 
 
-def _some(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
@@ -212,52 +212,63 @@ def save(
     """Writes what `transformers.AutoModelForCausalLM` loads; with `score` [1, D], what
     `AutoModelForSequenceClassification` loads (one label, head `score`). `extra_config` is added to config.json.
 
-    Of a decoder that carries an adapter that alone is written, and peft loads it. Where ranks share the weights all of
-    them call it, and those that do not write give None.
+    If the decoder has adapters, they alone are written, and peft loads them. Where ranks share the weights all of them
+    call it, and those that do not write pass None.
     """
-    config = decoder.config
-    family = family_of(config.family, str(directory))
-    carries = decoder.adapted is not None and decoder.adapted.merged is None
+    family = family_of(decoder.config.family, str(directory))
+    adapted = decoder.adapted is not None and decoder.adapted.merged is None
     if directory is None:
         if decoder.feed.collective:
-            for _ in adapter_files.tensors(decoder, score) if carries else _theirs(decoder, family, score):
+            for _ in adapter_files.tensors(decoder, score) if adapted else _their_tensors(decoder, family, score):
                 pass
         return
     directory = Path(directory)
-    if carries:
-        said = {key.removeprefix("penstock_"): value for key, value in (extra_config or {}).items()}
-        adapter_files.save(decoder, directory, score=score, said=said)
+    if adapted:
+        facts = {key.removeprefix("penstock_"): value for key, value in (extra_config or {}).items()}
+        adapter_files.save(decoder, directory, score=score, facts=facts)
         return
     directory.mkdir(parents=True, exist_ok=True)
-    hf = {**config.hf, **family.hf_config(config), **(extra_config or {})}
+    hf = _config_json(decoder, family, score, extra_config or {})
+    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    shards = _shards(_entries(decoder, family, score), max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    tensors = _their_tensors(decoder, family, score)
+    for i, shard in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        safetensors_writer.write(directory / file, shard, itertools.islice(tensors, len(shard)), {"format": "pt"})
+        weight_map |= dict.fromkeys((entry.name for entry in shard), file)
+    written = set(weight_map.values())
+    if len(shards) > 1:
+        total = sum(entry.nbytes for shard in shards for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        written.add(INDEX)
+    for path in directory.glob("model*.safetensors*"):  # files of an earlier model in other shards
+        if path.name not in written:
+            path.unlink()
+
+
+def _config_json(decoder: Decoder, family: ModuleType, score: Tensor | None, extra: dict[str, Any]) -> dict[str, Any]:
+    config = decoder.config
+    hf = {**config.hf, **family.hf_config(config), **extra}
     architecture = family.CAUSAL_LM if score is None else family.CLASSIFIER
     hf["architectures"] = [architecture[config.family] if isinstance(architecture, dict) else architecture]
     hf["dtype"] = str(decoder.embed.tokens.dtype).removeprefix("torch.")
     hf.pop("torch_dtype", None)  # the older name of dtype
-    if score is not None:
-        hf |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    return hf if score is None else hf | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
+
+def _shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+    """Cut where the next tensor would pass max_bytes."""
     shards: list[list[Entry]] = [[]]
-    held = total = 0
-    for entry in _entries(decoder, family, score):
-        if held and held + entry.nbytes > max_shard_bytes:
+    nbytes = 0
+    for entry in entries:
+        if nbytes and nbytes + entry.nbytes > max_bytes:
             shards.append([])
-            held = 0
+            nbytes = 0
         shards[-1].append(entry)
-        held, total = held + entry.nbytes, total + entry.nbytes
-    where: dict[str, str] = {}
-    tensors = _theirs(decoder, family, score)
-    for i, shard in enumerate(shards):
-        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        safetensors_writer.write(directory / file, shard, itertools.islice(tensors, len(shard)), {"format": "pt"})
-        where |= dict.fromkeys((entry.name for entry in shard), file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for path in directory.glob("model*.safetensors*"):  # what an earlier model in other shards left here
-        if path.name not in where.values() and not (len(shards) > 1 and path.name == INDEX):
-            path.unlink()
+        nbytes += entry.nbytes
+    return shards
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -269,27 +280,20 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object.")
-    return found
+    return content
 
 
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
-    """Copies tokenizer and chat template files, byte by byte, beside a saved model; nothing when there are none."""
+    """Copies tokenizer and chat template files, if there are any, into a saved model's directory."""
     origin = _local(source)
     if not any(origin.glob("tokenizer*")):
-        origin = _local(adapter_files.base_of(str(origin)))  # an adapter without one has its base's
-    for pattern in (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "vocab.*",
-        "merges.txt",
-        "added_tokens.json",
-        "chat_template*",
-    ):
+        origin = _local(adapter_files.base_of(str(origin)))  # an adapter without a tokenizer uses its base's
+    for pattern in TOKENIZER_FILES:
         for path in origin.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, directory / path.name)
@@ -305,7 +309,9 @@ def _local(source: str | Path, allow_pickle: bool = False) -> Path:
         raise UserError(f"{source}: no such model directory.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.bin"] * allow_pickle
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    if allow_pickle:
+        patterns.append("*.bin")
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
@@ -322,34 +328,25 @@ class Weights:
     names: set[str]
     get: Callable[[str], Tensor]
     shape: Callable[[str], Sequence[int]]
-    """Without reading the weight."""
+    """Does not read the weight."""
     first: Callable[[str], Tensor]
-    """Its first row."""
+    """The first row."""
 
 
 def _open(directory: Path, allow_pickle: bool) -> Weights:
     if (directory / SINGLE).exists():
         handle = _safetensors(directory / SINGLE)
-        return Weights(
-            set(handle.keys()),
-            handle.get_tensor,
-            lambda name: handle.get_slice(name).get_shape(),
-            lambda name: handle.get_slice(name)[:1],
-        )
+        return _weights_of_handles(dict.fromkeys(handle.keys(), handle))
     if (directory / INDEX).exists():
-        where = _json(directory / INDEX).get("weight_map")
-        if not isinstance(where, dict):
+        weight_map = _json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
             raise UserError(f"{directory / INDEX}: has no weight_map; fetch it again.")
-        handles = {file: _safetensors(directory / file) for file in sorted(set(where.values()))}
-        for name, file in where.items():
-            if name not in set(handles[file].keys()):
+        handles = {file: _safetensors(directory / file) for file in sorted(set(weight_map.values()))}
+        names = {file: set(handle.keys()) for file, handle in handles.items()}
+        for name, file in weight_map.items():
+            if name not in names[file]:
                 raise UserError(f"{directory / file}: the index names weight {name!r} in it and it is not there.")
-        return Weights(
-            set(where),
-            lambda name: handles[where[name]].get_tensor(name),
-            lambda name: handles[where[name]].get_slice(name).get_shape(),
-            lambda name: handles[where[name]].get_slice(name)[:1],
-        )
+        return _weights_of_handles({name: handles[file] for name, file in weight_map.items()})
     if not any((directory / name).exists() for name in PICKLES):
         raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}; is the download complete?")
     if not allow_pickle:
@@ -366,6 +363,16 @@ def _open(directory: Path, allow_pickle: bool) -> Weights:
     return Weights(set(weights), weights.__getitem__, lambda name: weights[name].shape, lambda name: weights[name][:1])
 
 
+def _weights_of_handles(handles: dict[str, Any]) -> Weights:
+    """Of open safetensors files, by weight."""
+    return Weights(
+        set(handles),
+        lambda name: handles[name].get_tensor(name),
+        lambda name: handles[name].get_slice(name).get_shape(),
+        lambda name: handles[name].get_slice(name)[:1],
+    )
+
+
 def _safetensors(path: Path) -> Any:  # safetensors has no public type for an open file
     try:
         return safetensors.safe_open(path, framework="pt")
@@ -376,7 +383,7 @@ def _safetensors(path: Path) -> Any:  # safetensors has no public type for an op
 
 
 def _entries(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Entry]:
-    """What a checkpoint holds; with a score head, no language-model head."""
+    """The tensors of a checkpoint; with a score head, no language-model head."""
     if score is not None:
         yield Entry(CLASSIFIER_HEAD, score.dtype, tuple(score.shape))
     for weight in _saved(decoder, family, score):
@@ -385,7 +392,7 @@ def _entries(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iter
             yield Entry(name, tensor.dtype, tuple(tensor.shape))
 
 
-def _theirs(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Tensor]:
+def _their_tensors(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Tensor]:
     """The tensors of `_entries`, on the CPU."""
     if score is not None:
         yield score.detach().cpu()
@@ -393,7 +400,11 @@ def _theirs(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Itera
     for weight in _saved(decoder, family, score):
         with decoder.feed.visit(group_of[weight.ours]):
             ours = decoder.get_parameter(weight.ours).detach()
-            theirs = [_own(part) for part in weight.write(ours, decoder.config).values()]
+            # copies on the CPU, which outlive the visit
+            theirs = [
+                tensor.clone(memory_format=torch.contiguous_format).cpu()
+                for tensor in weight.write(ours, decoder.config).values()
+            ]
         yield from theirs
 
 
@@ -402,12 +413,8 @@ def _saved(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterat
     return (weight for weight in weights_of(family, decoder.config) if weight.ours in parameters)
 
 
-def _own(part: Tensor) -> Tensor:
-    """A copy on the CPU that outlives the visit."""
-    return part.clone(memory_format=torch.contiguous_format).cpu()
-
-
 def _with_hf(config: DecoderConfig, hf: dict[str, Any]) -> DecoderConfig:
     eos = hf.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return dataclasses.replace(config, hf=hf, eos_ids=eos_ids)
+    if not isinstance(eos, list):
+        eos = [] if eos is None else [eos]
+    return dataclasses.replace(config, hf=hf, eos_ids=tuple(eos))

@@ -1,13 +1,13 @@
-"""The four jobs of PPO: a decoder and what stands on its hidden states.
+"""The four roles of PPO: a decoder, and the head that reads its hidden states.
 
-Actor and reference read log-probabilities through the decoder's head; critic and reward model carry a scalar head in
+Actor and reference read log-probabilities through the decoder's head; critic and reward model have a scalar head in
 fp32. All of them take right-padded tokens with lengths and return packed values of the valid positions only.
 """
 
 import copy
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,31 @@ from penstock.errors import UserError
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import pretrained
 from penstock.models.decoder import Context, Decoder
-from penstock.models.lora import remove
 from penstock.models.lora_targets import LoraSpec
-from penstock.models.packed import quantise_base
+from penstock.models.recipe import fill, recipe_of
+from penstock.models.surgery import quantise_base, remove_adapters
 from penstock.models.weight_shapes import BaseDtype
 
 
+class LoadOptions(TypedDict, total=False):
+    """Options of `from_pretrained`."""
+
+    lora: LoraSpec | int | None
+    """Adapters, or their rank: the model is frozen and they learn. Default: none, the whole model learns."""
+    adapter: str | None
+    """A directory with saved adapters (peft's format), which go on learning."""
+    seed: int
+    """Of fresh adapters. Default: 0."""
+    base_dtype: BaseDtype | None
+    """The dtype that frozen products are packed in (models.packed). Default: not packed."""
+    unfrozen: int | None
+    """The number of last blocks that learn. Default: all."""
+    allow_pickle: bool
+    """Whether .bin files are read. Default: False."""
+
+
 class Role(nn.Module):
-    """A decoder at work, as a program that a strategy can feed (memory.program.Program)."""
+    """A decoder as a program that a strategy can feed (memory.program.Program)."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -36,7 +53,7 @@ class Role(nn.Module):
 
     @property
     def feed(self) -> Any:
-        """Who brings the weights."""
+        """Brings the weights to the device; see Decoder.feed."""
         return self.decoder.feed
 
     @feed.setter
@@ -44,50 +61,42 @@ class Role(nn.Module):
         self.decoder.feed = feed
 
     def groups(self) -> list[tuple[str, list[str]]]:
-        """The decoder's, under this role's names."""
         return [(group, [f"decoder.{name}" for name in names]) for group, names in self.decoder.groups()]
 
     def parts(self) -> Sequence[Part]:
-        """The decoder's."""
         return self.decoder.parts()
 
     def reads(self) -> tuple[str, ...]:
-        """What log-probabilities are read with: the decoder's head."""
+        """The groups that log-probabilities are read with: the decoder's head."""
         return self.decoder.reads()
 
     def begin(self, tokens: Tensor) -> Context:
-        """The decoder's."""
         return self.decoder.begin(tokens)
 
     def slice(self, budget: int) -> None:
-        """See Decoder.slice."""
-        self.decoder.slice(budget)
+        """From now on, whole rows hold at most `budget` bytes inside a block."""
+        from penstock.models.sliced_blocks import slicer_of  # slow to import
+
+        self.decoder.slicer = slicer_of(self.decoder.config, budget)
 
     def recipe(self, name: str) -> Hashable:
-        """The decoder's, of its own weights."""
-        return self.decoder.recipe(name.removeprefix("decoder.")) if name.startswith("decoder.") else None
+        """As `recipe.recipe_of`, by this role's names. None for a head, which exists already."""
+        return recipe_of(self.decoder, name.removeprefix("decoder.")) if name.startswith("decoder.") else None
 
     def fill(self, weights: dict[str, Tensor]) -> None:
-        """First values, from the decoder's recipe."""
-        self.decoder.fill({name.removeprefix("decoder."): weight for name, weight in weights.items()})
+        """Writes the first values of these weights of the decoder, by this role's names."""
+        fill(self.decoder, {name.removeprefix("decoder."): weight for name, weight in weights.items()})
 
 
 class Actor(Role):
-    """A language model that answers. The reference is one too, frozen."""
+    """A language model that answers. The reference is a frozen one."""
 
     @staticmethod
-    def from_pretrained(
-        source: str, *, lora: LoraSpec | int | None = None, adapter: str | None = None, seed: int = 0,
-        base_dtype: BaseDtype | None = None, unfrozen: int | None = None, allow_pickle: bool = False,
-    ) -> "Actor":  # fmt: skip
-        """From a Hugging Face directory or hub id, on torch's default device and in its default dtype.
-
-        `lora`, a rank or a Spec: it is frozen and learns through an adapter, drawn from `seed`. `adapter`: one that was
-        saved (peft's format) and learns on; its directory as `source` gives the base that it names. `base_dtype`:
-        frozen products are packed (models.packed). `unfrozen`: only so many of the last blocks learn. Raises
-        UserError for a reward model: what it says was never trained.
+    def from_pretrained(source: str, **options: Unpack[LoadOptions]) -> "Actor":
+        """From a Hugging Face directory or hub id, or an adapter's directory, which names its base; on torch's default
+        device and in its default dtype. Raises UserError for a reward model: its answers were never trained.
         """
-        decoder, extras = _load(source, allow_pickle, lora, adapter, seed, base_dtype, unfrozen)
+        decoder, extras = _load(source, **options)
         if extras:
             raise UserError(f"{source}: is a reward model, and a language model is needed; give the one it came from.")
         return Actor(decoder)
@@ -97,10 +106,10 @@ class Actor(Role):
         if self.feed is not ALWAYS_THERE:
             raise ValueError("this model's weights have moved to a strategy's keeping; copy it before prepare()")
         adapted = self.decoder.adapted
-        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        reference = copy.deepcopy(self).eval().requires_grad_(False)
         if adapted is not None and adapted.saved is None:
-            remove(twin.decoder)  # it starts by adding nothing
-        return twin
+            remove_adapters(reference.decoder)  # fresh adapters add 0
+        return reference
 
     def save_pretrained(self, directory: Path | None) -> None:
         """A directory that `transformers.AutoModelForCausalLM` loads."""
@@ -108,9 +117,9 @@ class Actor(Role):
 
 
 class ActorCritic(Actor):
-    """An actor whose own states a value head reads: two of PPO's models in one (Ziegler et al. 2019).
+    """An actor with a value head on its states: two of PPO's models in one (Ziegler et al. 2019).
 
-    It is saved as the actor that it is; the head starts at 0 and lives on in the run's checkpoints.
+    `save_pretrained` saves the actor alone. The head starts at 0, and the run's checkpoints keep it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -123,16 +132,14 @@ class ActorCritic(Actor):
             return F.linear(states.float(), self.score)[:, 0]
 
     def groups(self) -> list[tuple[str, list[str]]]:
-        """The actor's, and the value head."""
         return [*super().groups(), ("score", ["score"])]
 
     def reads(self) -> tuple[str, ...]:
-        """The language-model head and the value head."""
         return (*super().reads(), "score")
 
 
 class ScalarModel(Role):
-    """A decoder with one number per state: the reward model reads it at the last token, the critic at every state.
+    """A decoder and one number per state: the reward model reads it at the last token, the critic at every state.
 
     The number is (state . weight - mean) / std; mean and std are the reward model's normalisation (PPO.md 10), so a
     critic that starts from it predicts the same scale.
@@ -141,22 +148,17 @@ class ScalarModel(Role):
     def __init__(self, decoder: Decoder, weight: Tensor | None = None, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__(decoder)
         weight = self.new_head(decoder) if weight is None else weight
-        home = decoder.head_weight.device
-        self.score = nn.Parameter(weight.to("cpu" if home.type == "meta" else home, torch.float32).clone())
+        device = decoder.head_weight.device
+        self.score = nn.Parameter(weight.to("cpu" if device.type == "meta" else device, torch.float32).clone())
         self.mean, self.std = mean, std
         self.facts: dict[str, float] = {}
-        """What training found out about the score (held-out pair accuracy, ...); saved with the model."""
+        """Measured in training (held-out pair accuracy, ...); saved with the model."""
 
     @classmethod
-    def from_pretrained(
-        cls, source: str, *, lora: LoraSpec | int | None = None, adapter: str | None = None, seed: int = 0,
-        base_dtype: BaseDtype | None = None, unfrozen: int | None = None, allow_pickle: bool = False,
-    ) -> Self:  # fmt: skip
-        """From a language model (a new head) or from what `save_pretrained` wrote (its head and scale).
-
-        `lora` to `unfrozen` as in Actor.from_pretrained; the score head learns in full either way.
-        """
-        decoder, extras = _load(source, allow_pickle, lora, adapter, seed, base_dtype, unfrozen)
+    def from_pretrained(cls, source: str, **options: Unpack[LoadOptions]) -> Self:
+        """From a language model (a new head) or from a saved scalar model (its head and scale). The score head always
+        learns in full."""
+        decoder, extras = _load(source, **options)
         weight = extras.get("score.weight", cls.new_head(decoder))
         config = decoder.config.hf
         mean, std = float(config.get("penstock_score_mean", 0.0)), float(config.get("penstock_score_std", 1.0))
@@ -166,7 +168,7 @@ class ScalarModel(Role):
 
     @staticmethod
     def new_head(decoder: Decoder) -> Tensor:
-        """What a head without training starts from, [1, D] fp32."""
+        """The first value of a fresh head, [1, D] fp32."""
         raise NotImplementedError
 
     def read(self, states: Tensor) -> Tensor:
@@ -175,17 +177,16 @@ class ScalarModel(Role):
             return (F.linear(states.float(), self.score)[:, 0] - self.mean) / self.std
 
     def groups(self) -> list[tuple[str, list[str]]]:
-        """The decoder's and the score head. A language-model head that nobody reads stays behind."""
+        """The decoder's without its language-model head, and the score head."""
         return [(group, names) for group, names in super().groups() if group != "head"] + [("score", ["score"])]
 
     def reads(self) -> tuple[str, ...]:
-        """The score head."""
         return ("score",)
 
     def save_pretrained(self, directory: Path | None) -> None:
         """A directory that `transformers.AutoModelForSequenceClassification` loads, with head `score`.
 
-        transformers gives the raw score; mean and std lie in config.json as penstock_score_mean and _std.
+        transformers returns the raw score; mean and std are in config.json as penstock_score_mean and _std.
         """
         scale = {"penstock_score_mean": self.mean, "penstock_score_std": self.std, "penstock_facts": self.facts}
         with self.feed.visit("score"):
@@ -194,7 +195,7 @@ class ScalarModel(Role):
 
 
 class Critic(ScalarModel):
-    """Predicts the return from the state before each response token; made from a language model it starts at 0."""
+    """Predicts the return from the state before each response token. From a language model it starts at 0."""
 
     @staticmethod
     def new_head(decoder: Decoder) -> Tensor:
@@ -213,8 +214,8 @@ class RewardModel(ScalarModel):
 
     @staticmethod
     def trained(source: str, *, base_dtype: BaseDtype | None = None, allow_pickle: bool = False) -> "RewardModel":
-        """A reward model that has been trained. Raises UserError for a language model, which has no score to give."""
-        decoder, extras = _load(source, allow_pickle)
+        """A reward model that has been trained. Raises UserError for a language model, which has no score head."""
+        decoder, extras = _load(source, allow_pickle=allow_pickle)
         if not extras:
             raise UserError(f"{source}: is no reward model (no score head in it); make one with penstock reward.")
         del decoder
@@ -222,15 +223,24 @@ class RewardModel(ScalarModel):
 
 
 def _load(
-    source: str, allow_pickle: bool, spec: LoraSpec | int | None = None, adapter: str | None = None, seed: int = 0,
-    base_dtype: BaseDtype | None = None, unfrozen: int | None = None,
-) -> tuple[Decoder, dict[str, Tensor]]:  # fmt: skip
+    source: str,
+    *,
+    lora: LoraSpec | int | None = None,
+    adapter: str | None = None,
+    seed: int = 0,
+    base_dtype: BaseDtype | None = None,
+    unfrozen: int | None = None,
+    allow_pickle: bool = False,
+) -> tuple[Decoder, dict[str, Tensor]]:
     decoder, extras = pretrained.load(
-        source, dtype=torch.get_default_dtype(), device=torch.get_default_device(), allow_pickle=allow_pickle,
+        source,
+        dtype=torch.get_default_dtype(),
+        device=torch.get_default_device(),
+        allow_pickle=allow_pickle,
         adapter=adapter,
-    )  # fmt: skip
-    if spec is not None:
-        spec = LoraSpec(spec) if isinstance(spec, int) else spec
+    )
+    if lora is not None:
+        spec = LoraSpec(lora) if isinstance(lora, int) else lora
         if decoder.adapted is None:
             pretrained.adapt(decoder, spec, base=source, seed=seed)
         elif decoder.adapted.spec.rank != spec.rank:
@@ -246,7 +256,7 @@ def _load(
 
 
 def _freeze_start(decoder: Decoder, unfrozen: int) -> None:
-    """Leaves the last `unfrozen` blocks and what follows them to learn; a tied head is the token table, and frozen."""
+    """Freezes all but the last `unfrozen` blocks, the last norm and an untied head."""
     layers = decoder.config.num_layers
     if unfrozen > layers:
         raise UserError(f"--num-layers-unfrozen {unfrozen}: the model has {layers} blocks; give that or less.")

@@ -1,6 +1,5 @@
-"""Blocks within an activation budget: what autochunk.api needs to know of our models, and what the plan asks of it.
-
-Only whole rows are computed in slices (training, scoring); decoding and prefill, which write a cache, are not.
+"""Blocks within an activation budget: the operations of our models that autochunk.api needs, and the peaks that the
+plan counts. Only whole rows are computed in slices (training, scoring), not decoding and prefill, which write a cache.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ from penstock.autochunk.api import Report, Slicer
 from penstock.kernels.cpu_ops import gelu_tanh
 from penstock.memory.program import owners
 from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
 from penstock.models.linear import computing, linear, slow_in_bf16
 
 
@@ -24,8 +24,8 @@ def one_layer(config: DecoderConfig) -> DecoderConfig:
 
 
 def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
-    """For the blocks of a model whose gradients are made by recomputation, in at most so many bytes each. Models of
-    one shape share it, and so does the plan: it holds no weights."""
+    """Runs the blocks of a model within `budget` bytes each; gradients are computed by recomputation. It holds no
+    weights: models of one shape and the plan share it."""
     return _slicer_of(config, budget, slow_in_bf16("cpu"))
 
 
@@ -35,7 +35,7 @@ def _slicer_of(config: DecoderConfig, budget: int, slow: bool) -> Slicer:
 
 
 def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    """As models.decoder computes it: the same bits in slices."""
+    """The decoder's own GELU: the same bits in slices."""
     return gelu_tanh(x) if approximate == "tanh" else F.gelu(x)
 
 
@@ -46,23 +46,21 @@ def peaks(config: DecoderConfig, dtype: str, rows: int, length: int, budget: int
     Both count what the block returns and its input's gradient, as `planner.activations.PartWork` does. `dtype`: as in
     "bfloat16". Raises ResourceError where the budget is below the least that works.
     """
-    from penstock.models.decoder import Decoder
-
-    found, reports = [0, 0], []
-    kind = getattr(torch, dtype)
-    decoder = Decoder(one_layer(config), dtype=kind, device="meta")
+    peak_bytes, reports = [0, 0], []
+    torch_dtype = getattr(torch, dtype)
+    decoder = Decoder(one_layer(config), dtype=torch_dtype, device="meta")
     with FakeTensorMode(), computing("narrow"):  # as the plan counts everything else
         for module, name in owners(decoder).values():
             shape = getattr(module, name).shape
-            setattr(module, name, nn.Parameter(torch.empty(shape, dtype=kind)))
+            setattr(module, name, nn.Parameter(torch.empty(shape, dtype=torch_dtype)))
         slicer = slicer_of(config, budget)
         context = decoder.begin(torch.empty(rows, length, dtype=torch.int64))
         for positions in context.positions.values():
             for training in (False, True):
-                x = torch.empty(rows, length, config.d_model, dtype=kind, requires_grad=training)
+                x = torch.empty(rows, length, config.d_model, dtype=torch_dtype, requires_grad=training)
                 with torch.set_grad_enabled(training):
                     slicer.plan_for(decoder.blocks[0], (x, positions), {})
                 report: Report = slicer.reports[slicer.latest]
-                found[training] = max(found[training], report.after)
+                peak_bytes[training] = max(peak_bytes[training], report.after)
                 reports.append(str(report))
-    return found[0], found[1], "\n".join(reports)
+    return peak_bytes[0], peak_bytes[1], "\n".join(reports)

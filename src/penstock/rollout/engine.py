@@ -19,9 +19,8 @@ from torch import Tensor
 from penstock.kernels import cpu_ops
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Ram
-from penstock.models import lora
+from penstock.models import surgery
 from penstock.models.decoder import Decoder
-from penstock.models.packed import quantise
 from penstock.models.roles import Actor
 from penstock.models.weight_shapes import prefills
 from penstock.rollout.cache import KVCache
@@ -370,13 +369,13 @@ def load(source: str, dtype: str, device: str | None = None, adapter: str | None
         actor = Actor.from_pretrained(source, adapter=adapter).requires_grad_(False)
     if dtype != "int8":
         strategy.prepare(actor)
-        lora.merge(actor.decoder, keep=False)
+        surgery.merge_adapters(actor.decoder, keep=False)
         return strategy, actor
     weights = {name: torch.empty_like(p, device=strategy.world.device) for name, p in actor.named_parameters()}
     actor.fill(weights)
     actor.load_state_dict(weights, assign=True)
-    lora.merge(actor.decoder, keep=False)
-    quantise(actor.decoder)
+    surgery.merge_adapters(actor.decoder, keep=False)
+    surgery.quantise(actor.decoder)
     return strategy, actor.requires_grad_(False)
 
 

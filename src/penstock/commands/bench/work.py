@@ -17,11 +17,10 @@ from penstock.algorithms.ppo import PPO
 from penstock.algorithms.setup import reserve_activations
 from penstock.config import OptimFlags, PPOFlags
 from penstock.memory.strategy import Strategy
-from penstock.models import lora
+from penstock.models import surgery
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
-from penstock.models.packed import quantise_base
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.models.weight_shapes import BaseDtype
 from penstock.rollout.engine import Answer
@@ -110,7 +109,7 @@ def roles_of(
     with strategy.init():
         base = Decoder(shape)
         if base_dtype is not None:
-            quantise_base(base, base_dtype)
+            surgery.quantise_base(base, base_dtype)
         if not lora_rank:
             actor, critic = Actor(base), Critic(Decoder(shape))
             reference, reward = Actor(Decoder(shape)), RewardModel(Decoder(shape))
@@ -118,7 +117,7 @@ def roles_of(
             actor, critic = Actor(copy.deepcopy(base)), Critic(copy.deepcopy(base))
             reference, reward = Actor(copy.deepcopy(base)), RewardModel(base)
             for seed, model in enumerate((actor, critic)):
-                lora.add(model.decoder, LoraSpec(lora_rank), seed=seed)
+                surgery.add_adapters(model.decoder, LoraSpec(lora_rank), seed=seed)
     for frozen in (reference, reward):
         frozen.eval().requires_grad_(False)
     return {"actor": actor, "critic": critic, "reference": reference, "reward": reward}

@@ -1,0 +1,171 @@
+"""What is done to a whole decoder: adapters are added, removed and merged, weights are packed.
+
+Everything changes the decoder in place. On `meta` it changes the recipe, and no weight is read. The modules and their
+arithmetic are in `lora` and `packed`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from penstock.errors import UserError
+from penstock.models import recipe
+from penstock.models.adapter_files import AdapterFile
+from penstock.models.decoder import Decoder
+from penstock.models.lora import Adapted, Adapter, adapters_of, is_adapter
+from penstock.models.lora_targets import LoraSpec, LoraTarget, lora_targets_of
+from penstock.models.packed import as_int8, pack
+from penstock.models.weight_shapes import BaseDtype
+
+DEVICES_THAT_UNPACK = ("cpu", "cuda", "meta")
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def add_adapters(
+    decoder: Decoder,
+    spec: LoraSpec,
+    *,
+    base: str = "",
+    digest: str = "",
+    seed: int = 0,
+    saved: AdapterFile | None = None,
+) -> None:
+    """Adds fresh adapters, or those that were `saved`, and freezes every other weight.
+
+    base, digest: the base's address and the hash of its weights. Raises UserError for an impossible rank, for targets
+    that match no weight and for a decoder that has adapters.
+    """
+    if decoder.adapted is not None:
+        raise UserError("this model carries an adapter already, and takes one; penstock export --merge makes it one.")
+    targets = lora_targets_of(decoder.config)
+    wanted = [target for target in targets if spec.wants(target)]
+    _check_targets(spec, targets, wanted)
+    decoder.requires_grad_(False)
+    device = decoder.embed.tokens.device
+    with torch.device("meta"):
+        for target in wanted:
+            holder: Any = decoder.get_submodule(target.ours)
+            if holder.lora is None:
+                holder.lora = nn.ModuleList()
+            holder.lora.append(Adapter(target, spec, decoder.config, decoder.dtype))
+    decoder.adapted = Adapted(spec, base, saved, seed, digest=digest)
+    if saved is not None:
+        saved.check(decoder)
+    if device.type != "meta":
+        for adapter in adapters_of(decoder):
+            adapter.to_empty(device=device)
+        recipe.fill(decoder, {name: weight for name, weight in decoder.named_parameters() if is_adapter(name)})
+
+
+def _check_targets(spec: LoraSpec, targets: Sequence[LoraTarget], wanted: Sequence[LoraTarget]) -> None:
+    if not wanted:
+        known = ", ".join(sorted({target.theirs.rsplit(".", 1)[-1] for target in targets}))
+        shown = spec.targets if isinstance(spec.targets, str) else " ".join(spec.targets)
+        raise UserError(f"--lora-targets {shown}: matches no weight of this model; there are {known}, all-linear.")
+    for target in wanted:
+        largest = min(target.height, target.width)
+        if not 1 <= spec.rank <= largest:
+            raise UserError(
+                f"--lora {spec.rank}: {target.theirs} is {target.height} x {target.width}; give a rank from 1 to "
+                f"{largest}."
+            )
+
+
+def remove_adapters(decoder: Decoder) -> None:
+    """Leaves the frozen base."""
+    for holder in decoder.modules():
+        if getattr(holder, "lora", None) is not None:
+            holder.lora = None  # type: ignore[assignment]
+    decoder.adapted = None
+
+
+@torch.no_grad()
+def merge_adapters(decoder: Decoder, *, keep: bool = True) -> None:
+    """Adds the adapters' products to the weights, so that they cost no time. For decoders that are on one device whole.
+
+    `keep`: keeps a copy of the weights, so that `unmerge_adapters` restores them bit by bit. A tied head or token table
+    that is adapted becomes a weight of its own.
+    """
+    adapted = decoder.adapted
+    if adapted is None or adapted.merged is not None:
+        return
+    if decoder.base_dtype is not None:
+        raise ValueError(f"an adapter does not merge into {decoder.base_dtype} weights: load the base in full")
+    if decoder.head is None and (decoder.lora is not None or decoder.embed.lora is not None):
+        decoder.head = nn.Parameter(decoder.embed.tokens.detach().clone(), requires_grad=False)
+        decoder.config = replace(decoder.config, tied=False)
+    adapted.merged = {}
+    holder: Any
+    for name, holder in list(decoder.named_modules()):
+        if not getattr(holder, "lora", None):
+            continue
+        weight = _adapted_weight(holder)
+        if keep:
+            adapted.merged[name] = weight.detach().clone(), holder.lora
+        for adapter in holder.lora:
+            delta = adapter.delta()
+            rows = slice(adapter.target.start, adapter.target.start + len(delta))
+            weight[rows] = (weight[rows].float() + delta).to(weight.dtype)
+        holder.lora = None
+
+
+@torch.no_grad()
+def unmerge_adapters(decoder: Decoder) -> None:
+    """Undoes `merge_adapters(keep=True)`. Raises ValueError where the weights were not kept."""
+    adapted = decoder.adapted
+    if adapted is None or adapted.merged is None:
+        return
+    if not adapted.merged:
+        raise ValueError("the weights from before the merge were not kept: load the base again")
+    for name, (weight, adapters) in adapted.merged.items():
+        holder: Any = decoder.get_submodule(name)
+        _adapted_weight(holder).copy_(weight)
+        holder.lora = adapters
+    adapted.merged = None
+
+
+def _adapted_weight(holder: Any) -> nn.Parameter:
+    """The weight that a module's adapters add to: of a product, the token table or the head."""
+    candidates = (getattr(holder, name, None) for name in ("weight", "tokens", "head"))
+    return next(weight for weight in candidates if isinstance(weight, nn.Parameter))
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quantise(decoder: Decoder) -> None:
+    """Replaces all products' weights, the token table and the head by int8, one after the other. Only for answering."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.weight, module.scales = _frozen(*as_int8(module.weight))
+    decoder.embed.tokens, decoder.embed.scales = _frozen(*as_int8(decoder.embed.tokens))
+    decoder.head_scales = decoder.embed.scales
+    if decoder.head is not None:
+        decoder.head, decoder.head_scales = _frozen(*as_int8(decoder.head))
+
+
+@torch.no_grad()
+def quantise_base(decoder: Decoder, dtype: BaseDtype) -> None:
+    """Packs the weights of all blocks: the frozen base of adapters.
+
+    Raises UserError for devices that cannot unpack them, and for widths that do not pack.
+    """
+    device = decoder.embed.tokens.device.type
+    if device not in DEVICES_THAT_UNPACK:
+        raise UserError(f"--base-dtype {dtype}: not on {device}; it works on cpu and cuda. Leave it out.")
+    for name, module in decoder.blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            if dtype == "nf4" and module.weight.shape[1] % 2:
+                raise UserError(f"--base-dtype nf4: {name} has {module.weight.shape[1]} inputs, which must be even.")
+            module.weight, module.scales = _frozen(*pack(module.weight, dtype))
+    decoder.base_dtype = dtype
+
+
+def _frozen(*tensors: torch.Tensor) -> tuple[nn.Parameter, ...]:
+    return tuple(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
