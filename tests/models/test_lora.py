@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tests.reference.test_families import CASES, reference
 from torch.nn import functional as F
 
 from penstock.errors import UserError
@@ -17,6 +16,7 @@ from penstock.memory.strategy import Strategy
 from penstock.models import adapter_files, lora, surgery
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.models.roles import Actor, Critic, RewardModel
+from tests.models.test_families import CASES, reference
 
 TARGETS: dict[str, Any] = {
     "gpt2": ("c_attn", "wte", "lm_head"),

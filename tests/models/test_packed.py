@@ -12,7 +12,7 @@ from penstock.kernels import compile as compiler
 from penstock.memory import prepare
 from penstock.memory.strategy import Strategy
 from penstock.models import linear as linear_module
-from penstock.models import surgery
+from penstock.models import pretrained, surgery
 from penstock.models.decoder import Decoder
 from penstock.models.linear import linear
 from penstock.models.lora_targets import LoraSpec, groups_of
@@ -129,7 +129,7 @@ def test_a_packed_base_streams_and_learns_as_its_restored_values_do(kind, tiny_m
                 for module in full.blocks.modules():
                     if isinstance(module, torch.nn.Linear):
                         module.weight.copy_(dense(*pack(module.weight, kind), slice(None), torch.float32))
-            full.save_pretrained(tmp_path / "restored")
+            pretrained.save(full, tmp_path / "restored")
             with strategy.init():
                 actor = Actor.from_pretrained(str(tmp_path / "restored"), lora=LoraSpec(2))
         stream = strategy.prepare(actor)

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-from tests.algorithms.test_planning import FAMILIES
 
 from penstock.errors import ResourceError
 from penstock.kernels import compile as compiler
@@ -14,6 +13,7 @@ from penstock.models.decoder import Decoder
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 from tests.conftest import EOS, TINY
+from tests.planner.test_planning import FAMILIES
 
 PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9], [1, 3]]
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tests.algorithms.test_planning import FAMILIES
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +19,7 @@ from penstock.rollout.cuda_graphs import Steps
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 from tests.conftest import EOS, TINY
+from tests.planner.test_planning import FAMILIES
 
 PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9], [1, 3]]
 
