@@ -154,7 +154,7 @@ def _seconds(forecast: Forecast) -> float:
 
 
 def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str:
-    """The same for people."""
+    """The result as text."""
     lines = [
         f"{config.stage} of {config.model}"
         + (f" with critic and reward model {config.critic_model}" if config.critic_model else "")
@@ -178,9 +178,9 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
     lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the {config.rates} rates"]
     if "measured" in result:
         for tier in TIERS:
-            got, said = result["measured"][tier], result["predicted"][tier]
-            ratio = f"predicted is {said / got:.3f} of it" if got else "nothing there"
-            lines.append(f"dry run, {tier} peak: {show_bytes(got)}; {ratio}")
+            measured, predicted = result["measured"][tier], result["predicted"][tier]
+            ratio = f"predicted is {predicted / measured:.3f} of it" if measured else "nothing there"
+            lines.append(f"dry run, {tier} peak: {show_bytes(measured)}; {ratio}")
     if result["fits"]:
         lines.append("fits: " + command(config, setting))
     else:
@@ -190,7 +190,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
 
 
 def command(config: PlanConfig, setting: Setting) -> str:
-    """The flags of the training command that this plan is of."""
+    """The training command that was planned, with its flags."""
     start = "penstock" if setting.world == 1 else f"torchrun --nproc_per_node {setting.world} -m penstock"
     budgets = [
         f"{flag} {value}"
@@ -212,6 +212,6 @@ def _table(head: str, rows: dict[str, dict[str, Any]], result: dict[str, Any]) -
             cells = "".join(f"{show_bytes(row[tier]) if row.get(tier) else '-':>12}" for tier in TIERS)
             lines.append(f"{name:18}{cells}" + (f"  {row['fullest']}" if "fullest" in row else ""))
     if head == "peak" and any(result["budgets"].values()):
-        given = [result["budgets"][tier] for tier in TIERS]
-        lines.append(f"{'budget':18}" + "".join(f"{show_bytes(one) if one else '-':>12}" for one in given))
+        budgets = [result["budgets"][tier] for tier in TIERS]
+        lines.append(f"{'budget':18}" + "".join(f"{show_bytes(n) if n else '-':>12}" for n in budgets))
     return lines

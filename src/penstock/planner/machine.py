@@ -21,12 +21,12 @@ def path_of(device: str) -> Path:
 
 
 def save(device: str, ceilings: dict[str, Any]) -> Path:
-    """Keeps them: whole or not at all."""
+    """Writes the file, whole or not at all."""
     path = path_of(device)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(ceilings, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(ceilings, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 
@@ -35,14 +35,14 @@ def rates(dtype: str, network: float) -> Rates:
 
     Raises UserError where nothing was measured yet, or the file is damaged.
     """
-    found = next((path for path in map(path_of, ("cuda", "xpu", "mps", "cpu")) if path.is_file()), None)
-    if found is None:
+    paths = map(path_of, ("cuda", "xpu", "mps", "cpu"))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         raise UserError("--rates measured: nothing was measured on this machine yet; run penstock bench micro first.")
     try:
-        known = json.loads(found.read_text(encoding="utf-8"))
-        return Rates(
-            flops=float(known[f"gemm_{dtype}"]), link=float(known["link"]), disk_read=float(known["disk_read"]),
-            disk_write=float(known["disk_write"]), host=float(known["adamw"]), network=network,
-        )  # fmt: skip
+        ceilings = json.loads(path.read_text(encoding="utf-8"))
+        flops, host = float(ceilings[f"gemm_{dtype}"]), float(ceilings["adamw"])
+        link, disk_read, disk_write = (float(ceilings[name]) for name in ("link", "disk_read", "disk_write"))
+        return Rates(flops, link, disk_read, disk_write, host, network)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--rates measured: {found} cannot be read ({error}); run penstock bench micro.") from error
+        raise UserError(f"--rates measured: {path} cannot be read ({error}); run penstock bench micro.") from error

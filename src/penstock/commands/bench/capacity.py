@@ -48,62 +48,75 @@ def capacity(config: CapacityConfig) -> dict[str, Any]:
     budget, device = parse_bytes(config.device_memory, "--device-memory"), World.join(None).device
     host = config.host_memory or str(int(SLACK * available_ram()))
     known(config.strategy)
-    first = bench_config(config, host, 1)
-    shape = shape_of(first)
+    shape = shape_of(bench_config(config, host, 1))
+    planned, runs = runs_of_ours(config, host)
+    ours, run = next((layers, run) for layers, run in sorted(runs.items(), reverse=True) if isinstance(run, dict))
+    plain, peaks = deepest_of_plain(config, shape, budget, device)
+    layers = {"ours": ours, **plain}
+    parameters = {
+        name: weight_shapes.count_of(dataclasses.replace(shape, num_layers=depth), scalar=False) if depth else None
+        for name, depth in layers.items()
+    }
+    result = {
+        "settings": dataclasses.asdict(config),
+        "budget_bytes": budget,
+        "host_budget_bytes": parse_bytes(host, "--host-memory"),
+        "device": str(device),
+        "layers": layers,
+        "parameters_per_model": parameters,
+        "ratios": {kind: _ratio(parameters["ours"], parameters[kind]) for kind in KINDS},
+        "planned_layers": planned,
+        "runs_of_ours": {str(depth): run if isinstance(run, str) else "completed" for depth, run in runs.items()},
+        "ours": {key: run[key] for key in ("seconds_per_iteration", "planned", *PEAKS)},
+        "peak_device_bytes_of_plain": peaks,
+    }
+    print(as_text(result))
+    if config.json:
+        Path(config.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def runs_of_ours(config: CapacityConfig, host: str) -> tuple[int, dict[int, dict[str, Any] | str]]:
+    """The deepest model that the plan allows, and by depth what was run to find the deepest that completes."""
 
     def planned(layers: int) -> bool:
-        wanted = bench_config(config, host, layers)
-        strategy = strategy_of(wanted)
+        bench = bench_config(config, host, layers)
         try:
-            check(wanted, shape_of(wanted), strategy)
+            check(bench, shape_of(bench), strategy_of(bench))
         except ResourceError:
             return False
         return True
 
-    deepest = most_layers(planned, 1, config.layers)
     runs: dict[int, dict[str, Any] | str] = {}
 
     def completes(layers: int) -> bool:
         runs[layers] = run_apart(bench_config(config, host, layers))
         return isinstance(runs[layers], dict)
 
-    ours = deepest if completes(deepest) else most_layers(completes, 1, deepest - 1)
-    ran = runs[ours]
-    assert isinstance(ran, dict)
+    deepest = most_layers(planned, 1, config.layers)
+    if not completes(deepest):
+        most_layers(completes, 1, deepest - 1)
+    return deepest, runs
+
+
+def deepest_of_plain(
+    config: CapacityConfig, shape: DecoderConfig, budget: int, device: torch.device
+) -> tuple[dict[str, int], dict[str, int | None]]:
+    """For each kind of plain PyTorch the deepest model that completes (0: none), and its peak bytes."""
     rows = (config.experience_batch_size, config.prompt_length)
     prompts = torch.randint(shape.vocab_size, rows, generator=torch.Generator().manual_seed(0)).to(device)
     new = config.max_length - config.prompt_length
-    plain: dict[str, int] = {}
+    layers: dict[str, int] = {}
     peaks: dict[str, int | None] = {}
     for kind in KINDS:
         seen: dict[int, int | None] = {}
 
-        def fits(layers: int, kind: Kind = kind, seen: dict[int, int | None] = seen) -> bool:
-            return runs_plainly(dataclasses.replace(shape, num_layers=layers), kind, budget, prompts, new, seen)
+        def fits(depth: int, kind: Kind = kind, seen: dict[int, int | None] = seen) -> bool:
+            return runs_plainly(dataclasses.replace(shape, num_layers=depth), kind, budget, prompts, new, seen)
 
-        plain[kind] = most_layers(fits, 1, config.layers) if fits(1) else 0
-        peaks[kind] = seen.get(plain[kind])
-    parameters = {
-        name: weight_shapes.count_of(dataclasses.replace(shape, num_layers=layers), scalar=False) if layers else None
-        for name, layers in (("ours", ours), *plain.items())
-    }
-    found = {
-        "settings": dataclasses.asdict(config),
-        "budget_bytes": budget,
-        "host_budget_bytes": parse_bytes(host, "--host-memory"),
-        "device": str(device),
-        "layers": {"ours": ours, **plain},
-        "parameters_per_model": parameters,
-        "ratios": {kind: _ratio(parameters["ours"], parameters[kind]) for kind in KINDS},
-        "planned_layers": deepest,
-        "runs_of_ours": {str(layers): one if isinstance(one, str) else "completed" for layers, one in runs.items()},
-        "ours": {key: ran[key] for key in ("seconds_per_iteration", "planned", *PEAKS)},
-        "peak_device_bytes_of_plain": peaks,
-    }
-    print(as_text(found))
-    if config.json:
-        Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+        layers[kind] = most_layers(fits, 1, config.layers) if fits(1) else 0
+        peaks[kind] = seen.get(layers[kind])
+    return layers, peaks
 
 
 KINDS: tuple[Kind, ...] = ("published", "fair")
@@ -122,7 +135,7 @@ def bench_config(config: CapacityConfig, host: str, layers: int) -> BenchConfig:
 
 
 def strategy_of(config: BenchConfig) -> Strategy:
-    """For the plan alone."""
+    """The strategy to plan with."""
     return Strategy.named(
         config.strategy, dtype=config.dtype, device_memory=config.device_memory, host_memory=config.host_memory,
         disk=config.disk,
@@ -130,27 +143,27 @@ def strategy_of(config: BenchConfig) -> Strategy:
 
 
 def run_apart(config: BenchConfig) -> dict[str, Any] | str:
-    """What `penstock bench` found in a process of its own, or why it did not end well.
+    """The result of `penstock bench` in a process of its own, or why it failed.
 
-    A depth that the machine cannot hold then costs that process and not the search.
+    A depth that the machine cannot hold then ends that process and not the search.
     """
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "found.json"
+        out = Path(directory) / "result.json"
         command = [sys.executable, "-m", "penstock", "bench", *arguments_of(config), "--json", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-        if done.returncode == 0:
+        process = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        if process.returncode == 0:
             return json.loads(out.read_text(encoding="utf-8"))
-    lines = done.stderr.strip().splitlines()
-    return f"exit code {done.returncode}: {lines[-1] if lines else 'killed, most likely for its memory'}"
+    lines = process.stderr.strip().splitlines()
+    return f"exit code {process.returncode}: {lines[-1] if lines else 'killed, most likely for its memory'}"
 
 
 def arguments_of(config: BenchConfig) -> list[str]:
     """The flags that differ from their defaults."""
     arguments: list[str] = []
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        if value != one.default:
-            flag = "--" + one.name.replace("_", "-")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            flag = "--" + field.name.replace("_", "-")
             arguments += [flag] if value is True else [flag, str(value)]
     return arguments
 
@@ -178,7 +191,7 @@ def most_layers(fits: Callable[[int], bool], low: int, high: int) -> int:
 def runs_plainly(
     shape: DecoderConfig, kind: Kind, budget: int, prompts: torch.Tensor, new: int, seen: dict[int, int | None]
 ) -> bool:
-    """Whether plain PyTorch completes an iteration in the budget; `seen` gets the peak bytes by depth."""
+    """Whether plain PyTorch completes an iteration in the budget. Writes the peak bytes by depth to `seen`."""
     if prompts.device.type == "cuda":
         return _in_the_allocator(shape, kind, budget, prompts, new, seen)
     with Meter() as meter:
@@ -209,22 +222,23 @@ def _ratio(ours: int | None, plain: int | None) -> float | None:
     return ours / plain if ours and plain else None
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The result for people."""
+def as_text(result: dict[str, Any]) -> str:
+    """The result as text."""
     names = {"ours": "penstock", "published": "plain PyTorch, fp32", "fair": "plain PyTorch, bf16 and fp32 masters"}
-    asked = found["settings"]
-    lines = [f"the deepest {asked['model']} that completes a PPO iteration in {asked['device_memory']} of the device:"]
+    settings = result["settings"]
+    model, memory = settings["model"], settings["device_memory"]
+    lines = [f"the deepest {model} that completes a PPO iteration in {memory} of the device:"]
     for key, name in names.items():
-        layers, peak = found["layers"][key], found["peak_device_bytes_of_plain"].get(key)
+        layers, peak = result["layers"][key], result["peak_device_bytes_of_plain"].get(key)
         if key == "ours":
-            peak = found["ours"]["peak_device_bytes"]
+            peak = result["ours"]["peak_device_bytes"]
         if not layers:
             lines.append(f"  {name:37} not even one block fits")
             continue
-        ratio = found["ratios"].get(key)
-        beside = f"; ours has {ratio:.1f} times as many" if ratio else ""
+        ratio, parameters = result["ratios"].get(key), result["parameters_per_model"][key]
+        comparison = f"; ours has {ratio:.1f} times as many" if ratio else ""
         lines.append(
-            f"  {name:37} {layers:4} blocks, {found['parameters_per_model'][key] / 1e6:.1f}M parameters in each of "
-            f"four models, {show_bytes(peak or 0)} at most{beside}"
+            f"  {name:37} {layers:4} blocks, {parameters / 1e6:.1f}M parameters in each of four models, "
+            f"{show_bytes(peak or 0)} at most{comparison}"
         )
-    return "\n".join([*lines, f"one iteration of ours takes {found['ours']['seconds_per_iteration']:.1f} s"])
+    return "\n".join([*lines, f"one iteration of ours takes {result['ours']['seconds_per_iteration']:.1f} s"])

@@ -23,7 +23,7 @@ from penstock.run.metrics import peak_rss_bytes
 
 
 class Clock:
-    """Times phases of one rank. What is not timed is counted nowhere, memory aside."""
+    """Times phases of one rank. Phases that are not timed count only for peak memory."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -46,7 +46,7 @@ class Clock:
 
     @contextlib.contextmanager
     def metered(self, streams: dict[str, Stream]) -> Iterator[None]:
-        """Inside, tensors are counted where no allocator does it."""
+        """Inside, a Meter counts tensors where no allocator does."""
         if self.strategy.world.device.type != "cpu":
             yield
             return
@@ -57,7 +57,7 @@ class Clock:
         self._tensors = max(self._tensors or 0, meter.peak)
 
     def peaks(self) -> dict[str, int | None]:
-        """Bytes of this rank at most, so far."""
+        """The most bytes of this rank so far."""
         tiers, device = self.strategy.tiers, self.strategy.world.device
         if device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -76,11 +76,12 @@ class Clock:
 
 
 def settle(device: torch.device) -> None:
-    """Returns when the device has done what it was given."""
+    """Returns when the device has done all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def largest(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The maximum over ranks of every number; None stays None."""
-    return {key: None if any(one[key] is None for one in ranks) else max(one[key] for one in ranks) for key in ranks[0]}
+    columns = {key: [rank[key] for rank in ranks] for key in ranks[0]}
+    return {key: None if None in column else max(column) for key, column in columns.items()}

@@ -63,11 +63,11 @@ def attention_flops(config: DecoderConfig, length: int) -> float:
 
 
 def adapter_flops(config: DecoderConfig, tokens: int, lora_rank: int) -> float:
-    """Of one model's adapters beside every product but the head's."""
+    """Of one model's adapters, which are at every product but the head's."""
     if not lora_rank:
         return 0.0
     spec = LoraSpec(lora_rank)
-    return 2.0 * lora_rank * tokens * sum(one.height + one.width for one in lora_targets_of(config) if spec.wants(one))
+    return 2.0 * lora_rank * tokens * sum(t.height + t.width for t in lora_targets_of(config) if spec.wants(t))
 
 
 def published_experience_flops(parameters: dict[str, int], rows: Rows) -> float:

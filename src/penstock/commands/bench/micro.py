@@ -1,7 +1,6 @@
-"""`penstock bench micro`: the ceilings of this machine. Everything else is a share of them.
+"""`penstock bench micro`: the ceilings of this machine, each the best of a few runs.
 
-Each is the best of a few runs, as a ceiling should be. They are kept in the user's cache (planner/machine.py), where
-`penstock plan --rates measured` finds them.
+They are saved in the user's cache (planner/machine.py), where `penstock plan --rates measured` reads them.
 """
 
 import json
@@ -30,9 +29,9 @@ gradient written back; and 2 for the gradient's own arrival."""
 
 
 def micro(config: MicroConfig) -> dict[str, Any]:
-    """Measures, keeps and prints. Raises UserError for a device or a directory that cannot be used."""
+    """Measures, saves and prints. Raises UserError for a device or a directory that cannot be used."""
     device = World.join(config.device).device
-    found = {
+    ceilings = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": device.type, "threads": torch.get_num_threads(),
         **{f"gemm_{name}": gemm_peak(device, name, config.repeats, quick=config.quick) for name in DTYPES},
         **copies(device, config.repeats, config.quick),
@@ -40,9 +39,9 @@ def micro(config: MicroConfig) -> dict[str, Any]:
         "adamw": adamw_rate(device, config.repeats, config.quick),
         **decode_rates(device, config.repeats, config.quick),
     }  # fmt: skip
-    path = machine.save(device.type, found)
-    print(json.dumps(found, indent=1) if config.json else as_text(found, path))
-    return found
+    path = machine.save(device.type, ceilings)
+    print(json.dumps(ceilings, indent=1) if config.json else as_text(ceilings, path))
+    return ceilings
 
 
 def best(call: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -81,10 +80,10 @@ def copies(device: torch.device, repeats: int, quick: bool) -> dict[str, float]:
     nbytes = (16 if quick else 256) << 20
     host = Ram("host", torch.device("cpu"), pins=device.type == "cuda")
     source = host.home(nbytes, torch.uint8, "a source", travels=True).tensor.fill_(1)
-    here, there = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    target, origin = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
     return {
-        "copy": 2 * nbytes / best(lambda: here.copy_(there), repeats, device),
-        "link": nbytes / best(lambda: here.copy_(source, non_blocking=True), repeats, device),
+        "copy": 2 * nbytes / best(lambda: target.copy_(origin), repeats, device),
+        "link": nbytes / best(lambda: target.copy_(source, non_blocking=True), repeats, device),
     }
 
 
@@ -117,7 +116,7 @@ def adamw_rate(device: torch.device, repeats: int, quick: bool) -> float:
 def decode_rates(device: torch.device, repeats: int, quick: bool) -> dict[str, float]:
     """Bytes of weights per second that a product with one token reads, far more weights than a cache holds."""
     outputs, inputs = (512, 768) if quick else (50257, 768)
-    found = {}
+    ceilings = {}
     for name, kind in DTYPES.items():
         weight, x = (torch.randn(n, inputs, device=device).to(kind) for n in (outputs, 1))
 
@@ -126,27 +125,27 @@ def decode_rates(device: torch.device, repeats: int, quick: bool) -> dict[str, f
                 linear.linear(x, weight)
 
         with torch.no_grad():
-            found[f"decode_{name}"] = weight.nbytes / best(once, repeats, device)
-    return found
+            ceilings[f"decode_{name}"] = weight.nbytes / best(once, repeats, device)
+    return ceilings
 
 
-def as_text(found: dict[str, Any], path: Path) -> str:
-    """The same for people."""
-    direct = "past the page cache" if found["disk_direct"] else "through the page cache: the file system wants it so"
+def as_text(ceilings: dict[str, Any], path: Path) -> str:
+    """The ceilings as text."""
+    direct = "past the page cache" if ceilings["disk_direct"] else "through the page cache: the file system wants it so"
     rows = [
-        ("product of matrices, fp32", f"{found['gemm_fp32'] / 1e9:.0f} GFLOP/s"),
-        ("product of matrices, bf16 weights", f"{found['gemm_bf16'] / 1e9:.0f} GFLOP/s"),
-        ("copy in device memory, read + write", f"{show_bytes(found['copy'])}/s"),
-        ("host to device", f"{show_bytes(found['link'])}/s"),
-        (f"disk, read ({direct})", f"{show_bytes(found['disk_read'])}/s"),
-        ("disk, write", f"{show_bytes(found['disk_write'])}/s"),
-        (f"optimizer in host memory, {UPDATED} bytes per weight", f"{show_bytes(found['adamw'])}/s"),
-        ("weights read by one-token products, fp32", f"{show_bytes(found['decode_fp32'])}/s"),
-        ("weights read by one-token products, bf16", f"{show_bytes(found['decode_bf16'])}/s"),
+        ("product of matrices, fp32", f"{ceilings['gemm_fp32'] / 1e9:.0f} GFLOP/s"),
+        ("product of matrices, bf16 weights", f"{ceilings['gemm_bf16'] / 1e9:.0f} GFLOP/s"),
+        ("copy in device memory, read + write", f"{show_bytes(ceilings['copy'])}/s"),
+        ("host to device", f"{show_bytes(ceilings['link'])}/s"),
+        (f"disk, read ({direct})", f"{show_bytes(ceilings['disk_read'])}/s"),
+        ("disk, write", f"{show_bytes(ceilings['disk_write'])}/s"),
+        (f"optimizer in host memory, {UPDATED} bytes per weight", f"{show_bytes(ceilings['adamw'])}/s"),
+        ("weights read by one-token products, fp32", f"{show_bytes(ceilings['decode_fp32'])}/s"),
+        ("weights read by one-token products, bf16", f"{show_bytes(ceilings['decode_bf16'])}/s"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {rate}" for name, rate in rows]
     return "\n".join(
-        [f"{found['device']}, {found['threads']} threads; the best of each:", *lines, f"kept in {path}; "
+        [f"{ceilings['device']}, {ceilings['threads']} threads; the best of each:", *lines, f"kept in {path}; "
          "penstock plan --rates measured reads it"]
     )  # fmt: skip

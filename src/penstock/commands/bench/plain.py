@@ -44,7 +44,8 @@ class Plain:
         width = prompts.shape[1]
         with torch.no_grad():
             rollout = generate(self.actor, prompts.tolist(), Sampling(max_new_tokens=new), eos_ids=())
-            tokens = torch.tensor([one.prompt_ids + one.response_ids for one in rollout], device=prompts.device)
+            rows = [answer.prompt_ids + answer.response_ids for answer in rollout]
+            tokens = torch.tensor(rows, device=prompts.device)
             old, reference = (logprobs(model, tokens, width) for model in (self.actor, self.reference))
             values = self._values(tokens, width)
             scores = nn.functional.linear(self.reward(tokens)[:, -1].float(), self.heads[1])[:, 0]
@@ -67,8 +68,10 @@ class Plain:
         states = self.critic(tokens)[:, width - 1 : -1].float()
         return nn.functional.linear(states, self.heads[0])[..., 0]
 
-    def _update(self, which: int, loss: Tensor) -> None:
-        model, masters, optimizer = (self.actor, self.critic)[which], self.masters[which], self.optimizers[which]
+    def _update(self, model_index: int, loss: Tensor) -> None:
+        """Of the actor (0) or the critic (1)."""
+        model, masters = (self.actor, self.critic)[model_index], self.masters[model_index]
+        optimizer = self.optimizers[model_index]
         loss.backward()
         del loss
         if masters is not None:

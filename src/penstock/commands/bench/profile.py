@@ -14,15 +14,15 @@ import torch
 
 Span = tuple[float, float]
 """Begin and end in microseconds."""
-LABELS = {"optimizer": "optimizer", "link": "link", "disk": "disk", "compute": "compute"}
-"""What a `record_function` of the engine begins with, and the column that it belongs to."""
+CLAIMS = ("optimizer", "disk", "link", "compute")
+"""Columns in the order in which they claim an instant. The engine's `record_function` labels begin with these words."""
 
 PHASE = "bench."
 """What the clock's own spans begin with: they end when the device is done."""
 
 
 class Recorder:
-    """Records between `start` and `stop`, once; without a path it does nothing."""
+    """Records once, between `start` and `stop`. Without a path it does nothing."""
 
     def __init__(self, path: str | None, device: torch.device) -> None:
         self.table: dict[str, dict[str, float]] | None = None
@@ -34,7 +34,7 @@ class Recorder:
         self._running = False
 
     def start(self) -> None:
-        """Begins, unless it has begun before."""
+        """Begins, the first time."""
         if not (self._done or self._running):
             self._profiler.start()
             self._running = True
@@ -60,67 +60,69 @@ class Recorder:
 
 
 def table_of(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Seconds of each phase in compute, link, disk, optimizer and idle: each instant counts once, in this order of
-    claims: optimizer, disk, link, compute, idle. `events` are a Chrome trace's.
+    """Seconds of each phase in compute, link, disk, optimizer and idle, from a Chrome trace's events.
+
+    Each instant counts once, for the first of CLAIMS that has it.
     """
-    spans = [one for one in events if one.get("ph") == "X" and "dur" in one]
-    phases = [one for one in spans if one["name"].startswith(PHASE) and one.get("cat") == "user_annotation"]
-    on_gpu = any(one.get("cat") == "kernel" for one in spans)
-    found: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(one["name"] for one in phases):
+    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    phases = [event for event in spans if event["name"].startswith(PHASE) and event.get("cat") == "user_annotation"]
+    on_gpu = any(event.get("cat") == "kernel" for event in spans)
+    table: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(event["name"] for event in phases):
         row = dict.fromkeys(("compute", "link", "disk", "optimizer", "idle"), 0.0)
         for phase in phases:
             if phase["name"] == name:
-                inside = [one for one in spans if _within(one, phase)]
+                inside = [event for event in spans if _within(event, phase)]
                 claims = _on_gpu(inside) if on_gpu else _on_thread(inside, phase["tid"])
                 taken: list[Span] = []
-                for column in ("optimizer", "disk", "link", "compute"):
+                for column in CLAIMS:
                     claimed = union(claims[column])
                     fresh = total(union(taken + claimed)) - total(taken)
                     taken = union(taken + claimed)
                     row[column] += fresh / 1e6
                 row["idle"] += max(phase["dur"] - total(taken), 0.0) / 1e6
-        found[name.removeprefix(PHASE)] = row
-    return found
+        table[name.removeprefix(PHASE)] = row
+    return table
 
 
 def _on_thread(spans: list[dict[str, Any]], thread: Any) -> dict[str, list[Span]]:
-    claims: dict[str, list[Span]] = {"optimizer": [], "disk": [], "link": [], "compute": []}
-    for one in spans:
-        if one["tid"] != thread:
+    claims: dict[str, list[Span]] = {column: [] for column in CLAIMS}
+    for event in spans:
+        if event["tid"] != thread:
             continue
-        if one.get("cat") == "cpu_op":
-            claims["compute"].append(_span(one))
-        elif one.get("cat") == "user_annotation" and (column := _column(one["name"])):
-            claims[column].append(_span(one))
+        if event.get("cat") == "cpu_op":
+            claims["compute"].append(_span(event))
+        elif event.get("cat") == "user_annotation" and (column := _column(event["name"])):
+            claims[column].append(_span(event))
     return claims
 
 
 def _on_gpu(spans: list[dict[str, Any]]) -> dict[str, list[Span]]:
-    claims: dict[str, list[Span]] = {"optimizer": [], "disk": [], "link": [], "compute": []}
-    for one in spans:
-        if one.get("cat") in ("kernel", "gpu_memset"):
-            claims["compute"].append(_span(one))
-        elif one.get("cat") == "gpu_memcpy":
-            claims["compute" if "DtoD" in one["name"] else "link"].append(_span(one))
-        elif one.get("cat") == "gpu_user_annotation" and _column(one["name"]) == "optimizer":
-            claims["optimizer"].append(_span(one))
-        elif one.get("cat") == "user_annotation" and _column(one["name"]) == "disk":
-            claims["disk"].append(_span(one))
+    claims: dict[str, list[Span]] = {column: [] for column in CLAIMS}
+    for event in spans:
+        if event.get("cat") in ("kernel", "gpu_memset"):
+            claims["compute"].append(_span(event))
+        elif event.get("cat") == "gpu_memcpy":
+            claims["compute" if "DtoD" in event["name"] else "link"].append(_span(event))
+        elif event.get("cat") == "gpu_user_annotation" and _column(event["name"]) == "optimizer":
+            claims["optimizer"].append(_span(event))
+        elif event.get("cat") == "user_annotation" and _column(event["name"]) == "disk":
+            claims["disk"].append(_span(event))
     return claims
 
 
 def _column(name: str) -> str | None:
-    return LABELS.get(name.split(".")[0])
+    label = name.split(".")[0]
+    return label if label in CLAIMS else None
 
 
-def _span(one: dict[str, Any]) -> Span:
-    return float(one["ts"]), float(one["ts"]) + float(one["dur"])
+def _span(event: dict[str, Any]) -> Span:
+    return float(event["ts"]), float(event["ts"]) + float(event["dur"])
 
 
-def _within(one: dict[str, Any], phase: dict[str, Any]) -> bool:
-    """A part that reaches over the phase's end would be another phase's: device work is waited for at the end."""
-    return phase["ts"] <= one["ts"] and one["ts"] + one["dur"] <= phase["ts"] + phase["dur"]
+def _within(event: dict[str, Any], phase: dict[str, Any]) -> bool:
+    """Whether all of it is: device work is waited for at a phase's end, so an event beyond it is another phase's."""
+    return phase["ts"] <= event["ts"] and event["ts"] + event["dur"] <= phase["ts"] + phase["dur"]
 
 
 def union(spans: list[Span]) -> list[Span]:

@@ -2,7 +2,7 @@
 
     for episode: for timestep: rollout, score; every --update-timesteps: learn --max-epochs times over what was kept
 
-The first episode warms up, as in the published benchmark, and so does what comes until something was learned.
+The first episode warms up, as in the published benchmark, and so do the steps before the first learning phase.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def schedule(config: BenchConfig) -> list[Beat]:
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measures, prints, writes `--json`; returns what was found, the same on every rank.
+    """Measures, prints, writes `--json`; returns the result, the same on every rank.
 
     Raises UserError for flags that cannot work and ResourceError, before anything is made, for what cannot fit.
     """
@@ -76,7 +76,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         host_memory=config.host_memory, disk=config.disk, recompute=recompute_of(config),
         chunk_size=elements_of(config.chunk_size, config.dtype),
     )  # fmt: skip
-    world, well = strategy.world, False
+    world, completed = strategy.world, False
     try:
         planned = check(config, shape, strategy)
         torch.manual_seed(config.seed)
@@ -87,25 +87,24 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         clock = Clock(strategy)
         table = play(beats, four, clock, config, shape)
         ranks = world.gather(
-            {"seconds": clock.seconds, "moved": {name: dict(one) for name, one in clock.moved.items()},
+            {"seconds": clock.seconds, "moved": {name: dict(nbytes) for name, nbytes in clock.moved.items()},
              "peaks": clock.peaks(), "gemm": gemm_peak(world.device, config.dtype)}
         )  # fmt: skip
-        found = result(config, shape, sizes, four, ranks)
-        found |= {"planned": planned, "profile": table}
+        measured = result(config, shape, sizes, four, ranks) | {"planned": planned, "profile": table}
         if world.first:
-            print(as_text(found))
+            print(as_text(measured))
             if config.json:
-                Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        well = True
+                Path(config.json).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        completed = True
     finally:
-        world.leave(well)
-    return found
+        world.leave(completed)
+    return measured
 
 
 def play(
     beats: list[Beat], four: Four, clock: Clock, config: BenchConfig, shape: DecoderConfig
 ) -> dict[str, dict[str, float]] | None:
-    """Runs the schedule; returns the table of the profiled iteration, where one is asked for."""
+    """Runs the schedule; returns the table of the profiled iteration, if --profile asks for it."""
     world, size = four.strategy.world, config.experience_batch_size
     generator = torch.Generator().manual_seed(config.seed)
     prompts = torch.randint(shape.vocab_size, (config.prompts, config.prompt_length), generator=generator).tolist()
@@ -121,11 +120,11 @@ def play(
                 recorder.start()
             if beat.kind == "experience":
                 every = range(episode, episode + size * world.size)
-                episode += len(every)
-                mine = every[world.rank :: world.size]
+                episode = every.stop
                 picks = (stream(config.seed ^ 0xBE7C, every.start, len(every)) * len(prompts)).long().tolist()
+                share = slice(world.rank, None, world.size)
                 with clock.phase("rollout", beat.timed):
-                    rollout = four.rollout([prompts[i] for i in picks[world.rank :: world.size]], new, list(mine))
+                    rollout = four.rollout([prompts[i] for i in picks[share]], new, list(every[share]))
                 with clock.phase("score", beat.timed):
                     kept.append(four.score(rollout))
             else:
@@ -163,26 +162,9 @@ def result(
         "experience": count.published_experience_flops(parameters, rows),
         "learning": count.published_train_flops(parameters, kept),
     }
-    gemm = min(one["gemm"] for one in ranks)
-    phases: dict[str, dict[str, Any]] = {}
-    for name in PHASES:
-        runs = [one["seconds"].get(name, []) for one in ranks]
-        if not all(runs):
-            raise AssertionError(f"the phase {name} ran zero timed steps")
-        slowest = [max(each) for each in zip(*runs, strict=True)]
-        seconds = statistics.median(slowest)
-        moved = [one["moved"][name] for one in ranks]
-        phases[name] = {
-            "seconds": seconds,
-            "seconds_each": slowest,
-            "times_per_iteration": 1 if name == "train" else updates,
-            "flops_per_rank": flops[name],
-            "tflops_per_rank": flops[name] / seconds / 1e12,
-            "share_of_gemm_peak": flops[name] / seconds / gemm,
-            "bytes_moved_each": {key: value // len(slowest) for key, value in largest(moved).items()},
-        }
-    making = phases["rollout"]["seconds"] + phases["score"]["seconds"]
-    learning = phases["train"]["seconds"]
+    gemm = min(rank["gemm"] for rank in ranks)
+    phases = {name: phase_of(name, ranks, flops[name], gemm, updates) for name in PHASES}
+    experience, learning = phases["rollout"]["seconds"] + phases["score"]["seconds"], phases["train"]["seconds"]
     return {
         "settings": dataclasses.asdict(config),
         "world": world.size,
@@ -191,22 +173,41 @@ def result(
         "layers": shape.num_layers,
         "parameters": parameters,
         "trained_parameters": {
-            name: sum(weight.numel for weight in one.sink.weights) for name, one in streams.items() if one.sink
+            name: sum(weight.numel for weight in stream.sink.weights) for name, stream in streams.items() if stream.sink
         },
         "recompute": recompute,
-        "seconds_per_iteration": updates * making + learning,
+        "seconds_per_iteration": updates * experience + learning,
         "phases": phases,
         "experience": rates(
-            making, world.size, rows.count, rows.count * rows.new, flops["rollout"] + flops["score"],
+            experience, world.size, rows.count, rows.count * rows.new, flops["rollout"] + flops["score"],
             published["experience"],
         ),
         "learning": rates(
             learning, world.size, kept.count, kept.count * kept.length, flops["train"], published["learning"]
         ),
         "gemm_flops_per_rank": gemm,
-        **largest([one["peaks"] for one in ranks]),
+        **largest([rank["peaks"] for rank in ranks]),
         "device_peak_by": "allocator" if world.device.type == "cuda" else "meter",
     }  # fmt: skip
+
+
+def phase_of(name: str, ranks: list[dict[str, Any]], flops: float, gemm: float, updates: int) -> dict[str, Any]:
+    """What the slowest rank took for a phase, and its share of the best product's speed."""
+    seconds_of_ranks = [rank["seconds"].get(name, []) for rank in ranks]
+    if not all(seconds_of_ranks):
+        raise AssertionError(f"the phase {name} ran zero timed steps")
+    slowest = [max(step) for step in zip(*seconds_of_ranks, strict=True)]
+    seconds = statistics.median(slowest)
+    moved = largest([rank["moved"][name] for rank in ranks])
+    return {
+        "seconds": seconds,
+        "seconds_each": slowest,
+        "times_per_iteration": 1 if name == "train" else updates,
+        "flops_per_rank": flops,
+        "tflops_per_rank": flops / seconds / 1e12,
+        "share_of_gemm_peak": flops / seconds / gemm,
+        "bytes_moved_each": {key: nbytes // len(slowest) for key, nbytes in moved.items()},
+    }
 
 
 def rates(
