@@ -51,4 +51,4 @@ def test_a_planner_without_measurements_says_how_to_get_them(cache, capsys):
 
 def test_bench_has_no_other_uses(capsys):
     assert cli("bench", "macro") == 2
-    assert "bench micro and bench capacity" in capsys.readouterr().err
+    assert "penstock bench micro or penstock bench capacity" in capsys.readouterr().err
