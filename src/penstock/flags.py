@@ -159,8 +159,8 @@ def help_text(config_class: type, command: str, example: str, positional: str = 
         sections.setdefault(title, []).append(flag)
     width = min(shutil.get_terminal_size().columns, 120)
     about = [textwrap.fill(" ".join(part.split()), width) for part in (config_class.__doc__ or "").split("\n\n")]
-    more = " [flags]" * any(flag.default is not MISSING for flag in flags)
-    lines = [f"usage: {usage(config_class, command, positional)}{more}", "", *about]
+    flags_word = " [flags]" * any(flag.default is not MISSING for flag in flags)
+    lines = [f"usage: {usage(config_class, command, positional)}{flags_word}", "", *about]
     lines += ["", "Example:", *(f"  {line}" for line in example.splitlines())]
     for title, members in sections.items():
         if members:
@@ -262,15 +262,15 @@ def _from_words(config_class: type, arguments: Sequence[str], command: str, posi
             near = difflib.get_close_matches(word, [flag.spelling for flag in known.values()], n=1)
             hint = f"did you mean {near[0]}?" if near else f"penstock {command} --help shows all flags."
             raise UserError(f"no flag {word}; {hint}")
-        given = [attached] if equals else []
+        texts = [attached] if equals else []
         while words and not words[0].startswith("--") and not equals and flag.type is not bool:
-            given.append(words.pop(0))
+            texts.append(words.pop(0))
             if not flag.several:
                 break
         if flag.type is bool:
             values[flag.name] = _converted(flag, attached, word) if equals else not off
-        elif given or flag.several:
-            values[flag.name] = _converted(flag, given if flag.several else given[0], word)
+        elif texts or flag.several:
+            values[flag.name] = _converted(flag, texts if flag.several else texts[0], word)
         else:
             raise UserError(f"{word}: a value is missing; give {word} {flag.metavar}.")
     if loose:

@@ -45,9 +45,9 @@ class Shuffle:
                 self.order = torch.randperm(self.count, generator=self.generator).tolist()
                 self.cursor = 0
                 self.permutations += 1
-            here = self.order[self.cursor : self.cursor + k - len(taken)]
-            taken += here
-            self.cursor += len(here)
+            indices = self.order[self.cursor : self.cursor + k - len(taken)]
+            taken += indices
+            self.cursor += len(indices)
         return taken
 
     def state_dict(self) -> dict[str, Any]:

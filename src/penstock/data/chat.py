@@ -22,7 +22,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{% if messages %}{{ '\n\n' }}{% endif %}Assistant:{% endif %}"
 )
-"""For tokenizers without a chat template."""
+"""The template of tokenizers that have none."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class Encoder:
         prompt = self.encode_prompt(record)
         room = self.max_length - len(prompt)
         if record.response_ids is not None:
-            many = [self._end(self._checked(ids, record.where, "response_ids")) for ids in record.response_ids]
+            responses = [self._end(self._checked(ids, record.where, "response_ids")) for ids in record.response_ids]
         else:
-            many = [self._answer(record, text) for text in record.responses or ()]
-        return prompt, [ids[:room] for ids in many]
+            responses = [self._answer(record, text) for text in record.responses or ()]
+        return prompt, [ids[:room] for ids in responses]
 
     def encode_response(self, record: Prompt, text: str, *, ended: bool) -> list[int]:
         """Prompt and response as one row; EOS only if the response `ended` by itself."""
@@ -128,11 +128,11 @@ class Encoder:
             return ""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def same_tokenizer(self, other: "Encoder") -> bool:
-        """True when both would write the same ids, template included."""
-        if self.tokenizer is None or other.tokenizer is None:
-            return self.vocab_size == other.vocab_size
-        return _fingerprint(self.tokenizer) == _fingerprint(other.tokenizer)
+    def same_tokenizer(self, encoder: "Encoder") -> bool:
+        """True when both write the same ids, template included."""
+        if self.tokenizer is None or encoder.tokenizer is None:
+            return self.vocab_size == encoder.vocab_size
+        return _fingerprint(self.tokenizer) == _fingerprint(encoder.tokenizer)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -166,21 +166,21 @@ class Encoder:
         """
         tokens: list[int] = []
         trained: list[bool] = []
-        shown, rest = "", ""  # text that has its tokens, and what the template wrote behind the last EOS
+        shown, tail = "", ""  # text that is tokenized already, and what the template wrote behind the last EOS
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i in answers if answers[-1:] == [len(messages) - 1] else [*answers, len(messages)]:
             before = self._render(messages[:i], where, answer=True)
             if not before.startswith(shown):
                 return None
-            asked = self._tokens(rest + before[len(shown) :], where)
+            question = self._tokens(tail + before[len(shown) :], where)
             answer: list[int] = []
             if i < len(messages):
                 shown = self._render(messages[: i + 1], where)
                 if not shown.startswith(before):
                     return None
-                answer, rest = self._turn(shown[len(before) :], where)
-            tokens += asked + answer
-            trained += [False] * len(asked) + [True] * len(answer)
+                answer, tail = self._turn(shown[len(before) :], where)
+            tokens += question + answer
+            trained += [False] * len(question) + [True] * len(answer)
         whole = self._with_bos(tokens)
         return Example(whole, [False] * (len(whole) - len(tokens)) + trained)
 
@@ -197,7 +197,7 @@ class Encoder:
 
     def _end(self, ids: list[int]) -> list[int]:
         """Exactly one EOS, at the end: a response ends at its first EOS (PPO.md 1)."""
-        first = next((i for i, one in enumerate(ids) if one in self.eos_ids), None)
+        first = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         return [*ids, self.eos_ids[0]] if first is None else ids[: first + 1]
 
     def _with_bos(self, ids: list[int]) -> list[int]:

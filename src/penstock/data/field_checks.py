@@ -1,4 +1,4 @@
-"""The values in a record's fields: checked, or named with what is wrong and how to fix it."""
+"""Checks of the values in a record's fields: a FieldError says what is wrong and how to fix it."""
 
 import itertools
 from collections.abc import Sequence
@@ -37,30 +37,33 @@ def items(value: Any, name: str) -> list[Any]:
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:
-    """At least one token id; whether the model has them is for the encoder to say."""
-    for i, one in enumerate(items(value, name)):
-        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < 2**31:
-            raise FieldError(f"{name}[{i}]", f"{shown(one)} is no token id; give whole numbers from 0.")
+    """At least one token id; the encoder checks that the model has them."""
+    for i, token in enumerate(items(value, name)):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise FieldError(f"{name}[{i}]", f"{shown(token)} is no token id; give whole numbers from 0.")
     if not value:
         raise FieldError(name, "is empty; give at least one token id (a BOS, say).")
     return tuple(value)
 
 
 def messages(value: Any, name: str) -> list[Message]:
-    """At least one turn, ShareGPT's words turned into everybody's, a system message only at the start."""
+    """At least one turn, ShareGPT's roles renamed to the usual ones, a system message only at the start."""
     messages: list[Message] = []
-    for i, one in enumerate(items(value, name)):
-        here = f"{name}[{i}]"
-        if not isinstance(one, dict):
-            raise FieldError(here, f"{kind_name(one)}, and an object with role and content is expected.")
-        who, what = ("from", "value") if "from" in one else ("role", "content")  # sharegpt's names, or everybody's
-        role = one.get(who)
+    for i, turn in enumerate(items(value, name)):
+        field = f"{name}[{i}]"
+        if not isinstance(turn, dict):
+            raise FieldError(field, f"{kind_name(turn)}, and an object with role and content is expected.")
+        # ShareGPT's names, or the usual ones
+        role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+        role = turn.get(role_key)
         if not isinstance(role, str) or role not in ROLES:
-            raise FieldError(f"{here}.{who}", f"{shown(role)} is no role; use system, user or assistant.")
+            raise FieldError(f"{field}.{role_key}", f"{shown(role)} is no role; use system, user or assistant.")
         role = ROLES[role]
-        messages.append({"role": role, "content": text(one.get(what), f"{here}.{what}", empty=role != "assistant")})
+        messages.append(
+            {"role": role, "content": text(turn.get(text_key), f"{field}.{text_key}", empty=role != "assistant")}
+        )
         if role == "system" and i > 0:
-            raise FieldError(f"{here}.{who}", "a system message belongs at the start; move it there.")
+            raise FieldError(f"{field}.{role_key}", "a system message belongs at the start; move it there.")
     if not messages:
         raise FieldError(name, "is empty; give at least one message.")
     return messages

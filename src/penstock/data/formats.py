@@ -1,7 +1,7 @@
 """Files of demonstrations, comparisons and prompts: what a line means, and what is wrong with it.
 
-The format of each line is told from its fields and the decision is said aloud; explicit keys override it. Every bad
-line is named as `file:line: field: what is wrong and how to fix it`.
+The fields of a line show its format, and the result says which was chosen; explicit keys override it. Every bad line is
+listed as `file:line: field: what is wrong and how to fix it`.
 """
 
 import json
@@ -18,7 +18,7 @@ from penstock.errors import DataError, UserError
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
 KINDS: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts")
-"""In the order in which a line is taken for one: each can be read as the next, not the other way round."""
+"""In the order in which they are tried: a line of each can be read as the next, but not the reverse."""
 
 SAME = "is the same as chosen; a comparison needs two different answers."
 SHOWN = 10
@@ -27,18 +27,18 @@ SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is asked, in one of three forms: text, messages, or token ids."""
+    """A prompt in one of three forms: text, messages, or token ids."""
 
     where: str
-    """file:line, for messages to people."""
+    """file:line, for messages."""
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
-    """The conversation; of a demonstration the whole of it, answers included."""
+    """The conversation; in a demonstration with its answers."""
     prompt_ids: tuple[int, ...] | None = None
 
     @property
     def prompt_key(self) -> str:
-        """The same for records that ask the same; a conversation counts by all that precedes its first answer."""
+        """Equal for records with the same question; of a conversation, all that precedes its first answer."""
         if self.messages is not None:
             first = next((i for i, m in enumerate(self.messages) if m["role"] == "assistant"), len(self.messages))
             return json.dumps(self.messages[:first], sort_keys=True)
@@ -64,11 +64,11 @@ class Comparison(Prompt):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `read` found."""
+    """The records that `read` returns."""
 
     records: list[Any]
     decision: str
-    """One sentence: what the files were taken for. Example: "data.jsonl: 900 demonstrations (alpaca)."."""
+    """One sentence: the format of each file. Example: "data.jsonl: 900 demonstrations (alpaca)."."""
     bad: list[str] = field(default_factory=list)
     """file:line: field: problem, for every line left out."""
 
@@ -82,27 +82,23 @@ class Check:
 
 
 def read(
-    paths: str | Sequence[str],
-    kind: Kind,
-    *,
-    keys: Mapping[str, str] | None = None,
-    skip_bad: bool = False,
+    paths: str | Sequence[str], kind: Kind, *, keys: Mapping[str, str] | None = None, skip_bad: bool = False
 ) -> Dataset:
     """The records of all files, in order.
 
-    `keys` says where our fields are found (ours -> theirs), over what the line has under our names. Raises UserError
-    for files that cannot be opened and DataError for bad lines, or when nothing is left; with `skip_bad` the good
-    lines are kept and the bad ones listed.
+    `keys` maps our field names to those in the files, and wins over fields with our names. Raises UserError for files
+    that cannot be opened, and DataError for bad lines or when no line is good; with `skip_bad` bad lines are only
+    listed.
     """
     records: list[Any] = []
     bad: list[str] = []
     decisions = []
     for path in [paths] if isinstance(paths, str) else paths:
-        found, problems, forms = _read_one(Path(path), kind, keys or {})
-        records += found
+        good, problems, forms = _read_file(Path(path), kind, keys or {})
+        records += good
         bad += problems
         left = f"; {_bad_lines(len(problems))} left out" if problems else ""
-        decisions.append(f"{path}: {len(found)} {kind} ({forms}{left})")
+        decisions.append(f"{path}: {len(good)} {kind} ({forms}{left})")
     if bad and not skip_bad:
         raise DataError(f"{_list_bad(bad)}\nMend {_bad_lines(len(bad))}, or leave out what is bad with --skip-bad.")
     if not records:
@@ -111,14 +107,14 @@ def read(
 
 
 def check(paths: Sequence[str], kind: Kind | None = None) -> Check:
-    """Says what the files are: kind and format, counts, lengths in characters, and each bad line."""
+    """Kind and format of each file, counts, lengths in characters, and each bad line."""
     lines: list[str] = []
-    every: list[str] = []
+    bad_lines: list[str] = []
     for path in paths:
-        this = kind or _kind_of(Path(path))
-        records, bad, forms = _read_one(Path(path), this, {})
-        every += bad
-        lines.append(f"{path}: {len(records)} {this} ({forms}), {_bad_lines(len(bad))}")
+        file_kind = kind or _kind_of(Path(path))
+        records, bad, forms = _read_file(Path(path), file_kind, {})
+        bad_lines += bad
+        lines.append(f"{path}: {len(records)} {file_kind} ({forms}), {_bad_lines(len(bad))}")
         if records:
             prompts = Counter(record.prompt_key for record in records)
             lines.append(f"  distinct prompts: {len(prompts)}; most frequent: {prompts.most_common(1)[0][1]} times")
@@ -126,13 +122,13 @@ def check(paths: Sequence[str], kind: Kind | None = None) -> Check:
                 ordered = sorted(lengths)
                 middle, high = ordered[len(ordered) // 2], ordered[min(int(len(ordered) * 0.95), len(ordered) - 1)]
                 lines.append(f"  {name}: median {middle}, 95 % below {high}, longest {ordered[-1]}")
-    return Check("\n".join([*lines, *every]), every)
+    return Check("\n".join([*lines, *bad_lines]), bad_lines)
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def _read_one(path: Path, kind: Kind, keys: Mapping[str, str]) -> tuple[list[Any], list[str], str]:
+def _read_file(path: Path, kind: Kind, keys: Mapping[str, str]) -> tuple[list[Any], list[str], str]:
     """The records of one file, its bad lines, and how it was written: "alpaca", or "3 alpaca, 1 messages"."""
     records: list[Any] = []
     bad: list[str] = []
@@ -161,17 +157,19 @@ def _read_one(path: Path, kind: Kind, keys: Mapping[str, str]) -> tuple[list[Any
 
 
 def _renamed(item: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    rest = {name: one for name, one in item.items() if name not in keys and name not in keys.values()}
-    return rest | {ours: item[theirs] for ours, theirs in keys.items() if theirs in item}
+    unnamed = {name: value for name, value in item.items() if name not in keys and name not in keys.values()}
+    return unnamed | {ours: item[theirs] for ours, theirs in keys.items() if theirs in item}
 
 
 def _unique(item: Mapping[str, Any], where: str, ids: dict[str, str]) -> None:
-    given = item.get("id")
-    if not isinstance(given, str | int):  # other things under this name are somebody else's business
+    record_id = item.get("id")
+    if not isinstance(record_id, str | int):  # a field of this name with another type is no id
         return
-    first = ids.setdefault(repr(given), where)  # 1 and "1" are two ids
+    first = ids.setdefault(repr(record_id), where)  # 1 and "1" are two ids
     if first != where:
-        raise FieldError("id", f"{field_checks.shown(given)} was used at {first} already; give each record its own id.")
+        raise FieldError(
+            "id", f"{field_checks.shown(record_id)} was used at {first} already; give each record its own id."
+        )
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
@@ -179,16 +177,16 @@ def _unique(item: Mapping[str, Any], where: str, ids: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write a record: its name, the fields that give it away, and how to read it."""
+    """One way to write a record: its name, the fields that identify it, and the function that reads it."""
 
     name: str
     needs: tuple[str, ...]
     read: Callable[[Mapping[str, Any], str], Any]
     may: tuple[str, ...] = ("id",)
-    """Fields that it reads where they are there."""
+    """Optional fields that it reads."""
 
     def fits(self, item: Mapping[str, Any]) -> bool:
-        """All the fields that give it away are there."""
+        """True where the item has all the fields that identify this format."""
         return all(name in item for name in self.needs)
 
 
@@ -203,24 +201,24 @@ def _candidates(kind: Kind, keys: Mapping[str, str]) -> tuple[Form, ...]:
 
 def _form_of(item: Mapping[str, Any], kind: Kind, candidates: Sequence[Form]) -> Form:
     filled = _filled(item)
-    for given in (filled, item):
+    for fields in (filled, item):
         for form in candidates:
-            if form.fits(given):
+            if form.fits(fields):
                 return form
     wanted = " or ".join("+".join(form.needs) for form in candidates)
-    found = ", ".join(field_checks.shown(name) for name in list(item)[:8]) or "no fields"
-    other = next((other for other in KINDS if any(form.fits(filled) for form in FORMS[other])), kind)
-    looks = f" (it looks like {other})" if other != kind else ""
-    raise FieldError("fields", f"found {found}{looks}; {kind} need {wanted}, or name them with --keys ours=theirs.")
+    names = ", ".join(field_checks.shown(name) for name in list(item)[:8]) or "no fields"
+    likely = next((likely for likely in KINDS if any(form.fits(filled) for form in FORMS[likely])), kind)
+    looks = f" (it looks like {likely})" if likely != kind else ""
+    raise FieldError("fields", f"found {names}{looks}; {kind} need {wanted}, or name them with --keys ours=theirs.")
 
 
 def _filled(item: Mapping[str, Any]) -> dict[str, Any]:
-    """Without nulls, which is how tables say "not given"."""
+    """The item without nulls: a table writes null where a row has no value."""
     return {name: value for name, value in item.items() if value is not None}
 
 
 def _kind_of(path: Path) -> Kind:
-    """The most that the first good line can be read as."""
+    """The first of KINDS that the first good line can be read as."""
     for _, value in objects(path):
         if not isinstance(value, FieldError):
             item = _filled(value)
@@ -229,14 +227,14 @@ def _kind_of(path: Path) -> Kind:
 
 
 def _pair(item: Mapping[str, Any], where: str, answer: str = "response") -> Demonstration:
-    asked = _asked(item["prompt"], where)
-    if asked.messages is not None:
+    prompt = _prompt_field(item["prompt"], where)
+    if prompt.messages is not None:
         turns = item[answer]
         if isinstance(turns, str):
             turns = [{"role": "assistant", "content": turns}]
-        return _conversation(where, [*asked.messages, *field_checks.messages(turns, answer)], answer)
+        return _conversation(where, [*prompt.messages, *field_checks.messages(turns, answer)], answer)
     return Demonstration(
-        where=where, prompt=asked.prompt, response=field_checks.text(item[answer], answer, empty=False)
+        where=where, prompt=prompt.prompt, response=field_checks.text(item[answer], answer, empty=False)
     )
 
 
@@ -255,55 +253,55 @@ def _dialogue(item: Mapping[str, Any], where: str, name: str = "messages") -> De
 def _conversation(where: str, messages: list[Message], name: str) -> Demonstration:
     if not any(message["role"] == "assistant" for message in messages):
         raise FieldError(name, "has no assistant turn; a demonstration needs an answer to learn.")
-    while messages[-1]["role"] != "assistant":  # a trailing question teaches nothing
+    while messages[-1]["role"] != "assistant":  # no answer follows a question at the end
         messages = messages[:-1]
     return Demonstration(where=where, messages=tuple(messages))
 
 
 def _alpaca(item: Mapping[str, Any], where: str) -> Demonstration:
-    asked = _alpaca_prompt(item, where)
+    prompt = _alpaca_prompt(item, where)
     return Demonstration(
-        where=where, prompt=asked.prompt, response=field_checks.text(item["output"], "output", empty=False)
+        where=where, prompt=prompt.prompt, response=field_checks.text(item["output"], "output", empty=False)
     )
 
 
 def _alpaca_prompt(item: Mapping[str, Any], where: str) -> Prompt:
     """The prompt of Taori et al. 2023, without its preamble."""
     instruction = field_checks.text(item["instruction"], "instruction", empty=False)
-    given = "" if item.get("input") is None else field_checks.text(item["input"], "input")
-    middle = f"\n\n### Input:\n{given}" if given else ""
+    context = "" if item.get("input") is None else field_checks.text(item["input"], "input")
+    middle = f"\n\n### Input:\n{context}" if context else ""
     return Prompt(where=where, prompt=f"### Instruction:\n{instruction}{middle}\n\n### Response:\n")
 
 
 def _ranked(item: Mapping[str, Any], where: str) -> Comparison:
-    many = enumerate(field_checks.items(item["responses"], "responses"))
-    texts = tuple(field_checks.text(one, f"responses[{i}]", empty=False) for i, one in many)
+    responses = enumerate(field_checks.items(item["responses"], "responses"))
+    texts = tuple(field_checks.text(text, f"responses[{i}]", empty=False) for i, text in responses)
     ranks = field_checks.ranks(item["ranking"], texts)
-    return Comparison(where=where, **_as_asked(_asked(item["prompt"], where)), responses=texts, ranks=ranks)
+    return Comparison(where=where, **_prompt_fields(_prompt_field(item["prompt"], where)), responses=texts, ranks=ranks)
 
 
 def _ranked_ids(item: Mapping[str, Any], where: str) -> Comparison:
-    many = enumerate(field_checks.items(item["response_ids"], "response_ids"))
-    ids = tuple(field_checks.token_ids(one, f"response_ids[{i}]") for i, one in many)
+    responses = enumerate(field_checks.items(item["response_ids"], "response_ids"))
+    ids = tuple(field_checks.token_ids(row, f"response_ids[{i}]") for i, row in responses)
     ranks = field_checks.ranks(item["ranking"], ids)
-    return Comparison(where=where, **_as_asked(_ids_prompt(item, where)), response_ids=ids, ranks=ranks)
+    return Comparison(where=where, **_prompt_fields(_ids_prompt(item, where)), response_ids=ids, ranks=ranks)
 
 
 def _preferred(item: Mapping[str, Any], where: str) -> Comparison:
     """A prompt beside chosen and rejected: texts, or messages with or without the prompt's own turns in front."""
     if isinstance(item["chosen"], str):
         texts = [field_checks.text(item[name], name, empty=False) for name in ("chosen", "rejected")]
-        return _two(where, _asked(item["prompt"], where), *texts)
-    asked = _asked(item["prompt"], where)
-    before = list(asked.messages or ({"role": "user", "content": asked.prompt or ""},))
-    one, two = (field_checks.messages(item[name], name) for name in ("chosen", "rejected"))
-    if len(one) == len(two) == 1:
-        one, two = before + one, before + two
-    elif one[: len(before)] != before:
+        return _two(where, _prompt_field(item["prompt"], where), *texts)
+    prompt = _prompt_field(item["prompt"], where)
+    before = list(prompt.messages or ({"role": "user", "content": prompt.prompt or ""},))
+    chosen, rejected = (field_checks.messages(item[name], name) for name in ("chosen", "rejected"))
+    if len(chosen) == len(rejected) == 1:
+        chosen, rejected = before + chosen, before + rejected
+    elif chosen[: len(before)] != before:
         raise FieldError(
             "chosen", "does not begin with the prompt's turns; give only the answer, or the whole dialogue."
         )
-    return _last_turns(where, one, two)
+    return _last_turns(where, chosen, rejected)
 
 
 def _dialogues(item: Mapping[str, Any], where: str) -> Comparison:
@@ -312,47 +310,49 @@ def _dialogues(item: Mapping[str, Any], where: str) -> Comparison:
         return _last_turns(
             where, field_checks.messages(item["chosen"], "chosen"), field_checks.messages(item["rejected"], "rejected")
         )
-    one, two = (field_checks.text(item[name], name, empty=False) for name in ("chosen", "rejected"))
-    if one == two:
+    chosen, rejected = (field_checks.text(item[name], name, empty=False) for name in ("chosen", "rejected"))
+    if chosen == rejected:
         raise FieldError("rejected", SAME)
-    cut = _last_answer(one, two)
+    cut = _last_answer(chosen, rejected)
     if cut <= 0:
         raise FieldError("rejected", "shares no beginning with chosen; give the prompt as a field of its own.")
-    return _two(where, Prompt(where=where, prompt=one[:cut]), one[cut:], two[cut:])
+    return _two(where, Prompt(where=where, prompt=chosen[:cut]), chosen[cut:], rejected[cut:])
 
 
-def _last_answer(one: str, two: str) -> int:
+def _last_answer(chosen: str, rejected: str) -> int:
     """Where the answers begin: behind the last "Assistant:" that both share, else behind a shared line or label."""
     mark = "\n\nAssistant:"
-    at = one.rfind(mark)
-    if at >= 0 and two.startswith(one[: at + len(mark)]):
-        return at + len(mark)
-    apart = (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
-    shared = one[: next(apart, min(len(one), len(two)))]
+    start = chosen.rfind(mark)
+    if start >= 0 and rejected.startswith(chosen[: start + len(mark)]):
+        return start + len(mark)
+    apart = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    shared = chosen[: next(apart, min(len(chosen), len(rejected)))]
     return max((shared.rfind(end) + len(end) for end in ("\n", ": ") if end in shared), default=0)
 
 
-def _last_turns(where: str, one: list[Message], two: list[Message]) -> Comparison:
-    if one[:-1] != two[:-1] or len(one) < 2:
+def _last_turns(where: str, chosen: list[Message], rejected: list[Message]) -> Comparison:
+    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise FieldError("rejected", "must share all but the last turn with chosen, and begin with what was asked.")
-    if one[-1]["role"] != "assistant" or two[-1]["role"] != "assistant":
-        raise FieldError("chosen" if one[-1]["role"] != "assistant" else "rejected", "must end with an assistant turn.")
-    if one[-2]["role"] != "user":
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise FieldError(
+            "chosen" if chosen[-1]["role"] != "assistant" else "rejected", "must end with an assistant turn."
+        )
+    if chosen[-2]["role"] != "user":
         raise FieldError("chosen", "must answer a user turn.")
-    return _two(where, Prompt(where=where, messages=tuple(one[:-1])), one[-1]["content"], two[-1]["content"])
+    return _two(where, Prompt(where=where, messages=tuple(chosen[:-1])), chosen[-1]["content"], rejected[-1]["content"])
 
 
-def _two(where: str, asked: Prompt, chosen: str, rejected: str) -> Comparison:
+def _two(where: str, prompt: Prompt, chosen: str, rejected: str) -> Comparison:
     if chosen == rejected:
         raise FieldError("rejected", SAME)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text:
             raise FieldError(name, "has an empty answer; write one or remove the line.")
-    return Comparison(where=where, **_as_asked(asked), responses=(chosen, rejected), ranks=(0, 1))
+    return Comparison(where=where, **_prompt_fields(prompt), responses=(chosen, rejected), ranks=(0, 1))
 
 
 def _text_prompt(item: Mapping[str, Any], where: str) -> Prompt:
-    return _asked(item["prompt"], where)
+    return _prompt_field(item["prompt"], where)
 
 
 def _ids_prompt(item: Mapping[str, Any], where: str) -> Prompt:
@@ -361,7 +361,7 @@ def _ids_prompt(item: Mapping[str, Any], where: str) -> Prompt:
 
 def _only_prompt(read_whole: Callable[[Mapping[str, Any], str], Prompt]) -> Callable[[Mapping[str, Any], str], Prompt]:
     def read_prompt(item: Mapping[str, Any], where: str) -> Prompt:
-        return Prompt(where=where, **_as_asked(read_whole(item, where)))
+        return Prompt(where=where, **_prompt_fields(read_whole(item, where)))
 
     return read_prompt
 
@@ -375,8 +375,8 @@ def _messages_prompt(item: Mapping[str, Any], where: str, name: str = "messages"
     return Prompt(where=where, messages=tuple(messages))
 
 
-def _named(read_one: Callable[..., Any], name: str) -> Callable[[Mapping[str, Any], str], Any]:
-    return lambda item, where: read_one(item, where, name)
+def _named(read: Callable[..., Any], name: str) -> Callable[[Mapping[str, Any], str], Any]:
+    return lambda item, where: read(item, where, name)
 
 
 FORMS: dict[Kind, tuple[Form, ...]] = {
@@ -394,7 +394,7 @@ FORMS: dict[Kind, tuple[Form, ...]] = {
         Form("prompt/chosen/rejected", ("prompt", "chosen", "rejected"), _preferred),
         Form("chosen/rejected dialogues", ("chosen", "rejected"), _dialogues),
     ),
-    # In the order of the others: a file gives the same prompts here as it does there.
+    # In the same order as above: a file gives the same prompts whichever kind it is read as.
     "prompts": (
         Form("token ids", ("prompt_ids",), _ids_prompt),
         Form("prompt/response", ("prompt", "response"), _text_prompt),
@@ -412,7 +412,7 @@ FORMS: dict[Kind, tuple[Form, ...]] = {
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _asked(value: Any, where: str) -> Prompt:
+def _prompt_field(value: Any, where: str) -> Prompt:
     """A prompt field: text, or a list of messages."""
     if isinstance(value, list):
         messages = field_checks.messages(value, "prompt")
@@ -422,8 +422,8 @@ def _asked(value: Any, where: str) -> Prompt:
     return Prompt(where=where, prompt=field_checks.text(value, "prompt"))
 
 
-def _as_asked(asked: Prompt) -> dict[str, Any]:
-    return {"prompt": asked.prompt, "messages": asked.messages, "prompt_ids": asked.prompt_ids}
+def _prompt_fields(record: Prompt) -> dict[str, Any]:
+    return {"prompt": record.prompt, "messages": record.messages, "prompt_ids": record.prompt_ids}
 
 
 def _lengths(records: Sequence[Prompt]) -> dict[str, list[int]]:
@@ -436,8 +436,8 @@ def _lengths(records: Sequence[Prompt]) -> dict[str, list[int]]:
         if isinstance(record, Demonstration):
             parts += [("response characters", record.response), ("response tokens", record.response_ids)]
         elif isinstance(record, Comparison):
-            parts += [("response characters", one) for one in record.responses or ()]
-            parts += [("response tokens", one) for one in record.response_ids or ()]
+            parts += [("response characters", text) for text in record.responses or ()]
+            parts += [("response tokens", row) for row in record.response_ids or ()]
         for name, value in parts:
             if value is not None:
                 lengths.setdefault(name, []).append(len(value))

@@ -1,4 +1,4 @@
-"""Files into numbered JSON objects, or into what kept a line from being one.
+"""Files as numbered JSON objects, or the error of a line that is none.
 
 JSON lines, one JSON array, parquet rows; plain or gzip. Knows bytes and JSON, not what a record means.
 """
@@ -18,7 +18,7 @@ LONGEST_LINE = 8_000_000
 """Bytes; a longer line is nearly always a whole file without line breaks."""
 
 BOM = b"\xef\xbb\xbf"
-"""UTF-8's byte-order mark, as Windows editors write it; it is passed over."""
+"""UTF-8's byte-order mark, as Windows editors write it; it is skipped."""
 
 ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
 """A file that begins so is one array of objects, as alpaca's and ShareGPT's own files are."""
@@ -39,7 +39,7 @@ class FieldError(Exception):
 
 
 def objects(path: Path) -> Iterator[Item]:
-    """Each object of a file with its line. Blank lines are passed over, CRLF is fine.
+    """Each object of a file with its line. Blank lines are skipped; CRLF is accepted.
 
     Raises UserError for a file that cannot be opened, and DataError for one that is damaged as a whole.
     """
@@ -90,7 +90,7 @@ def _parse(line: bytes) -> dict[str, Any] | FieldError:
 
 
 def _array(data: bytes) -> Iterator[Item]:
-    """The objects of one array, each with the line it begins on. The first mistake ends it: what follows is lost."""
+    """The objects of one array, each with the line it begins on. It ends at the first mistake."""
     data = data.removeprefix(BOM)
     try:
         text = data.decode("utf-8")
@@ -119,7 +119,7 @@ def _array(data: bytes) -> Iterator[Item]:
 def _object(value: Any, text: str) -> dict[str, Any] | FieldError:
     if not isinstance(value, dict):
         return FieldError("line", f"{kind_name(value)}, and an object with named fields is expected.")
-    if "NaN" in text or "Infinity" in text:  # cheap to ask of every line, and nearly always false
+    if "NaN" in text or "Infinity" in text:  # a cheap check that nearly always fails
         name = _non_finite(value)
         if name:
             return FieldError(name, "NaN or Infinity is not JSON; give a number, or leave the field out.")
@@ -128,14 +128,14 @@ def _object(value: Any, text: str) -> dict[str, Any] | FieldError:
 
 def _non_finite(value: dict[str, Any]) -> str | None:
     """The first field that holds no finite number, as messages[0].weight."""
-    todo: list[tuple[str, Any]] = [(name, one) for name, one in reversed(value.items())]
+    todo: list[tuple[str, Any]] = [(name, content) for name, content in reversed(value.items())]
     while todo:
-        name, one = todo.pop()
-        if isinstance(one, dict):
-            todo += [(f"{name}.{key}", below) for key, below in reversed(one.items())]
-        elif isinstance(one, list):
-            todo += [(f"{name}[{i}]", below) for i, below in reversed(list(enumerate(one)))]
-        elif isinstance(one, float) and not math.isfinite(one):
+        name, content = todo.pop()
+        if isinstance(content, dict):
+            todo += [(f"{name}.{key}", below) for key, below in reversed(content.items())]
+        elif isinstance(content, list):
+            todo += [(f"{name}[{i}]", below) for i, below in reversed(list(enumerate(content)))]
+        elif isinstance(content, float) and not math.isfinite(content):
             return name
     return None
 

@@ -1,4 +1,4 @@
-"""A checkpoint is a promise: written whole or not at all, verified before it is trusted, and enough to go on exactly.
+"""Checkpoints: written whole or not at all, verified before use, and enough to resume exactly.
 
 checkpoints/step-000100/manifest.json        size and sha256 of every other file
 checkpoints/step-000100/model/ [critic/]     Hugging Face directories
@@ -7,7 +7,7 @@ checkpoints/step-000100/state.safetensors    tensors of generators and of experi
 checkpoints/step-000100/state.json           everything else
 checkpoints/latest, checkpoints/best         names of checkpoints
 
-A name with `.tmp-` in it is unfinished work of a process that lives or was killed: never read, removed by `sweep`.
+A name with `.tmp-` in it is the unfinished work of a running or killed process: never read, removed by `sweep`.
 """
 
 import errno
@@ -51,10 +51,10 @@ def save(
     keep: int = 2,
     best: bool = False,
 ) -> Path:
-    """Has `write` fill a directory, then makes it the newest checkpoint in one rename; older ones go only afterwards.
+    """`write` fills a directory, which one rename makes the newest checkpoint; older ones are removed afterwards.
 
-    `meta` goes into the manifest (config digest, world size). With `best` the file `best` names it too, and the one
-    named there is never deleted. A full disk is a ResourceError, and leaves the earlier checkpoints as they were.
+    `meta` goes into the manifest (config digest, world size). With `best` the file `best` names it too; the best
+    checkpoint is never deleted. A full disk is a ResourceError, and leaves the earlier checkpoints as they were.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +68,8 @@ def save(
         reason = out_of_space(error)
         if reason is None:
             raise
-        there = _all(parent)
-        intact = f"{there[-1].name} is intact" if there else "there is no earlier one"
+        finished = _all(parent)
+        intact = f"{finished[-1].name} is intact" if finished else "there is no earlier one"
         raise ResourceError(
             f"{parent}: {reason}, so the checkpoint of step {step} could not be finished; {intact}. "
             f"Free some space (with --keep 1 a run needs room for two), then: penstock resume {parent.parent}"
@@ -77,19 +77,19 @@ def save(
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, after every file was found there, whole. Raises DamagedError with the first thing that is wrong."""
+    """The manifest, after a check of every file. Raises DamagedError with the first problem."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
         if manifest.pop("sha256") != _digest_of(manifest):
             raise DamagedError(f"{path / MANIFEST}: has changed since it was written (sha256)")
-        there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
-        if odd := sorted(there ^ set(files)):
+        present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+        if odd := sorted(present ^ set(files)):
             raise DamagedError(f"{path / odd[0]}: {'is missing' if odd[0] in files else 'does not belong there'}")
         for name, (size, sha256) in files.items():
-            found = (path / name).stat().st_size
-            if found != size:
-                raise DamagedError(f"{path / name}: has {found} bytes instead of {size}")
+            actual = (path / name).stat().st_size
+            if actual != size:
+                raise DamagedError(f"{path / name}: has {actual} bytes instead of {size}")
             if digest(path / name) != sha256:
                 raise DamagedError(f"{path / name}: its bytes have changed since they were written (sha256)")
     except FileNotFoundError as error:
@@ -102,9 +102,9 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; for each damaged one that it had to pass over, one line to `warn`.
+    """The newest checkpoint that verifies; `warn` gets one line for each damaged one that is newer.
 
-    None when there is no checkpoint at all. Raises UserError when there are some and all are damaged.
+    None when there is no checkpoint. Raises UserError when all are damaged.
     """
     damaged = []
     for path in _all(parent)[::-1]:
@@ -122,7 +122,7 @@ def newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def trusted(parent: Path, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint to use a run's model from: the one `best` names if it verifies, else the newest that does."""
+    """The checkpoint to read a run's model from: the best if it verifies, else the newest that does."""
     named = _best(parent)
     if named is not None:
         try:
@@ -134,7 +134,7 @@ def trusted(parent: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def sweep(parent: Path) -> None:
-    """Removes what killed writers left unfinished. A kill between the two renames of one step is undone first."""
+    """Removes unfinished files of killed processes; a kill between the two renames of a step is undone first."""
     for old in parent.glob("step-*.tmp-old-*"):
         final = parent / old.name.split(".tmp-", 1)[0]
         if not final.exists():
@@ -157,7 +157,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def out_of_space(error: BaseException) -> str | None:
-    """Why there was no room to write, in words, or None when the error is something else."""
+    """The reason in words when there was no space to write, else None."""
     code = error.errno if isinstance(error, OSError) else None
     if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' own error type
         code = int(match[1])
@@ -188,9 +188,9 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             if odd := [key for key in value if not isinstance(key, str) or key == "__tensor__"]:
                 raise TypeError(f"{name or 'state'}: key {odd[0]!r} would not come back as it is")
-            return {key: strip(one, f"{name}.{key}" if name else key) for key, one in value.items()}
+            return {key: strip(part, f"{name}.{key}" if name else key) for key, part in value.items()}
         if isinstance(value, list | tuple):
-            return [strip(one, f"{name}.{i}") for i, one in enumerate(value)]
+            return [strip(part, f"{name}.{i}") for i, part in enumerate(value)]
         return value
 
     plain = strip(state, "")
@@ -206,8 +206,8 @@ def read_state(path: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             if "__tensor__" in value:
                 return tensors[value["__tensor__"]]
-            return {key: fill(one) for key, one in value.items()}
-        return [fill(one) for one in value] if isinstance(value, list) else value
+            return {key: fill(part) for key, part in value.items()}
+        return [fill(part) for part in value] if isinstance(value, list) else value
 
     return fill(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
 
@@ -227,7 +227,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_initialized():  # asking an idle device would start it, on a run that never uses it
+    if torch.cuda.is_initialized():  # a query would start a device that the run never uses
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -247,7 +247,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def _write(parent: Path, step: int, write: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
-    """A whole checkpoint, on the disk for good when this returns; nothing of it when this raises."""
+    """A whole checkpoint, synced to the disk; no part of it stays when this raises."""
     final = parent / f"step-{step:06d}"
     unfinished = parent / f"{final.name}.tmp-{os.getpid()}"
     replaced = parent / f"{final.name}.tmp-old-{os.getpid()}"
@@ -281,8 +281,8 @@ def _write(parent: Path, step: int, write: Callable[[Path], None], meta: Mapping
 
 def _all(parent: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in parent.glob("step-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match[1]), path) for path in parent.glob("step-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def _best(parent: Path) -> str | None:
@@ -296,14 +296,14 @@ def _best(parent: Path) -> str | None:
 def _prune(parent: Path, step: int, keep: int) -> None:
     """Removes all but the newest `keep` up to `step`, which has just been written, and the best.
 
-    Anything after `step` was damaged and passed over when this run resumed: were it counted, `step` itself could go.
+    Later checkpoints were damaged when this run resumed; they do not count, or `step` itself could be removed.
     """
     past = [path.name for path in _all(parent) if int(path.name.removeprefix("step-")) <= step]
     kept = {*past[-max(keep, 1) :], _best(parent)}
     for path in _all(parent):
         if path.name not in kept:
             gone = path.with_name(f"{path.name}.tmp-gone-{os.getpid()}")
-            path.rename(gone)  # first: a kill in the middle must not leave half of one under a good name
+            path.rename(gone)  # first: a kill must not leave half a checkpoint under a valid name
             shutil.rmtree(gone)
 
 

@@ -1,4 +1,4 @@
-"""The run directory: all that one training run writes.
+"""The run directory: the files of one training run.
 
     config.toml  metrics.jsonl  perf.jsonl  samples.jsonl  log.txt  checkpoints/  report.html
 
@@ -20,11 +20,11 @@ from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.run import checkpoint
 
 UNCLAIMED = {"lock", "log.txt"}
-"""What a run that was killed before its config.toml leaves: as good as an empty directory."""
+"""Files of a run that was killed before it wrote config.toml; a directory with only these counts as empty."""
 
 
 class RunDirectory:
-    """An open run directory. Make it with `create` or `open`."""
+    """An open run directory, from `create` or `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +48,7 @@ class RunDirectory:
     def refuse_used(path: Path) -> None:
         """Raises UserError when there is something at the path already."""
         try:
-            used = path.exists() and (not path.is_dir() or {one.name for one in path.iterdir()} - UNCLAIMED)
+            used = path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - UNCLAIMED)
         except OSError as error:
             raise refused(f"--out {path}", error) from error
         if used:
@@ -57,7 +57,7 @@ class RunDirectory:
 
     @staticmethod
     def open(path: Path) -> "RunDirectory":
-        """Opens a run to go on with, and removes what a killed process left unfinished."""
+        """Opens a run to resume, and removes the unfinished files of a killed process."""
         RunDirectory.peek(path)
         try:
             directory = RunDirectory(path)
@@ -89,12 +89,12 @@ class RunDirectory:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """A line in log.txt only. A full disk is not told here, but by the metrics and the checkpoints."""
+        """A line in log.txt only. A full disk is no error here; the metrics and the checkpoints report it."""
         with contextlib.suppress(OSError):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        """Lets go of the lock."""
+        """Closes the log and releases the lock."""
         self._log.close()
         os.close(self._lock)
 
@@ -107,21 +107,21 @@ def resolve_model(source: str, which: str = "model") -> str:
     """
     path = Path(source)
     if (path / "config.toml").exists():
-        found = checkpoint.trusted(path / "checkpoints", lambda text: print(text, file=sys.stderr))
-        if found is None:
+        chosen = checkpoint.trusted(path / "checkpoints", lambda text: print(text, file=sys.stderr))
+        if chosen is None:
             raise UserError(f"{source}: this run has no checkpoint yet; let it finish, or penstock resume it.")
     elif checkpoint.NAME.fullmatch(path.name) and (path / checkpoint.MANIFEST).exists():
         try:
-            checkpoint.verify(found := path)
+            checkpoint.verify(chosen := path)
         except checkpoint.DamagedError as error:
             raise UserError(f"{error}. Use the run directory itself: it finds the newest whole checkpoint.") from error
     else:
         return source
-    return str(found / which if (found / which).exists() else found / "model")
+    return str(chosen / which if (chosen / which).exists() else chosen / "model")
 
 
 def refused(where: str, error: OSError) -> PenstockError:
-    """What to raise when the operating system will not write there."""
+    """The error to raise when the operating system cannot write to a path."""
     if reason := checkpoint.out_of_space(error):
         return ResourceError(f"{where}: {reason}; free some space and try again.")
     return UserError(

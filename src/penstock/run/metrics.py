@@ -14,12 +14,12 @@ from typing import Any
 
 
 class Lines:
-    """A JSON-lines file, cut back to `offset` bytes when opened: what came after the checkpoint never happened."""
+    """A JSON-lines file, cut back to `offset` bytes when opened: lines after the checkpoint are removed."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._file = path.open("ab", buffering=0)
         size = os.fstat(self._file.fileno()).st_size
-        if size < offset:  # somebody deleted or cut it: the training goes on, and its record says so by the gap
+        if size < offset:  # the file was cut or deleted: training goes on, with a gap in its record
             print(f"WARNING: {path}: has {size} bytes instead of {offset}, earlier lines are lost", file=sys.stderr)
             offset = path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(offset)
@@ -27,7 +27,7 @@ class Lines:
     def write(self, row: Mapping[str, Any]) -> None:
         """One object, one line. Numbers that are not finite become null: JSON has no NaN."""
         line = memoryview(to_json(row).encode("utf-8", "backslashreplace") + b"\n")  # a lone surrogate: its JSON escape
-        while line:  # a nearly full disk takes a part, and refuses the rest
+        while line:  # a nearly full disk may write a part only
             line = line[self._file.write(line) :]
 
     def sync(self) -> int:
@@ -47,14 +47,14 @@ def to_json(row: Mapping[str, Any]) -> str:
         if isinstance(value, float):
             return value if math.isfinite(value) else None
         if isinstance(value, Mapping):
-            return {key: finite(one) for key, one in value.items()}
-        return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+            return {key: finite(part) for key, part in value.items()}
+        return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
     return json.dumps(finite(row), ensure_ascii=False, allow_nan=False)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file that a run wrote; empty when it wrote none. A last line cut short is left out."""
+    """All rows of a JSON-lines file that a run wrote; empty without a file. An incomplete last line is left out."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as file:
@@ -62,6 +62,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_rss_bytes() -> int:
-    """The most physical memory that this process has held so far."""
+    """The peak of this process's physical memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""The line that a person watches: one live line in a terminal, one plain line per step elsewhere, or JSON."""
+"""Progress of a run: one live line in a terminal, one plain line per step elsewhere, or JSON."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    # metric, label, format: the numbers people look for, in this order, those that the stage has
+    # metric, label, format: shown in this order where the stage has them
     ("loss", "loss", "{:7.4f}".format),
     ("heldout/loss", "held-out loss", "{:7.4f}".format),
     ("accuracy", "accuracy", "{:5.3f}".format),
@@ -31,7 +31,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 class Progress:
-    """Shows steps start + 1 .. total. `note` receives the plain line too (log.txt)."""
+    """Shows steps start + 1 .. total. `note` gets the plain line too, for log.txt."""
 
     def __init__(self, start: int, total: int, title: str, note: Callable[[str], None], *, json: bool = False) -> None:
         self.total, self.title, self.note, self.json = total, title, note, json

@@ -25,7 +25,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `loud` for what nobody may overlook."""
+    """A paragraph; `loud` for a warning."""
 
     text: str
     loud: bool = False
@@ -33,7 +33,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Figures:
-    """The few numbers of a page: label -> value as text; what follows a line end in the value is set small."""
+    """The few numbers of a page: label -> value as text; text after a line end in the value is small."""
 
     values: Mapping[str, str]
 
@@ -107,7 +107,7 @@ border-top:1px solid var(--line)}
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole HTML document; needs nothing from outside."""
+    """The whole HTML document; it loads no other file."""
     body = "\n".join(_render(section) for section in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -135,7 +135,7 @@ GROUPS = {
 
 
 def run_report(path: Path, command: str) -> Path:
-    """Writes RUN/report.html from what the run has logged, and returns where."""
+    """Writes RUN/report.html from the run's metrics and samples, and returns its path."""
     rows = [*read_lines(path / "metrics.jsonl"), *read_lines(path / "perf.jsonl")]
     sections: list[Section] = []
     if headlines := _headlines(rows):
@@ -152,14 +152,14 @@ def run_report(path: Path, command: str) -> Path:
 
 
 def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The last value of each number people look for, and the first where it differs."""
-    told = {}
+    """The last value of each headline number, and the first where it differs."""
+    headlines = {}
     for name, label in HEADLINES.items():
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
             first, last = _number(name, values[0]), _number(name, values[-1])
-            told[label] = last if first == last else f"{last}\nfrom {first}"
-    return told
+            headlines[label] = last if first == last else f"{last}\nfrom {first}"
+    return headlines
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Curve]]]:
@@ -175,8 +175,8 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     for name, curve in points.items():
         if len(set(curve[1])) == 1:
             continue
-        prefix, _, rest = name.rpartition("/")
-        twin = rest if prefix == "heldout" and rest in points else name
+        prefix, _, plain_name = name.rpartition("/")
+        twin = plain_name if prefix == "heldout" and plain_name in points else name
         heading = GROUPS.get(name) or GROUPS.get(f"{prefix}/" if prefix else "", prefix)
         lines = groups.setdefault(heading, {}).setdefault(twin, {})
         lines["held-out" if prefix == "heldout" else "training" if f"heldout/{name}" in points else name] = curve
@@ -184,7 +184,7 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
 
 
 def _before_after(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, tuple[str, float | None]]]]:
-    """What the first and the last greedy samples answered to the same prompt."""
+    """The answers of the first and the last greedy samples to each prompt."""
     samples = [sample for sample in samples if sample.get("kind") == "greedy"]
     if not samples:
         return []
@@ -223,13 +223,13 @@ def _render(section: Section) -> str:
             return f"<h2>{html.escape(title)}</h2>{table}"
         case Samples(title, rows):
             cards = [_sample(prompt, answers) for prompt, answers in rows]
-            told = f"<h2>{html.escape(title)}</h2>{''.join(cards[:SHOWN])}"
-            if more := cards[SHOWN:]:
-                told += f"<details><summary>{len(more)} more</summary>{''.join(more)}</details>"
-            return told
+            text = f"<h2>{html.escape(title)}</h2>{''.join(cards[:SHOWN])}"
+            if folded_cards := cards[SHOWN:]:
+                text += f"<details><summary>{len(folded_cards)} more</summary>{''.join(folded_cards)}</details>"
+            return text
         case Curves(title, pictures, x_label):
-            told = "".join(_curves(name, lines, x_label) for name, lines in pictures.items())
-            return f"<h2>{html.escape(title)}</h2><div class=grid>{told}</div>"
+            figures = "".join(_curves(name, lines, x_label) for name, lines in pictures.items())
+            return f"<h2>{html.escape(title)}</h2><div class=grid>{figures}</div>"
 
 
 def _figure(label: str, value: str) -> str:
@@ -243,17 +243,17 @@ def _row(tag: str, cells: Sequence[str]) -> str:
 
 
 def _sample(prompt: str, answers: Mapping[str, tuple[str, float | None]]) -> str:
-    """One prompt and what each model answered; the highest score stands out."""
+    """One prompt and each model's answer; the highest score is marked."""
     scores = [score for _, score in answers.values() if score is not None]
-    told = ""
-    for who, (text, score) in answers.items():
+    cells = ""
+    for name, (text, score) in answers.items():
         top = " top" if len(scores) > 1 and score == max(scores) and score > min(scores) else ""
         chip = "" if score is None else f"<span class='score{top}'>{score:+.2f}</span>"
-        said = html.escape(text.strip()) if text.strip() else "<span class=none>nothing</span>"
-        told += f"<div><div class=who>{html.escape(who)}{chip}</div><div class=answer>{said}</div></div>"
+        answer = html.escape(text.strip()) if text.strip() else "<span class=none>nothing</span>"
+        cells += f"<div><div class=who>{html.escape(name)}{chip}</div><div class=answer>{answer}</div></div>"
     return (
         f"<div class='card sample'><div class=prompt>{html.escape(prompt.strip())}</div>"
-        f"<div class=answers>{told}</div></div>"
+        f"<div class=answers>{cells}</div></div>"
     )
 
 

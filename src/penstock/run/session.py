@@ -1,8 +1,8 @@
-"""One training command at work: its run directory, its numbers, its checkpoints, and how it stops.
+"""A training command while it runs: its run directory, its metrics, its checkpoints, and how it stops.
 
 An algorithm's loop asks `steps()` for step numbers, gives each step's metrics to `log()` and its state to
-`checkpoint()`. Only the first rank writes. SIGTERM and Ctrl-C are noted and take effect at the next safe point,
-after a checkpoint, so that `penstock resume` goes on from there.
+`checkpoint()`. Only the first rank writes. SIGTERM and Ctrl-C take effect at the next safe point, after a checkpoint
+from which `penstock resume` continues.
 """
 
 import hashlib
@@ -44,18 +44,18 @@ class StoppedError(PenstockError):
 
 
 class Session:
-    """See the module. `state` is what the checkpoint held when this is a resumed run, else None."""
+    """See the module. `state` is the checkpoint's state in a resumed run, else None."""
 
     def __init__(self, command: str, config: Any, world: World, *, resume: bool = False) -> None:
         self.command, self.config, self.world = command, config, world
         self.path = Path(config.run.out)
         self.directory: RunDirectory | None = None
-        """There on the first rank, inside `with`: nothing is written before the data has been read."""
+        """Open on the first rank inside `with`: nothing is written before the data is read."""
         self.state: dict[str, Any] | None = None
         self.episode = 0
         """Answers sampled so far: the position of the sampler's random streams, kept in every checkpoint."""
         self.finishing: Callable[[Path], None] = lambda directory: None
-        """Called with each saved model's directory: puts the tokenizer's files beside the weights."""
+        """Called with each saved model's directory, to add the tokenizer's files."""
         self._resume = resume
         self._newest: Path | None = None
         self._notes: list[str] = []
@@ -67,7 +67,7 @@ class Session:
         self._progress: Progress | None = None
         self._handlers: dict[int, Any] = {}
         if world.first and not resume:
-            RunDirectory.refuse_used(self.path)  # before a large model is loaded for nothing
+            RunDirectory.refuse_used(self.path)  # before a large model is loaded
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class Session:
                 self.directory = RunDirectory.create(self.path, self._flags, self.command)
             for note in self._notes:
                 self.directory.say(note)
-        self.world.broadcast(None)  # nobody reads the directory before it is made
+        self.world.broadcast(None)  # no rank reads the directory before it is made
         self._data = {
             path: checkpoint.digest(Path(path))
             for name in ("data", "ptx_data", "normalize")
@@ -111,7 +111,7 @@ class Session:
         self.world.leave(error is None)
 
     def _note_signal(self, signum: int, frame: object) -> None:
-        if self._signal:  # the second Ctrl-C means now
+        if self._signal:  # the second Ctrl-C stops at once
             raise KeyboardInterrupt
         self._signal = signum
 
@@ -151,7 +151,7 @@ class Session:
         yield from range(start + 1, total + 1)
 
     def log(self, step: int, metrics: Mapping[str, float], *, tokens: int, timing: Mapping[str, float]) -> None:
-        """One step's numbers: what follows from data and seed to metrics.jsonl, times and memory to perf.jsonl."""
+        """One step's numbers: those that data and seed determine to metrics.jsonl, times and memory to perf.jsonl."""
         if not self.world.first:
             return
         now = time.perf_counter()
@@ -183,7 +183,7 @@ class Session:
             )
 
     def say(self, text: str) -> None:
-        """A line for the user, on stderr and in log.txt; kept until the run directory is there."""
+        """A line for the user, on stderr and in log.txt; kept in memory until the run directory is open."""
         if not self.world.first:
             return
         if self.directory is None:
@@ -194,7 +194,7 @@ class Session:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def restore(self, models: Mapping[str, Stream]) -> None:
-        """Gives the models back the weights and optimizer states of the checkpoint that this run goes on from."""
+        """Loads weights and optimizer states of the checkpoint that this run resumes from."""
         if self._newest is None or self.state is None:
             return
         for name, stream in models.items():
@@ -203,7 +203,7 @@ class Session:
     def checkpoint(
         self, step: int, models: Mapping[str, Stream], state: Callable[[], dict[str, Any]], *, best: bool = False
     ) -> None:
-        """At the end of a step: saves when one is due, when it is the best, at the last step, or when told to stop."""
+        """At the end of a step: saves when it is due, the best, the last, or when a signal has arrived."""
         stopping = self._stopping()
         if best or stopping or step == self._total or step % self.config.run.checkpoint_every == 0:
             self._save(step, models, state(), best)
@@ -237,14 +237,8 @@ class Session:
         if self.world.first:
             offsets = {name: lines.sync() for name, lines in self._lines.items()}
             updates = {name: stream.sink.steps for name, stream in models.items() if stream.sink}
-            state |= {
-                "updates": updates,
-                "rng": rng,
-                "episode": self.episode,
-                "offsets": offsets,
-                "skips": self._skips,
-                "data": self._data,
-            }
+            state |= {"updates": updates, "rng": rng, "offsets": offsets, "data": self._data}
+            state |= {"episode": self.episode, "skips": self._skips}
 
             def write(directory: Path) -> None:
                 for name, stream in models.items():
@@ -258,21 +252,21 @@ class Session:
             keep = self.config.run.keep
             checkpoint.save(self.path / "checkpoints", step, write, meta, keep=keep, best=best)
         else:
-            for stream in models.values():  # helps the first rank to gather what ranks share
+            for stream in models.values():  # gathers with the first rank what ranks share
                 stream.model.save_pretrained(None)
                 write_optimizer(None, stream)
         self.world.broadcast(None)  # no rank goes on before the checkpoint is whole
 
 
 def write_optimizer(path: Path | None, stream: Stream) -> None:
-    """Every trained weight's fp32 master and moments, by name: any strategy and world can go on from them.
+    """Every trained weight's fp32 master and moments, by name: any strategy and world size can resume from them.
 
-    None: this rank only helps to gather them.
+    path: None on ranks that only gather.
     """
     sink = stream.sink
     assert sink is not None
     if path is None:
-        if any(not one.whole or one.split for one in sink.homes):
+        if any(not home.whole or home.split for home in sink.homes):
             for _ in sink.saved_states():
                 pass
         return
@@ -285,6 +279,6 @@ def write_optimizer(path: Path | None, stream: Stream) -> None:
 
 
 def read_optimizer(path: Path, updates: int, stream: Stream) -> None:
-    """Gives a model the masters and moments that `write_optimizer` wrote after so many updates, bit by bit."""
+    """Loads the masters and moments that `write_optimizer` wrote after that many updates, bit by bit."""
     with safetensors.safe_open(path, framework="pt") as file:
         stream.restore(updates, lambda weight, kind: file.get_tensor(f"{weight}.{kind}"))
