@@ -129,7 +129,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     # what stands around
     (SFT, "prompts are trained on", "[int(flag) for flag in example.trained]", "[int(i > 0) for i in range(len(example.trained))]"),
     (RM, "loss over responses instead of prompts", 'return loss / count, {"correct"', 'return loss / len(scores), {"correct"'),
-    (RM, "a prompt's scores shifted by one answer", "here = scores[start : start + len(ranking.rows)]", "here = scores.roll(1)[start : start + len(ranking.rows)]"),
+    (RM, "a prompt's scores shifted by one answer", "ranking_scores = scores[start : start + len(ranking.rows)]", "ranking_scores = scores.roll(1)[start : start + len(ranking.rows)]"),
     (RM, "held-out accuracy counts every pair", "                if a < b:\n", "                if i < j:\n"),
     (RM, "split by row, not by prompt", "split_by_prompt([record.prompt_key for record in records]", "split_by_prompt([str(i) for i, _ in enumerate(records)]"),
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),

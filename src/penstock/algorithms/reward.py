@@ -24,12 +24,12 @@ from penstock.algorithms.setup import (
     reserve_activations,
     strategy_of,
 )
-from penstock.config import RewardConfig
+from penstock.config import OptimFlags, RewardConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
 from penstock.errors import DataError
-from penstock.memory.strategy import Strategy
-from penstock.memory.stream import Stream
+from penstock.memory.strategy import StepStats, Strategy
+from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import RewardModel
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
@@ -53,63 +53,31 @@ class Ranking:
 
 def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint."""
-    optim, run = config.optim, config.run
-    strategy = strategy_of(run)
-    world = strategy.world
-    session = Session("reward", config, world, resume=resume)
-    source = resolve_model(config.model)
-    torch.manual_seed(run.seed)  # the head's random start
-    with strategy.init():
-        model = RewardModel.from_pretrained(
-            source, allow_pickle=config.data.allow_pickle, **adapter_options(config.peft, run.seed)
-        )
-    check_adapter_learns(model, config.peft)
-    encoder = encoder_of(source, model.decoder.config, config.data)
-    keep_tokenizer(session, source)
-    records, encoded = read(session.say, encoder, config.data.data, "comparisons", config.data)
-    train, heldout = (
-        [_ranking(encoded[i], records[i].ranks) for i in side]
-        for side in split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
-    )
-    normalize = []
-    if config.normalize:
-        normalize = read(session.say, encoder, config.normalize, "demonstrations", config.data)[1]
-    train = [ranking for ranking in train if ranking.pairs]
-    if not train:
-        raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
+    optim, strategy = config.optim, strategy_of(config.run)
+    session = Session("reward", config, strategy.world, resume=resume)
+    model, train, heldout, normalize = read_inputs(config, strategy, session)
+    total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
 
     with session:
         longest = max(len(row) for ranking in [*train, *heldout] for row in ranking.rows)
-        most = optim.batch_size * max(len(ranking.rows) for ranking in train)
-        reserve_activations(strategy, "reward", {"model": model}, optim, longest=longest, rows=most)
+        rows_per_step = optim.batch_size * max(len(ranking.rows) for ranking in train)
+        reserve_activations(strategy, "reward", {"model": model}, optim, longest=longest, rows=rows_per_step)
         stream = strategy.prepare(model, weight_decay=optim.weight_decay)
-        shuffle = Shuffle(len(train), run.seed)
-        total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
-        done = 0
+        shuffle, start = Shuffle(len(train), config.run.seed), 0
         session.restore({"model": stream})
         if session.state:
             shuffle.load_state_dict(session.state["shuffle"])
-            done = session.state["step"]
+            start = session.state["step"]
             model.mean, model.std, model.facts = (session.state[key] for key in ("mean", "std", "facts"))
-
-        def loss_of(hidden: Tensor, batch: Rankings) -> tuple[Tensor, dict[str, Tensor]]:
-            return ranking_loss(score_states(model, hidden, batch), batch, optim.batch_size, config.margin)
 
         def state() -> dict[str, Any]:
             scale = {"mean": model.mean, "std": model.std, "facts": model.facts}
             return {"shuffle": shuffle.state_dict(), "step": step, **scale}
 
-        for step in session.steps(done, total):
+        for step in session.steps(start, total):
             rankings = [train[i] for i in shuffle.next(optim.batch_size)]
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
-            with strategy.phase("train"):
-                stats = strategy.step(
-                    stream,
-                    micro_batches(world.share_of(rankings), optim.micro_batch_size, world.device),
-                    loss_of,
-                    lr=lr,
-                    max_grad_norm=optim.max_grad_norm,
-                )
+            stats = learn(strategy, stream, rankings, optim, lr, config.margin)
             session.check(stats)
             metrics = {"loss": stats.sums["loss"], "accuracy": stats.sums["correct"] / stats.sums["pairs"]}
             metrics |= {"grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
@@ -122,14 +90,52 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
                 with strategy.phase("score"):
                     normalize_score(strategy, stream, model, heldout or train, normalize, optim.micro_batch_size)
                 if any(ranking.pairs for ranking in heldout):
-                    model.facts = {
-                        "pair_accuracy": facts["accuracy"],
-                        "length_correlation": facts["length_correlation"],
-                    }
+                    accuracy, correlation = facts["accuracy"], facts["length_correlation"]
+                    model.facts = {"pair_accuracy": accuracy, "length_correlation": correlation}
             tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
             session.checkpoint(step, {"model": stream}, state)
         return session.finish()
+
+
+def read_inputs(
+    config: RewardConfig, strategy: Strategy, session: Session
+) -> tuple[RewardModel, list[Ranking], list[Ranking], list[Example]]:
+    """The model, the rankings to train on and those held out, and the demonstrations that normalise the score."""
+    address, seed = resolve_model(config.model), config.run.seed
+    options = adapter_options(config.peft, seed)
+    torch.manual_seed(seed)  # the head's random start
+    with strategy.init():
+        model = RewardModel.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
+    check_adapter_learns(model, config.peft)
+    encoder = encoder_of(address, model.decoder.config, config.data)
+    keep_tokenizer(session, address)
+    records, encoded = read(session.say, encoder, config.data.data, "comparisons", config.data)
+    train, heldout = (
+        [_ranking(encoded[i], records[i].ranks) for i in side]
+        for side in split_by_prompt([record.prompt_key for record in records], config.heldout, seed)
+    )
+    normalize: list[Example] = []
+    if config.normalize:
+        normalize = read(session.say, encoder, config.normalize, "demonstrations", config.data)[1]
+    train = [ranking for ranking in train if ranking.pairs]
+    if not train:
+        raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
+    return model, train, heldout, normalize
+
+
+def learn(
+    strategy: Strategy, stream: Stream, rankings: Sequence[Ranking], optim: OptimFlags, lr: float, margin: float
+) -> StepStats:
+    """One optimizer step on a batch that every rank holds: each takes its share."""
+    world = strategy.world
+
+    def loss_of(hidden: Tensor, batch: Rankings) -> Losses:
+        return ranking_loss(score_states(stream.model, hidden, batch), batch, len(rankings), margin)
+
+    batches = micro_batches(world.share_of(list(rankings)), optim.micro_batch_size, world.device)
+    with strategy.phase("train"):
+        return strategy.step(stream, batches, loss_of, lr=lr, max_grad_norm=optim.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -149,14 +155,14 @@ def rows_of(rows: Sequence[Sequence[int]], device: torch.device, rankings: Seque
     return Rankings(tokens.to(device), lengths.to(device), rankings)
 
 
-def ranking_loss(scores: Tensor, batch: Rankings, count: int, margin: float) -> tuple[Tensor, dict[str, Tensor]]:
+def ranking_loss(scores: Tensor, batch: Rankings, count: int, margin: float) -> Losses:
     """This micro-batch's part of the mean loss over `count` prompts; sums of ordered pairs and of pairs."""
     loss = scores.sum() * 0.0
     correct = pairs = start = 0
     for ranking in batch.rankings:
-        here = scores[start : start + len(ranking.rows)]
-        one, right, compared = fn.pairwise_loss(here, ranking.ranks, margin)
-        loss, correct, pairs, start = loss + one, correct + right, pairs + compared, start + len(ranking.rows)
+        ranking_scores = scores[start : start + len(ranking.rows)]
+        part, right, compared = fn.pairwise_loss(ranking_scores, ranking.ranks, margin)
+        loss, correct, pairs, start = loss + part, correct + right, pairs + compared, start + len(ranking.rows)
     return loss / count, {"correct": torch.tensor(correct), "pairs": torch.tensor(pairs)}
 
 
@@ -179,19 +185,19 @@ def score_rankings(
 ) -> list[list[float]]:
     """Every ranking's scores, in order, on every rank."""
     world = strategy.world
-    mine = world.share_of(list(enumerate(rankings)))
-    rows = [row for _, ranking in mine for row in ranking.rows]
+    share = world.share_of(list(enumerate(rankings)))
+    rows = [row for _, ranking in share for row in ranking.rows]
     scores = score_rows(strategy, stream, model, rows, size)
     scored: list[tuple[int, list[float]]] = []
-    for index, ranking in mine:
+    for index, ranking in share:
         scored.append((index, scores[: len(ranking.rows)]))
         scores = scores[len(ranking.rows) :]
-    everyone = sorted((item for part in world.gather(scored) for item in part), key=lambda item: item[0])
-    return [scores for _, scores in everyone]
+    of_all_ranks = sorted((pair for part in world.gather(scored) for pair in part), key=lambda pair: pair[0])
+    return [scores for _, scores in of_all_ranks]
 
 
 def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What held-out rankings say of the scores (PPO.md 23).
+    """How well the scores order held-out rankings (PPO.md 23).
 
     accuracy over pairs of different rank, its 95 % half-interval (Wald, prompts as clusters would be wider),
     accuracy_distance_d per rank distance d, and length_correlation, Pearson's r of score with response length.
@@ -203,10 +209,10 @@ def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> 
             for j, b in enumerate(ranking.ranks):
                 if a < b:
                     right.setdefault(levels.index(b) - levels.index(a), []).append(values[i] > values[j])
-    every = [one for some in right.values() for one in some]
-    accuracy = sum(every) / max(len(every), 1)
-    facts = {"accuracy": accuracy, "accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / max(len(every), 1))}
-    facts |= {f"accuracy_distance_{d}": sum(some) / len(some) for d, some in sorted(right.items())}
+    count = max(sum(map(len, right.values())), 1)
+    accuracy = sum(map(sum, right.values())) / count
+    facts = {"accuracy": accuracy, "accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)}
+    facts |= {f"accuracy_distance_{d}": sum(pairs) / len(pairs) for d, pairs in sorted(right.items())}
     flat = torch.tensor([value for values in scores for value in values], dtype=torch.float64)
     lengths = torch.tensor([float(n) for ranking in rankings for n in ranking.response_lengths], dtype=torch.float64)
     varied = bool(flat.std() > 0) and bool(lengths.std() > 0) if len(flat) > 1 else False
@@ -218,14 +224,14 @@ def micro_batches(rankings: Sequence[Ranking], rows: int, device: torch.device) 
     """Whole rankings in groups of about `rows` responses: a prompt's responses stay together."""
     ordered = sorted(rankings, key=lambda ranking: max(map(len, ranking.rows)))
     groups: list[list[Ranking]] = []
-    held = rows
+    filled = rows
     for ranking in ordered:
-        if held + len(ranking.rows) > rows:
+        if filled + len(ranking.rows) > rows:
             groups.append([])
-            held = 0
+            filled = 0
         groups[-1].append(ranking)
-        held += len(ranking.rows)
-    return [rows_of([row for one in group for row in one.rows], device, group) for group in groups]
+        filled += len(ranking.rows)
+    return [rows_of([row for ranking in group for row in ranking.rows], device, group) for group in groups]
 
 
 def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...]) -> Ranking:
@@ -234,9 +240,13 @@ def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...])
 
 
 def normalize_score(
-    strategy: Strategy, stream: Stream, model: RewardModel, rankings: Sequence[Ranking],
-    demonstrations: Sequence[Example], size: int,
-) -> None:  # fmt: skip
+    strategy: Strategy,
+    stream: Stream,
+    model: RewardModel,
+    rankings: Sequence[Ranking],
+    demonstrations: Sequence[Example],
+    size: int,
+) -> None:
     """Mean 0 on demonstrations (on all held-out responses without any), spread 1 on held-out responses (PPO.md 10)."""
     model.mean, model.std = 0.0, 1.0
     scored = score_rankings(strategy, stream, model, rankings, size)

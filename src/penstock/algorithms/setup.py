@@ -1,4 +1,5 @@
-"""What a stage brings in: the model's address, its encoder, and its records with their tokens."""
+"""What every training command sets up: strategy, adapter options, encoder, records with their tokens, room for
+activations."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ def strategy_of(flags: RunFlags) -> Strategy:
 
 
 def adapter_options(flags: LoraFlags, seed: int) -> dict[str, Any]:
-    """How a role is read, for its `from_pretrained`: whole, with a new adapter, or with one that was saved."""
+    """Arguments of a role's `from_pretrained`: the whole model learns, a new adapter, or a saved one."""
     spec = None
     if flags.lora is not None:
         spec = LoraSpec(flags.lora, flags.lora_alpha, flags.lora_targets or ALL_LINEAR, flags.rslora)
@@ -120,19 +121,19 @@ def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve:
 
 
 def keep_tokenizer(session: Session, source: str) -> None:
-    """Every model that the session saves gets the tokenizer files of the model it came from."""
+    """Makes the session copy the source's tokenizer files into every model that it saves."""
     session.finishing = functools.partial(pretrained.copy_tokenizer, source)
 
 
 def read(
     say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
 ) -> tuple[list[Any], list[Any]]:
-    """The records of the files and each one's tokens, with what was sniffed and what was left out said aloud.
+    """The records of the files and the tokens of each; `say` gets which format was detected and what was left out.
 
-    The tokens are what the encoder makes of that kind: an Example, a prompt's ids, or a prompt's and responses' ids.
+    The tokens of a record are an Example, a prompt's ids, or a prompt's and its responses' ids, by `kind`.
     Raises DataError for records that do not fit the model, unless `--skip-bad` leaves them out.
     """
-    keys = dict(one.partition("=")[::2] for one in flags.keys)
+    keys = dict(pair.partition("=")[::2] for pair in flags.keys)
     if not all(keys.values()):
         raise UserError(f"--keys {' '.join(flags.keys)}: give pairs ours=theirs, as in --keys prompt=question.")
     dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad)
@@ -151,8 +152,8 @@ def read(
         except DataError as error:
             bad.append(str(error))
     if bad and not flags.skip_bad:
-        more = [f"... and {len(bad) - SHOWN} more."] if len(bad) > SHOWN else []
-        raise DataError("\n".join([*bad[:SHOWN], *more]))
+        hidden = [f"... and {len(bad) - SHOWN} more."] if len(bad) > SHOWN else []
+        raise DataError("\n".join([*bad[:SHOWN], *hidden]))
     if not records:
         raise DataError(f"{', '.join(files)}: --skip-bad left nothing; the first problem: {bad[0]}")
     if bad:

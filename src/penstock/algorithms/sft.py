@@ -24,11 +24,11 @@ from penstock.algorithms.setup import (
     sample_rows,
     strategy_of,
 )
-from penstock.config import SFTConfig
+from penstock.config import OptimFlags, SFTConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
-from penstock.data.chat import Example
-from penstock.memory.strategy import Strategy
-from penstock.memory.stream import Stream
+from penstock.data.chat import Encoder, Example
+from penstock.memory.strategy import StepStats, Strategy
+from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import Actor
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
@@ -39,80 +39,85 @@ from penstock.run.session import Session
 def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint.
 
-    Raises UserError, DataError or ResourceError, each with the fix; what the last checkpoint holds stays.
+    Raises UserError, DataError or ResourceError, each with the fix; the last checkpoint stays.
     """
-    optim, run = config.optim, config.run
-    strategy = strategy_of(run)
-    world = strategy.world
-    session = Session("sft", config, world, resume=resume)
-    source = resolve_model(config.model)
-    with strategy.init():
-        actor = Actor.from_pretrained(
-            source, allow_pickle=config.data.allow_pickle, **adapter_options(config.peft, run.seed)
-        )
-    check_adapter_learns(actor, config.peft)
-    encoder = encoder_of(source, actor.decoder.config, config.data)
-    keep_tokenizer(session, source)
-    records, encoded = read(session.say, encoder, config.data.data, "demonstrations", config.data)
-    train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, run.seed)
-    examples, heldout_examples = [encoded[i] for i in train], [encoded[i] for i in heldout]
+    optim, run, strategy = config.optim, config.run, strategy_of(config.run)
+    session = Session("sft", config, strategy.world, resume=resume)
+    actor, encoder, train, heldout = read_inputs(config, strategy, session)
+    total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
 
     with session:
-        longest = max(len(example.tokens) for example in encoded)
+        longest = max(len(example.tokens) for example in [*train, *heldout])
         reserve_activations(strategy, "sft", {"model": actor}, optim, longest=longest)
         stream = strategy.prepare(actor, weight_decay=optim.weight_decay)
-        shuffle = Shuffle(len(examples), run.seed)
-        total = optim.steps or math.ceil(optim.epochs * len(examples) / optim.batch_size)
-        done, best = 0, math.inf
+        shuffle, start, best = Shuffle(len(train), run.seed), 0, math.inf
         session.restore({"model": stream})
         if session.state:
             shuffle.load_state_dict(session.state["shuffle"])
-            done, best = session.state["step"], session.state["best"]
-
-        probes = [prompt_of(example) for example in (heldout_examples or examples)[: config.samples]]
-        sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
-
-        def show(step: int) -> None:
-            answers = generate(actor.decoder, probes, sampling, eos_ids=encoder.eos_ids)
-            session.sample(step, sample_rows(encoder, answers, kind="greedy"))
-
-        if done == 0:
-            show(0)
-
-        def loss_of(hidden: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-            return fn.sft_loss(response_logprobs(actor, hidden, rows), count), {}
+            start, best = session.state["step"], session.state["best"]
 
         def state() -> dict[str, Any]:
             return {"shuffle": shuffle.state_dict(), "step": step, "best": best}
 
-        for step in session.steps(done, total):
-            rows = [examples[i] for i in shuffle.next(optim.batch_size)]
-            count = sum(sum(row.trained) for row in rows)  # of the whole batch, all ranks (PPO.md 15)
+        def show(step: int) -> None:
+            prompts = [prompt_of(example) for example in (heldout or train)[: config.samples]]
+            greedy = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+            answers = generate(actor.decoder, prompts, greedy, eos_ids=encoder.eos_ids)
+            session.sample(step, sample_rows(encoder, answers, kind="greedy"))
+
+        if start == 0:
+            show(0)
+        for step in session.steps(start, total):
+            examples = [train[i] for i in shuffle.next(optim.batch_size)]
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
-            with strategy.phase("train"):
-                stats = strategy.step(
-                    stream,
-                    micro_batches(world.share_of(rows), optim.micro_batch_size, world.device),
-                    loss_of,
-                    lr=lr,
-                    max_grad_norm=optim.max_grad_norm,
-                )
+            stats = learn(strategy, stream, examples, optim, lr)
             session.check(stats)
             metrics = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
-            metrics["tokens"] = count
+            metrics["tokens"] = trained_tokens(examples)
             improved = False
-            if heldout_examples and (step % config.eval_every == 0 or step == total):
+            if heldout and (step % config.eval_every == 0 or step == total):
                 with strategy.phase("score"):
-                    metrics["heldout/loss"] = heldout_loss(
-                        strategy, stream, actor, heldout_examples, optim.micro_batch_size
-                    )
-                improved = metrics["heldout/loss"] < best
-                best = min(best, metrics["heldout/loss"])
-            session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), timing=strategy.take_seconds())
+                    loss = heldout_loss(strategy, stream, actor, heldout, optim.micro_batch_size)
+                metrics["heldout/loss"], improved, best = loss, loss < best, min(best, loss)
+            tokens = sum(len(example.tokens) for example in examples)
+            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
             if step == total:
                 show(step)
             session.checkpoint(step, {"model": stream}, state, best=improved)
         return session.finish()
+
+
+def read_inputs(
+    config: SFTConfig, strategy: Strategy, session: Session
+) -> tuple[Actor, Encoder, list[Example], list[Example]]:
+    """The model, its encoder, and the demonstrations to train on and those held out."""
+    address, seed = resolve_model(config.model), config.run.seed
+    options = adapter_options(config.peft, seed)
+    with strategy.init():
+        actor = Actor.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
+    check_adapter_learns(actor, config.peft)
+    encoder = encoder_of(address, actor.decoder.config, config.data)
+    keep_tokenizer(session, address)
+    records, examples = read(session.say, encoder, config.data.data, "demonstrations", config.data)
+    train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, seed)
+    return actor, encoder, [examples[i] for i in train], [examples[i] for i in heldout]
+
+
+def learn(strategy: Strategy, stream: Stream, examples: Sequence[Example], optim: OptimFlags, lr: float) -> StepStats:
+    """One optimizer step on a batch that every rank holds: each takes its share."""
+    count, world = trained_tokens(examples), strategy.world  # of the whole batch, all ranks (PPO.md 15)
+
+    def loss_of(hidden: Tensor, rows: Rows) -> Losses:
+        return fn.sft_loss(response_logprobs(stream.model, hidden, rows), count), {}
+
+    batches = micro_batches(world.share_of(list(examples)), optim.micro_batch_size, world.device)
+    with strategy.phase("train"):
+        return strategy.step(stream, batches, loss_of, lr=lr, max_grad_norm=optim.max_grad_norm)
+
+
+def trained_tokens(examples: Sequence[Example]) -> int:
+    """Tokens that the loss is on."""
+    return sum(sum(example.trained) for example in examples)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Rows:
 
 
 def micro_batches(examples: Sequence[Example], size: int, device: torch.device) -> list[Rows]:
-    """Rows in groups of `size`, neighbours in length, so that little of a batch is padding."""
+    """Rows in groups of `size`, neighbours in length, so that little of a micro-batch is padding."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     return [rows_of(ordered[i : i + size], device) for i in range(0, len(ordered), size)]
 
@@ -160,4 +165,4 @@ def heldout_loss(strategy: Strategy, stream: Stream, actor: Actor, examples: Seq
 
     sums = strategy.evaluate(stream, micro_batches(world.share_of(list(examples)), size, world.device), read)
     total = -sum(sums, torch.zeros((), dtype=torch.float64, device=world.device))
-    return float(world.sum(total)) / max(sum(sum(example.trained) for example in examples), 1)
+    return float(world.sum(total)) / max(trained_tokens(examples), 1)
