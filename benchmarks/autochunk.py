@@ -180,7 +180,7 @@ def peak_of(call: Callable[[], Results], device: torch.device) -> tuple[Results,
 def slicer_for(layer: Layer, x: Tensor, given: Any, training: bool, budget: int) -> Slicer:
     """Planned for the budget, or for the least that works."""
     for _ in range(3):
-        slicer = Slicer(budget, again=True)
+        slicer = Slicer(budget, recomputing=True)
         try:
             for grad in (False, True)[: 1 + training]:
                 with torch.set_grad_enabled(grad):
@@ -225,7 +225,7 @@ def longest(name: str, attention: str, training: bool, budget: int) -> dict[str,
             while length <= 1 << 18:
                 given = layer.given(length)
                 x = torch.empty(1, length, SHAPES[name]["width"], requires_grad=training)
-                slicer = Slicer(budget if way == "sliced" else 1 << 60, again=True)
+                slicer = Slicer(budget if way == "sliced" else 1 << 60, recomputing=True)
                 try:
                     with torch.set_grad_enabled(training):
                         slicer.plan_for(layer, (x, given), {})

@@ -9,13 +9,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.algorithms.test_planning import BASE, FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import penstock
 from penstock.autochunk.api import Chunked, autochunk
-from penstock.autochunk.execute import _compute, put, take
+from penstock.autochunk.execute import compute, put, take
 from penstock.autochunk.meter import Meter
 from penstock.autochunk.recompute import recomputing
 from penstock.autochunk.slice_rules import Blocked
@@ -25,6 +23,7 @@ from penstock.memory.strategy import Strategy
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
+from tests.planner.test_planning import BASE, FAMILIES
 
 ROWS, LENGTH, WIDTH = 2, 61, 32
 
@@ -406,10 +405,9 @@ def test_the_engine_trains_the_same_within_an_activation_budget() -> None:
 
 
 def test_the_plan_counts_what_the_engine_holds_in_slices() -> None:
-    from tests.algorithms.test_planning import one_model
-
     from penstock.commands.dry_run import dry_run
     from penstock.planner.workload import Setting, forecast_of
+    from tests.planner.test_planning import one_model
 
     config = dataclasses.replace(FAMILIES["llama"], max_length=256)
     of = dataclasses.replace(one_model("reward", config, scalar=True), prompt_length=200, max_new_tokens=56)
@@ -472,7 +470,7 @@ def test_every_rule_says_what_a_slice_reads() -> None:
             try:
                 keys = graph.reads(node.index, Cut(dim, extent))
             except Blocked:
-                blocked.add(node.what)
+                blocked.add(node.op_name)
                 continue
             if any(isinstance(values[index], tuple | list) for index, _ in keys):
                 continue  # a piece of a list: the list is what is sliced
@@ -481,12 +479,18 @@ def test_every_rule_says_what_a_slice_reads() -> None:
                 length = min(4, extent - start)
                 found = iter([values[i] if cut is None else take(values[i], cut, start, length) for i, cut in keys])
                 arguments = filled(node.args, lambda ref, found=found: next(found))
-                put(out, Cut(dim, extent), start, _compute(node, arguments, Cut(dim, extent), start, length, {}))
+                put(out, Cut(dim, extent), start, compute(node, arguments, Cut(dim, extent), start, length, {}))
             assert torch.allclose(out.double(), whole.double(), atol=1e-5), (node.name, dim)
-            tried.add(node.what)
+            tried.add(node.op_name)
     assert len(tried) >= 25, tried
     assert {"softmax", "layer_norm", "flip", "roll"} - blocked == {"roll"}
 
 
-def test_the_package_offers_it() -> None:
-    assert penstock.autochunk is autochunk
+def test_the_package_can_be_called_under_its_published_name() -> None:
+    import penstock.autochunk.api  # importing a file of the folder must not hide the function
+
+    module, x = Mlp(8, mixing=False), torch.randn(2, 32, 8)
+    with torch.no_grad():
+        sliced = penstock.autochunk(module, (x,), "6kB")
+        assert isinstance(sliced, Chunked)
+        assert torch.allclose(sliced(x), module(x), atol=1e-6)

@@ -1,6 +1,6 @@
-"""What a graph holds when it is run by a plan: the order of steps, and how many bytes are alive at each of them.
+"""How many bytes are alive at each step of a graph that runs by a plan, and in which order its steps run.
 
-Byte counts alone, no tensor: `regions.py` asks it hundreds of times to choose, and `slices.py` runs what was chosen.
+It knows byte counts, no tensors: `search` calls it hundreds of times to choose a plan, and `execute` runs the plan.
 """
 
 from collections.abc import Container, Sequence
@@ -10,42 +10,45 @@ from penstock.autochunk.slice_rules import Blocked, Cut, Node, needs, refs
 
 LEAVES = ("input", "weight")
 
+Read = tuple[int, Cut | None]
+"""(op, the cut of its result that is read); None: the whole result."""
+
 
 @dataclass(frozen=True)
 class Bytes:
-    """What one op holds, when computed whole."""
+    """The memory of one op that is computed whole."""
 
     own: int = 0
     """New memory of its result."""
     alias: tuple[int, ...] = ()
-    """Ops whose memory the result lies in."""
+    """Ops whose memory its result shares."""
     scratch: int = 0
-    """More while it runs."""
+    """Additional memory while the op runs."""
     saves: tuple[int, ...] = ()
-    """Ops, itself perhaps, whose results autograd keeps for it."""
+    """Ops whose results autograd saves for it; may include the op itself."""
     kept: int = 0
-    """What else autograd keeps."""
+    """Other memory that autograd keeps for it."""
     grad: int = 0
-    """Of its result's gradient; 0: it has none."""
+    """Of its result's gradient; 0 if it has none."""
     back: int = 0
-    """More while its backward runs."""
+    """Additional memory while its backward runs."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Ops in the order they run, what each holds, and which results leave."""
+    """Ops in the order they run, the memory of each, and the ops whose results the module returns."""
 
     nodes: tuple[Node, ...]
     holds: tuple[Bytes, ...]
     outputs: tuple[int, ...]
     cheap: frozenset[int] = frozenset()
-    """Ops that may be computed twice rather than kept: no products of matrices."""
+    """Ops that may be computed twice rather than kept: no matrix products."""
     sizes: tuple[int, ...] = ()
-    """Bytes of each result, be it new memory or not."""
+    """Bytes of each result, new memory or not."""
     before: tuple[int, ...] = field(init=False, compare=False)
-    """Of each op, the set of ops that it depends on, as bits."""
-    known: dict[tuple[int, Cut], list[tuple[int, Cut | None]] | str] = field(default_factory=dict, compare=False)
-    """What `reads` has found."""
+    """The set of ops that each op depends on, as bits."""
+    known: dict[tuple[int, Cut], list[Read] | str] = field(default_factory=dict, compare=False)
+    """Cache of `reads`: the result, or the reason why the op is Blocked."""
 
     def __post_init__(self) -> None:
         before: list[int] = []
@@ -56,21 +59,21 @@ class Graph:
             before.append(mask)
         object.__setattr__(self, "before", tuple(before))
 
-    def reads(self, index: int, cut: Cut) -> list[tuple[int, Cut | None]]:
-        """(op, cut) for each tensor in the op's arguments, in order, that a slice reads. Raises Blocked."""
+    def reads(self, index: int, cut: Cut) -> list[Read]:
+        """What a slice of the op's result reads: one entry for each tensor argument, in order. Raises Blocked."""
         if (index, cut) not in self.known:
             node = self.nodes[index]
             try:
-                wanted = needs(node, cut)
+                cuts = needs(node, cut)
             except Blocked as error:
                 self.known[index, cut] = str(error)
             else:
-                pairs = zip(node.names, node.args, strict=True)
-                self.known[index, cut] = [(ref.index, wanted.get(name)) for name, value in pairs for ref in refs(value)]
-        found = self.known[index, cut]
-        if isinstance(found, str):
-            raise Blocked(found)
-        return found
+                arguments = zip(node.names, node.args, strict=True)
+                self.known[index, cut] = [(ref.index, cuts.get(name)) for name, arg in arguments for ref in refs(arg)]
+        result = self.known[index, cut]
+        if isinstance(result, str):
+            raise Blocked(result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,17 @@ class Region:
     cuts: dict[int, Cut]
     """Op -> the cut of its result."""
     copies: frozenset[int]
-    """Those of them that are computed outside too, or elsewhere: cheaper than to keep."""
-    inputs: tuple[tuple[int, Cut | None], ...]
-    """(op, cut) of what is read from outside; None: the whole of it."""
+    """The ops of `cuts` that are also computed elsewhere, because that is cheaper than to keep their results."""
+    inputs: tuple[Read, ...]
+    """What the region reads from outside."""
     extent: int
     length: int
-    """Of a slice; the last may be shorter."""
+    """Of a slice; the last slice may be shorter."""
     outputs: tuple[int, ...] = ()
-    """Ops whose results are read outside; known once the whole plan is."""
+    """Ops whose results are read outside; set when the whole plan is known."""
 
     @property
     def slices(self) -> int:
-        """How many."""
         return -(-self.extent // self.length)
 
     @property
@@ -99,17 +101,22 @@ class Region:
         """In the order they run."""
         return sorted(self.cuts)
 
+    @property
+    def owned(self) -> set[int]:
+        """Ops that are computed in this region only."""
+        return self.cuts.keys() - self.copies
+
 
 Step = int | Region
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs, in order: single ops, and regions."""
+    """The steps in the order they run: single ops, and regions."""
 
     steps: tuple[Step, ...]
     curve: tuple[tuple[str, int], ...]
-    """(what runs, bytes alive at its fullest instant), forward and then backward."""
+    """(label of the step, most bytes alive during it), forward and then backward."""
 
     @property
     def peak(self) -> int:
@@ -118,52 +125,49 @@ class Plan:
 
     @property
     def regions(self) -> list[Region]:
-        """In order."""
         return [step for step in self.steps if isinstance(step, Region)]
 
 
 def plan_of(graph: Graph, regions: Sequence[Region], training: bool, recomputing: bool = False) -> Plan | None:
-    """The order of steps with these regions, and its curve; None where they wait for each other."""
+    """The plan that computes these regions in slices; None if two regions depend on each other."""
     steps = _order(graph, regions)
     return None if steps is None else Plan(tuple(steps), tuple(_curve(graph, steps, training, recomputing)))
 
 
 def _order(graph: Graph, regions: Sequence[Region]) -> list[Step] | None:
-    """Regions as late as possible; what nobody reads any more is left out."""
-    owner: dict[int, int] = {}
-    for at, region in enumerate(regions):
-        owner |= {i: at for i in region.cuts if i not in region.copies}
-    single = [i for i, node in enumerate(graph.nodes) if i not in owner and node.op not in LEAVES]
+    """Regions run as late as possible. Ops whose results are not read are dropped."""
+    region_of = {i: at for at, region in enumerate(regions) for i in region.owned}
+    single = [i for i, node in enumerate(graph.nodes) if i not in region_of and node.op not in LEAVES]
+    # A unit of work is (its last op, its region or -1), so that units sort by their last op.
     reads: dict[tuple[int, int], Sequence[int]] = {(i, -1): graph.nodes[i].reads for i in single}
     reads |= {(max(region.cuts), at): [i for i, _ in region.inputs] for at, region in enumerate(regions)}
     done = {i for i, node in enumerate(graph.nodes) if node.op in LEAVES}
     waiting, ordered = sorted(reads), []
     while waiting:
-        ready = next((one for one in waiting if done.issuperset(reads[one])), None)
+        ready = next((unit for unit in waiting if done.issuperset(reads[unit])), None)
         if ready is None:
             return None
         waiting.remove(ready)
         ordered.append(ready)
-        done |= {i for i, at in owner.items() if at == ready[1]} if ready[1] >= 0 else {ready[0]}
+        index, at = ready
+        done |= {index} if at < 0 else {i for i, owner in region_of.items() if owner == at}
     wanted = set(graph.outputs)
     steps: list[Step] = []
     for index, at in reversed(ordered):
-        if at < 0:
-            if index in wanted:
-                steps.append(index)
-                wanted.update(graph.nodes[index].reads)
-            continue
-        region = regions[at]
-        outputs = tuple(i for i in region.ops if i in wanted and i not in region.copies)
-        if outputs:
-            pruned = _pruned(graph, region, outputs)
-            steps.append(pruned)
-            wanted.update(i for i, _ in pruned.inputs)
+        if at >= 0:
+            outputs = tuple(i for i in regions[at].ops if i in wanted and i not in regions[at].copies)
+            if outputs:
+                pruned = _pruned(graph, regions[at], outputs)
+                steps.append(pruned)
+                wanted.update(i for i, _ in pruned.inputs)
+        elif index in wanted:
+            steps.append(index)
+            wanted.update(graph.nodes[index].reads)
     return steps[::-1]
 
 
 def _pruned(graph: Graph, region: Region, outputs: tuple[int, ...]) -> Region:
-    """The region with what these outputs need, and no more."""
+    """The region with the ops and inputs that these outputs need, and no others."""
     wanted, inputs = set(outputs), set()
     for i in reversed(region.ops):
         if i in wanted:
@@ -172,15 +176,14 @@ def _pruned(graph: Graph, region: Region, outputs: tuple[int, ...]) -> Region:
                     wanted.add(source)
                 else:
                     inputs.add((source, need))
-    return replace(
-        region, outputs=outputs, cuts={i: cut for i, cut in region.cuts.items() if i in wanted},
-        copies=region.copies & wanted, inputs=tuple(one for one in region.inputs if one in inputs),
-    )  # fmt: skip
+    cuts = {i: cut for i, cut in region.cuts.items() if i in wanted}
+    kept = tuple(read for read in region.inputs if read in inputs)
+    return replace(region, outputs=outputs, cuts=cuts, copies=region.copies & wanted, inputs=kept)
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A step as the curve sees it."""
+class _StepBytes:
+    """The memory of a step: `Bytes` of an op, or of a whole region."""
 
     label: str
     made: dict[int, int]
@@ -192,46 +195,46 @@ class _Item:
     scratch: int
     back: int
 
+    @property
+    def is_view(self) -> bool:
+        return bool(self.alias) and not any(self.made.values())
+
 
 def _curve(graph: Graph, steps: Sequence[Step], training: bool, recomputing: bool) -> list[tuple[str, int]]:
-    items = [
-        _item_of(graph, step, 1.0) if isinstance(step, int) else _item_of_region(graph, step, training)
-        for step in steps
+    sizes = [
+        _op_bytes(graph, step, 1.0) if isinstance(step, int) else _region_bytes(graph, step, training) for step in steps
     ]
-    if recomputing:
-        read = {i for item in items for i in item.reads}
-        items = [
-            replace(item, made=dict.fromkeys(item.made, 0), scratch=0)
-            if isinstance(step, Region) and read.isdisjoint(item.made) else item
-            for item, step in zip(items, steps, strict=True)
-        ]  # fmt: skip
-    grads = {i: one.grad for i, one in enumerate(graph.holds)}
-    return _walk(items, set(graph.outputs), grads, training)
+    if recomputing:  # a region whose results are only returned computes nothing forward
+        read = {i for step in sizes for i in step.reads}
+        for at, step in enumerate(sizes):
+            if isinstance(steps[at], Region) and read.isdisjoint(step.made):
+                sizes[at] = replace(step, made=dict.fromkeys(step.made, 0), scratch=0)
+    grads = {i: nbytes.grad for i, nbytes in enumerate(graph.holds)}
+    return _walk(sizes, set(graph.outputs), grads, training)
 
 
-def _item_of(graph: Graph, index: int, share: float) -> _Item:
-    node, one = graph.nodes[index], graph.holds[index]
-    return _Item(
-        node.name, {index: int(one.own * share)}, one.alias, tuple(dict.fromkeys(node.reads)), one.saves,
-        int(one.kept * share), int(one.scratch * share), int(one.back * share),
-    )  # fmt: skip
+def _op_bytes(graph: Graph, index: int, share: float) -> _StepBytes:
+    node, nbytes = graph.nodes[index], graph.holds[index]
+    made, kept, scratch, back = (int(n * share) for n in (nbytes.own, nbytes.kept, nbytes.scratch, nbytes.back))
+    reads = tuple(dict.fromkeys(node.reads))
+    return _StepBytes(node.name, {index: made}, nbytes.alias, reads, nbytes.saves, kept, scratch, back)
 
 
-def _item_of_region(graph: Graph, region: Region, training: bool) -> _Item:
+def _region_bytes(graph: Graph, region: Region, training: bool) -> _StepBytes:
     share = region.length / region.extent
-    inner = [_item_of(graph, i, share) for i in region.ops]
-    loose = {i: int(one.grad * share) for i, one in enumerate(graph.holds)}
-    forward = _peak(_walk(inner, set(), loose, training=False))
+    inner = [_op_bytes(graph, i, share) for i in region.ops]
+    grads = {i: int(nbytes.grad * share) for i, nbytes in enumerate(graph.holds)}
+    forward = _peak(_walk(inner, set(), grads, training=False))
     back = 0
     if training:
-        # the slice once more with all that autograd keeps; gradients of what is read whole are made, and added up
+        # Each slice runs again with all that autograd keeps. Gradients of inputs that are read whole are added up.
         whole = {i for i, cut in region.inputs if cut is None or cut.prefix}
-        loose |= {i: graph.holds[i].grad for i in whole}
-        back = _peak(_walk(inner, set(region.outputs), loose, training=True, passing=whole))
+        grads |= {i: graph.holds[i].grad for i in whole}
+        back = _peak(_walk(inner, set(region.outputs), grads, training=True, passing=whole))
     reads = tuple(dict.fromkeys(i for i, _ in region.inputs))
     made = {i: graph.sizes[i] for i in region.outputs}
     name = f"{graph.nodes[region.ops[0]].name}..{graph.nodes[region.ops[-1]].name} in {region.slices}"
-    return _Item(name, made, (), reads, reads, 0, forward, back)
+    return _StepBytes(name, made, (), reads, reads, 0, forward, back)
 
 
 def _peak(curve: list[tuple[str, int]]) -> int:
@@ -239,63 +242,53 @@ def _peak(curve: list[tuple[str, int]]) -> int:
 
 
 def _walk(
-    items: Sequence[_Item], outputs: set[int], grads: dict[int, int], training: bool, passing: Container[int] = ()
+    steps: Sequence[_StepBytes], outputs: set[int], grads: dict[int, int], training: bool, passing: Container[int] = ()
 ) -> list[tuple[str, int]]:
-    """Bytes alive at the fullest instant of each item, forward and, when training, backward. `passing`: results whose
-    gradients are taken away at once."""
-    lies: dict[int, frozenset[int]] = {}  # result -> the results whose memory it lies in
-    size: dict[int, int] = {}
-    last: dict[int, int] = {}  # memory -> the last item that reads it, forward
-    saver: dict[int, int] = {}  # memory -> the first item that keeps it for backward
-    for at, item in enumerate(items):
-        below = frozenset().union(*(lies.get(i, frozenset()) for i in item.alias)) if item.alias else frozenset()
-        for i, nbytes in item.made.items():
-            lies[i] = below | {i} if nbytes else below
-            size[i] = nbytes
-        for i in (*item.reads, *item.made):
-            for memory in lies.get(i, ()):
-                last[memory] = at
-        if training:
-            for i in item.saves:
-                for memory in lies.get(i, ()):
-                    saver.setdefault(memory, at)
-    for i in outputs:
-        for memory in lies.get(i, ()):
-            last[memory] = len(items)
-    alive, curve = 0, []
-    ends: dict[int, list[int]] = {}
+    """(label, most bytes alive) of each step forward and, when training, backward. `grads`: result -> bytes of its
+    gradient. `passing`: results whose gradients do not stay alive after the step that makes them."""
+    memory_of: dict[int, frozenset[int]] = {}  # result -> the results whose memory it shares
+    last: dict[int, int] = {}  # memory -> the last step that reads it, forward
+    saver: dict[int, int] = {}  # memory -> the first step that keeps it for backward
+    size = {i: nbytes for step in steps for i, nbytes in step.made.items()}
+    for at, step in enumerate(steps):
+        shared = frozenset(memory for i in step.alias for memory in memory_of.get(i, ()))
+        for i, nbytes in step.made.items():
+            memory_of[i] = shared | {i} if nbytes else shared
+        last |= {memory: at for i in (*step.reads, *step.made) for memory in memory_of.get(i, ())}
+        for i in step.saves if training else ():
+            for memory in memory_of.get(i, ()):
+                saver.setdefault(memory, at)
+    last |= {memory: len(steps) for i in outputs for memory in memory_of.get(i, ())}
+    freed = [0] * (len(steps) + 1)  # bytes that die after each step, forward
+    freed_back = [0] * len(steps)  # the same in backward; outputs stay alive
     for memory, at in last.items():
-        ends.setdefault(at, []).append(memory)
-    kept = 0
-    for at, item in enumerate(items):
-        alive += sum(item.made.values())
-        kept += item.kept if training else 0
-        curve.append((item.label, alive + kept + item.scratch))
-        alive -= sum(size[memory] for memory in ends.get(at, ()) if memory not in saver)
-    if not training:
-        return curve
-    freed: dict[int, list[int]] = {}
-    for memory, at in saver.items():
-        if last[memory] < len(items):
-            freed.setdefault(at, []).append(memory)
-    slopes: dict[int, int] = {}  # memory -> bytes of its gradient, alive
-    for at in reversed(range(len(items))):
-        item = items[at]
-        new = 0
-        for i in item.reads:
-            if item.alias and not any(item.made.values()):
-                continue  # the gradient of a view is a view
-            new += grads.get(i, 0)
-        curve.append((f"{item.label}, backward", alive + kept + sum(slopes.values()) + new + item.back))
-        mine = sum(slopes.pop(i, 0) for i in item.made)
-        if item.alias and not any(item.made.values()):
-            target = next((i for i in item.reads if grads.get(i)), None)
-            if target is not None:
-                slopes[target] = max(slopes.get(target, 0), mine)
-        else:
-            for i in item.reads:
-                if grads.get(i) and i not in passing:
-                    slopes[i] = grads[i]
-        alive -= sum(size[memory] for memory in freed.get(at, ()))
-        kept -= item.kept
+        if memory not in saver:
+            freed[at] += size[memory]
+        elif at < len(steps):
+            freed_back[saver[memory]] += size[memory]
+    alive, kept, curve = 0, 0, []
+    for at, step in enumerate(steps):
+        alive += sum(step.made.values())
+        kept += step.kept if training else 0
+        curve.append((step.label, alive + kept + step.scratch))
+        alive -= freed[at]
+    return curve + _walk_back(steps, alive + kept, grads, freed_back, passing) if training else curve
+
+
+def _walk_back(
+    steps: Sequence[_StepBytes], alive: int, grads: dict[int, int], freed: Sequence[int], passing: Container[int]
+) -> list[tuple[str, int]]:
+    curve = []
+    slopes: dict[int, int] = {}  # result -> bytes of its gradient that are alive
+    for at in reversed(range(len(steps))):
+        step = steps[at]
+        new = 0 if step.is_view else sum(grads.get(i, 0) for i in step.reads)  # the gradient of a view is a view
+        curve.append((f"{step.label}, backward", alive + sum(slopes.values()) + new + step.back))
+        slope = sum(slopes.pop(i, 0) for i in step.made)
+        learning = [i for i in step.reads if grads.get(i)]
+        if step.is_view and learning:
+            slopes[learning[0]] = max(slopes.get(learning[0], 0), slope)
+        elif not step.is_view:
+            slopes |= {i: grads[i] for i in learning if i not in passing}
+        alive -= freed[at] + step.kept
     return curve

@@ -1,7 +1,7 @@
-"""What tensors cost while something runs: bytes alive and their peak, on real memory and on fake.
+"""Counts the bytes of tensors while code runs: bytes alive and their peak, for real and for fake tensors.
 
-It watches every operation and counts each new storage until it dies, so it sees what `max_memory_allocated` sees on a
-GPU, and gives the same on a CPU and on fake tensors. Slabs that existed before (homes, slots) are not counted.
+It watches every operation and counts each new storage until it dies, as `max_memory_allocated` does on a GPU, and gives
+the same number on a CPU and on fake tensors. It does not count slabs that existed before (homes, slots).
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Meter(TorchDispatchMode):
-    """`with Meter() as meter: ...`, then `meter.peak`: the most bytes that tensors made inside were using at once.
+    """`with Meter() as meter: ...`, then `meter.peak`: the most bytes that tensors made inside used at once.
 
-    Where one processor plays both device and host, `on("host")` says whose tensors come next; `peaks` tells them apart.
+    If a CPU is both device and host, `with meter.on("host"):` counts the tensors made inside separately, see `peaks`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.where = "device"
+        self.place = "device"
         self.used: Counter[str] = Counter()
         self.peaks: Counter[str] = Counter()
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -37,7 +37,7 @@ class Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not _is_view(func):
             for x in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(x, Tensor) and x.dtype != torch.uint8:  # bytes are slabs, and the tiers count those
+                if isinstance(x, Tensor) and x.dtype != torch.uint8:  # slabs are uint8, and the tiers count them
                     storage = x.untyped_storage()
                     if storage not in self._known:
                         self._count(storage)
@@ -46,29 +46,29 @@ class Meter(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage) -> None:
         nbytes = storage.nbytes()
         self._known[storage] = nbytes
-        self.used[self.where] += nbytes
-        self.peaks[self.where] = max(self.peaks[self.where], self.used[self.where])
-        weakref.finalize(storage, self._died, self.where, nbytes)
+        self.used[self.place] += nbytes
+        self.peaks[self.place] = max(self.peaks[self.place], self.used[self.place])
+        weakref.finalize(storage, self._died, self.place, nbytes)
 
-    def _died(self, where: str, nbytes: int) -> None:
-        self.used[where] -= nbytes
+    def _died(self, place: str, nbytes: int) -> None:
+        self.used[place] -= nbytes
 
     @property
     def peak(self) -> int:
-        """On the device."""
+        """Bytes on the device."""
         return self.peaks["device"]
 
     @contextlib.contextmanager
-    def on(self, where: str) -> Iterator[None]:
-        """Tensors made inside count there."""
-        before, self.where = self.where, where
+    def on(self, place: str) -> Iterator[None]:
+        """Counts tensors made inside under this name."""
+        before, self.place = self.place, place
         try:
             yield
         finally:
-            self.where = before
+            self.place = before
 
 
 @functools.cache
 def _is_view(func: Any) -> bool:
-    """Whether what it returns lies in the memory of what it was given; collectives return what they filled."""
-    return func.namespace == "c10d" or any(one.alias_info is not None for one in func._schema.returns)
+    """Whether the result shares memory with the arguments; collectives return the tensors that they filled."""
+    return func.namespace == "c10d" or any(result.alias_info is not None for result in func._schema.returns)

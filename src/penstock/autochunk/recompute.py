@@ -1,4 +1,4 @@
-"""Says to whatever computes that a part runs once more, in backward, for its gradients alone."""
+"""A flag for code that runs once more in backward, for its gradients only."""
 
 import contextlib
 import contextvars
@@ -9,8 +9,8 @@ _RECOMPUTING = contextvars.ContextVar("recomputing", default=False)
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """Inside, parts are run again for their gradients alone: what they return was known before, so a part that is
-    computed in slices (autochunk.execute) may return something of the same shape that holds nothing."""
+    """Code inside runs again for its gradients only. Its results are known already, so a region of `execute` may return
+    tensors of the same shape without memory."""
     token = _RECOMPUTING.set(True)
     try:
         yield
@@ -19,5 +19,4 @@ def recomputing() -> Iterator[None]:
 
 
 def is_recomputing() -> bool:
-    """Whether this is inside `recomputing()`."""
     return _RECOMPUTING.get()

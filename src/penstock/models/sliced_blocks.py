@@ -1,5 +1,9 @@
 """Blocks within an activation budget: the operations of our models that autochunk.api needs, and the peaks that the
 plan counts. Only whole rows are computed in slices (training, scoring), not decoding and prefill, which write a cache.
+
+[Note: linear is one op while it is exported]
+`models.linear` exports as a plain aten op, and the executor calls `linear` for that op again, slice by slice. So
+gradients of weights are still added in place, and bf16 is still widened.
 """
 
 import dataclasses
@@ -31,7 +35,9 @@ def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
 
 @functools.cache
 def _slicer_of(config: DecoderConfig, budget: int, slow: bool) -> Slicer:
-    return Slicer(budget, ops={torch.ops.aten.linear.default: linear, torch.ops.aten.gelu.default: _gelu}, again=True)
+    return Slicer(
+        budget, ops={torch.ops.aten.linear.default: linear, torch.ops.aten.gelu.default: _gelu}, recomputing=True
+    )
 
 
 def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
