@@ -14,14 +14,13 @@ from tests.conftest import PATIENCE
 
 WORKER = """
 import os, sys, time, torch
-from penstock.cli import _refused
 from penstock.errors import PenstockError
 from penstock.distributed import heartbeat
-from penstock.distributed import world
+from penstock.distributed.world import LARGE, World
 
 what, beat, silence = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-pulse.Pulse.__init__.__kwdefaults__.update(beat=beat, silence=silence)
-world = shard.World.join("cpu")
+heartbeat.Heartbeat.__init__.__kwdefaults__.update(beat=beat, silence=silence)
+world = World.join("cpu")
 print("pid", os.getpid(), flush=True)
 try:
     for step in range(10_000):
@@ -34,7 +33,7 @@ try:
             break
         if what == "all run" and step == 100:
             break
-        assert world.sum(torch.ones([8, 2 * shard.LARGE][step % 2]))[0] == world.size
+        assert world.sum(torch.ones([8, 2 * LARGE][step % 2]))[0] == world.size
         world.gather(step)
         time.sleep(0.02)
 except PenstockError as error:

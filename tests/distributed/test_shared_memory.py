@@ -12,27 +12,26 @@ from tests.conftest import PATIENCE
 
 WORKER = """
 import os, sys, time, torch
-from penstock.distributed import shared_memory
-from penstock.distributed import world
+from penstock.distributed import shared_memory, world as ranks
 
-mailbox.HALF = 1 << 12  # many pieces of few bytes
+shared_memory.HALF = 1 << 12  # many pieces of few bytes
 apart = sys.argv[1] == "apart"
 if apart and os.environ["RANK"] == "1":  # as in another container: the number names another process's file
-    make = mailbox._make
+    make = shared_memory._make
     def elsewhere():
         handle, (machine, path, device, inode) = make()
         return handle, (machine, path, device, inode + 1)
-    mailbox._make = elsewhere
-world = shard.World.join("cpu")
-assert (shard._mailboxes is None) == apart
+    shared_memory._make = elsewhere
+world = ranks.World.join("cpu")
+assert (ranks._mailboxes is None) == apart
 pieces = 0
-if shard._mailboxes is not None:
-    turn = shard._mailboxes._turn
+if ranks._mailboxes is not None:
+    turn = ranks._mailboxes._turn
     def counted():
         global pieces
         pieces += 1
         return turn()
-    shard._mailboxes._turn = counted
+    ranks._mailboxes._turn = counted
 for case, n in enumerate([1, 7, 512, 1024, 1025, 5000] * 3):
     dtype = [torch.float32, torch.bfloat16, torch.float64][case // 6]
     generator = torch.Generator().manual_seed(case)
@@ -40,7 +39,7 @@ for case, n in enumerate([1, 7, 512, 1024, 1025, 5000] * 3):
     time.sleep(0.002 * ((case + world.rank) % 3))  # somebody is always late
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     want = sum((one.to(wide) for one in everyone[1:]), everyone[0].to(wide)).to(dtype).view(world.size, -1)
-    same = torch.equal if shard._mailboxes is not None else lambda a, b: torch.allclose(a, b, atol=0.1, rtol=0)
+    same = torch.equal if ranks._mailboxes is not None else lambda a, b: torch.allclose(a, b, atol=0.1, rtol=0)
     given = everyone[world.rank].clone()
     mine = world.sum_shards(given)
     assert same(mine, want[world.rank]) and torch.equal(given, everyone[world.rank])
@@ -53,12 +52,12 @@ for case, n in enumerate([1, 7, 512, 1024, 1025, 5000] * 3):
     states = torch.arange(n, dtype=torch.int16) + world.rank
     found = world.join_shards(states).view(world.size, -1)
     assert all(torch.equal(row, states - world.rank + rank) for rank, row in enumerate(found))
-large = torch.full((shard.LARGE + 5,), float(world.rank))
+large = torch.full((ranks.LARGE + 5,), float(world.rank))
 assert torch.equal(world.sum(large), torch.full_like(large, sum(range(world.size))))
 if not apart:
     assert pieces > 200
 world.leave()
-assert shard._mailboxes is None
+assert ranks._mailboxes is None
 """
 
 

@@ -1,8 +1,9 @@
-"""Tensors from rank to rank of one machine through memory that they share.
+"""Collectives of ranks on one machine's CPUs, through memory that they share.
 
-gloo sends them over a socket, which costs the cores that should compute several times what a copy does. Here every rank
-has a *mailbox* that the others read: one half is written while the other is read, and a barrier per piece is all that
-goes over the socket. The memory has no name, so that nothing is left behind whatever ends a rank.
+gloo sends tensors over a socket, on the cores that should compute, at several times the cost of a copy. Here every rank
+has a *mailbox* that the other ranks map: one half is written while the other half is read, and only a barrier per piece
+uses the socket. The memory has no name and is opened through /proc, so nothing is left behind whatever ends a rank, and
+a container's small /dev/shm suffices. Ranks that cannot open each other's mailboxes use gloo's own collectives.
 """
 
 import os
@@ -14,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 HALF = 8 << 20
-"""Bytes of half a mailbox, which is what travels between two barriers: enough to make them cheap, and it stays in a
-processor's cache."""
+"""Bytes of half a mailbox, the piece between two barriers: large against a barrier's cost, and it fits a cache."""
 
 
 class Mailboxes:
@@ -28,26 +28,26 @@ class Mailboxes:
 
     @staticmethod
     def among(rank: int, size: int) -> "Mailboxes | None":
-        """Opens them; every rank of the process group calls it. None on all of them where one cannot see another's."""
-        handle, about = _make()
-        everyone: list[tuple | None] = [None] * size
-        dist.all_gather_object(everyone, about)
-        boxes = [_open(*one) if one is not None else None for one in everyone]
-        found = [box for box in boxes if box is not None]
+        """Opens them; every rank of the process group calls it. None on all ranks where one cannot open another's."""
+        handle, address = _make()
+        addresses: list[tuple | None] = [None] * size
+        dist.all_gather_object(addresses, address)
+        boxes = [_open(*address) for address in addresses if address is not None]
+        opened = [box for box in boxes if box is not None]
         agreed: list[bool] = [False] * size
-        dist.all_gather_object(agreed, len(found) == size)
+        dist.all_gather_object(agreed, len(opened) == size)
         if handle is not None:
             os.close(handle)  # the mapped memory lives on
-        return Mailboxes(rank, found) if all(agreed) else None
+        return Mailboxes(rank, opened) if all(agreed) else None
 
-    def join(self, mine: Tensor, whole: Tensor) -> None:
-        """Fills whole[i], [n], with rank i's `mine`, [n], which may be this rank's row of `whole`."""
-        if whole[self._rank].data_ptr() != mine.data_ptr():
-            whole[self._rank].copy_(mine)
-        room = HALF // mine.element_size()
-        for start in range(0, len(mine), room):
+    def join(self, shard: Tensor, whole: Tensor) -> None:
+        """Fills whole[i], [n], with rank i's `shard`, [n], which may be this rank's row of `whole`."""
+        if whole[self._rank].data_ptr() != shard.data_ptr():
+            whole[self._rank].copy_(shard)
+        room = HALF // shard.element_size()
+        for start in range(0, len(shard), room):
             rows = whole[:, start : start + room]
-            boxes = [half.view(mine.dtype)[: rows.shape[1]] for half in self._turn()]
+            boxes = [half.view(shard.dtype)[: rows.shape[1]] for half in self._turn()]
             boxes[self._rank].copy_(rows[self._rank])
             self._wait()
             for rank, box in enumerate(boxes):
@@ -55,8 +55,8 @@ class Mailboxes:
                     rows[rank].copy_(box)
 
     def sum(self, shards: Tensor, out: Tensor) -> None:
-        """shards[i], [n], is this rank's part for rank i; `out`, [n]: the sum of what ranks have for this one, added in
-        their order, bf16 in fp32."""
+        """shards[i], [n], is this rank's part for rank i; `out`, [n], becomes the sum of the ranks' parts for this one,
+        in rank order, bf16 in fp32."""
         wide = torch.float32 if out.dtype == torch.bfloat16 else out.dtype
         room = HALF // (len(shards) * wide.itemsize)
         for start in range(0, len(out), room):
@@ -70,18 +70,17 @@ class Mailboxes:
             out[start : start + room].copy_(total)
 
     def _wait(self) -> None:
-        """Until every rank is here."""
+        """Returns when every rank has called it."""
         dist.all_reduce(self._token)
 
     def _turn(self) -> list[Tensor]:
-        """The halves for the next piece. All ranks have read what they held: each of them did before the barrier that
-        came after it."""
+        """The halves for the next piece. All ranks have read their last contents: before the barrier that followed."""
         self._half = 1 - self._half
         return [box[self._half] for box in self._boxes]
 
 
 def _make() -> tuple[int | None, tuple | None]:
-    """A mailbox's file, and what others find it by; (None, None) where the system has no memory without a name."""
+    """A mailbox's file and its address for other ranks; (None, None) where the system has no memory without a name."""
     if not hasattr(os, "memfd_create"):
         return None, None
     try:
@@ -94,7 +93,7 @@ def _make() -> tuple[int | None, tuple | None]:
 
 
 def _open(machine: str, path: str, device: int, inode: int) -> Tensor | None:
-    """[2 * HALF] of uint8; None where this process cannot see that one's file."""
+    """[2 * HALF] of uint8; None where this process cannot open that file."""
     try:
         if machine != Path("/proc/sys/kernel/random/boot_id").read_text():
             return None

@@ -25,8 +25,8 @@ _gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 LARGE = 1 << 16
 """Elements from which a sum is worth two exchanges."""
-_pulse: heartbeat.Pulse | None = None
-"""Of the process group that `World.join` began: there is one per process, as torch has it."""
+_heartbeat: heartbeat.Heartbeat | None = None
+"""Of the process group that `World.join` began: a process has one, like torch's."""
 _mailboxes: shared_memory.Mailboxes | None = None
 """Of the same group, where it computes on the CPUs of one machine."""
 
@@ -47,75 +47,75 @@ class World:
         """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        there = ["cpu", accelerator.type] if accelerator else ["cpu"]
-        kind, _, index = (device or there[-1]).partition(":")
-        if kind not in there or not (index or "0").isdecimal():
-            raise UserError(f"--device {device}: this machine has {' and '.join(there)}; see penstock doctor.")
-        here = torch.device(device or kind)
-        if here.type == "cuda":
-            if size > 1 or here.index is None:
-                here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            if here.index >= torch.cuda.device_count():
-                raise UserError(f"{here}: this machine has {torch.cuda.device_count()} GPUs; see penstock doctor.")
-            torch.cuda.set_device(here)
+        types = ["cpu", accelerator.type] if accelerator else ["cpu"]
+        device_type, _, index = (device or types[-1]).partition(":")
+        if device_type not in types or not (index or "0").isdecimal():
+            raise UserError(f"--device {device}: this machine has {' and '.join(types)}; see penstock doctor.")
+        own = torch.device(device or device_type)
+        if own.type == "cuda":
+            if size > 1 or own.index is None:
+                own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if own.index >= torch.cuda.device_count():
+                raise UserError(f"{own}: this machine has {torch.cuda.device_count()} GPUs; see penstock doctor.")
+            torch.cuda.set_device(own)
         if size > 1 and not dist.is_initialized():
-            _begin("nccl" if here.type == "cuda" else "gloo", rank, size)
-        return World(rank, size, here)
+            _begin("nccl" if own.type == "cuda" else "gloo", rank, size)
+        return World(rank, size, own)
 
     def leave(self, well: bool = True) -> None:
-        """Ends the process group that `join` began. `well` False: the others must not wait for this rank."""
-        global _pulse, _mailboxes
+        """Ends the process group that `join` began. `well` False: this rank failed, and counts as gone."""
+        global _heartbeat, _mailboxes
         if self.size > 1 and dist.is_initialized():
-            if _pulse is not None:
-                _pulse.leave(well)
-                _pulse = None
+            if _heartbeat is not None:
+                _heartbeat.leave(well)
+                _heartbeat = None
             _mailboxes = None
             dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
-        """True on the one rank that writes files and talks to the user."""
+        """True on the one rank that writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensor up over ranks, in place."""
-        if self.size > 1 and tensor.numel() >= LARGE and tensor.is_contiguous() and _in_reach(tensor):
+        if self.size > 1 and tensor.numel() >= LARGE and tensor.is_contiguous() and _mailboxes_for(tensor):
             flat = tensor.view(-1)
             even = flat[: flat.numel() // self.size * self.size]
             self.join_shards(self.sum_shards(even), even)
             if len(even) < len(flat):
                 self.sum(flat[len(even) :])
         elif self.size > 1:
-            with _together():
+            with _naming_lost_ranks():
                 dist.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """Takes the maximum over ranks, in place."""
         if self.size > 1:
-            with _together():
+            with _naming_lost_ranks():
                 dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def sum_shards(self, whole: Tensor) -> Tensor:
         """[n] on every rank -> [n / size]: this rank's part of the sum over ranks."""
-        mine = whole.new_empty(whole.numel() // self.size)
-        with _together():
-            if boxes := _in_reach(whole):
-                boxes.sum(whole.view(self.size, -1), mine)
+        shard = whole.new_empty(whole.numel() // self.size)
+        with _naming_lost_ranks():
+            if boxes := _mailboxes_for(whole):
+                boxes.sum(whole.view(self.size, -1), shard)
             else:
-                _reduce_scatter(mine, whole)
-        return mine
+                _reduce_scatter(shard, whole)
+        return shard
 
-    def join_shards(self, mine: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n] on every rank -> [n * size], in rank order, on every rank; `out` is where, if given, and `mine` may be
-        this rank's place in it."""
-        whole = mine.new_empty(mine.numel() * self.size) if out is None else out
-        with _together():
-            if boxes := _in_reach(mine):
-                boxes.join(mine, whole.view(self.size, -1))
+    def join_shards(self, shard: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n] on every rank -> [n * size], in rank order, on every rank; `out`, if given, is filled, and `shard` may be
+        this rank's part of it."""
+        whole = shard.new_empty(shard.numel() * self.size) if out is None else out
+        with _naming_lost_ranks():
+            if boxes := _mailboxes_for(shard):
+                boxes.join(shard, whole.view(self.size, -1))
             else:
-                _gather(whole.view(torch.uint8), mine.view(torch.uint8))  # int16 is unknown to NCCL
+                _gather(whole.view(torch.uint8), shard.view(torch.uint8))  # int16 is unknown to NCCL
         return whole
 
     def gather(self, item: Any) -> list[Any]:
@@ -123,7 +123,7 @@ class World:
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        with _together():
+        with _naming_lost_ranks():
             dist.all_gather_object(items, item)
         return items
 
@@ -132,7 +132,7 @@ class World:
         if self.size == 1:
             return item
         box = [item]
-        with _together():
+        with _naming_lost_ranks():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -141,32 +141,32 @@ class World:
         return items[self.rank :: self.size]
 
 
-def _in_reach(tensor: Tensor) -> shared_memory.Mailboxes | None:
-    """What to send it through, where all ranks are processes of one machine and it lies in its memory."""
+def _mailboxes_for(tensor: Tensor) -> shared_memory.Mailboxes | None:
+    """The mailboxes, where all ranks are processes of one machine and the tensor is in its memory."""
     return _mailboxes if tensor.device.type == "cpu" else None
 
 
 def _begin(backend: str, rank: int, size: int) -> None:
-    global _pulse, _mailboxes
+    global _heartbeat, _mailboxes
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     finally:
-        _pulse = heartbeat.Pulse(dist.PrefixStore("pulse", store), rank, size)
+        _heartbeat = heartbeat.Heartbeat(dist.PrefixStore("heartbeat", store), rank, size)
     if backend == "gloo":
         _mailboxes = shared_memory.Mailboxes.among(rank, size)
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """A collective is inside: what its backend says of a lost connection becomes the name of the rank that is gone.
+def _naming_lost_ranks() -> Iterator[None]:
+    """Wraps a collective: an error of its backend becomes a ResourceError that names the rank that is gone.
 
-    Raises ResourceError then. An error that has another cause stays as it is.
+    An error with another cause stays as it is.
     """
     try:
         yield
     except RuntimeError as error:
-        found = _pulse.missing() if _pulse is not None else None
-        if found is None:
+        gone = _heartbeat.missing() if _heartbeat is not None else None
+        if gone is None:
             raise
-        raise ResourceError(heartbeat.advice(found)) from error
+        raise ResourceError(heartbeat.advice(gone)) from error

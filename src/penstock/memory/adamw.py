@@ -20,7 +20,7 @@ from penstock.memory.adamw_8bit import BLOCK, CODES_FIRST, CODES_SECOND, FIRST, 
 
 SOURCE = Path(compiler.__file__).with_name("adamw.c")
 ALIGN = 64
-"""Elements: torch's kernel rounds the few beyond its last vector another way."""
+"""Elements: torch's kernel rounds those beyond its last vector in another way."""
 SPAN = 65536
 """Gradients whose squares are one sum in adamw.c."""
 TILE = 1 << 20
@@ -30,13 +30,13 @@ GPU_TILE = 1 << 23
 
 
 def states_of(dtype: torch.dtype, bits: int = 32) -> dict[str, tuple[torch.dtype, int]]:
-    """plan.states_of in torch's own words: name -> (dtype, elements of the weight per element)."""
-    found = plan.states_of(str(dtype).removeprefix("torch."), bits)
-    return {name: (getattr(torch, kind), per) for name, (kind, per) in found.items()}
+    """plan.states_of with torch's dtypes: name -> (dtype, elements of the weight per element)."""
+    states = plan.states_of(str(dtype).removeprefix("torch."), bits)
+    return {name: (getattr(torch, state_dtype), per) for name, (state_dtype, per) in states.items()}
 
 
 class Rule(ctypes.Structure):
-    """What adamw.c calls Rule, in its order."""
+    """adamw.c's struct of that name, in its order."""
 
     _fields_ = [
         (name, ctypes.c_float)
@@ -46,7 +46,7 @@ class Rule(ctypes.Structure):
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with the defaults of PPO.md 18: the rule, without any state."""
+    """AdamW (Loshchilov & Hutter 2019) with the defaults of PPO.md 18, without its states."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
@@ -58,7 +58,7 @@ class AdamW:
         """Moves weights and states, in place, by gradients times `scale` (the clip factor).
 
         weights, grads: [n] in one dtype; states: as `states_of` says; all on one device. step counts from 1. With
-        moments in 8 bits n is a multiple of eightbit.BLOCK.
+        moments in 8 bits n is a multiple of adamw_8bit.BLOCK.
         """
         narrow = "exp_avg_scale" in states
         tensors = [weights, *(states[name] for name in states_of(weights.dtype, 8 if narrow else 32)), grads]
@@ -72,22 +72,22 @@ class AdamW:
         scratch = torch.empty(size if split_master else 0, dtype=torch.int32, device=weights.device)
         beta1, beta2 = self.betas
         for start in range(done, weights.numel(), tile):
-            here = slice(start, min(start + tile, weights.numel()))
-            count_here = here.stop - here.start
-            moments = _wide(states, here) if narrow else [states[name][here] for name in ("exp_avg", "exp_avg_sq")]
-            gradient = wide[:count_here].copy_(grads[here])  # a copy: the kernel divides it in place
-            whole = master[:count_here] if split_master else weights[here]
+            at = slice(start, min(start + tile, weights.numel()))
+            length = at.stop - at.start
+            moments = _wide(states, at) if narrow else [states[name][at] for name in ("exp_avg", "exp_avg_sq")]
+            gradient = wide[:length].copy_(grads[at])  # a copy: the kernel divides it in place
+            whole = master[:length] if split_master else weights[at]
             if split_master:
-                join(weights[here], states["remainder"][here], whole, scratch[:count_here])
+                join(weights[at], states["remainder"][at], whole, scratch[:length])
             torch._fused_adamw_(
                 [whole], [gradient], moments[:1], moments[1:], [], [count],
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=self.weight_decay, eps=self.eps,
                 amsgrad=False, maximize=False, grad_scale=divisor,
             )  # fmt: skip
             if split_master:
-                split(whole, weights[here], states["remainder"][here], scratch[:count_here])
+                split(whole, weights[at], states["remainder"][at], scratch[:length])
             if narrow:
-                _keep(moments, states, here)
+                _keep(moments, states, at)
 
     def _rule(self, lr: float, scale: float, step: int) -> Rule:
         beta1, beta2 = self.betas
@@ -110,16 +110,16 @@ def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
     """
     narrow = len(tensors) > 5
     whole = tensors[0].numel() // (BLOCK if narrow else ALIGN) * (BLOCK if narrow else ALIGN)
-    if not whole or any(one.device.type != "cpu" for one in tensors) or not compiler.real():
+    if not whole or any(tensor.device.type != "cpu" for tensor in tensors) or not compiler.real():
         return 0
     compiled = compiler.compiled(SOURCE)
     if isinstance(compiled, str):
         return 0
-    assert all(one.is_contiguous() for one in tensors)
+    assert all(tensor.is_contiguous() for tensor in tensors)
     update = getattr(compiled, ("adamw8_" if narrow else "adamw_") + ("fp32" if tensors[0].itemsize == 4 else "bf16"))
     tables = [FIRST, SECOND, CODES_FIRST, CODES_SECOND] if narrow else []
-    places = (ctypes.c_void_p(one.data_ptr()) for one in (*tensors, *tables))
-    update(*places, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, *tables))
+    update(*pointers, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())
     return whole
 
 
@@ -134,8 +134,8 @@ def sum_of_squares(grads: Tensor) -> Tensor:
         norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grads.split(_tile_on(grads.device))]
         return torch.stack(norms).double().square().sum()
     sums = torch.empty(-(-grads.numel() // SPAN), dtype=torch.float64)
-    places = (ctypes.c_void_p(grads.data_ptr()), ctypes.c_int64(grads.numel()), ctypes.c_void_p(sums.data_ptr()))
-    compiled.squares_bf16(*places, torch.get_num_threads())
+    arguments = (ctypes.c_void_p(grads.data_ptr()), ctypes.c_int64(grads.numel()), ctypes.c_void_p(sums.data_ptr()))
+    compiled.squares_bf16(*arguments, torch.get_num_threads())
     return sums.sum()
 
 
@@ -143,33 +143,33 @@ def widen(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The states with moments in fp32, whatever their bits."""
     if "exp_avg_scale" not in states:
         return dict(states)
-    rest = {name: tensor for name, tensor in states.items() if not name.startswith("exp_avg")}
+    others = {name: tensor for name, tensor in states.items() if not name.startswith("exp_avg")}
     first, second = _wide(states, slice(0, states["exp_avg"].numel()))
-    return {**rest, "exp_avg": first, "exp_avg_sq": second}
+    return {**others, "exp_avg": first, "exp_avg_sq": second}
 
 
 def narrow(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `widen` for moments in 8 bits: [n], n a multiple of eightbit.BLOCK."""
+    """The inverse of `widen` for moments in 8 bits: [n], n a multiple of adamw_8bit.BLOCK."""
     count = states["exp_avg"].numel()
-    found = {name: torch.empty(count, dtype=torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
-    found |= {f"{name}_scale": torch.empty(count // BLOCK) for name in ("exp_avg", "exp_avg_sq")}
-    _keep([states["exp_avg"], states["exp_avg_sq"]], found, slice(0, count))
-    return {**states, **found}
+    codes = {name: torch.empty(count, dtype=torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
+    codes |= {f"{name}_scale": torch.empty(count // BLOCK) for name in ("exp_avg", "exp_avg_sq")}
+    _keep([states["exp_avg"], states["exp_avg_sq"]], codes, slice(0, count))
+    return {**states, **codes}
 
 
-def _wide(states: Mapping[str, Tensor], here: slice) -> list[Tensor]:
+def _wide(states: Mapping[str, Tensor], at: slice) -> list[Tensor]:
     """Both moments, fp32."""
-    blocks = slice(here.start // BLOCK, here.stop // BLOCK)
-    first = decode(states["exp_avg"][here], states["exp_avg_scale"][blocks], signed=True)
-    return [first, decode(states["exp_avg_sq"][here], states["exp_avg_sq_scale"][blocks], signed=False)]
+    blocks = slice(at.start // BLOCK, at.stop // BLOCK)
+    first = decode(states["exp_avg"][at], states["exp_avg_scale"][blocks], signed=True)
+    return [first, decode(states["exp_avg_sq"][at], states["exp_avg_sq_scale"][blocks], signed=False)]
 
 
-def _keep(moments: list[Tensor], states: Mapping[str, Tensor], here: slice) -> None:
+def _keep(moments: list[Tensor], states: Mapping[str, Tensor], at: slice) -> None:
     """Back into 8 bits."""
-    blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+    blocks = slice(at.start // BLOCK, at.stop // BLOCK)
     for name, moment, signed in (("exp_avg", moments[0], True), ("exp_avg_sq", moments[1], False)):
         code, scales = encode(moment, signed)
-        states[name][here].copy_(code)
+        states[name][at].copy_(code)
         states[f"{name}_scale"][blocks].copy_(scales)
 
 

@@ -19,25 +19,25 @@ ONE = 0x3F80
 
 def _levels(bits: int) -> Tensor:
     """[2**bits] fp64 from 0 to 1: decade i from below has 2**i levels, the middles of as many equal parts."""
-    found = [torch.zeros(1, dtype=torch.float64)]
+    decades = [torch.zeros(1, dtype=torch.float64)]
     for i in range(bits):
         ends = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float64)
-        found.append((ends[:-1] + ends[1:]) / 2 * 10.0 ** (i - bits + 1))
-    found[-1][-1] = 1.0
-    return torch.cat(found)
+        decades.append((ends[:-1] + ends[1:]) / 2 * 10.0 ** (i - bits + 1))
+    decades[-1][-1] = 1.0
+    return torch.cat(decades)
 
 
 def _codes(bits: int, rooted: bool) -> Tensor:
     """[ONE + 1] uint8: the nearest code of every bf16 share from 0 to 1, by the share's bits; `rooted`: of its root."""
-    every = torch.arange(ONE + 1, dtype=torch.int16).view(torch.bfloat16).double()
+    shares = torch.arange(ONE + 1, dtype=torch.int16).view(torch.bfloat16).double()
     levels = _levels(bits)
-    return torch.bucketize(every.sqrt() if rooted else every, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    return torch.bucketize(shares.sqrt() if rooted else shares, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
 
 
 with torch.device("cpu"):
     FIRST, SECOND = _levels(7).float(), _levels(8).square().float()
     """The share of the largest magnitude that each code stands for: [128] of a first moment without its sign, [256] of
-    a second one. Code 0 is nothing at all, the last is 1."""
+    a second one. Code 0 stands for 0, the last one for 1."""
     CODES_FIRST, CODES_SECOND = _codes(7, rooted=False), _codes(8, rooted=True)
 
 
@@ -47,13 +47,13 @@ def encode(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     sizes = blocks.abs() if signed else blocks
     scales = sizes.amax(dim=1)
     share = (sizes / torch.where(scales > 0, scales, 1.0)[:, None]).to(torch.bfloat16)
-    found = (CODES_FIRST if signed else CODES_SECOND).to(moment.device)[share.view(torch.int16).int()]
+    codes = (CODES_FIRST if signed else CODES_SECOND).to(moment.device)[share.view(torch.int16).int()]
     if signed:
-        found += (blocks < 0).to(torch.uint8) * SIGN
-    return found.view(-1), scales
+        codes += (blocks < 0).to(torch.uint8) * SIGN
+    return codes.view(-1), scales
 
 
-def decode(code: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """The moment that `encode` was given, rounded: [n] fp32."""
+def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """The inverse of `encode`, up to rounding: [n] fp32."""
     table = torch.cat([FIRST, -FIRST]) if signed else SECOND
-    return (table.to(code.device)[code.int()].view(-1, BLOCK) * scales[:, None]).view(-1)
+    return (table.to(codes.device)[codes.int()].view(-1, BLOCK) * scales[:, None]).view(-1)

@@ -26,8 +26,8 @@ class Weight:
     dtype: str
     trained: bool
     recipe: Hashable = None
-    """Where its first value comes from: frozen weights of equal recipes are the same bytes in every model. None: only
-    its own model knows."""
+    """Identifies its first value: frozen weights of equal recipes are the same bytes in every model. None: it is unlike
+    any other model's."""
 
     @property
     def numel(self) -> int:
@@ -40,7 +40,7 @@ class Chunk:
     """A contiguous run of consecutive weights of one group."""
 
     index: int
-    """Its place in the model's operational order."""
+    """Its position in the model's operational order."""
     group: str
     weights: tuple[Weight, ...]
     offsets: tuple[int, ...]
@@ -50,7 +50,7 @@ class Chunk:
 
     @property
     def dtype(self) -> str:
-        """What its weights compute in."""
+        """Of its weights."""
         return self.weights[0].dtype
 
     @property
@@ -60,7 +60,7 @@ class Chunk:
 
     @property
     def shared(self) -> tuple[Weight, ...] | None:
-        """What models that were made of the same frozen weights have in common, as a key; None: nothing."""
+        """Its key among frozen chunks: models with equal keys share the chunk. None: no model shares it."""
         return None if self.trained or any(weight.recipe is None for weight in self.weights) else self.weights
 
     @property
@@ -75,12 +75,12 @@ def layout(
     """The chunks of a model whose groups come in operational order. Every weight is in exactly one chunk."""
     chunks: list[Chunk] = []
     for group, weights in groups:
-        kinds: dict[Hashable, list[Weight]] = {}
+        alike: dict[Hashable, list[Weight]] = {}
         for weight in weights:
-            recipe = None if weight.trained else weight.recipe  # an adapter does not hinder sharing what it stands on
-            kinds.setdefault((weight.dtype, weight.trained, recipe), []).append(weight)
-        for kind in kinds.values():
-            for run in even_runs(kind, max_numel):
+            recipe = None if weight.trained else weight.recipe  # so that frozen weights beside an adapter are shared
+            alike.setdefault((weight.dtype, weight.trained, recipe), []).append(weight)
+        for alike_weights in alike.values():
+            for run in even_runs(alike_weights, max_numel):
                 offsets, end = [], 0
                 for weight in run:
                     offsets.append(end)
@@ -111,11 +111,11 @@ def even_runs(weights: Sequence[Weight], max_numel: int | None) -> list[list[Wei
 
 def _fill(weights: Sequence[Weight], capacity: int) -> list[list[Weight]]:
     runs: list[list[Weight]] = [[]]
-    held = 0
+    filled = 0
     for weight in weights:
-        if runs[-1] and held + weight.numel > capacity:
+        if runs[-1] and filled + weight.numel > capacity:
             runs.append([])
-            held = 0
+            filled = 0
         runs[-1].append(weight)
-        held += weight.numel
+        filled += weight.numel
     return runs

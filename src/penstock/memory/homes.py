@@ -21,7 +21,7 @@ class ChunkHome:
     """Whole, or this rank's shard."""
     whole: bool
     states: dict[str, Home]
-    """What AdamW keeps, for this rank's share of the elements; empty when frozen."""
+    """AdamW's, for this rank's share of the elements; empty when frozen."""
     grads: Home | None
     """Whole or a shard; None when frozen."""
     grads_whole: bool
@@ -29,6 +29,11 @@ class ChunkHome:
     """The elements of the chunk whose optimizer state is here."""
     graded: bool = False
     """`grads` holds a part of this step's gradient."""
+
+    @property
+    def share_numel(self) -> int:
+        """Elements of the share."""
+        return self.share.stop - self.share.start
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,7 +46,7 @@ class ChunkHome:
         if home is None:
             return 1
         numel = home.tensor.numel() if isinstance(home, RamHome) else home.numel
-        return (self.share.stop - self.share.start) // numel
+        return self.share_numel // numel
 
     @property
     def resident(self) -> bool:
@@ -56,7 +61,7 @@ class ChunkHome:
     @property
     def split(self) -> bool:
         """Each rank updates a share of the chunk only."""
-        return self.share.stop - self.share.start < self.chunk.numel
+        return self.share_numel < self.chunk.numel
 
     def whole_weights(self, world: World) -> Tensor:
         """All elements on the CPU. Where ranks hold shards, all of them call it."""
@@ -73,13 +78,13 @@ def bring(home: Home, device: torch.device) -> Tensor:
     """A home's elements on `device`: the home itself where it lies there, else a copy."""
     if isinstance(home, RamHome):
         return home.tensor if home.tensor.device.type == device.type else home.tensor.to(device)
-    here = empty_pages(home.numel * home.dtype.itemsize, CPU).view(home.dtype)
-    home.read(here)
-    return here.to(device)
+    tensor = empty_pages(home.numel * home.dtype.itemsize, CPU).view(home.dtype)
+    home.read(tensor)
+    return tensor.to(device)
 
 
 def put_back(home: Home, tensor: Tensor) -> None:
-    """Writes what `bring` gave back to its home, if it was a copy."""
+    """Writes the result of `bring` to its home where it is a copy."""
     if isinstance(home, DiskHome) or home.tensor is not tensor:
         home.write(tensor)
 

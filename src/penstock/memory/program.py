@@ -1,4 +1,9 @@
-"""What the memory engine knows of a model: an ordered list of parts, and which groups of weights each part reads."""
+"""What the memory engine knows of a model: an ordered list of parts, and which groups of weights each part reads.
+
+[Note: one code path for weights] `feed.visit(...)` brackets each part, the head and the score, and does nothing for a
+plain model. So generating, saving and evaluating run under every strategy; training adds only that several
+micro-batches share a visit.
+"""
 
 import contextlib
 from collections.abc import Callable, Hashable, Sequence
@@ -15,37 +20,37 @@ class Part:
     """One step of a program. Example: Part(("blocks.0",), run) with run(x, context) -> x."""
 
     groups: tuple[str, ...]
-    """Groups of weights that must be there while it runs."""
+    """Groups of weights that must be on the device while it runs."""
     run: Callable[[Tensor, Any], Tensor]
 
 
 class Feed(Protocol):
-    """Who brings weights to the device."""
+    """Brings weights to the device."""
 
     def visit(self, *groups: str) -> AbstractContextManager[None]:
-        """Inside, the weights of these groups are there."""
+        """Inside, the weights of these groups are on the device."""
 
 
 class AlwaysThere:
     """The feed of a model whose weights never leave the device."""
 
     device: torch.device | None = None
-    """Where they are then: wherever its parameters are."""
+    """None: the device of its parameters."""
     collective = False
-    """Whether a visit brings ranks together."""
+    """Whether a visit is a collective."""
     moves = False
     """Whether any weight comes and goes: if none does, all have fixed addresses."""
 
     def visit(self, *groups: str) -> AbstractContextManager[None]:
-        """Nothing to do."""
+        """Does nothing."""
         return contextlib.nullcontext()
 
     def any_rank_busy(self, busy: bool) -> bool:
-        """Whether any rank still needs this model's weights: here, whether this one does."""
+        """Whether any rank still uses this model: each rank decides alone."""
         return busy
 
     def max_over_ranks(self, count: int) -> int:
-        """The largest of all ranks' counts: here, its own."""
+        """The largest count of the ranks that must visit together: this rank alone."""
         return count
 
     def __deepcopy__(self, memo: dict) -> "AlwaysThere":
@@ -59,7 +64,7 @@ class Program(Protocol):
     """A model that the engine can train and evaluate. Every weight belongs to exactly one group."""
 
     feed: Any
-    """Who brings the weights: ALWAYS_THERE, or the engine's Stream."""
+    """A `Feed`: ALWAYS_THERE, or the engine's Stream."""
 
     def groups(self) -> list[tuple[str, list[str]]]:
         """(group, names of its parameters), in operational order."""
@@ -68,16 +73,16 @@ class Program(Protocol):
         """The program, first part to last: the first takes a micro-batch's tokens, the last gives what is read."""
 
     def reads(self) -> tuple[str, ...]:
-        """Groups that turning the last states into losses or numbers needs, beside the last part's own."""
+        """Groups that the head needs, besides the last part's own, to make losses or numbers of the last states."""
 
     def begin(self, tokens: Tensor) -> Any:
-        """The context of a micro-batch, for every part: what depends on positions alone, and no weights."""
+        """The context of a micro-batch, for every part: it depends on positions alone, not on weights."""
 
     def slice(self, budget: int) -> None:
         """From now on, whole rows hold at most so many bytes inside a block; see autochunk.api."""
 
     def recipe(self, name: str) -> Hashable:
-        """Where this parameter's initial value comes from: equal recipes and names, equal bytes. None: ask nobody."""
+        """Identifies this parameter's initial value: equal recipes and names mean equal bytes. None: not comparable."""
 
     def fill(self, weights: dict[str, Tensor]) -> None:
         """Writes the initial values of these parameters, by name, from the checkpoint or the random recipe."""

@@ -1,8 +1,14 @@
 """The memories of one rank: device, host and disk, each with a byte budget that is never passed.
 
-A tier hands out *homes*: places of a fixed length that hold one run of elements. RAM homes are tensors and can be used
-where they lie; a disk home is read and written whole, past the page cache where the file system allows it (O_DIRECT),
-in blocks, by a few threads (preadv and pwritev release the GIL).
+A tier hands out *homes*: a fixed number of bytes for one run of elements. RAM homes are tensors and can be used where
+they lie; a disk home is read and written in blocks, past the page cache where the file system allows it (O_DIRECT), by
+a few threads (preadv and pwritev release the GIL).
+
+[Note: a file without a name] The disk tier's file is unlinked while open. Whatever kills a run, nothing is left behind
+and nothing half-written is ever read.
+
+[Note: pinned byte for byte] Host memory that a GPU copies from is anonymous pages registered with the driver
+(cudaHostRegister): PyTorch's own pinned allocator rounds up to powers of two. A driver that refuses costs speed only.
 """
 
 import ctypes
@@ -25,7 +31,7 @@ from penstock.units import show_bytes
 
 PAGE = 4096
 BLOCK = 8 << 20
-"""Bytes per disk request: large enough for the disk's full speed, small enough to share among threads."""
+"""Bytes per disk request: enough for the disk's full speed, and few enough to share among threads."""
 THREADS = 4
 
 
@@ -59,7 +65,7 @@ class Tier:
 
 
 class Ram(Tier):
-    """Device memory, or host memory. `pins`: a GPU copies from and to it, by itself where the driver agrees."""
+    """Device memory, or host memory. `pins`: memory that travels to a GPU is registered with the driver."""
 
     def __init__(self, name: str, device: torch.device, budget: int | None = None, pins: bool = False) -> None:
         super().__init__(name, budget)
@@ -68,7 +74,7 @@ class Ram(Tier):
         """Bytes that the driver was asked to pin."""
 
     def home(self, numel: int, dtype: torch.dtype, what: str, travels: bool = False) -> "RamHome":
-        """Zeroed memory for `numel` elements. `travels`: what is in it goes to the device and comes from there."""
+        """Zeroed memory for `numel` elements. `travels`: its contents are copied to the device or from there."""
         nbytes = numel * dtype.itemsize
         self.take(nbytes, what)
         self.pinned += nbytes if self._pins and travels else 0
@@ -93,7 +99,7 @@ class RamHome:
 
 
 class Disk(Tier):
-    """A preallocated file in a directory. It has no name: whatever kills the process, nothing is left behind."""
+    """A preallocated file in a directory. See [Note: a file without a name]."""
 
     def __init__(self, directory: str | Path, budget: int | None = None) -> None:
         super().__init__("disk", budget)
@@ -152,9 +158,8 @@ class Disk(Tier):
                 data.copy_(bounce[: data.numel()])
             return
         blocks = [(offset + at, data[at : at + BLOCK]) for at in range(0, data.numel(), BLOCK)]
-        list(
-            self._threads.map(lambda block: self._move(block[0], block[1], write), blocks)
-        )  # raises what a thread raised
+        for _ in self._threads.map(lambda block: self._move(block[0], block[1], write), blocks):
+            pass  # raises a thread's exception
         if write:
             self.bytes_written += data.numel()
         else:
@@ -179,34 +184,34 @@ class DiskHome:
 
     def read(self, out: Tensor, start: int = 0) -> None:
         """Fills `out` with the elements from `start` on (a page's first), through RAM when `out` is elsewhere."""
-        here = out
+        memory = out
         if out.device.type != "cpu":
-            here = empty_pages(out.nbytes, torch.device("cpu")).view(self.dtype)
-        self.tier.transfer(self.offset + start * self.dtype.itemsize, here, write=False)
-        if here is not out:
-            out.copy_(here)
+            memory = empty_pages(out.nbytes, torch.device("cpu")).view(self.dtype)
+        self.tier.transfer(self.offset + start * self.dtype.itemsize, memory, write=False)
+        if memory is not out:
+            out.copy_(memory)
 
     def write(self, source: Tensor, start: int = 0) -> None:
         """Replaces the elements from `start` on (a page's first) by `source`."""
-        here = source.to("cpu", self.dtype).contiguous()
-        self.tier.transfer(self.offset + start * self.dtype.itemsize, here, write=True)
+        memory = source.to("cpu", self.dtype).contiguous()
+        self.tier.transfer(self.offset + start * self.dtype.itemsize, memory, write=True)
 
 
 Home = RamHome | DiskHome
 
 
 class _AtOnce(Executor):
-    """Does it now: fake tensors are not for threads."""
+    """Runs a task in the caller's thread: fake tensors cannot be used in another."""
 
-    def submit(self, do: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """What came of it."""
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """The result, in a future that is done."""
         future: Future = Future()
-        future.set_result(do(*args, **kwargs))
+        future.set_result(function(*args, **kwargs))
         return future
 
 
 def worker(name: str) -> Executor:
-    """Something that does one thing after the other beside the caller."""
+    """An executor with one thread."""
     return _AtOnce() if _pretending() else ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
@@ -221,20 +226,20 @@ def empty_pages(nbytes: int, device: torch.device, pinned: bool = False) -> Tens
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
     memory = mmap.mmap(-1, nbytes)
     if pinned and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # all of it is touched now: in pages of 2 MB that takes a fraction
+        memory.madvise(mmap.MADV_HUGEPAGE)  # all of it is touched now, which is faster in pages of 2 MB
     pages = (ctypes.c_ubyte * nbytes).from_buffer(memory)
-    memory_of = torch.frombuffer(pages, dtype=torch.uint8)
+    tensor = torch.frombuffer(pages, dtype=torch.uint8)
     if pinned:
-        memory_of.fill_(0)  # by all threads: the driver would ask for page after page
+        tensor.fill_(0)  # by all threads: the driver would touch page after page
         _pin(pages)
-    return memory_of
+    return tensor
 
 
 def _pin(pages: ctypes.Array) -> None:
     """Registers pages with the driver: a GPU then copies them beside its work, at the link's full speed.
 
-    Where the driver refuses (containers, limits on locked memory, too little RAM), copies wait for each other and
-    everything else stays as it is; a warning says so.
+    Where the driver refuses (containers, limits on locked memory, too little RAM), it warns, and copies are slow.
+    See [Note: pinned byte for byte].
     """
     driver, address = torch.cuda.cudart(), ctypes.addressof(pages)
     refused = driver.cudaHostRegister(address, ctypes.sizeof(pages), 1)  # 1: for every device

@@ -1,7 +1,7 @@
-"""Copies between host memory and a GPU, beside its work: one stream for what comes, one for what leaves.
+"""Copies between host memory and a GPU, beside its work: weights come on one stream, gradients leave on another.
 
-A copy begins when all that has been asked of the device so far is done, and whoever needs it later waits for it on the
-device alone: Python never does. On a CPU nothing goes beside anything, for the same cores would do it.
+A copy begins when all work that was queued on the device before it is done. Later work waits for the copy, on the
+device; Python never waits. On a CPU a copy runs when it is needed, for the same cores do it.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def copy_ahead(source: Tensor, out: Tensor, tier: Ram) -> Callable[[], None]:
     """Starts copying a tier's host memory to the device; calling the result makes the device wait for it."""
     if out.device.type == "cpu":
         return lambda: _fetch(source, out, tier)  # when it is needed
-    side = _beside(out.device, "in")
+    side = _side_stream(out.device, "in")
     with side:
         _fetch(source, out, tier)
         landed = side.record_event()
@@ -31,13 +31,13 @@ class Offload:
         """Starts it. `source` must keep its values until `wait`, and `out` is not to be read before `arrive`."""
         self._device = source.device
         tier.bytes_written += source.nbytes
-        side = _beside(source.device, "out")
+        side = _side_stream(source.device, "out")
         with side, record_function("link.settle"):
             out.copy_(source, non_blocking=True)
             self._gone = side.record_event()
 
     def wait(self) -> None:
-        """Makes the device wait before what it is asked next."""
+        """Makes the device wait before its next work."""
         torch.accelerator.current_stream(self._device).wait_event(self._gone)
 
     def arrive(self) -> None:
@@ -54,10 +54,10 @@ def _fetch(source: Tensor, out: Tensor, tier: Ram) -> None:
 _SIDE: dict[tuple[torch.device, str], torch.Stream] = {}
 
 
-def _beside(device: torch.device, way: str) -> torch.Stream:
-    """The stream of that way, behind all that the device has been asked so far."""
-    if (device, way) not in _SIDE:
-        _SIDE[device, way] = torch.Stream(device)
-    side = _SIDE[device, way]
+def _side_stream(device: torch.device, direction: str) -> torch.Stream:
+    """The stream of that direction, after all work queued on the device so far."""
+    if (device, direction) not in _SIDE:
+        _SIDE[device, direction] = torch.Stream(device)
+    side = _SIDE[device, direction]
     side.wait_stream(torch.accelerator.current_stream(device))
     return side
