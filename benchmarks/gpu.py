@@ -43,6 +43,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
 from penstock.models.surgery import quantise_base
+from penstock.planner import footprint
 from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of
 from penstock.rollout.cache import KVCache
 from penstock.rollout.engine import Engine
@@ -403,7 +404,7 @@ def against_transformers(decoder: Decoder, theirs: Any, batch: int, place: Place
         "ratio": rate["ours"] / max(rate[name] for name in calls if name.startswith("transformers")),
         "weights_bytes": weights, "weights_bytes_per_second": rate["ours"] / batch * weights,
         "cache_bytes": {
-            "allocated": allocated, "planned": weight_shapes.cache_of(decoder.config, "bfloat16", batch, prompt + new)
+            "allocated": allocated, "planned": footprint.cache_of(decoder.config, "bfloat16", batch, prompt + new)
         },
     }  # fmt: skip
 

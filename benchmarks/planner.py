@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.facts import write
 from penstock.commands.dry_run import dry_run
-from penstock.models.weight_shapes import Arithmetic
+from penstock.models.tiling import Arithmetic
 from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of
 
 SIZES = {

@@ -24,7 +24,7 @@ TESTS = (
 FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
-DECODER, SHAPES, HEAD = "models/decoder.py", "models/weight_shapes.py", "models/log_probs.py"
+DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 LINEAR, RECIPE, QUANTISED, EIGHTBIT, PASSES = (
     "models/linear.py",
     "models/recipe.py",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from penstock.autochunk.meter import Meter
-from penstock.models import log_probs, weight_shapes
+from penstock.models import log_probs, tiling
 from penstock.models.linear import arithmetic_of, computing, precise
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor
@@ -110,7 +110,7 @@ def test_without_entropy_the_log_probs_are_the_same():
 
 def test_many_tokens_are_scored_like_few(monkeypatch):
     """Rows are visited in tiles, and the seams do not show."""
-    monkeypatch.setattr(weight_shapes, "HEAD_TILE", 5 * 1024)
+    monkeypatch.setattr(tiling, "HEAD_TILE", 5 * 1024)
     rng = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(5003, 5, generator=rng), torch.randint(5, (5003,), generator=rng)
     logprobs, entropy = of_logits(logits, targets)
@@ -125,7 +125,7 @@ def test_many_tokens_are_scored_like_few(monkeypatch):
 @pytest.mark.parametrize("placed", [True, False])
 def test_gradients_reach_states_head_and_adapter(tile, placed, monkeypatch):
     """`placed`: the weights have gradients already, and theirs are added to them."""
-    monkeypatch.setattr(weight_shapes, "HEAD_TILE", tile)
+    monkeypatch.setattr(tiling, "HEAD_TILE", tile)
     rng = torch.Generator().manual_seed(0)
     given = [torch.randn(*shape, generator=rng) for shape in ((9, 6), (13, 6), (9, 2), (13, 2))]
     targets, upstream = torch.randint(13, (9,), generator=rng), torch.randn(9, generator=rng)
@@ -166,7 +166,7 @@ def test_frozen_weights_get_no_gradient():
 
 def test_logits_exist_a_tile_at_a_time(monkeypatch):
     rows, vocabulary, width = 2048, 2000, 8
-    monkeypatch.setattr(weight_shapes, "HEAD_TILE", 64 * vocabulary)
+    monkeypatch.setattr(tiling, "HEAD_TILE", 64 * vocabulary)
     states = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     weight.grad = torch.zeros_like(weight)

@@ -26,6 +26,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic
+from penstock.planner import footprint
 from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of
 from penstock.rollout.sampling import Sampling, pick
 
@@ -114,7 +115,7 @@ def test_operations_are_those_that_torch_counts(name):
     actor, rows, length = Actor(Decoder(FAMILIES[name])), 2, 64
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         actor.decoder.logits(actor(torch.zeros(rows, length, dtype=torch.int64), None))
-    planned = rows * weight_shapes.flops_of(FAMILIES[name], [(length, length)]) + weight_shapes.head_flops(
+    planned = rows * footprint.flops_of(FAMILIES[name], [(length, length)]) + footprint.head_flops(
         FAMILIES[name], rows * length
     )
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)  # torch counts the masked half of attention
@@ -149,7 +150,7 @@ def test_words_outweigh_everything_and_are_foretold(of, dtype):
 def test_choosing_a_token_holds_what_the_plan_says(monkeypatch):
     rows, words = 8, 50_000
     logits = torch.randn(rows, words).bfloat16()
-    said = weight_shapes.sampling_of(dataclasses.replace(BASE, vocab_size=words), "bfloat16", rows)
+    said = footprint.sampling_of(dataclasses.replace(BASE, vocab_size=words), "bfloat16", rows)
     with Meter() as compiled:  # no distribution is made; another device than a CPU makes one
         pick(logits, torch.rand(rows), Sampling())
     assert compiled.peak + logits.nbytes <= said
@@ -376,7 +377,7 @@ def test_a_kv_cache_that_does_not_fit_is_swapped(strategy, tmp_path):
     assert planned.peak["device"] <= device
     measured = dry(of, strategy, device=device)
     assert_near(planned, measured)
-    assert measured["host"] >= weight_shapes.cache_of(BASE, "float32", 32, 128)
+    assert measured["host"] >= footprint.cache_of(BASE, "float32", 32, 128)
     rollout, done = planned.traffic["rollout"], measured["traffic"]["rollout"]
     for way in ("host_read", "host_written"):
         assert done[way] <= rollout[way] <= 1.2 * done[way]

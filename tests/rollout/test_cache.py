@@ -8,8 +8,9 @@ import torch
 from penstock.errors import ResourceError
 from penstock.kernels import compile as compiler
 from penstock.memory.tiers import Ram
-from penstock.models import weight_shapes
+from penstock.models import tiling
 from penstock.models.decoder import Decoder
+from penstock.planner import footprint
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 from tests.conftest import EOS, TINY
@@ -39,7 +40,7 @@ def test_a_swapped_cache_gives_the_same_answers(name, rows):
     assert answers_of(decoder, host, rows) == answers_of(decoder, None, rows)
     gc.collect()
     assert host.used == 0
-    assert host.peak == weight_shapes.cache_of(FAMILIES[name], "float32", rows, 41)  # 40 slots, and what a step adds
+    assert host.peak == footprint.cache_of(FAMILIES[name], "float32", rows, 41)  # 40 slots, and what a step adds
 
 
 def test_a_cancelled_answer_leaves_its_neighbours_in_a_swapped_cache_alone():
@@ -76,8 +77,8 @@ def test_bytes_that_a_step_moves_are_those_of_the_plan():
     assert host.bytes_read == 0
     before = host.bytes_written
     engine.step()
-    assert host.bytes_read == weight_shapes.cache_of(config, "float32", 4, 20)
-    assert host.bytes_written - before == weight_shapes.cache_of(config, "float32", 4, 1)
+    assert host.bytes_read == footprint.cache_of(config, "float32", 4, 20)
+    assert host.bytes_written - before == footprint.cache_of(config, "float32", 4, 1)
 
 
 @pytest.mark.parametrize("most", [1, 6, 11, 1000])
@@ -85,7 +86,7 @@ def test_prompts_are_read_in_groups_of_so_many_tokens(monkeypatch, most):
     decoder = Decoder(TINY, generator=torch.Generator().manual_seed(0))
     expected = answers_of(decoder, None, 10)
     widths = []
-    monkeypatch.setattr(weight_shapes, "PREFILL_TOKENS", most)
+    monkeypatch.setattr(tiling, "PREFILL_TOKENS", most)
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda t, *rest: widths.append(t.numel()) or forward(t, *rest))
     got = answers_of(decoder, None, 10)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from penstock.kernels import cpu_ops
 from penstock.models import packed
-from penstock.models.weight_shapes import PRODUCT_TILE, Arithmetic
+from penstock.models.tiling import PRODUCT_TILE, Arithmetic
 
 FEW = 16
 _ASSUMED: contextvars.ContextVar[Arithmetic | None] = contextvars.ContextVar("arithmetic", default=None)

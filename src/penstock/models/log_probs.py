@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.models.linear import add_product, backward_to_x, linear, rounding_to, slow_in_bf16
-from penstock.models.weight_shapes import head_tile
+from penstock.models.tiling import head_tile
 
 
 def logprobs(

@@ -18,11 +18,11 @@ from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
 from penstock.memory.placement import AUTO, TierName, bits_of, known
-from penstock.models import lora_targets, presets, weight_shapes
+from penstock.models import lora_targets, presets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import family_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
-from penstock.planner import machine
+from penstock.planner import footprint, machine
 from penstock.planner.activations import Batch, Pass, Work, activations_of
 from penstock.planner.forecast import TIERS, Forecast, Rates, forecast, sharing_groups, with_slack
 from penstock.units import parse_bytes
@@ -87,7 +87,7 @@ class Setting:
     """Most elements of weights that move together."""
     activation_budget: int | None = None
     """Bytes that the activations inside a block may take per micro-batch."""
-    arithmetic: weight_shapes.Arithmetic = "narrow"
+    arithmetic: tiling.Arithmetic = "narrow"
     rates: Rates = field(default_factory=Rates)
 
 
@@ -199,16 +199,16 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
     role, response = work.roles[0], work.length - work.prompt_length
     actor = role.config
     rows = min(work.rollout_batch_size or answers, answers)
-    groups = weight_shapes.prefills([work.prompt_length] * rows)
+    groups = tiling.prefills([work.prompt_length] * rows)
     batch = Batch(groups[0].stop, work.prompt_length, rows)
-    prefill = lora_targets.work_of(
+    prefill = footprint.work_of(
         actor, dtype, role.spec, batch, scalar=False, packed=role.base_dtype, arithmetic=setting.arithmetic
     )
     decode_flops = sum(
-        weight_shapes.flops_of(actor, [(1, work.prompt_length + i)]) + weight_shapes.head_flops(actor, 1)
+        footprint.flops_of(actor, [(1, work.prompt_length + i)]) + footprint.head_flops(actor, 1)
         for i in range(1, response)
     )
-    cache, token = (weight_shapes.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
+    cache, token = (footprint.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
     return Pass(
         "actor",
         "generate",
@@ -218,7 +218,7 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
         flops=_flops(actor, rows, work.prompt_length, rows),
         decode_flops=decode_flops * rows,
         cache_bytes=2 * cache // actor.num_layers if swap else cache,
-        sampling=weight_shapes.sampling_of(actor, dtype, rows),
+        sampling=footprint.sampling_of(actor, dtype, rows),
         prefills=len(groups),
         swapped=cache + token if swap else 0,
         swap_writes=(cache, token) if swap else (0, 0),
@@ -232,7 +232,7 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         states = 1  # per row: the score is read at the last token alone
     else:
         states = work.length if work.stage == "sft" else work.length - work.prompt_length
-    held = lora_targets.work_of(
+    held = footprint.work_of(
         role.config,
         dtype,
         role.spec,
@@ -263,7 +263,7 @@ def _in_slices(held: Work, setting: Setting, role: RoleSpec, rows: int) -> Work:
 
 
 def _flops(config: DecoderConfig, rows: int, length: int, states: int) -> float:
-    return weight_shapes.flops_of(config, [(length, length)]) * rows + weight_shapes.head_flops(config, states)
+    return footprint.flops_of(config, [(length, length)]) * rows + footprint.head_flops(config, states)
 
 
 # [Note: the plan is the engine's own arithmetic]

@@ -22,7 +22,7 @@ from penstock.memory.tiers import Ram
 from penstock.models import surgery
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
-from penstock.models.weight_shapes import prefills
+from penstock.models.tiling import prefills
 from penstock.rollout.cache import KVCache
 from penstock.rollout.cuda_graphs import Steps
 from penstock.rollout.sampling import Sampling, adjust, pick, stream

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from penstock.commands.bench import count
 from penstock.models import presets, weight_shapes
 from penstock.models.decoder import Decoder
+from penstock.planner import footprint
 from tests.conftest import TINY
 
 ROWS = count.Rows(3, 7, 5)
@@ -28,12 +29,12 @@ def test_reading_whole_rows_is_what_torch_counts_but_for_unseen_keys():
         blocks = counted(lambda: decoder(tokens))
     attention = count.attention_flops(WIDE, ROWS.length)
     square = attention * 2 * ROWS.length / (ROWS.length + 1)  # torch's kernel computes the upper triangle too
-    assert weight_shapes.flops_of(WIDE, [(ROWS.length, ROWS.length)]) - attention + square == blocks
+    assert footprint.flops_of(WIDE, [(ROWS.length, ROWS.length)]) - attention + square == blocks
 
 
 def test_training_is_three_forwards_and_recomputing_a_fourth_of_the_blocks():
-    forward = ROWS.count * 2 * weight_shapes.flops_of(WIDE, [(ROWS.length, ROWS.length)])
-    head = ROWS.count * weight_shapes.head_flops(WIDE, ROWS.new)
+    forward = ROWS.count * 2 * footprint.flops_of(WIDE, [(ROWS.length, ROWS.length)])
+    head = ROWS.count * footprint.head_flops(WIDE, ROWS.new)
     once = count.train_flops(WIDE, ROWS, recompute=False)
     assert once == pytest.approx(3 * forward + 3 * head)
     assert count.train_flops(WIDE, ROWS, recompute=True) == pytest.approx(once + forward)
@@ -44,17 +45,15 @@ def test_an_adapter_saves_the_gradients_of_frozen_weights():
     full = count.train_flops(WIDE, ROWS, recompute=False)
     adapters = ROWS.count * 2 * 3 * count.adapter_flops(WIDE, ROWS.length, 2)
     linear = ROWS.count * 2 * (
-        weight_shapes.flops_of(WIDE, [(ROWS.length, ROWS.length)]) - count.attention_flops(WIDE, ROWS.length)
+        footprint.flops_of(WIDE, [(ROWS.length, ROWS.length)]) - count.attention_flops(WIDE, ROWS.length)
     )  # fmt: skip
-    assert full - frozen == pytest.approx(linear + ROWS.count * weight_shapes.head_flops(WIDE, ROWS.new) - adapters)
+    assert full - frozen == pytest.approx(linear + ROWS.count * footprint.head_flops(WIDE, ROWS.new) - adapters)
     places = (64 + 192) + (64 + 64) + (64 + 256) + (256 + 64)  # qkv as one, out, up, down
     assert count.adapter_flops(WIDE, 1, 2) == 2 * 2 * places * WIDE.num_layers
 
 
 def test_a_cached_rollout_is_one_pass_over_every_token_but_the_last():
-    whole = weight_shapes.flops_of(WIDE, [(ROWS.length - 1, ROWS.length - 1)]) + weight_shapes.head_flops(
-        WIDE, ROWS.new
-    )
+    whole = footprint.flops_of(WIDE, [(ROWS.length - 1, ROWS.length - 1)]) + footprint.head_flops(WIDE, ROWS.new)
     assert count.rollout_flops(WIDE, ROWS) == pytest.approx(ROWS.count * whole)
 
 

@@ -7,9 +7,9 @@ head counts for the states that it reads. Norms, activations and softmax are lef
 
 from dataclasses import dataclass
 
-from penstock.models import weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.lora_targets import LoraSpec, lora_targets_of
+from penstock.planner import footprint
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,14 @@ class Rows:
 
 def rollout_flops(config: DecoderConfig, rows: Rows) -> float:
     """A prefill, then one token after the other beside a KV cache; one state per token goes through the head."""
-    decoding = sum(weight_shapes.flops_of(config, [(1, rows.prompt + i)]) for i in range(1, rows.new))
-    prefill = weight_shapes.flops_of(config, [(rows.prompt, rows.prompt)])
-    return rows.count * (prefill + decoding + weight_shapes.head_flops(config, rows.new))
+    decoding = sum(footprint.flops_of(config, [(1, rows.prompt + i)]) for i in range(1, rows.new))
+    prefill = footprint.flops_of(config, [(rows.prompt, rows.prompt)])
+    return rows.count * (prefill + decoding + footprint.head_flops(config, rows.new))
 
 
 def score_flops(config: DecoderConfig, rows: Rows, lora_rank: int = 0) -> float:
     """All four models read whole rows; actor and reference read the head behind the response's states."""
-    blocks = 4 * weight_shapes.flops_of(config, [(rows.length, rows.length)]) + 2 * weight_shapes.head_flops(
-        config, rows.new
-    )
+    blocks = 4 * footprint.flops_of(config, [(rows.length, rows.length)]) + 2 * footprint.head_flops(config, rows.new)
     return rows.count * (blocks + 2 * adapter_flops(config, rows.length, lora_rank))
 
 
@@ -48,8 +46,8 @@ def train_flops(config: DecoderConfig, rows: Rows, *, recompute: bool, lora_rank
     no weights, and each of its two products has two in backward.
     """
     attention = attention_flops(config, rows.length)
-    linear = weight_shapes.flops_of(config, [(rows.length, rows.length)]) - attention
-    head = weight_shapes.head_flops(config, rows.new)
+    linear = footprint.flops_of(config, [(rows.length, rows.length)]) - attention
+    head = footprint.head_flops(config, rows.new)
     adapters = adapter_flops(config, rows.length, lora_rank)
     times = 2 if lora_rank else 3
     once_more = int(recompute)

@@ -1,0 +1,37 @@
+"""How much of a product exists at once, and in which precision it is computed. Pure: no torch here.
+
+The code that computes and the plan that counts its memory both read these numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+Arithmetic = Literal["narrow", "wide sums", "wide"]
+"""What 16-bit weights and states are computed in. narrow: in their own dtype, a GPU; wide sums: attention and logits in
+fp32, a CPU; wide: products too, a CPU without bf16 instructions (models.linear)."""
+HEAD_TILE = 1 << 22
+"""Logits that exist at once: 17 MB in fp32, which a processor's last cache holds; models.log_probs."""
+HEAD_COLUMNS = 2048
+"""Words that a tile of logits has at least: products with fewer would wait for memory."""
+PRODUCT_TILE = 1 << 22
+"""Elements of a weight that are widened or unpacked at once: models.linear."""
+PREFILL_TOKENS = 16384
+"""Prompt tokens, padding included, that one forward reads at most: enough to keep a GPU busy."""
+
+
+def head_tile(read: int, vocabulary: int) -> tuple[int, int]:
+    """Rows and columns of the logits of `read` states that exist at once: all rows if they can be, so that a weight is
+    read, and its gradient written, once."""
+    rows = max(min(read, HEAD_TILE // HEAD_COLUMNS), 1)
+    return rows, max(min(vocabulary, HEAD_TILE // rows), 1)
+
+
+def prefills(lengths: Sequence[int]) -> list[slice]:
+    """Which of these prompts, in their order, one forward reads."""
+    slices, start, longest = [], 0, 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i > start and longest * (i + 1 - start) > PREFILL_TOKENS:
+            slices.append(slice(start, i))
+            start, longest = i, length
+    return [*slices, slice(start, len(lengths))] if lengths else []

@@ -1,0 +1,259 @@
+"""What a decoder's activations take on the device in bytes, and its products in operations. Pure: no torch here.
+
+The numbers follow `models/decoder.py` line by line (what autograd keeps, what is alive at the fullest instant); tests
+compare them with what a Meter counts, for every family.
+
+N = tokens of a micro-batch (rows * length), D = width, F = feed-forward, E = head_dim.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.memory.chunks import ITEMSIZE
+from penstock.models.config import DecoderConfig
+from penstock.models.lora_targets import LoraSpec, LoraTarget, adapted_targets, group_of
+from penstock.models.tiling import PRODUCT_TILE, Arithmetic, head_tile
+from penstock.models.weight_shapes import BaseDtype
+from penstock.planner.activations import Batch, PartWork, Work
+
+FP32 = 4
+INDEX = 8
+"""Bytes of a token id."""
+
+
+def work_of(
+    config: DecoderConfig, dtype: str, spec: LoraSpec | None, batch: Batch, *, scalar: bool, entropy: bool = True,
+    packed: BaseDtype | None = None, arithmetic: Arithmetic = "narrow",
+) -> Work:  # fmt: skip
+    """Bytes that the parts of one model hold on the device for a micro-batch of whole rows.
+
+    spec: its adapters (models.lora, linear.add_to). packed: the dtype of its blocks' frozen products. scalar: a score
+    head in place of the language-model head. entropy: whether that of every distribution is read too.
+    """
+    s = ITEMSIZE[dtype]
+    work = _plain_work(config, dtype, batch, scalar=scalar, entropy=entropy, arithmetic=arithmetic)
+    if spec is None and packed is None:
+        return work
+    rank = spec.rank if spec else 0
+    tokens = batch.rows * batch.length
+    by_product: dict[str, list[LoraTarget]] = {}
+    for target in adapted_targets(config, spec, scalar):
+        by_product.setdefault(target.ours, []).append(target)
+    extra: dict[str, tuple[int, int, int]] = {}
+    for targets in by_product.values():
+        narrow = tokens * rank * s  # A x, scaled: saved for B's gradient
+        high = tokens * sum(target.height for target in targets) * s
+        low = tokens * targets[0].width * s  # the gradient that comes back through A; before it, B's, scaled
+        saved, forward, backward = extra.get(group_of(targets[0]), (0, 0, 0))
+        extra[group_of(targets[0])] = (
+            saved + narrow * len(targets),
+            max(forward, high * (1 if len(targets) == 1 else 2) + 2 * narrow),
+            max(backward, max(high, low) + 2 * narrow),
+        )
+    parts, frozen = [], tokens * _unkept(config)
+    tile = min(config.d_model * config.d_ff * (2 if config.gated else 1), PRODUCT_TILE) * s
+    unpacked = (3 if packed == "nf4" else 2) * tile if packed else 0
+    for part in work.parts:
+        saved, forward, backward = extra.get(part.groups[-1], (0, 0, 0))
+        saved -= frozen if part.groups[-1] != "embed" else 0
+        fullest = part.forward if part.groups[-1] == "embed" else part.backward  # a frozen table has no gradient
+        parts.append(
+            dataclasses.replace(
+                part,
+                saved=part.saved + saved,
+                forward=part.forward + forward + unpacked,
+                backward=fullest + saved + backward + unpacked,
+            )
+        )
+    head = batch.read * rank * s if "" in by_product else 0
+    return dataclasses.replace(
+        work, parts=tuple(parts), forward_head=work.forward_head + head, backward_head=work.backward_head + 2 * head
+    )
+
+
+def _unkept(config: DecoderConfig) -> int:
+    """Bytes per token that a block's norms would keep for gradients of their own weights."""
+    c = config
+    rms = 2 * c.d_model if c.norm == "rms" else 0
+    return FP32 * (rms + (c.head_dim * (c.num_heads + c.num_kv_heads) if c.qk_norm else 0))
+
+
+def _plain_work(
+    config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, entropy: bool = True,
+    arithmetic: Arithmetic = "narrow",
+) -> Work:  # fmt: skip
+    c, s = config, ITEMSIZE[dtype]
+    tokens = batch.rows * batch.length
+    state = tokens * c.d_model * s
+    first = PartWork(
+        groups=("tokens", "embed"), output=state, saved=_embed(c, tokens, s), forward=_embed(c, tokens, s),
+        # a dense gradient of the position table, and the table's rows
+        backward=_embed(c, tokens, s) + (c.max_length * c.d_model * s if c.position == "learned" else 0) + state,
+    )  # fmt: skip
+    wide = arithmetic != "narrow" and s < FP32
+    block = _block(c, tokens, batch.length, s, wide)
+    if arithmetic == "wide" and s < FP32:
+        forward, backward = _widened(c, tokens)
+        block = (block[0], block[1] + forward, block[2] + backward)
+    blocks = [PartWork((f"blocks.{i}",), state, *block) for i in range(c.num_layers)]
+    return Work(
+        parts=(first, *blocks),
+        context=_context(c, batch.length, s) + tokens * INDEX * 2,
+        forward_head=_head(c, tokens, batch.read, s, scalar, entropy, wide, grad=False),
+        backward_head=_head(c, tokens, batch.read, s, scalar, entropy, wide, grad=True),
+    )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A norm's account: what autograd keeps of it, its output included, and what it needs while it runs."""
+
+    saved: int
+    scratch: int
+
+
+def _norm(kind: str, rows: int, width: int, s: int) -> _Kept:
+    n = rows * width
+    if kind == "layer":
+        return _Kept(n * s + 2 * rows * FP32, 0)
+    wide = n * FP32 if s < FP32 else 0  # rms_norm computes in fp32
+    return _Kept(n * s + n * FP32 + wide + rows * FP32, n * FP32 + rows * FP32)
+
+
+def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
+    state = tokens * c.d_model * s
+    held = state
+    if c.embed_dim:
+        held += tokens * c.embed_dim * s
+    if c.position == "learned":
+        held += state
+    if c.embed_norm:
+        held += _norm(c.norm, tokens, c.d_model, s).saved
+    return held
+
+
+def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool) -> tuple[int, int, int]:
+    """(saved, forward, backward) of one block; see PartWork."""
+    state, inner = tokens * c.d_model * s, tokens * c.d_ff * s
+    queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
+    norm = _norm(c.norm, tokens, c.d_model, s)
+    projected = queries + 2 * keys
+    turned = mixing = 0
+    if c.qk_norm:
+        rows = tokens * (c.num_heads + c.num_kv_heads)
+        normed = _norm("rms", rows, c.head_dim, s)
+        turned += normed.saved
+    if c.position == "rotary":
+        turned += queries + keys
+        part = c.rotary_dim / c.head_dim
+        mixing = int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part))
+    attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
+    if c.position == "rotary":
+        attended += queries  # turned queries lie head by head, and what they become is put back row by row
+    # of q, k, v and the bias, and what attention makes of them
+    copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
+    attention = norm.saved + (attended + copies if wide else projected + turned + attended)
+    raised = 2 * inner if c.gated else inner
+    # what the activation keeps: relu its result, gelu its argument too, a gate all four
+    kept = inner if c.activation == "relu" and not c.gated else raised + inner * (2 if c.gated else 1)
+    mlp = norm.saved + kept
+    # the sums of the residual stream: behind attention (none where both halves read x), and the output
+    sums = 1 if c.parallel_residual else 2
+    saved = attention + mlp + sums * state
+    if not c.pre_norm:
+        saved += state  # both norms read a sum and the second writes the output
+    loose = 2 * state  # what attention and MLP returned: local names until the block returns
+    # the gradients behind and before the activation; what it keeps goes when they are there, but relu's is down's too
+    slopes = raised if c.gated else inner * (2 if c.activation == "relu" else 1)
+    backward = saved + max(slopes, loose)
+    before_mlp = 2 * state + norm.saved
+    forward = max(
+        before_mlp + (raised + 2 * inner if c.gated else 2 * inner),
+        before_mlp + inner + 2 * state,
+        state + projected + turned + mixing + attended + copies + state,
+    )
+    return saved, forward, backward
+
+
+def _widened(c: DecoderConfig, tokens: int) -> tuple[int, int]:
+    """fp32 copies that the down projection needs, a block's largest, forward and backward: of its rows, and of a tile
+    of its weight with its share of the result; the states' gradient is summed over tiles beside the next one's part."""
+    height = min(max(PRODUCT_TILE // c.d_ff, 1), c.d_model)
+    tile = height * c.d_ff + tokens * height
+    return FP32 * (tokens * c.d_ff + tile), FP32 * (tokens * c.d_ff * (1 if height == c.d_model else 2) + tile)
+
+
+def _context(c: DecoderConfig, length: int, s: int) -> int:
+    """What positions need: rotary tables, or ALiBi's and windows' biases."""
+    held = length * INDEX
+    if c.position == "rotary":
+        held += 2 * length * c.rotary_dim * s
+    kinds = {window for window in (c.windows or (0,)) if 0 < window < length or c.position == "alibi"}
+    return held + len(kinds) * _bias(c, length) * s
+
+
+def _bias(c: DecoderConfig, length: int) -> int:
+    """Elements of what attention adds to its scores, where it adds anything."""
+    if c.position != "alibi" and not any(0 < window < length for window in c.windows or ()):
+        return 0
+    return (c.num_heads if c.position == "alibi" else 1) * length * length
+
+
+def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entropy: bool, wide: bool, grad: bool) -> int:
+    """The last norm and what is read behind it, for `read` states of the micro-batch."""
+    width = c.embed_dim or c.d_model
+    hidden = _norm(c.norm, tokens, c.d_model, s).saved if c.final_norm else 0
+    if c.embed_dim:
+        hidden += tokens * width * s
+    states = read * width * s
+    if scalar:
+        back = 2 * tokens * width * s if grad else 0
+        return hidden + states + read * width * FP32 * (2 if grad else 1) + back
+    rows, columns = head_tile(read, c.vocab_size)
+    logits = rows * columns
+    narrow = logits * s if s < FP32 else 0  # a product's own dtype, on the way to fp32 and back
+    partial = 0
+    if wide:  # fp32 copies of the states, and of the weight a tile at a time with its share of the product
+        height = max(min(PRODUCT_TILE // width, columns), 1)
+        narrow, partial = (rows + width) * height * FP32, (2 * rows + height) * width * FP32
+        states += read * width * FP32
+    numbers = read * FP32 * (4 if entropy else 3)
+    forward = hidden + states + numbers + logits * FP32 + max(logits * FP32 if entropy else 0, narrow)
+    if not grad:
+        return forward
+    backs = read * width * FP32  # summed over the tiles before they are rounded
+    slopes = hidden + states + backs + numbers + logits * FP32 + max(narrow + rows * width * s, partial)
+    rounded = hidden + states + backs + read * width * s * (s < FP32) + numbers
+    return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s)
+
+
+def cache_of(config: DecoderConfig, dtype: str, rows: int, slots: int) -> int:
+    """Bytes of a KV cache: rollout.cache.KVCache."""
+    c = config
+    return 2 * c.num_layers * rows * c.num_kv_heads * slots * c.head_dim * ITEMSIZE[dtype]
+
+
+def sampling_of(config: DecoderConfig, dtype: str, rows: int) -> int:
+    """Bytes that choosing one token per row holds at once: rollout.sampling.pick."""
+    return rows * config.vocab_size * (ITEMSIZE[dtype] + 3 * FP32)
+
+
+def flops_of(config: DecoderConfig, lengths: Sequence[tuple[int, int]]) -> float:
+    """Floating-point operations of a forward pass: products of weights, and of queries with the keys they see.
+
+    `lengths`: (tokens computed, tokens seen by the last of them) per row.
+    """
+    c = config
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    weights = c.d_model * (heads + 2 * kv) + heads * c.d_model + c.d_model * c.d_ff * (3 if c.gated else 2)
+    total = 0.0
+    for computed, seen in lengths:
+        pairs = computed * (seen - computed) + computed * (computed + 1) / 2
+        total += c.num_layers * (2.0 * weights * computed + 4.0 * heads * pairs)
+    return total
+
+
+def head_flops(config: DecoderConfig, read: int) -> float:
+    """Of the language-model head for so many states."""
+    return 2.0 * read * (config.embed_dim or config.d_model) * config.vocab_size
