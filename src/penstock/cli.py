@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
         example="penstock ppo --actor runs/sft --reward runs/reward --data prompts.jsonl --out runs/ppo",
     ),
     "chat": Command(
-        "talk with a model or a run in the terminal", "config:ChatConfig", "commands.generate:chat", "model",
+        "talk with a model or a run in the terminal", "config:ChatConfig", "commands.chat:chat", "model",
         "penstock chat runs/ppo",
     ),
     "serve": Command(

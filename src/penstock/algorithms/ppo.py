@@ -26,7 +26,7 @@ from penstock.config import OptimFlags, PPOConfig, PPOFlags
 from penstock.data.batching import Shuffle
 from penstock.data.chat import Example
 from penstock.memory.strategy import Step, StepStats, Strategy
-from penstock.memory.stream import Losses
+from penstock.memory.stream import Losses, Stream
 from penstock.memory.tiers import Ram
 from penstock.models.roles import Actor, ActorCritic, Critic
 from penstock.rollout.engine import Answer, generate
@@ -52,12 +52,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     with session:
         state = State.start(config, inputs)
         iteration = prepare(config, strategy, inputs)
-        trained = {"model": iteration.roles.actor}
-        if iteration.roles.critic is not None:
-            trained["critic"] = iteration.roles.critic
-        session.restore(trained)
-        if session.state:
-            state.load(session.state)
+        trained = restore(session, iteration.roles, state)
         if state.step == 0 and state.experience is None:
             show(0, session, iteration, inputs, config.samples)
 
@@ -120,6 +115,17 @@ def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     reward = source.stream if source.reads_actor_tokens else None
     roles = Roles(streams["actor"], streams["reference"], streams.get("critic"), reward, source.score)
     return PPO(strategy, roles, optim, flags, config.run.seed, inputs.encoder.eos_ids, swap)
+
+
+def restore(session: Session, roles: Roles, state: "State") -> dict[str, Stream]:
+    """Reads the checkpoint of a resumed run. Returns the models that are trained, under their names in checkpoints."""
+    trained = {"model": roles.actor}
+    if roles.critic is not None:
+        trained["critic"] = roles.critic
+    session.restore(trained)
+    if session.state:
+        state.load(session.state)
+    return trained
 
 
 def show(step: int, session: Session, iteration: "PPO", inputs: Inputs, count: int) -> None:
@@ -261,8 +267,8 @@ class PPO:
         world, optim, flags = self.strategy.world, self.optim, self.flags
         size, actor, critic = optim.micro_batch_size, self.roles.actor, self.roles.critic
         count, ptx_count = int(experience.lengths[index].sum()), sum(sum(example.trained) for example in ptx)
-        mine = index[world.rank :: world.size].split(size)
-        share = [experience.rows(rows).to(world.device) for rows in mine if len(rows)]
+        parts = index[world.rank :: world.size].split(size)
+        share = [experience.rows(rows).to(world.device) for rows in parts if len(rows)]
         mixed = [*share, *micro_batches(world.share_of(list(ptx)), size, world.device)]
 
         def policy(hidden: Tensor, part: Experience | Rows) -> Losses:

@@ -1,8 +1,8 @@
-"""`penstock demo`: base model, SFT, labellers, reward model, PPO, and an honest report, on Toyland.
+"""`penstock demo`: base model, SFT, labellers, reward model, PPO, and a report, on Toyland.
 
 Every stage runs as a user would run it, through the same functions and run directories; only the base model's corpus,
 the demonstrations and the labels come from Toyland. Gold scores are measured here, on questions that no stage ever
-saw, and shown to nobody else (PPO.md 25).
+saw, and hidden from every stage (PPO.md 25).
 """
 
 import dataclasses
@@ -70,8 +70,7 @@ def demo(config: DemoConfig) -> Path:
         raise refused(f"--out {out}", error) from error
     results = []
     for seed in range(config.seed, config.seed + config.seeds):
-        here = out if config.seeds == 1 else out / f"seed-{seed}"
-        results.append(one_seed(here, seed))
+        results.append(one_seed(out if config.seeds == 1 else out / f"seed-{seed}", seed))
         result = results[-1].facts
         print(
             f"seed {seed}: gold base {result['base_gold']:+.2f}, sft {result['sft_gold']:+.2f}, "
@@ -81,8 +80,8 @@ def demo(config: DemoConfig) -> Path:
             flush=True,
         )
     report = {
-        "seeds": [one.facts for one in results],
-        "curves": [one.curves for one in results],
+        "seeds": [result.facts for result in results],
+        "curves": [result.curves for result in results],
         "peak_rss_bytes": peak_rss_bytes(),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -109,26 +108,19 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     started = time.perf_counter()
     world, rng = Toyland(seed), random.Random(f"demo {seed}")
     trained_on, heldout = world.split(seed, HELDOUT)
-    data = out / "data"
+    data, untrained = out / "data", out / "untrained"
     data.mkdir(parents=True, exist_ok=True)
 
     # A base model that has read about animals but never answered anybody.
     corpus = [world.text(rng) for _ in range(9600)]
     demonstrators = [(q, world.demonstration(q, rng)) for q in trained_on[:1500]]
-    untrained = out / "untrained"
-    tokenizer = save_tokenizer(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]])
-    architecture = dataclasses.replace(
-        presets.named("s"), vocab_size=len(tokenizer), d_model=160, num_layers=3, num_heads=5, num_kv_heads=5,
-        head_dim=32, d_ff=640, max_length=64,
-        hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
-    )  # fmt: skip
-    pretrained.save(Decoder(architecture, generator=torch.Generator().manual_seed(seed)), untrained)
+    save_untrained(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]], seed)
     write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
     base = sft(
         SFTConfig(
             model=str(untrained),
-            data=DataFlags(data=(str(data / "corpus.jsonl"),), max_length=64),
-            run=RunFlags(out=str(out / "base"), seed=seed, checkpoint_every=10_000, keep=1),
+            data=data_flags(data / "corpus.jsonl"),
+            run=run_flags(out / "base", seed),
             optim=OptimFlags(lr=5e-3, batch_size=32, micro_batch_size=32),
             heldout=0.02, samples=0,
         )
@@ -139,32 +131,21 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     tuned = sft(
         SFTConfig(
             model=str(base),
-            data=DataFlags(data=(str(data / "demonstrations.jsonl"),), max_length=64),
-            run=RunFlags(out=str(out / "sft"), seed=seed, checkpoint_every=10_000, keep=1),
+            data=data_flags(data / "demonstrations.jsonl"),
+            run=run_flags(out / "sft", seed),
             optim=OptimFlags(lr=1.5e-3, batch_size=32, micro_batch_size=32, epochs=3),
             max_new_tokens=RESPONSE_TOKENS,
         )
     )
 
     # Stage 2: labellers rank K = 4 answers of the SFT model by gold plus noise; the reward model sees ranks only.
-    asked = trained_on[1500:3000]
-    sampled = answer(tuned, asked, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed + 1))
-    comparisons = []
-    for question, four in zip(asked, sampled, strict=True):
-        told = dict(four)  # text -> whether it ended; the same answer given twice is judged once, and ties with itself
-        if "" in told:
-            continue  # nobody can judge an empty answer
-        judged = ranks([world.gold(question, text, ended) for text, ended in told.items()], LABEL_NOISE, rng)
-        place = dict(zip(told, judged, strict=True))
-        texts = [text for text, _ in four]
-        labels = ranking([place[text] for text in texts])
-        comparisons.append({"prompt": question.prompt, "responses": texts, "ranking": labels})
+    comparisons = label(world, tuned, trained_on[1500:3000], seed + 1, rng)
     write_lines(data / "comparisons.jsonl", comparisons)
     judge = reward(
         RewardConfig(
             model=str(tuned),
-            data=DataFlags(data=(str(data / "comparisons.jsonl"),), max_length=64),
-            run=RunFlags(out=str(out / "reward"), seed=seed, checkpoint_every=10_000, keep=1),
+            data=data_flags(data / "comparisons.jsonl"),
+            run=run_flags(out / "reward", seed),
             optim=OptimFlags(lr=3e-4, batch_size=16, micro_batch_size=64, epochs=1),
             heldout=0.15, eval_every=40,
         )
@@ -175,13 +156,50 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     aligned = ppo(
         PPOConfig(
             actor=str(tuned), reward=str(judge),
-            data=DataFlags(data=(str(data / "prompts.jsonl"),), max_length=64),
-            run=RunFlags(out=str(out / "ppo"), seed=seed, checkpoint_every=10_000, keep=1),
+            data=data_flags(data / "prompts.jsonl"),
+            run=run_flags(out / "ppo", seed),
             optim=OptimFlags(lr=3e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=28),
             ppo=PPOFlags(critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1), samples=64,
         )
     )  # fmt: skip
     return measure(out, seed, world, heldout, {"base": base, "sft": tuned, "ppo": aligned}, judge, started)
+
+
+def data_flags(path: Path) -> DataFlags:
+    """A file of rows of at most 64 tokens."""
+    return DataFlags(data=(str(path),), max_length=64)
+
+
+def run_flags(out: Path, seed: int) -> RunFlags:
+    """A run that keeps its last checkpoint."""
+    return RunFlags(out=str(out), seed=seed, checkpoint_every=10_000, keep=1)
+
+
+def save_untrained(directory: Path, texts: list[str], seed: int) -> None:
+    """A small model with random weights, and a tokenizer made from the texts."""
+    tokenizer = save_tokenizer(directory, texts)
+    architecture = dataclasses.replace(
+        presets.named("s"), vocab_size=len(tokenizer), d_model=160, num_layers=3, num_heads=5, num_kv_heads=5,
+        head_dim=32, d_ff=640, max_length=64,
+        hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
+    )  # fmt: skip
+    pretrained.save(Decoder(architecture, generator=torch.Generator().manual_seed(seed)), directory)
+
+
+def label(world: Toyland, run: Path, questions: list[Question], seed: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Rankings of four answers of the run's model to each question, by gold plus a labeller's noise."""
+    comparisons = []
+    answers = answer(run, questions, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed))
+    for question, four in zip(questions, answers, strict=True):
+        endings = dict(four)  # text -> whether it ended; an answer that occurs twice is judged once, a tie with itself
+        if "" in endings:
+            continue  # an empty answer cannot be judged
+        judged = ranks([world.gold(question, text, ended) for text, ended in endings.items()], LABEL_NOISE, rng)
+        rank_of = dict(zip(endings, judged, strict=True))
+        texts = [text for text, _ in four]
+        labels = ranking([rank_of[text] for text in texts])
+        comparisons.append({"prompt": question.prompt, "responses": texts, "ranking": labels})
+    return comparisons
 
 
 def measure(
@@ -190,14 +208,14 @@ def measure(
     """Gold of base, SFT, the best of 8 of SFT and PPO on the held-out questions, one answer each, and what the runs
     logged."""
     sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
-    answers = {name: [one for (one,) in answer(run, heldout, sampling)] for name, run in runs.items()}
+    answers = {name: [text_and_end for (text_and_end,) in answer(run, heldout, sampling)] for name, run in runs.items()}
     best = best_of(out, runs["sft"], heldout, judge, seed + 2)
     answers = {"base": answers["base"], "sft": answers["sft"], f"best of {BEST_OF}": best, "ppo": answers["ppo"]}
     golds: dict[str, list[float]] = {}
     texts: dict[str, list[str]] = {}
-    for name, told in answers.items():
-        texts[name] = [text for text, _ in told]
-        golds[name] = [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, told, strict=True)]
+    for name, answered in answers.items():
+        texts[name] = [text for text, _ in answered]
+        golds[name] = [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, answered, strict=True)]
     mean = {name: statistics.mean(values) for name, values in golds.items()}
     variance = {name: statistics.variance(values) / len(values) for name, values in golds.items()}
 
@@ -260,8 +278,8 @@ def answer(run: Path, questions: list[Question], sampling: Sampling) -> list[lis
     encoder = encoder_of(source, config, DataFlags(data=(), max_length=64), reserve=RESPONSE_TOKENS)
     prompts = [encoder.encode_prompt(Prompt(prompt=q.prompt, where="toyland")) for q in questions]
     answers = generate(actor.decoder, prompts, sampling, eos_ids=encoder.eos_ids, batch_size=256)
-    told = [(encoder.decode(a.response_ids), a.finish_reason == "stop") for a in answers]
-    return [told[i : i + sampling.n] for i in range(0, len(told), sampling.n)]
+    texts = [(encoder.decode(a.response_ids), a.finish_reason == "stop") for a in answers]
+    return [texts[i : i + sampling.n] for i in range(0, len(texts), sampling.n)]
 
 
 def best_of(out: Path, run: Path, questions: list[Question], judge: Path, seed: int) -> list[tuple[str, bool]]:

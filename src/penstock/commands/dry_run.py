@@ -76,8 +76,8 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
             before = moved(strategy)
             with strategy.phase(name):
                 yield
-            for one, tier in strategy.tiers.items():
-                peaks[one] = max(peaks[one], tier.peak + meter.peaks[one])
+            for tier_name, tier in strategy.tiers.items():
+                peaks[tier_name] = max(peaks[tier_name], tier.peak + meter.peaks[tier_name])
                 tier.peak = tier.used
             meter.peaks = Counter(meter.used)
             traffic[name] = {key: count - before[key] for key, count in moved(strategy).items()}
@@ -109,7 +109,7 @@ def updates_count_at_home(stream: Stream, meter: Meter) -> None:
     """Where optimizer states live off the device, what an update needs in between lives there too."""
     if stream.sink is None:
         return
-    homes = {home.tier.name for one in stream.sink.homes for home in one.states.values()}
+    homes = {home.tier.name for chunk_home in stream.sink.homes for home in chunk_home.states.values()}
     update = stream.sink.update
 
     def counted(lr: float, scale: float) -> None:

@@ -1,8 +1,7 @@
-"""`penstock generate` and `penstock chat`: a trained model answers, from a file or in the terminal."""
+"""`penstock generate`: a trained model answers prompts from a file."""
 
 import contextlib
 import functools
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from penstock.algorithms.setup import encoder_of, read
 from penstock.config import ChatConfig, DataFlags, GenerateConfig
 from penstock.data.chat import Encoder
 from penstock.data.formats import Prompt
-from penstock.errors import DataError, UserError
+from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.rollout import engine
@@ -35,7 +34,7 @@ def generate(config: GenerateConfig) -> None:
         raise UserError("--best-of needs a judge: give --reward RUN or --reward-fn file.py:name.")
     if config.best_of and config.best_of < config.n:
         raise UserError(f"--best-of {config.best_of} keeps the best --n {config.n} answers; give at least as many.")
-    sampling = _sampling(config, n=max(config.n, config.best_of))
+    sampling = sampling_of(config, n=max(config.n, config.best_of))
     strategy, actor, encoder = load(config)
     flags = DataFlags(data=(config.data or "",), skip_bad=config.skip_bad)
     if config.prompt is not None:
@@ -65,7 +64,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 WINDOW = 16
-"""Batches of answers that are in work at once: long prompts find each other there, and answers are written in order."""
+"""Batches of answers in work at once: long prompts stand together within them, and answers are written in order."""
 
 
 def _answers(
@@ -81,10 +80,10 @@ def _answers(
         if source is not None:
             scores = [*source.score([records[start + i // n] for i in range(len(answers))], answers)]
         for i in range(0, len(answers), n):
-            mine = list(zip(answers[i : i + n], scores[i : i + n], strict=True))
+            scored = list(zip(answers[i : i + n], scores[i : i + n], strict=True))
             if config.best_of:
-                mine = sorted(mine, key=lambda one: -one[1] if one[1] is not None else 0)[: config.n]
-            for answer, score in mine:
+                scored = sorted(scored, key=lambda pair: -pair[1] if pair[1] is not None else 0)[: config.n]
+            for answer, score in scored:
                 yield _line(encoder, answer, score)
 
 
@@ -109,82 +108,8 @@ def _source(config: GenerateConfig, strategy: Strategy, encoder: Encoder, flags:
     return source
 
 
-def chat(config: ChatConfig) -> None:
-    """A conversation on stdin and stdout: answers stream as they are made; /reset forgets, /quit or Ctrl-D ends."""
-    _, actor, encoder = load(config)
-    if encoder.tokenizer is None:
-        raise UserError(
-            f"--model {config.model}: has no tokenizer, so it cannot chat; use penstock generate with prompt_ids."
-        )
-    sampling, engine = _sampling(config), Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=1)
-    interactive = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    opening = [{"role": "system", "content": config.system}] if config.system else []
-    messages, turn = list(opening), 0
-    if interactive:
-        print(f"{config.model}: type a message; /reset forgets the conversation, /quit ends.")
-    while True:
-        try:
-            text = input("you> " if interactive else "")
-        except EOFError:
-            return
-        if text.strip() in ("/quit", "/exit"):
-            return
-        if text.strip() == "/reset":
-            messages = list(opening)
-            continue
-        if not text.strip():
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            messages, prompt = _fit(encoder, messages, opening)
-        except DataError:
-            messages.pop()
-            print("(that message is too long for the model's context and was not sent)", file=sys.stderr)
-            continue
-        reply = _say(config, engine, encoder, prompt, sampling, turn)
-        messages.append({"role": "assistant", "content": reply})
-        turn += 1
-
-
-def _fit(
-    encoder: Encoder, messages: list[dict[str, str]], opening: list[dict[str, str]]
-) -> tuple[list[dict[str, str]], list[int]]:
-    """The conversation and its tokens; the oldest turns are forgotten, with a word, when they no longer fit."""
-    while True:
-        try:
-            prompt = encoder.encode_prompt(Prompt(messages=tuple(messages), where="chat:1"))
-            return messages, prompt
-        except DataError:
-            rest = messages[len(opening) :]
-            if len(rest) <= 1:
-                raise
-            messages = [*opening, *rest[2:]]
-            print("(the oldest turn no longer fits the context and is forgotten)", file=sys.stderr)
-
-
-def _say(config: ChatConfig, engine: Engine, encoder: Encoder, prompt: list[int], sampling: Sampling, turn: int) -> str:
-    """Streams one answer to stdout and returns it."""
-    ids: list[int] = []
-    shown = ""
-    try:
-        for token in engine.stream(prompt, sampling, episode=turn):
-            ids.append(token)
-            text = encoder.decode(ids)
-            if text.endswith("\ufffd"):  # half a character: the rest of its bytes comes with the next token
-                continue
-            if not config.json:
-                print(text[len(shown) :], end="", flush=True)
-            shown = text
-    except KeyboardInterrupt:
-        print(" (stopped)", file=sys.stderr)
-    print(json.dumps({"response": shown}, ensure_ascii=False) if config.json else "", flush=True)
-    return shown
-
-
 def load(config: GenerateConfig | ChatConfig) -> tuple[Strategy, Actor, Encoder]:
-    """The model that --model names, where it is, and its encoder."""
+    """The strategy, the model that --model names, and its encoder."""
     source = resolve_model(config.model)
     adapter = None if config.adapter is None else resolve_model(config.adapter)
     strategy, actor = engine.load(source, config.dtype, config.device, adapter)
@@ -192,7 +117,8 @@ def load(config: GenerateConfig | ChatConfig) -> tuple[Strategy, Actor, Encoder]
     return strategy, actor, encoder_of(source, actor.decoder.config, DataFlags(data=(), max_length=longest))
 
 
-def _sampling(config: GenerateConfig | ChatConfig, n: int = 1) -> Sampling:
+def sampling_of(config: GenerateConfig | ChatConfig, n: int = 1) -> Sampling:
+    """How tokens are drawn. Raises UserError for flags that the sampler refuses."""
     more: dict[str, Any] = {}
     if isinstance(config, GenerateConfig):
         more = {name: getattr(config, name) for name in ("min_p", "repetition_penalty", "stop", "top_logprobs")}

@@ -1,0 +1,87 @@
+"""`penstock chat`: a conversation with a trained model in the terminal."""
+
+import io
+import json
+import sys
+
+from penstock.commands.generate import load, sampling_of
+from penstock.config import ChatConfig
+from penstock.data.chat import Encoder
+from penstock.data.formats import Prompt
+from penstock.errors import DataError, UserError
+from penstock.rollout.engine import Engine
+from penstock.rollout.sampling import Sampling
+
+
+def chat(config: ChatConfig) -> None:
+    """A conversation on stdin and stdout: answers stream; /reset forgets the conversation, /quit or Ctrl-D ends it."""
+    _, actor, encoder = load(config)
+    if encoder.tokenizer is None:
+        raise UserError(
+            f"--model {config.model}: has no tokenizer, so it cannot chat; use penstock generate with prompt_ids."
+        )
+    sampling, engine = sampling_of(config), Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=1)
+    interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    opening = [{"role": "system", "content": config.system}] if config.system else []
+    messages, turn = list(opening), 0
+    if interactive:
+        print(f"{config.model}: type a message; /reset forgets the conversation, /quit ends.")
+    while True:
+        try:
+            text = input("you> " if interactive else "")
+        except EOFError:
+            return
+        if text.strip() in ("/quit", "/exit"):
+            return
+        if text.strip() == "/reset":
+            messages = list(opening)
+            continue
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            messages, prompt = _fit(encoder, messages, opening)
+        except DataError:
+            messages.pop()
+            print("(that message is too long for the model's context and was not sent)", file=sys.stderr)
+            continue
+        reply = _say(config, engine, encoder, prompt, sampling, turn)
+        messages.append({"role": "assistant", "content": reply})
+        turn += 1
+
+
+def _fit(
+    encoder: Encoder, messages: list[dict[str, str]], opening: list[dict[str, str]]
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The conversation and its tokens; the oldest turns are dropped, with a message, when they no longer fit."""
+    while True:
+        try:
+            prompt = encoder.encode_prompt(Prompt(messages=tuple(messages), where="chat:1"))
+            return messages, prompt
+        except DataError:
+            turns = messages[len(opening) :]
+            if len(turns) <= 1:
+                raise
+            messages = [*opening, *turns[2:]]
+            print("(the oldest turn no longer fits the context and is forgotten)", file=sys.stderr)
+
+
+def _say(config: ChatConfig, engine: Engine, encoder: Encoder, prompt: list[int], sampling: Sampling, turn: int) -> str:
+    """Streams one answer to stdout and returns it."""
+    ids: list[int] = []
+    shown = ""
+    try:
+        for token in engine.stream(prompt, sampling, episode=turn):
+            ids.append(token)
+            text = encoder.decode(ids)
+            if text.endswith("\ufffd"):  # half a character: the rest of its bytes comes with the next token
+                continue
+            if not config.json:
+                print(text[len(shown) :], end="", flush=True)
+            shown = text
+    except KeyboardInterrupt:
+        print(" (stopped)", file=sys.stderr)
+    print(json.dumps({"response": shown}, ensure_ascii=False) if config.json else "", flush=True)
+    return shown
