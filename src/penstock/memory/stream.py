@@ -404,10 +404,7 @@ class Stream:
         return slot
 
     def _open(self, holds: Sequence[Hold]) -> None:
-        """Before the first backward of a visit: fills gradient slots with zeros or with the sum so far.
-
-        See [Note: one gradient slot].
-        """
+        """Before a visit's backward: gradient slots get zeros or the sum so far. See [Note: one gradient slot]."""
         for hold in holds:
             slot = hold.gradient_slot
             if slot is not None and not hold.opened:

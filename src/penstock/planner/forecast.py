@@ -107,16 +107,7 @@ def forecast(
     Without `timed` there is no traffic and no seconds, in a tenth of the time.
     """
     at_home = plan.homes([model.placed for model in models.values()], world)
-    moving = {name: model.moving(world) for name, model in models.items()}
-    keys = {name: plan.shared_keys(chunks) for name, chunks in moving.items()}
-    groups = {phase: sharing_groups(passes, keys) for phase, passes in phases.items()}
-    needs = {
-        phase: [
-            (activations_of([(each, bool(moving[each.model])) for each in group], recompute), group)
-            for group in grouped
-        ]
-        for phase, grouped in groups.items()
-    }
+    needs = _needs(models, phases, world, recompute)
     scratch = _update_scratch(models, world)
     shard = max((_largest_shard(model, world) for model in models.values()), default=0)
     fullest = max([*(nbytes for needs_of_phase in needs.values() for nbytes, _ in needs_of_phase), scratch["device"]])
@@ -142,8 +133,8 @@ def forecast(
     seconds: dict[str, Seconds] = {}
     if timed:
         account = _Account(models, slots.weights, world, ahead, recompute, rates or Rates())
-        for phase in [*groups, *groups]:  # the first iteration fills the slots
-            traffic[phase], seconds[phase] = account.phase(groups[phase])
+        for phase in [*phases, *phases]:  # the first iteration fills the slots
+            traffic[phase], seconds[phase] = account.phase([group for _, group in needs[phase]])
     return Forecast(
         phases=peaks,
         worst=worst,
@@ -156,6 +147,23 @@ def forecast(
         recompute=recompute,
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
     )
+
+
+Needs = Mapping[str, Sequence[tuple[int, Sequence[Pass]]]]
+"""Phase -> per sharing group its bytes of activations, and its passes."""
+
+
+def _needs(
+    models: Mapping[str, Model], phases: Mapping[str, Sequence[Pass]], world: int, recompute: bool | None
+) -> Needs:
+    moving = {name: model.moving(world) for name, model in models.items()}
+    keys = {name: plan.shared_keys(chunks) for name, chunks in moving.items()}
+    needs: dict[str, list[tuple[int, Sequence[Pass]]]] = {}
+    for phase, passes in phases.items():
+        groups = sharing_groups(passes, keys)
+        nbytes = [activations_of([(each, bool(moving[each.model])) for each in group], recompute) for group in groups]
+        needs[phase] = list(zip(nbytes, groups, strict=True))
+    return needs
 
 
 def _update_scratch(models: Mapping[str, Model], world: int) -> Counter[str]:
@@ -184,10 +192,6 @@ def _largest_shard(model: Model, world: int) -> int:
         return 0
     parts = [p.chunk.nbytes // world for p in model.placed if p.row.params.sharded or p.row.grads.sharded]
     return max(parts, default=0)
-
-
-Needs = Mapping[str, Sequence[tuple[int, Sequence[Pass]]]]
-"""Phase -> per sharing group its bytes of activations, and its passes."""
 
 
 def _objects(
