@@ -50,7 +50,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (HEAD, "temperature multiplies", "logits.float().div_(temperature)", "logits.float().mul_(temperature)"),
     (HEAD, "softmax in bf16", "else logits.float()", "else logits.bfloat16()"),
     (HEAD, "gradient of the log-prob upside down", "exp_().mul_(-falling[rows, None])", "exp_().mul_(falling[rows, None])"),
-    (HEAD, "gradient without the target's own", "slope.scatter_add_(1, there, torch.where(here, grad[rows], 0.0)[:, None])", "pass"),
+    (HEAD, "gradient without the target's own", "slope.scatter_add_(1, column, torch.where(inside, grad[rows], 0.0)[:, None])", "pass"),
     (HEAD, "entropy with the wrong sign", "torch.special.entr(every)", "-torch.special.entr(every)"),
     (HEAD, "the last tile of rows is left out", "for start in range(0, count, height))", "for start in range(0, count - height + 1, height))"),
     (FN, "log-ratio not clamped", "(logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "logprobs - other"),
@@ -168,7 +168,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     ("distributed/shared_memory.py", "nobody waits for the others", "        dist.all_reduce(self._token)", "        pass"),
     ("kernels/products.c", "a tail of pairs is left out", "    if (k < in)\n        pair_step", "    if (k > in)\n        pair_step"),
     (LINEAR, "logits of a frozen head are rounded", "    return arithmetic_of(device_type) != \"narrow\"", "    return False"),
-    (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(mine.dtype)", "x[rows]"),
+    (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(narrowed.dtype)", "x[rows]"),
 ]  # fmt: skip
 
 

@@ -34,16 +34,16 @@ def compiled(*files: Path) -> ctypes.CDLL | str:
     sources = [str(file) for file in files if file.suffix == ".c"]
     everything = b"".join(file.read_bytes() for file in files)
     stamp = hashlib.sha256(everything + " ".join((*command, cpu_facts())).encode()).hexdigest()[:16]
-    made = cache / f"{files[0].stem}-{stamp}.so"
+    library = cache / f"{files[0].stem}-{stamp}.so"
     try:
-        if not made.exists():
+        if not library.exists():
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=cache) as beside:
-                fresh = Path(beside) / made.name
+            with tempfile.TemporaryDirectory(dir=cache) as temporary:
+                fresh = Path(temporary) / library.name
                 command += [*sources, "-o", str(fresh), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-                fresh.replace(made)  # whole or not at all: ranks may compile side by side
-        return ctypes.CDLL(str(made))
+                fresh.replace(library)  # whole or not at all: ranks may compile side by side
+        return ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         return f"{compiler}: {' '.join((error.stderr or 'failed').strip().splitlines()[-1:])}"
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -109,7 +109,7 @@ def attention(
     each [S, E] without gaps.
     """
     (rows, heads, _, width), (keys, values) = q.shape, cache
-    if len({one.stride()[:2] for one in (q, k, v)}) > 1 or q.stride(3) != 1:  # rotated, or normed
+    if len({tensor.stride()[:2] for tensor in (q, k, v)}) > 1 or q.stride(3) != 1:  # rotated, or normed
         q, k, v = torch.cat((q, k, v), dim=1).split((heads, k.shape[1], v.shape[1]), dim=1)
     assert keys.stride() == values.stride()
     assert keys.stride()[2:] == (width, 1)
@@ -149,8 +149,8 @@ class _Gelu(torch.autograd.Function):
 def _gelu(x: Tensor, grad: Tensor | None, y: Tensor) -> Tensor:
     library = _library()
     assert isinstance(library, ctypes.CDLL)
-    places = (ctypes.c_void_p(None if one is None else one.data_ptr()) for one in (x, grad, y))
-    library.gelu_tanh(*places, ctypes.c_int64(x.numel()), KINDS[x.dtype], torch.get_num_threads())
+    pointers = (ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (x, grad, y))
+    library.gelu_tanh(*pointers, ctypes.c_int64(x.numel()), KINDS[x.dtype], torch.get_num_threads())
     return y
 
 

@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens straight from hidden states: logits exist a tile at a time.
 
 Logits of a whole batch, [N, V], are the largest tensor of a language model's step: 0.8 GB for 4,096 tokens of GPT-2.
-Here a tile is made, read and forgotten, and made once more in backward (Wijmans et al. 2024, Cut Your Losses; Hsu et
+Here a tile is computed, read and freed, and computed again in backward (Wijmans et al. 2024, Cut Your Losses; Hsu et
 al. 2024, Liger Kernel), where its memory becomes the gradient. torch's own linear_cross_entropy gives a loss and no
 log-probabilities before 2.13, and is ten times slower on a CPU there.
 """
@@ -48,8 +48,8 @@ class _Chosen(torch.autograd.Function):
             sums, mass = torch.zeros_like(highest), torch.zeros_like(highest)
             for columns in tiles:
                 logits = _logits(pairs, rows, columns, temperature)
-                here, there = _within(targets[rows], columns)
-                chosen[rows] = torch.where(here, logits.gather(1, there)[:, 0], chosen[rows])
+                inside, column = _within(targets[rows], columns)
+                chosen[rows] = torch.where(inside, logits.gather(1, column)[:, 0], chosen[rows])
                 higher = torch.maximum(highest, logits.amax(dim=-1))
                 fall = (highest - higher).clamp_(min=-200.0)  # e^-200 is 0 in fp32, and infinities are not added
                 every = logits.sub_(higher[:, None]).exp_()
@@ -75,13 +75,13 @@ class _Chosen(torch.autograd.Function):
         pairs = list(zip(xs, ctx.weights, strict=True))
         wanted = ctx.needs_input_grad[3:]
         backs = [torch.zeros_like(x, dtype=torch.float32) if wanted[2 * i] else None for i, x in enumerate(xs)]
-        made: list[Tensor | None] = [None] * len(pairs)
+        fresh: list[Tensor | None] = [None] * len(pairs)
         places: list[Tensor | None] = [None] * len(pairs)
         for i, weight in enumerate(ctx.weights):
             if wanted[2 * i + 1]:
                 places[i] = weight.grad
                 if weight.grad is None:
-                    places[i] = made[i] = torch.zeros_like(weight)
+                    places[i] = fresh[i] = torch.zeros_like(weight)
         grad = grad / ctx.temperature
         falling = grad * rest.neg().exp_()
         for rows, tiles in _tiles(len(targets), len(ctx.weights[0])):
@@ -89,18 +89,18 @@ class _Chosen(torch.autograd.Function):
                 # d log p(target) / d logits = onehot(target) - p, in as few passes over the tile as can be
                 logits = _logits(pairs, rows, columns, ctx.temperature)
                 slope = logits.sub_(top[rows, None]).exp_().mul_(-falling[rows, None])
-                here, there = _within(targets[rows], columns)
-                slope.scatter_add_(1, there, torch.where(here, grad[rows], 0.0)[:, None])
+                inside, column = _within(targets[rows], columns)
+                slope.scatter_add_(1, column, torch.where(inside, grad[rows], 0.0)[:, None])
                 for (x, weight), back, place in zip(pairs, backs, places, strict=True):
                     widen = weight.dtype == torch.bfloat16 and slow_in_bf16(x.device.type)
-                    mine = slope if widen else slope.to(weight.dtype)
+                    narrowed = slope if widen else slope.to(weight.dtype)
                     if back is not None:
-                        back[rows] += backward_to_x(mine, weight[columns], widen)
+                        back[rows] += backward_to_x(narrowed, weight[columns], widen)
                     if place is not None:
-                        add_product(place[columns], mine, x[rows].to(mine.dtype), widen)
-                del logits, slope, mine
-        found = [None if back is None else back.to(x.dtype) for x, back in zip(xs, backs, strict=True)]
-        return None, None, None, *[one for pair in zip(found, made, strict=True) for one in pair]
+                        add_product(place[columns], narrowed, x[rows].to(narrowed.dtype), widen)
+                del logits, slope, narrowed
+        x_grads = [None if back is None else back.to(x.dtype) for x, back in zip(xs, backs, strict=True)]
+        return None, None, None, *[grad for pair in zip(x_grads, fresh, strict=True) for grad in pair]
 
 
 def _tiles(count: int, vocabulary: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -111,10 +111,10 @@ def _tiles(count: int, vocabulary: int) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets are among these columns [n], and which of them they are, [n, 1] (any, for the others)."""
-    there = targets - columns.start
+    """Whether each target is among these columns [n], and its column in the tile, [n, 1] (any column if it is not)."""
+    column = targets - columns.start
     width = columns.stop - columns.start
-    return (there >= 0) & (there < width), there.clamp(0, width - 1)[:, None]
+    return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
 
 def _logits(pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, columns: slice, temperature: float) -> Tensor:

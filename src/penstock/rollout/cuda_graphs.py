@@ -55,11 +55,11 @@ class Steps:
         step = partial(self._step, rows, seen)
         if self._inputs.device.type != "cuda":
             return step
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(here)
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):  # once as it is: libraries take their workspaces now
             step()
-        here.wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # One pool of memory for all, for no two run at once. Other threads may read another model's chunks meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

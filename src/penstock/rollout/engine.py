@@ -303,7 +303,7 @@ class Engine:
         return text[: min(ends)] if ends else text
 
     def _leave(self, row: int) -> None:
-        """Frees a row: the last one moves there, so that those that run stay side by side."""
+        """Frees a row: the last row moves into its place, so that running rows stay side by side."""
         last = self._running.pop()
         if row < len(self._running):
             assert self._cache is not None
@@ -335,13 +335,13 @@ class Engine:
         Raises ValueError when the request cannot be answered.
         """
         (answer,) = self.submit(prompt, dataclasses.replace(sampling, n=1), episodes=[episode])
-        told = 0
+        sent = 0
         try:
-            while told < len(answer.response_ids) or self._knows(answer):
-                if told == len(answer.response_ids):
+            while sent < len(answer.response_ids) or self._knows(answer):
+                if sent == len(answer.response_ids):
                     self.step()
-                yield from answer.response_ids[told:]
-                told = len(answer.response_ids)
+                yield from answer.response_ids[sent:]
+                sent = len(answer.response_ids)
             if answer.error:
                 raise ValueError(answer.error)
         finally:
@@ -403,8 +403,8 @@ def generate(
     engine = Engine(decoder, eos_ids=eos_ids, rows=min(batch_size or count, count) or 1, length=longest, swap=swap)
     answers = []
     for i, prompt in enumerate(prompts):
-        mine = slice(i * sampling.n, (i + 1) * sampling.n)
-        answers += engine.submit(prompt, sampling, episodes=(range(count) if episodes is None else episodes)[mine])
+        own = slice(i * sampling.n, (i + 1) * sampling.n)
+        answers += engine.submit(prompt, sampling, episodes=(range(count) if episodes is None else episodes)[own])
     wrong = [answer.error for answer in answers if answer.error]
     if wrong:
         raise ValueError(wrong[0])

@@ -44,7 +44,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts that end an answer; needs a tokenizer."""
     top_logprobs: int = 0
-    """So many of the likeliest tokens are told with each token."""
+    """The number of likeliest tokens that are returned with each token."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -74,7 +74,7 @@ class Sampling:
 
     @functools.cached_property
     def adjusts(self) -> bool:
-        """Whether logits change with what has been said."""
+        """Whether logits change with the response so far."""
         plain = self.repetition_penalty == 1 and not self.presence_penalty and not self.frequency_penalty
         return bool(self.logit_bias) or not plain
 
@@ -87,12 +87,12 @@ def adjust(logits: Tensor, sampling: Sampling, prompt: Sequence[int], response: 
     if not sampling.adjusts:
         return
     if sampling.repetition_penalty != 1:
-        said = torch.tensor(sorted({*prompt, *response}), device=logits.device)
-        old = logits[said]
-        logits[said] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        seen = torch.tensor(sorted({*prompt, *response}), device=logits.device)
+        old = logits[seen]
+        logits[seen] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
     if response and (sampling.presence_penalty or sampling.frequency_penalty):
-        said, counts = torch.tensor(list(response), device=logits.device).unique(return_counts=True)
-        logits[said] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        seen, counts = torch.tensor(list(response), device=logits.device).unique(return_counts=True)
+        logits[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     for token, more in sampling.logit_bias:
         if 0 <= token < len(logits):
             logits[token] += more

@@ -38,12 +38,12 @@ def require(hf: dict[str, Any], **values: Any) -> None:
 
 def rope(hf: dict[str, Any], supported: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """The type of rope scaling and its numbers. transformers 5 writes rope_parameters, before that rope_scaling."""
-    found = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = found.pop("rope_type", found.pop("type", "default"))
-    found.pop("type", None)
+    settings = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = settings.pop("rope_type", settings.pop("type", "default"))
+    settings.pop("type", None)
     if kind not in supported:
         raise ValueError(f"rope scaling {kind!r} is not supported; supported: {', '.join(supported)}")
-    return kind, found
+    return kind, settings
 
 
 assert set(NAMES.values()) == set(ACTIVATIONS)
