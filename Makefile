@@ -31,13 +31,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks throughput
 
 bench-peers: $(STAMP)
-	$(BIN)/python -m benchmarks.peers.run
+	$(BIN)/python -m benchmarks peers
 
 gpu-check: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks gpu
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,22 +1,20 @@
 """AutoChunk on one block: activation peak, seconds, the longest sequence and the largest difference, with and without.
 
-    python -m benchmarks.autochunk                            GPT2-XL, BLOOM-7b1 and Llama-7b blocks, as benchmarks say
-    python -m benchmarks.autochunk --quick                    the same on a thousand tokens, to see that it runs
-    python -m benchmarks.autochunk --frozen                   training through weights that do not learn, timed alone
+    python -m benchmarks autochunk                            GPT2-XL, BLOOM-7b1 and Llama-7b blocks, as benchmarks say
+    python -m benchmarks autochunk --quick                    the same on a thousand tokens, to see that it runs
+    python -m benchmarks autochunk --frozen                   training through weights that do not learn, timed alone
 
 Blocks are transformers' own, fp32, on one row of hidden states. Two ways of use: forward without gradients, and a
 block that is recomputed (forward without gradients; then forward and backward), which is how penstock trains. The peak
 is counted by autochunk.meter, on a GPU by its allocator: every tensor made inside, the output and the input's gradient
-among them: each is as large as one state, `state_bytes`. Times are A B A B, medians. Long sequences that no one here
-can hold are counted on fake tensors.
+among them: each is as large as one state, `state_bytes`. Times are A B A B, medians. Sequences that this machine
+cannot hold are counted on fake tensors.
 """
 
-import argparse
 import contextlib
 import gc
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -24,13 +22,12 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import facts
+from benchmarks import facts, timing
 from penstock.autochunk.api import Slicer
 from penstock.autochunk.execute import in_brief
 from penstock.autochunk.meter import Meter
-from penstock.commands.bench.clock import settle
+from penstock.autochunk.recompute import recomputing
 from penstock.errors import ResourceError
-from penstock.memory.program import recomputing
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-xl": {"kind": "gpt2", "width": 1600, "heads": 25},
@@ -40,6 +37,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 Results = TypeVar("Results")
 CUT = 0.8
 """The cut of the peak that is asked for first; where no plan reaches it, the least that one does is taken."""
+
+
+def attentions(shape: dict[str, Any]) -> tuple[str, ...]:
+    """The attentions that transformers has for this kind of block."""
+    return ("eager",) if shape["kind"] == "bloom" else ("eager", "sdpa")
 
 
 class Layer(nn.Module):
@@ -71,8 +73,8 @@ class Layer(nn.Module):
         self.eager = attention == "eager"
         self.eval()
 
-    def given(self, length: int) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        """What a layer is called with beside the states: made once, and no activation of the layer's own."""
+    def inputs(self, length: int) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        """What a layer is called with except the states: made once, and no activation of the layer's own."""
         if self.kind == "gpt2" and not self.eager:
             return {}
         # [1, 1, 1 or T, T]: transformers' eager attention is causal by a mask alone
@@ -84,9 +86,9 @@ class Layer(nn.Module):
             kwargs["position_embeddings"] = self.rotary(torch.zeros(1, 1, 1), torch.arange(length)[None])
         return kwargs
 
-    def forward(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+    def forward(self, x: Tensor, inputs: dict[str, Any]) -> Tensor:
         """x [1, T, D] -> [1, T, D]."""
-        result = self.layer(x, **given)
+        result = self.layer(x, **inputs)
         return result[0] if isinstance(result, tuple) else result
 
 
@@ -118,53 +120,48 @@ def measure(
         layer = Layer(**{**SHAPES[name], "attention": attention})
         for weight in layer.requires_grad_(not frozen).parameters():
             weight.grad = None if frozen else torch.zeros_like(weight)
-        x, given = torch.randn(1, length, SHAPES[name]["width"]), layer.given(length)
+        x, inputs = torch.randn(1, length, SHAPES[name]["width"]), layer.inputs(length)
         slope = torch.randn_like(x)
-    found: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
-    found |= {"frozen": True} if frozen else {}
+    row: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
+    row |= {"frozen": True} if frozen else {}
 
     def counted(call: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
         layer.zero_grad(set_to_none=frozen)
         results, peak = peak_of(lambda: step(call, x, slope, training), x.device)
         grads = [weight.grad.clone() for weight in layer.parameters() if weight.grad is not None]
-        return results, grads * training, peak
+        return results, grads if training else [], peak
 
     with turn:
-        plain, plain_grads, before = counted(lambda x: layer(x, given))
+        plain, plain_grads, before = counted(lambda x: layer(x, inputs))
     planning = time.perf_counter()
-    slicer = slicer_for(layer, x, given, training, int(before * (1 - CUT)))
+    slicer = slicer_for(layer, x, inputs, training, int(before * (1 - CUT)))
     planned = time.perf_counter() - planning
     with turn:
-        sliced, sliced_grads, after = counted(lambda x: slicer.run(layer, x, given))
+        sliced, sliced_grads, after = counted(lambda x: slicer.run(layer, x, inputs))
     errors = [
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
         for a, b in zip([*plain, *plain_grads], [*sliced, *sliced_grads], strict=True)
     ]
     del plain, plain_grads, sliced, sliced_grads
-    seconds: dict[str, list[float]] = {"plain": [], "sliced": []}
-    ways = {"plain": lambda x: layer(x, given), "sliced": lambda x: slicer.run(layer, x, given)}
+    calls = {
+        "plain": lambda: step(lambda x: layer(x, inputs), x, slope, training),
+        "sliced": lambda: step(lambda x: slicer.run(layer, x, inputs), x, slope, training),
+    }
     with turn:
-        for _ in range(repeats):  # A B A B: what else the machine does meets both
-            for way, call in ways.items():
-                settle(x.device)
-                started = time.perf_counter()
-                step(call, x, slope, training)
-                settle(x.device)
-                seconds[way].append(time.perf_counter() - started)
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
-    found |= {
+        seconds = timing.in_turns(calls, repeats, x.device, warm_ups=0)  # both have run already
+    medians = timing.medians(seconds)
+    return row | {
         "peak_before": before, "peak_after": after, "cut": 1 - after / before,
         "state_bytes": x.nbytes,
         "seconds": medians, "extra_time": medians["sliced"] / medians["plain"] - 1,
-        "ratios": [b / a for a, b in zip(seconds["plain"], seconds["sliced"], strict=True)],
+        "ratios": timing.ratios(seconds, "sliced", "plain"),
         "difference": max(errors), "seconds_to_plan": planned, "seconds_in_all": time.perf_counter() - began,
         "report": [str(report) for report in slicer.reports.values()],
     }  # fmt: skip
-    return found
 
 
 def peak_of(call: Callable[[], Results], device: torch.device) -> tuple[Results, int]:
-    """What it returns, and the most bytes alive meanwhile, beside what was there: by the allocator on a GPU."""
+    """What it returns, and the most bytes that it added: by the allocator on a GPU."""
     if device.type == "cpu":
         with Meter() as meter:
             results = call()
@@ -172,19 +169,19 @@ def peak_of(call: Callable[[], Results], device: torch.device) -> tuple[Results,
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    there = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     results = call()
-    return results, torch.cuda.max_memory_allocated() - there
+    return results, torch.cuda.max_memory_allocated() - before
 
 
-def slicer_for(layer: Layer, x: Tensor, given: Any, training: bool, budget: int) -> Slicer:
+def slicer_for(layer: Layer, x: Tensor, inputs: Any, training: bool, budget: int) -> Slicer:
     """Planned for the budget, or for the least that works."""
     for _ in range(3):
         slicer = Slicer(budget, recomputing=True)
         try:
             for grad in (False, True)[: 1 + training]:
                 with torch.set_grad_enabled(grad):
-                    slicer.plan_for(layer, (x.detach().requires_grad_(grad), given), {})
+                    slicer.plan_for(layer, (x.detach().requires_grad_(grad), inputs), {})
             return slicer
         except ResourceError:
             # 5 % above the least: the very least slices one token at a time, at twenty times the seconds
@@ -193,12 +190,12 @@ def slicer_for(layer: Layer, x: Tensor, given: Any, training: bool, budget: int)
 
 
 def counted_cut(name: str, attention: str, length: int, training: bool) -> dict[str, Any]:
-    """The cut of the peak at a length that no one here can hold: every tensor of the real step, without memory."""
+    """The cut of the peak at a length that this machine cannot hold: every tensor of the real step, without memory."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer = Layer(**{**SHAPES[name], "attention": attention})
         for weight in layer.parameters():
             weight.grad = torch.zeros_like(weight)
-        given = layer.given(length)
+        inputs = layer.inputs(length)
         x, slope = (torch.empty(1, length, SHAPES[name]["width"]) for _ in range(2))
 
         def counted(call: Callable[[Tensor], Tensor]) -> int:
@@ -206,12 +203,13 @@ def counted_cut(name: str, attention: str, length: int, training: bool) -> dict[
                 step(call, x, slope, training)
             return meter.peak
 
-        before = counted(lambda x: layer(x, given))
-        slicer = slicer_for(layer, x, given, training, int(before * (1 - CUT)))
+        before = counted(lambda x: layer(x, inputs))
+        slicer = slicer_for(layer, x, inputs, training, int(before * (1 - CUT)))
         with in_brief():  # every slice holds what the first or the last whole one does
-            after = counted(lambda x: slicer.run(layer, x, given))
-    return {"block": name, "attention": attention, "tokens": length, "training": training, "peak_before": before,
-            "peak_after": after, "cut": 1 - after / before, "report": [str(one) for one in slicer.reports.values()],
+            after = counted(lambda x: slicer.run(layer, x, inputs))
+    return {
+        "block": name, "attention": attention, "tokens": length, "training": training, "peak_before": before,
+        "peak_after": after, "cut": 1 - after / before, "report": [str(report) for report in slicer.reports.values()],
     }  # fmt: skip
 
 
@@ -223,12 +221,12 @@ def longest(name: str, attention: str, training: bool, budget: int) -> dict[str,
         for way in ("plain", "sliced"):
             length = fits = 256
             while length <= 1 << 18:
-                given = layer.given(length)
+                inputs = layer.inputs(length)
                 x = torch.empty(1, length, SHAPES[name]["width"], requires_grad=training)
                 slicer = Slicer(budget if way == "sliced" else 1 << 60, recomputing=True)
                 try:
                     with torch.set_grad_enabled(training):
-                        slicer.plan_for(layer, (x, given), {})
+                        slicer.plan_for(layer, (x, inputs), {})
                 except ResourceError:
                     break
                 if slicer.reports[slicer.latest].after > budget:
@@ -239,9 +237,9 @@ def longest(name: str, attention: str, training: bool, budget: int) -> dict[str,
             "times": reached["sliced"] / reached["plain"]}  # fmt: skip
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    """Writes autochunk_BLOCK.json, row by row: planning for the longest sequences takes minutes."""
+    parser = facts.flags(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="*", default=list(SHAPES))
     parser.add_argument("--sdpa-tokens", type=int, default=8192)
@@ -249,33 +247,30 @@ def main() -> None:
     parser.add_argument("--counted-tokens", type=int, nargs="*", default=[8192, 32768], help="without memory")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed", nargs="+", default=["forward", "training"], help="what is run on real tensors too")
-    parser.add_argument("--frozen", action="store_true", help="weights that do not learn, as beside adapters")
+    parser.add_argument("--frozen", action="store_true", help="weights that do not learn, as under adapters")
     parser.add_argument("--budget", type=int, default=1_000_000_000, help="bytes, for the longest sequence")
-    flags = parser.parse_args()
+    options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    for name in flags.only:
-        found: dict[str, list[dict[str, Any]]] = {"rows": [], "counted": [], "longest": []}
-
-        def add(
-            kind: str, row: dict[str, Any], name: str = name, found: dict[str, list[dict[str, Any]]] = found
-        ) -> None:
-            found[kind].append(row)
-            if not flags.quick:  # row by row: planning for the longest sequences takes minutes
-                facts.write(f"autochunk_{name}{'_frozen' * flags.frozen}", found, "transformers")
-            print(kind, {key: value for key, value in row.items() if key not in ("report", "ratios")}, flush=True)
-
-        for attention in ("eager", "sdpa")[: 1 if SHAPES[name]["kind"] == "bloom" else 2]:
-            tokens = flags.sdpa_tokens if attention == "sdpa" else flags.eager_tokens
-            if flags.frozen:
-                add("rows", measure(name, attention, tokens, True, flags.repeats, frozen=True))
-                continue
-            for training in (False, True):
-                if ("training" if training else "forward") in flags.timed:
-                    add("rows", measure(name, attention, 512 if flags.quick else tokens, training, flags.repeats))
-                add("longest", longest(name, attention, training, flags.budget))
-                for length in flags.counted_tokens:
-                    add("counted", counted_cut(name, attention, 1024 if flags.quick else length, training))
+    for name in options.only:
+        result: dict[str, list[dict[str, Any]]] = {"rows": [], "counted": [], "longest": []}
+        for table, row in rows_of(name, options):
+            result[table].append(row)
+            if not options.quick:
+                facts.write(f"autochunk_{name}{'_frozen' if options.frozen else ''}", result, "transformers")
+            print(table, {key: value for key, value in row.items() if key not in ("report", "ratios")}, flush=True)
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def rows_of(name: str, options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(table, row) of one block, as the flags ask for them."""
+    for attention in attentions(SHAPES[name]):
+        tokens = options.sdpa_tokens if attention == "sdpa" else options.eager_tokens
+        if options.frozen:
+            yield "rows", measure(name, attention, tokens, True, options.repeats, frozen=True)
+            continue
+        for training in (False, True):
+            if ("training" if training else "forward") in options.timed:
+                yield "rows", measure(name, attention, 512 if options.quick else tokens, training, options.repeats)
+            yield "longest", longest(name, attention, training, options.budget)
+            for length in options.counted_tokens:
+                yield "counted", counted_cut(name, attention, 1024 if options.quick else length, training)

@@ -1,12 +1,11 @@
 """What the demo takes and what it learns: `make demo` as a user runs it, then five seeds.
 
-    python -m benchmarks.demo [--seeds 5]
+    python -m benchmarks demo [--seeds 5]
 
 Writes docs/demo.png, and demo.json: wall seconds and peak resident bytes of one demo in its own process, then each
-seed's gold scores, the reward model's held-out accuracy beside the labellers' noise ceiling, and how far each learned.
+seed's gold scores, the reward model's held-out accuracy and the labellers' noise ceiling, and how far each learned.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.facts import ROOT, write
+from benchmarks.facts import ROOT, flags, write
 
 
 def run(out: Path, seeds: int) -> tuple[dict[str, Any], float]:
@@ -34,12 +33,12 @@ def picture(report: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3), dpi=110, layout="constrained")
-    stages, *others = figure.subplots(1, 4)
-    for one in report["seeds"]:
-        golds = [one["base_gold"], one["sft_gold"], one["ppo_gold"]]
+    stages, *curve_axes = figure.subplots(1, 4)
+    for seed in report["seeds"]:
+        golds = [seed["base_gold"], seed["sft_gold"], seed["ppo_gold"]]
         stages.plot(["base", "SFT", "PPO"], golds, color="#1f6f8b", marker="o", markersize=4, linewidth=1, alpha=0.7)
     stages.set_title("hidden gold score, held-out questions", fontsize=9)
-    for axes, title in zip(others, report["curves"][0], strict=True):
+    for axes, title in zip(curve_axes, report["curves"][0], strict=True):
         for curves in report["curves"]:
             for colour, (name, (xs, ys)) in zip(("#1f6f8b", "#d68a3c"), curves[title].items(), strict=False):
                 label = name if curves is report["curves"][0] and len(curves[title]) > 1 else None
@@ -48,46 +47,40 @@ def picture(report: dict[str, Any]) -> None:
             axes.legend(frameon=False, fontsize=8)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("PPO step", fontsize=8)
-    for axes in (stages, *others):
+    for axes in (stages, *curve_axes):
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "docs" / "demo.png")
 
 
-def main() -> None:
-    """Exits with 1 when a seed did not learn what it should."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    """Returns 1 when a seed did not learn what it should."""
+    parser = flags(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    seeds = parser.parse_args().seeds
+    seeds = parser.parse_args(arguments).seeds
     with tempfile.TemporaryDirectory() as directory:
-        _, seconds = run(Path(directory) / "one", 1)
+        _, seconds = run(Path(directory) / "single", 1)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        report, _ = run(Path(directory) / "many", seeds)
+        report, _ = run(Path(directory) / "seeds", seeds)
     verdicts = [
         {
-            "seed": one["seed"],
-            "standard_errors_of_ppo_above_sft": (one["ppo_gold"] - one["sft_gold"]) / one["gold_se"],
-            "accuracy_of_attainable": one["rm_accuracy"] / one["rm_ceiling"],
-            "sft_above_base": one["sft_gold"] - one["base_gold"],
+            "seed": seed["seed"],
+            "standard_errors_of_ppo_above_sft": (seed["ppo_gold"] - seed["sft_gold"]) / seed["gold_se"],
+            "accuracy_of_attainable": seed["rm_accuracy"] / seed["rm_ceiling"],
+            "sft_above_base": seed["sft_gold"] - seed["base_gold"],
         }
-        for one in report["seeds"]
+        for seed in report["seeds"]
     ]
     picture(report)
     del report["curves"]
-    path = write(
-        "demo", {"one_demo": {"seconds": seconds, "peak_rss_bytes": peak}, **report, "verdicts": verdicts},
-        "transformers", "numpy",
-    )  # fmt: skip
+    result = {"one_demo": {"seconds": seconds, "peak_rss_bytes": peak}, **report, "verdicts": verdicts}
+    path = write("demo", result, "transformers", "numpy")
     print(path.read_text(encoding="utf-8"))
     learned = all(
-        one["standard_errors_of_ppo_above_sft"] > 3
-        and one["accuracy_of_attainable"] >= 0.75
-        and one["sft_above_base"] > 0
-        for one in verdicts
+        verdict["standard_errors_of_ppo_above_sft"] > 3
+        and verdict["accuracy_of_attainable"] >= 0.75
+        and verdict["sft_above_base"] > 0
+        for verdict in verdicts
     )
-    sys.exit(not learned)
-
-
-if __name__ == "__main__":
-    main()
+    return int(not learned)

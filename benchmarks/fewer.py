@@ -1,6 +1,6 @@
 """Fewer bytes: four roles on one base, the head in tiles, merged adapters, and how large an OPT can be.
 
-    python -m benchmarks.fewer [head hydra merged opt] [--repeats 5]
+    python -m benchmarks fewer [head hydra merged opt] [--repeats 5]
 
 `head`: log-probabilities of 4 x 1024 tokens of GPT-2's vocabulary, forward and backward, against plain PyTorch: bytes
 and seconds. `hydra`: one PPO iteration of GPT2-m with LoRA, its bytes on every tier against one base, its adapters and
@@ -9,10 +9,8 @@ the largest OPT that takes an AdamW step under one device budget (and, for what 
 PyTorch, streamed, and with LoRA: counted byte by byte on tensors without memory.
 """
 
-import argparse
 import dataclasses
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +18,12 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from benchmarks.engine import in_turns
-from benchmarks.facts import write
-from penstock.algorithms.experience import Roles
-from penstock.algorithms.ppo import PPO
+from benchmarks import timing
+from benchmarks.facts import run_measures
 from penstock.autochunk.meter import Meter
+from penstock.commands.bench.capacity import most_layers
+from penstock.commands.bench.work import Four
 from penstock.commands.dry_run import dry_run
-from penstock.config import OptimFlags, PPOFlags
 from penstock.errors import ResourceError
 from penstock.memory.strategy import Strategy
 from penstock.models import log_probs as heads
@@ -34,7 +31,6 @@ from penstock.models import lora, presets, surgery
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
-from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.models.weight_shapes import count_of
 from penstock.planner.workload import RoleSpec, Setting, Workload
 from penstock.rollout.engine import generate
@@ -43,7 +39,7 @@ from penstock.rollout.sampling import Sampling
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-def head(repeats: int, tokens: int = 4096, vocabulary: int = 50257, width: int = 768) -> dict[str, Any]:
+def head(repeats: int = 5, tokens: int = 4096, vocabulary: int = 50257, width: int = 768) -> dict[str, Any]:
     """Sum of log-probs and its gradients to states and head; peaks are of what is made on the way, gradients of the
     states included."""
     generator = torch.Generator().manual_seed(0)
@@ -57,9 +53,9 @@ def head(repeats: int, tokens: int = 4096, vocabulary: int = 50257, width: int =
 
     def run(way: str) -> tuple[torch.Tensor, ...]:
         states.grad, weight.grad = None, torch.zeros_like(weight)  # a sink keeps room for it
-        found = ways[way]()
-        found.sum().backward()
-        return found.detach(), states.grad, weight.grad
+        log_probs = ways[way]()
+        log_probs.sum().backward()
+        return log_probs.detach(), states.grad, weight.grad
 
     peaks, results = {}, {}
     for way in ways:
@@ -69,88 +65,67 @@ def head(repeats: int, tokens: int = 4096, vocabulary: int = 50257, width: int =
             peaks[way] = meter.peak - weight.nbytes
     gaps = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(results["ours"], results["plain"], strict=True)]
     del results
-    seconds = in_turns({way: lambda way=way: run(way) for way in ways}, repeats)
-    ratios = [a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True)]
+    seconds = timing.in_turns({way: lambda way=way: run(way) for way in ways}, repeats)
     return {
         "peak_bytes": peaks,
         "memory_ratio": peaks["ours"] / peaks["plain"],
         "largest_gaps": dict(zip(("logprobs", "states", "head"), gaps, strict=True)),
         "seconds": seconds,
-        "time_ratio": statistics.median(ratios),
+        "time_ratio": timing.ratio(seconds, "ours", "plain"),
     }
 
 
 # --- four roles on one base -------------------------------------------------------------------------------------------
 
 
-def roles_of(strategy: Strategy, shape: DecoderConfig, rank: int) -> list[Any]:
-    """Actor, reference, critic and reward model as recipes of one random base."""
-
-    def decoder(seed: int | None) -> Decoder:
-        made = Decoder(shape)
-        made.seed = 1
-        if seed is None:
-            return made
-        surgery.add_adapters(made, LoraSpec(rank), seed=seed)
-        return made
-
-    with strategy.init():
-        actor, critic = Actor(decoder(2)), Critic(decoder(3))
-        reference, reward = Actor(decoder(None)), RewardModel(decoder(4))
-    for model in (reference, reward):
-        model.eval().requires_grad_(False)
-    return [actor, reference, critic, reward]
-
-
-def hydra(
-    repeats: int, size: str = "m", rank: int = 16, rows: int = 2, prompt: int = 64, new: int = 64
-) -> dict[str, Any]:
+def hydra(size: str = "m", rank: int = 16, rows: int = 2, prompt: int = 64, new: int = 64) -> dict[str, Any]:
     """One iteration in bf16: all resident, and streamed from the host through a third of the base's bytes."""
-    shape, found = presets.named(size), {}
-    for name, budget in (("naive", None), ("gemini_cpu", f"{count_of(shape, scalar=False) * 2 // 3}")):
-        torch.manual_seed(0)
-        strategy = Strategy.named(name, dtype="bf16", device="cpu", device_memory=budget)
-        models = roles_of(strategy, shape, rank)
-        base = sum(p.numel() for p in models[1].parameters()) * 2
-        adapters = 0
-        for model in models:
-            weights = sum(p.nbytes for n, p in model.named_parameters() if lora.is_adapter(n) or n == "score")
-            adapters += weights * (1 + 5 * any(p.requires_grad for p in model.parameters()))  # states: 10 bytes of 2
-        adapters += (
-            max(sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models) * 2
-        )  # gradients
-        actors, references, critics, rewards = strategy.prepare_all(*models)
-        iteration = PPO(
-            strategy, Roles(actors, references, critics, rewards), OptimFlags(lr=1e-5, micro_batch_size=1),
-            PPOFlags(max_new_tokens=new),
-        )  # fmt: skip
-        prompts = torch.randint(shape.vocab_size, (rows, prompt)).tolist()
-        with Meter() as meter:
-            rollout = iteration.rollout(prompts, range(rows))
-            before = strategy.tiers["host"].bytes_read
-            experience = iteration.score(rollout, [None] * rows, 0.05)
-            moved = strategy.tiers["host"].bytes_read - before
-            iteration.learn(experience, torch.arange(rows))
-        tiers = {tier: one.peak for tier, one in strategy.tiers.items()}
-        total = sum(tiers.values()) + meter.peak
-        found[name] = {
-            "tier_bytes": tiers,
-            "activation_bytes": meter.peak,
-            "one_base_bytes": base,
-            "adapter_bytes": adapters,
-            "ratio": total / (base + adapters + meter.peak),
-            "bytes_moved_by_scoring": moved,
-            "moved_over_base": moved / base,
-        }
-    return found
+    shape = presets.named(size)
+    budget = str(count_of(shape, scalar=False) * 2 // 3)
+    return {
+        strategy: hydra_under(strategy, shape, rank, rows, prompt, new, device_memory)
+        for strategy, device_memory in (("naive", None), ("gemini_cpu", budget))
+    }
+
+
+def hydra_under(
+    name: str, shape: DecoderConfig, rank: int, rows: int, prompt: int, new: int, device_memory: str | None
+) -> dict[str, Any]:
+    """Bytes of one iteration under a strategy."""
+    torch.manual_seed(0)
+    strategy = Strategy.named(name, dtype="bf16", device="cpu", device_memory=device_memory)
+    four = Four(strategy, shape, lora_rank=rank)
+    models = [stream.model for stream in four.streams.values()]
+    base = sum(parameter.numel() for parameter in four.streams["reference"].model.parameters()) * 2
+    trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
+    adapters = max(trained) * 2  # gradients
+    for model, trained_bytes in zip(models, trained, strict=True):
+        weights = sum(p.nbytes for key, p in model.named_parameters() if lora.is_adapter(key) or key == "score")
+        adapters += weights * (6 if trained_bytes else 1)  # states: 10 bytes for every 2
+    moved = {}
+    prompts = torch.randint(shape.vocab_size, (rows, prompt)).tolist()
+    with Meter() as meter:
+        before = 0
+        for phase in four.iteration(prompts, new):
+            moved[phase] = strategy.tiers["host"].bytes_read - before
+            before += moved[phase]
+    tiers = {tier: home.peak for tier, home in strategy.tiers.items()}
+    return {
+        "tier_bytes": tiers,
+        "activation_bytes": meter.peak,
+        "one_base_bytes": base,
+        "adapter_bytes": adapters,
+        "ratio": (sum(tiers.values()) + meter.peak) / (base + adapters + meter.peak),
+        "bytes_moved_by_scoring": moved["score"],
+        "moved_over_base": moved["score"] / base,
+    }
 
 
 # --- merged -----------------------------------------------------------------------------------------------------------
 
 
-def merged(repeats: int, size: str = "s", rows: int = 8, prompt: int = 64, new: int = 64) -> dict[str, Any]:
-    """Greedy generation in bf16 by the base, by an adapter beside it, and by the adapter merged into it."""
-    torch.manual_seed(0)
+def merged(repeats: int = 5, size: str = "s", rows: int = 8, prompt: int = 64, new: int = 64) -> dict[str, Any]:
+    """Greedy generation in bf16 by the base, by a separate adapter ("beside"), and by the adapter merged into it."""
     prompts = torch.randint(50257, (rows, prompt)).tolist()
     models = {name: Decoder(presets.named(size), dtype=torch.bfloat16) for name in ("base", "merged", "beside")}
     for name in ("merged", "beside"):
@@ -161,14 +136,12 @@ def merged(repeats: int, size: str = "s", rows: int = 8, prompt: int = 64, new: 
     surgery.merge_adapters(models["merged"], keep=False)
     sampling = Sampling(temperature=0.0, max_new_tokens=new)
     calls = {name: lambda model=model: generate(model, prompts, sampling, eos_ids=()) for name, model in models.items()}
-    seconds = in_turns(calls, repeats)
+    seconds = timing.in_turns(calls, repeats)
     return {
-        "tokens_per_second": {name: rows * new / statistics.median(some) for name, some in seconds.items()},
-        "merged_over_base": statistics.median(
-            b / m for b, m in zip(seconds["base"], seconds["merged"], strict=True)
-        ),
+        "tokens_per_second": timing.rates(seconds, rows * new),
+        "merged_over_base": timing.ratio(seconds, "base", "merged"),
         "seconds": seconds,
-    }  # fmt: skip
+    }
 
 
 # --- how large an OPT -------------------------------------------------------------------------------------------------
@@ -176,39 +149,35 @@ def merged(repeats: int, size: str = "s", rows: int = 8, prompt: int = 64, new: 
 OPTS = ["125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b"]
 
 
-def opt(
-    repeats: int, device: int = 16 * 10**9, host: int = 128 * 10**9, rows: int = 4, length: int = 512
-) -> dict[str, Any]:
+def opt(device: int = 16 * 10**9, host: int = 128 * 10**9, rows: int = 4, length: int = 512) -> dict[str, Any]:
     """One step of 4 x 512 tokens. Plain: fp32 weights, gradients and AdamW, at any depth of any published width, the
     largest that fits. Ours: the largest published OPT whose dry run fits, bf16 with its exact fp32 master."""
     plain: tuple[int, str] = (0, "none")
     for name in OPTS[:4]:
         shape = presets.named(f"opt-{name}")
-        low, high = 0, 4 * shape.num_layers
-        while low < high:
-            middle = (low + high + 1) // 2
-            if plain_peak(shape, middle, rows, length) <= device:
-                low = middle
-            else:
-                high = middle - 1
-        count = count_of(dataclasses.replace(shape, num_layers=low), scalar=False) if low else 0
-        plain = max(plain, (count, f"opt-{name} with {low} blocks"))
+        try:
+            layers = most_layers(lambda n, s=shape: plain_peak(s, n, rows, length) <= device, 1, 4 * shape.num_layers)
+        except ResourceError:
+            continue
+        count = count_of(dataclasses.replace(shape, num_layers=layers), scalar=False)
+        plain = max(plain, (count, f"opt-{name} with {layers} blocks"))
     ours: dict[str, Any] = {}
+    budgets: Any = {"device": device, "host": host}
     for way, spec in (("streamed", None), ("lora", LoraSpec(16))):
         for name in reversed(OPTS):
             shape = presets.named(f"opt-{name}")
             role = RoleSpec("model", shape, True, False, spec, "base" if spec else None)
             work = Workload("sft", (role,), rows, 1, rows, 1, length - 1, 1)
             try:
-                measured = dry_run(Setting(work, "gemini_cpu", "bf16", budgets={"device": device, "host": host}))
-            except ResourceError as refused:
-                ours.setdefault(f"{way}, refused", []).append(f"opt-{name}: {refused}")
+                peaks = dry_run(Setting(work, "gemini_cpu", "bf16", budgets=budgets))
+            except ResourceError as error:
+                ours.setdefault(f"{way}, refused", []).append(f"opt-{name}: {error}")
                 continue
-            measured.pop("traffic")
-            assert measured["device"] <= device
-            assert measured["host"] <= host
+            peaks.pop("traffic")
+            assert peaks["device"] <= device
+            assert peaks["host"] <= host
             count = count_of(shape, scalar=False)
-            ours[way] = {"model": f"opt-{name}", "parameters": count, "bytes": measured, "ratio": count / plain[0]}
+            ours[way] = {"model": f"opt-{name}", "parameters": count, "bytes": peaks, "ratio": count / plain[0]}
             break
     return {
         "device_budget": device,
@@ -235,18 +204,7 @@ def plain_peak(shape: DecoderConfig, layers: int, rows: int, length: int) -> int
         return meter.peak
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes one result each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    """Writes fewer_NAME.json."""
     measures = {"head": head, "hydra": hydra, "merged": merged, "opt": opt}
-    parser.add_argument("what", nargs="*", default=list(measures))
-    parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args(arguments)
-    for what in given.what:
-        found = measures[what](given.repeats)
-        print(what, {key: value for key, value in found.items() if key != "seconds"})
-        write(f"fewer_{what}", {"threads": torch.get_num_threads(), **found}, "transformers")
-
-
-if __name__ == "__main__":
-    main()
+    return run_measures(arguments, __doc__, measures, "fewer", "transformers")

@@ -1,6 +1,6 @@
 """How cost grows with model size and with sequence length: `penstock bench` for each point, one process each.
 
-    python -m benchmarks.growth [--sizes s m l xl] [--lengths 128 256 512 1024 2048] [--disk DIR] [--strategy NAME]
+    python -m benchmarks growth [--sizes s m l xl] [--lengths 128 256 512 1024 2048] [--disk DIR] [--strategy NAME]
 
 One prompt, answered with --new tokens; bf16. The device budget of each point is the least that its plan can work with
 (within 2 %): with more, slots hold more blocks than they must, and the peak says what was allowed, not needed. Seconds
@@ -12,53 +12,45 @@ import argparse
 import dataclasses
 import json
 import math
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from benchmarks.facts import write
-from penstock.commands.bench.capacity import arguments_of, strategy_of
+from benchmarks.facts import flags, write
+from penstock.commands.bench.capacity import run_apart, strategy_of
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.fit import check, shape_of
 from penstock.errors import ResourceError
 from penstock.models import weight_shapes
 from penstock.planner.workload import config_of
 
+SERIES = {"sizes": "parameters", "lengths": "length", "depths": "layers"}
+"""What each series of points varies."""
 
-def point(size: str, length: int, layers: int | None, asked: argparse.Namespace) -> dict[str, Any]:
+
+def point(size: str, length: int, layers: int | None, options: argparse.Namespace) -> dict[str, Any]:
     """One run: seconds, bytes, and what they may depend on. Raises RuntimeError with its last words when it fails."""
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "found.json"
-        config = BenchConfig(
-            size, asked.strategy, experience_batch_size=1, train_batch_size=1, update_timesteps=1, max_epochs=1,
-            top_k=0, dtype="bf16", prompt_length=length - asked.new, max_length=length, iterations=1, layers=layers,
-            disk=asked.disk or None,
-        )  # fmt: skip
-        budget = least_device_bytes(config) if asked.device_memory == "least" else asked.device_memory
-        flags = arguments_of(dataclasses.replace(config, device_memory=str(budget)))
-        command = [sys.executable, "-m", "penstock", "bench", *flags, "--json", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            raise RuntimeError(f"exit code {done.returncode}: {lines[-1] if lines else 'killed'}")
-        found = json.loads(out.read_text(encoding="utf-8"))
+    config = BenchConfig(
+        size, options.strategy, experience_batch_size=1, train_batch_size=1, update_timesteps=1, max_epochs=1,
+        top_k=0, dtype="bf16", prompt_length=length - options.new, max_length=length, iterations=1, layers=layers,
+        disk=options.disk or None,
+    )  # fmt: skip
+    budget = least_device_bytes(config) if options.device_memory == "least" else options.device_memory
+    result = run_apart(dataclasses.replace(config, device_memory=str(budget)))
+    if isinstance(result, str):
+        raise RuntimeError(result)
     groups = weight_shapes.groups_of(config_of(size, "--sizes"), "bfloat16", trained=True, scalar=False)
-    block = sum(2 * weight.numel for group, weights in groups if group == "blocks.0" for weight in weights)
     return {
         "size": size,
         "length": length,
-        "layers": found["layers"],
-        "parameters": found["parameters"]["actor"],
-        "block_bytes": block,
-        "seconds_per_token": found["seconds_per_iteration"] / length,
-        "seconds_per_iteration": found["seconds_per_iteration"],
-        "phases": {name: one["seconds"] for name, one in found["phases"].items()},
-        "peak_device_bytes": found["peak_device_bytes"],
-        "planned_device_bytes": found["planned"]["device"],
-        "peak_rss_bytes": found["peak_rss_bytes"],
-        "flops": sum(one["flops_per_rank"] for one in found["phases"].values()),
+        "layers": result["layers"],
+        "parameters": result["parameters"]["actor"],
+        "block_bytes": sum(2 * weight.numel for group, weights in groups if group == "blocks.0" for weight in weights),
+        "seconds_per_token": result["seconds_per_iteration"] / length,
+        "seconds_per_iteration": result["seconds_per_iteration"],
+        "phases": {name: phase["seconds"] for name, phase in result["phases"].items()},
+        "peak_device_bytes": result["peak_device_bytes"],
+        "planned_device_bytes": result["planned"]["device"],
+        "peak_rss_bytes": result["peak_rss_bytes"],
+        "flops": sum(phase["flops_per_rank"] for phase in result["phases"].values()),
     }
 
 
@@ -85,7 +77,7 @@ def least_device_bytes(config: BenchConfig) -> int:
 
 def slope(points: list[dict[str, Any]], x: str, y: str) -> float | None:
     """Of the line of least squares through the logarithms of two columns; None for fewer than two points."""
-    pairs = [(math.log(one[x]), math.log(one[y])) for one in points]
+    pairs = [(math.log(point[x]), math.log(point[y])) for point in points]
     if len({a for a, _ in pairs}) < 2:
         return None
     middle_x, middle_y = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
@@ -93,9 +85,21 @@ def slope(points: list[dict[str, Any]], x: str, y: str) -> float | None:
     return above / sum((a - middle_x) ** 2 for a, _ in pairs)
 
 
-def main() -> None:
+def slopes(series: str, points: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What grows with what, over the points that were measured."""
+    measured = [point for point in points if "why_not" not in point]
+    x = SERIES[series]
+    y = "seconds_per_iteration" if series == "lengths" else "seconds_per_token"
+    return {
+        f"{y} by {x}": slope(measured, x, y),
+        f"peak_device_bytes by {x}": slope(measured, x, "peak_device_bytes"),
+        "peak_device_bytes by block_bytes": slope(measured, "block_bytes", "peak_device_bytes"),
+    }
+
+
+def main(arguments: list[str]) -> int:
     """Measures, point by point, and writes after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--sizes", nargs="*", default=["s", "m", "l", "xl"])
     parser.add_argument("--lengths", nargs="*", type=int, default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--depths", nargs="*", type=int, default=[3, 6, 12, 24, 48], help="blocks of the first size")
@@ -104,34 +108,24 @@ def main() -> None:
     parser.add_argument("--disk", default="/tmp/penstock-growth")
     parser.add_argument("--device-memory", default="least", help="of every point, or 2GB, ...")
     parser.add_argument("--name", default="growth", help="of the file in benchmarks/results/")
-    asked = parser.parse_args()
-    first = asked.sizes[0]
-    wanted = {
-        "sizes": [(size, 128, None) for size in asked.sizes],
-        "lengths": [(first, length, None) for length in asked.lengths],
-        "depths": [(first, 128, layers) for layers in asked.depths],
+    options = parser.parse_args(arguments)
+    first = options.sizes[0]
+    runs = {
+        "sizes": [(size, 128, None) for size in options.sizes],
+        "lengths": [(first, length, None) for length in options.lengths],
+        "depths": [(first, 128, layers) for layers in options.depths],
     }
-    found: dict[str, Any] = {
-        "strategy": asked.strategy, "device_memory": asked.device_memory, "new_tokens": asked.new
+    result: dict[str, Any] = {
+        "strategy": options.strategy, "device_memory": options.device_memory, "new_tokens": options.new
     }  # fmt: skip
-    for series, runs in wanted.items():
-        found[series] = []
-        for size, length, layers in runs:
+    for series, settings in runs.items():
+        points = result[series] = []
+        for size, length, layers in settings:
             try:
-                found[series].append(point(size, length, layers, asked))
+                points.append(point(size, length, layers, options))
             except RuntimeError as error:
-                found[series].append({"size": size, "length": length, "layers": layers, "why_not": str(error)})
-            print(json.dumps({series: found[series][-1]}), flush=True)
-            done = [one for one in found[series] if "why_not" not in one]
-            x = {"sizes": "parameters", "lengths": "length", "depths": "layers"}[series]
-            y = "seconds_per_iteration" if series == "lengths" else "seconds_per_token"
-            found[f"slopes_{series}"] = {
-                f"{y} by {x}": slope(done, x, y),
-                f"peak_device_bytes by {x}": slope(done, x, "peak_device_bytes"),
-                "peak_device_bytes by block_bytes": slope(done, "block_bytes", "peak_device_bytes"),
-            }
-            write(asked.name, found)
-
-
-if __name__ == "__main__":
-    main()
+                points.append({"size": size, "length": length, "layers": layers, "why_not": str(error)})
+            print(json.dumps({series: points[-1]}), flush=True)
+            result[f"slopes_{series}"] = slopes(series, points)
+            write(options.name, result)
+    return 0

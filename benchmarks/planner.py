@@ -1,11 +1,10 @@
 """The plan against the engine: predicted and measured peak bytes per tier and bytes moved, over many configurations.
 
-python -m benchmarks.planner           strategies x sizes x batches x processes, on pretended tensors
-python -m benchmarks.planner 175b      the dry runs of 175B on 32 and on 8 processes: seconds, RSS, what fits
-python -m benchmarks.planner one-card  the same of 66B, and of 175B on nf4, with LoRA and four roles on one base
+python -m benchmarks planner           strategies x sizes x batches x processes, on pretended tensors
+python -m benchmarks planner 175b      the dry runs of 175B on 32 and on 8 processes: seconds, RSS, what fits
+python -m benchmarks planner one-card  the same of 66B, and of 175B on nf4, with LoRA and four roles on one base
 """
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.facts import write
+from benchmarks.facts import flags, write
 from penstock.commands.dry_run import dry_run
 from penstock.models.tiling import Arithmetic
 from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of
@@ -39,10 +38,11 @@ def work(size: str, batch: tuple[int, int, int, int]) -> Workload:
     config = dataclasses.replace(config_of(size, "--model"), num_layers=SIZES[size][0], windows=())
     rows, micro, prompt, response = batch
     roles = (
-        RoleSpec("actor", config, trained=True, scalar=False), RoleSpec("critic", config, trained=True, scalar=True),
+        RoleSpec("actor", config, trained=True, scalar=False),
+        RoleSpec("critic", config, trained=True, scalar=True),
         RoleSpec("reference", config, trained=False, scalar=False),
         RoleSpec("reward", config, trained=False, scalar=True),
-    )  # fmt: skip
+    )
     return Workload("ppo", roles, rows, micro, rows, 1, prompt, response)
 
 
@@ -57,7 +57,7 @@ def compare(
     traffic = measured.pop("traffic")
     keys = ("host_read", "host_written", "disk_read", "disk_written")
     moved = {
-        key: (sum(one[key] for one in planned.traffic.values()), sum(one[key] for one in traffic.values()))
+        key: (sum(phase[key] for phase in planned.traffic.values()), sum(phase[key] for phase in traffic.values()))
         for key in keys
     }
     return {
@@ -65,7 +65,7 @@ def compare(
         "arithmetic": arithmetic,
         "predicted": planned.peak, "measured": measured,
         "ratio": {tier: planned.peak[tier] / nbytes for tier, nbytes in measured.items() if nbytes},
-        "moved": moved, "moved_ratio": {key: said / done for key, (said, done) in moved.items() if done},
+        "moved": moved, "moved_ratio": {key: plan / engine for key, (plan, engine) in moved.items() if engine},
     }  # fmt: skip
 
 
@@ -80,8 +80,8 @@ def grid() -> None:
                 tight = SIZES[size][1][1] * 10**6 if strategy in ("gemini_cpu", "gemini_nvme", "gemini_auto") else None
                 for arithmetic in ARITHMETIC if strategy in ON_CPUS and world == 1 else ARITHMETIC[:1]:
                     rows.append(compare(size, batch, strategy, world, tight, arithmetic))
-                    said = ("size", "batch", "strategy", "world", "arithmetic", "ratio")
-                    print(json.dumps({key: rows[-1][key] for key in said}), flush=True)
+                    printed = ("size", "batch", "strategy", "world", "arithmetic", "ratio")
+                    print(json.dumps({key: rows[-1][key] for key in printed}), flush=True)
     ratios = [ratio for row in rows for ratio in row["ratio"].values()]
     moved = [ratio for row in rows for ratio in row["moved_ratio"].values()]
     write(
@@ -107,7 +107,7 @@ ONE_CARD = [
 
 
 def dry_runs(name: str, settings: list[str]) -> None:
-    """The dry run of each: seconds, RSS, what it took beside the plan, and whether it fits."""
+    """The dry run of each: seconds, RSS, its peaks and those of the plan, and whether it fits."""
     rows = []
     for setting in settings:
         command = [sys.executable, "-m", "penstock", "plan", *setting.split(), "--dry-run", "--json"]
@@ -116,8 +116,8 @@ def dry_runs(name: str, settings: list[str]) -> None:
         code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.stdout.flush();"
         code += "sys.stdout.buffer.write(done.stdout)"
         out = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True).stdout
-        rss, _, found = out.partition("\n")
-        result = json.loads(found)
+        rss, _, plan = out.partition("\n")
+        result = json.loads(plan)
         rows.append(
             {
                 "command": " ".join(command[2:]), "wall_seconds": time.perf_counter() - began,
@@ -129,11 +129,13 @@ def dry_runs(name: str, settings: list[str]) -> None:
         write(name, {"rows": rows})  # the next may take long
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["grid", "175b", "one-card"], default="grid")
-    what = parser.parse_args().what
-    if what == "grid":
+def main(arguments: list[str]) -> int:
+    """Measures one of the three."""
+    parser = flags(__doc__)
+    parser.add_argument("measure", nargs="?", choices=["grid", "175b", "one-card"], default="grid")
+    measure = parser.parse_args(arguments).measure
+    if measure == "grid":
         grid()
     else:
-        dry_runs(*{"175b": ("planner_175b", LARGEST), "one-card": ("planner_one_card", ONE_CARD)}[what])
+        dry_runs(*{"175b": ("planner_175b", LARGEST), "one-card": ("planner_one_card", ONE_CARD)}[measure])
+    return 0

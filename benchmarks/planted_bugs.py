@@ -1,41 +1,46 @@
 """Do the tests notice? Plants the classic mistakes of RLHF code, one at a time, and runs the tests on each.
 
-    python -m benchmarks.planted_bugs [--only WORD]
+    python -m benchmarks planted_bugs [--only WORD] [--jobs 2]
 
-Each line of BUGS is one wrong line in a copy of src/ (the tree itself is never touched). A bug is caught when the
-tests of algorithms/, rollout/, memory/ and models/ fail on it; the unchanged copy must pass. The sources of the ideas are the
-war stories of PPO.md (TRL, trlX, DeepSpeed-Chat and the 2023 reference system had several of these in releases).
+Each line of BUGS is one wrong line in a copy of src/ (the tree itself is not touched). A bug is caught when a test of
+DIRECTORIES fails on it; the unchanged copy must pass. A bug meets first the test that caught it last time (results/
+planted_bugs.json), and the others only if that test passes. The ideas are from the war stories of docs/ppo.md (TRL,
+trlX, DeepSpeed-Chat and the 2023 reference system had several of these in releases).
 """
 
-import argparse
+import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.facts import ROOT, write
+from benchmarks.facts import RESULTS, ROOT, flags, write
 
-TESTS = (
-    "test_functional.py", "test_experience.py", "test_planning.py", "test_sft.py", "test_reward.py", "test_ppo.py",
+DIRECTORIES = (
+    "algorithms", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk",
 )  # fmt: skip
+FIRST = (
+    "algorithms/test_functional.py", "algorithms/test_experience.py", "planner/test_planning.py",
+    "algorithms/test_sft.py", "algorithms/test_reward.py", "algorithms/test_ppo.py",
+)  # fmt: skip
+"""The files of tests that run before the others: they are fast and catch most."""
 
 FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
-LINEAR, RECIPE, QUANTISED, EIGHTBIT, PASSES = (
-    "models/linear.py",
-    "models/recipe.py",
-    "models/packed.py",
-    "memory/adamw_8bit.py",
-    "planner/activations.py",
-)
+LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
+EIGHTBIT, PASSES = "memory/adamw_8bit.py", "planner/activations.py"
 STREAM, SINK, ADAM, PLAN = (f"memory/{name}.py" for name in ("stream", "sink", "adamw", "plan"))
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
-BUGS: list[tuple[str, str, str, str]] = [
+Bug = tuple[str, str, str, str]
+BUGS: list[Bug] = [
     # (file, what is wrong, the right line, the wrong line)
     # masks and shifts
     (FN, "mask one token too long", "< lengths[:, None]", "<= lengths[:, None]"),
@@ -161,7 +166,7 @@ BUGS: list[tuple[str, str, str, str]] = [
     (RECIPE, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
     ("models/surgery.py", "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
     (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),
-    (EIGHTBIT, "a first moment's sign is lost", "codes += (blocks < 0)", "found += 0 * (blocks < 0)"),
+    (EIGHTBIT, "a first moment's sign is lost", "codes += (blocks < 0)", "codes += 0 * (blocks < 0)"),
     (PPO, "the value loss is not weighed on a shared trunk", "policy + flags.vf_coef * value", "policy + value"),
     ("distributed/shared_memory.py", "this rank's part is added twice", "total.add_(box[self._rank])", "total.add_(boxes[self._rank][self._rank])"),
     ("distributed/shared_memory.py", "a mailbox has one half", "self._half = 1 - self._half", "self._half = 0"),
@@ -183,8 +188,31 @@ def plant(copy: Path, file: str, right: str, wrong: str) -> None:
     path.write_text(text.replace(right, wrong), encoding="utf-8")
 
 
-def verdict(copy: Path) -> tuple[bool, str]:
-    """Whether the tests fail on the copy, and the first that does. In a fork: torch is imported once for all."""
+def test_files() -> list[str]:
+    """Every file of tests, those of FIRST first."""
+    paths = [f"tests/{path}" for path in FIRST]
+    for directory in DIRECTORIES:
+        paths += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / directory).glob("test_*.py"))]
+    return list(dict.fromkeys(paths))
+
+
+def recorded_tests() -> dict[str, str]:
+    """By bug, the test that caught it last time, where it is now: a test is found again by its name."""
+    result = RESULTS / "planted_bugs.json"
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in test_files()}
+    tests = {}
+    for record in json.loads(result.read_text(encoding="utf-8"))["bugs"] if result.exists() else []:
+        path, _, name = record["by"].partition("::")
+        definition = "def " + re.split(r"\W", name)[0] + "("
+        paths = [path, *texts]
+        path = next((path for path in paths if definition in texts.get(path, "")), None)
+        if path is not None:
+            tests[record["bug"]] = f"{path}::{name}"
+    return tests
+
+
+def run_tests(copy: Path, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit code and output on a copy. In a fork: torch is imported once for all."""
     log = copy / "log.txt"
     child = os.fork()
     if child == 0:
@@ -193,64 +221,92 @@ def verdict(copy: Path) -> tuple[bool, str]:
         os.dup2(handle, 2)
         os.chdir(copy)
         sys.path[:0] = [str(copy / "src"), str(copy)]
+        os.environ["PYTHONPATH"] = str(copy / "src")  # of processes that tests start
         sys.dont_write_bytecode = True
         import pytest
 
-        # The tests beside the file first, then everything that algorithms stand on.
-        where = [*(f"tests/algorithms/{name}" for name in TESTS), "tests/rollout", "tests/memory", "tests/models"]
-        code = pytest.main([*where, "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:timeout"])
+        code = pytest.main([*tests, "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:timeout"])
         import penstock
 
         os._exit(int(code) if str(penstock.__file__).startswith(str(copy)) else 9)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    text = log.read_text(encoding="utf-8", errors="replace")
-    failed = [line.removeprefix("FAILED ").split(" - ")[0] for line in text.splitlines() if line.startswith("FAILED ")]
-    if code not in (0, 1) or (code == 1 and not failed):
-        raise RuntimeError(f"the tests did not run (exit {code}):\n{text[-3000:]}")
-    return code == 1, failed[0] if failed else ""
+    return code, log.read_text(encoding="utf-8", errors="replace")
 
 
-def campaign(pristine: Path, only: str) -> list[dict[str, object]]:
-    """Every bug with what became of it. Raises RuntimeError when the unchanged copy fails."""
-    results: list[dict[str, object]] = []
-    for file, what, right, wrong in [("", "nothing: the control", "", ""), *BUGS]:
-        if only and file and only not in f"{file} {what}":
-            continue
-        with tempfile.TemporaryDirectory() as directory:
-            copy = shutil.copytree(pristine, Path(directory) / "copy")
-            if file:
-                plant(copy, file, right, wrong)
-            caught, by = verdict(copy)
-        if not file and caught:
-            raise RuntimeError(f"the tests fail without any bug: {by}")
-        print(f"{'caught' if caught else 'passed' if not file else 'MISSED':7} {file:26} {what}  {by}", flush=True)
-        if file:
-            results.append({"file": file, "bug": what, "caught": caught, "by": by})
-    return results
+def verdict(copy: Path, recorded: str | None) -> str:
+    """The first test that fails on the copy, "" where all pass. Raises RuntimeError where the tests do not run."""
+    for tests in ([recorded] if recorded else [], test_files()):
+        code, text = run_tests(copy, tests) if tests else (0, "")
+        failed = [line.removeprefix("FAILED ").split(" - ")[0] for line in text.splitlines() if line[:7] == "FAILED "]
+        if code == 1 and failed:
+            return failed[0]
+        if code not in (0, 4, 5) or (code and len(tests) > 1):  # 4, 5: the recorded test is there no more
+            raise RuntimeError(f"the tests did not run (exit {code}):\n{text[-3000:]}")
+    return ""
 
 
-def main() -> None:
-    """Exits with 1 when a bug was missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def start(pristine: Path, directory: Path, bug: Bug, recorded: str | None) -> int:
+    """A process that plants the bug in a copy and writes its verdict; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        copy = shutil.copytree(pristine, directory / "copy")
+        if bug[0]:
+            plant(copy, *(bug[i] for i in (0, 2, 3)))
+        (directory / "verdict").write_text(verdict(copy, recorded), encoding="utf-8")
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def campaign(pristine: Path, bugs: list[Bug], jobs: int) -> Iterator[tuple[Bug, str]]:
+    """Each bug and the test that caught it, `jobs` at a time, as they end. Raises RuntimeError where tests do not run."""
+    waiting, running, recorded = list(bugs), {}, recorded_tests()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            bug = waiting.pop(0)
+            directory = Path(tempfile.mkdtemp())
+            running[start(pristine, directory, bug, recorded.get(bug[1]))] = bug, directory
+        child, status = os.wait()
+        bug, directory = running.pop(child)
+        try:
+            if status:
+                raise RuntimeError(f"{bug[0]}: {bug[1]}: no verdict")
+            yield bug, (directory / "verdict").read_text(encoding="utf-8")
+        finally:
+            shutil.rmtree(directory)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 1 when a bug was missed."""
+    parser = flags(__doc__)
     parser.add_argument("--only", default="", help="a word of the file or of the bug; writes no result")
-    only = parser.parse_args().only
+    parser.add_argument("--jobs", type=int, default=1, help="bugs at a time")
+    options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch  # noqa: F401  (before the forks: seconds each)
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
-    started = time.time()
+    began = time.time()
+    bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}"]
+    control = ("", "nothing: the control", "", "")
+    tests = {}
     with tempfile.TemporaryDirectory() as directory:
         pristine = Path(directory)
         for tree in ("src", "tests"):
             shutil.copytree(ROOT / tree, pristine / tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         shutil.copy(ROOT / "pyproject.toml", pristine)
-        results = campaign(pristine, only)
-    missed = [one for one in results if not one["caught"]]
-    print(f"{len(results) - len(missed)} of {len(results)} planted bugs were caught, {time.time() - started:.0f} s")
-    if not only:
-        write("planted_bugs", {"planted": len(results), "caught": len(results) - len(missed), "bugs": results})
-    sys.exit(bool(missed))
-
-
-if __name__ == "__main__":
-    main()
+        for bug, test in campaign(pristine, [control, *bugs], options.jobs):
+            if bug == control and test:
+                raise RuntimeError(f"the tests fail without any bug: {test}")
+            state = "caught" if test else "passed" if bug == control else "MISSED"
+            print(f"{state:7} {bug[0]:28} {bug[1]}  {test}", flush=True)
+            tests[bug] = test
+    results = [{"file": bug[0], "bug": bug[1], "caught": bool(tests[bug]), "by": tests[bug]} for bug in bugs]
+    caught = sum(record["caught"] for record in results)
+    print(f"{caught} of {len(results)} planted bugs were caught, {time.time() - began:.0f} s")
+    if not options.only:
+        write("planted_bugs", {"planted": len(results), "caught": caught, "bugs": results})
+    return int(caught < len(results))

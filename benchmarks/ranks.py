@@ -1,6 +1,6 @@
-"""Two ranks over gloo against the ideal of this machine: two single-threaded processes that never talk.
+"""Two ranks over gloo against the ideal of this machine: two single-threaded processes that do not communicate.
 
-    python -m benchmarks.ranks [--model m] [--layers N] [--strategies zero2 gemini] [--rounds 3]
+    python -m benchmarks ranks [--model m] [--layers N] [--strategies zero2 gemini] [--rounds 3]
 
 Learning alone: PPO's optimizer steps of actor and critic on a ready-made experience (reference and reward model take no
 part in it and are left out, so that two whole copies fit). Each process has --rows episodes per step, alone or as its
@@ -12,15 +12,16 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.facts import write
+from benchmarks import timing
+from benchmarks.facts import flags, last_words, write
 from penstock.algorithms.experience import Experience, Roles
 from penstock.algorithms.ppo import PPO
 from penstock.commands.bench.work import fill_quickly
@@ -46,26 +47,26 @@ def experience_of(rows: int, prompt: int, new: int, vocabulary: int) -> Experien
     )  # fmt: skip
 
 
-def learn(asked: argparse.Namespace) -> None:
+def learn(options: argparse.Namespace) -> None:
     """One process of a measurement: prints the seconds of each step, the first of which warms up."""
     torch.set_num_threads(1)
-    name = "naive" if asked.side == IDEAL else asked.side
+    name = "naive" if options.side == IDEAL else options.side
     name, _, kept = name.partition(", ")  # "gemini, kept" keeps what is inside blocks while weights move
-    strategy = Strategy.named(name, dtype=asked.dtype, device="cpu", recompute=False if kept else None)
+    strategy = Strategy.named(name, dtype=options.dtype, device="cpu", recompute=False if kept else None)
     world = strategy.world
-    shape = presets.named(asked.model)
-    shape = dataclasses.replace(shape, num_layers=asked.layers or shape.num_layers)
+    shape = presets.named(options.model)
+    shape = dataclasses.replace(shape, num_layers=options.layers or shape.num_layers)
     with strategy.init():
         actor, critic = Actor(Decoder(shape)), Critic(Decoder(shape))
     for model in (actor, critic):
         model.fill = fill_quickly  # type: ignore[method-assign]
     actors, critics = strategy.prepare_all(actor, critic)
-    rows = asked.rows * world.size
-    optim = OptimFlags(lr=1e-6, batch_size=rows, micro_batch_size=asked.rows)
+    rows = options.rows * world.size
+    optim = OptimFlags(lr=1e-6, batch_size=rows, micro_batch_size=options.rows)
     iteration = PPO(strategy, Roles(actors, actors, critics), optim)
-    experience = experience_of(rows, asked.prompt, asked.new, shape.vocab_size)
+    experience = experience_of(rows, options.prompt, options.new, shape.vocab_size)
     seconds = []
-    for _ in range(asked.steps + 1):
+    for _ in range(options.steps + 1):
         began = time.perf_counter()
         iteration.learn(experience, torch.arange(rows))
         seconds.append(time.perf_counter() - began)
@@ -74,37 +75,35 @@ def learn(asked: argparse.Namespace) -> None:
     world.leave()
 
 
-def side(name: str, asked: argparse.Namespace) -> list[float]:
-    """Samples per second of both processes together, step by step. Raises RuntimeError when one fails."""
-    flags = ["--side", name]
+def side(name: str, options: argparse.Namespace) -> list[float]:
+    """Samples per second of both processes together, step by step. Raises RuntimeError when a process fails."""
+    arguments = ["-m", "benchmarks", "ranks", "--side", name]
     for flag in ("model", "layers", "dtype", "rows", "prompt", "new", "steps"):
-        if (value := getattr(asked, flag)) is not None:
-            flags += [f"--{flag}", str(value)]
-    module = ["-m", "benchmarks.ranks", *flags]
+        if (value := getattr(options, flag)) is not None:
+            arguments += [f"--{flag}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if name == IDEAL:
-        commands = [[sys.executable, *module]] * 2
-    else:
-        commands = [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *module]]
-    started = [
-        subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for one in commands
-    ]
-    ended = [(process, *process.communicate()) for process in started]
-    found = []
-    for process, out, err in ended:
+    launch = [] if name == IDEAL else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *launch, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment,
+        )
+        for _ in range(2 if name == IDEAL else 1)
+    ]  # fmt: skip
+    outputs = [process.communicate() for process in processes]
+    seconds = []
+    for process, (out, err) in zip(processes, outputs, strict=True):
         if process.returncode:
-            words = err.strip().splitlines()
-            raise RuntimeError(f"{name}: exit code {process.returncode}: {words[-1] if words else 'killed'}")
-        line = next(one for one in out.splitlines() if one.startswith("seconds "))
-        found.append(json.loads(line.removeprefix("seconds "))[1:])
-    samples = asked.rows * (1 if name == IDEAL else 2)
-    return [sum(samples / one for one in each) for each in zip(*found, strict=True)]
+            raise RuntimeError(f"{name}: {last_words(process.returncode, err)}")
+        line = next(line for line in out.splitlines() if line.startswith("seconds "))
+        seconds.append(json.loads(line.removeprefix("seconds "))[1:])
+    samples = options.rows * (1 if name == IDEAL else 2)
+    return [sum(samples / spent for spent in step) for step in zip(*seconds, strict=True)]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     """Measures in turns and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--model", default="m")
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
@@ -116,25 +115,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--name", default="ranks", help="of the file in benchmarks/results/")
-    asked = parser.parse_args()
-    if asked.side:
-        learn(asked)
-        return
-    rates: dict[str, list[float]] = {name: [] for name in (IDEAL, *asked.strategies)}
-    for _ in range(asked.rounds):
-        for name, found in rates.items():
-            found += side(name, asked)
-            print(name, found, flush=True)
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    options = parser.parse_args(arguments)
+    if options.side:
+        learn(options)
+        return 0
+    sides = {name: partial(side, name, options) for name in (IDEAL, *options.strategies)}
+    rounds = timing.alternate(sides, options.rounds)
+    rates = {name: [rate for steps in results for rate in steps] for name, results in rounds.items()}
+    medians = timing.medians(rates)
     result: dict[str, Any] = {
-        "settings": {key: value for key, value in vars(asked).items() if key not in ("side", "name")},
+        "settings": {key: value for key, value in vars(options).items() if key not in ("side", "name")},
         "samples_per_second": medians,
         "samples_per_second_each": rates,
-        "share_of_ideal": {name: medians[name] / medians[IDEAL] for name in asked.strategies},
+        "share_of_ideal": {name: medians[name] / medians[IDEAL] for name in options.strategies},
     }
     print(json.dumps(result["share_of_ideal"]))
-    write(asked.name, result)
-
-
-if __name__ == "__main__":
-    main()
+    write(options.name, result)
+    return 0

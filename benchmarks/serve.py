@@ -1,15 +1,14 @@
 """The chat service measured from outside: the real command in a process of its own, real sockets, a small model.
 
-    python -m benchmarks.serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
-    python -m benchmarks.serve disconnects   1,000 clients that leave at random moments
-    python -m benchmarks.serve drain         SIGTERM with 32 live streams
-    python -m benchmarks.serve fuzz          5,000 requests made from the OpenAPI document
-    python -m benchmarks.serve clients       the same cases with three generations of the openai client
+    python -m benchmarks serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
+    python -m benchmarks serve disconnects   1,000 clients that leave at random moments
+    python -m benchmarks serve drain         SIGTERM with 32 live streams
+    python -m benchmarks serve fuzz          5,000 requests made from the OpenAPI document
+    python -m benchmarks serve clients       the same cases with three generations of the openai client
 
 Each writes benchmarks/results/serve_NAME.json.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -17,7 +16,6 @@ import os
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import facts
+from benchmarks import facts, timing
 
 KEY = "a key for measurements"
 ROWS, QUEUE, NEW_TOKENS = 32, 128, 64
@@ -74,9 +72,9 @@ class Server:
     def rss_gb(self) -> float:
         """Resident memory now, in GB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        found = re.search(r"VmRSS:\s+(\d+)", status)
-        assert found
-        return int(found[1]) * 1024 / 1e9
+        match = re.search(r"VmRSS:\s+(\d+)", status)
+        assert match
+        return int(match[1]) * 1024 / 1e9
 
 
 @contextlib.contextmanager
@@ -107,7 +105,7 @@ def serving(directory: Path, model: str, *more: str) -> Iterator[Server]:
 
 @dataclass
 class Stream:
-    """What one streamed request saw. Times in seconds."""
+    """What a streamed request saw. Times in seconds."""
 
     status: int = 0
     head: float = 0.0
@@ -130,14 +128,14 @@ def request_bytes(body: dict[str, Any], path: str = "/v1/chat/completions") -> b
 
 def chat_body(seed: int, **more: Any) -> dict[str, Any]:
     """A streamed chat request with a prompt of its own."""
-    said = [{"role": "user", "content": f"What is penstock number {seed}?"}]
+    messages = [{"role": "user", "content": f"What is penstock number {seed}?"}]
     usage = {"stream": True, "stream_options": {"include_usage": True}}
-    return {"model": "small", "messages": said, "max_tokens": NEW_TOKENS, "seed": seed, **usage, **more}
+    return {"model": "small", "messages": messages, "max_tokens": NEW_TOKENS, "seed": seed, **usage, **more}
 
 
 async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream], bool] | None = None) -> Stream:
     """Sends one request on a connection of its own and reads its events as they come; `leave` may hang up."""
-    seen = Stream()
+    stream = Stream()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = last = time.perf_counter()
     writer.write(request_bytes(body))
@@ -146,28 +144,28 @@ async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream],
         while chunk := await reader.read(65536):
             now = time.perf_counter()
             data += chunk
-            if not seen.status:
-                seen.status, seen.head = int(data[9:12]), now - started
-            if seen.status != 200:
+            if not stream.status:
+                stream.status, stream.head = int(data[9:12]), now - started
+            if stream.status != 200:
                 break
             if chunk.count(b'"content": "') > chunk.count(b'"role"') or b'"finish_reason": "' in chunk:
-                if seen.first:
-                    seen.gaps.append(now - last)
+                if stream.first:
+                    stream.gaps.append(now - last)
                 else:
-                    seen.first = now - started
+                    stream.first = now - started
                 last = now
             if b"data: [DONE]" in chunk:
                 break
-            if leave is not None and leave(seen):
+            if leave is not None and leave(stream):
                 break
     except ConnectionError:
         pass
     finally:
         writer.close()
-    if found := re.search(rb'"completion_tokens": (\d+)', data):
-        seen.tokens = int(found[1])
-    seen.ended = "done" if b"[DONE]" in data else "error event" if b'data: {"error"' in data else "cut"
-    return seen
+    if match := re.search(rb'"completion_tokens": (\d+)', data):
+        stream.tokens = int(match[1])
+    stream.ended = "done" if b"[DONE]" in data else "error event" if b'data: {"error"' in data else "cut"
+    return stream
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -188,7 +186,7 @@ def engine_rate(model: str, seconds: float, *, staggered: bool) -> float:
     """Tokens/s of the engine alone, with 32 rows always full, on one thread: what the service is measured against.
 
     Left alone all rows begin and end together, so their prompts are read in one batch. `staggered`: they begin with
-    answers of 1 to 64 tokens, so that afterwards one prompt at a time is read, as for clients that come when they like.
+    answers of 1 to 64 tokens, so that afterwards one prompt at a time is read, as for clients that come at any time.
     """
     import torch
 
@@ -212,112 +210,115 @@ def engine_rate(model: str, seconds: float, *, staggered: bool) -> float:
     return made / spent
 
 
-def share(some: list[float], whole: list[float]) -> float:
-    """The median of the pairs' ratios."""
-    return round(statistics.median(a / b for a, b in zip(some, whole, strict=True)), 3)
-
-
 async def closed_loop(port: int, count: int, seconds: float) -> tuple[list[Stream], float]:
     """`count` clients, each asking again as soon as it was answered. What they saw, and the seconds it took."""
-    seen: list[Stream] = []
+    streams: list[Stream] = []
     started = time.perf_counter()
 
     async def client(number: int) -> None:
         turn = 0
         while time.perf_counter() - started < seconds:
-            seen.append(await stream_once(port, chat_body(number * 10_000 + turn)))
+            streams.append(await stream_once(port, chat_body(number * 10_000 + turn)))
             turn += 1
 
     await asyncio.gather(*(client(number) for number in range(count)))
-    return seen, time.perf_counter() - started
+    return streams, time.perf_counter() - started
 
 
-def row_of(seen: list[Stream], spent: float, server: Server, count: int) -> dict[str, Any]:
-    """One line of the table."""
-    gaps = [gap for one in seen for gap in one.gaps]
+def row_of(streams: list[Stream], spent: float, server: Server, count: int) -> dict[str, Any]:
+    """A row of the table."""
+    gaps = [gap for stream in streams for gap in stream.gaps]
     return {
-        "streams": count, "requests": len(seen), "errors": sum(one.ended != "done" for one in seen),
-        "first_token_ms_p50": milliseconds([one.first for one in seen], 0.5),
-        "first_token_ms_p99": milliseconds([one.first for one in seen], 0.99),
+        "streams": count, "requests": len(streams), "errors": sum(stream.ended != "done" for stream in streams),
+        "first_token_ms_p50": milliseconds([stream.first for stream in streams], 0.5),
+        "first_token_ms_p99": milliseconds([stream.first for stream in streams], 0.99),
         "gap_ms_p50": milliseconds(gaps, 0.5), "gap_ms_p99": milliseconds(gaps, 0.99),
-        "tokens_per_second": round(sum(one.tokens for one in seen) / spent, 1), "rss_gb": round(server.rss_gb(), 3),
+        "tokens_per_second": round(sum(stream.tokens for stream in streams) / spent, 1),
+        "rss_gb": round(server.rss_gb(), 3),
     }  # fmt: skip
 
 
 async def overload(port: int, seconds: float) -> tuple[list[Stream], list[Stream]]:
-    """Rows and queue are filled by clients that stay; others knock every 20 ms. (accepted, turned away)."""
+    """Clients that ask again and again fill rows and queue; a new one comes every 20 ms. (accepted, refused)."""
     stop = time.perf_counter() + seconds
     accepted: list[Stream] = []
     refused: list[Stream] = []
 
-    async def stays(number: int) -> None:
+    async def resident(number: int) -> None:
         turn = 0
         while time.perf_counter() < stop:
-            one = await stream_once(port, chat_body(number * 10_000 + turn))
-            (accepted if one.status == 200 else refused).append(one)
-            if one.status != 200:
+            stream = await stream_once(port, chat_body(number * 10_000 + turn))
+            (accepted if stream.status == 200 else refused).append(stream)
+            if stream.status != 200:
                 await asyncio.sleep(0.2)
             turn += 1
 
-    async def knocks() -> None:
+    async def visitors() -> None:
         number = 0
         await asyncio.sleep(1.0)
         while time.perf_counter() < stop:
-            one = await stream_once(port, chat_body(90_000_000 + number))
-            (accepted if one.status == 200 else refused).append(one)
+            stream = await stream_once(port, chat_body(90_000_000 + number))
+            (accepted if stream.status == 200 else refused).append(stream)
             number += 1
             await asyncio.sleep(0.02)
 
-    await asyncio.gather(*(stays(number) for number in range(ROWS + QUEUE)), knocks())
+    await asyncio.gather(*(resident(number) for number in range(ROWS + QUEUE)), visitors())
     return accepted, refused
 
 
-def load(seconds: float) -> dict[str, Any]:
-    """The table, and what overload does."""
-    with tempfile.TemporaryDirectory() as place:
-        directory = Path(place)
+def load(seconds: float = 20.0) -> dict[str, Any]:
+    """The table, `seconds` per row, and what overload does."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
         model = small_model(directory)
-        rates: dict[str, list[float]] = {"engine": [], "engine_staggered": [], "served": []}
         table = []
         with serving(directory, model, "--rows", str(ROWS), "--queue", str(QUEUE), "--threads", "1") as server:
             asyncio.run(closed_loop(server.port, 8, 2.0))  # warm
             for count in STREAMS:
-                seen, spent = asyncio.run(closed_loop(server.port, count, seconds))
-                table.append(row_of(seen, spent, server, count))
+                table.append(row_of(*asyncio.run(closed_loop(server.port, count, seconds)), server, count))
                 print(table[-1], flush=True)
-            for _ in range(PAIRS):  # A B A B: what else the machine does meets both
-                os.kill(server.process.pid, signal.SIGSTOP)
-                for name, staggered in (("engine", False), ("engine_staggered", True)):
-                    rates[name].append(round(engine_rate(model, seconds / 4, staggered=staggered), 1))
-                os.kill(server.process.pid, signal.SIGCONT)
-                seen, spent = asyncio.run(closed_loop(server.port, ROWS, seconds / 4))
-                rates["served"].append(row_of(seen, spent, server, ROWS)["tokens_per_second"])
+            rates = rates_in_turns(server, model, seconds / 4)
             full, _ = asyncio.run(closed_loop(server.port, ROWS + QUEUE, seconds))
             accepted, refused = asyncio.run(overload(server.port, seconds))
-        calm = [gap for one in full for gap in one.gaps]
-        busy = [gap for one in accepted for gap in one.gaps]
-        return {
-            "model": "gpt2, 4 layers of 128, 1M weights, fp32, random", "rows": ROWS, "queue": QUEUE,
-            "new_tokens": NEW_TOKENS, "table": table,
-            "tokens_per_second_at_32": rates,
-            "share_of_the_engine": share(rates["served"], rates["engine"]),
-            "share_of_the_engine_staggered": share(rates["served"], rates["engine_staggered"]),
-            "overload": {
-                "accepted": len(accepted), "accepted_errors": sum(one.ended != "done" for one in accepted),
-                "refused": len(refused), "refused_statuses": sorted({one.status for one in refused}),
-                "refused_ms_p50": milliseconds([one.head for one in refused], 0.5),
-                "refused_ms_p99": milliseconds([one.head for one in refused], 0.99),
-                "gap_ms_p99_full": milliseconds(calm, 0.99), "gap_ms_p99_overloaded": milliseconds(busy, 0.99),
-                "first_token_ms_p99_full": milliseconds([one.first for one in full], 0.99),
-                "first_token_ms_p99_overloaded": milliseconds([one.first for one in accepted], 0.99),
-            },
-        }  # fmt: skip
+    return {
+        "model": "gpt2, 4 layers of 128, 1M weights, fp32, random", "rows": ROWS, "queue": QUEUE,
+        "new_tokens": NEW_TOKENS, "table": table,
+        "tokens_per_second_at_32": rates,
+        "share_of_the_engine": round(timing.ratio(rates, "served", "engine"), 3),
+        "share_of_the_engine_staggered": round(timing.ratio(rates, "served", "engine_staggered"), 3),
+        "overload": {
+            "accepted": len(accepted), "accepted_errors": sum(stream.ended != "done" for stream in accepted),
+            "refused": len(refused), "refused_statuses": sorted({stream.status for stream in refused}),
+            "refused_ms_p50": milliseconds([stream.head for stream in refused], 0.5),
+            "refused_ms_p99": milliseconds([stream.head for stream in refused], 0.99),
+            "gap_ms_p99_full": milliseconds([gap for stream in full for gap in stream.gaps], 0.99),
+            "gap_ms_p99_overloaded": milliseconds([gap for stream in accepted for gap in stream.gaps], 0.99),
+            "first_token_ms_p99_full": milliseconds([stream.first for stream in full], 0.99),
+            "first_token_ms_p99_overloaded": milliseconds([stream.first for stream in accepted], 0.99),
+        },
+    }  # fmt: skip
+
+
+def rates_in_turns(server: Server, model: str, seconds: float) -> dict[str, list[float]]:
+    """Tokens/s of the engine alone, all prompts at once and staggered, and of the server with 32 clients, in turns."""
+
+    def alone(staggered: bool) -> float:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        rate = round(engine_rate(model, seconds, staggered=staggered), 1)
+        os.kill(server.process.pid, signal.SIGCONT)
+        return rate
+
+    def served() -> float:
+        return row_of(*asyncio.run(closed_loop(server.port, ROWS, seconds)), server, ROWS)["tokens_per_second"]
+
+    calls = {"engine": lambda: alone(False), "engine_staggered": lambda: alone(True), "served": served}
+    return timing.alternate(calls, PAIRS)
 
 
 # --- disconnects and draining -----------------------------------------------------------------------------------------
 
 
-def disconnects(count: int) -> dict[str, Any]:
+def disconnects(clients: int = 1000) -> dict[str, Any]:
     """Clients that leave at random moments, streamed and not; then nothing may be left running."""
     rng = random.Random(0)
 
@@ -338,11 +339,11 @@ def disconnects(count: int) -> dict[str, Any]:
     async def crowd(port: int) -> list[str]:
         gate = asyncio.Semaphore(64)
 
-        async def one(number: int) -> str:
+        async def client(number: int) -> str:
             async with gate:
                 return await leave_soon(port, number)
 
-        return await asyncio.gather(*(one(number) for number in range(count)))
+        return await asyncio.gather(*(client(number) for number in range(clients)))
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -354,19 +355,19 @@ def disconnects(count: int) -> dict[str, Any]:
             idle = time.perf_counter() - waited
             after = asyncio.run(stream_once(server.port, chat_body(1)))
             return {
-                "clients": count, "left": ends.count("left"),
+                "clients": clients, "left": ends.count("left"),
                 "outstanding_after": now["penstock_serve_outstanding_answers"],
                 "rows_used_after": now["penstock_serve_rows_used"], "seconds_until_idle": round(idle, 3),
                 "next_request": after.ended,
             }  # fmt: skip
 
 
-def drain(count: int) -> dict[str, Any]:
+def drain(streams: int = 32) -> dict[str, Any]:
     """SIGTERM while streams run: each must end by itself or with an error event, and the exit code be 0."""
 
     async def crowd(server: Server) -> list[Stream]:
-        tasks = [asyncio.create_task(stream_once(server.port, chat_body(i, max_tokens=200))) for i in range(count)]
-        while server.metrics()["penstock_serve_answer_tokens_total"] < count * 4:
+        tasks = [asyncio.create_task(stream_once(server.port, chat_body(i, max_tokens=200))) for i in range(streams)]
+        while server.metrics()["penstock_serve_answer_tokens_total"] < streams * 4:
             await asyncio.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         return await asyncio.gather(*tasks)
@@ -374,13 +375,13 @@ def drain(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         with serving(directory, small_model(directory)) as server:
-            seen = asyncio.run(crowd(server))
+            ended = asyncio.run(crowd(server))
             code = server.process.wait(60)
-    ends = [one.ended for one in seen]
-    return {"streams": count, "exit_code": code, "ends": {end: ends.count(end) for end in sorted(set(ends))}}
+    ends = [stream.ended for stream in ended]
+    return {"streams": streams, "exit_code": code, "ends": {end: ends.count(end) for end in sorted(set(ends))}}
 
 
-# --- requests from the document, and other people's clients -----------------------------------------------------------
+# --- requests from the document, and openai's clients -----------------------------------------------------------
 
 SEED = 20221205
 CHECKS = (
@@ -403,13 +404,13 @@ def answers_by_status(server: Server) -> Counter[str]:
     """Requests that the server has answered so far, as its own metrics have it."""
     counts: Counter[str] = Counter()
     for label, count in server.metrics().items():
-        if found := re.fullmatch(r'penstock_serve_requests_total\{.*status="(\d+)"\}', label):
-            counts[found[1]] += int(count)
+        if match := re.fullmatch(r'penstock_serve_requests_total\{.*status="(\d+)"\}', label):
+            counts[match[1]] += int(count)
     return counts
 
 
-def fuzz(examples: int) -> dict[str, Any]:
-    """The campaign, with a fixed seed. 5xx counts every answer from 500 on, whatever schemathesis thinks of it."""
+def fuzz(examples: int = 300) -> dict[str, Any]:
+    """`examples` requests per operation and phase, with a fixed seed. 5xx counts every answer from 500 on."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         # Short answers: what is tried here is the requests.
@@ -429,43 +430,32 @@ def fuzz(examples: int) -> dict[str, Any]:
 def clients() -> dict[str, Any]:
     """The forty cases with the last openai 1.x, the last 2.x and the newest, each in an environment of its own."""
     cases = facts.ROOT / "tests" / "serve" / "openai_cases.py"
-    seen: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = f"tiny={small_model(directory)}"
         with serving(directory, model, "--threads", "1") as server:
             for wanted in ("openai<2", "openai<3", "openai"):
-                place = directory / f"client{len(seen)}"
-                subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-                python = str(place / "bin" / "python")
+                environment = directory / f"client{len(versions)}"
+                subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+                python = str(environment / "bin" / "python")
                 subprocess.run([python, "-m", "pip", "install", "-q", wanted], check=True)
                 command = [python, str(cases), server.address, KEY]
-                told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                results = told["results"]
-                failed = {case: said for case, said in results.items() if said != "passed"}
-                seen[told["openai"]] = {"cases": len(results), "passed": len(results) - len(failed), "failed": failed}
-                print(told["openai"], seen[told["openai"]], flush=True)
-    return {"clients": seen}
+                report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                results = report["results"]
+                failed = {case: outcome for case, outcome in results.items() if outcome != "passed"}
+                versions[report["openai"]] = {
+                    "cases": len(results),
+                    "passed": len(results) - len(failed),
+                    "failed": failed,
+                }
+                print(report["openai"], versions[report["openai"]], flush=True)
+    return {"clients": versions}
 
 
-def main() -> None:
-    """One measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "disconnects", "drain", "fuzz", "clients"])
-    parser.add_argument("--seconds", type=float, default=20.0, help="per line of the table")
-    parser.add_argument("--examples", type=int, default=300, help="requests that fuzz makes per operation and phase")
-    given = parser.parse_args()
-    run: dict[str, Callable[[], dict[str, Any]]] = {
-        "load": lambda: load(given.seconds),
-        "disconnects": lambda: disconnects(1000),
-        "drain": lambda: drain(32),
-        "fuzz": lambda: fuzz(given.examples),
-        "clients": clients,
-    }
-    measured = run[given.what]()
-    print(json.dumps(measured, indent=1))
-    print(facts.write(f"serve_{given.what}", measured, "fastapi", "uvicorn"))
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: list[str]) -> int:
+    """Writes serve_NAME.json."""
+    measures: dict[str, Callable[..., dict]] = {
+        "load": load, "disconnects": disconnects, "drain": drain, "fuzz": fuzz, "clients": clients
+    }  # fmt: skip
+    return facts.run_measures(arguments, __doc__, measures, "serve", "fastapi", "uvicorn")

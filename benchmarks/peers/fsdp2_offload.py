@@ -13,7 +13,7 @@ from turns import Turns, flags
 
 def main() -> None:
     """One side of a race."""
-    asked = flags(__doc__ or "")
+    options = flags(__doc__ or "")
     turns = Turns()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -21,18 +21,18 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(gpt2(torch.float32, **shape_of(asked))).train()
+    model = transformers.GPT2LMHeadModel(gpt2(torch.float32, **shape_of(options))).train()
     mesh = init_device_mesh(device, (1,))
-    how = {
+    settings = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[asked.dtype], reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[options.dtype], reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda"),
     }
     for block in model.transformer.h:
-        fully_shard(block, **how)
-    fully_shard(model, **how)
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
-    tokens = torch.randint(1, asked.vocab, (asked.rows, asked.prompt + asked.new)).to(device)
+    tokens = torch.randint(1, options.vocab, (options.rows, options.prompt + options.new)).to(device)
 
     def step() -> None:
         model(tokens, labels=tokens, use_cache=False).loss.backward()

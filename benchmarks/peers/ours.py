@@ -46,27 +46,27 @@ def ppo(strategy: Strategy, shape: DecoderConfig, rows: int) -> Callable[[torch.
 
 def main() -> None:
     """One side of a race."""
-    from turns import Turns, flags  # beside this script
+    from turns import Turns, flags  # of this folder
 
-    asked = flags(
+    options = flags(
         __doc__ or "", work=["ppo", "sft", "lora"], strategy=["ddp", "ddp_8bit", "zero2_cpu", "gemini_cpu"],
         recompute=["no", "yes"],
     )  # fmt: skip
     turns = Turns()
     torch.manual_seed(0)
-    heads = max(asked.width // 64, 1)
+    heads = max(options.width // 64, 1)
     shape = dataclasses.replace(
-        presets.named("s"), num_layers=asked.layers, d_model=asked.width, d_ff=4 * asked.width, num_heads=heads,
-        num_kv_heads=heads, head_dim=asked.width // heads, vocab_size=asked.vocab,
+        presets.named("s"), num_layers=options.layers, d_model=options.width, d_ff=4 * options.width, num_heads=heads,
+        num_kv_heads=heads, head_dim=options.width // heads, vocab_size=options.vocab,
     )  # fmt: skip
-    strategy = Strategy.named(asked.strategy, dtype=asked.dtype, recompute=asked.recompute == "yes" or None)
-    if asked.work == "ppo":
-        prompts = torch.randint(1, asked.vocab, (asked.rows, asked.prompt))
-        iterate = ppo(strategy, shape, asked.rows)
-        turns.take(lambda: iterate(prompts, asked.new))
+    strategy = Strategy.named(options.strategy, dtype=options.dtype, recompute=options.recompute == "yes" or None)
+    if options.work == "ppo":
+        prompts = torch.randint(1, options.vocab, (options.rows, options.prompt))
+        iterate = ppo(strategy, shape, options.rows)
+        turns.take(lambda: iterate(prompts, options.new))
     else:
-        tokens = torch.randint(1, asked.vocab, (asked.rows, asked.prompt + asked.new))
-        step = sft(strategy, shape, asked.rank if asked.work == "lora" else 0)
+        tokens = torch.randint(1, options.vocab, (options.rows, options.prompt + options.new))
+        step = sft(strategy, shape, options.rank if options.work == "lora" else 0)
         turns.take(lambda: step(tokens.to(strategy.world.device)))
 
 

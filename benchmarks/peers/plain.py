@@ -76,8 +76,8 @@ class PPO:
         self.reference = token(gpt2(dtype, **shape)).to(dtype).eval().requires_grad_(False)
         self.critic = number(scalar(dtype, **shape)).to(dtype)
         self.reward = number(scalar(dtype, **shape)).to(dtype).eval().requires_grad_(False)
-        how = {"master": kind == "fair" and dtype != torch.float32, "published": kind == "published"}
-        self.optimizers = Optimizer(self.actor, **how), Optimizer(self.critic, **how)
+        settings = {"master": kind == "fair" and dtype != torch.float32, "published": kind == "published"}
+        self.optimizers = Optimizer(self.actor, **settings), Optimizer(self.critic, **settings)
 
     def step(self, prompts: Tensor, new_tokens: int) -> dict[str, float]:
         """prompts: [B, P] int64; every response has `new_tokens` tokens."""
@@ -120,20 +120,20 @@ def logprobs(model: nn.Module, tokens: Tensor, width: int) -> Tensor:
 
 def main() -> None:
     """One side of a race."""
-    from turns import Turns, flags  # beside this script
+    from turns import Turns, flags  # of this folder
 
-    asked = flags(__doc__ or "", kind=["published", "fair", "usual"])
+    options = flags(__doc__ or "", kind=["published", "fair", "usual"])
     turns = Turns()
     torch.manual_seed(0)
-    shape = shape_of(asked)
-    peer = PPO(DTYPES[asked.dtype], asked.kind, **shape)
-    prompts = torch.randint(1, asked.vocab, (asked.rows, asked.prompt))
-    turns.take(lambda: peer.step(prompts, asked.new))
+    shape = shape_of(options)
+    peer = PPO(DTYPES[options.dtype], options.kind, **shape)
+    prompts = torch.randint(1, options.vocab, (options.rows, options.prompt))
+    turns.take(lambda: peer.step(prompts, options.new))
 
 
-def shape_of(asked: object) -> dict[str, int]:
+def shape_of(options: object) -> dict[str, int]:
     """GPT2Config's names for the flags."""
-    given = vars(asked)
+    given = vars(options)
     heads = max(given["width"] // 64, 1)
     return {"n_layer": given["layers"], "n_embd": given["width"], "n_head": heads, "vocab_size": given["vocab"]}
 

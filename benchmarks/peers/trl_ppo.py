@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, models
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from turns import Turns, flags
 
-MANY = 10_000
-"""Steps that the trainer is told it will take; the race ends before."""
+STEPS = 10_000
+"""Steps that the trainer is configured for; the race ends before."""
 
 
-class Asked(transformers.TrainerCallback):
-    """A step of the trainer is a turn: from the word to its last callback."""
+class StepInTurn(transformers.TrainerCallback):
+    """A step of the trainer is a turn: from the request to its last callback."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -40,10 +40,10 @@ class Asked(transformers.TrainerCallback):
 
 def main() -> None:
     """One side of a race."""
-    asked = flags(__doc__ or "", autocast=["no", "bf16"])
+    options = flags(__doc__ or "", autocast=["no", "bf16"])
     turns = Turns()
     torch.manual_seed(0)
-    dtype, shape = DTYPES[asked.dtype], shape_of(asked)
+    dtype, shape = DTYPES[options.dtype], shape_of(options)
     words = {"<pad>": 0, "<eos>": 1}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
@@ -56,20 +56,20 @@ def main() -> None:
         config = scalar(dtype, **shape, pad_token_id=0, eos_token_id=1)
         return transformers.GPT2ForSequenceClassification(config).to(dtype)
 
-    prompts = torch.randint(2, asked.vocab, (max(asked.rows, 64), asked.prompt)).tolist()
+    prompts = torch.randint(2, options.vocab, (max(options.rows, 64), options.prompt)).tolist()
     with tempfile.TemporaryDirectory() as directory:
         trainer = PPOTrainer(
             PPOConfig(
-                output_dir=directory, per_device_train_batch_size=asked.rows, num_mini_batches=1, num_ppo_epochs=1,
-                gradient_accumulation_steps=1, local_rollout_forward_batch_size=asked.rows, response_length=asked.new,
-                total_episodes=MANY * asked.rows, num_sample_generations=0, report_to="none", save_strategy="no",
-                use_cpu=not torch.cuda.is_available(), bf16=asked.autocast == "bf16", learning_rate=1e-5,
-                gradient_checkpointing=False,
-                temperature=1.0, disable_tqdm=True,
+                output_dir=directory, per_device_train_batch_size=options.rows, num_mini_batches=1, num_ppo_epochs=1,
+                gradient_accumulation_steps=1, local_rollout_forward_batch_size=options.rows,
+                response_length=options.new, total_episodes=STEPS * options.rows, num_sample_generations=0,
+                report_to="none", save_strategy="no", use_cpu=not torch.cuda.is_available(),
+                bf16=options.autocast == "bf16", learning_rate=1e-5, gradient_checkpointing=False, temperature=1.0,
+                disable_tqdm=True,
             ),
-            tokenizer, language(), language(), numbers(), [{"input_ids": one} for one in prompts], numbers(),
+            tokenizer, language(), language(), numbers(), [{"input_ids": prompt} for prompt in prompts], numbers(),
             data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
-            eval_dataset=[{"input_ids": one} for one in prompts[: asked.rows]], callbacks=[Asked(turns)],
+            eval_dataset=[{"input_ids": prompt} for prompt in prompts[: options.rows]], callbacks=[StepInTurn(turns)],
         )  # fmt: skip
         trainer.train()
 

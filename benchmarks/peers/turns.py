@@ -1,55 +1,112 @@
-"""One side of a race: does a step each time the other end of a pipe asks for one, and tells what it took.
+"""Steps in turns between processes: `Turns` in the process that does a step when it is told, `Side` in the one that
+tells it.
 
-Every peer runs in an environment of its own and so in a process of its own; `python -m benchmarks.peers.run` has them
-take turns. Imported by scripts of any environment: the standard library alone.
+Every peer runs in an environment of its own and so in a process of its own. Imported by scripts of any environment:
+the standard library alone.
 """
 
 import argparse
 import json
 import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 MARK = "turn: "
-"""What a line of the pipe begins with: some libraries talk while they are imported."""
+"""What a line of the pipe begins with: some libraries print while they are imported."""
 
 
 class Turns:
-    """Take one as soon as a process starts: what libraries print afterwards goes to stderr, not to the pipe."""
+    """Made as soon as a process starts: what libraries print afterwards goes to stderr, not to the pipe."""
 
     def __init__(self) -> None:
-        self._report = os.fdopen(os.dup(1), "w")
+        self._pipe = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._began = 0.0
 
     def wait(self) -> bool:
-        """Ready: returns when the next step is asked for; False when there is none."""
-        self._say({"ready": True})
-        asked = bool(sys.stdin.readline())
+        """Says that it is ready; returns True when the next step is wanted, False when there is none."""
+        self._send({"ready": True})
+        wanted = bool(sys.stdin.readline())
         self._began = time.perf_counter()
-        return asked
+        return wanted
 
     def done(self) -> None:
-        """Tells of the step that has just ended."""
+        """Sends the seconds of the step that has just ended, and the peak RSS."""
         seconds = time.perf_counter() - self._began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self._say({"seconds": seconds, "peak_rss_bytes": peak * (1 if sys.platform == "darwin" else 1024)})
+        self._send({"seconds": seconds, "peak_rss_bytes": peak * (1 if sys.platform == "darwin" else 1024)})
 
     def take(self, step: Callable[[], object]) -> None:
-        """All of them."""
+        """Does every step."""
         while self.wait():
             step()
             self.done()
 
-    def _say(self, what: dict) -> None:
-        self._report.write(f"{MARK}{json.dumps(what)}\n")
-        self._report.flush()
+    def _send(self, message: dict) -> None:
+        self._pipe.write(f"{MARK}{json.dumps(message)}\n")
+        self._pipe.flush()
 
 
-def flags(doc: str, **more: list[str]) -> argparse.Namespace:
-    """What every side is told: shape, rows and tokens. `more` are choices by name, the first one by default."""
+class Side:
+    """A process with `Turns`. Raises RuntimeError, with the last line that it printed, when it stops."""
+
+    def __init__(self, command: list[str], environment: dict[str, str | None] | None = None) -> None:
+        """environment: variables that differ from this process's; None removes one."""
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        variables = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._output, text=True,
+            env={name: value for name, value in variables.items() if value is not None},
+        )  # fmt: skip
+        try:
+            self._receive()
+        except RuntimeError:
+            self.end()
+            raise
+
+    def step(self) -> dict[str, float]:
+        """One step: its seconds, and the peak RSS so far."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has stopped, and its last line says why
+        result = self._receive()
+        self._receive()  # ready again
+        return result
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        while line and not line.startswith(MARK):
+            line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._output.seek(0)
+            lines = [text for text in self._output.read().splitlines() if text.strip()]
+            raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'killed, most likely for its memory'}")
+        return json.loads(line.removeprefix(MARK))
+
+    def end(self) -> None:
+        """Closes its input, which ends it; kills it if it goes on."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=60)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+        self._output.close()
+
+
+def flags(doc: str, **choices: list[str]) -> argparse.Namespace:
+    """The flags of every side: shape, rows and tokens. `choices` adds flags by name, the first choice the default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rows", type=int, default=4)
@@ -59,6 +116,6 @@ def flags(doc: str, **more: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--rank", type=int, default=16, help="of adapters")
-    for name, choices in more.items():
-        parser.add_argument(f"--{name}", default=choices[0], choices=choices)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", default=values[0], choices=values)
     return parser.parse_args()

@@ -13,18 +13,13 @@ from benchmarks import gpu
 def test_every_quick_check_runs_and_writes_its_result(check, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu.main(["--device", "cpu", "--tiny", "--disk", str(tmp_path / "disk"), "--only", check]) == 0
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["machine"]["gpu"] is None
-    found = found[check]
-    assert not any("error" in one for one in found.get("rows", {}).values() if isinstance(one, dict))
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["machine"]["gpu"] is None
+    result = results[check]
+    assert not any("error" in row for row in result.get("rows", {}).values() if isinstance(row, dict))
     if check == "exact":
-        assert found["bit_equal"]
-        assert found["rows"]["naive fp32"]["largest_difference_to_plain_pytorch"] < 1e-5
-
-
-@pytest.mark.parametrize("most", [1, 7, 40])
-def test_bisection_finds_the_last_that_fits(most):
-    assert gpu.most_layers(lambda layers: layers <= most, 1, 40) == most
+        assert result["bit_equal"]
+        assert result["rows"]["naive fp32"]["largest_difference_to_plain_pytorch"] < 1e-5
 
 
 def test_no_gpu_is_said_and_is_not_a_pass(capfd):

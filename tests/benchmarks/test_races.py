@@ -29,10 +29,10 @@ def peer(tmp_path):
 
 
 def test_a_side_steps_when_it_is_asked_and_ends_when_it_is_not(peer):
-    side = Side(sys.executable, peer, [])
-    found = [side.step() for _ in range(3)]
-    assert all(0.01 <= one["seconds"] < PATIENCE for one in found)
-    assert all(one["peak_rss_bytes"] > 1 << 20 for one in found)
+    side = Side([sys.executable, peer])
+    steps = [side.step() for _ in range(3)]
+    assert all(0.01 <= step["seconds"] < PATIENCE for step in steps)
+    assert all(step["peak_rss_bytes"] > 1 << 20 for step in steps)
     side.end()
     assert side._process.returncode == 0
 

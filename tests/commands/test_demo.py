@@ -1,4 +1,4 @@
-"""The demo's own decisions; the demo itself is measured by `python -m benchmarks.demo` and by `make demo`."""
+"""The demo's own decisions; the demo itself is measured by `python -m benchmarks demo` and by `make demo`."""
 
 import json
 

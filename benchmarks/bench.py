@@ -1,8 +1,8 @@
-"""Runs `penstock bench` and keeps what it found as a result, with commit, machine and versions.
+"""Runs `penstock bench` and keeps what it measured as a result, with commit, machine and versions.
 
-    python -m benchmarks.record NAME [capacity] FLAGS ...    writes benchmarks/results/NAME.json
+    python -m benchmarks bench NAME [capacity] FLAGS ...    writes benchmarks/results/NAME.json
 
-Several processes: python -m benchmarks.record NAME --processes 2 FLAGS ...
+Several processes: python -m benchmarks bench NAME --processes 2 FLAGS ...
 """
 
 import json
@@ -25,14 +25,10 @@ def main(arguments: list[str]) -> int:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", flags[1]]
         flags = flags[2:]
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "found.json"
+        out = Path(directory) / "result.json"
         code = subprocess.run([*launch, "-m", "penstock", "bench", *flags, "--json", str(out)]).returncode
         if code == 0:
-            found = json.loads(out.read_text(encoding="utf-8"))
-            found["settings"]["json"] = None
-            write(name, found)
+            result = json.loads(out.read_text(encoding="utf-8"))
+            result["settings"]["json"] = None
+            write(name, result)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+"""The one runner of everything that is measured. `python -m benchmarks` lists the benchmarks.
+
+It knows names, functions and one line of help. What a benchmark measures is in its own file, which `--help` prints.
+"""
+
+import sys
+from importlib import import_module
+
+BENCHMARKS = {
+    # name: (module:function, help)
+    "bench": ("bench:main", "runs `penstock bench` and keeps its result under a name"),
+    "capacity": ("capacity:main", "PPO of four GPT-2 models from a disk: peak memory and seconds against floors"),
+    "growth": ("growth:main", "cost and memory against model size, row length and depth"),
+    "engine": ("engine:main", "adamw, tax, small: the memory engine against what it can be at best"),
+    "fewer": ("fewer:main", "head, hydra, merged, opt: what fewer bytes cost and allow"),
+    "autochunk": ("autochunk:main", "blocks with and without slices: peak, seconds, longest sequence"),
+    "planner": ("planner:main", "grid, 175b, one-card: the plan against the engine"),
+    "rollout": ("rollout:main", "speed, ragged, samples, int8, streamed: generation against transformers"),
+    "throughput": ("throughput:main", "an SFT and a PPO step against plain transformers"),
+    "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),
+    "ranks": ("ranks:main", "two ranks against two processes that do not communicate"),
+    "serve": ("serve:main", "load, disconnects, drain, fuzz, clients: the chat service from outside"),
+    "demo": ("demo:main", "what the demo takes and what it learns"),
+    "kills": ("kills:main", "kill -9 and resume: the same bytes as an undisturbed run"),
+    "planted_bugs": ("planted_bugs:main", "wrong lines planted in the source: the tests must fail"),
+    "identity": ("identity:main", "two checkouts: the same bytes of metrics and weights"),
+    "speed": ("speed:main", "two checkouts: seconds of the same steps in turns"),
+    "gpu": ("gpu:main", "everything that only a GPU can tell, on small shapes without one"),
+    "tables": ("tables:main", "writes benchmarks/README.md and its plots from the results"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one benchmark with its flags; returns its exit code."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        print("usage: python -m benchmarks NAME [flags]\n")
+        print("\n".join(f"  {name:14}{text}" for name, (_, text) in BENCHMARKS.items()))
+        return int(bool(arguments) and arguments[0] not in ("-h", "--help"))
+    module, function = BENCHMARKS[arguments[0]][0].split(":")
+    return getattr(import_module(f"benchmarks.{module}"), function)(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

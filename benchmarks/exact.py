@@ -1,0 +1,190 @@
+"""Whether every strategy and every arithmetic of the engine gives the numbers that it must, on any device."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.algorithms import functional as fn
+from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.commands.bench.work import Four
+from penstock.memory.adamw import AdamW, states_of
+from penstock.memory.placement import NAMES
+from penstock.memory.strategy import Strategy
+from penstock.models import log_probs, presets
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.roles import Actor
+from penstock.models.surgery import quantise_base
+from penstock.rollout.engine import Engine
+from penstock.rollout.sampling import Sampling
+
+SMALL = dataclasses.replace(
+    presets.named("s"), num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, vocab_size=500,
+)  # fmt: skip
+
+
+def strategies(device: str, disk: str) -> dict[str, Any]:
+    """Every strategy, fp32 and bf16: ten steps bit-equal to `naive` with recomputation, and close to plain PyTorch."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # else a GPU adds rows of a table up in any order
+    torch.manual_seed(0)
+    plain = plain_steps(Actor(Decoder(SMALL)).to(device), device)
+    rows: dict[str, Any] = {}
+    for dtype in ("fp32", "bf16"):
+        naive = trained("naive", dtype, device, disk)
+        for name in NAMES:
+            weights = naive if name == "naive" else trained(name, dtype, device, disk)
+            rows[f"{name} {dtype}"] = {"largest_difference_to_naive": gap(weights, naive)}
+        if dtype == "fp32":
+            rows["naive fp32"]["largest_difference_to_plain_pytorch"] = gap(naive, plain)
+    equal = all(row["largest_difference_to_naive"] == 0 for row in rows.values())
+    return {"bit_equal": equal, "rows": rows}
+
+
+def trained(name: str, dtype: str, device: str, disk: str) -> dict[str, Tensor]:
+    """The weights after ten steps under a strategy, fp32."""
+    torch.manual_seed(0)
+    actor = Actor(Decoder(SMALL)).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    strategy = Strategy.named(name, dtype=dtype, device=device, disk=disk, recompute=True)
+    stream = strategy.prepare(actor)
+    for batches in ten_steps(device):
+        count = sum(int(batch.trained.sum()) for batch in batches)
+
+        def loss_of(hidden: Tensor, batch: Rows, count: int = count) -> tuple:
+            return fn.sft_loss(response_logprobs(actor, hidden, batch), count), {}
+
+        strategy.step(stream, batches, loss_of, lr=1e-3)
+    return {
+        weight.name: values[offset : offset + weight.numel].view(weight.shape).float()
+        for home in stream.homes
+        for values in [home.whole_weights(strategy.world)]
+        for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True)
+    }
+
+
+def plain_steps(actor: Actor, device: str) -> dict[str, Tensor]:
+    """The weights after the same ten steps by autograd and torch.optim.AdamW."""
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    for batches in ten_steps(device):
+        optimizer.zero_grad()
+        count = sum(int(batch.trained.sum()) for batch in batches)
+        for batch in batches:
+            logits = actor.decoder.logits(actor.decoder(batch.tokens)[:, :-1]).float()
+            chosen = logits.log_softmax(-1).gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)
+            (-(chosen * batch.trained[:, 1:]).sum() / count).backward()
+        nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+        optimizer.step()
+    return {name: weight.detach().float().cpu() for name, weight in actor.named_parameters()}
+
+
+def ten_steps(device: str) -> Iterator[list[Rows]]:
+    """Two ragged micro-batches per step."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        parts = []
+        for length in (24, 17):
+            tokens = torch.randint(500, (3, length), generator=generator).to(device)
+            parts.append(Rows(tokens, torch.arange(length, device=device).expand(3, -1) >= 5))
+        yield parts
+
+
+def gap(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """The largest difference of any weight."""
+    return max(float((weights[name] - reference[name]).abs().max()) for name in weights)
+
+
+def features(device: str) -> dict[str, Any]:
+    """What else computes on the device: adapters streamed and resident, packed weights, the head's tiles, 8-bit
+    moments, answers by recorded steps; each against another way to the same numbers."""
+    shape = dataclasses.replace(SMALL, max_length=128, num_layers=3)
+    return {
+        "hydra, largest difference to naive": hydra_gaps(shape, device),
+        **{f"{bits}, logits against the CPU's": packed_gap(shape, bits, device) for bits in ("int8", "nf4")},
+        "head, log-probabilities and gradients against plain": head_gaps(device),
+        **{
+            f"AdamW with {bits}-bit moments, weights against the CPU's": float(
+                (updated(bits, "cpu") - updated(bits, device)).abs().max()
+            )
+            for bits in (32, 8)
+        },
+        **generation(shape, device),
+    }
+
+
+def hydra_gaps(shape: DecoderConfig, device: str) -> dict[str, float]:
+    """Adapters after two PPO iterations with four roles on one base, against `naive`."""
+    adapters = {}
+    for name, budget in (("naive", None), ("gemini_cpu", "3MB"), ("gemini_auto", "4MB")):
+        torch.manual_seed(0)
+        strategy = Strategy.named(
+            name, dtype="bf16", device=device, recompute=True, device_memory=budget, host_memory="1GB"
+        )
+        four = Four(strategy, shape, lora_rank=4)
+        for seed in range(2):
+            list(four.iteration(torch.randint(400, (3, 16)).tolist(), 8, seed))
+        homes = four.streams["actor"].homes
+        adapters[name] = torch.cat([home.whole_weights(strategy.world).float() for home in homes])
+    return {name: float((weights - adapters["naive"]).abs().max()) for name, weights in adapters.items()}
+
+
+def packed_gap(shape: DecoderConfig, bits: Any, device: str) -> float:
+    """Logits of packed weights on the device against the CPU's."""
+    torch.manual_seed(0)
+    tokens = torch.randint(400, (3, 24))
+    on_cpu = Decoder(shape).requires_grad_(False)
+    on_device = copy.deepcopy(on_cpu).to(device)
+    for decoder in (on_cpu, on_device):
+        quantise_base(decoder, bits)
+    logits = on_device.logits(on_device(tokens.to(device))).cpu()
+    return float((on_cpu.logits(on_cpu(tokens)) - logits).abs().max())
+
+
+def head_gaps(device: str) -> list[float]:
+    """Log-probabilities and gradients of states and head by tiles against plain PyTorch."""
+    states, weight = (torch.randn(rows, 64, device=device, requires_grad=True) for rows in (300, 5000))
+    targets = torch.randint(5000, (300,), device=device)
+    plain = (states @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    tiled = log_probs.logprobs([(states, weight)], targets)[0]
+    grads = [torch.autograd.grad(way.sum(), (states, weight)) for way in (plain, tiled)]
+    return [float((a - b).abs().max()) for a, b in zip((plain, *grads[0]), (tiled, *grads[1]), strict=True)]
+
+
+def updated(bits: int, device: str) -> Tensor:
+    """Weights after three updates with moments of so many bits, fp32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1 << 16, generator=generator).bfloat16().to(device)
+    states = {
+        key: torch.zeros(weights.numel() // per, dtype=dtype, device=device)
+        for key, (dtype, per) in states_of(torch.bfloat16, bits).items()
+    }
+    for step in range(3):
+        grads = torch.randn(1 << 16, generator=generator).bfloat16().to(device)
+        AdamW().update(weights, states, grads, lr=1e-3, scale=0.5, step=step + 1)
+    return weights.float().cpu()
+
+
+def generation(shape: DecoderConfig, device: str) -> dict[str, Any]:
+    """Answers by recorded steps against steps launched op by op, and their log-probs against the trainer's forward."""
+    torch.manual_seed(0)
+    decoder = Decoder(shape, device=device).requires_grad_(False)
+    prompts = [torch.randint(400, (length,)).tolist() for length in (5, 9, 17)]
+    sampling = Sampling(max_new_tokens=24, seed=3)
+    recorded, launched = (
+        Engine(decoder, eos_ids=(), rows=4, length=64, fixed=fixed).generate(prompts, sampling)
+        for fixed in (True, False)
+    )
+    gaps = []
+    for answer in recorded:
+        row = torch.tensor([answer.prompt_ids + answer.response_ids], device=device)
+        states = decoder(row)[0, len(answer.prompt_ids) - 1 : -1]
+        forward = decoder.logprobs(states, row[0, len(answer.prompt_ids) :])[0].tolist()
+        gaps += [abs(a - b) for a, b in zip(forward, answer.logprobs, strict=True)]
+    return {
+        "recorded steps give the same tokens": [
+            a.response_ids == b.response_ids for a, b in zip(recorded, launched, strict=True)
+        ],
+        "engine against the trainer's forward, log-probabilities": max(gaps),
+    }
