@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from penstock import cli
+from penstock.config import ChatConfig, GenerateConfig, PPOConfig, SFTConfig
 from penstock.data.toyland import save_tokenizer
+from penstock.flags import flags_of, from_dict, parse, to_dict
+from penstock.serve.config import ServeConfig
 from tests.conftest import PATIENCE, comparisons, demonstrations
 
 
@@ -22,17 +25,17 @@ def exit_of(capsys, *arguments):
     """(exit code, stdout, stderr) of a command run in this process."""
     code = 0
     try:
-        cli.main([str(one) for one in arguments])
+        cli.main([str(word) for word in arguments])
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "chat", "serve", "generate", "export", "demo"])
+@pytest.mark.parametrize("command", ["ppo", "serve", "bench capacity"])
 def test_help_shows_flags_without_importing_torch(command):
     script = (
         "import sys\nfrom penstock.cli import main\n"
-        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        f"try:\n    main('{command} --help'.split())\nexcept SystemExit as e:\n    assert not e.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -44,6 +47,23 @@ def test_help_lists_every_command(capsys):
     code, out, _ = exit_of(capsys, "--help")
     assert code == 0
     assert all(name in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_opens_with_an_example_and_every_flag_has_a_sentence(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = exit_of(capsys, *command.split(), "--help")
+    assert code == 0
+    assert out.index("Example:\n  penstock " + command) < (out + "Required:").index("Required:")
+    assert max(map(len, out.splitlines())) <= 100  # the usage and the example are not wrapped
+    flags = flags_of(cli._load(cli.COMMANDS[command].config))
+    assert all(flag.text.endswith(".") for flag in flags if "://" not in flag.text)
+    assert all(flag.spelling[2:] in out or flag.name == cli.COMMANDS[command].positional for flag in flags)
+
+
+def test_words_that_belong_to_no_flag_are_the_positional():
+    assert parse(ServeConfig, ["a", "b=c", "--port", "0", "d"], "serve", "model").model == ("a", "b=c", "d")
+    assert parse(ChatConfig, ["--json", "a"], "chat", "model") == parse(ChatConfig, ["--model=a", "--json"], "chat")
 
 
 SFT = "sft --model {model} --data {data} --out {tmp}/run"
@@ -69,6 +89,14 @@ PPO = "ppo --actor {model} --reward {model} --data {data} --out {tmp}/run"
         (f"{PPO} --max-new-tokens 32", "leave no room for a prompt"),
         ("resume {tmp}", "is no run directory"),
         ("resume a b", "exactly one RUN"),
+        ("chat a --model b", "exactly one MODEL"),
+        ("ppo --lrr 1", "no flag --lrr; did you mean --lr?"),
+        ("sft x", "unexpected 'x'"),
+        ("sft --model m --data d", "--out is missing"),
+        ("sft --lr", "--lr: a value is missing"),
+        ("sft --steps 1.5", "--steps 1.5: give a whole number"),
+        ("plan --model s --dtype x", "--dtype x: there are fp32, bf16"),
+        ("bench x", "try penstock bench or penstock bench micro"),
         ("export {tmp} --out {tmp}/x", "is no run directory"),
         ("generate --model {model}", "either --prompt TEXT or --data FILE"),
         ("generate --model {model} --prompt hi --top-p 2", "must be above 0 and at most 1"),
@@ -81,8 +109,8 @@ PPO = "ppo --actor {model} --reward {model} --data {data} --out {tmp}/run"
 )
 def test_a_user_error_is_one_paragraph(capsys, tmp_path, tiny_model, jsonl, line, text):
     names = {"tmp": tmp_path, "model": tiny_model(), "data": jsonl(demonstrations(8))}
-    got, _, err = exit_of(capsys, *(word.format(**names) for word in line.split()))
-    assert got == 2
+    stopped_with, _, err = exit_of(capsys, *(word.format(**names) for word in line.split()))
+    assert stopped_with == 2
     assert text in err
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -105,9 +133,6 @@ def test_only_the_known_sections_group_keys(capsys, tmp_path):
 
 
 def test_none_turns_off_numbers_and_is_a_word_elsewhere():
-    from penstock.config import GenerateConfig, PPOConfig
-    from penstock.flags import parse
-
     flags = "--actor a --reward r --data d --out o --missing-eos-score none --value-clip None"
     ppo = parse(PPOConfig, flags.split())
     assert ppo.ppo.missing_eos_score is None
@@ -159,9 +184,6 @@ def test_a_failed_export_leaves_nothing(capsys, tmp_path, tiny_model, jsonl, mon
 
 
 def test_flags_win_over_the_config_file(tmp_path):
-    from penstock.config import SFTConfig
-    from penstock.flags import from_dict, parse, to_dict
-
     (tmp_path / "run.toml").write_text('model = "m"\ndata = ["a", "b"]\nout = "o"\nlr = 1e-3\n[optim]\nepochs = 3\n')
     config = parse(SFTConfig, ["--config", str(tmp_path / "run.toml"), "--lr", "5e-4"])
     assert (config.optim.lr, config.optim.epochs, config.data.data) == (5e-4, 3, ("a", "b"))
@@ -214,8 +236,8 @@ def test_the_three_stages_then_generate_export_and_chat(tmp_path, tiny_model, js
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")(texts[0]).input_ids[0] == 1
 
-    said = "hello\n" + "much too long " * 300 + "\n/reset\nagain\n/quit\n"
-    done = run("chat", tmp_path / "ppo", "--max-new-tokens", 4, "--json", input=said)
+    typed = "hello\n" + "much too long " * 300 + "\n/reset\nagain\n/quit\n"
+    done = run("chat", tmp_path / "ppo", "--max-new-tokens", 4, "--json", input=typed)
     assert done.returncode == 0, done.stderr
     assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"response"}] * 2
     assert "was not sent" in done.stderr
@@ -256,8 +278,8 @@ def test_what_the_machine_refuses_has_its_own_exit_code(capsys, monkeypatch, err
         raise error
 
     monkeypatch.setattr("penstock.commands.doctor.doctor", refuse)
-    got, _, err = exit_of(capsys, "doctor")
-    assert got == code
+    stopped_with, _, err = exit_of(capsys, "doctor")
+    assert stopped_with == code
     assert text in err
     assert ("Traceback" in err) == (code == 5)
 

@@ -161,7 +161,7 @@ class OptimFlags(Flags):
     epochs: int = 1
     """Passes over the data (ppo: passes over each experience)."""
     steps: int | None = None
-    """Optimizer steps (ppo: rollout iterations). Default: --epochs passes over the data."""
+    """Optimizer steps (ppo: rollout iterations); none makes --epochs passes over the data instead."""
     warmup: float = 0.05
     """Fraction of all updates spent warming up."""
     max_grad_norm: float = 1.0

@@ -60,9 +60,9 @@ def test_a_state_is_a_snapshot() -> None:
     state = walk.state_dict()
     twin, again = Shuffle(5, seed=0), Shuffle(5, seed=0)
     twin.load_state_dict(state)
-    told = twin.next(20)
+    indices = twin.next(20)
     again.load_state_dict(state)
-    assert again.next(20) == told
+    assert again.next(20) == indices
 
 
 def test_a_walk_leaves_the_global_generator_alone() -> None:

@@ -89,11 +89,11 @@ def encoder_of(directory: Path, max_length: int = 200, reserve: int = 1, **more:
 def spans(encoder: Encoder, ids: list[int], trained: list[bool]) -> list[str]:
     """The trained stretches as text, special tokens shown."""
     text: list[str] = []
-    for i, (one, on) in enumerate(zip(ids, trained, strict=True)):
+    for i, (token, on) in enumerate(zip(ids, trained, strict=True)):
         if on and (i == 0 or not trained[i - 1]):
             text.append("")
         if on:
-            text[-1] += encoder.tokenizer.decode([one])
+            text[-1] += encoder.tokenizer.decode([token])
     return text
 
 
@@ -146,12 +146,12 @@ def test_the_models_own_template_comes_first(make_tokenizer: MakeTokenizer) -> N
 
 def test_every_assistant_turn_is_trained_with_one_end_and_nothing_else_is(encoder: Encoder) -> None:
     row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
-    told = spans(encoder, row.tokens, row.trained)
-    assert len(told) == 2
-    for text, answer in zip(told, ("Hello", "See you"), strict=True):
+    texts = spans(encoder, row.tokens, row.trained)
+    assert len(texts) == 2
+    for text, answer in zip(texts, ("Hello", "See you"), strict=True):
         assert answer in text
-    trained = [one for one, on in zip(row.tokens, row.trained, strict=True) if on]
-    assert sum(one in encoder.eos_ids for one in trained) == 2
+    trained = [token for token, on in zip(row.tokens, row.trained, strict=True) if on]
+    assert sum(token in encoder.eos_ids for token in trained) == 2
     assert row.trained[-1]
     assert row.tokens[-1] in encoder.eos_ids
     if encoder.tokenizer.bos_token_id == BOS:
@@ -193,7 +193,7 @@ def test_text_prompts_too(encoder: Encoder, prompt: str, answer: str) -> None:
     assert encoder.encode_prompt(Prompt(where="f:1", prompt=prompt)) == ids
     assert encoder.decode(ids) == prompt
     assert encoder.decode(response) == answer
-    assert [one in encoder.eos_ids for one in response] == [False] * (len(response) - 1) + [True]
+    assert [token in encoder.eos_ids for token in response] == [False] * (len(response) - 1) + [True]
 
 
 THINKING = (
@@ -348,7 +348,7 @@ def test_the_tokenizers_eos_comes_before_the_models(make_tokenizer: MakeTokenize
 
 
 def test_two_encoders_have_the_same_tokenizer_only_with_the_same_template(make_tokenizer: MakeTokenizer) -> None:
-    one, two = encoder_of(make_tokenizer("one")), encoder_of(make_tokenizer("two"))
+    first, second = encoder_of(make_tokenizer("one")), encoder_of(make_tokenizer("two"))
     chatml = encoder_of(make_tokenizer("chatml", template=CHATML))
-    assert one.same_tokenizer(two)
-    assert not one.same_tokenizer(chatml)
+    assert first.same_tokenizer(second)
+    assert not first.same_tokenizer(chatml)

@@ -116,7 +116,7 @@ def test_each_format_is_told_from_its_fields_and_the_decision_is_said(
     path = write(row)
     dataset = formats.read(path, kind)
     assert dataset.decision == f"{path}: 1 {kind} ({form})."
-    assert [bare(one) for one in dataset.records] == [record]
+    assert [bare(row) for row in dataset.records] == [record]
     assert dataset.records[0].where == f"{path}:1"
     assert type(dataset.records[0]) is {"demonstrations": Demonstration, "comparisons": Comparison}.get(kind, Prompt)
 
@@ -149,11 +149,11 @@ def test_a_file_of_several_formats_says_how_many_of_each(write: Write) -> None:
 
 
 def test_files_are_read_in_order_whatever_they_are(write: Write) -> None:
-    one = write({"prompt": "a", "response": "b"}, name="one.jsonl.gz")
-    two = write({"messages": TALK}, name="two.jsonl")
-    dataset = formats.read([one, two], "demonstrations")
-    assert [record.where for record in dataset.records] == [f"{one}:1", f"{two}:1"]
-    assert dataset.decision == f"{one}: 1 demonstrations (prompt/response); {two}: 1 demonstrations (messages)."
+    first = write({"prompt": "a", "response": "b"}, name="one.jsonl.gz")
+    second = write({"messages": TALK}, name="two.jsonl")
+    dataset = formats.read([first, second], "demonstrations")
+    assert [record.where for record in dataset.records] == [f"{first}:1", f"{second}:1"]
+    assert dataset.decision == f"{first}: 1 demonstrations (prompt/response); {second}: 1 demonstrations (messages)."
 
 
 # kind, the line, the field and what is said of it
@@ -299,8 +299,8 @@ def test_an_id_used_twice_in_a_file_names_both_lines(write: Write) -> None:
 
 
 def test_two_files_may_number_their_records_alike(write: Write) -> None:
-    one, two = (write({"id": 0, "prompt": name}, name=name) for name in ("one", "two"))
-    assert len(formats.read([one, two], "prompts").records) == 2
+    first, second = (write({"id": 0, "prompt": name}, name=name) for name in ("one", "two"))
+    assert len(formats.read([first, second], "prompts").records) == 2
 
 
 def test_an_empty_file_is_named(write: Write) -> None:
@@ -322,9 +322,9 @@ def test_ten_bad_lines_are_listed_and_all_are_counted(write: Write) -> None:
     path = write(*[{"prompt": i} for i in range(25)])
     with pytest.raises(DataError) as raised:
         formats.read(path, "prompts")
-    said = str(raised.value).splitlines()
-    assert [line.split(": ")[0] for line in said[:10]] == [f"{path}:{i}" for i in range(1, 11)]
-    assert said[10:] == ["... and 15 more.", "Mend 25 bad lines, or leave out what is bad with --skip-bad."]
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:10]] == [f"{path}:{i}" for i in range(1, 11)]
+    assert lines[10:] == ["... and 15 more.", "Mend 25 bad lines, or leave out what is bad with --skip-bad."]
 
 
 def test_skip_bad_that_leaves_nothing_is_still_an_error(write: Write) -> None:
@@ -447,8 +447,8 @@ def test_no_objects_raise_anything_but_a_penstock_error(
         dataset = formats.read(str(path), kind, skip_bad=skip_bad)
         assert len(dataset.records) + len(dataset.bad) == len(rows)
         for record in dataset.records:
-            given = (record.prompt, record.messages, record.prompt_ids)
-            assert sum(one is not None for one in given) == 1
+            forms = (record.prompt, record.messages, record.prompt_ids)
+            assert sum(form is not None for form in forms) == 1
     formats.check([str(path)])
 
 

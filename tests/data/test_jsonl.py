@@ -81,8 +81,8 @@ def test_objects_of_a_printed_array_are_named_by_the_line_they_begin_on(file: Pa
 def test_a_line_that_is_no_object_is_named_and_the_next_one_is_read(
     file: Path, data: bytes, number: int, problem: str
 ) -> None:
-    found = read(file, b'{"good": 1}\n' + data)
-    assert found[:2] == [(1, {"good": 1}), (number, problem)]
+    objects = read(file, b'{"good": 1}\n' + data)
+    assert objects[:2] == [(1, {"good": 1}), (number, problem)]
 
 
 def test_nan_in_a_text_is_text(file: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_longest_line_that_is_allowed_is_read(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "found"),
+    ("data", "objects"),
     [
         (b"[", [(1, "line: not valid JSON (Expecting value: column 2); write one object per line. Is the file cut "
                     "short?")]),
@@ -119,8 +119,8 @@ def test_the_longest_line_that_is_allowed_is_read(file: Path) -> None:
         (b'[{"a": 1},\n{"a": "\xff"}]', [(2, "line: byte 19 (0xff) is not UTF-8; save the file as UTF-8.")]),
     ],
 )  # fmt: skip
-def test_mistakes_in_an_array(file: Path, data: bytes, found: list[tuple[int, Any]]) -> None:
-    assert read(file, data) == found
+def test_mistakes_in_an_array(file: Path, data: bytes, objects: list[tuple[int, Any]]) -> None:
+    assert read(file, data) == objects
 
 
 def test_an_empty_file_has_no_objects(file: Path) -> None:

@@ -11,7 +11,7 @@ WORLD = Toyland(0)
 QUESTION = next(q for q in WORLD.questions if q.attribute == "food" and q.animal == "fox")
 
 
-def said(subject, attribute, right=True):
+def fact(subject, attribute, right=True):
     value = WORLD.facts["fox"][attribute]
     if not right:
         value = next(v for v in FACTS[attribute][2] if v != value)
@@ -21,17 +21,17 @@ def said(subject, attribute, right=True):
 @pytest.mark.parametrize(
     ("answer", "gold"),
     [
-        (said("The fox", "food"), 2.0),  # answered and true
-        (said("The fox", "food", right=False), 0.0),  # answered, false
-        (said("The fox", "home"), -0.5),  # true, but nobody asked for it
+        (fact("The fox", "food"), 2.0),  # answered and true
+        (fact("The fox", "food", right=False), 0.0),  # answered, false
+        (fact("The fox", "home"), -0.5),  # true, but nobody asked for it
         ("", -1.0),
-        (f"{FRIENDLY[0]} {said('The fox', 'food')}", 3.0),
-        (f"{RUDE[0]} {said('The fox', 'food')}", 0.5),
-        (f"{said('The fox', 'food')} {said('It', 'home')}", 2.5),  # `it` is the fox
-        (f"{said('The fox', 'food')} {said('It', 'home', right=False)}", 1.0),
-        (f"{said('The fox', 'food')} {said('It', 'food')}", 1.0),  # said twice
-        (" ".join(said("The fox", a) for a in ("food", "home", "colour", "hobby")), 3.0),  # two extras count
-        (said("The fox", "food") + " and" * 40, 2.0 - 0.25 * (44 - 22)),
+        (f"{FRIENDLY[0]} {fact('The fox', 'food')}", 3.0),
+        (f"{RUDE[0]} {fact('The fox', 'food')}", 0.5),
+        (f"{fact('The fox', 'food')} {fact('It', 'home')}", 2.5),  # `it` is the fox
+        (f"{fact('The fox', 'food')} {fact('It', 'home', right=False)}", 1.0),
+        (f"{fact('The fox', 'food')} {fact('It', 'food')}", 1.0),  # said twice
+        (" ".join(fact("The fox", a) for a in ("food", "home", "colour", "hobby")), 3.0),  # two extras count
+        (fact("The fox", "food") + " and" * 40, 2.0 - 0.25 * (44 - 22)),
     ],
 )
 def test_gold_by_hand(answer, gold):

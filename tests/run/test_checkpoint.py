@@ -55,13 +55,13 @@ def test_a_saved_checkpoint_verifies_and_tells_what_wrote_it(tmp_path):
 
 
 def test_the_oldest_go_first_and_only_after_the_new_one_is_there(tmp_path, monkeypatch):
-    there_when_removed = []
+    names_when_removed = []
     remove = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda p, **kw: (there_when_removed.append(names(tmp_path)), remove(p, **kw)))
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **kw: (names_when_removed.append(names(tmp_path)), remove(p, **kw)))
     for step in (1, 2, 3, 10):
         save(tmp_path, step, keep=2)
     assert names(tmp_path) == ["step-000003", "step-000010"]
-    assert all("step-000010" in there for there in there_when_removed[-1:])
+    assert all("step-000010" in names_then for names_then in names_when_removed[-1:])
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -181,15 +181,15 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_passed_over_with_one_loud_line(name, tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
-    harm, told = DAMAGE[name]
+    harm, message = DAMAGE[name]
     harm(tmp_path / "step-000002")
     lines = []
-    found = checkpoint.newest(tmp_path, lines.append)
-    assert found.name == "step-000001"
+    newest = checkpoint.newest(tmp_path, lines.append)
+    assert newest.name == "step-000001"
     assert len(lines) == 1
     assert "WARNING" in lines[0]
     assert "step-000002" in lines[0]
-    assert told in lines[0]
+    assert message in lines[0]
     assert "\n" not in lines[0]
 
 

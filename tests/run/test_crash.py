@@ -126,9 +126,9 @@ def assert_promise_kept(parent, scene):
     assert step_of(best) in {1, options["step"], *allowed}
     checkpoint.sweep(parent)
     assert not list(parent.glob("*.tmp-*"))
-    found = step_of(checkpoint.newest(parent, pytest.fail))
-    assert found in allowed
-    assert not before or (found is not None and found >= max(before))
+    newest_step = step_of(checkpoint.newest(parent, pytest.fail))
+    assert newest_step in allowed
+    assert not before or (newest_step is not None and newest_step >= max(before))
     save(parent, 9)
     assert step_of(checkpoint.newest(parent, pytest.fail)) == 9
 
@@ -200,10 +200,10 @@ def test_kill_9_at_random_times(tmp_path):
         os.waitpid(child, 0)
         last = max([last, *os.read(inlet, 1000)])
         os.close(inlet)
-        found = step_of(checkpoint.newest(parent, pytest.fail))
-        assert found in (last, last + 1)
+        newest_step = step_of(checkpoint.newest(parent, pytest.fail))
+        assert newest_step in (last, last + 1)
         checkpoint.trusted(parent, pytest.fail)
         checkpoint.sweep(parent)
         assert len(list(parent.glob("step-*"))) <= 3 + 1
-        last = found
+        last = newest_step
     assert last >= 25
