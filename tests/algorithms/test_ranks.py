@@ -66,9 +66,8 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_from_its_checkpoint(
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as torchrun:
-        deadline = time.monotonic() + PATIENCE
         while not list(out.glob("checkpoints/*/manifest.json")):
-            assert time.monotonic() < deadline
+            assert torchrun.poll() is None
             time.sleep(0.2)
         ranks = [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
         environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks}

@@ -1,4 +1,4 @@
-"""A served tiny model: one server in a thread of the test process, shared by all tests that leave it as it was."""
+"""A server with tiny models, in a thread of the test process, and how tests ask it and wait for it."""
 
 import asyncio
 import contextlib
@@ -14,11 +14,12 @@ import pytest
 
 from penstock.data.toyland import save_tokenizer
 from penstock.serve import auth
+from penstock.serve.catalogue import ServedModel
 from penstock.serve.config import ServeConfig
 from penstock.serve.server import Web, address_of, listen
 from penstock.serve.service import Service
 from penstock.serve.store import open_store
-from tests.conftest import save_tiny
+from tests.conftest import PATIENCE, save_tiny
 
 KEY = "a key for the tests"
 TEXTS = ["What is a penstock? The gated pipe that feeds a turbine."]
@@ -45,7 +46,7 @@ class Reply:
 
     @property
     def error(self):
-        """The error in it, after its shape was checked."""
+        """Its error, after a check of the shape."""
         assert self.headers["content-type"] == "application/json"
         error = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}
@@ -55,12 +56,38 @@ class Reply:
 
     @property
     def events(self):
-        """The server-sent events in it, [DONE] as None."""
+        """Its server-sent events, [DONE] as None."""
         lines = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n") if line]
         return [None if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-class Running:
+def eventually(is_true, seconds=PATIENCE):
+    """Waits until `is_true()`. False when the time is up."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@contextlib.contextmanager
+def paused(model: ServedModel, until, after=0):
+    """Lets a model's engine take `after` steps, and no more until `until()` is true. Yields a list with all steps."""
+    engine, steps = model.engine, []
+    step = engine.step
+
+    def wait_and_step():
+        steps.append(None)
+        assert len(steps) <= after or eventually(until)
+        return step()
+
+    engine.step = wait_and_step
+    yield steps
+    engine.step = step
+
+
+class RunningServer:
     """A server that answers."""
 
     def __init__(self, service: Service, address: str) -> None:
@@ -68,70 +95,62 @@ class Running:
         self.port = int(address.rsplit(":", 1)[1])
 
     def ask(self, method, path, body=None, *, key=KEY, headers=None, data=None) -> Reply:
-        """One request; `body` as JSON, or `data` as it is."""
-        sent = dict(headers or {})
+        """Sends a request; `body` as JSON, or `data` as it is."""
+        headers = dict(headers or {})
         if key is not None:
-            sent["authorization"] = f"Bearer {key}"
+            headers["authorization"] = f"Bearer {key}"
         if body is not None:
-            data, sent["content-type"] = json.dumps(body).encode(), "application/json"
-        request = urllib.request.Request(self.address + path, data, sent, method=method)
+            data, headers["content-type"] = json.dumps(body).encode(), "application/json"
+        request = urllib.request.Request(self.address + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 return Reply(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
         except urllib.error.HTTPError as error:
             return Reply(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
 
-    def chat(self, text="What is a penstock?", **more) -> Reply:
-        """A chat completion."""
-        messages = [{"role": "user", "content": text}]
-        body = {"model": "tiny", "messages": messages, "max_tokens": 8, "seed": 1, **more}
-        return self.ask("POST", "/v1/chat/completions", body)
+    def post(self, body, path="/v1/chat/completions", **options) -> Reply:
+        """Sends a chat completion, or another request with a body."""
+        return self.ask("POST", path, body, **options)
 
-    def idle(self, seconds=30.0) -> bool:
+    def idle(self) -> bool:
         """Waits until nothing runs."""
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
-            if not self.service.scheduler.outstanding and not self.service.scheduler.rows_used:
-                return True
-            time.sleep(0.01)
-        return False
+        scheduler = self.service.scheduler
+        return eventually(lambda: not scheduler.outstanding and not scheduler.rows_used)
 
 
 @contextlib.contextmanager
 def running(directory: Path, *models: str, wait=True, **flags):
     """A server in a thread, as penstock serve runs it but for the signals."""
-    config = ServeConfig(
-        model=models, port=0, key=KEY, data_dir=str(directory), device="cpu", **{"rows": 4, "queue": 8, **flags}
-    )  # fmt: skip
+    flags = {"rows": 4, "queue": 8, **flags}
+    config = ServeConfig(model=models, port=0, key=KEY, data_dir=str(directory), device="cpu", **flags)
     store = open_store(config.data_dir, config.database)
     auth.settle(store, config.key, False)
-    service, listener, here = Service(config, store), listen(config.host, config.port), {}
+    service, listener, started = Service(config, store), listen(config.host, config.port), {}
 
     async def main() -> None:
-        here["loop"], here["web"] = asyncio.get_running_loop(), Web(service)
-        await here["web"].run_until_told(listener)
+        started["loop"], started["web"] = asyncio.get_running_loop(), Web(service)
+        await started["web"].run_service(listener)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    server = Running(service, address_of(listener))
     try:
         if wait:
-            assert service.catalogue.ready.wait(60), service.catalogue.problem
-            while service.scheduler is None:
-                time.sleep(0.01)
-        yield server
+            assert service.catalogue.ready.wait(PATIENCE), service.catalogue.problem
+        assert eventually(lambda: service.scheduler is not None)
+        yield RunningServer(service, address_of(listener))
     finally:
-        asyncio.run_coroutine_threadsafe(here["web"].end(), here["loop"]) if thread.is_alive() else None
-        thread.join(60)
+        if thread.is_alive():
+            asyncio.run_coroutine_threadsafe(started["web"].end(), started["loop"])
+        thread.join(PATIENCE)
         store.close()
     assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The shared one, with a model `tiny` and another `other`."""
+    """A shared server with a model `tiny` and another `other`. Tests leave it as it was."""
     directory = tmp_path_factory.mktemp("served")
     models = [save_chatty(directory / "tiny"), save_chatty(directory / "other", seed=1)]
-    with running(directory / "data", *models, rows=8, queue=32) as one:
-        yield one
-        assert one.idle(), "a test left something running"
+    with running(directory / "data", *models, rows=8, queue=32) as shared:
+        yield shared
+        assert shared.idle(), "a test left something running"

@@ -6,12 +6,13 @@ import re
 import subprocess
 
 from benchmarks.serve import fuzzing
+from tests.conftest import PATIENCE
 from tests.serve.conftest import KEY
 
 
 def test_no_request_breaks_the_server(server):
     command = fuzzing(server.address, KEY, examples=12, phases="fuzzing")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    (made,) = re.findall(r"(\d+) generated, \d+ passed", done.stdout)
-    assert 100 <= int(made) <= 300
+    (count,) = re.findall(r"(\d+) generated, \d+ passed", done.stdout)
+    assert 100 <= int(count) <= 300

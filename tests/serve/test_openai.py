@@ -1,18 +1,19 @@
-"""OpenAI's own client against the server: its cases, and how it waits when the server says so."""
+"""OpenAI's own client against the server: its cases, and its retries."""
 
-import time
+import threading
 
 import openai
 import pytest
 
-from tests.serve.conftest import KEY, running, save_chatty
+from tests.conftest import PATIENCE
+from tests.serve.conftest import KEY, paused, running, save_chatty
 from tests.serve.openai_cases import ASK, CASES, fails
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.address}/v1", api_key=KEY, max_retries=0) as one:
-        yield one
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key=KEY, max_retries=0) as openai_client:
+        yield openai_client
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -29,15 +30,16 @@ def test_a_full_server_is_a_rate_limit_and_the_client_tries_again(tmp_path):
     with (
         running(tmp_path / "data", model, rows=1, queue=1) as small,
         openai.OpenAI(base_url=f"{small.address}/v1", api_key=KEY, max_retries=0) as hasty,
-        openai.OpenAI(base_url=f"{small.address}/v1", api_key=KEY, max_retries=20) as patient,
+        openai.OpenAI(base_url=f"{small.address}/v1", api_key=KEY, max_retries=PATIENCE) as patient,
     ):
         long = {**ASK, "max_tokens": 240, "logit_bias": {"2": -100}, "stream": True}
-        slow = _hold(small)
-        first, second = hasty.chat.completions.create(**long), hasty.chat.completions.create(**long)
-        error = fails(openai.RateLimitError, lambda: hasty.chat.completions.create(**ASK))
-        assert error.code == "queue_full"
-        assert float(error.response.headers["retry-after"]) >= 1
-        slow.clear()
+        go_on = threading.Event()
+        with paused(small.service.catalogue.models["tiny"], go_on.is_set):
+            first, second = hasty.chat.completions.create(**long), hasty.chat.completions.create(**long)
+            error = fails(openai.RateLimitError, lambda: hasty.chat.completions.create(**ASK))
+            assert error.code == "queue_full"
+            assert float(error.response.headers["retry-after"]) >= 1
+            go_on.set()
         assert patient.chat.completions.create(**ASK).choices[0].message.content
         assert [sum(1 for _ in stream) > 100 for stream in (first, second)] == [True, True]
 
@@ -45,62 +47,41 @@ def test_a_full_server_is_a_rate_limit_and_the_client_tries_again(tmp_path):
 def test_the_client_waits_while_a_model_loads(tmp_path, monkeypatch):
     from penstock.serve import catalogue
 
-    load = catalogue.Catalogue._load
-    monkeypatch.setattr(catalogue.Catalogue, "_load", lambda *given: time.sleep(2) or load(*given))
+    load, go_on = catalogue.Catalogue._load, threading.Event()
+    monkeypatch.setattr(catalogue.Catalogue, "_load", lambda *arguments: go_on.wait(PATIENCE) and load(*arguments))
     with running(tmp_path / "data", save_chatty(tmp_path / "tiny"), wait=False) as slow:
         assert slow.ask("GET", "/health", key=None).error["code"] == "loading"
         with openai.OpenAI(base_url=f"{slow.address}/v1", api_key=KEY, max_retries=0) as hasty:
             assert fails(openai.InternalServerError, lambda: hasty.chat.completions.create(**ASK)).code == "loading"
-        with openai.OpenAI(base_url=f"{slow.address}/v1", api_key=KEY, max_retries=20) as patient:
+        with openai.OpenAI(base_url=f"{slow.address}/v1", api_key=KEY, max_retries=PATIENCE) as patient:
+            threading.Timer(1.0, go_on.set).start()
             assert patient.chat.completions.create(**ASK).choices[0].message.content
         assert slow.ask("GET", "/health", key=None).status == 200
 
 
 def test_a_failure_in_the_middle_is_an_error_event_and_the_next_request_is_answered(tmp_path):
     with (
-        running(tmp_path / "data", save_chatty(tmp_path / "tiny")) as one,
-        openai.OpenAI(base_url=f"{one.address}/v1", api_key=KEY, max_retries=0) as client,
+        running(tmp_path / "data", save_chatty(tmp_path / "tiny")) as server,
+        openai.OpenAI(base_url=f"{server.address}/v1", api_key=KEY, max_retries=0) as client,
     ):
-        engine = one.service.catalogue.models["tiny"].engine
-        step, steps = engine.step, []
 
-        def breaks():
-            steps.append(None)
-            if len(steps) == 5:
-                raise RuntimeError("the device is on fire")
-            return step()
+        def break_after(good_steps):
+            engine, steps = server.service.catalogue.models["tiny"].engine, []
+            step = engine.step
 
-        engine.step = breaks
+            def breaks():
+                steps.append(None)
+                if len(steps) > good_steps:
+                    raise RuntimeError("the device is on fire")
+                return step()
+
+            engine.step = breaks
+
+        break_after(4)
         stream = client.chat.completions.create(**{**ASK, "stream": True, "logit_bias": {"2": -100}})
-        seen = []
         with pytest.raises(openai.APIError, match="the model failed"):
-            seen += list(stream)
+            list(stream)
         assert client.chat.completions.create(**ASK).choices[0].message.content
-        whole = fails_with_500(one, client)
-        assert whole.code == "model_failed"
-
-
-def fails_with_500(one, client):
-    def breaks():
-        raise RuntimeError("again")
-
-    one.service.catalogue.models["tiny"].engine.step = breaks
-    return fails(openai.InternalServerError, lambda: client.chat.completions.create(**ASK))
-
-
-def _hold(one):
-    """Holds the engine's steps until the event is cleared."""
-    import threading
-
-    held = threading.Event()
-    held.set()
-    engine = one.service.catalogue.models["tiny"].engine
-    step = engine.step
-
-    def waits():
-        while held.is_set():
-            time.sleep(0.005)
-        return step()
-
-    engine.step = waits
-    return held
+        break_after(0)
+        error = fails(openai.InternalServerError, lambda: client.chat.completions.create(**ASK))
+        assert error.code == "model_failed"

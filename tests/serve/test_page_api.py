@@ -9,59 +9,59 @@ from penstock import cli
 from penstock.data.formats import read
 from penstock.serve import static_files
 from penstock.serve.scheduler import BusyError
-from tests.serve.conftest import KEY
-from tests.serve.test_api import eventually
+from tests.serve.conftest import KEY, eventually, paused
 
 SAMPLING = {"model": "tiny", "max_tokens": 6, "seed": 1}
 
 
-def begin(server, text="What is a penstock?", **more):
-    """A conversation with one message: (its id, the message's)."""
-    talk = server.ask("POST", "/api/conversations", more).json["id"]
-    return talk, say(server, talk, text)
+def begin(server, text="What is a penstock?", **settings):
+    """Ids of a new conversation and its message."""
+    conversation = server.ask("POST", "/api/conversations", settings).json["id"]
+    return conversation, say(server, conversation, text)
 
 
-def say(server, talk, text, parent=None):
+def say(server, conversation, text, parent=None):
     body = {"parent_id": parent, "role": "user", "content": text}
-    reply = server.ask("POST", f"/api/conversations/{talk}/messages", body)
+    reply = server.ask("POST", f"/api/conversations/{conversation}/messages", body)
     assert reply.status == 201
     return reply.json["id"]
 
 
-def answer(server, talk, parent, **more):
+def answer(server, conversation, parent, **sampling):
     """The events of an answer."""
-    reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": parent, **SAMPLING, **more})
+    body = {"parent_id": parent, **SAMPLING, **sampling}
+    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", body)
     assert reply.status == 200
     assert reply.headers["content-type"].startswith("text/event-stream")
     return reply.events
 
 
-def tree(server, talk):
-    return server.ask("GET", f"/api/conversations/{talk}").json["messages"]
+def tree(server, conversation):
+    return server.ask("GET", f"/api/conversations/{conversation}").json["messages"]
 
 
 def test_an_answer_streams_and_is_kept(server):
-    talk, asked = begin(server, system="Be brief.")
-    first, *deltas, last = answer(server, talk, asked, temperature=0.5, top_k=5)
+    conversation, asked = begin(server, system="Be brief.")
+    first, *deltas, last = answer(server, conversation, asked, temperature=0.5, top_k=5)
     assert first["type"] == "message"
     assert (first["message"]["role"], first["message"]["content"], first["message"]["parent_id"]) == (
         "assistant",
         "",
         asked,
     )
-    assert {one["type"] for one in deltas} == {"delta"}
+    assert {delta["type"] for delta in deltas} == {"delta"}
     assert last["type"] == "done"
-    assert last["message"]["content"] == "".join(one["content"] for one in deltas)
+    assert last["message"]["content"] == "".join(delta["content"] for delta in deltas)
     assert last["message"]["finish_reason"] in ("length", "stop")
     assert last["message"]["sampling"] == {"temperature": 0.5, "top_k": 5, "max_tokens": 6, "seed": 1}
-    assert [one["role"] for one in tree(server, talk)] == ["user", "assistant"]
-    assert tree(server, talk)[1] == last["message"]
+    assert [message["role"] for message in tree(server, conversation)] == ["user", "assistant"]
+    assert tree(server, conversation)[1] == last["message"]
 
 
 def test_it_is_the_answer_that_the_api_gives(server):
-    talk, asked = begin(server, system="Be brief.")
-    said = answer(server, talk, asked)[-1]["message"]
-    more = say(server, talk, "Really?", said["id"])
+    conversation, asked = begin(server, system="Be brief.")
+    said = answer(server, conversation, asked)[-1]["message"]
+    more = say(server, conversation, "Really?", said["id"])
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is a penstock?"},
@@ -70,73 +70,75 @@ def test_it_is_the_answer_that_the_api_gives(server):
     ]
     body = {**SAMPLING, "messages": messages}
     whole = server.ask("POST", "/v1/chat/completions", body).json["choices"][0]["message"]["content"]
-    assert answer(server, talk, more)[-1]["message"]["content"] == whole
+    assert answer(server, conversation, more)[-1]["message"]["content"] == whole
 
 
 def test_without_a_seed_the_drawn_one_is_kept_and_gives_the_same_answer_again(server):
-    talk, asked = begin(server)
-    one = answer(server, talk, asked, seed=None)[-1]["message"]
-    assert 0 <= one["sampling"]["seed"] < 2**53  # as JavaScript's numbers
-    again = answer(server, talk, asked, seed=one["sampling"]["seed"])[-1]["message"]
-    assert again["content"] == one["content"]
-    assert again["id"] != one["id"]
+    conversation, asked = begin(server)
+    first = answer(server, conversation, asked, seed=None)[-1]["message"]
+    assert 0 <= first["sampling"]["seed"] < 2**53  # as JavaScript's numbers
+    second = answer(server, conversation, asked, seed=first["sampling"]["seed"])[-1]["message"]
+    assert second["content"] == first["content"]
+    assert second["id"] != first["id"]
 
 
 def test_editing_makes_a_branch(server):
-    talk, asked = begin(server)
-    answer(server, talk, asked)
-    edited = say(server, talk, "What is a weir?")
-    answer(server, talk, edited)
-    assert [one["parent_id"] for one in tree(server, talk)] == [None, asked, None, edited]
+    conversation, asked = begin(server)
+    answer(server, conversation, asked)
+    edited = say(server, conversation, "What is a weir?")
+    answer(server, conversation, edited)
+    assert [message["parent_id"] for message in tree(server, conversation)] == [None, asked, None, edited]
 
 
 def test_who_leaves_stops_the_answer_and_what_was_said_is_kept(server):
-    talk, asked = begin(server)
+    conversation, asked = begin(server)
     body = json.dumps({"parent_id": asked, **SAMPLING, "max_tokens": 200, "seed": 5})
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(
-            f"POST /api/conversations/{talk}/replies HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
-        )
-        seen = b""
-        while b'"delta"' not in seen:
-            seen += connection.recv(4096)
-    assert server.idle()
-    assert eventually(lambda: tree(server, talk)[1]["finish_reason"] is not None)
-    said = tree(server, talk)[1]
+    orders = server.service.scheduler._orders  # the engine waits for the one that cancels
+    with paused(server.service.catalogue.models["tiny"], lambda: not orders.empty(), after=40):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(
+                f"POST /api/conversations/{conversation}/replies HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            seen = b""
+            while b'"delta"' not in seen:
+                seen += connection.recv(4096)
+        assert server.idle()
+    assert eventually(lambda: tree(server, conversation)[1]["finish_reason"] is not None)
+    said = tree(server, conversation)[1]
     assert said["finish_reason"] == "cancelled"
     assert said["content"]
-    whole = answer(server, talk, asked, max_tokens=200, seed=5)[-1]["message"]["content"]
+    whole = answer(server, conversation, asked, max_tokens=200, seed=5)[-1]["message"]["content"]
     assert whole.startswith(said["content"])
     assert len(said["content"]) < len(whole)
 
 
 def test_a_prompt_beyond_the_context_stores_no_answer(server):
-    talk, asked = begin(server, "x" * 2000)
-    reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": asked, **SAMPLING})
+    conversation, asked = begin(server, "x" * 2000)
+    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", {"parent_id": asked, **SAMPLING})
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
-    assert len(tree(server, talk)) == 1
+    assert len(tree(server, conversation)) == 1
 
 
 def test_a_reply_that_is_turned_away_stores_no_answer(server, monkeypatch):
     def full(generation):
         raise BusyError("no room")
 
-    talk, asked = begin(server)
+    conversation, asked = begin(server)
     monkeypatch.setattr(server.service.scheduler, "submit", full)
-    reply = server.ask("POST", f"/api/conversations/{talk}/replies", {"parent_id": asked, **SAMPLING})
+    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", {"parent_id": asked, **SAMPLING})
     assert (reply.status, reply.error["code"]) == (429, "queue_full")
-    assert len(tree(server, talk)) == 1
+    assert len(tree(server, conversation)) == 1
 
 
 def test_an_answer_that_fits_nowhere_is_not_generated(server):
-    talk, asked = begin(server)
-    said = answer(server, talk, asked)[-1]["message"]["id"]
+    conversation, asked = begin(server)
+    said = answer(server, conversation, asked)[-1]["message"]["id"]
     body = {"parent_id": said, **SAMPLING, "max_tokens": 200}
-    reply = server.ask("POST", f"/api/conversations/{talk}/replies", body)
+    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", body)
     assert (reply.status, "belongs under a user's message" in reply.error["message"]) == (400, True)
-    assert server.idle(5.0)
-    assert len(tree(server, talk)) == 2
+    assert server.idle()
+    assert len(tree(server, conversation)) == 2
 
 
 @pytest.mark.parametrize(
@@ -153,27 +155,27 @@ def test_an_answer_that_fits_nowhere_is_not_generated(server):
     ],
 )
 def test_bad_bodies_are_named(server, path, body, status, param):
-    talk, _ = begin(server)
-    reply = server.ask("POST", f"/api/conversations/{talk}/{path}", body)
+    conversation, _ = begin(server)
+    reply = server.ask("POST", f"/api/conversations/{conversation}/{path}", body)
     assert (reply.status, reply.error["param"]) == (status, param)
 
 
 def test_conversations_are_listed_changed_and_removed(server):
-    talk, _ = begin(server, "  first\n words ")
+    conversation, _ = begin(server, "  first\n words ")
     assert server.ask("GET", "/api/conversations?limit=1").json["data"][0]["title"] == "first words"
-    changed = server.ask("PATCH", f"/api/conversations/{talk}", {"title": "renamed"}).json
+    changed = server.ask("PATCH", f"/api/conversations/{conversation}", {"title": "renamed"}).json
     assert (changed["title"], changed["system"]) == ("renamed", "")
-    page = server.ask("GET", f"/api/conversations?limit=1&before={talk}").json
-    assert talk not in [one["id"] for one in page["data"]]
-    assert server.ask("DELETE", f"/api/conversations/{talk}").status == 204
-    assert server.ask("GET", f"/api/conversations/{talk}").status == 404
+    page = server.ask("GET", f"/api/conversations?limit=1&before={conversation}").json
+    assert conversation not in [row["id"] for row in page["data"]]
+    assert server.ask("DELETE", f"/api/conversations/{conversation}").status == 204
+    assert server.ask("GET", f"/api/conversations/{conversation}").status == 404
 
 
 def test_export_has_a_line_for_each_way_through_the_tree(server, tmp_path):
-    talk, asked = begin(server, "\u6c34 </script>", system="Be brief.")
+    conversation, asked = begin(server, "\u6c34 </script>", system="Be brief.")
     for seed in (1, 2):
-        answer(server, talk, asked, seed=seed)
-    reply = server.ask("GET", f"/api/conversations/{talk}/export")
+        answer(server, conversation, asked, seed=seed)
+    reply = server.ask("GET", f"/api/conversations/{conversation}/export")
     assert reply.headers["content-type"].startswith("application/jsonl")
     assert reply.headers["content-disposition"].startswith("attachment")
     lines = [json.loads(line) for line in reply.body.decode().splitlines()]
@@ -187,9 +189,9 @@ def test_export_has_a_line_for_each_way_through_the_tree(server, tmp_path):
 
 
 def two_answers(server, text="What is a penstock?"):
-    talk, asked = begin(server, text, system="Be brief.")
-    ids = [answer(server, talk, asked, model=model)[-1]["message"]["id"] for model in ("tiny", "other")]
-    return talk, ids
+    conversation, asked = begin(server, text, system="Be brief.")
+    ids = [answer(server, conversation, asked, model=model)[-1]["message"]["id"] for model in ("tiny", "other")]
+    return conversation, ids
 
 
 def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
@@ -208,7 +210,7 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
     out = tmp_path / "votes.jsonl"
     cli.main(["data", "export", "--votes", "--data-dir", server.service.config.data_dir, "--out", str(out)])
     assert "3 comparisons" in capsys.readouterr().out
-    texts = {one["id"]: one["content"] for talk in (pair, tie, thumbs) for one in tree(server, talk)}
+    texts = {row["id"]: row["content"] for conversation in (pair, tie, thumbs) for row in tree(server, conversation)}
     records = read(str(out), "comparisons").records
     assert [(record.responses, record.ranks) for record in records] == [
         ((texts[b], texts[a]), (1, 0)), ((texts[c], texts[d]), (0, 0)), ((texts[f], texts[e]), (0, 1)),
@@ -217,9 +219,9 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a penstock?"}
     )  # fmt: skip
     line = json.loads(out.read_text().splitlines()[0])
-    digests = {name: served.digest for name, served in server.service.catalogue.models.items()}
-    assert [(one["model"], one["digest"]) for one in line["shown"]] == [(n, digests[n]) for n in ("other", "tiny")]
-    assert [one["sampling"]["seed"] for one in line["shown"]] == [1, 1]
+    digests = {name: model.digest for name, model in server.service.catalogue.models.items()}
+    shown = [(answer["model"], answer["digest"], answer["sampling"]["seed"]) for answer in line["shown"]]
+    assert shown == [("other", digests["other"], 1), ("tiny", digests["tiny"], 1)]
 
 
 @pytest.mark.parametrize(

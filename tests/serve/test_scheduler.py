@@ -1,7 +1,8 @@
-"""The thread that owns the engines, without a web server around it: who gets rows, who frees them, what breaks."""
+"""The thread that owns the engines, without a web server: who gets rows, what frees them, what breaks."""
 
 import asyncio
 import contextlib
+import threading
 
 import pytest
 
@@ -12,7 +13,8 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.catalogue import ServedModel, named_sources
 from penstock.serve.errors import ApiError
 from penstock.serve.scheduler import BusyError, Generation, Scheduler
-from tests.serve.conftest import save_chatty
+from tests.conftest import PATIENCE
+from tests.serve.conftest import paused, save_chatty
 
 NO_EOS = ((2, -100.0),)
 PROMPT = [1, 40, 41]
@@ -41,6 +43,15 @@ async def scheduling(queue_length=4):
         scheduler.close(ApiError(503, "the test is over"))
 
 
+@contextlib.contextmanager
+def no_steps(scheduler):
+    """Between here and the end of the block the scheduler's thread takes no order and no step."""
+    go_on = threading.Event()
+    scheduler._orders.put(lambda: go_on.wait(PATIENCE))
+    yield
+    go_on.set()
+
+
 async def all_of(generation):
     """Every answer's text and why it ended."""
     texts, reasons = [""] * generation.count, [None] * generation.count
@@ -51,26 +62,25 @@ async def all_of(generation):
     return texts, reasons
 
 
-def ask(served, seed=0, tokens=20, prompts=(PROMPT,), **more):
-    return Generation(
-        served, [list(one) for one in prompts], Sampling(max_new_tokens=tokens, seed=seed, logit_bias=NO_EOS, **more)
-    )
+def ask(model, seed=0, tokens=20):
+    return Generation(model, [PROMPT], Sampling(max_new_tokens=tokens, seed=seed, logit_bias=NO_EOS))
 
 
 def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(load):
-    served = load(rows=3)
+    model = load(rows=3)
 
     async def run():
         async with scheduling() as scheduler:
             alone = []
             for seed in range(5):
-                scheduler.submit(one := ask(served, seed))
-                alone.append((await all_of(one))[0][0])
+                scheduler.submit(generation := ask(model, seed))
+                alone.append((await all_of(generation))[0][0])
             steps = scheduler.steps
-            many = [ask(served, seed) for seed in range(5)]
-            for one in many:
-                scheduler.submit(one)
-            together = [(await all_of(one))[0][0] for one in many]
+            generations = [ask(model, seed) for seed in range(5)]
+            with no_steps(scheduler):
+                for generation in generations:
+                    scheduler.submit(generation)
+            together = [(await all_of(generation))[0][0] for generation in generations]
             return alone, together, steps, scheduler.steps - steps
 
     alone, together, slow, quick = asyncio.run(run())
@@ -80,31 +90,32 @@ def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(load):
 
 
 def test_what_finds_no_room_is_refused_and_room_comes_back(load):
-    served = load(rows=1)
+    model = load(rows=1)
 
     async def run():
         async with scheduling(queue_length=2) as scheduler:
-            first = [ask(served, seed) for seed in range(3)]
-            for one in first:
-                scheduler.submit(one)
-            with pytest.raises(BusyError, match="has 3 answers running or waiting, and room for 3 with 1 at once"):
-                scheduler.submit(ask(served))
-            for one in first:
-                await all_of(one)
+            first = [ask(model, seed) for seed in range(3)]
+            with no_steps(scheduler):
+                for generation in first:
+                    scheduler.submit(generation)
+                with pytest.raises(BusyError, match="has 3 answers running or waiting, and room for 3 with 1 at once"):
+                    scheduler.submit(ask(model))
+            for generation in first:
+                await all_of(generation)
             assert scheduler.outstanding == 0
-            scheduler.submit(last := ask(served))
+            scheduler.submit(last := ask(model))
             await all_of(last)
 
     asyncio.run(run())
 
 
 def test_a_cancelled_request_frees_its_row_before_the_next_step(load):
-    served = load(rows=1)
+    model = load(rows=1)
 
     async def run():
         async with scheduling() as scheduler:
-            scheduler.submit(long := ask(served, tokens=200))
-            scheduler.submit(waits := ask(served, seed=1, tokens=1))
+            scheduler.submit(long := ask(model, tokens=200))
+            scheduler.submit(waits := ask(model, seed=1, tokens=1))
             await long.pieces()
             scheduler.cancel(long)
             made = long.tokens_made
@@ -117,13 +128,14 @@ def test_a_cancelled_request_frees_its_row_before_the_next_step(load):
 
 
 def test_a_request_that_still_waits_can_be_cancelled(load):
-    served = load(rows=1)
+    model = load(rows=1)
 
     async def run():
         async with scheduling() as scheduler:
-            scheduler.submit(long := ask(served, tokens=50))
-            scheduler.submit(waits := ask(served, seed=1))
-            scheduler.cancel(waits)
+            with no_steps(scheduler):
+                scheduler.submit(long := ask(model, tokens=50))
+                scheduler.submit(waits := ask(model, seed=1))
+                scheduler.cancel(waits)
             await all_of(long)
             assert waits.tokens_made == 0
             assert scheduler.outstanding == 0
@@ -131,30 +143,31 @@ def test_a_request_that_still_waits_can_be_cancelled(load):
     asyncio.run(run())
 
 
-def test_a_step_that_fails_is_told_to_all_and_a_fresh_engine_goes_on(load, capsys):
-    served, other = load(rows=2), load(seed=1, name="other")
+def test_a_step_that_fails_is_an_error_for_all_and_a_fresh_engine_goes_on(load, capsys):
+    model, other = load(rows=2), load(seed=1, name="other")
 
     async def run():
         async with scheduling() as scheduler:
-            scheduler.submit(good := ask(served))
+            scheduler.submit(good := ask(model))
             wanted = await all_of(good)
-            old = served.engine
+            old = model.engine
 
             def breaks():
                 raise RuntimeError("on fire")
 
             old.step = breaks
-            scheduler.submit(beside := ask(other))
-            many = [ask(served, seed) for seed in range(4)]
-            for one in many:
-                scheduler.submit(one)
-            for one in many:
-                (piece,) = await one.pieces()
+            generations = [ask(model, seed) for seed in range(4)]
+            with no_steps(scheduler):
+                scheduler.submit(healthy := ask(other))
+                for generation in generations:
+                    scheduler.submit(generation)
+            for generation in generations:
+                (piece,) = await generation.pieces()
                 assert piece.error.status == 500
                 assert "RuntimeError" in piece.error.message
-            assert (await all_of(beside))[1] == ["length"]
-            assert served.engine is not old
-            scheduler.submit(again := ask(served))
+            assert (await all_of(healthy))[1] == ["length"]
+            assert model.engine is not old
+            scheduler.submit(again := ask(model))
             assert await all_of(again) == wanted
             assert scheduler.outstanding == 0
 
@@ -168,9 +181,9 @@ def test_answers_that_run_keep_the_weights_they_began_with(load):
     async def run():
         async with scheduling() as scheduler:
             expected = []
-            for served in (old, new):
-                scheduler.submit(one := ask(served, tokens=100))
-                expected.append(await all_of(one))
+            for model in (old, new):
+                scheduler.submit(generation := ask(model, tokens=100))
+                expected.append(await all_of(generation))
             scheduler.submit(begun := ask(old, tokens=100))
             await begun.pieces()
             scheduler.submit(later := ask(new, tokens=100))  # what the catalogue hands out after a swap
@@ -184,14 +197,14 @@ def test_answers_that_run_keep_the_weights_they_began_with(load):
 
 
 def test_a_stop_string_frees_the_row(load):
-    served = load(rows=1)
+    model = load(rows=1)
 
     async def run():
         async with scheduling() as scheduler:
-            scheduler.submit(whole := ask(served, tokens=200))
+            scheduler.submit(whole := ask(model, tokens=200))
             (text,), _ = await all_of(whole)
             stop = text[30:33]
-            stopped = Generation(served, [PROMPT], whole.sampling, stops=(stop,))
+            stopped = Generation(model, [PROMPT], whole.sampling, stops=(stop,))
             scheduler.submit(stopped)
             (short,), reasons = await all_of(stopped)
             assert (short, reasons) == (text[: text.index(stop)], ["stop"])
@@ -202,19 +215,20 @@ def test_a_stop_string_frees_the_row(load):
 
 
 def test_closing_tells_everybody_why(load):
-    served = load(rows=1)
+    model = load(rows=1)
 
     async def run():
         async with scheduling() as scheduler:
-            many = [ask(served, seed, tokens=200) for seed in range(3)]
-            for one in many:
-                scheduler.submit(one)
-            await many[0].pieces()
-            scheduler.close(ApiError(503, "going down", code="shutting_down"))
-            for one in many:
-                pieces = await one.pieces()
+            generations = [ask(model, seed, tokens=200) for seed in range(3)]
+            with paused(model, lambda: not scheduler._orders.empty(), after=20):
+                for generation in generations:
+                    scheduler.submit(generation)
+                await generations[0].pieces()
+                scheduler.close(ApiError(503, "going down", code="shutting_down"))
+            for generation in generations:
+                pieces = await generation.pieces()
                 while not pieces[-1].error:
-                    pieces = await one.pieces()
+                    pieces = await generation.pieces()
                 assert pieces[-1].error.code == "shutting_down"
             assert scheduler.outstanding == 0
 

@@ -1,7 +1,7 @@
-"""The models that are served: loaded, named, fingerprinted, and replaced while they run.
+"""The models of the server: loaded, named, fingerprinted, and replaced while they run.
 
-A `Served` is one version of one model. With --follow a run's newer checkpoint becomes a new `Served` under the same
-name; answers that run keep the old one, which goes when the last of them has ended.
+A `ServedModel` is one version of one model. With --follow a run's newer checkpoint becomes a new `ServedModel` under
+the same name. Running answers keep the old one, which is freed when the last of them ends.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from penstock.serve.config import ServeConfig
 from penstock.serve.detokenize import Vocabulary, decoder_of
 
 NO_LIMIT = 2**31
-"""The encoder checks no length here: the service answers a prompt that is too long with both numbers."""
+"""The encoder checks no length: `openai_requests` refuses a prompt that is too long, with both numbers."""
 POLL_SECONDS = 1.0
-"""Between two looks at a run that is followed."""
+"""Between two reads of a followed run."""
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class ServedModel:
 
     id: str
     digest: str
-    """sha256 of its weights, or of the manifest that holds theirs."""
+    """sha256 of its weights, or the one in their checkpoint's manifest."""
     created: int
     """Seconds since 1970 when the weights were written."""
     encoder: Encoder
@@ -53,12 +53,12 @@ class ServedModel:
         self.renew()
 
     def renew(self) -> None:
-        """A fresh engine over the same weights, for when a step has failed halfway."""
+        """Makes a new engine over the same weights, after a step that failed."""
         self.engine = Engine(self.decoder, eos_ids=self.encoder.eos_ids, rows=self.rows, length=self.length)
 
 
 class Catalogue:
-    """The served models by name. `ready` is set once all are loaded; `problem` says why they could not be."""
+    """The models by name. `ready` is set when all are loaded; `problem` is the error when one cannot be loaded."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
@@ -67,45 +67,45 @@ class Catalogue:
         self.ready = threading.Event()
         self.problem: Exception | None = None
         self.swaps = 0
-        """Times that a newer checkpoint took a model's place."""
+        """How often a newer checkpoint replaced a model."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._seen: dict[str, str] = {}
-        """The checkpoint that each followed run is served from."""
+        """The checkpoint of each followed run that was loaded or refused last."""
 
-    def start(self, failed: Callable[[], None]) -> None:
-        """Loads all models in a thread of its own, then follows their runs where that was asked for."""
-        self._thread = threading.Thread(target=self._run, args=(failed,), name="catalogue", daemon=True)
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Loads all models in a thread, then follows their runs with --follow."""
+        self._thread = threading.Thread(target=self._run, args=(on_failure,), name="catalogue", daemon=True)
         self._thread.start()
 
     def stop(self) -> bool:
-        """No more looking at runs. False when a model is being read right now, which cannot be interrupted."""
+        """Ends the thread. False when it reads a model, which cannot be interrupted."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * POLL_SECONDS if self.ready.is_set() else 0.1)
         return self._thread is None or not self._thread.is_alive()
 
-    def _run(self, failed: Callable[[], None]) -> None:
+    def _run(self, on_failure: Callable[[], None]) -> None:
         try:
             for name, source in self.sources.items():
                 self.models[name] = self._load(name, source)
-        except Exception as error:  # handed to the command, which knows what to say
+        except Exception as error:  # the command raises it again
             self.problem = error
-            failed()
+            on_failure()
             return
         self.ready.set()
         while self._config.follow and not self._stop.wait(POLL_SECONDS):
             for name, source in self.sources.items():
-                self.look(name, source)
+                self.refresh(name, source)
 
-    def look(self, name: str, source: str) -> None:
-        """Takes a run's newer checkpoint into service, if there is one. A damaged or vanished one is passed over."""
+    def refresh(self, name: str, source: str) -> None:
+        """Loads a run's newer checkpoint, if there is one. A damaged or removed checkpoint is skipped."""
         newest = _latest(source)
         if newest is None or newest == self._seen[name]:
             return
         try:
             self.models[name] = self._load(name, source)
-        except Exception as error:  # a run may remove what is being read; the old weights go on
+        except Exception as error:  # the run may remove the files during the read; the old weights stay
             self._seen[name] = newest
             print(f"{name}: {newest} is passed over: {error}", file=sys.stderr, flush=True)
             return
@@ -114,40 +114,41 @@ class Catalogue:
 
     def _load(self, name: str, source: str) -> ServedModel:
         config = self._config
-        place = resolve_model(source)
+        path = resolve_model(source)
         if config.follow:
             newest = _latest(source)
             if newest is None:
                 raise UserError(
                     f"--follow: {source} is no run with a checkpoint; leave --follow out to serve it as is."
                 )
-            place = resolve_model(str(Path(source) / "checkpoints" / newest))
+            path = resolve_model(str(Path(source) / "checkpoints" / newest))
             self._seen[name] = newest
-        decoder = engines.load(place, config.dtype, config.device)[1].decoder
+        decoder = engines.load(path, config.dtype, config.device)[1].decoder
         encoder = Encoder.for_model(
-            place, eos_ids=decoder.config.eos_ids, vocab_size=decoder.config.vocab_size, max_length=NO_LIMIT
+            path, eos_ids=decoder.config.eos_ids, vocab_size=decoder.config.vocab_size, max_length=NO_LIMIT
         )
         if encoder.tokenizer is None:
             raise UserError(
                 f"{source}: has no tokenizer, so it cannot chat; put the model's tokenizer files beside it."
             )
-        digest, created = fingerprint(Path(place))
+        digest, created = fingerprint(Path(path))
         return ServedModel(name, digest, created, encoder, decoder, config.rows, config.max_length or NO_LIMIT)
 
 
-def named_sources(given: Sequence[str]) -> dict[str, str]:
-    """Names of models, as clients say them: NAME=PATH, or else the last part of the path, with its parent if needed."""
+def named_sources(arguments: Sequence[str]) -> dict[str, str]:
+    """Names of models: NAME of NAME=PATH, or the last part of a path, with its parent if another has the same name."""
     names: dict[str, str] = {}
-    for one in given:
-        name, equals, source = one.partition("=")
+    for argument in arguments:
+        name, equals, source = argument.partition("=")
         if not equals or "/" in name:
-            source = one
-            path = Path(one)
-            name = path.absolute().name if path.exists() else one
+            source = argument
+            path = Path(source)
+            name = path.absolute().name if path.exists() else source
             if name in names and path.exists():
                 name = f"{path.absolute().parent.name}/{name}"
         if name in names:
-            raise UserError(f"--model {one}: there is a model named {name} already; give it a name: other={source}.")
+            text = f"--model {argument}: there is a model named {name} already; give it a name: other={source}."
+            raise UserError(text)
         names[name] = source
     return names
 
@@ -161,13 +162,13 @@ def _latest(source: str) -> str | None:
     return text if checkpoint.NAME.fullmatch(text) else None
 
 
-def fingerprint(place: Path) -> tuple[str, int]:
-    """sha256 that tells these weights from others, and when they were written (seconds since 1970)."""
-    manifest = place.parent / checkpoint.MANIFEST
+def fingerprint(path: Path) -> tuple[str, int]:
+    """sha256 of a model's weights, and when they were written (seconds since 1970)."""
+    manifest = path.parent / checkpoint.MANIFEST
     if manifest.exists():
         return json.loads(manifest.read_text(encoding="utf-8"))["sha256"], int(manifest.stat().st_mtime)
-    files = sorted(place.glob("*.safetensors")) + sorted(place.glob("*.bin")) if place.is_dir() else []
+    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else []
     if not files:  # a name on the hub
-        return hashlib.sha256(str(place).encode()).hexdigest(), int(time.time())
+        return hashlib.sha256(str(path).encode()).hexdigest(), int(time.time())
     digests = "".join(checkpoint.digest(file) for file in files)
     return hashlib.sha256(digests.encode()).hexdigest(), int(max(file.stat().st_mtime for file in files))

@@ -1,7 +1,10 @@
-"""One answer's text while its tokens come: what may be shown now, and what must wait for the next token.
+"""The text of one answer while its tokens come: what may be shown now, and what waits for the next token.
 
-A character whose bytes are not all there waits, and so does whatever may be the beginning of a stop string, so that
-neither is ever shown in pieces. Knows tokens and text, nothing of requests.
+An incomplete character waits, and so does text that may begin a stop string: neither is shown in pieces. Knows tokens
+and text, and nothing of requests.
+
+[Note: stop strings are found in the text] The server finds them, not the engine: streamed and whole answers are made
+of the same pieces, and the engine does not have to decode its tokens.
 """
 
 import functools
@@ -12,24 +15,24 @@ from typing import Any
 
 from penstock.data.chat import Encoder
 
-HALF = "\ufffd"
-"""What a decoder writes for bytes that are no character, or not yet one."""
+INCOMPLETE = "\ufffd"
+"""The decoder's character for bytes that are no character, or an incomplete one."""
 WINDOW = 16
-"""Tokens decoded together at most while characters are whole; decoding starts behind the last that was."""
+"""Tokens decoded together while characters are whole; a full window drops its first half."""
 LONGEST_WAIT = 64
-"""Tokens after which bytes that make no character are shown as they are."""
+"""Tokens after which bytes that make no character are shown as INCOMPLETE."""
 
 
 class TextStream:
-    """Tokens in, text out. `stops` end it; `ended` says that one has come."""
+    """Tokens in, text out. `stops` end the text; `ended` is true after one of them."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        # NUL is no text: PostgreSQL does not store it, and as part of a later prompt it would be refused.
+        # No NUL: PostgreSQL does not store it, and a later prompt that holds it is refused.
         self._decode = lambda ids: decode(ids).replace("\0", "")
         self._stops = tuple(stops)
         self._ids: list[int] = []
-        self._told = 0
-        """Characters of the window's text that have left it."""
+        self._released = 0
+        """Characters of the window's text that are shown or waiting."""
         self._waiting = ""
         """Whole characters that may be the beginning of a stop string."""
         self.length = 0
@@ -38,35 +41,35 @@ class TextStream:
 
     @property
     def position(self) -> int:
-        """Where the next character will stand: shown ones and waiting ones."""
+        """Index of the next character: behind those shown and those waiting."""
         return self.length + len(self._waiting)
 
     def push(self, token: int) -> str:
-        """What may be shown after this token; nothing more once a stop string has come."""
+        """The text to show after this token; empty after a stop string."""
         if self.ended:
             return ""
         self._ids.append(token)
         text = self._decode(self._ids)
-        whole = text.rstrip(HALF) if text.endswith(HALF) and len(self._ids) < LONGEST_WAIT else text
-        # Up to three bytes can belong to a character on its way; what stands before them is none.
+        whole = text.rstrip(INCOMPLETE) if text.endswith(INCOMPLETE) and len(self._ids) < LONGEST_WAIT else text
+        # An incomplete character has three bytes at most; INCOMPLETE before them is no character at all.
         whole = text[: max(len(whole), len(text) - 3)]
-        new = whole[self._told :]
-        self._told = max(self._told, len(whole))
+        new = whole[self._released :]
+        self._released = max(self._released, len(whole))
         if len(whole) == len(text) and len(self._ids) >= WINDOW:
-            # Half of the window stays in front, because decoders look at what precedes (spaces, runs of bytes).
+            # Half of the window stays, because decoders look at what precedes (spaces, runs of bytes).
             del self._ids[: WINDOW // 2]
-            self._told = len(self._decode(self._ids))
+            self._released = len(self._decode(self._ids))
         return self._show(new)
 
     def finish(self) -> str:
-        """What was still waiting, when no more tokens come."""
+        """The text that still waits, after the last token."""
         if self.ended:
             return ""
-        shown = self._show(self._decode(self._ids)[self._told :] if self._ids else "")
+        shown = self._show(self._decode(self._ids)[self._released :] if self._ids else "")
         if not self.ended:
             shown += self._waiting
             self.length += len(self._waiting)
-        self._ids, self._told, self._waiting = [], 0, ""
+        self._ids, self._released, self._waiting = [], 0, ""
         return shown
 
     def _show(self, new: str) -> str:
@@ -74,20 +77,19 @@ class TextStream:
         if not self._stops:
             self.length += len(text)
             return text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+        if starts:
             self.ended, self._waiting = True, ""
-            text = text[: min(found)]
+            text = text[: min(starts)]
         else:
-            held = max(_beginning_of(stop, text) for stop in self._stops)
-            self._waiting = text[len(text) - held :]
-            text = text[: len(text) - held]
+            end = len(text) - max(_overlap(stop, text) for stop in self._stops)
+            text, self._waiting = text[:end], text[end:]
         self.length += len(text)
         return text
 
 
-def _beginning_of(stop: str, text: str) -> int:
-    """How many of the last characters of the text are a beginning of the stop string."""
+def _overlap(stop: str, text: str) -> int:
+    """How many of the last characters of the text begin the stop string."""
     for count in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:count]):
             return count
@@ -95,7 +97,7 @@ def _beginning_of(stop: str, text: str) -> int:
 
 
 def decoder_of(encoder: Encoder) -> Callable[[Sequence[int]], str]:
-    """The encoder's `decode`, without what transformers does around it (30 us a call) where it can be left out."""
+    """The encoder's `decode`, where possible without the overhead of transformers (30 us a call)."""
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is None:
         return encoder.decode
@@ -112,9 +114,9 @@ class Vocabulary:
         self._bytewise = backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
 
     def bytes_of(self, token: int) -> bytes:
-        """The token's bytes; those of a part of a character are no text by themselves."""
+        """The token's bytes, which may be a part of a character."""
         word = self._tokenizer.convert_ids_to_tokens(token)
-        if word is None:  # a row of the embedding that no word has
+        if word is None:  # a row of the embedding without a word
             return b""
         if token in self._special:
             return word.encode()
@@ -128,8 +130,8 @@ class Vocabulary:
 def _bytes_of_letters() -> dict[str, int]:
     """GPT-2's letters for bytes (Radford et al. 2019): printable ones are themselves, the others come from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    shifted = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(shifted)}
 
 
 BYTES = _bytes_of_letters()

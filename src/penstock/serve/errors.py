@@ -1,4 +1,4 @@
-"""What goes wrong while answering, in the shape that OpenAI's clients know: message, type, param and code."""
+"""Errors in the shape that OpenAI's clients know: message, type, param and code."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ CODES = {
     415: "unsupported_media_type", 429: "rate_limit_exceeded", 500: "internal_error", 503: "unavailable",
 }  # fmt: skip
 RETRY_SECONDS = 1
-"""What 429 and 503 say in retry-after: an answer of a small model takes about so long."""
+"""The retry-after of 429 and 503: about the time of a small model's answer."""
 
 
 class ErrorBody(BaseModel):
@@ -51,13 +51,13 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """As JSON."""
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error_type = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         code = self.code or CODES.get(self.status, str(self.status))
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": code}}
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": code}}
 
     @property
     def encoded(self) -> bytes:
-        """As bytes: in ASCII, so that half a character in a name that it repeats can be said too."""
+        """As ASCII bytes, so that a message may repeat a name with half a character in it."""
         return json.dumps(self.body).encode()
 
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics, in a registry of the server's own. Names are penstock_serve_SUBJECT_UNIT."""
+"""Counters for Prometheus at /metrics, in a registry of their own. Names are penstock_serve_SUBJECT_UNIT."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -9,6 +9,7 @@ from penstock.serve.catalogue import Catalogue
 from penstock.serve.scheduler import Generation, Scheduler
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METHODS = ("GET", "POST", "PATCH", "DELETE", "HEAD", "OPTIONS")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -30,7 +31,7 @@ class Metrics:
         self._prompt = Counter("penstock_serve_prompt_tokens", "Tokens of prompts.", registry=self.registry)
 
     def watch(self, scheduler: Scheduler, catalogue: Catalogue) -> None:
-        """Adds what the scheduler and the catalogue know by themselves, read when somebody asks."""
+        """Adds the numbers of the scheduler and the catalogue, read at each request for the metrics."""
         for name, text, read in (
             ("outstanding_answers", "Answers running or waiting for a row.", lambda: scheduler.outstanding),
             ("rows_used", "Rows of the KV caches that hold an answer.", lambda: scheduler.rows_used),
@@ -42,11 +43,9 @@ class Metrics:
             Gauge(f"penstock_serve_{name}", text, registry=self.registry).set_function(read)
 
     def answered(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
-        """Counts a request. Paths that no route has are one, so that nobody can fill the registry with names."""
+        """Counts a request. Paths without a route count together, so that no client fills the registry with names."""
         route = getattr(scope.get("route"), "path", "other")
-        method = (
-            scope["method"] if scope["method"] in ("GET", "POST", "PATCH", "DELETE", "HEAD", "OPTIONS") else "other"
-        )
+        method = scope["method"] if scope["method"] in METHODS else "other"
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
@@ -57,5 +56,5 @@ class Metrics:
             self._first.observe(generation.first_token_at - generation.started_at)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics, as Prometheus reads them."""
         return generate_latest(self.registry)

@@ -1,10 +1,12 @@
-"""What every request passes before a route sees it: who it is, how much it may send, and what its answer carries.
+"""Access to the server: keys, CSRF tokens, sizes, times and headers, checked before any route sees a request.
 
-Plain ASGI, outside the framework, so that a body of 100 MB is refused from its first bytes and no route can forget a
-check. Errors that it raises, and those that no route caught, leave in OpenAI's shape.
+[Note: access is checked outside the framework] This is plain ASGI, around FastAPI, so that no route can forget a check
+and a large body costs nothing; `http_protocol.py` limits the head of a request before that. The whole body is read
+here, 1 MiB at most: routes get it in one piece, and the next message they receive is the client's disconnect.
 """
 
 import asyncio
+import contextlib
 import re
 import secrets
 import sys
@@ -24,15 +26,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-MOST_BODY_BYTES = 2**20
+MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 30.0
-"""For the whole body: one that drips in slower is given up."""
+"""For the whole body; a slower one is answered 408."""
 SEND_SECONDS = 60.0
-"""For a client to take what it was sent: one that stops reading is given up."""
+"""For a client to read what was sent; the request of a slower one is cancelled."""
 LINGER_BYTES, LINGER_SECONDS = 256 * 2**20, 5.0
-"""A refused body is read on so far, into nothing: a connection that is cut at once loses the answer too."""
-OPEN = re.compile(r"/|/health|/favicon\.ico|/assets/.*")
-"""What needs no key: the page's own files, which hold no secret, and whether the server is well."""
+"""So much of a refused body is read and dropped: a connection that is closed at once loses the answer too."""
+PUBLIC = re.compile(r"/|/health|/favicon\.ico|/assets/.*")
+"""Paths that need no key: the page's files, which hold no secret, and the server's health."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 HEADERS = (
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
@@ -47,27 +49,27 @@ HEADERS = (
 
 @dataclass(eq=False)
 class _Exchange:
-    """One request on its way through."""
+    """A request and its answer."""
 
     scope: Message
     receive: Receive
     send: Send
     id: bytes
     status: int = 0
-    """Of the answer, once it has begun."""
-    who: str | None = None
-    """The key's or session's hash, while it counts as busy."""
+    """Of the answer; 0 before it begins."""
+    sha256: str | None = None
+    """Of the key or session, while the request counts as in work."""
     task: asyncio.Task[Any] | None = None
     sending_since: float | None = None
-    """The loop's time when the client was last handed something that it has not taken yet."""
+    """The loop's time when the send began that the client has not read yet."""
 
 
 class AccessMiddleware:
-    """See the module."""
+    """Identifies each request, reads its body, passes it on, and counts it. Errors leave in OpenAI's shape."""
 
     def __init__(self, inner: Application, keys: Callable[[], Keys], metrics: Metrics) -> None:
         self._inner, self._keys, self._metrics = inner, keys, metrics
-        self._open: set[_Exchange] = set()
+        self._exchanges: set[_Exchange] = set()
         self._watching = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -75,78 +77,78 @@ class AccessMiddleware:
         if scope["type"] == "lifespan":
             await self._inner(scope, receive, send)
             return
-        if scope["type"] != "http":  # a websocket: there are none here
+        if scope["type"] != "http":  # a websocket: no route has one
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        name = given if REQUEST_ID.fullmatch(given) else b"req_" + secrets.token_hex(12).encode()
-        exchange = _Exchange(scope, receive, send, name)
+        request_id = headers.get(b"x-request-id", b"")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = b"req_" + secrets.token_hex(12).encode()
+        exchange = _Exchange(scope, receive, send, request_id, task=asyncio.current_task())
         started = time.monotonic()
-        exchange.task = asyncio.current_task()
-        self._open.add(exchange)
+        self._exchanges.add(exchange)
         if not self._watching:
             self._watching = True
-            self._give_up_on_the_slow()
+            self._cancel_slow_clients()
         try:
             self._identify(exchange, headers)
             length = headers.get(b"content-length", b"")
-            if length.isdigit() and int(length) > MOST_BODY_BYTES:
+            if length.isdigit() and int(length) > MAX_BODY_BYTES:
                 raise _too_large()
             body = await _body(exchange)
             if body is not None:
-                await self._inner(scope, _replay(exchange, body), _dressed(exchange))
+                await self._inner(scope, _replay(exchange, body), _with_headers(exchange))
         except ApiError as error:
             await _refuse(exchange, error)
-        except Exception as error:  # our own mistake: said in the log, answered without its details
-            print(f"request {name.decode()}: {scope['method']} {scope['path']!a}", file=sys.stderr)
+        except Exception as error:  # a bug: details go to the log, not to the client
+            name = request_id.decode()
+            print(f"request {name}: {scope['method']} {scope['path']!a}", file=sys.stderr)
             traceback.print_exc(file=sys.stderr)
             if not exchange.status:
-                text = f"internal error ({type(error).__name__}); please report it with the id {name.decode()}."
+                text = f"internal error ({type(error).__name__}); please report it with the id {name}."
                 await _refuse(exchange, ApiError(500, text))
         finally:
-            self._open.discard(exchange)
-            if exchange.who is not None:
-                self._keys().leave(exchange.who)
+            self._exchanges.discard(exchange)
+            if exchange.sha256 is not None:
+                self._keys().leave(exchange.sha256)
             self._metrics.answered(scope, exchange.status, time.monotonic() - started)
 
-    def _give_up_on_the_slow(self) -> None:
-        """Every few seconds: ends the exchanges whose clients stopped reading. A timer for each send costs more."""
+    def _cancel_slow_clients(self) -> None:
+        """Cancels, every few seconds, the requests whose clients stopped reading. A timer for each send costs more."""
         loop = asyncio.get_running_loop()
-        for exchange in self._open:
+        for exchange in self._exchanges:
             since = exchange.sending_since
             if since is not None and loop.time() - since > SEND_SECONDS and exchange.task is not None:
                 exchange.task.cancel()
-        loop.call_later(SEND_SECONDS / 12, self._give_up_on_the_slow)
+        loop.call_later(SEND_SECONDS / 12, self._cancel_slow_clients)
 
     def _identify(self, exchange: _Exchange, headers: dict[bytes, bytes]) -> None:
-        """Finds the key or the session behind a request. Raises ApiError 401, 403 or 429."""
+        """Finds the key or the session of a request. Raises ApiError 401, 403 or 429."""
         method, path = exchange.scope["method"], exchange.scope["path"]
-        if OPEN.fullmatch(path) or (path == "/api/session" and method == "POST"):
+        if PUBLIC.fullmatch(path) or (path == "/api/session" and method == "POST"):
             return
-        keys = self._keys()
-        who = None
+        keys, sha256 = self._keys(), None
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         session = _session_of(headers)
         if scheme.lower() == "bearer":
             if not keys.holds(key.strip()):
                 raise ApiError(401, "this key is not the server's; penstock serve printed it when it first started.")
-            who = hashed(key.strip())
+            sha256 = hashed(key.strip())
         elif session is not None and keys.knows(session):
-            who = hashed(session)
+            sha256 = hashed(session)
             token = headers.get(b"x-csrf-token", b"").decode("latin-1")
             if method not in ("GET", "HEAD") and not secrets.compare_digest(token.encode(), csrf_of(session).encode()):
                 raise ApiError(403, "the X-CSRF-Token header is missing or not this session's; reload the page.")
             exchange.scope["penstock.session"] = session
-        if who is None:
+        if sha256 is None:
             raise ApiError(
                 401, "a key is needed: Authorization: Bearer KEY. penstock serve printed it when it first started.",
                 code="missing_api_key", headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
-        if not keys.enter(who):
+        if not keys.enter(sha256):
             raise ApiError(429, "this key has too many requests in work already; wait for one to end.")
-        exchange.who = who
+        exchange.sha256 = sha256
 
 
 def _session_of(headers: dict[bytes, bytes]) -> str | None:
@@ -158,11 +160,11 @@ def _session_of(headers: dict[bytes, bytes]) -> str | None:
 
 
 def _too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MOST_BODY_BYTES} bytes (1 MiB); send less.")
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes (1 MiB); send less.")
 
 
 async def _body(exchange: _Exchange) -> bytes | None:
-    """The whole body, or None when the client left. Raises ApiError 413 or 408 before it grows too large or too old."""
+    """The whole body, or None when the client disconnects. Raises ApiError 413 or 408 at the limits."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -171,7 +173,7 @@ async def _body(exchange: _Exchange) -> bytes | None:
                 if message["type"] == "http.disconnect":
                     return None
                 body += message.get("body", b"")
-                if len(body) > MOST_BODY_BYTES:
+                if len(body) > MAX_BODY_BYTES:
                     raise _too_large()
                 if not message.get("more_body", False):
                     return bytes(body)
@@ -180,30 +182,26 @@ async def _body(exchange: _Exchange) -> bytes | None:
 
 
 def _replay(exchange: _Exchange, body: bytes) -> Receive:
-    """The request's `receive` for the routes: the body in one piece, then what comes, the client's leaving."""
-    rest: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    """The request's `receive` for the routes: the body in one piece, then the client's disconnect."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
-        return rest.pop() if rest else await exchange.receive()
+        return messages.pop() if messages else await exchange.receive()
 
     return receive
 
 
-def _dressed(exchange: _Exchange) -> Send:
-    """The request's `send`, which adds headers and gives up on a client that reads no more."""
-
+def _with_headers(exchange: _Exchange) -> Send:
+    """The request's `send`, which adds HEADERS and records when it waits for the client."""
     loop = asyncio.get_running_loop()
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.status = message["status"]
-            there = {name for name, _ in message["headers"]}
-            message["headers"] = [
-                *message["headers"],
-                *(pair for pair in HEADERS if pair[0] not in there),
-                (b"x-request-id", exchange.id),
-            ]
-            if b"cache-control" not in there:
+            present = {name for name, _ in message["headers"]}
+            added = [(name, value) for name, value in HEADERS if name not in present]
+            message["headers"] = [*message["headers"], *added, (b"x-request-id", exchange.id)]
+            if b"cache-control" not in present:
                 message["headers"].append((b"cache-control", b"no-store"))
         exchange.sending_since = loop.time()
         await exchange.send(message)
@@ -213,10 +211,10 @@ def _dressed(exchange: _Exchange) -> Send:
 
 
 async def _refuse(exchange: _Exchange, error: ApiError) -> None:
-    """Answers with an error; then reads on what the client still sends, within limits, so that it gets to read it."""
+    """Answers with an error. Reads and drops an unread body, within limits, so that the client can read the answer."""
     if exchange.status:
         return
-    body, send = error.encoded, _dressed(exchange)
+    body, send = error.encoded, _with_headers(exchange)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     early = error.status in (408, 413)
@@ -228,14 +226,12 @@ async def _refuse(exchange: _Exchange, error: ApiError) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": early})
     if not early:
         return
-    got = 0
-    try:
+    dropped = 0
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
-            while got < LINGER_BYTES:
+            while dropped < LINGER_BYTES:
                 message = await exchange.receive()
-                got += len(message.get("body", b""))
+                dropped += len(message.get("body", b""))
                 if not message.get("more_body", False):
                     break
-    except TimeoutError:
-        pass
     await send({"type": "http.response.body", "body": b""})

@@ -1,24 +1,24 @@
-"""What /v1 answers: OpenAI's objects, whole or as server-sent events, made from the pieces of a generation.
+"""Answers of /v1: OpenAI's objects, whole or as server-sent events, made of the pieces of a generation.
 
-The schemas at the top are what the OpenAPI document promises; the bytes are built below without them, because a stream
-of 128 answers sends thousands of pieces a second.
+The schemas at the top are for the OpenAPI document. The bytes are built below without them, because 128 streams send
+thousands of pieces a second.
 """
 
 import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import ApiError
-from penstock.serve.scheduler import Generation, Token
+from penstock.serve.scheduler import Generation, Piece, Token
 
-LEAST_LOGPROB = -9999.0
-"""What OpenAI writes for a probability of zero, which JSON has no logarithm of."""
+MIN_LOGPROB = -9999.0
+"""OpenAI's log-probability of zero: JSON has no infinity."""
 Finish = Literal["stop", "length"]
 
 
@@ -129,7 +129,7 @@ class ModelList(BaseModel):
 
 
 async def whole(generation: Generation, chat: bool) -> dict[str, Any]:
-    """The answer in one object. Raises ApiError when an answer failed, or everybody has gone."""
+    """The answer in one object. Raises ApiError when an answer fails, or the client disconnects."""
     texts, tokens = [""] * generation.count, [list[Token]() for _ in range(generation.count)]
     reasons: dict[int, str] = {}
     while len(reasons) < generation.count:
@@ -143,45 +143,42 @@ async def whole(generation: Generation, chat: bool) -> dict[str, Any]:
             tokens[piece.index] += piece.tokens
             if piece.finish_reason:
                 reasons[piece.index] = piece.finish_reason
-    served, choices = generation.served, []
+    choices = []
     for i, text in enumerate(texts):
-        said = logprobs_of(served, tokens[i], generation, chat)
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-        choices.append({"index": i, **body, "logprobs": said, "finish_reason": reasons[i]})
-    kind = "chat.completion" if chat else "text_completion"
-    return {**_head(kind, served, chat), "choices": choices, "usage": usage_of(generation)}
+        logprobs = logprobs_of(generation, tokens[i], chat)
+        choices.append({"index": i, **body, "logprobs": logprobs, "finish_reason": reasons[i]})
+    head = _head("chat.completion" if chat else "text_completion", generation.model, chat)
+    return {**head, "choices": choices, "usage": usage_of(generation)}
 
 
 def usage_of(generation: Generation) -> dict[str, int]:
-    """Tokens read and made."""
-    read, made = sum(map(len, generation.prompts)), generation.tokens_made
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    """Tokens of prompts and answers."""
+    prompt, completion = sum(map(len, generation.prompts)), generation.tokens_made
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _head(kind: str, served: ServedModel, chat: bool) -> dict[str, Any]:
-    return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()),
-        "model": served.id, "system_fingerprint": f"fp_{served.digest[:12]}",
-    }  # fmt: skip
+def _head(object_name: str, model: ServedModel, chat: bool) -> dict[str, Any]:
+    answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+    source = {"model": model.id, "system_fingerprint": f"fp_{model.digest[:12]}"}
+    return {"id": answer_id, "object": object_name, "created": int(time.time()), **source}
 
 
 # --- in pieces --------------------------------------------------------------------------------------------------------
 
 
 async def events(generation: Generation, chat: bool, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events, ended by [DONE]; a failure is an error event, and then there is no [DONE]."""
-    served = generation.served
-    head = _head("chat.completion.chunk" if chat else "text_completion", served, chat)
+    """The answer as server-sent events, ended by [DONE]; a failure is an error event, without [DONE] after it."""
+    head = _head("chat.completion.chunk" if chat else "text_completion", generation.model, chat)
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
-    # One chunk differs from the next in its choices only.
-    start = json.dumps({**head, **usage})[:-1] + ', "choices": [{"index": '
+    # Chunks differ in their choices only.
+    start = "data: " + json.dumps({**head, **usage})[:-1] + ', "choices": [{"index": '
     if chat:
         opening = '"delta": {"role": "assistant", "content": "", "refusal": null}, "logprobs": null'
-        yield "".join(
-            f'data: {start}{i}, {opening}, "finish_reason": null}}]}}\n\n' for i in range(generation.count)
-        ).encode()
-    left = generation.count
-    while left:
+        indices = range(generation.count)
+        yield "".join(f'{start}{i}, {opening}, "finish_reason": null}}]}}\n\n' for i in indices).encode()
+    unfinished = generation.count
+    while unfinished:
         pieces = await generation.pieces()
         if not pieces:
             return
@@ -191,68 +188,63 @@ async def events(generation: Generation, chat: bool, with_usage: bool) -> AsyncG
                 lines.append(f"data: {json.dumps(piece.error.body)}\n\n")
                 yield "".join(lines).encode()
                 return
-            said = (
-                json.dumps(logprobs_of(served, piece.tokens, generation, chat)) if generation.wants_tokens else "null"
-            )
-            text = json.dumps(piece.text)
-            if chat:
-                if piece.text or piece.tokens:
-                    lines.append(
-                        f'data: {start}{piece.index}, "delta": {{"content": {text}}}, "logprobs": {said}, '
-                        '"finish_reason": null}]}\n\n'
-                    )
-                if piece.finish_reason:
-                    lines.append(
-                        f'data: {start}{piece.index}, "delta": {{}}, "logprobs": null, '
-                        f'"finish_reason": "{piece.finish_reason}"}}]}}\n\n'
-                    )
-            else:
-                reason = json.dumps(piece.finish_reason)
-                rest = f'"text": {text}, "logprobs": {said}, "finish_reason": {reason}'
-                lines.append(f"data: {start}{piece.index}, {rest}}}]}}\n\n")
-            left -= piece.finish_reason is not None
+            lines += [f"{start}{piece.index}, {choice}}}]}}\n\n" for choice in _choices(generation, piece, chat)]
+            unfinished -= piece.finish_reason is not None
         yield "".join(lines).encode()
     if with_usage:
         yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage_of(generation)})}\n\n".encode()
     yield b"data: [DONE]\n\n"
 
 
+def _choices(generation: Generation, piece: Piece, chat: bool) -> Iterator[str]:
+    """A piece as the choices of one event or two, in JSON without the index."""
+    logprobs = json.dumps(logprobs_of(generation, piece.tokens, chat)) if generation.wants_tokens else "null"
+    text, reason = json.dumps(piece.text), json.dumps(piece.finish_reason)
+    if not chat:
+        yield f'"text": {text}, "logprobs": {logprobs}, "finish_reason": {reason}'
+        return
+    if piece.text or piece.tokens:
+        yield f'"delta": {{"content": {text}}}, "logprobs": {logprobs}, "finish_reason": null'
+    if piece.finish_reason:
+        yield f'"delta": {{}}, "logprobs": null, "finish_reason": {reason}'
+
+
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
-def logprobs_of(served: ServedModel, tokens: Any, generation: Generation, chat: bool) -> dict[str, Any] | None:
-    """The log-probabilities of some tokens in OpenAI's form, or None where they were not asked for."""
+def logprobs_of(generation: Generation, tokens: Sequence[Token], chat: bool) -> dict[str, Any] | None:
+    """The log-probabilities of some tokens in OpenAI's form, or None where the request does not want them."""
     if not generation.wants_tokens:
         return None
+    model = generation.model
     if chat:
-        return {
-            "content": [
-                {**_one(served, token.id, token.logprob), "top_logprobs": [_one(served, *one) for one in token.top]}
-                for token in tokens
-            ]
-        }
-    top = [{_name(served, i): _finite(logprob) for i, logprob in token.top} for token in tokens]
+        content = [
+            {**_spelled(model, token.id, token.logprob), "top_logprobs": [_spelled(model, *top) for top in token.top]}
+            for token in tokens
+        ]
+        return {"content": content}
+    tops = [{_name(model, token_id): _finite(logprob) for token_id, logprob in token.top} for token in tokens]
     return {
-        "tokens": [_name(served, token.id) for token in tokens],
+        "tokens": [_name(model, token.id) for token in tokens],
         "token_logprobs": [_finite(token.logprob) for token in tokens],
-        "top_logprobs": top if generation.sampling.top_logprobs else None,
+        "top_logprobs": tops if generation.sampling.top_logprobs else None,
         "text_offset": [token.start for token in tokens],
     }
 
 
-def _one(served: ServedModel, token: int, logprob: float) -> dict[str, Any]:
-    spelled = served.vocabulary.bytes_of(token)
-    return {"token": spelled.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(spelled)}
+def _spelled(model: ServedModel, token_id: int, logprob: float) -> dict[str, Any]:
+    spelling = model.vocabulary.bytes_of(token_id)
+    return {"token": spelling.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(spelling)}
 
 
-def _name(served: ServedModel, token: int) -> str:
-    """A token's text; where it is no text by itself, its bytes as OpenAI writes them."""
-    spelled = served.vocabulary.bytes_of(token)
+def _name(model: ServedModel, token_id: int) -> str:
+    """A token's text; for a part of a character, its bytes as OpenAI writes them."""
+    spelling = model.vocabulary.bytes_of(token_id)
     try:
-        return spelled.decode()
+        return spelling.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB) if math.isfinite(logprob) else LEAST_LOGPROB
+    return max(logprob, MIN_LOGPROB) if math.isfinite(logprob) else MIN_LOGPROB

@@ -1,4 +1,4 @@
-"""The page's own routes under /api: sessions, conversations as trees, answers that stream into them, votes, export."""
+"""The page's routes under /api: sessions, conversations as trees, answers that stream into them, votes, export."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse
 
 from penstock.serve import openai_requests
@@ -20,8 +20,8 @@ from penstock.serve.openai_requests import Str
 from penstock.serve.scheduler import Generation
 from penstock.serve.service import Service, service_of
 
-MOST_CHARACTERS = 500_000
-"""Of one message: what fits the body, and no model's context exceeds it by much."""
+MAX_CHARACTERS = 500_000
+"""Of one message: it fits the body of a request, and is about the longest context of a model."""
 api = APIRouter(prefix="/api", tags=["page"], dependencies=[Depends(HTTPBearer(auto_error=False))])
 FAILS = documented(400, 401, 403, 404, 408, 413, 429)
 
@@ -48,7 +48,7 @@ class ConversationChanges(Strict):
     """Title and system prompt; what is left out stays."""
 
     title: Annotated[Str, Field(max_length=200)] | None = None
-    system: Annotated[Str, Field(max_length=MOST_CHARACTERS)] | None = None
+    system: Annotated[Str, Field(max_length=MAX_CHARACTERS)] | None = None
 
 
 class NewMessage(Strict):
@@ -56,7 +56,7 @@ class NewMessage(Strict):
 
     parent_id: str | None = None
     role: Literal["user"]
-    content: Annotated[Str, Field(min_length=1, max_length=MOST_CHARACTERS)]
+    content: Annotated[Str, Field(min_length=1, max_length=MAX_CHARACTERS)]
 
 
 class NewReply(Strict):
@@ -146,15 +146,15 @@ class VoteList(BaseModel):
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What the store does not have is 404, what it cannot do is 400."""
+def _store_errors() -> Iterator[None]:
+    """Answers the store's LookupError with 404 and its ValueError with 400."""
     try:
         yield
     except (LookupError, ValueError) as error:
         raise ApiError(404 if isinstance(error, LookupError) else 400, str(error.args[0])) from error
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
+def _with_times(row: dict[str, Any]) -> dict[str, Any]:
     """A row as JSON: times in ISO 8601, UTC."""
     times: dict[str, Any] = {
         name: datetime.fromtimestamp(row[name], UTC).isoformat(timespec="milliseconds")
@@ -209,39 +209,39 @@ def list_conversations(
     request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: str | None = None
 ) -> JSONResponse:
     """The most recently used conversations, from behind `before` on."""
-    with _told():
+    with _store_errors():
         rows, has_more = service_of(request).store.list_conversations(limit, before)
-    return JSONResponse({"data": [_shown(row) for row in rows], "has_more": has_more})
+    return JSONResponse({"data": [_with_times(row) for row in rows], "has_more": has_more})
 
 
 @api.post("/conversations", status_code=201, response_model=Conversation, responses=FAILS)
 def add_conversation(body: ConversationChanges, request: Request) -> JSONResponse:
     """A new conversation; its first message names it if it has no title."""
     row = service_of(request).store.add_conversation(body.title or "", body.system or "")
-    return JSONResponse(_shown(row), 201)
+    return JSONResponse(_with_times(row), 201)
 
 
 @api.get("/conversations/{conversation_id}", response_model=WholeConversation, responses=FAILS)
 def one_conversation(conversation_id: str, request: Request) -> JSONResponse:
     """A conversation with the whole tree of its messages."""
     store = service_of(request).store
-    with _told():
+    with _store_errors():
         row, messages = store.conversation(conversation_id), store.messages(conversation_id)
-    return JSONResponse({**_shown(row), "messages": [_shown(one) for one in messages]})
+    return JSONResponse({**_with_times(row), "messages": [_with_times(message) for message in messages]})
 
 
 @api.patch("/conversations/{conversation_id}", response_model=Conversation, responses=FAILS)
 def change_conversation(conversation_id: str, body: ConversationChanges, request: Request) -> JSONResponse:
     """Sets title or system prompt."""
-    changes = {name: value for name, value in body.model_dump().items() if value is not None}
-    with _told():
-        return JSONResponse(_shown(service_of(request).store.change_conversation(conversation_id, changes)))
+    changes = body.model_dump(exclude_none=True)
+    with _store_errors():
+        return JSONResponse(_with_times(service_of(request).store.change_conversation(conversation_id, changes)))
 
 
 @api.delete("/conversations/{conversation_id}", status_code=204, responses=FAILS)
 def remove_conversation(conversation_id: str, request: Request) -> Response:
     """Removes a conversation with its messages and votes."""
-    with _told():
+    with _store_errors():
         service_of(request).store.remove_conversation(conversation_id)
     return Response(status_code=204)
 
@@ -249,9 +249,9 @@ def remove_conversation(conversation_id: str, request: Request) -> Response:
 @api.post("/conversations/{conversation_id}/messages", status_code=201, response_model=StoredMessage, responses=FAILS)
 def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSONResponse:
     """A user's message. Editing one is adding another under the same parent."""
-    with _told():
+    with _store_errors():
         row = service_of(request).store.add_message(conversation_id, body.parent_id, "user", body.content)
-    return JSONResponse(_shown(row), 201)
+    return JSONResponse(_with_times(row), 201)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -267,66 +267,70 @@ def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSO
 async def add_reply(conversation_id: str, body: NewReply, request: Request) -> Response:
     """Has a model answer a message, as events: the stored message, what it gains, and how it ended."""
     service = service_of(request)
-    served = service.find(body.model)
-    with _told():
+    model = service.find(body.model)
+    with _store_errors():
         turns = await asyncio.to_thread(service.store.turns, body.parent_id, conversation_id)
-    chosen = {
-        name: value for name, value in body.model_dump(exclude={"parent_id", "model"}).items() if value is not None
-    }
+    sampling = body.model_dump(exclude={"parent_id", "model"}, exclude_none=True)
     try:
-        asked_for = openai_requests.ChatRequest.model_validate({"model": body.model, "messages": turns, **chosen})
-    except ValueError as error:  # more turns than one request may have
-        raise ApiError(400, f"this conversation cannot be sent: {error.errors()[0]['msg']}.") from error  # type: ignore[attr-defined]
+        chat = openai_requests.ChatRequest.model_validate({"model": body.model, "messages": turns, **sampling})
+    except ValidationError as error:  # more turns than one request may have
+        raise ApiError(400, f"this conversation cannot be sent: {error.errors()[0]['msg']}.") from error
     size = sum(len(turn["content"]) for turn in turns)
-    asked = await service.encode(size, openai_requests.encode_chat, asked_for, served)
-    chosen["seed"] = asked.sampling.seed  # drawn, if none was given: with it the answer can be had again
-    generation = service.begin(served, asked)  # first: a request that is turned away leaves nothing in the history
+    encoded = await service.encode(size, openai_requests.encode_chat, chat, model)
+    sampling["seed"] = encoded.sampling.seed  # drawn by default: with it the same answer can be generated again
+    generation = service.begin(model, encoded)  # before the store: a refused request leaves no message
     try:
-        with _told():
+        with _store_errors():
             message = await asyncio.to_thread(
-                service.store.add_message, conversation_id, body.parent_id, "assistant", "",
-                model=served.id, model_digest=served.digest, sampling=chosen,
-            )  # fmt: skip
+                service.store.add_message,
+                conversation_id,
+                body.parent_id,
+                "assistant",
+                "",
+                model=model.id,
+                model_digest=model.digest,
+                sampling=sampling,
+            )
     except BaseException:
         service.cancel(generation)
         raise
-    return EventStream(service, generation, _told_events(service, generation, message))
+    return EventStream(service, generation, _reply_events(service, generation, message))
 
 
-async def _told_events(
+async def _reply_events(
     service: Service, generation: Generation, message: dict[str, Any]
 ) -> AsyncGenerator[bytes, None]:
-    """The events of one answer. However it ends, what was said until then is stored."""
-    said: list[str] = []
+    """The events of one answer. Its text is stored however it ends."""
+    texts: list[str] = []
     reason, failure = "cancelled", None
+
+    async def store() -> dict[str, Any] | None:
+        return await asyncio.to_thread(service.store.end_message, message["id"], "".join(texts), reason)
+
     try:
-        yield _event(type="message", message=_shown(message))
+        yield _event(type="message", message=_with_times(message))
         while reason == "cancelled":
             pieces = await generation.pieces()
             if not pieces:
                 return
             for piece in pieces:
-                said.append(piece.text)
+                texts.append(piece.text)
                 reason, failure = piece.finish_reason or reason, piece.error
             if text := "".join(piece.text for piece in pieces):
                 yield _event(type="delta", content=text)
-        stored = await _end(service, message, said, reason)
-        message = {**message, "content": "".join(said), "finish_reason": reason}
+        stored = await store()
         if failure is not None:
             yield _event(type="error", **failure.body)
         else:
-            yield _event(type="done", message=_shown(stored or message))
+            whole = {**message, "content": "".join(texts), "finish_reason": reason}
+            yield _event(type="done", message=_with_times(stored or whole))
     finally:
         if reason == "cancelled":
-            await asyncio.shield(_end(service, message, said, reason))
+            await asyncio.shield(store())
 
 
-async def _end(service: Service, message: dict[str, Any], said: list[str], reason: str) -> dict[str, Any] | None:
-    return await asyncio.to_thread(service.store.end_message, message["id"], "".join(said), reason)
-
-
-def _event(**said: Any) -> bytes:
-    return f"data: {json.dumps(said)}\n\n".encode()
+def _event(**fields: Any) -> bytes:
+    return f"data: {json.dumps(fields)}\n\n".encode()
 
 
 # --- votes and export -------------------------------------------------------------------------------------------------
@@ -338,7 +342,7 @@ def _vote(row: dict[str, Any]) -> dict[str, Any]:
         "id": row["id"], "kind": row["kind"], "conversation_id": row["conversation_id"],
         "message_id": None if pair else row["message_id"], "value": row["value"],
         "shown": [answer["message_id"] for answer in row["shown"]], "chosen_id": row["chosen_id"],
-        "created_at": _shown(row)["created_at"],
+        "created_at": _with_times(row)["created_at"],
     }  # fmt: skip
 
 
@@ -346,7 +350,7 @@ def _vote(row: dict[str, Any]) -> dict[str, Any]:
 def add_vote(body: Annotated[ThumbVote | PairVote, Field(discriminator="kind")], request: Request) -> JSONResponse:
     """Stores a vote, in the place of an earlier one on the same answers."""
     store = service_of(request).store
-    with _told():
+    with _store_errors():
         if isinstance(body, ThumbVote):
             row = store.vote_thumb(body.message_id, body.value)
         else:
@@ -357,7 +361,7 @@ def add_vote(body: Annotated[ThumbVote | PairVote, Field(discriminator="kind")],
 @api.get("/votes", response_model=VoteList, responses=FAILS)
 def list_votes(request: Request, conversation_id: str | None = None) -> JSONResponse:
     """The votes in a conversation, or all."""
-    with _told():
+    with _store_errors():
         rows = service_of(request).store.votes(conversation_id)
     return JSONResponse({"data": [_vote(row) for row in rows]})
 
@@ -366,7 +370,7 @@ JSON_LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/js
 
 
 def _lines(request: Request, conversation_id: str | None, name: str) -> Response:
-    with _told():
+    with _store_errors():
         leaves = list(service_of(request).store.leaves(conversation_id))
     lines = [json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for turns in leaves]
     headers = {"content-disposition": f'attachment; filename="{name}.jsonl"'}

@@ -1,8 +1,11 @@
-"""One thread that owns the engines: requests join the running batch, and leave it the moment nobody waits for them.
+"""One thread that owns the engines: requests join the running batch, and leave it when they end or are cancelled.
 
-The web side hands in a `Generation` and awaits its pieces; all that crosses between the threads is a queue of orders
-in one direction and each generation's inbox in the other. Several models, and an old and a new version of one, are
-several engines that take their steps in turn.
+The event loop hands in a `Generation` and awaits its pieces. Between the threads pass a queue of orders in one
+direction and each generation's inbox in the other. Several models, and an old and a new version of one, are engines
+that step in turn; an engine is freed after its last answer.
+
+[Note: orders between steps] Orders are taken between two steps, so a cancelled request frees its row before the next
+step. Pieces go the other way with one wake-up of the event loop per step, not per answer.
 """
 
 import asyncio
@@ -23,7 +26,7 @@ from penstock.serve.errors import ApiError
 
 
 class BusyError(Exception):
-    """All rows and all places in the queue are taken."""
+    """All rows and the whole queue are taken."""
 
 
 @dataclass(frozen=True)
@@ -35,75 +38,76 @@ class Token:
     start: int
     """Where its text begins in the answer, in characters."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens in its place, if they were asked for."""
+    """The likeliest tokens at its position and their log-probabilities, if the request wants them."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one answer has gained. Example: Piece(0, "Hel", (), None)."""
+    """New text of one answer. Example: Piece(0, "Hel", (), None)."""
 
     index: int
-    """Which of the request's answers."""
+    """Of the answer in its request."""
     text: str
     tokens: tuple[Token, ...] = ()
-    """Those behind the text, where log-probabilities were asked for."""
+    """The tokens of the text, if the request wants log-probabilities."""
     finish_reason: str | None = None
-    """`stop`, `length` or `error`, with the answer's last piece."""
+    """`stop`, `length` or `error` in the answer's last piece."""
     error: ApiError | None = None
     """Why an answer failed."""
 
 
 @dataclass(eq=False)
 class Generation:
-    """The answers to one request, on their way. Belongs to the event loop that made it."""
+    """The answers to one request while they are generated. Belongs to the event loop that makes it."""
 
-    served: ServedModel
+    model: ServedModel
     prompts: list[list[int]]
     sampling: Sampling
-    """Without stop strings: they are `stops`, which are found in the text as it is shown."""
+    """Without stop strings, which are in `stops`. See [Note: stop strings are found in the text]."""
     stops: tuple[str, ...] = ()
     wants_tokens: bool = False
     cancelled: bool = False
     tokens_made: int = 0
     first_token_at: float | None = None
-    """time.monotonic() of the first token of all."""
+    """time.monotonic() of its first token."""
     started_at: float = field(default_factory=time.monotonic)
     inbox: deque[Piece] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def count(self) -> int:
-        """Answers."""
+        """Number of answers."""
         return len(self.prompts) * self.sampling.n
 
     async def pieces(self) -> list[Piece]:
-        """All that is new, at least one piece; an empty list once it was cancelled."""
+        """Waits for new pieces and returns them all; an empty list after `cancel`."""
         while not self.inbox and not self.cancelled:
             self.wake.clear()
             await self.wake.wait()
-        new = []
+        pieces = []
         while self.inbox and not self.cancelled:
-            new.append(self.inbox.popleft())
-        return new
+            pieces.append(self.inbox.popleft())
+        return pieces
 
 
 @dataclass(eq=False)
-class _Line:
+class _Job:
     """One answer of a generation."""
 
     generation: Generation
     index: int
     answer: Answer
     limit: int
-    """Tokens it may have."""
+    """Tokens at most."""
     text: TextStream
-    told: int = 0
+    processed: int = 0
+    """Tokens of the answer that went into the text."""
     tokens: list[Token] = field(default_factory=list)
     """Tokens whose text waits."""
 
 
 class Scheduler:
-    """See the module. `submit` and `cancel` may be called from any thread; pieces arrive in the loop given here."""
+    """`submit` and `cancel` may be called from any thread; pieces arrive in `loop`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, queue_length: int) -> None:
         self.queue_length = queue_length
@@ -112,11 +116,11 @@ class Scheduler:
         self.steps = 0
         self._loop = loop
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lines: dict[Engine, dict[int, _Line]] = {}
+        self._jobs: dict[Engine, dict[int, _Job]] = {}
         """Answers that wait or run, by engine and by the identity of the engine's answer."""
-        self._served: dict[Engine, ServedModel] = {}
+        self._models: dict[Engine, ServedModel] = {}
         self._outstanding: dict[str, int] = {}
-        """Answers accepted and not ended, by model."""
+        """Accepted answers that have not ended, by model."""
         self._lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -126,42 +130,43 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, generation: Generation) -> None:
-        """Queues a request. Raises BusyError when its answers find no room."""
-        served = generation.served
+        """Queues a request. Raises BusyError when there is no room for its answers."""
+        model = generation.model
+        room = model.rows + self.queue_length
         with self._lock:
-            there = self._outstanding.get(served.id, 0)
-            if there + generation.count > served.rows + self.queue_length:
+            outstanding = self._outstanding.get(model.id, 0)
+            if outstanding + generation.count > room:
                 raise BusyError(
-                    f"{served.id} has {there} answers running or waiting, and room for "
-                    f"{served.rows + self.queue_length} with {served.rows} at once; try again in a moment."
+                    f"{model.id} has {outstanding} answers running or waiting, and room for {room} with {model.rows} "
+                    "at once; try again in a moment."
                 )
-            self._outstanding[served.id] = there + generation.count
+            self._outstanding[model.id] = outstanding + generation.count
         self._orders.put(lambda: self._begin(generation))
 
     def cancel(self, generation: Generation) -> None:
-        """Nobody waits for it any more: its rows are free before the next step."""
+        """Ends a request early; its rows are free before the next step."""
         generation.cancelled = True
         generation.wake.set()
         self._orders.put(lambda: self._drop(generation))
 
     @property
     def outstanding(self) -> int:
-        """Answers that were accepted and have not ended."""
+        """Accepted answers that have not ended."""
         with self._lock:
             return sum(self._outstanding.values())
 
     @property
     def rows_used(self) -> int:
         """Rows of all engines that hold an answer."""
-        return sum(engine.rows - engine.free for engine in list(self._lines))
+        return sum(engine.rows - engine.free for engine in list(self._jobs))
 
-    def close(self, why: ApiError) -> None:
-        """Ends every generation with an error that says why, and the thread. Waits for the step that runs."""
+    def close(self, error: ApiError) -> None:
+        """Ends every generation with this error, and then the thread. Waits for the step that runs."""
 
         def stop() -> None:
             self._closing = True
-            for engine in list(self._lines):
-                self._fail(engine, why)
+            for engine in list(self._jobs):
+                self._fail(engine, error)
 
         self._orders.put(stop)
         self._thread.join()
@@ -170,8 +175,8 @@ class Scheduler:
 
     def _run(self) -> None:
         while not self._closing:
-            self._take_orders(wait=not self._lines)
-            for engine in list(self._lines):
+            self._take_orders(wait=not self._jobs)
+            for engine in list(self._jobs):
                 self._step(engine)
 
     def _take_orders(self, wait: bool) -> None:
@@ -185,127 +190,132 @@ class Scheduler:
             order()
 
     def _begin(self, generation: Generation) -> None:
+        model, sampling = generation.model, generation.sampling
         if generation.cancelled:
-            self._release(generation.served, generation.count)
+            self._release(model, generation.count)
             return
-        served, sampling = generation.served, generation.sampling
-        engine = served.engine
-        lines = self._lines.setdefault(engine, {})
-        self._served[engine] = served
+        engine = model.engine
+        jobs = self._jobs.setdefault(engine, {})
+        self._models[engine] = model
         refused = []
         for i, prompt in enumerate(generation.prompts):
             for j, answer in enumerate(engine.submit(prompt, sampling)):
                 limit = min(sampling.max_new_tokens, engine.length - len(prompt))
-                line = _Line(generation, i * sampling.n + j, answer, limit, TextStream(served.decode, generation.stops))
+                text = TextStream(model.decode, generation.stops)
+                job = _Job(generation, i * sampling.n + j, answer, limit, text)
                 if answer.error:
-                    refused.append((generation, _failed(line, ApiError(400, answer.error))))
+                    refused.append((generation, _failed(job, ApiError(400, answer.error))))
                 else:
-                    lines[id(answer)] = line
-        self._release(served, len(refused))
-        self._tell(refused)
+                    jobs[id(answer)] = job
+        self._release(model, len(refused))
+        self._deliver(refused)
         self._forget_if_idle(engine)
 
     def _drop(self, generation: Generation) -> None:
-        for engine, lines in list(self._lines.items()):
-            mine = [line for line in lines.values() if line.generation is generation]
-            for line in mine:
-                engine.cancel(line.answer)
-                self._end(engine, line)
+        for engine, jobs in list(self._jobs.items()):
+            for job in [job for job in jobs.values() if job.generation is generation]:
+                engine.cancel(job.answer)
+                self._end(engine, job)
             self._forget_if_idle(engine)
 
     def _step(self, engine: Engine) -> None:
-        lines = self._lines[engine]
+        jobs = self._jobs[engine]
         try:
             answers = engine.step()
-        except Exception as error:  # whatever a model or a device can do wrong; the server goes on
+        except Exception as error:  # a model or a device may fail in any way; the server goes on
             traceback.print_exc(file=sys.stderr)
-            served = self._served[engine]
-            why = f"the model failed ({type(error).__name__}); the server's log says more."
-            self._fail(engine, ApiError(500, why, code="model_failed"))
-            served.renew()
+            model = self._models[engine]
+            text = f"the model failed ({type(error).__name__}); the server's log says more."
+            self._fail(engine, ApiError(500, text, code="model_failed"))
+            model.renew()
             return
         self.steps += 1
         self.tokens_made += len(answers)
-        now, news = time.monotonic(), []
+        now, pieces = time.monotonic(), []
         for answer in answers:
-            line = lines[id(answer)]
-            generation = line.generation
+            job = jobs[id(answer)]
+            generation = job.generation
             if generation.first_token_at is None:
                 generation.first_token_at = now
-            piece = self._advance(engine, line)
+            piece = self._advance(engine, job)
             if piece is not None:
-                news.append((generation, piece))
-        self._tell(news)
+                pieces.append((generation, piece))
+        self._deliver(pieces)
         self._forget_if_idle(engine)
 
-    def _advance(self, engine: Engine, line: _Line) -> Piece | None:
-        """What a step brought for one answer; None while it must wait."""
-        answer, generation = line.answer, line.generation
+    def _advance(self, engine: Engine, job: _Job) -> Piece | None:
+        """One answer's new piece after a step; None while its text waits for the next token."""
+        answer = job.answer
         if answer.error:
-            self._end(engine, line)
-            return _failed(line, ApiError(500, answer.error))
-        text, place = "", line.told
-        for token in answer.response_ids[line.told :]:
-            if token not in engine.eos_ids:
-                if generation.wants_tokens:
-                    top = tuple(answer.top_logprobs[place]) if answer.top_logprobs else ()
-                    line.tokens.append(Token(token, answer.logprobs[place], line.text.position, top))
-                text += line.text.push(token)
-            place += 1
-        generation.tokens_made += place - line.told
-        line.told = place
+            self._end(engine, job)
+            return _failed(job, ApiError(500, answer.error))
+        text = self._read_tokens(engine, job)
         reason = None
-        if line.text.ended:
+        if job.text.ended:
             engine.cancel(answer)
             reason = "stop"
         elif answer.finish_reason != "length":
             reason = answer.finish_reason
-        elif place >= line.limit:
+        elif job.processed >= job.limit:
             reason = "length"
         if reason is not None:
-            text += line.text.finish()
-            reason = "stop" if line.text.ended else reason
-            self._end(engine, line)
+            text += job.text.finish()
+            reason = "stop" if job.text.ended else reason
+            self._end(engine, job)
         elif not text:
             return None
-        tokens, line.tokens = line.tokens, []
-        if line.text.ended:  # what belongs to the stop string alone is not shown
-            tokens = [token for token in tokens if token.start < line.text.length]
-        return Piece(line.index, text, tuple(tokens), reason)
+        tokens, job.tokens = job.tokens, []
+        if job.text.ended:  # tokens of the stop string alone are not shown
+            tokens = [token for token in tokens if token.start < job.text.length]
+        return Piece(job.index, text, tuple(tokens), reason)
 
-    def _fail(self, engine: Engine, why: ApiError) -> None:
-        """An error for every answer of an engine."""
-        news = []
-        for line in list(self._lines[engine].values()):
-            engine.cancel(line.answer)
-            self._end(engine, line)
-            news.append((line.generation, _failed(line, why)))
-        self._tell(news)
+    def _read_tokens(self, engine: Engine, job: _Job) -> str:
+        """Moves the answer's new tokens into the job. Returns the text to show."""
+        answer, generation = job.answer, job.generation
+        text, first = "", job.processed
+        for i, token in enumerate(answer.response_ids[first:], first):
+            if token not in engine.eos_ids:
+                if generation.wants_tokens:
+                    top = tuple(answer.top_logprobs[i]) if answer.top_logprobs else ()
+                    job.tokens.append(Token(token, answer.logprobs[i], job.text.position, top))
+                text += job.text.push(token)
+            job.processed = i + 1
+        generation.tokens_made += job.processed - first
+        return text
+
+    def _fail(self, engine: Engine, error: ApiError) -> None:
+        """Ends every answer of an engine with an error."""
+        pieces = []
+        for job in list(self._jobs[engine].values()):
+            engine.cancel(job.answer)
+            self._end(engine, job)
+            pieces.append((job.generation, _failed(job, error)))
+        self._deliver(pieces)
         self._forget_if_idle(engine)
 
-    def _end(self, engine: Engine, line: _Line) -> None:
-        del self._lines[engine][id(line.answer)]
-        self._release(self._served[engine], 1)
+    def _end(self, engine: Engine, job: _Job) -> None:
+        del self._jobs[engine][id(job.answer)]
+        self._release(self._models[engine], 1)
 
-    def _release(self, served: ServedModel, count: int) -> None:
+    def _release(self, model: ServedModel, count: int) -> None:
         with self._lock:
-            self._outstanding[served.id] -= count
+            self._outstanding[model.id] -= count
 
     def _forget_if_idle(self, engine: Engine) -> None:
-        """An engine without answers is let go: if its weights were replaced, nothing else holds them."""
-        if not self._lines.get(engine, True):
-            del self._lines[engine], self._served[engine]
+        """Drops an engine without answers, and with it weights that a newer version has replaced."""
+        if not self._jobs.get(engine, True):
+            del self._jobs[engine], self._models[engine]
 
-    def _tell(self, news: Sequence[tuple[Generation, Piece]]) -> None:
-        """Puts the pieces where they are awaited, and wakes all that wait with one call into the loop."""
-        for generation, piece in news:
+    def _deliver(self, pieces: Sequence[tuple[Generation, Piece]]) -> None:
+        """Puts pieces into their inboxes, and wakes all generations with one call into the loop."""
+        for generation, piece in pieces:
             generation.inbox.append(piece)
-        if news and not self._loop.is_closed():  # a loop that has ended has nobody waiting
-            self._loop.call_soon_threadsafe(_wake, {generation for generation, _ in news})
+        if pieces and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_wake, {generation for generation, _ in pieces})
 
 
-def _failed(line: _Line, why: ApiError) -> Piece:
-    return Piece(line.index, "", finish_reason="error", error=why)
+def _failed(job: _Job, error: ApiError) -> Piece:
+    return Piece(job.index, "", finish_reason="error", error=error)
 
 
 def _wake(generations: Iterable[Generation]) -> None:

@@ -1,4 +1,4 @@
-"""`penstock serve`: opens the store, listens, loads the models, and ends in order when it is told to."""
+"""`penstock serve`: opens the store, listens, loads the models, and ends cleanly at a signal."""
 
 import asyncio
 import contextlib
@@ -28,11 +28,11 @@ except ModuleNotFoundError as error:
     raise UserError(f"penstock serve needs {error.name}: pip install 'penstock[serve]'.") from error
 
 IDLE_SECONDS = 60
-"""A connection without a request is closed after it."""
+"""A connection without a request is closed after this time."""
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until SIGTERM or Ctrl-C. Raises PenstockError where a flag, a model or the database says no."""
+    """Serves until SIGTERM or Ctrl-C. Raises PenstockError for a wrong flag, model or database."""
     if config.key is None and not _is_local(config.host):
         raise UserError(
             f"--host {config.host}: other machines could reach the server there, so it needs a key that you chose: "
@@ -44,11 +44,11 @@ def serve(config: ServeConfig) -> None:
         torch.set_num_threads(config.threads)
     store = open_store(config.data_dir, config.database, move_damaged=config.move_damaged)
     try:
-        made = auth.settle(store, config.key, config.new_key)
+        new_key = auth.settle(store, config.key, config.new_key)
         store.end_unfinished()
         service = Service(config, store)
         listener = listen(config.host, config.port)
-        asyncio.run(_run(service, listener, made))
+        asyncio.run(_run(service, listener, new_key))
         if service.catalogue.problem is not None:
             raise service.catalogue.problem
     finally:
@@ -58,30 +58,30 @@ def serve(config: ServeConfig) -> None:
         os._exit(0)  # an interpreter that ends while torch fills weights in another thread aborts
 
 
-async def _run(service: Service, listener: socket.socket, made: str | None) -> None:
-    """Says where and with which key, and serves until a signal comes or loading fails."""
+async def _run(service: Service, listener: socket.socket, new_key: str | None) -> None:
+    """Prints the address and the key, and serves until a signal or a model that cannot be loaded."""
     server, loop = Web(service), asyncio.get_running_loop()
     ending: list[asyncio.Task[None]] = []
 
-    def told() -> None:
-        if ending:  # a second time: at once
+    def on_signal() -> None:
+        if ending:  # the second signal: at once
             server.should_exit = server.force_exit = True
         else:
             print("penstock serve: ending; answers that run have 30 seconds", file=sys.stderr, flush=True)
             ending.append(asyncio.create_task(server.end()))
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told)
+        loop.add_signal_handler(number, on_signal)
     print(f"penstock serve: {address_of(listener)}")
-    print(f"key: {made or 'the one of the first start, or of --key (lost it? --new-key makes another)'}")
-    if made:
-        print(f"page: {address_of(listener)}/#key={made}")
+    print(f"key: {new_key or 'the one of the first start, or of --key (lost it? --new-key makes another)'}")
+    if new_key:
+        print(f"page: {address_of(listener)}/#key={new_key}")
     sys.stdout.flush()
-    await server.run_until_told(listener)
+    await server.run_service(listener)
 
 
 class Web(uvicorn.Server):
-    """uvicorn around a service. Leaves signals to others: uvicorn would end by the signal, and not with exit code 0."""
+    """uvicorn around a service. Handles no signals: uvicorn would end by the signal, and not with exit code 0."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(
@@ -91,7 +91,7 @@ class Web(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="error",  # of broken requests the metrics tell
+                log_level="error",  # the metrics count broken requests
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
@@ -101,40 +101,40 @@ class Web(uvicorn.Server):
         )
         self._service = service
 
-    async def run_until_told(self, listener: socket.socket) -> None:
+    async def run_service(self, listener: socket.socket) -> None:
         """Loads and serves until `end`, or until a model cannot be loaded."""
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
             self.should_exit = True
 
-        def failed() -> None:  # called from the thread that loads
+        def on_failure() -> None:  # called from the thread that loads
             loop.call_soon_threadsafe(stop)
 
-        self._service.start(failed)
+        self._service.start(on_failure)
         try:
             await self.serve(sockets=[listener])
         finally:
             self._service.stop()
 
     async def end(self) -> None:
-        """Lets answers end, then closes."""
+        """Waits for running answers, then stops the server."""
         await self._service.drain()
         self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
+        """Captures no signal."""
         yield
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError when the machine does not have that address, or somebody else has."""
+    """A listening socket. Raises UserError for an address that the machine does not have, or that is taken."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, socket_type, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
         raise UserError(f"--host {host}: is no address of this machine; try 127.0.0.1.") from error
-    listener = socket.socket(family, kind, protocol)
+    listener = socket.socket(family, socket_type, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
@@ -149,7 +149,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """What to type into a browser."""
+    """The URL to open in a browser."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -3,22 +3,9 @@
 A change here needs a migration beside it (migrations/versions); tests/serve/test_store.py compares the two.
 """
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Column,
-    Float,
-    ForeignKey,
-    Identity,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-)
+import sqlalchemy as sa
 
-metadata = MetaData(
+metadata = sa.MetaData(
     naming_convention={
         "pk": "pk_%(table_name)s",
         "fk": "fk_%(table_name)s_%(column_0_name)s",
@@ -26,64 +13,69 @@ metadata = MetaData(
         "uq": "uq_%(table_name)s_%(column_0_name)s",
     }
 )
-COUNTER = BigInteger().with_variant(Integer, "sqlite")
-"""SQLite counts only in a column that is called INTEGER."""
+COUNTER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+"""SQLite numbers rows only in a column of type INTEGER."""
 
 
-def _belongs_to(table: str, name: str, nullable: bool = True) -> Column[str]:
-    """A column that names a row of that table, and goes with it."""
-    return Column(name, String(40), ForeignKey(f"{table}.id", ondelete="CASCADE"), nullable=nullable, index=True)
+def _belongs_to(table: str, name: str, nullable: bool = True) -> sa.Column[str]:
+    """A foreign key: its rows are deleted with the row that it names."""
+    return sa.Column(
+        name, sa.String(40), sa.ForeignKey(f"{table}.id", ondelete="CASCADE"), nullable=nullable, index=True
+    )
 
 
-keys = Table(
-    "keys", metadata, Column("sha256", String(64), primary_key=True), Column("created_at", Float, nullable=False)
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False),
 )
 
-sessions = Table(
+sessions = sa.Table(
     "sessions", metadata,
-    Column("sha256", String(64), primary_key=True),
-    Column("ends_at", Float, nullable=False),
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("ends_at", sa.Float, nullable=False),
 )  # fmt: skip
 
-conversations = Table(
+conversations = sa.Table(
     "conversations", metadata,
-    Column("place", COUNTER, Identity(), primary_key=True),
-    Column("id", String(40), nullable=False, unique=True),
-    Column("title", Text, nullable=False),
-    Column("system", Text, nullable=False),
-    Column("created_at", Float, nullable=False),
-    Column("updated_at", Float, nullable=False),
-    Index("ix_conversations_updated_at", "updated_at", "place"),
+    sa.Column("place", COUNTER, sa.Identity(), primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("system", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("updated_at", sa.Float, nullable=False),
+    sa.Index("ix_conversations_updated_at", "updated_at", "place"),
 )  # fmt: skip
 
-messages = Table(
+messages = sa.Table(
     "messages", metadata,
-    Column("place", COUNTER, Identity(), primary_key=True),
-    Column("id", String(40), nullable=False, unique=True),
+    sa.Column("place", COUNTER, sa.Identity(), primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
     _belongs_to("conversations", "conversation_id", nullable=False),
     _belongs_to("messages", "parent_id"),
-    Column("role", String(16), nullable=False),
-    Column("content", Text, nullable=False),
-    Column("model", Text),
-    Column("model_digest", String(64)),
-    Column("sampling", JSON),
-    Column("finish_reason", String(16)),
-    Column("created_at", Float, nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("content", sa.Text, nullable=False),
+    sa.Column("model", sa.Text),
+    sa.Column("model_digest", sa.String(64)),
+    sa.Column("sampling", sa.JSON),
+    sa.Column("finish_reason", sa.String(16)),
+    sa.Column("created_at", sa.Float, nullable=False),
 )  # fmt: skip
 
-votes = Table(
+votes = sa.Table(
     "votes", metadata,
-    Column("place", COUNTER, Identity(), primary_key=True),
-    Column("id", String(40), nullable=False, unique=True),
-    Column("kind", String(8), nullable=False),
+    sa.Column("place", COUNTER, sa.Identity(), primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("kind", sa.String(8), nullable=False),
     _belongs_to("conversations", "conversation_id", nullable=False),
-    # What was voted on: one answer (thumb) or two (pair), in the order of their ids, so that a second vote replaces.
+    # One answer (thumb) or two (pair) in the order of their ids, so that a second vote finds and replaces the first.
     _belongs_to("messages", "message_id", nullable=False),
     _belongs_to("messages", "other_id"),
-    Column("value", Integer),
-    Column("chosen_id", String(40)),
-    # The comparison itself, as it was seen: it stays true whatever becomes of the models.
-    Column("prompt", JSON, nullable=False),
-    Column("shown", JSON, nullable=False),
-    Column("created_at", Float, nullable=False),
+    sa.Column("value", sa.Integer),
+    sa.Column("chosen_id", sa.String(40)),
+    # The comparison as it was shown: it stays valid when the models change.
+    sa.Column("prompt", sa.JSON, nullable=False),
+    sa.Column("shown", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
 )  # fmt: skip
