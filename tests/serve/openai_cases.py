@@ -24,23 +24,28 @@ def case(function):
     return function
 
 
-def chat(client, **more):
-    return client.chat.completions.create(**{**ASK, **more})
+def chat(client, **changes):
+    return client.chat.completions.create(**{**ASK, **changes})
 
 
-def text(client, **more):
-    return client.completions.create(**{**TEXT, **more})
+def text_of(client, **changes):
+    """The text of a whole answer."""
+    return chat(client, **changes).choices[0].message.content
 
 
-def fails(kind, call):
-    """The error of that class, and of no other, that a call raises."""
-    found = None
+def text(client, **changes):
+    return client.completions.create(**{**TEXT, **changes})
+
+
+def fails(error_class, call):
+    """The error of this class, and of no other, that a call raises."""
+    raised = None
     try:
         call()
     except openai.APIError as error:
-        found = error
-    assert type(found) is kind, f"{type(found).__name__}: {found}"
-    return found
+        raised = error
+    assert type(raised) is error_class, f"{type(raised).__name__}: {raised}"
+    return raised
 
 
 def joined(chunks, index=0):
@@ -83,23 +88,22 @@ def usage_adds_up(client):
 
 @case
 def the_same_seed_gives_the_same_answer(client):
-    assert chat(client).choices[0].message.content == chat(client).choices[0].message.content
+    assert text_of(client) == text_of(client)
 
 
 @case
 def another_seed_gives_another(client):
-    assert chat(client).choices[0].message.content != chat(client, seed=8).choices[0].message.content
+    assert text_of(client) != text_of(client, seed=8)
 
 
 @case
 def without_a_seed_answers_differ(client):
-    assert chat(client, seed=None).choices[0].message.content != chat(client, seed=None).choices[0].message.content
+    assert text_of(client, seed=None) != text_of(client, seed=None)
 
 
 @case
 def temperature_zero_needs_no_seed(client):
-    one, two = (chat(client, temperature=0, seed=seed).choices[0].message.content for seed in (1, 2))
-    assert one == two
+    assert text_of(client, temperature=0, seed=1) == text_of(client, temperature=0, seed=2)
 
 
 @case
@@ -107,7 +111,7 @@ def n_answers_are_numbered_and_differ(client):
     choices = chat(client, n=3).choices
     assert [choice.index for choice in choices] == [0, 1, 2]
     assert len({choice.message.content for choice in choices}) == 3
-    assert choices[0].message.content == chat(client).choices[0].message.content
+    assert choices[0].message.content == text_of(client)
 
 
 @case
@@ -119,7 +123,7 @@ def max_completion_tokens_limits_too(client):
 
 @case
 def a_stop_string_ends_an_answer_and_is_no_part_of_it(client):
-    whole = chat(client, **LONG).choices[0].message.content
+    whole = text_of(client, **LONG)
     stop = whole[4:6]
     answer = chat(client, **LONG, stop=stop)
     assert answer.choices[0].message.content == whole[: whole.index(stop)]
@@ -128,7 +132,7 @@ def a_stop_string_ends_an_answer_and_is_no_part_of_it(client):
 
 @case
 def several_stop_strings_may_be_given(client):
-    whole = chat(client, **LONG).choices[0].message.content
+    whole = text_of(client, **LONG)
     answer = chat(client, **LONG, stop=["never said", whole[3:5], whole[6:8]])
     assert whole.startswith(answer.choices[0].message.content)
     assert len(answer.choices[0].message.content) <= 6
@@ -139,62 +143,65 @@ def logprobs_come_with_their_tokens(client):
     answer = chat(client, logprobs=True, top_logprobs=3, logit_bias={"2": -100})
     content = answer.choices[0].logprobs.content
     assert len(content) == answer.usage.completion_tokens
-    for one in content:
-        assert math.isfinite(one.logprob)
-        assert one.logprob <= 0
-        assert len(one.top_logprobs) == 3
-        assert [top.logprob for top in one.top_logprobs] == sorted((t.logprob for t in one.top_logprobs), reverse=True)
-    spelled = b"".join(bytes(one.bytes) for one in content)
+    for token in content:
+        assert math.isfinite(token.logprob)
+        assert token.logprob <= 0
+        tops = [top.logprob for top in token.top_logprobs]
+        assert len(tops) == 3
+        assert tops == sorted(tops, reverse=True)
+    spelled = b"".join(bytes(token.bytes) for token in content)
     assert spelled.decode(errors="replace") == answer.choices[0].message.content
 
 
 @case
 def a_bias_rules_out_or_forces_a_token(client):
     answer = chat(client, logit_bias={"40": 100}, max_tokens=4, logprobs=True)
-    assert len({one.token for one in answer.choices[0].logprobs.content}) == 1
-    assert all(one.logprob > -1e-3 for one in answer.choices[0].logprobs.content)
+    tokens = answer.choices[0].logprobs.content
+    assert len({token.token for token in tokens}) == 1
+    assert all(token.logprob > -1e-3 for token in tokens)
 
 
 @case
 def penalties_change_the_answer(client):
-    plain = chat(client, temperature=0, max_tokens=40).choices[0].message.content
-    assert chat(client, temperature=0, max_tokens=40, frequency_penalty=2).choices[0].message.content != plain
-    assert chat(client, temperature=0, max_tokens=40, presence_penalty=2).choices[0].message.content != plain
+    plain = text_of(client, temperature=0, max_tokens=40)
+    assert text_of(client, temperature=0, max_tokens=40, frequency_penalty=2) != plain
+    assert text_of(client, temperature=0, max_tokens=40, presence_penalty=2) != plain
 
 
 @case
 def top_p_near_zero_is_greedy(client):
-    greedy = chat(client, temperature=0).choices[0].message.content
-    assert chat(client, top_p=1e-6).choices[0].message.content == greedy
-    assert chat(client, top_p=0).choices[0].message.content == greedy
+    greedy = text_of(client, temperature=0)
+    assert text_of(client, top_p=1e-6) == greedy
+    assert text_of(client, top_p=0) == greedy
 
 
 @case
 def extra_body_reaches_top_k_and_min_p(client):
-    greedy = chat(client, temperature=0).choices[0].message.content
-    assert chat(client, extra_body={"top_k": 1}).choices[0].message.content == greedy
-    assert chat(client, extra_body={"min_p": 1.0}).choices[0].message.content == greedy
+    greedy = text_of(client, temperature=0)
+    assert text_of(client, extra_body={"top_k": 1}) == greedy
+    assert text_of(client, extra_body={"min_p": 1.0}) == greedy
 
 
 @case
 def harmless_keys_are_let_through(client):
     answer = chat(client, user="somebody", metadata={"a": "b"}, store=False, extra_body={"unheard_of": 1})
-    assert answer.choices[0].message.content == chat(client).choices[0].message.content
+    assert answer.choices[0].message.content == text_of(client)
 
 
 @case
 def system_and_developer_messages_are_heard(client):
-    asked = ASK["messages"]
-    one = chat(client, messages=[{"role": "system", "content": "Be brief."}, *asked]).choices[0].message.content
-    two = chat(client, messages=[{"role": "developer", "content": "Be brief."}, *asked]).choices[0].message.content
-    assert one == two != chat(client).choices[0].message.content
+    brief = {"content": "Be brief."}
+    system, developer = (
+        text_of(client, messages=[{"role": role, **brief}, *ASK["messages"]]) for role in ("system", "developer")
+    )
+    assert system == developer != text_of(client)
 
 
 @case
 def content_may_come_in_parts(client):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a penstock?"}]
     answer = chat(client, messages=[{"role": "user", "content": parts}])
-    assert answer.choices[0].message.content == chat(client).choices[0].message.content
+    assert answer.choices[0].message.content == text_of(client)
 
 
 @case
@@ -202,7 +209,7 @@ def a_stream_says_what_the_whole_answer_says(client):
     chunks = list(chat(client, stream=True))
     assert chunks[0].object == "chat.completion.chunk"
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert joined(chunks) == chat(client).choices[0].message.content
+    assert joined(chunks) == text_of(client)
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
     assert len({chunk.id for chunk in chunks}) == 1
 
@@ -224,7 +231,7 @@ def a_stream_of_several_answers_keeps_them_apart(client):
 
 @case
 def a_stream_stops_at_stop_strings(client):
-    whole = chat(client, **LONG).choices[0].message.content
+    whole = text_of(client, **LONG)
     stop = whole[4:6]
     chunks = list(chat(client, **LONG, stream=True, stop=stop))
     assert joined(chunks) == whole[: whole.index(stop)]
@@ -234,9 +241,9 @@ def a_stream_stops_at_stop_strings(client):
 @case
 def a_stream_carries_logprobs(client):
     chunks = list(chat(client, stream=True, logprobs=True, top_logprobs=2))
-    streamed = [one for c in chunks if c.choices[0].logprobs for one in c.choices[0].logprobs.content]
+    streamed = [token for c in chunks if c.choices[0].logprobs for token in c.choices[0].logprobs.content]
     whole = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
-    assert [(one.token, one.logprob) for one in streamed] == [(one.token, one.logprob) for one in whole]
+    assert [(token.token, token.logprob) for token in streamed] == [(token.token, token.logprob) for token in whole]
 
 
 @case
@@ -244,17 +251,17 @@ def a_stream_can_be_closed_early(client):
     stream = chat(client, stream=True, max_tokens=200)
     next(iter(stream))
     stream.close()
-    assert chat(client).choices[0].message.content
+    assert text_of(client)
 
 
 @case
 def the_async_client_streams_too(client):
     async def run():
-        async with openai.AsyncOpenAI(base_url=str(client.base_url), api_key=client.api_key) as other:
-            stream = await other.chat.completions.create(**ASK, stream=True)
+        async with openai.AsyncOpenAI(base_url=str(client.base_url), api_key=client.api_key) as async_client:
+            stream = await async_client.chat.completions.create(**ASK, stream=True)
             return [chunk async for chunk in stream]
 
-    assert joined(asyncio.run(run())) == chat(client).choices[0].message.content
+    assert joined(asyncio.run(run())) == text_of(client)
 
 
 @case
@@ -287,39 +294,38 @@ def a_text_streams(client):
 
 @case
 def a_texts_logprobs_are_columns(client):
-    said = text(client, logprobs=2, logit_bias={"2": -100}).choices[0].logprobs
-    assert len(said.tokens) == len(said.token_logprobs) == len(said.top_logprobs) == len(said.text_offset) == 12
-    assert all(math.isfinite(one) for one in said.token_logprobs)
-    assert said.text_offset[0] == 0
-    assert said.text_offset == sorted(said.text_offset)
+    columns = text(client, logprobs=2, logit_bias={"2": -100}).choices[0].logprobs
+    lists = (columns.tokens, columns.token_logprobs, columns.top_logprobs, columns.text_offset)
+    assert [len(column) for column in lists] == [12] * 4
+    assert all(math.isfinite(logprob) for logprob in columns.token_logprobs)
+    assert columns.text_offset[0] == 0
+    assert columns.text_offset == sorted(columns.text_offset)
 
 
 @case
 def a_wrong_key_is_an_authentication_error(client):
-    with openai.OpenAI(base_url=str(client.base_url), api_key="wrong", max_retries=0) as other:
-        assert fails(openai.AuthenticationError, lambda: other.models.list()).code == "invalid_api_key"
+    with openai.OpenAI(base_url=str(client.base_url), api_key="wrong", max_retries=0) as stranger:
+        assert fails(openai.AuthenticationError, lambda: stranger.models.list()).code == "invalid_api_key"
 
 
 @case
 def what_cannot_be_is_a_bad_request_with_its_param(client):
-    for more, param in (
+    for change, param in (
         ({"temperature": 3}, "temperature"), ({"n": 17}, "n"), ({"messages": []}, "messages"),
         ({"stop": ["a"] * 5}, "stop"), ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"top_logprobs": 2}, "top_logprobs"), ({"logit_bias": {"999999": 1}}, "logit_bias"),
     ):  # fmt: skip
-        error = fails(openai.BadRequestError, lambda more=more: chat(client, **more))
-        assert error.param == param, (more, error.param)
+        error = fails(openai.BadRequestError, lambda change=change: chat(client, **change))
+        assert error.param == param, (change, error.param)
         assert isinstance(error.code, str)
 
 
 @case
 def what_would_change_the_meaning_is_refused(client):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    for more, param in (
-        ({"tools": [tool]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-    ):
-        assert fails(openai.BadRequestError, lambda more=more: chat(client, **more)).param == param
+    json_format = {"type": "json_object"}
+    for change, param in (({"tools": [tool]}, "tools"), ({"response_format": json_format}, "response_format")):
+        assert fails(openai.BadRequestError, lambda change=change: chat(client, **change)).param == param
     assert chat(client, response_format={"type": "text"}, tool_choice="none").choices
 
 
@@ -349,12 +355,12 @@ def every_answer_has_a_request_id(client):
 @case
 def requests_run_beside_each_other(client):
     async def run():
-        async with openai.AsyncOpenAI(base_url=str(client.base_url), api_key=client.api_key) as other:
-            asked = [other.chat.completions.create(**{**ASK, "seed": seed}) for seed in range(12)]
-            return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
+        async with openai.AsyncOpenAI(base_url=str(client.base_url), api_key=client.api_key) as async_client:
+            calls = [async_client.chat.completions.create(**{**ASK, "seed": seed}) for seed in range(12)]
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*calls)]
 
     together = asyncio.run(run())
-    assert together[7] == chat(client).choices[0].message.content
+    assert together[7] == text_of(client)
     assert len(set(together)) == 12
 
 

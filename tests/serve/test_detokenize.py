@@ -20,8 +20,8 @@ def encoder(tmp_path_factory):
 def pieces_of(encoder, ids, stops=()):
     text = TextStream(decoder_of(encoder), stops)
     pieces = []
-    for one in ids:
-        pieces.append(text.push(one))
+    for token in ids:
+        pieces.append(text.push(token))
         if text.ended:
             return pieces, text
     return [*pieces, text.finish()], text
@@ -63,9 +63,9 @@ def test_characters_of_several_bytes_come_whole(encoder, written):
 )
 def test_a_stop_string_ends_the_text_and_no_part_of_it_is_shown(encoder, written, stops):
     pieces, text = pieces_of(encoder, ids_of(encoder, written), stops)
-    found = [written.index(stop) for stop in stops if stop in written]
+    starts = [written.index(stop) for stop in stops if stop in written]
     # The oracle sees the whole text; ours stops at the first stop string to be complete, which may not begin first.
-    if not found:
+    if not starts:
         assert "".join(pieces) == written
         assert not text.ended
     else:
@@ -78,10 +78,10 @@ def test_a_stop_string_ends_the_text_and_no_part_of_it_is_shown(encoder, written
 
 def test_what_might_begin_a_stop_string_waits_and_comes_when_it_was_none(encoder):
     text = TextStream(decoder_of(encoder), ["stop"])
-    shown = [text.push(one) for letter in "a st" for one in ids_of(encoder, letter)]
+    shown = [text.push(token) for letter in "a st" for token in ids_of(encoder, letter)]
     assert "".join(shown) == "a "
     assert text.position == 4
-    assert "".join(text.push(one) for one in ids_of(encoder, "a")) == "sta"
+    assert "".join(text.push(token) for token in ids_of(encoder, "a")) == "sta"
 
 
 def test_long_noise_is_shown_and_not_kept_for_ever(encoder):
@@ -94,7 +94,7 @@ def test_long_noise_is_shown_and_not_kept_for_ever(encoder):
 def test_a_tokens_bytes_are_those_of_its_text(encoder):
     vocabulary = Vocabulary(encoder.tokenizer)
     ids = ids_of(encoder, WORDS)
-    assert b"".join(vocabulary.bytes_of(one) for one in ids) == WORDS.encode()
+    assert b"".join(vocabulary.bytes_of(token) for token in ids) == WORDS.encode()
     assert vocabulary.bytes_of(2) == b"<eos>"
 
 

@@ -291,8 +291,7 @@ def test_the_page_is_served_with_a_policy_that_allows_nothing_inline(served, ope
 
 def test_vendored_files_are_the_packages_own():
     rows = re.findall(r"^\| (\S+) \|.* ([0-9a-f]{64}) \|$", (PAGE / "vendor" / "README.md").read_text(), re.MULTILINE)
-    there = {path.name for path in (PAGE / "vendor").iterdir()} - {"README.md"}
-    assert {name for name, _ in rows} == there
+    assert {name for name, _ in rows} == {path.name for path in (PAGE / "vendor").iterdir()} - {"README.md"}
     for name, digest in rows:
         assert hashlib.sha256((PAGE / "vendor" / name).read_bytes()).hexdigest() == digest
 
@@ -317,12 +316,12 @@ def test_a_conversation_of_several_turns_is_there_again_after_a_reload(open_page
     assert page.title() == "What colour is the fox? - penstock"
 
 
-@pytest.mark.parametrize("how", ["button", "Escape"])
-def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures, how):
+@pytest.mark.parametrize("control", ["button", "Escape"])
+def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures, control):
     page = open_page(sampling={"temperature": 0, "seed": 1})  # goes on to the end of the context
     say(page, "Tell me all", wait=False)
     expect(page.locator(".prose")).to_have_text(re.compile(".{20}", re.DOTALL))
-    if how == "button":
+    if control == "button":
         page.screenshot(path=pictures / "streaming.png")
         page.get_by_role("button", name="Stop").click()
     else:
@@ -450,8 +449,8 @@ def test_of_two_models_side_by_side_one_is_voted_better_blind(open_page, served,
     assert [stored[message_id]["model"] for message_id in vote["shown"]] == names  # in the order of the screen
     assert vote["chosen_id"] == vote["shown"][1]
     say(page, "And the owl?")  # both go on from the better one
-    asked = [message for message in conversation_of(page, served) if message["role"] == "user"]
-    assert asked[1]["parent_id"] == vote["chosen_id"]
+    questions = [message for message in conversation_of(page, served) if message["role"] == "user"]
+    assert questions[1]["parent_id"] == vote["chosen_id"]
     before = answers(page)
     page.reload()
     settled(page, "And the owl?")
@@ -694,8 +693,8 @@ def test_no_payload_runs_from_history_titles_or_exports(open_page, served):
         store.add_conversation(f"payload: {payload}"[:200], payload)
     conversation, parent = store.add_conversation("payloads", PAYLOADS[0])["id"], None
     for payload in PAYLOADS:
-        asked = store.add_message(conversation, parent, "user", payload)["id"]
-        parent = store.add_message(conversation, asked, "assistant", "", model=payload, sampling={})["id"]
+        question = store.add_message(conversation, parent, "user", payload)["id"]
+        parent = store.add_message(conversation, question, "assistant", "", model=payload, sampling={})["id"]
         store.end_message(parent, payload, "stop")
     page = open_page()
     page.goto(f"{served.url}/#/{conversation}")

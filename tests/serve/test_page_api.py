@@ -41,13 +41,13 @@ def tree(server, conversation):
 
 
 def test_an_answer_streams_and_is_kept(server):
-    conversation, asked = begin(server, system="Be brief.")
-    first, *deltas, last = answer(server, conversation, asked, temperature=0.5, top_k=5)
+    conversation, question = begin(server, system="Be brief.")
+    first, *deltas, last = answer(server, conversation, question, temperature=0.5, top_k=5)
     assert first["type"] == "message"
     assert (first["message"]["role"], first["message"]["content"], first["message"]["parent_id"]) == (
         "assistant",
         "",
-        asked,
+        question,
     )
     assert {delta["type"] for delta in deltas} == {"delta"}
     assert last["type"] == "done"
@@ -59,40 +59,40 @@ def test_an_answer_streams_and_is_kept(server):
 
 
 def test_it_is_the_answer_that_the_api_gives(server):
-    conversation, asked = begin(server, system="Be brief.")
-    said = answer(server, conversation, asked)[-1]["message"]
-    more = say(server, conversation, "Really?", said["id"])
+    conversation, question = begin(server, system="Be brief.")
+    reply_message = answer(server, conversation, question)[-1]["message"]
+    follow_up = say(server, conversation, "Really?", reply_message["id"])
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is a penstock?"},
-        {"role": "assistant", "content": said["content"]},
+        {"role": "assistant", "content": reply_message["content"]},
         {"role": "user", "content": "Really?"},
     ]
     body = {**SAMPLING, "messages": messages}
     whole = server.ask("POST", "/v1/chat/completions", body).json["choices"][0]["message"]["content"]
-    assert answer(server, conversation, more)[-1]["message"]["content"] == whole
+    assert answer(server, conversation, follow_up)[-1]["message"]["content"] == whole
 
 
 def test_without_a_seed_the_drawn_one_is_kept_and_gives_the_same_answer_again(server):
-    conversation, asked = begin(server)
-    first = answer(server, conversation, asked, seed=None)[-1]["message"]
+    conversation, question = begin(server)
+    first = answer(server, conversation, question, seed=None)[-1]["message"]
     assert 0 <= first["sampling"]["seed"] < 2**53  # as JavaScript's numbers
-    second = answer(server, conversation, asked, seed=first["sampling"]["seed"])[-1]["message"]
+    second = answer(server, conversation, question, seed=first["sampling"]["seed"])[-1]["message"]
     assert second["content"] == first["content"]
     assert second["id"] != first["id"]
 
 
 def test_editing_makes_a_branch(server):
-    conversation, asked = begin(server)
-    answer(server, conversation, asked)
+    conversation, question = begin(server)
+    answer(server, conversation, question)
     edited = say(server, conversation, "What is a weir?")
     answer(server, conversation, edited)
-    assert [message["parent_id"] for message in tree(server, conversation)] == [None, asked, None, edited]
+    assert [message["parent_id"] for message in tree(server, conversation)] == [None, question, None, edited]
 
 
 def test_who_leaves_stops_the_answer_and_what_was_said_is_kept(server):
-    conversation, asked = begin(server)
-    body = json.dumps({"parent_id": asked, **SAMPLING, "max_tokens": 200, "seed": 5})
+    conversation, question = begin(server)
+    body = json.dumps({"parent_id": question, **SAMPLING, "max_tokens": 200, "seed": 5})
     orders = server.service.scheduler._orders  # the engine waits for the one that cancels
     with paused(server.service.catalogue.models["tiny"], lambda: not orders.empty(), after=40):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -105,17 +105,17 @@ def test_who_leaves_stops_the_answer_and_what_was_said_is_kept(server):
                 seen += connection.recv(4096)
         assert server.idle()
     assert eventually(lambda: tree(server, conversation)[1]["finish_reason"] is not None)
-    said = tree(server, conversation)[1]
-    assert said["finish_reason"] == "cancelled"
-    assert said["content"]
-    whole = answer(server, conversation, asked, max_tokens=200, seed=5)[-1]["message"]["content"]
-    assert whole.startswith(said["content"])
-    assert len(said["content"]) < len(whole)
+    reply_message = tree(server, conversation)[1]
+    assert reply_message["finish_reason"] == "cancelled"
+    assert reply_message["content"]
+    whole = answer(server, conversation, question, max_tokens=200, seed=5)[-1]["message"]["content"]
+    assert whole.startswith(reply_message["content"])
+    assert len(reply_message["content"]) < len(whole)
 
 
 def test_a_prompt_beyond_the_context_stores_no_answer(server):
-    conversation, asked = begin(server, "x" * 2000)
-    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", {"parent_id": asked, **SAMPLING})
+    conversation, question = begin(server, "x" * 2000)
+    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", {"parent_id": question, **SAMPLING})
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
     assert len(tree(server, conversation)) == 1
 
@@ -124,17 +124,17 @@ def test_a_reply_that_is_turned_away_stores_no_answer(server, monkeypatch):
     def full(generation):
         raise BusyError("no room")
 
-    conversation, asked = begin(server)
+    conversation, question = begin(server)
     monkeypatch.setattr(server.service.scheduler, "submit", full)
-    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", {"parent_id": asked, **SAMPLING})
+    reply = server.ask("POST", f"/api/conversations/{conversation}/replies", {"parent_id": question, **SAMPLING})
     assert (reply.status, reply.error["code"]) == (429, "queue_full")
     assert len(tree(server, conversation)) == 1
 
 
 def test_an_answer_that_fits_nowhere_is_not_generated(server):
-    conversation, asked = begin(server)
-    said = answer(server, conversation, asked)[-1]["message"]["id"]
-    body = {"parent_id": said, **SAMPLING, "max_tokens": 200}
+    conversation, question = begin(server)
+    reply_message = answer(server, conversation, question)[-1]["message"]["id"]
+    body = {"parent_id": reply_message, **SAMPLING, "max_tokens": 200}
     reply = server.ask("POST", f"/api/conversations/{conversation}/replies", body)
     assert (reply.status, "belongs under a user's message" in reply.error["message"]) == (400, True)
     assert server.idle()
@@ -172,9 +172,9 @@ def test_conversations_are_listed_changed_and_removed(server):
 
 
 def test_export_has_a_line_for_each_way_through_the_tree(server, tmp_path):
-    conversation, asked = begin(server, "\u6c34 </script>", system="Be brief.")
+    conversation, question = begin(server, "\u6c34 </script>", system="Be brief.")
     for seed in (1, 2):
-        answer(server, conversation, asked, seed=seed)
+        answer(server, conversation, question, seed=seed)
     reply = server.ask("GET", f"/api/conversations/{conversation}/export")
     assert reply.headers["content-type"].startswith("application/jsonl")
     assert reply.headers["content-disposition"].startswith("attachment")
@@ -189,8 +189,8 @@ def test_export_has_a_line_for_each_way_through_the_tree(server, tmp_path):
 
 
 def two_answers(server, text="What is a penstock?"):
-    conversation, asked = begin(server, text, system="Be brief.")
-    ids = [answer(server, conversation, asked, model=model)[-1]["message"]["id"] for model in ("tiny", "other")]
+    conversation, question = begin(server, text, system="Be brief.")
+    ids = [answer(server, conversation, question, model=model)[-1]["message"]["id"] for model in ("tiny", "other")]
     return conversation, ids
 
 

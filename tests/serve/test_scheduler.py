@@ -118,10 +118,10 @@ def test_a_cancelled_request_frees_its_row_before_the_next_step(load):
             scheduler.submit(waits := ask(model, seed=1, tokens=1))
             await long.pieces()
             scheduler.cancel(long)
-            made = long.tokens_made
+            tokens = long.tokens_made
             await all_of(waits)
             assert await long.pieces() == []
-            assert long.tokens_made <= made + 1  # the step that ran while it was cancelled
+            assert long.tokens_made <= tokens + 1  # the step that ran while it was cancelled
             assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
 
     asyncio.run(run())
@@ -238,9 +238,9 @@ def test_closing_tells_everybody_why(load):
 def test_models_are_named_by_their_paths(tmp_path):
     for name in ("a/run", "b/run", "c"):
         (tmp_path / name).mkdir(parents=True)
-    given = [str(tmp_path / "a/run"), str(tmp_path / "b/run"), f"mine={tmp_path / 'c'}", "hub/name"]
-    assert list(named_sources(given)) == ["run", "b/run", "mine", "hub/name"]
+    arguments = [str(tmp_path / "a/run"), str(tmp_path / "b/run"), f"mine={tmp_path / 'c'}", "hub/name"]
+    assert list(named_sources(arguments)) == ["run", "b/run", "mine", "hub/name"]
     from penstock.errors import UserError
 
     with pytest.raises(UserError, match="there is a model named mine already"):
-        named_sources([*given, f"mine={tmp_path / 'c'}"])
+        named_sources([*arguments, f"mine={tmp_path / 'c'}"])

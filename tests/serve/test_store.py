@@ -1,4 +1,4 @@
-"""The store in SQLite and in a real PostgreSQL: the same schema, the same answers; and what is said of a broken one."""
+"""The store in SQLite and in a real PostgreSQL: the same schema, the same rows; and errors of a damaged one."""
 
 import contextlib
 import os
@@ -18,6 +18,7 @@ from sqlalchemy import create_engine, text
 from penstock.errors import DataError, UserError
 from penstock.serve.store import open_store
 from penstock.serve.tables import metadata
+from tests.conftest import PATIENCE
 
 PG_CTL = shutil.which("pg_ctl") or next(
     (str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None
@@ -34,25 +35,27 @@ def postgres():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    as_other: dict = {}
+    user: dict = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        as_other = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
         shutil.chown(base, "nobody")
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": base, **as_other}
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": base, **user}
     initdb = [str(programs / "initdb"), "-D", str(data), "-U", "penstock", "-A", "trust", "-E", "UTF8", "--no-sync"]
     subprocess.run([*initdb, "--locale=C"], **quiet)
     options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
-    subprocess.run([PG_CTL, "-D", str(data), "-w", "-o", options, "-l", str(base / "log"), "start"], **quiet)
-    made = []
+    subprocess.run(
+        [PG_CTL, "-D", str(data), "-w", "-t", str(PATIENCE), "-o", options, "-l", str(base / "log"), "start"], **quiet
+    )
+    names = []
 
     def database():
-        made.append(f"test{len(made)}")
+        names.append(f"test{len(names)}")
         url = f"postgresql://penstock@127.0.0.1:{port}/"
         engine = create_engine(url.replace("://", "+psycopg://") + "postgres", isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {made[-1]}"))
+            connection.execute(text(f"CREATE DATABASE {names[-1]}"))
         engine.dispose()
-        return url + made[-1]
+        return url + names[-1]
 
     yield database
     subprocess.run([PG_CTL, "-D", str(data), "-m", "immediate", "stop"], **quiet)
@@ -62,21 +65,21 @@ def postgres():
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store(request, tmp_path):
     url = request.getfixturevalue("postgres")() if request.param == "postgresql" else None
-    with contextlib.closing(open_store(str(tmp_path / "data"), url)) as one:
-        one.place = (str(tmp_path / "data"), url)
-        yield one
+    with contextlib.closing(open_store(str(tmp_path / "data"), url)) as opened:
+        opened.address = (str(tmp_path / "data"), url)
+        yield opened
 
 
-def talk_in(store, system="Be brief."):
+def add_example(store, system="Be brief."):
     """A conversation with one question and two answers; their ids."""
-    talk = store.add_conversation("", system)["id"]
-    asked = store.add_message(talk, None, "user", "What is\na penstock?")["id"]
-    said = []
+    conversation = store.add_conversation("", system)["id"]
+    question = store.add_message(conversation, None, "user", "What is\na penstock?")["id"]
+    answers = []
     for i, words in enumerate(("A gate.", "A fish.")):
-        made = {"model": "tiny", "model_digest": f"{i}" * 64, "sampling": {"seed": i}}
-        message = store.add_message(talk, asked, "assistant", "", **made)
-        said.append(store.end_message(message["id"], words, "stop")["id"])
-    return talk, asked, said
+        source = {"model": "tiny", "model_digest": f"{i}" * 64, "sampling": {"seed": i}}
+        message = store.add_message(conversation, question, "assistant", "", **source)
+        answers.append(store.end_message(message["id"], words, "stop")["id"])
+    return conversation, question, answers
 
 
 def test_the_migrations_make_the_tables_that_the_code_means(store):
@@ -85,39 +88,39 @@ def test_the_migrations_make_the_tables_that_the_code_means(store):
 
 
 def test_opening_again_changes_nothing(store):
-    talk, _, _ = talk_in(store)
-    with contextlib.closing(open_store(*store.place)) as again:
-        assert again.conversation(talk) == store.conversation(talk)
+    conversation, _, _ = add_example(store)
+    with contextlib.closing(open_store(*store.address)) as again:
+        assert again.conversation(conversation) == store.conversation(conversation)
 
 
 def test_a_conversation_is_a_tree(store):
-    talk, asked, said = talk_in(store)
-    assert store.conversation(talk)["title"] == "What is a penstock?"
-    more = store.add_message(talk, said[1], "user", "Really?")["id"]
-    edited = store.add_message(talk, None, "user", "What is a weir?")["id"]
-    tree = store.messages(talk)
-    assert [row["id"] for row in tree] == [asked, *said, more, edited]
-    assert [row["parent_id"] for row in tree] == [None, asked, asked, said[1], None]
-    turns = store.turns(more, talk)
+    conversation, question, answers = add_example(store)
+    assert store.conversation(conversation)["title"] == "What is a penstock?"
+    follow_up = store.add_message(conversation, answers[1], "user", "Really?")["id"]
+    edited = store.add_message(conversation, None, "user", "What is a weir?")["id"]
+    tree = store.messages(conversation)
+    assert [row["id"] for row in tree] == [question, *answers, follow_up, edited]
+    assert [row["parent_id"] for row in tree] == [None, question, question, answers[1], None]
+    turns = store.turns(follow_up, conversation)
     assert [(turn["role"], turn["content"]) for turn in turns] == [
         ("system", "Be brief."), ("user", "What is\na penstock?"), ("assistant", "A fish."), ("user", "Really?")
     ]  # fmt: skip
-    leaves = [[turn["content"] for turn in way[1:]] for way in store.leaves(talk)]
-    asked_text = "What is\na penstock?"
-    assert leaves == [[asked_text, "A gate."], [asked_text, "A fish.", "Really?"], ["What is a weir?"]]
+    leaves = [[turn["content"] for turn in way[1:]] for way in store.leaves(conversation)]
+    question_text = "What is\na penstock?"
+    assert leaves == [[question_text, "A gate."], [question_text, "A fish.", "Really?"], ["What is a weir?"]]
 
 
 def test_what_does_not_belong_there_is_refused(store):
-    talk, asked, said = talk_in(store)
-    other, theirs, _ = talk_in(store)
-    for parent, role in ((None, "assistant"), (said[0], "assistant"), (asked, "user")):
+    conversation, question, answers = add_example(store)
+    other, theirs, _ = add_example(store)
+    for parent, role in ((None, "assistant"), (answers[0], "assistant"), (question, "user")):
         with pytest.raises(ValueError, match="belongs under"):
-            store.add_message(talk, parent, role, "x")
+            store.add_message(conversation, parent, role, "x")
     for call in (
-        lambda: store.add_message(talk, theirs, "assistant", "x"),
+        lambda: store.add_message(conversation, theirs, "assistant", "x"),
         lambda: store.add_message("conv_" + "0" * 24, None, "user", "x"),
         lambda: store.conversation("no id at all \0"),
-        lambda: store.turns(asked, other),
+        lambda: store.turns(question, other),
         lambda: store.vote_thumb("msg_" + "0" * 24, 1),
     ):
         with pytest.raises(LookupError, match="there is no"):
@@ -128,54 +131,59 @@ def test_conversations_come_newest_first_page_by_page(store):
     names = [store.add_conversation(f"number {i}", "")["id"] for i in range(5)]
     store.add_message(names[1], None, "user", "hello")
     expected = [names[1], names[4], names[3], names[2], names[0]]
-    first, more = store.list_conversations(2, None)
-    second, still = store.list_conversations(2, first[-1]["id"])
-    last, end = store.list_conversations(2, second[-1]["id"])
-    assert [row["id"] for row in first + second + last] == expected
-    assert (more, still, end) == (True, True, False)
+    rows, has_more = [], True
+    while has_more:
+        page, has_more = store.list_conversations(2, rows[-1]["id"] if rows else None)
+        assert 1 <= len(page) <= 2
+        rows += page
+    assert [row["id"] for row in rows] == expected
 
 
 def test_titles_and_system_prompts_change_and_all_goes_with_a_conversation(store):
-    talk, _, said = talk_in(store)
-    store.vote_thumb(said[0], 1)
-    assert store.change_conversation(talk, {"title": "mine"})["title"] == "mine"
-    assert store.change_conversation(talk, {"system": ""})["system"] == ""
-    assert store.conversation(talk)["title"] == "mine"
-    store.remove_conversation(talk)
+    conversation, _, answers = add_example(store)
+    store.vote_thumb(answers[0], 1)
+    assert store.change_conversation(conversation, {"title": "mine"})["title"] == "mine"
+    assert store.change_conversation(conversation, {"system": ""})["system"] == ""
+    assert store.conversation(conversation)["title"] == "mine"
+    store.remove_conversation(conversation)
     assert store.votes() == []
     with pytest.raises(LookupError):
-        store.messages(talk)
+        store.messages(conversation)
     with pytest.raises(LookupError):
-        store.remove_conversation(talk)
-    assert store.end_message(said[0], "too late", "stop") is None
+        store.remove_conversation(conversation)
+    assert store.end_message(answers[0], "too late", "stop") is None
 
 
 def test_a_vote_keeps_the_whole_comparison_and_a_second_one_replaces_it(store):
-    talk, _, (left, right) = talk_in(store)
+    conversation, _, (left, right) = add_example(store)
     store.vote_pair((right, left), left)
-    (vote,) = store.votes(talk)
+    (vote,) = store.votes(conversation)
     assert [answer["message_id"] for answer in vote["shown"]] == [right, left]
     assert [answer["digest"] for answer in vote["shown"]] == ["1" * 64, "0" * 64]
     assert [answer["sampling"] for answer in vote["shown"]] == [{"seed": 1}, {"seed": 0}]
     assert vote["prompt"][0] == {"role": "system", "content": "Be brief."}
     assert vote["chosen_id"] == left
     store.vote_pair((left, right), None)
-    (vote,) = store.votes(talk)
+    (vote,) = store.votes(conversation)
     assert vote["chosen_id"] is None
     assert [answer["message_id"] for answer in vote["shown"]] == [left, right]
     for value, kept in ((1, [1]), (-1, [-1]), (0, [])):
         store.vote_thumb(left, value)
-        assert [one["value"] for one in store.votes() if one["kind"] == "thumb"] == kept
+        assert [vote["value"] for vote in store.votes() if vote["kind"] == "thumb"] == kept
 
 
 def test_only_answers_to_the_same_message_can_be_compared(store):
-    _talk, asked, said = talk_in(store)
-    _, _, others = talk_in(store)
-    for shown, chosen in (((said[0], said[0]), None), ((said[0], others[0]), None), ((said[0], said[1]), asked)):
+    _talk, question, answers = add_example(store)
+    _, _, unrelated = add_example(store)
+    for shown, chosen in (
+        ((answers[0], answers[0]), None),
+        ((answers[0], unrelated[0]), None),
+        ((answers[0], answers[1]), question),
+    ):
         with pytest.raises(ValueError, match=r"pair|same message"):
             store.vote_pair(shown, chosen)
     with pytest.raises(ValueError, match="is no answer"):
-        store.vote_thumb(asked, 1)
+        store.vote_thumb(question, 1)
 
 
 def test_one_key_and_sessions_that_end(store):
@@ -191,22 +199,22 @@ def test_one_key_and_sessions_that_end(store):
 
 
 def test_an_answer_that_a_killed_server_left_is_ended(store):
-    talk, asked, _ = talk_in(store)
-    store.add_message(talk, asked, "assistant", "")
+    conversation, question, _ = add_example(store)
+    store.add_message(conversation, question, "assistant", "")
     store.end_unfinished()
-    assert [row["finish_reason"] for row in store.messages(talk)] == [None, "stop", "stop", "cancelled"]
+    assert [row["finish_reason"] for row in store.messages(conversation)] == [None, "stop", "stop", "cancelled"]
 
 
 def test_many_threads_write_at_once(store):
-    talk = store.add_conversation("", "")["id"]
+    conversation = store.add_conversation("", "")["id"]
     failures = []
 
     def write(number):
         try:
             for i in range(10):
-                row = store.add_message(talk, None, "user", f"{number} {i}")
-                store.messages(talk)
-                store.turns(row["id"], talk)
+                row = store.add_message(conversation, None, "user", f"{number} {i}")
+                store.messages(conversation)
+                store.turns(row["id"], conversation)
         except Exception as error:
             failures.append(error)
 
@@ -216,17 +224,17 @@ def test_many_threads_write_at_once(store):
     for thread in threads:
         thread.join()
     assert not failures
-    assert len(store.messages(talk)) == 80
+    assert len(store.messages(conversation)) == 80
 
 
-# --- what is said of a broken one -------------------------------------------------------------------------------------
+# --- a damaged one ----------------------------------------------------------------------------------------------------
 
 
 def damaged(directory):
     """A database whose pages were overwritten."""
     store = open_store(str(directory), None)
     for _ in range(50):
-        talk_in(store)
+        add_example(store)
     store.close()
     path = directory / "penstock.db"
     whole = bytearray(path.read_bytes())
@@ -244,10 +252,10 @@ def test_a_damaged_database_is_named_and_left_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("how", ["pages", "no database"])
-def test_it_is_moved_aside_when_that_was_asked_for(tmp_path, how, capsys):
+@pytest.mark.parametrize("damage", ["pages", "no database"])
+def test_a_damaged_database_is_moved_aside_on_request(tmp_path, damage, capsys):
     path = damaged(tmp_path)
-    if how == "no database":
+    if damage == "no database":
         path.write_bytes(b"something else entirely" * 1000)
     before = path.read_bytes()
     open_store(str(tmp_path), None, move_damaged=True).close()

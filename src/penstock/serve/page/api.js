@@ -1,7 +1,7 @@
 // The server's routes, as functions. Knows HTTP: the session's CSRF token, errors, and streams of events.
 
 export class ApiError extends Error {
-  /** status 0: the server was not reached. */
+  /** status 0: the server cannot be reached. */
   constructor(status, { message, code = null, param = null }, retryAfter = null) {
     super(message);
     Object.assign(this, { status, code, param, retryAfter });
@@ -17,7 +17,7 @@ let csrf = null;
 let onSignedOut = () => {};
 let onReachable = () => {};
 
-/** What to call when the session has ended, and when the server answers (true) or cannot be reached (false). */
+/** Callbacks: the session has ended; the server answers (true) or cannot be reached (false). */
 export function listen({ signedOut, reachable }) {
   onSignedOut = signedOut;
   onReachable = reachable;
@@ -36,7 +36,7 @@ export const session = {
   },
 };
 
-/** Names of the models. An error that is `busy` while they are being loaded. */
+/** Names of the models. Throws an error that is `busy` while they load. */
 export async function models() {
   await json("GET", "/health");
   return (await json("GET", "/v1/models")).data.map((model) => model.id);

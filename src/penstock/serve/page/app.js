@@ -1,5 +1,5 @@
-// The page: log-in, the composer, the keyboard, and who calls whom. What a conversation is: chat.js, tree.js; how it
-// looks: thread.js, sidebar.js, style.css; what the server offers: api.js.
+// The page: log-in, the composer, the keyboard, and the calls between the other files. Conversations: chat.js, tree.js;
+// their looks: thread.js, sidebar.js, style.css; the server's routes: api.js.
 
 import { listen, models, session, conversations } from "./api.js";
 import { answering, chat, forget, newChat, openChat, send, setSystem, stop, watch } from "./chat.js";
@@ -57,7 +57,7 @@ async function enter() {
   }
 }
 
-/** False if the server has no model yet; then it is asked again. */
+/** False if the server has no model yet; then the page asks again. */
 async function showModels() {
   let known = [];
   try {
@@ -78,7 +78,7 @@ async function showModels() {
   return true;
 }
 
-/** Runs something that talks to the server; its failure is shown, not lost. Returns whether it went well. */
+/** Runs a function that calls the server, and shows its error. Returns whether it succeeded. */
 async function guard(action) {
   try {
     await action();
@@ -90,7 +90,7 @@ async function guard(action) {
   }
 }
 
-/** Opens what the address says: "#/conv_5c..." is a conversation, no hash a new one. */
+/** Opens the conversation of the address: "#/conv_5c..."; without a hash, a new one. */
 async function route() {
   const id = /^#\/(.+)$/.exec(location.hash)?.[1];
   if (!id && location.hash) return; // "#prompt": a jump within the page
@@ -113,7 +113,7 @@ function goToNewChat() {
   focusPrompt();
 }
 
-/** Where the keyboard is on the screen it would cover half of it unasked. */
+/** Not on phones: their keyboard would cover half of the screen. */
 function focusPrompt() {
   if (matchMedia("(hover: hover)").matches) $("prompt").focus();
 }
@@ -170,7 +170,7 @@ const growing = new Set(); // answers whose text is to be drawn in the next fram
 let frame = 0;
 let restUntil = 0;
 
-/** Draws what grew once per frame, and less often where drawing is slow: a long answer must not freeze the page. */
+/** Draws new text once per frame, and less often where drawing is slow: a long answer must not freeze the page. */
 function grow(message) {
   growing.add(message);
   frame ||= requestAnimationFrame(drawGrown);

@@ -1,5 +1,5 @@
-// The open conversation and all that can be done in it. Owns the tree of messages and the answers under way; tells the
-// page through `watch` when something changed, and never touches an element.
+// The open conversation and its actions. Owns the tree of messages and the answers that are being written; reports
+// changes to the page through `watch`, and never touches an element.
 
 import { conversations, reply, votes } from "./api.js";
 import { requests, settings } from "./settings.js";
@@ -18,7 +18,7 @@ let changed = () => {};
 let grew = () => {};
 let named = () => {};
 
-/** changed(): draw again; grew(message): only this answer's text; named(chat): the list has a new or renamed line. */
+/** Callbacks. changed(): draw again; grew(message): new text of one answer; named(chat): new or renamed. */
 export function watch(callbacks) {
   ({ changed, grew, named } = callbacks);
 }
@@ -31,7 +31,7 @@ export function newChat() {
   changed();
 }
 
-/** Opens a conversation of the server's, or goes back to one that is being answered. */
+/** Opens a stored conversation, or returns to one with an unfinished answer. */
 export async function openChat(id) {
   const mine = ++opened;
   const one = [...busyChats].find((busy) => busy.id === id) ?? (await load(id));
@@ -46,7 +46,7 @@ async function load(id) {
   return { ...conversation, tree: makeTree(messages.filter(said), given, remembered) };
 }
 
-/** Not an answer that failed before its first word: there is nothing to show of it. */
+/** False for an answer that failed before its first word: it has no text to show. */
 const said = ({ role, content, finish_reason }) => role === "user" || content !== "" || finish_reason !== "error";
 
 export async function setSystem(system) {
@@ -60,12 +60,12 @@ export function stop() {
   for (const message of answering()) message.controller.abort();
 }
 
-/** Sends what the person wrote, at the end of the path on the screen. */
+/** Sends a message at the end of the path on the screen. */
 export async function send(content) {
   const last = path(chat.tree).at(-1)?.message;
   if (!last) return say(null, content);
   if (last.role === "assistant" && !last.local) return say(last.id, content);
-  // Nothing answered the last message: this one takes its place, as an edit would.
+  // The last message has no answer: this one replaces it, as an edit would.
   const unanswered = last.role === "user" ? last : chat.tree.messages.get(last.parent_id);
   return say(unanswered.parent_id, content);
 }
@@ -103,13 +103,13 @@ export function answer(one, parentId) {
 
 let draftCount = 0;
 
-/** An answer that the server does not know yet. local: it has no id of the server's. */
+/** An answer that the server does not store yet. local: its id is not the server's. */
 const draft = (parentId, request) => ({
   id: `draft-${draftCount++}`, local: true, parent_id: parentId, role: "assistant", content: "", model: request.model,
   finish_reason: null, request, error: null, waitUntil: null, controller: null,
 });
 
-/** Receives an answer to its end, whatever the end is; also tries a failed draft again. */
+/** Receives an answer to its end or failure; also tries a failed draft again. */
 export async function run(one, message) {
   message.controller = new AbortController();
   message.error = null;
@@ -158,7 +158,7 @@ function take(one, message, event) {
   }
 }
 
-/** Waits as long as the server asked for; stop ends the wait. */
+/** Waits for the time of retry-after; stop ends the wait. */
 function pause(message, seconds) {
   message.waitUntil = Date.now() + 1000 * seconds;
   changed();
@@ -194,7 +194,7 @@ export function pick(parentId, message) {
   changed();
 }
 
-/** A thumb on one answer; the same thumb again takes it back. */
+/** A thumb on one answer; the same thumb again removes it. */
 export async function thumb(message, value) {
   const { tree } = chat;
   const now = tree.thumbs.get(message.id) === value ? 0 : value;

@@ -1,5 +1,5 @@
-// How elements are made here: text is always a text node, so nothing a person or a model wrote is ever parsed as HTML
-// (markdown.js is the one exception, and sanitises).
+// Makes elements. Text is always a text node, so no text of a person or a model is parsed as HTML (except in
+// markdown.js, which sanitises it).
 
 /** h("button", {class: "quiet", onclick: f, "aria-label": "Copy"}, icon("copy"), "Copy") */
 export function h(tag, props = {}, ...children) {
@@ -24,7 +24,7 @@ export function icon(name) {
   return svg;
 }
 
-/** A button that is only a picture; `key` is how `replace` finds it again after a new rendering. */
+/** A button with a picture only; `replace` finds it by `key` after a new rendering. */
 export function iconButton(name, label, onclick, { key = null, pressed = null, disabled = false } = {}) {
   return h(
     "button",
@@ -50,14 +50,14 @@ export function replace(container, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
-/** Says something to people who listen to the page. */
+/** Announces a text to screen readers. */
 export function announce(text) {
   $("status").textContent = text;
 }
 
 let toastTimer = 0;
 
-/** A short word at the bottom of the page that goes by itself. */
+/** Shows a short message at the bottom of the page for a few seconds. */
 export function toast(text) {
   announce(text);
   $("toast").textContent = text;

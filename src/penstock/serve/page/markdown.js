@@ -1,5 +1,5 @@
-// From what a model wrote to elements that are safe to show. Two walls: raw HTML in markdown is shown as text, and what
-// marked makes goes through DOMPurify with a short list of tags. Nothing that is shown can fetch anything.
+// Turns the markdown of a model into elements that are safe to show, in two steps: raw HTML is shown as text, and the
+// output of marked goes through DOMPurify with a short list of tags. No element can fetch anything.
 
 import { Marked } from "./vendor/marked.esm.js";
 import "./vendor/purify.min.js";
@@ -31,7 +31,7 @@ marked.use({
   },
 });
 
-/** A fragment with the text as the reader should see it. */
+/** A fragment with the rendered text. */
 export function render(text) {
   const fragment = globalThis.DOMPurify.sanitize(marked.parse(text), ALLOWED);
   for (const link of fragment.querySelectorAll("a")) {

@@ -1,9 +1,9 @@
-// What this browser remembers about how to ask: models, sampling, side by side. Kept in local storage.
+// The settings of this browser: models, sampling, side by side. Kept in local storage.
 
 import { $, h } from "./dom.js";
 
 const CONTROLS = [
-  // name of the request's field, label, range, where the slider rests when nothing is set, and what it does
+  // field of the request, label, range, position of the slider by default, and effect
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, slider: 1, help: "0 always takes the likeliest token; higher is more varied." },
   { name: "top_p", label: "Top p", min: 0.05, max: 1, step: 0.05, slider: 1, help: "Keeps the likeliest tokens that together reach this probability." },
   { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, slider: 0, help: "Drops tokens less likely than this share of the likeliest." },
@@ -67,7 +67,7 @@ function control({ name, label, help, slider, ...range }) {
   );
 }
 
-/** What to ask for one prompt: one request, or two that stand side by side. */
+/** The requests for one prompt: one, or two for answers side by side. */
 export function requests() {
   const { model, modelB, compare, sampling } = settings;
   const seed = sampling.seed ?? Math.floor(Math.random() * 2 ** 31); // drawn here: shown with the answer, as is

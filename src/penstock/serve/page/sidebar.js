@@ -1,5 +1,5 @@
 // The list of conversations: newest first, grouped by day, with search, rename and delete. Reads further pages from the
-// server when its end comes into view, or when somebody searches.
+// server when the end of the list comes into view, and for a search.
 
 import { conversations } from "./api.js";
 import { $, h, iconButton, replace } from "./dom.js";
@@ -11,7 +11,7 @@ let current = null;
 let guarded = null;
 let onRemoved = null;
 
-/** guard(f): runs f and shows its error; removed(id): what to do when a conversation is gone. */
+/** Callbacks. guard(f): runs f and shows its error; removed(id): a conversation was deleted. */
 export function startSidebar({ guard, removed }) {
   guarded = guard;
   onRemoved = removed;
@@ -41,13 +41,13 @@ async function more() {
   draw();
 }
 
-/** Titles are searched in the whole list, so the whole list is needed. */
+/** Reads the whole list, because a search needs all titles. */
 async function search() {
   draw();
   while (hasMore && !loading && $("search").value) await more();
 }
 
-/** A conversation that is new, renamed, or that somebody wrote in: it goes to the top. */
+/** Moves a conversation to the top that is new, renamed or has a new message. */
 export function touch(chat) {
   const known = list.find((one) => one.id === chat.id);
   const updated_at = new Date().toISOString();

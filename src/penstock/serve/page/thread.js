@@ -1,5 +1,5 @@
-// Draws the path of the open conversation. Called again whenever something changed; the text of an answer that is being
-// written is drawn by itself (`drawText`), so that a token costs one paragraph and not the page.
+// Draws the path of the open conversation. Called again after every change; the text of an unfinished answer is drawn
+// alone (`drawText`), so that a token costs one paragraph and not the page.
 
 import { $, announce, copy, h, icon, iconButton, replace, toast } from "./dom.js";
 import { render } from "./markdown.js";
@@ -25,7 +25,7 @@ export function toEnd(scroll) {
   scroll.scrollTop = scroll.scrollHeight;
 }
 
-/** A turn is made anew only if it looks different: a long conversation must not cost more with each message. */
+/** Makes a turn again only if it looks different: the cost of a message must not grow with the conversation. */
 function drawStep(step, isLast, guarded) {
   const option = step.options[step.index];
   const looks = looksOf(step, option, isLast);
@@ -40,7 +40,7 @@ function drawStep(step, isLast, guarded) {
   return element;
 }
 
-/** All that a turn shows besides its text, as one string. */
+/** Everything that a turn shows except its text, as one string. */
 function looksOf({ options, index }, option, isLast) {
   const pair = pairOf(chat.tree, option[0].id);
   const one = ({ id, local, controller, content, waitUntil, error, finish_reason }) => [
@@ -197,7 +197,7 @@ function drawPair(step, option, isLast, guarded) {
   );
 }
 
-/** Of one model twice, the seed tells them apart. */
+/** With the seed, where a pair comes from one model. */
 const nameInPair = (message, option) =>
   option[0].model === option[1].model ? `${message.model}, seed ${(message.sampling ?? message.request)?.seed ?? "?"}` : message.model;
 
@@ -216,7 +216,7 @@ function drawBody(message) {
   return drawText(message);
 }
 
-/** The element with an answer's text, made anew only if the text is. */
+/** The element with an answer's text, made again only if the text has changed. */
 export function drawText(message) {
   const drawn = texts.get(message) ?? { element: h("div", { class: "prose", dir: "auto" }), content: null };
   if (drawn.content !== message.content) {
@@ -230,7 +230,7 @@ export function drawText(message) {
 
 export const isDrawn = (message) => texts.get(message)?.element.isConnected ?? false;
 
-/** Why an answer ended, where that is not simply its end, and what can be done about it. */
+/** Why an answer ended early, and the button that helps. */
 function drawEnd(message, isLast, guarded) {
   const retry = () => (message.local ? run(chat, message) : answer(chat, message.parent_id));
   const button = (label, action) => h("button", { type: "button", class: "link", onclick: action }, label);

@@ -1,4 +1,4 @@
-// A conversation is a tree of messages: editing or regenerating adds a sibling. What is on the screen is one path
+// A conversation is a tree of messages: editing or regenerating adds a sibling. The screen shows one path
 // through it. Pure: knows neither the server nor the page.
 
 /** {messages: id -> message, oldest first; picked: parent id -> the child on the screen; pairs: [{shown, blind}]} */
@@ -10,7 +10,7 @@ export function makeTree(messages, votes, remembered) {
   return tree;
 }
 
-/** Two answers that are shown beside each other, left first. */
+/** Two answers that are shown side by side, left first. */
 export function addPair(tree, shown, blind) {
   if (!pairOf(tree, shown[0])) tree.pairs.push({ shown, blind });
 }
@@ -33,7 +33,7 @@ export function childrenOf(tree, parentId) {
   return [...tree.messages.values()].filter((message) => message.parent_id === parentId);
 }
 
-/** What may stand after a message: lists of one message, or of two where they are a pair; oldest first. */
+/** The successors of a message: lists of one message, or of two for a pair; oldest first. */
 export function alternatives(tree, parentId) {
   const found = [];
   for (const message of childrenOf(tree, parentId)) {
@@ -45,7 +45,7 @@ export function alternatives(tree, parentId) {
   return found;
 }
 
-/** The path on the screen, from the first message down: [{options, index, message}]; message is where it goes on. */
+/** The path on the screen, from the first message down: [{options, index, message}]; the path goes on from message. */
 export function path(tree) {
   const steps = [];
   let parent = null;
@@ -61,7 +61,7 @@ export function path(tree) {
   }
 }
 
-/** Of a pair: the answer that somebody replied to, or that won, or the left one. Else the one there is. */
+/** Of a pair: the answer with a reply, or the winner, or the left one. Otherwise the only message. */
 function goesOn(tree, option) {
   const verdict = tree.verdicts.get(pairOf(tree, option[0].id));
   return (
@@ -71,7 +71,7 @@ function goesOn(tree, option) {
   );
 }
 
-/** A message learned its id from the server. */
+/** Gives a message its id from the server. */
 export function rename(tree, message, id) {
   tree.messages.delete(message.id);
   for (const pair of tree.pairs) pair.shown = pair.shown.map((one) => (one === message.id ? id : one));
