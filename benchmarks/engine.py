@@ -27,6 +27,9 @@ from penstock.models import presets
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
 
+ROWS = 16
+"""Of each step of `tax`."""
+
 
 def adamw(repeats: int = 9, numel: int = 100_000_000) -> dict[str, Any]:
     """28 bytes per parameter move at least: weight, remainder, gradient and two moments in, all but the gradient out,
@@ -55,13 +58,13 @@ def adamw(repeats: int = 9, numel: int = 100_000_000) -> dict[str, Any]:
 
 
 def tax(
-    size: str = "s", layers: int = 3, rows: int = 16, length: int = 512, micro: int = 4, repeats: int = 7,
+    size: str = "s", layers: int = 3, length: int = 512, micro: int = 4, repeats: int = 7,
     *, device: str = "cpu", dtype: str = "fp32", device_memory: str = "600MB",
 ) -> dict[str, Any]:  # fmt: skip
     """SFT steps of a GPT-2 with `layers` of its blocks. `resident` recomputes too, as every streamed run does; `kept`
     is resident and keeps what is inside a micro-batch's blocks. Half of 600 MB is the token table and its gradient.
     """
-    tokens = torch.randint(50257, (rows, length), device=device)
+    tokens = torch.randint(50257, (ROWS, length), device=device)
     shape = dataclasses.replace(presets.named(size), num_layers=layers)
 
     def step_under(name: str, recompute: bool) -> Callable[[], object]:
@@ -88,7 +91,7 @@ def tax(
     seconds = timing.in_turns(calls, repeats, device)
     medians = timing.medians(seconds)
     return {
-        "tokens_per_visit": rows * length,
+        "tokens_per_visit": ROWS * length,
         "layers": layers,
         "seconds": medians,
         "ratio_to_resident": timing.ratio(seconds, "gemini_cpu", "resident"),

@@ -79,7 +79,7 @@ def small(target: Target) -> dict[str, Any]:
 def tax(target: Target, **settings: Any) -> dict[str, Any]:
     """`engine tax`: an SFT step streamed from host memory against resident, in bf16."""
     if target.tiny:
-        settings = {"layers": 1, "rows": 2, "length": 16, "micro": 1, "repeats": 1}
+        settings = {"layers": 1, "length": 16, "micro": 16, "repeats": 1}
     return engine.tax(device=target.device, dtype="bf16", **settings)
 
 
@@ -102,15 +102,11 @@ CHECKS: dict[str, Callable[[Target], dict[str, Any]]] = {
     "table": gpu_tables.table,
     "giants": gpu_tables.giants,
     "autochunk": gpu_tables.autochunk,
-    "tax_xl": lambda target: tax(
-        target, size="xl", layers=48, rows=16, length=1024, micro=4, repeats=3, device_memory="12GB"
-    ),
+    "tax_xl": lambda target: tax(target, size="xl", layers=48, length=1024, micro=4, repeats=3, device_memory="12GB"),
     "rollout": lambda target: rollout.on_gpu(target.device, target.tiny),
     "capacity": capacity,
     # 72 GB of weights and states on either side
-    "tax_6b": lambda target: tax(
-        target, size="6b", layers=30, rows=16, length=1024, micro=2, repeats=2, device_memory="24GB"
-    ),
+    "tax_6b": lambda target: tax(target, size="6b", layers=30, length=1024, micro=2, repeats=2, device_memory="24GB"),
 }
 
 
