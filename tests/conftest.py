@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from penstock.cli import main
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
@@ -115,3 +116,17 @@ def stage_config(
         )
     data = write_jsonl(directory / "rankings.jsonl", comparisons(30))
     return RewardConfig(model=model, data=DataFlags(data=(data,), max_length=32), run=run, optim=optim, eval_every=4)
+
+
+def cli(*arguments: Any) -> Any:
+    """Runs the command line; returns its exit code."""
+    try:
+        main([*map(str, arguments)])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

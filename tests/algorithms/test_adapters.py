@@ -13,13 +13,12 @@ import transformers
 from penstock.algorithms.experience import Roles, score
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.sft import sft
-from penstock.cli import main
 from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
 from penstock.memory.strategy import Strategy
 from penstock.models import lora
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import Answer
-from tests.conftest import comparisons, demonstrations, ppo_config, stage_config
+from tests.conftest import cli, comparisons, demonstrations, metrics, ppo_config, stage_config
 
 
 def adapter_of(run):
@@ -27,22 +26,10 @@ def adapter_of(run):
     return checkpoints / (checkpoints / "latest").read_text().strip() / "model"
 
 
-def metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
 def logits_of(source, **how):
     actor = Actor.from_pretrained(str(source), **how)
     with torch.no_grad():
         return actor.decoder.logits(actor.decoder(torch.arange(3, 12)[None]))
-
-
-def cli(*arguments):
-    try:
-        main([*map(str, arguments)])
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 def test_the_whole_way_by_command(tmp_path, tiny_model, jsonl, capsys):

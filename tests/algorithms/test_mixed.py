@@ -1,7 +1,6 @@
 """PPO between four models and one base: frozen starts that are shared, packed bases, a critic on the actor's trunk."""
 
 import dataclasses
-import json
 import shutil
 
 import pytest
@@ -10,24 +9,11 @@ import torch
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, Roles
 from penstock.algorithms.ppo import PPO, ppo
-from penstock.cli import main
 from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
 from penstock.memory.strategy import Strategy
 from penstock.models import pretrained
 from penstock.models.roles import Actor, ActorCritic, Critic, RewardModel
-from tests.conftest import comparisons, demonstrations, ppo_config
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def cli(*arguments):
-    try:
-        main([*map(str, arguments)])
-    except SystemExit as error:
-        return error.code
-    return 0
+from tests.conftest import cli, comparisons, demonstrations, metrics, ppo_config
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """PPO as a whole: known optima, exactness of the ratio, invariance, and what it refuses."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from penstock.data.chat import Encoder
 from penstock.errors import ResourceError, UserError
 from penstock.models.roles import Actor, RewardModel
 from penstock.rollout.engine import Answer
-from tests.conftest import ppo_config
+from tests.conftest import metrics, ppo_config
 
 REWARD_FN = """
 def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
@@ -36,10 +35,6 @@ def config(tmp_path, model, data, reward_fn, out="run", **changes):
 def write_reward_fn(tmp_path, text, name="reward_fn.py"):
     (tmp_path / name).write_text(text)
     return f"{tmp_path / name}:score"
-
-
-def metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def next_token_distribution(source, prompt=(1, 3)):

@@ -1,10 +1,8 @@
 """The commands under strategies that move weights: the same run as resident, and checkpoints that any of them reads."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +14,13 @@ from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.run.session import read_optimizer, write_optimizer
-from tests.conftest import PATIENCE, comparisons, demonstrations
+from tests.conftest import PATIENCE, comparisons, demonstrations, metrics
 
 SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
 SCORE = """
 def score(prompts, responses, *, response_ids=None, **_):
     return [ids.count(5) - ids.count(6) for ids in response_ids]
 """
-
-
-def metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def place(name, folder):

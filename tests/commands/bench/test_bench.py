@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from penstock.algorithms import ppo
-from penstock.cli import main
 from penstock.commands.bench import run, work
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.run import Beat, schedule
 from penstock.errors import UserError
 from penstock.flags import parse
 from penstock.memory.strategy import Strategy
-from tests.conftest import PATIENCE, TINY
+from tests.conftest import PATIENCE, TINY, cli
 
 QUICK = [
     "--prompt_length", "4", "--max_length", "8", "--num_episodes", "2", "--max_timesteps", "2", "--update-timesteps",
@@ -31,14 +30,6 @@ PUBLISHED = [
     "--model 350m --strategy colossalai_zero2 --lora_rank 4",
 ]
 """Colossal-AI, applications/ChatGPT/benchmarks/README.md of February 2023, what stands behind the script's name."""
-
-
-def cli(*arguments):
-    try:
-        main([*map(str, arguments)])
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 @pytest.mark.parametrize("line", PUBLISHED)

@@ -4,22 +4,14 @@ import json
 
 import pytest
 
-from penstock.cli import main
 from penstock.planner import machine
+from tests.conftest import cli
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "penstock"
-
-
-def cli(*arguments):
-    try:
-        main([*map(str, arguments)])
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 def test_ceilings_are_measured_kept_and_planned_with(cache, capsys):
