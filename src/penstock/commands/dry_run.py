@@ -1,18 +1,29 @@
-"""A training command's iteration, run by the real engine on tensors without memory: what it takes, tier by tier.
+"""One iteration of a training command, run by the real engine on tensors without memory: peaks and traffic per tier.
 
 `penstock plan --dry-run` prints it beside the forecast. The models are made from their shapes; the rollout, the
-scoring and the optimizer steps are the very functions that `penstock ppo`, `sft` and `reward` call.
+scoring and the optimizer steps are the functions that `penstock ppo`, `sft` and `reward` call.
+
+[Note: a dry run is the engine on fake tensors] Weights, activations and gradients are fake (shape, dtype, device).
+Whole numbers that decide what happens next (lengths, masks, permutations) stay real, so the code that trains runs as it
+is, for models of any size. A number that is read from a fake tensor is 1. Every rank holds the same bytes (chunks are
+padded to equal shards, and the first rank has most rows), so only the first is run. Decoding steps after the sixth are
+counted and not run: they are all alike.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
 
 import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # registers collectives on fake tensors
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Roles
@@ -20,11 +31,11 @@ from penstock.algorithms.ppo import PPO, permutation
 from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranking_loss, score_states
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.autochunk.meter import Meter
-from penstock.commands.pretend import PretendDisk, PretendWorld, pretend
 from penstock.config import OptimFlags
+from penstock.distributed.world import World
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
-from penstock.memory.tiers import Ram
+from penstock.memory.tiers import PAGE, Disk, DiskHome, Ram, Tier
 from penstock.models import linear, surgery
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, Critic, RewardModel
@@ -33,6 +44,7 @@ from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
 
 CPU = torch.device("cpu")
+aten = torch.ops.aten
 
 
 def dry_run(setting: Setting) -> dict[str, Any]:
@@ -63,7 +75,7 @@ def models_of(work: Workload, strategy: Strategy) -> list[Any]:
 
 
 def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: bool = False) -> dict[str, Any]:
-    """One iteration of a workload under a strategy that nobody has used yet; see `rehearse`. `swap`: the KV cache."""
+    """One iteration under an unused strategy, with the result of `dry_run`. `swap`: the KV cache is on the host."""
     streams = dict(zip((role.name for role in work.roles), strategy.prepare_all(*models), strict=True))
     traffic: dict[str, dict[str, int]] = {}
     peaks: Counter[str] = Counter()
@@ -93,7 +105,7 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
 def _model(role: RoleSpec) -> Any:
     decoder = Decoder(role.config)
     if role.base is not None:
-        decoder.seed = crc32(str(role.base).encode())  # equal bases are drawn alike, so they are one
+        decoder.seed = crc32(str(role.base).encode())  # equal bases are drawn alike, so they share their weights
     if role.base_dtype is not None:
         surgery.quantise_base(decoder, role.base_dtype)
     if role.spec is not None:
@@ -106,7 +118,7 @@ def _model(role: RoleSpec) -> Any:
 
 
 def updates_count_at_home(stream: Stream, meter: Meter) -> None:
-    """Where optimizer states live off the device, what an update needs in between lives there too."""
+    """Has the meter count the scratch of updates in host memory where optimizer states are not on the device."""
     if stream.sink is None:
         return
     homes = {home.tier.name for chunk_home in stream.sink.homes for home in chunk_home.states.values()}
@@ -131,10 +143,10 @@ def moved(strategy: Strategy) -> dict[str, int]:
 def _generate(
     strategy: Strategy, decoder: Decoder, rows: int, prompt: int, sampling: Sampling, swap: Ram | None
 ) -> list[Answer]:
-    """The prefill and the first decoding steps. The others are like the last of these: counted, and not run."""
+    """The prefill and the first decoding steps. The rest are like the last of these: counted, and not run."""
     engine = Engine(decoder, eos_ids=(), rows=rows, length=prompt + sampling.max_new_tokens, swap=swap)
     answers = []
-    for row in range(rows):  # all different: a prompt that is known is not read again
+    for row in range(rows):  # all different: equal prompts share one prefill
         digits = [row // 10**i % 10 for i in range(min(prompt, 9))]
         answers += engine.submit([1] * (prompt - len(digits)) + digits, sampling)
     before = after = moved(strategy)
@@ -142,14 +154,14 @@ def _generate(
     for _ in range(steps):
         engine.step()
         before, after = after, moved(strategy)
-    rest = sampling.max_new_tokens - steps
+    remaining = sampling.max_new_tokens - steps
     for key in after:
         tier, _, way = key.partition("_")
-        counter, more = f"bytes_{way}", (after[key] - before[key]) * rest
-        setattr(strategy.tiers[tier], counter, getattr(strategy.tiers[tier], counter) + more)
+        counter, nbytes = f"bytes_{way}", (after[key] - before[key]) * remaining
+        setattr(strategy.tiers[tier], counter, getattr(strategy.tiers[tier], counter) + nbytes)
     for answer in answers:
-        answer.response_ids += [1] * rest
-        answer.logprobs += [1.0] * rest
+        answer.response_ids += [1] * remaining
+        answer.logprobs += [1.0] * remaining
     return answers
 
 
@@ -211,3 +223,93 @@ def _reward(work: Workload, strategy: Strategy, streams: dict[str, Stream], phas
 
     with phase("train"):
         strategy.step(stream, micro_batches(rankings, work.micro_batch_size, CPU), loss_of, lr=1e-5)
+
+
+@contextmanager
+def pretend(world: World) -> Iterator[None]:
+    """Inside, this process is the first of the world's ranks, and its tensors take no memory."""
+    if world.size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world.size)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _Control():
+            yield
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
+
+
+class PretendWorld(World):
+    """Ranks that all hold what this rank holds."""
+
+    def gather(self, item: Any) -> list[Any]:
+        """The item, once per rank."""
+        return [item] * self.size
+
+    def broadcast(self, item: Any) -> Any:
+        """The item."""
+        return item
+
+
+class PretendDisk(Disk):
+    """A disk that counts what it would hold, read and write."""
+
+    def __init__(self, budget: int | None = None) -> None:
+        Tier.__init__(self, "disk", budget)
+
+    def home(self, numel: int, dtype: torch.dtype, what: str) -> DiskHome:
+        """A place without a file."""
+        self.take(-(-numel * dtype.itemsize // PAGE) * PAGE, what)
+        return DiskHome(self, 0, numel, dtype)
+
+    def transfer(self, offset: int, memory: Tensor, write: bool) -> None:
+        """Counts the bytes and moves nothing."""
+        if write:
+            self.bytes_written += memory.nbytes
+        else:
+            self.bytes_read += memory.nbytes
+
+
+class _Control(TorchDispatchMode):
+    """Keeps whole numbers and random draws real; every other tensor becomes fake."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # the most frequent call
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        tensors = _tensors((*args, *kwargs.values()))
+        if any(isinstance(x, FakeTensor) for x in tensors):
+            if func is aten._local_scalar_dense.default:
+                return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+                args = (args[0], _positions(args[1]), *args[2:])
+            return func(*args, **kwargs)
+        if tensors or kwargs.get("dtype") in (torch.int64, torch.bool) or func.__name__.startswith(("arange", "rand")):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+        elif isinstance(argument, tuple | list):
+            tensors += _tensors(argument)
+    return tensors
+
+
+def _positions(index: Any) -> list[Any]:
+    """The index with real masks replaced by the positions that they select; a fake index cannot say how many."""
+    positions: list[Any] = []
+    for part in index:
+        if isinstance(part, Tensor) and part.dtype == torch.bool and not isinstance(part, FakeTensor):
+            with unset_fake_temporarily():
+                positions += part.nonzero().unbind(1)
+        else:
+            positions.append(part)
+    return positions
