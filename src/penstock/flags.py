@@ -4,6 +4,7 @@ A flag is a field of a config, or of a group of flags in it; all names are flat.
 flag does, is known elsewhere.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from penstock.errors import UserError
 
@@ -42,6 +43,12 @@ METAVARS = {
              "host_bandwidth", "network"),
 }  # fmt: skip
 """What --help calls the value of a flag, where its type says too little."""
+
+
+HIDDEN = argparse.SUPPRESS
+"""Instead of a help text: the flag works and is not listed."""
+LOOSE = "words"
+"""Where the parser puts the words that belong to no flag."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,18 @@ def parse(config_class: type[Config], arguments: Sequence[str], command: str = "
 
     Words that belong to no flag are values of the flag `positional`. Raises UserError, with the nearest flag's name.
     """
-    values = _from_words(config_class, arguments, command, positional)
+    parser = _parser(config_class, command, positional)
+    options, unknown = parser.parse_known_args([_with_hyphens(word) for word in arguments])
+    if unknown:
+        parser.refuse(unknown[0])
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()
+    }
+    if loose := values.pop(LOOSE, ()):
+        several = _flag(config_class, positional).several
+        if not several and len(loose) + (positional in values) > 1:
+            parser.refuse(loose[-1])
+        values[positional] = (*values.get(positional, ()), *loose) if several else loose[0]
     path = values.pop("config", None)
     if path is not None:
         table = _read_toml(path)
@@ -147,29 +165,10 @@ def usage(config_class: type, command: str, positional: str = "") -> str:
 
 def help_text(config_class: type, command: str, example: str, positional: str = "") -> str:
     """What `penstock COMMAND --help` prints: an example, the required and the common flags, then the groups."""
-    flags = flags_of(config_class)
-    grouped = any(flag.group for flag in flags)
-    sections: dict[str, list[Flag]] = {"Required:": [], "Common flags:": [], "Flags:": []}
-    for flag in flags:
-        title = flag.group or "Flags:"
-        if flag.default is MISSING:
-            title = "Required:"
-        elif grouped and flag.name in COMMON:
-            title = "Common flags:"
-        sections.setdefault(title, []).append(flag)
-    width = min(shutil.get_terminal_size().columns, 120)
-    about = [textwrap.fill(" ".join(part.split()), width) for part in (config_class.__doc__ or "").split("\n\n")]
-    flags_word = " [flags]" * any(flag.default is not MISSING for flag in flags)
-    lines = [f"usage: {usage(config_class, command, positional)}{flags_word}", "", *about]
-    lines += ["", "Example:", *(f"  {line}" for line in example.splitlines())]
-    for title, members in sections.items():
-        if members:
-            lines += ["", title]
-        for flag in members:
-            lines += _help_lines(flag, width, positional)
-    if flags:
-        lines += ["", "--config FILE.toml reads these flags from a file; the command line wins over it."]
-    return "\n".join(lines)
+    parser = _parser(config_class, command, positional)
+    about = [textwrap.fill(" ".join(part.split()), _width()) for part in (config_class.__doc__ or "").split("\n\n")]
+    parser.description = "\n".join(["example:", *(f"  {line}" for line in example.splitlines()), "", *about])
+    return parser.format_help().rstrip()
 
 
 # --- declarations ---------------------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ def _flags_of(config_class: type, template: Any, group: str) -> Iterator[Flag]:
 
 
 def _title(group: type) -> str:
-    return (group.__doc__ or "").rstrip(".") + ":"
+    return (group.__doc__ or "").rstrip(".")
 
 
 @functools.cache
@@ -240,54 +239,82 @@ def _build(config_class: type[Config], values: Mapping[str, Any], template: Any 
     return config_class(**chosen)
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------------------------
 
 
-def _from_words(config_class: type, arguments: Sequence[str], command: str, positional: str) -> dict[str, Any]:
-    """The values that a command line gives, by flag."""
-    known = {flag.name: flag for flag in flags_of(config_class)}
-    known["config"] = Flag("config", str, (), False, False, None, "", "")
-    values: dict[str, Any] = {}
-    loose: list[str] = []
-    words = list(arguments)
-    while words:
-        word, equals, attached = words.pop(0).partition("=")
+class _Parser(argparse.ArgumentParser):
+    """argparse with our errors: one paragraph, with the nearest flag."""
+
+    flags: Sequence[Flag] = ()
+    positional: Flag | None = None
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help shows all flags.")
+
+    def refuse(self, word: str) -> NoReturn:
+        """Raises UserError for a word that no flag takes."""
         if not word.startswith("--"):
-            loose.append(word + equals + attached)
-            continue
-        name = word[2:].replace("-", "_")
-        off = name.startswith("no_") and name not in known
-        flag = known.get(name.removeprefix("no_") if off else name)
-        if flag is None or (off and flag.type is not bool):
-            near = difflib.get_close_matches(word, [flag.spelling for flag in known.values()], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"penstock {command} --help shows all flags."
-            raise UserError(f"no flag {word}; {hint}")
-        texts = [attached] if equals else []
-        while words and not words[0].startswith("--") and not equals and flag.type is not bool:
-            texts.append(words.pop(0))
-            if not flag.several:
-                break
+            if self.positional is None:
+                raise UserError(f"unexpected {word!r}; flags start with --: {self.prog} --help shows them.")
+            metavar = self.positional.metavar
+            raise UserError(f"give exactly one {metavar}: {self.prog} {metavar}; all others are flags.")
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, [flag.spelling for flag in self.flags], n=1)
+        raise UserError(
+            f"no flag {name}; {f'did you mean {near[0]}?' if near else f'{self.prog} --help shows all flags.'}"
+        )
+
+
+def _with_hyphens(word: str) -> str:
+    """--batch_size as --batch-size, for the command lines that were published in 2023."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 120)
+
+
+def _parser(config_class: type, command: str, positional: str) -> _Parser:
+    """The flags in sections: required, common, then the groups. A flag that is not given has no value."""
+    flags = flags_of(config_class)
+    has_groups = any(flag.group for flag in flags)
+    parser = _Parser(
+        prog=f"penstock {command}".strip(), usage=f"{usage(config_class, command, positional)} [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=_width()),
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        epilog="--config FILE.toml reads these flags from a file; the command line wins over it.",
+    )  # fmt: skip
+    parser.flags, parser.positional = flags, _flag(config_class, positional) if positional else None
+    sections = {title: parser.add_argument_group(title) for title in ("required", "common flags", "flags")}
+    for flag in flags:
+        title = "common flags" if has_groups and flag.name in COMMON else flag.group or "flags"
+        title = "required" if flag.default is MISSING else title
+        section = sections.get(title) or sections.setdefault(title, parser.add_argument_group(title))
+        text = flag.text.replace("%", "%%") + _shown_default(flag.default)
+        if flag.name == positional:
+            section.add_argument(LOOSE, nargs="*", metavar=flag.metavar.split(" [")[0], help=text)
+            text = HIDDEN  # the same by its name
+        options: dict[str, Any] = {"dest": flag.name, "help": text}
         if flag.type is bool:
-            values[flag.name] = _converted(flag, attached, word) if equals else not off
-        elif texts or flag.several:
-            values[flag.name] = _converted(flag, texts if flag.several else texts[0], word)
+            options["action"] = argparse.BooleanOptionalAction if flag.default is True else "store_true"
+            if flag.default is not True:  # --no-FLAG works, and --help does not list it
+                parser.add_argument(f"--no-{flag.spelling[2:]}", **options | {"action": "store_false", "help": HIDDEN})
         else:
-            raise UserError(f"{word}: a value is missing; give {word} {flag.metavar}.")
-    if loose:
-        _place(loose, known, values, command, positional)
-    return values
+            options |= {"metavar": flag.metavar.split(" [")[0], "type": functools.partial(_converted, flag)}
+            options |= {"nargs": "+" if flag.default is MISSING else "*"} if flag.several else {}
+        section.add_argument(flag.spelling, **options)
+    parser.add_argument("--config", help=HIDDEN)
+    return parser
 
 
-def _place(loose: list[str], known: Mapping[str, Flag], values: dict[str, Any], command: str, positional: str) -> None:
-    """Gives the words that belong to no flag to the flag `positional`."""
-    if not positional:
-        raise UserError(f"unexpected {loose[0]!r}; flags start with --: penstock {command} --help shows them.")
-    flag = known[positional]
-    if not flag.several and len(loose) + (positional in values) > 1:
-        raise UserError(f"give exactly one {flag.metavar}: penstock {command} {flag.metavar}; all others are flags.")
-    values[positional] = (
-        (*values.get(positional, ()), *loose) if flag.several else _converted(flag, loose[0], flag.metavar)
-    )
+def _shown_default(default: Any) -> str:
+    if default in (MISSING, None, (), False):
+        return ""
+    return f" (default: {'on' if default is True else f'{default:g}' if isinstance(default, float) else default})"
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
 
 
 def _from_table(config_class: type, table: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -304,28 +331,31 @@ def _from_table(config_class: type, table: Mapping[str, Any], file: str) -> dict
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
             raise UserError(f"{file}: unknown key {key!r}; {hint}")
-        values[name] = _converted(known[name], value, f"{file}: {key}")
+        words = value if isinstance(value, list) else [value]
+        try:
+            converted = tuple(_converted(known[name], word) for word in words)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{file}: {key} {error}.") from error
+        values[name] = converted if known[name].several else converted[0]
     return values
 
 
-def _converted(flag: Flag, value: Any, origin: str) -> Any:
-    """A value of a command line or of TOML as the field's type. Raises UserError where it is none."""
-    if flag.several:
-        return tuple(map(str, value if isinstance(value, list) else [value]))
+def _converted(flag: Flag, value: Any) -> Any:
+    """A word of the command line or a value of TOML as the field's type. Raises ArgumentTypeError where it is none."""
     text = str(value)
     if flag.type is bool:
         if text.lower() not in ("true", "false"):
-            raise UserError(f"{origin} {text}: give true or false.")
+            raise argparse.ArgumentTypeError(f"{text}: give true or false")
         return text.lower() == "true"
     if flag.optional and text.lower() == "none" and (flag.type is not str or flag.choices):
         return None  # for other text it is a word like any other
     if flag.choices and text not in flag.choices:
-        raise UserError(f"{origin} {text}: there are {', '.join(flag.choices)}.")
+        raise argparse.ArgumentTypeError(f"{text}: there are {', '.join(flag.choices)}")
     try:
         return flag.type(text)
     except ValueError as error:
         wanted = "a whole number" if flag.type is int else "a number"
-        raise UserError(f"{origin} {text}: give {wanted}.") from error
+        raise argparse.ArgumentTypeError(f"{text}: give {wanted}") from error
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -337,26 +367,3 @@ def _read_toml(path: str) -> dict[str, Any]:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid TOML: {error}.") from error
-
-
-# --- help -----------------------------------------------------------------------------------------------------------
-
-
-def _help_lines(flag: Flag, width: int, positional: str) -> list[str]:
-    """A flag with its values on the left, its text and default on the right."""
-    left = f"{flag.spelling} {flag.metavar}".rstrip()
-    if flag.name == positional:
-        left = flag.metavar
-    elif flag.default is True:
-        left = f"--[no-]{flag.spelling[2:]}"
-    default = flag.default if flag.default not in (MISSING, None, ()) else False
-    text = flag.text
-    if default is not False:
-        shown = "on" if default is True else f"{default:g}" if isinstance(default, float) else default
-        text += f" (default:\0{shown})"  # one word: no line ends in it
-    column = 30
-    lines = textwrap.wrap(text, width - column, break_long_words=False, break_on_hyphens=False)
-    lines = [" " * column + line.replace("\0", " ") for line in lines]
-    if len(left) > column - 4:
-        return [f"  {left}", *lines]
-    return [f"  {left:{column - 2}}{lines[0].strip()}", *lines[1:]]
