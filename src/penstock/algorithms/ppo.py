@@ -20,7 +20,7 @@ from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, Roles, in_order, logprobs_of, score, values_of
 from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
 from penstock.algorithms.ppo_metrics import summary
-from penstock.algorithms.setup import reserve_activations, sample_rows, strategy_of
+from penstock.algorithms.setup import reserve_activations, role_specs, sample_rows, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches, response_logprobs
 from penstock.config import OptimFlags, PPOConfig, PPOFlags
 from penstock.data.batching import Shuffle
@@ -29,6 +29,7 @@ from penstock.memory.strategy import Step, StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
 from penstock.memory.tiers import Ram
 from penstock.models.roles import Actor, ActorCritic, Critic
+from penstock.planner.workload import Workload
 from penstock.rollout.engine import Answer, generate
 from penstock.rollout.sampling import Sampling, stream
 from penstock.run.session import Session
@@ -99,16 +100,11 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
     models, source, optim, flags = inputs.models, inputs.source, config.optim, config.ppo
-    swap = reserve_activations(
-        strategy,
-        "ppo",
-        models,
-        optim,
-        longest=max(map(len, inputs.prompts)) + flags.max_new_tokens,
-        response=flags.max_new_tokens,
-        mini_batch_size=config.mini_batch_size,
-        rollout_batch_size=flags.rollout_batch_size,
-    )
+    work = Workload(
+        "ppo", role_specs(models), optim.batch_size, optim.micro_batch_size, config.mini_batch_size or optim.batch_size,
+        optim.epochs, max(map(len, inputs.prompts)), flags.max_new_tokens, flags.rollout_batch_size,
+    )  # fmt: skip
+    swap = reserve_activations(strategy, work)
     prepared = strategy.prepare_all(*models.values(), weight_decay=optim.weight_decay)
     streams = dict(zip(models, prepared, strict=True))
     source.stream = streams.get("reward")

@@ -22,6 +22,7 @@ from penstock.algorithms.setup import (
     keep_tokenizer,
     read,
     reserve_activations,
+    role_specs,
     strategy_of,
 )
 from penstock.config import OptimFlags, RewardConfig
@@ -31,6 +32,7 @@ from penstock.errors import DataError
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import RewardModel
+from penstock.planner.workload import Workload
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
@@ -60,8 +62,9 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
 
     with session:
         longest = max(len(row) for ranking in [*train, *heldout] for row in ranking.rows)
-        rows_per_step = optim.batch_size * max(len(ranking.rows) for ranking in train)
-        reserve_activations(strategy, "reward", {"model": model}, optim, longest=longest, rows=rows_per_step)
+        rows = optim.batch_size * max(len(ranking.rows) for ranking in train)
+        work = Workload("reward", role_specs({"model": model}), rows, optim.micro_batch_size, rows, 1, longest, 0)
+        reserve_activations(strategy, work)
         stream = strategy.prepare(model, weight_decay=optim.weight_decay)
         shuffle, start = Shuffle(len(train), config.run.seed), 0
         session.restore({"model": stream})

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags, recompute_of
+from penstock.config import DataFlags, LoraFlags, RunFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
@@ -59,26 +59,13 @@ def check_adapter_learns(model: Any, flags: LoraFlags) -> None:
         )
 
 
-def reserve_activations(
-    strategy: Strategy, stage: str, roles: Mapping[str, Any], optim: OptimFlags, *, longest: int, response: int = 0,
-    mini_batch_size: int | None = None, rollout_batch_size: int | None = None, rows: int | None = None,
-) -> Ram | None:  # fmt: skip
-    """Has the strategy leave so much of a device budget to activations as the plan says this work needs.
+def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
+    """Makes the strategy leave as much of a device budget to activations as the plan says this work needs.
 
-    Returns the host tier where the KV cache must be swapped for that.
-
-    `roles`: the models, by name, before they are prepared; `longest`: tokens of the longest row, the last `response`
-    of them generated; `rows` per step over all ranks, the batch size when not given.
+    Call it before the models are prepared. Returns the host tier if the KV cache must be swapped to it.
     """
     if strategy.tiers["device"].budget is None:
         return None
-    batch_size = rows or optim.batch_size
-    work = Workload(
-        stage,
-        tuple(_role(name, model, strategy) for name, model in roles.items()),
-        batch_size, optim.micro_batch_size, mini_batch_size or batch_size, optim.epochs, longest - response, response,
-        rollout_batch_size,
-    )  # fmt: skip
     planned = forecast_of(setting_of(strategy, work), timed=False)
     strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
     host = strategy.tiers["host"]
@@ -86,7 +73,7 @@ def reserve_activations(
 
 
 def setting_of(strategy: Strategy, work: Workload) -> Setting:
-    """The work under a strategy that exists, with its budgets, on its kind of device."""
+    """The work under a strategy that exists: its budgets, its ranks, its kind of device."""
     return Setting(
         work,
         strategy.name,
@@ -100,14 +87,18 @@ def setting_of(strategy: Strategy, work: Workload) -> Setting:
     )
 
 
-def _role(name: str, model: Any, strategy: Strategy) -> RoleSpec:
-    adapted = model.decoder.adapted
-    return RoleSpec(
-        name, model.decoder.config, any(p.requires_grad for p in model.parameters()),
-        isinstance(model, ScalarModel),
-        adapted.spec if adapted else None, base_dtype=model.decoder.base_dtype,
-        groups=tuple((group, tuple(weights)) for group, weights in groups_of(model)),
-    )  # fmt: skip
+def role_specs(models: Mapping[str, Any]) -> tuple[RoleSpec, ...]:
+    """The models by role, before they are prepared, as the plan sees them."""
+    return tuple(_role_spec(name, model) for name, model in models.items())
+
+
+def _role_spec(name: str, model: Any) -> RoleSpec:
+    decoder = model.decoder
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    spec = decoder.adapted.spec if decoder.adapted else None
+    groups = tuple((group, tuple(weights)) for group, weights in groups_of(model))
+    scalar = isinstance(model, ScalarModel)
+    return RoleSpec(name, decoder.config, trained, scalar, spec, base_dtype=decoder.base_dtype, groups=groups)
 
 
 def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:

@@ -21,6 +21,7 @@ from penstock.algorithms.setup import (
     keep_tokenizer,
     read,
     reserve_activations,
+    role_specs,
     sample_rows,
     strategy_of,
 )
@@ -30,6 +31,7 @@ from penstock.data.chat import Encoder, Example
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import Actor
+from penstock.planner.workload import Workload
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from penstock.run.directory import resolve_model
@@ -48,7 +50,9 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
 
     with session:
         longest = max(len(example.tokens) for example in [*train, *heldout])
-        reserve_activations(strategy, "sft", {"model": actor}, optim, longest=longest)
+        rows = optim.batch_size
+        work = Workload("sft", role_specs({"model": actor}), rows, optim.micro_batch_size, rows, 1, longest, 0)
+        reserve_activations(strategy, work)
         stream = strategy.prepare(actor, weight_decay=optim.weight_decay)
         shuffle, start, best = Shuffle(len(train), run.seed), 0, math.inf
         session.restore({"model": stream})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.algorithms.experience import Experience, Roles
 from penstock.algorithms.ppo import PPO
-from penstock.algorithms.setup import reserve_activations
+from penstock.algorithms.setup import reserve_activations, role_specs
 from penstock.config import OptimFlags, PPOFlags
 from penstock.memory.strategy import Strategy
 from penstock.models import surgery
@@ -23,6 +23,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.models.weight_shapes import BaseDtype
+from penstock.planner.workload import Workload
 from penstock.rollout.engine import Answer
 
 
@@ -67,11 +68,12 @@ class Four:
         optim = OptimFlags(lr=1e-6, micro_batch_size=micro_batch_size)
         swap = None
         if sizes is not None:
-            swap = reserve_activations(
-                strategy, "ppo", models, dataclasses.replace(optim, micro_batch_size=sizes.micro, epochs=sizes.epochs),
-                longest=sizes.prompt + sizes.new, response=sizes.new,
-                rows=sizes.experience * strategy.world.size, mini_batch_size=sizes.train * strategy.world.size,
+            world = strategy.world.size
+            work = Workload(
+                "ppo", role_specs(models), sizes.experience * world, sizes.micro, sizes.train * world, sizes.epochs,
+                sizes.prompt, sizes.new,
             )  # fmt: skip
+            swap = reserve_activations(strategy, work)
         self.streams = dict(zip(models, strategy.prepare_all(*models.values()), strict=True))
         streams = self.streams
         roles = Roles(streams["actor"], streams["reference"], streams["critic"], streams["reward"])
