@@ -54,9 +54,9 @@ def test_help_opens_with_an_example_and_every_flag_has_a_sentence(capsys, monkey
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = exit_of(capsys, *command.split(), "--help")
     assert code == 0
-    assert out.index("Example:\n  penstock " + command) < (out + "Required:").index("Required:")
+    assert out.index("example:\n  penstock " + command) < (out + "required:").index("required:")
     assert max(map(len, out.splitlines())) <= 100  # the usage and the example are not wrapped
-    flags = flags_of(cli._load(cli.COMMANDS[command].config))
+    flags = flags_of(cli.load(cli.COMMANDS[command].config))
     assert all(flag.text.endswith(".") for flag in flags if "://" not in flag.text)
     assert all(flag.spelling[2:] in out or flag.name == cli.COMMANDS[command].positional for flag in flags)
 

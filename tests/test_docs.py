@@ -1,5 +1,6 @@
-"""What the documentation shows is true: its code blocks run, its links lead somewhere, its commands exist."""
+"""What the documentation shows is true: its code blocks run, its links lead somewhere, and every name in it exists."""
 
+import ast
 import contextlib
 import os
 import re
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import BENCHMARKS
 from penstock import cli
 from penstock.data.toyland import save_tokenizer
 from tests.conftest import PATIENCE
+from tools import cli_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,7 +62,7 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, model):
     assert run_page(ROOT / "docs" / "train.md", tmp_path, model) >= 9
 
 
-@pytest.mark.parametrize("name", ["scale-out.md", "benchmark.md", "../README.md"])
+@pytest.mark.parametrize("name", ["memory.md", "distributed.md", "python.md", "benchmark.md", "../README.md"])
 def test_the_other_pages_run_too(name, tmp_path, model):
     write_data(tmp_path)
     page = ROOT / "docs" / name
@@ -98,8 +101,72 @@ def test_commands_and_make_targets_exist(page):
     assert set(re.findall(r"(?:^|`|\| )penstock ([a-z]+)", text, re.MULTILINE)) <= {
         name.split()[0] for name in cli.COMMANDS
     }
-    for module in re.findall(r"python -m (benchmarks[.\w]*\w)", text):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    assert set(re.findall(r"python -m benchmarks ([a-z_]+)", text)) <= set(BENCHMARKS)
+
+
+SOURCES = [path for folder in ("src", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.[pjs][yhs]*")]
+SOURCE_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in [*SOURCES, ROOT / "Makefile"])
+WORDS = set(re.findall(r"\w+", SOURCE_TEXT))
+FOREIGN_FLAGS = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint"}
+"""torchrun's."""
+DATA_FILE = re.compile(r".*\.(?:json|jsonl|toml|html|txt|md|safetensors|parquet|gz|png|bin|pt)")
+
+
+def members() -> dict[str, set[str]]:
+    """What can stand behind a dot: the top-level names of each module, and the members of each class."""
+    names: dict[str, set[str]] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        scopes = [(path.stem, tree), *((node.name, node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+        for scope, node in scopes:
+            defined = names.setdefault(scope, set())
+            for line in node.body:
+                if isinstance(line, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    defined.add(line.name)
+                targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+                defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def missing_names(text: str, page: Path) -> list[str]:
+    """Files, functions, classes and flags that a page names and that do not exist."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    known, missing = members(), []
+    roots = [ROOT, ROOT / "src", ROOT / "src" / "penstock", ROOT / "src" / "penstock" / "models", page.parent]
+    for name in re.findall(r"`([^`\n]+)`", text):
+        flags = re.findall(r"(?<!\S)--[a-z][\w-]*", name)
+        missing += [
+            flag for flag in flags if flag not in FOREIGN_FLAGS
+            and flag[2:].replace("-", "_") not in WORDS and f'"{flag}"' not in SOURCE_TEXT
+        ]  # fmt: skip
+        if re.fullmatch(r"[\w/.-]+\.(py|c|h|sh)", name):
+            if not any((root / name).exists() for root in roots) and name not in {path.name for path in SOURCES}:
+                missing.append(name)
+        elif DATA_FILE.fullmatch(name):
+            continue
+        elif match := re.fullmatch(r"(?:[a-z_]+\.)*(\w+)\.(\w+)(?:\(.*\))?", name):
+            scope, member = match.groups()
+            owners = [known[owner] for owner in (scope, scope.title()) if owner in known]  # strategy.init: Strategy's
+            if owners and member not in set.union(*owners) and member not in known:
+                missing.append(name)
+        elif re.fullmatch(r"[A-Za-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", name) and name not in WORDS:
+            missing.append(name)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_of_a_file_function_or_flag_exists(page):
+    assert missing_names(page.read_text(encoding="utf-8"), page) == []
+
+
+def test_a_name_that_does_not_exist_is_noticed():
+    wrong = "`memory/nothing.py` `functional.nothing` `Strategy.nothing` `--no-such-flag` `NoSuchClass` `no_function`"
+    right = "`memory/plan.py` `functional.gae` `strategy.init()` `--lora-targets` `RewardModel` `kl_k2` `config.json`"
+    assert missing_names(f"{right} {wrong}", ROOT / "README.md") == re.findall(r"`(.+?)`", wrong)
+
+
+def test_the_page_of_commands_is_what_the_commands_say():
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == cli_page.page(), "run: python tools/cli_page.py"
 
 
 def test_nothing_is_left_to_fill_in():

@@ -146,12 +146,12 @@ def _run(arguments: list[str]) -> int | None:
     from penstock.flags import help_text, parse
 
     command = COMMANDS[name]
-    config_class = _load(command.config)
+    config_class = load(command.config)
     if wants_help:
         print(help_text(config_class, name, command.example, command.positional))
         return 0
     config = parse(config_class, arguments[len(name.split()) :], name, command.positional)
-    code = _load(command.function)(config)
+    code = load(command.function)(config)
     return code if isinstance(code, int) else None
 
 
@@ -177,10 +177,10 @@ def _usages(first: str) -> list[str]:
     from penstock.flags import usage
 
     rows = [(name, command) for name, command in COMMANDS.items() if name.split()[0] == first]
-    return [usage(_load(command.config), name, command.positional) for name, command in rows]
+    return [usage(load(command.config), name, command.positional) for name, command in rows]
 
 
-def _load(address: str) -> Any:
+def load(address: str) -> Any:
     """What module:name names, within the package."""
     module, name = address.split(":")
     return getattr(importlib.import_module(f"penstock.{module}"), name)
@@ -204,8 +204,8 @@ def resume(config: Any) -> None:
     if name not in stages:
         raise UserError(f"{path}/config.toml: no command {name!r} can be resumed; there are {', '.join(stages)}.")
     command = COMMANDS[name]
-    run_config = from_dict(_load(command.config), {**saved, "out": path, **overrides})
-    _load(command.function)(run_config, resume=True)
+    run_config = from_dict(load(command.config), {**saved, "out": path, **overrides})
+    load(command.function)(run_config, resume=True)
 
 
 def _refused(error: Exception) -> PenstockError | None:

@@ -84,6 +84,15 @@ class Flag:
         word = "|".join(self.choices) or word or {int: "N", float: "X", str: "TEXT"}[self.type]
         return f"{word} [{word} ...]" if self.several else word
 
+    @property
+    def shown_default(self) -> str:
+        """The default for people; empty where there is none to show."""
+        if self.default is True:
+            return "on"
+        if self.default is False or self.default in (MISSING, None, ()):
+            return ""
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
 
 def flags_of(config_class: type) -> list[Flag]:
     """All flags of a command, groups flattened, in the order in which they are declared."""
@@ -129,7 +138,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], command: str = "
     Words that belong to no flag are values of the flag `positional`. Raises UserError, with the nearest flag's name.
     """
     parser = _parser(config_class, command, positional)
-    options, unknown = parser.parse_known_args([_with_hyphens(word) for word in arguments])
+    options, unknown = parser.parse_known_intermixed_args([_with_hyphens(word) for word in arguments])
     if unknown:
         parser.refuse(unknown[0])
     values: dict[str, Any] = {
@@ -249,7 +258,10 @@ class _Parser(argparse.ArgumentParser):
     positional: Flag | None = None
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help shows all flags.")
+        name, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem.startswith("expected"):
+            raise UserError(f"{name}: a value is missing; {self.prog} --help shows which.")
+        raise UserError(f"{name} {problem}." if problem else f"{message}.")
 
     def refuse(self, word: str) -> NoReturn:
         """Raises UserError for a word that no flag takes."""
@@ -291,7 +303,7 @@ def _parser(config_class: type, command: str, positional: str) -> _Parser:
         title = "common flags" if has_groups and flag.name in COMMON else flag.group or "flags"
         title = "required" if flag.default is MISSING else title
         section = sections.get(title) or sections.setdefault(title, parser.add_argument_group(title))
-        text = flag.text.replace("%", "%%") + _shown_default(flag.default)
+        text = flag.text.replace("%", "%%") + (f" (default: {flag.shown_default})" if flag.shown_default else "")
         if flag.name == positional:
             section.add_argument(LOOSE, nargs="*", metavar=flag.metavar.split(" [")[0], help=text)
             text = HIDDEN  # the same by its name
@@ -306,12 +318,6 @@ def _parser(config_class: type, command: str, positional: str) -> _Parser:
         section.add_argument(flag.spelling, **options)
     parser.add_argument("--config", help=HIDDEN)
     return parser
-
-
-def _shown_default(default: Any) -> str:
-    if default in (MISSING, None, (), False):
-        return ""
-    return f" (default: {'on' if default is True else f'{default:g}' if isinstance(default, float) else default})"
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
