@@ -159,8 +159,7 @@ def test_a_run_whose_data_has_changed_is_not_resumed(capsys, tmp_path, tiny_mode
     data = jsonl(demonstrations(8))
     flags = ("--max-length", 32, "--batch-size", 4, "--steps", 2, "--samples", 1, "--max-new-tokens", 4)
     exit_of(capsys, "sft", "--model", tiny_model(), "--data", data, "--out", tmp_path / "run", *flags)
-    lines = Path(data).read_text().splitlines()
-    Path(data).write_text("\n".join(reversed(lines)) + "\n")
+    Path(data).write_text("\n".join(reversed(Path(data).read_text().splitlines())) + "\n")
     code, _, err = exit_of(capsys, "resume", tmp_path / "run")
     assert code == 2
     assert "has changed since step-000002" in err
@@ -286,5 +285,4 @@ def test_what_the_machine_refuses_has_its_own_exit_code(capsys, monkeypatch, err
 
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m penstock --help | head -c 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.stderr == ""
+    assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ""

@@ -48,8 +48,6 @@ def clamped(log_ratio: Tensor) -> Tensor:
 
 
 # --- layout -----------------------------------------------------------------------------------------------------
-
-
 def mask_of(lengths: Tensor, width: int) -> Tensor:
     mask = torch.zeros(len(lengths), width, dtype=torch.bool)
     for row, column in valid(lengths):
@@ -77,8 +75,6 @@ def unpack(packed: Tensor, lengths: Tensor, width: int | None = None) -> Tensor:
 
 
 # --- distributions ----------------------------------------------------------------------------------------------
-
-
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     logprobs, entropies = [], []
     for n, target in enumerate(targets.tolist()):
@@ -105,8 +101,6 @@ def kl_k3(logp: Tensor, ref: Tensor) -> Tensor:
 
 
 # --- masked statistics ------------------------------------------------------------------------------------------
-
-
 def masked_mean(x: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
     terms = [scalar(x[index]) for index in chosen(mask)]
     return total(terms) / (len(terms) if count is None else count)
@@ -115,8 +109,7 @@ def masked_mean(x: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
 def mean_and_variance(values: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance; the variance of a single number is 0."""
     mean = total(values) / len(values)
-    squares = total([(value - mean) ** 2 for value in values])
-    return mean, squares / max(len(values) - 1, 1)
+    return mean, total([(value - mean) ** 2 for value in values]) / max(len(values) - 1, 1)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
@@ -136,8 +129,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 # --- rewards and advantages -------------------------------------------------------------------------------------
-
-
 def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float) -> Tensor:
     rewards = torch.zeros(logprobs.shape, dtype=torch.float64)
     for row, column in valid(lengths):
@@ -172,8 +163,6 @@ def gae(
 
 
 # --- losses -----------------------------------------------------------------------------------------------------
-
-
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2,
     count: float | None = None,
@@ -243,8 +232,6 @@ def pairwise_loss(scores: Tensor, ranks: Tensor, margin: float = 0.0) -> tuple[T
 
 
 # --- schedules --------------------------------------------------------------------------------------------------
-
-
 def adaptive_kl(beta: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Ziegler et al. 2019, section 2.2."""
     error = kl / target - 1

@@ -104,7 +104,6 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
 
 
 # --- hydra ------------------------------------------------------------------------------------------------------------
-
 PLACES = {
     "naive": {},
     "gemini_cpu": {"device_memory": "1MB"},

@@ -22,8 +22,6 @@ NAN, INF, HUGE = math.nan, math.inf, 3e38
 
 
 # --- batches ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Batch:
     """A ragged shape and where its numbers come from: Batch(lengths=(1, 4), extra=1, seed=0, poison=nan)."""
@@ -75,7 +73,11 @@ def on_ragged_batches(test: Callable[..., None]) -> Callable[..., None]:
     return settings(max_examples=20, deadline=None, derandomize=True)(given(batch=BATCHES)(test))
 
 
-def agree(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
+def agree(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Tensor, ...], tolerance: float = TOLERANCE) -> None:
+    if isinstance(ours, tuple):
+        for our_part, their_part in zip(ours, theirs, strict=True):
+            agree(our_part, their_part, tolerance)
+        return
     assert ours.dtype == torch.float32
     assert torch.isfinite(ours).all()
     torch.testing.assert_close(ours.detach().double(), theirs.detach().double(), rtol=tolerance, atol=tolerance)
@@ -99,13 +101,23 @@ def agree_with_gradients(
     their_result, their_gradients = gradients_of(theirs, *inputs)
     assert our_result.requires_grad
     agree(our_result, their_result, tolerance)
-    for our_gradient, their_gradient in zip(our_gradients, their_gradients, strict=True):
-        agree(our_gradient, their_gradient, tolerance)
+    agree(tuple(our_gradients), tuple(their_gradients), tolerance)
+
+
+def agree_by_name(name: str, x: Tensor, *arguments: object, **options: object) -> None:
+    """functional.name and oracle.name: same value, the first of several, and the same gradient for x."""
+
+    def value_of(module: object) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            result = getattr(module, name)(x, *arguments, **options)
+            return result[0] if isinstance(result, tuple) else result
+
+        return call
+
+    agree_with_gradients(value_of(functional), value_of(oracle), x)
 
 
 # --- layout -----------------------------------------------------------------------------------------------------
-
-
 @on_ragged_batches
 def test_masks_come_from_lengths(batch):
     ours = functional.mask_of(batch.lens, batch.width)
@@ -124,12 +136,8 @@ def test_packing_keeps_valid_tokens_row_by_row_and_unpacking_puts_zeros_in_the_p
     assert torch.equal(packed, oracle.pack(x, batch.lens))
     assert torch.equal(functional.unpack(packed, batch.lens, batch.width), torch.where(batch.mask, x, 0.0))
     assert torch.equal(functional.unpack(packed, batch.lens), oracle.unpack(packed, batch.lens))
-    agree_with_gradients(lambda x: functional.pack(x, batch.lens), lambda x: oracle.pack(x, batch.lens), x)
-    agree_with_gradients(
-        lambda p: functional.unpack(p, batch.lens, batch.width),
-        lambda p: oracle.unpack(p, batch.lens, batch.width),
-        packed,
-    )
+    agree_by_name("pack", x, batch.lens)
+    agree_by_name("unpack", packed, batch.lens, batch.width)
 
 
 @on_ragged_batches
@@ -142,11 +150,7 @@ def test_response_states_are_those_before_each_response_token(batch):
     for row, column in oracle.valid(batch.lens):
         used[row, int(prompts[row]) + column - 1] = True
     hidden[~used] = batch.poison
-    agree_with_gradients(
-        lambda h: functional.response_states(h, prompts, batch.lens),
-        lambda h: oracle.response_states(h, prompts, batch.lens),
-        hidden,
-    )
+    agree_by_name("response_states", hidden, prompts, batch.lens)
 
 
 def test_response_states_by_hand():
@@ -175,8 +179,6 @@ def test_the_last_state_is_that_of_the_last_real_token(batch):
 
 
 # --- distributions ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["kl_k1", "kl_k2", "kl_k3"])
 @pytest.mark.parametrize("gap", [0.0, 0.3, -0.3, 5.0, -5.0, 19.5, -19.5])
 def test_kl_estimators(name, gap):
@@ -217,27 +219,18 @@ def test_k2_and_k3_are_never_negative_and_k1_is_signed():
 
 
 # --- masked statistics ------------------------------------------------------------------------------------------
-
-
 @on_ragged_batches
 def test_masked_mean(batch):
     for count in (None, 11, torch.tensor(11.0)):
-        agree_with_gradients(
-            lambda x, count=count: functional.masked_mean(x, batch.mask, count),
-            lambda x, count=count: oracle.masked_mean(x, batch.mask, count),
-            batch.noise(0),
-        )
+        agree_by_name("masked_mean", batch.noise(0), batch.mask, count)
 
 
 @on_ragged_batches
 def test_whitening_sees_only_valid_tokens(batch):
     x = batch.noise(0, scale=2.0) + 3
     for shift_mean in (True, False):
-        agree(
-            functional.whiten(x, batch.mask, shift_mean=shift_mean),
-            oracle.whiten(x, batch.mask, shift_mean=shift_mean),
-            tolerance=5e-6,  # the smallest batches have a variance near 0, and divide by its root
-        )
+        ours, theirs = (module.whiten(x, batch.mask, shift_mean=shift_mean) for module in (functional, oracle))
+        agree(ours, theirs, tolerance=5e-6)  # the smallest batches have a variance near 0, and divide by its root
 
 
 def test_whitening_by_hand():
@@ -284,27 +277,18 @@ def test_explained_variance_of_good_and_useless_critics():
 
 
 # --- rewards and advantages -------------------------------------------------------------------------------------
-
-
 @on_ragged_batches
 def test_rewards_are_a_kl_penalty_per_token_and_the_score_once(batch):
     scores = torch.randn(len(batch.lengths), generator=batch.generator(3))
     logprobs, ref = batch.noise(0), batch.noise(1)
     for kl_coef in (0.0, 0.05, 1.5):
-        agree(
-            functional.shape_rewards(scores, logprobs, ref, batch.lens, kl_coef),
-            oracle.shape_rewards(scores, logprobs, ref, batch.lens, kl_coef),
-        )
+        agree(*(module.shape_rewards(scores, logprobs, ref, batch.lens, kl_coef) for module in (functional, oracle)))
 
 
 def test_rewards_by_hand():
-    rewards = functional.shape_rewards(
-        torch.tensor([10.0, 20.0]),
-        torch.tensor([[-1.0, -2.0, NAN, INF], [-3.0, NAN, NAN, NAN]]),
-        torch.tensor([[-2.0, -1.5, NAN, INF], [-3.0, -INF, NAN, 0.0]]),
-        torch.tensor([2, 1]),
-        0.5,
-    )
+    logprobs = torch.tensor([[-1.0, -2.0, NAN, INF], [-3.0, NAN, NAN, NAN]])
+    reference = torch.tensor([[-2.0, -1.5, NAN, INF], [-3.0, -INF, NAN, 0.0]])
+    rewards = functional.shape_rewards(torch.tensor([10.0, 20.0]), logprobs, reference, torch.tensor([2, 1]), 0.5)
     assert rewards.tolist() == [[-0.5, 10.25, 0, 0], [20, 0, 0, 0]]
 
 
@@ -329,20 +313,18 @@ def test_a_missing_eos_replaces_the_score():
 def test_generalised_advantages(gamma, lam):
     @on_ragged_batches
     def on(batch):
-        ours = functional.gae(batch.noise(0), batch.noise(1), batch.lens, gamma, lam)
-        theirs = oracle.gae(batch.noise(0), batch.noise(1), batch.lens, gamma, lam)
-        for mine, other in zip(ours, theirs, strict=True):
-            agree(mine, other, 2e-6)
+        rewards, values = batch.noise(0), batch.noise(1)
+        ours, theirs = (module.gae(rewards, values, batch.lens, gamma, lam) for module in (functional, oracle))
+        agree(ours, theirs, 2e-6)
 
     on()
 
 
 def test_generalised_advantages_default_to_gamma_1_and_lambda_095():
     batch = Batch((1, 5, 3))
-    ours = functional.gae(batch.noise(0), batch.noise(1), batch.lens)
-    theirs = oracle.gae(batch.noise(0), batch.noise(1), batch.lens, gamma=1.0, lam=0.95)
-    for mine, other in zip(ours, theirs, strict=True):
-        agree(mine, other)
+    rewards, values = batch.noise(0), batch.noise(1)
+    ours = functional.gae(rewards, values, batch.lens)
+    agree(ours, oracle.gae(rewards, values, batch.lens, gamma=1.0, lam=0.95))
 
 
 def test_generalised_advantages_by_hand():
@@ -364,15 +346,10 @@ def test_with_lambda_1_returns_are_the_rewards_to_come_whatever_the_critic_says(
 def test_advantages_are_fp32_for_half_precision_values():
     batch = Batch((2, 4))
     rewards, values = batch.noise(0).bfloat16(), batch.noise(1).bfloat16()
-    for mine, other in zip(
-        functional.gae(rewards, values, batch.lens), oracle.gae(rewards, values, batch.lens), strict=True
-    ):
-        agree(mine, other)
+    agree(functional.gae(rewards, values, batch.lens), oracle.gae(rewards, values, batch.lens))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------
-
-
 def experience(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """New log-probs, old ones near enough that about half of the tokens are clipped, and advantages of both signs."""
     old = batch.noise(0) - 2
@@ -383,11 +360,7 @@ def experience(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def test_policy_loss(batch):
     logprobs, old, advantages = experience(batch)
     for clip, count in ((0.2, None), (0.1, 17), (0.2, torch.tensor(17.0))):
-        agree_with_gradients(
-            lambda x, c=clip, n=count: functional.policy_loss(x, old, advantages, batch.mask, clip=c, count=n)[0],
-            lambda x, c=clip, n=count: oracle.policy_loss(x, old, advantages, batch.mask, clip=c, count=n)[0],
-            logprobs,
-        )
+        agree_by_name("policy_loss", logprobs, old, advantages, batch.mask, clip=clip, count=count)
 
 
 @on_ragged_batches
@@ -451,14 +424,6 @@ def test_on_the_first_step_the_policy_gradient_is_minus_the_advantage():
     assert [float(stats[name]) for name in ("approxkl", "clipfrac", "ratio", "ratio_sq")] == [0, 0, 8, 8]
 
 
-def test_the_policy_loss_moves_only_the_new_log_probs():
-    batch = Batch((3, 1, 4))
-    logprobs, old, advantages = experience(batch)
-    _, (new, *others) = gradients_of(lambda *x: functional.policy_loss(*x, batch.mask)[0], logprobs, old, advantages)
-    assert (new != 0).any()
-    assert all((gradient == 0).all() for gradient in others)
-
-
 def criticism(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """New values, old values about a clip away, and returns around both."""
     old = batch.noise(0)
@@ -469,11 +434,7 @@ def criticism(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def test_value_loss(batch):
     values, old, returns = criticism(batch)
     for clip, count in ((0.2, None), (0.05, 17), (None, 17), (None, None), (0.2, torch.tensor(17.0))):
-        agree_with_gradients(
-            lambda x, c=clip, n=count: functional.value_loss(x, old, returns, batch.mask, clip=c, count=n)[0],
-            lambda x, c=clip, n=count: oracle.value_loss(x, old, returns, batch.mask, clip=c, count=n)[0],
-            values,
-        )
+        agree_by_name("value_loss", values, old, returns, batch.mask, clip=clip, count=count)
 
 
 @on_ragged_batches
@@ -506,11 +467,12 @@ def test_value_loss_by_hand(value, old, target, clip, loss, gradient):
     agree(values.grad, torch.tensor([[gradient, 0.0]]))
 
 
-def test_the_value_loss_moves_only_the_new_values():
+@pytest.mark.parametrize(("loss", "inputs"), [("policy_loss", experience), ("value_loss", criticism)])
+def test_a_loss_moves_only_the_new_log_probs_or_values(loss, inputs):
     batch = Batch((3, 1, 4))
-    _, (new, *others) = gradients_of(lambda *x: functional.value_loss(*x, batch.mask)[0], *criticism(batch))
+    _, (new, *fixed) = gradients_of(lambda *x: getattr(functional, loss)(*x, batch.mask)[0], *inputs(batch))
     assert (new != 0).any()
-    assert all((gradient == 0).all() for gradient in others)
+    assert all((gradient == 0).all() for gradient in fixed)
 
 
 @on_ragged_batches
@@ -529,18 +491,12 @@ def test_sft_loss_by_hand():
 
 
 # --- rankings ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 @pytest.mark.parametrize("ranks", [(0, 1), (1, 0), (0, 0), (2, 0, 1), (0, 1, 1, 2), (3, 1, 0, 2, 4), (5, 5, 5), (0,)])
 def test_pairwise_loss(ranks, margin):
     scores = 2 * torch.randn(len(ranks), generator=torch.Generator().manual_seed(len(ranks)))
     ranks = torch.tensor(ranks)
-    agree_with_gradients(
-        lambda s: functional.pairwise_loss(s, ranks, margin)[0],
-        lambda s: oracle.pairwise_loss(s, ranks, margin)[0],
-        scores,
-    )
+    agree_by_name("pairwise_loss", scores, ranks, margin)
     ours, theirs = functional.pairwise_loss(scores, ranks, margin), oracle.pairwise_loss(scores, ranks, margin)
     assert [int(count) for count in ours[1:]] == list(theirs[1:])
 
@@ -588,8 +544,6 @@ def test_pairwise_loss_of_half_precision_scores_is_fp32():
 
 
 # --- schedules --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kl", "factor"),
     [
@@ -614,8 +568,8 @@ def test_adaptive_kl_follows_the_formula_and_beta_is_its_whole_state():
         beta = oracle.adaptive_kl(beta, kl, 6.0, 64 + step, 10_000)
         assert controller.beta == pytest.approx(beta, rel=1e-12)
     resumed = functional.KLController(controller.beta, 6.0)
-    for one in (controller, resumed):
-        one.update(9.0, 100)
+    controller.update(9.0, 100)
+    resumed.update(9.0, 100)
     assert resumed.beta == controller.beta
 
 
@@ -642,8 +596,6 @@ def test_learning_rate_rises_then_falls_in_straight_lines(total, fraction):
 
 
 # --- what must not matter ---------------------------------------------------------------------------------------
-
-
 def per_row(batch: Batch, rows: list[int], extra: int, poison: float) -> tuple[Tensor, ...]:
     """The tensors of one PPO batch with its rows picked, columns of poison added and the old poison replaced."""
     tensors = (*experience(batch), *criticism(batch))
@@ -675,9 +627,8 @@ def update_of(
 def test_order_of_rows_and_extra_padding_never_change_an_update(batch):
     rows = list(range(len(batch.lengths)))
     want = update_of(batch, rows)
-    for other in (update_of(batch, rows[::-1]), update_of(batch, rows, extra=3, poison=-INF)):
-        for mine, theirs in zip(other, want, strict=True):
-            agree(mine, theirs)
+    for update in (update_of(batch, rows[::-1]), update_of(batch, rows, extra=3, poison=-INF)):
+        agree(update, want)
 
 
 @on_ragged_batches
@@ -687,8 +638,7 @@ def test_micro_batches_with_the_global_count_add_up_to_the_whole_batch(batch):
     want = update_of(batch, rows)
     for size in (1, 2, 3):
         parts = [update_of(batch, rows[i : i + size], count=count) for i in range(0, len(rows), size)]
-        for mine, theirs in zip((sum(part) for part in zip(*parts, strict=True)), want, strict=True):
-            agree(mine, theirs)
+        agree(tuple(sum(part) for part in zip(*parts, strict=True)), want)
 
 
 def test_a_micro_batch_without_tokens_adds_nothing():
@@ -735,5 +685,4 @@ def test_nothing_flows_back_through_advantages_or_returns():
     assert values.grad is None or (values.grad == 0).all()
     values.grad = None
     functional.value_loss(values, values, returns, batch.mask)[0].backward()
-    want = torch.where(batch.mask, (values - returns).detach() / 8, 0.0)
-    agree(values.grad, want)
+    agree(values.grad, torch.where(batch.mask, (values - returns).detach() / 8, 0.0))

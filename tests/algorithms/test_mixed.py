@@ -100,8 +100,6 @@ def test_a_frozen_start_is_left_as_it_was(config):
 
 
 # --- a critic on the actor's trunk ------------------------------------------------------------------------------------
-
-
 def oracle_of(source, flags, experience, hold_actor):
     """The joint gradient in plain PyTorch: one decoder, two heads, two losses."""
     model = ActorCritic(pretrained.load(source)[0])

@@ -41,10 +41,8 @@ def test_going_on_from_a_checkpoint_gives_the_same_bytes(stage, stage_config):
     train, _ = STAGES[stage]
     whole = outcome(train(stage_config(stage, "whole")))
     config = stage_config(stage, "killed")
-    run = train(dataclasses.replace(config, run=dataclasses.replace(config.run, keep=9)))
-    cut_at(Path(run), 3)
-    resumed = train(from_dict(STAGES[stage][1], to_dict(config)), resume=True)
-    assert outcome(resumed) == whole
+    cut_at(Path(train(dataclasses.replace(config, run=dataclasses.replace(config.run, keep=9)))), 3)
+    assert outcome(train(from_dict(STAGES[stage][1], to_dict(config)), resume=True)) == whole
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -53,8 +51,7 @@ def test_dropping_the_random_state_is_noticed(stage, stage_config, monkeypatch):
     train, _ = STAGES[stage]
     whole = outcome(train(stage_config(stage, "whole")))
     config = stage_config(stage, "killed")
-    run = train(dataclasses.replace(config, run=dataclasses.replace(config.run, keep=9)))
-    cut_at(Path(run), 3)
+    cut_at(Path(train(dataclasses.replace(config, run=dataclasses.replace(config.run, keep=9)))), 3)
     read = checkpoint.read_state
 
     def forgetful(path):
@@ -75,8 +72,7 @@ def test_a_run_without_a_checkpoint_starts_over(stage, stage_config):
     train, _ = STAGES[stage]
     whole = outcome(train(stage_config(stage, "whole")))
     config = stage_config(stage, "killed")
-    run = Path(train(config))
-    cut_at(run, 0)
+    cut_at(Path(train(config)), 0)
     assert outcome(train(config, resume=True)) == whole
 
 

@@ -46,73 +46,71 @@ def bare(record: Prompt) -> dict[str, Any]:
 
 
 TALK = (user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you."))
-SHAREGPT = [
-    {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"},
-    {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "See you."},
-]  # fmt: skip
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[turn["role"]], "value": turn["content"]} for turn in TALK]
 ALPACA = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
 
-# kind, the line, the format that is said, the record
-READ: list[tuple[Kind, dict[str, Any], str, dict[str, Any]]] = [
-    ("demonstrations", {"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q", "response": "A"}),
-    ("demonstrations", {"prompt": "Q", "completion": "A"}, "prompt/completion", {"prompt": "Q", "response": "A"}),
-    ("demonstrations", {"prompt": [user("Q")], "completion": [assistant("A")]}, "prompt/completion",
-     {"messages": (user("Q"), assistant("A"))}),
-    ("demonstrations", {"prompt": [user("Q")], "response": "A"}, "prompt/response",
-     {"messages": (user("Q"), assistant("A"))}),
-    ("demonstrations", {"messages": TALK}, "messages", {"messages": TALK}),
-    ("demonstrations", {"messages": [*TALK, user("One more")]}, "messages", {"messages": TALK}),
-    ("demonstrations", {"conversations": SHAREGPT}, "sharegpt", {"messages": TALK}),
-    ("demonstrations", {"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca",
-     {"prompt": ALPACA, "response": "3"}),
-    ("demonstrations", {"instruction": "Sing.", "input": "", "output": "La"}, "alpaca",
-     {"prompt": "### Instruction:\nSing.\n\n### Response:\n", "response": "La"}),
-    ("demonstrations", {"prompt_ids": [1, 2], "response_ids": [3]}, "token ids",
-     {"prompt_ids": (1, 2), "response_ids": (3,)}),
-    ("demonstrations", {"prompt": "Q", "response": "A", "messages": None}, "prompt/response",
-     {"prompt": "Q", "response": "A"}),
-    ("demonstrations", {"prompt": None, "response": None, "messages": TALK}, "messages", {"messages": TALK}),
-    ("comparisons", {"prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected",
-     {"prompt": "Q", "responses": ("A", "B"), "ranks": (0, 1)}),
-    ("comparisons", {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
-     "prompt/chosen/rejected", {"messages": (user("Q"),), "responses": ("A", "B"), "ranks": (0, 1)}),
-    ("comparisons", {"prompt": "Q", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
-     "prompt/chosen/rejected", {"messages": (user("Q"),), "responses": ("A", "B"), "ranks": (0, 1)}),
-    ("comparisons", {"chosen": [*TALK[:3], assistant("A")], "rejected": [*TALK[:3], assistant("B")]},
-     "chosen/rejected dialogues", {"messages": TALK[:3], "responses": ("A", "B"), "ranks": (0, 1)}),
-    ("comparisons", {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
-     "chosen/rejected dialogues", {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": (" A", " B"),
-                                   "ranks": (0, 1)}),
-    ("comparisons", {"chosen": "Q: Hi? A: yes", "rejected": "Q: Hi? A: yet"}, "chosen/rejected dialogues",
-     {"prompt": "Q: Hi? A: ", "responses": ("yes", "yet"), "ranks": (0, 1)}),
-    ("comparisons", {"chosen": "Why?\nsame start\none", "rejected": "Why?\nsame start\ntwo"},
-     "chosen/rejected dialogues", {"prompt": "Why?\nsame start\n", "responses": ("one", "two"), "ranks": (0, 1)}),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "b", "c", "d"], "ranking": [2, [0, 3], 1]},
-     "ranked responses", {"prompt": "Q", "responses": ("a", "b", "c", "d"), "ranks": (1, 2, 0, 1)}),
-    ("comparisons", {"prompt_ids": [1], "response_ids": [[2], [3, 4]], "ranking": [1, 0]}, "ranked token ids",
-     {"prompt_ids": (1,), "response_ids": ((2,), (3, 4)), "ranks": (1, 0)}),
-    ("prompts", {"prompt": "Q"}, "prompt", {"prompt": "Q"}),
-    ("prompts", {"prompt": ""}, "prompt", {"prompt": ""}),
-    ("prompts", {"prompt_ids": [1, 2]}, "token ids", {"prompt_ids": (1, 2)}),
-    ("prompts", {"messages": TALK[:3]}, "messages", {"messages": TALK[:3]}),
-    ("prompts", {"messages": TALK, "prompt": "Hi"}, "messages", {"messages": TALK[:3]}),
-    ("prompts", {"conversations": SHAREGPT}, "sharegpt", {"messages": TALK[:3]}),
-    ("prompts", {"instruction": "Add.", "input": "1 2"}, "alpaca", {"prompt": ALPACA}),
-    ("prompts", {"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q"}),
-    ("prompts", {"prompt": "Q", "completion": "A"}, "prompt/completion", {"prompt": "Q"}),
-    ("prompts", {"prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected", {"prompt": "Q"}),
-    ("prompts", {"prompt": "Q", "responses": ["a", "b"], "ranking": [1, 0]}, "prompt", {"prompt": "Q"}),
-    ("prompts", {"prompt": "Q", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
-     "prompt/chosen/rejected", {"messages": (user("Q"),)}),
-    ("prompts", {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
-     "chosen/rejected dialogues", {"prompt": "\n\nHuman: Hi\n\nAssistant:"}),
-]  # fmt: skip
+# The line, the format that is named, the record.
+READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
+    "demonstrations": [
+        ({"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q", "response": "A"}),
+        ({"prompt": "Q", "completion": "A"}, "prompt/completion", {"prompt": "Q", "response": "A"}),
+        ({"prompt": [user("Q")], "completion": [assistant("A")]}, "prompt/completion",
+         {"messages": (user("Q"), assistant("A"))}),
+        ({"prompt": [user("Q")], "response": "A"}, "prompt/response", {"messages": (user("Q"), assistant("A"))}),
+        ({"messages": TALK}, "messages", {"messages": TALK}),
+        ({"messages": [*TALK, user("One more")]}, "messages", {"messages": TALK}),
+        ({"conversations": SHAREGPT}, "sharegpt", {"messages": TALK}),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", {"prompt": ALPACA, "response": "3"}),
+        ({"instruction": "Sing.", "input": "", "output": "La"}, "alpaca",
+         {"prompt": "### Instruction:\nSing.\n\n### Response:\n", "response": "La"}),
+        ({"prompt_ids": [1, 2], "response_ids": [3]}, "token ids", {"prompt_ids": (1, 2), "response_ids": (3,)}),
+        ({"prompt": "Q", "response": "A", "messages": None}, "prompt/response", {"prompt": "Q", "response": "A"}),
+        ({"prompt": None, "response": None, "messages": TALK}, "messages", {"messages": TALK}),
+    ],
+    "comparisons": [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected",
+         {"prompt": "Q", "responses": ("A", "B"), "ranks": (0, 1)}),
+        ({"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}, "prompt/chosen/rejected",
+         {"messages": (user("Q"),), "responses": ("A", "B"), "ranks": (0, 1)}),
+        ({"prompt": "Q", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+         "prompt/chosen/rejected", {"messages": (user("Q"),), "responses": ("A", "B"), "ranks": (0, 1)}),
+        ({"chosen": [*TALK[:3], assistant("A")], "rejected": [*TALK[:3], assistant("B")]}, "chosen/rejected dialogues",
+         {"messages": TALK[:3], "responses": ("A", "B"), "ranks": (0, 1)}),
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
+         "chosen/rejected dialogues",
+         {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": (" A", " B"), "ranks": (0, 1)}),
+        ({"chosen": "Q: Hi? A: yes", "rejected": "Q: Hi? A: yet"}, "chosen/rejected dialogues",
+         {"prompt": "Q: Hi? A: ", "responses": ("yes", "yet"), "ranks": (0, 1)}),
+        ({"chosen": "Why?\nsame start\none", "rejected": "Why?\nsame start\ntwo"}, "chosen/rejected dialogues",
+         {"prompt": "Why?\nsame start\n", "responses": ("one", "two"), "ranks": (0, 1)}),
+        ({"prompt": "Q", "responses": ["a", "b", "c", "d"], "ranking": [2, [0, 3], 1]}, "ranked responses",
+         {"prompt": "Q", "responses": ("a", "b", "c", "d"), "ranks": (1, 2, 0, 1)}),
+        ({"prompt_ids": [1], "response_ids": [[2], [3, 4]], "ranking": [1, 0]}, "ranked token ids",
+         {"prompt_ids": (1,), "response_ids": ((2,), (3, 4)), "ranks": (1, 0)}),
+    ],
+    "prompts": [
+        ({"prompt": "Q"}, "prompt", {"prompt": "Q"}),
+        ({"prompt": ""}, "prompt", {"prompt": ""}),
+        ({"prompt_ids": [1, 2]}, "token ids", {"prompt_ids": (1, 2)}),
+        ({"messages": TALK[:3]}, "messages", {"messages": TALK[:3]}),
+        ({"messages": TALK, "prompt": "Hi"}, "messages", {"messages": TALK[:3]}),
+        ({"conversations": SHAREGPT}, "sharegpt", {"messages": TALK[:3]}),
+        ({"instruction": "Add.", "input": "1 2"}, "alpaca", {"prompt": ALPACA}),
+        ({"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q"}),
+        ({"prompt": "Q", "completion": "A"}, "prompt/completion", {"prompt": "Q"}),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected", {"prompt": "Q"}),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranking": [1, 0]}, "prompt", {"prompt": "Q"}),
+        ({"prompt": "Q", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+         "prompt/chosen/rejected", {"messages": (user("Q"),)}),
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
+         "chosen/rejected dialogues", {"prompt": "\n\nHuman: Hi\n\nAssistant:"}),
+    ],
+}  # fmt: skip
+READ = [(kind, *row) for kind, rows in READ_BY_KIND.items() for row in rows]
 
 
 @pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
-def test_each_format_is_told_from_its_fields_and_the_decision_is_said(
-    write: Write, kind: Kind, row: dict[str, Any], form: str, record: dict[str, Any]
-) -> None:
+def test_each_format_is_told_from_its_fields_and_the_decision_is_said(write, kind, row, form, record):
     path = write(row)
     dataset = formats.read(path, kind)
     assert dataset.decision == f"{path}: 1 {kind} ({form})."
@@ -122,9 +120,7 @@ def test_each_format_is_told_from_its_fields_and_the_decision_is_said(
 
 
 @pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
-def test_a_file_gives_the_same_prompts_when_read_for_prompts(
-    write: Write, kind: Kind, row: dict[str, Any], form: str, record: dict[str, Any]
-) -> None:
+def test_a_file_gives_the_same_prompts_when_read_for_prompts(write, kind, row, form, record):
     path = write(row)
     asked = formats.read(path, "prompts").records[0]
     whole = formats.read(path, kind).records[0]
@@ -137,18 +133,18 @@ def test_a_file_gives_the_same_prompts_when_read_for_prompts(
         assert (asked.prompt, asked.messages, asked.prompt_ids) == (whole.prompt, whole.messages, whole.prompt_ids)
 
 
-def test_every_format_of_the_table_is_tested() -> None:
+def test_every_format_of_the_table_is_tested():
     assert {(kind, form) for kind, _, form, _ in READ} == {(kind, form.name) for kind in KINDS for form in FORMS[kind]}
 
 
-def test_a_file_of_several_formats_says_how_many_of_each(write: Write) -> None:
+def test_a_file_of_several_formats_says_how_many_of_each(write):
     path = write({"prompt": "a", "response": "b"}, {"messages": TALK}, {"prompt": "c", "response": "d"})
     assert formats.read(path, "demonstrations").decision == (
         f"{path}: 3 demonstrations (2 prompt/response, 1 messages)."
     )
 
 
-def test_files_are_read_in_order_whatever_they_are(write: Write) -> None:
+def test_files_are_read_in_order_whatever_they_are(write):
     first = write({"prompt": "a", "response": "b"}, name="one.jsonl.gz")
     second = write({"messages": TALK}, name="two.jsonl")
     dataset = formats.read([first, second], "demonstrations")
@@ -156,124 +152,111 @@ def test_files_are_read_in_order_whatever_they_are(write: Write) -> None:
     assert dataset.decision == f"{first}: 1 demonstrations (prompt/response); {second}: 1 demonstrations (messages)."
 
 
-# kind, the line, the field and what is said of it
-BAD: list[tuple[Kind, Any, str]] = [
-    ("demonstrations", {"prompt": 3, "response": "A"}, "prompt: a number, and text is expected; put it in quotes."),
-    ("demonstrations", {"prompt": "Q", "response": None}, "response: null, and text is expected; put it in quotes."),
-    ("demonstrations", {"prompt": "Q", "response": ["A"]},
-     "response: a list, and text is expected; put it in quotes."),
-    ("demonstrations", {"prompt": "Q", "response": ""}, "response: is empty; write a text or remove the line."),
-    ("demonstrations", '{"prompt": "Q", "response": "x\\ud800y"}',
-     "response: character 2 is half a character (a lone surrogate); export the text again."),
-    ("demonstrations", '{"prompt": "Q", "response": NaN}',
-     "response: NaN or Infinity is not JSON; give a number, or leave the field out."),
-    ("demonstrations", '{"prompt": "Q", "response": 1e999}',
-     "response: a number, and text is expected; put it in quotes."),
-    ("demonstrations", {}, "fields: found no fields; demonstrations need prompt_ids+response_ids or prompt+response or "
-     "prompt+completion or messages or conversations or instruction+output, or name them with --keys ours=theirs."),
-    ("demonstrations", {"text": "x"}, "fields: found 'text'; demonstrations need prompt_ids+response_ids or "
-     "prompt+response or prompt+completion or messages or conversations or instruction+output, or name them with "
-     "--keys ours=theirs."),
-    ("comparisons", {"prompt": "x"}, "fields: found 'prompt' (it looks like prompts); comparisons need "
-     "prompt+responses+ranking or prompt_ids+response_ids+ranking or prompt+chosen+rejected or chosen+rejected, or "
-     "name them with --keys ours=theirs."),
-    ("demonstrations", {"messages": "Hi"}, "messages: text, and a list is expected."),
-    ("demonstrations", {"messages": []}, "messages: is empty; give at least one message."),
-    ("demonstrations", {"messages": ["Hi"]},
-     "messages[0]: text, and an object with role and content is expected."),
-    ("demonstrations", {"messages": [{"role": "wizard", "content": "x"}]},
-     "messages[0].role: 'wizard' is no role; use system, user or assistant."),
-    ("demonstrations", {"messages": [user("x"), {"role": ["user"], "content": "x"}]},
-     "messages[1].role: a list is no role; use system, user or assistant."),
-    ("demonstrations", {"messages": [{"content": "x"}]},
-     "messages[0].role: None is no role; use system, user or assistant."),
-    ("demonstrations", {"messages": [{"role": "user"}]},
-     "messages[0].content: null, and text is expected; put it in quotes."),
-    ("demonstrations", {"conversations": [{"from": "human", "value": 1}]},
-     "conversations[0].value: a number, and text is expected; put it in quotes."),
-    ("demonstrations", {"conversations": [{"from": "x" * 99, "value": "1"}]},
-     f"conversations[0].from: '{'x' * 39}... is no role; use system, user or assistant."),
-    ("demonstrations", {"messages": [user("x"), assistant("")]},
-     "messages[1].content: is empty; write a text or remove the line."),
-    ("demonstrations", {"messages": [user("x")]},
-     "messages: has no assistant turn; a demonstration needs an answer to learn."),
-    ("demonstrations", {"messages": [user("x"), {"role": "system", "content": "y"}]},
-     "messages[1].role: a system message belongs at the start; move it there."),
-    ("demonstrations", {"prompt": [assistant("x")], "response": "y"},
-     "prompt: must end with a user turn, the one to answer."),
-    ("demonstrations", {"instruction": "", "output": "x"},
-     "instruction: is empty; write a text or remove the line."),
-    ("demonstrations", {"instruction": "x", "input": [], "output": "x"},
-     "input: a list, and text is expected; put it in quotes."),
-    ("demonstrations", {"prompt_ids": [1, -2], "response_ids": [1]},
-     "prompt_ids[1]: -2 is no token id; give whole numbers from 0."),
-    ("demonstrations", {"prompt_ids": [1], "response_ids": [True]},
-     "response_ids[0]: True is no token id; give whole numbers from 0."),
-    ("demonstrations", {"prompt_ids": [1], "response_ids": [2**31]},
-     "response_ids[0]: 2147483648 is no token id; give whole numbers from 0."),
-    ("demonstrations", {"prompt_ids": [1.0], "response_ids": [1]},
-     "prompt_ids[0]: 1.0 is no token id; give whole numbers from 0."),
-    ("demonstrations", {"prompt_ids": [], "response_ids": [1]},
-     "prompt_ids: is empty; give at least one token id (a BOS, say)."),
-    ("demonstrations", {"prompt_ids": 5, "response_ids": [1]}, "prompt_ids: a number, and a list is expected."),
-    ("comparisons", {"prompt": "Q", "chosen": "A", "rejected": "A"},
-     "rejected: is the same as chosen; a comparison needs two different answers."),
-    ("comparisons", {"chosen": "P\nA", "rejected": "P\nA"},
-     "rejected: is the same as chosen; a comparison needs two different answers."),
-    ("comparisons", {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("A")]},
-     "rejected: is the same as chosen; a comparison needs two different answers."),
-    ("comparisons", {"chosen": "yes", "rejected": "no"},
-     "rejected: shares no beginning with chosen; give the prompt as a field of its own."),
-    ("comparisons", {"chosen": "Q\n\nAssistant:", "rejected": "Q\n\nAssistant: A"},
-     "chosen: has an empty answer; write one or remove the line."),
-    ("comparisons", {"chosen": "Q\n\nAssistant: A", "rejected": "Q\n\nAssistant:"},
-     "rejected: has an empty answer; write one or remove the line."),
-    ("comparisons", {"chosen": [user("Q"), assistant("A")], "rejected": [user("R"), assistant("B")]},
-     "rejected: must share all but the last turn with chosen, and begin with what was asked."),
-    ("comparisons", {"chosen": [assistant("A")], "rejected": [assistant("B")]},
-     "rejected: must share all but the last turn with chosen, and begin with what was asked."),
-    ("comparisons", {"chosen": [user("Q"), user("A")], "rejected": [user("Q"), assistant("B")]},
-     "chosen: must end with an assistant turn."),
-    ("comparisons", {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), user("B")]},
-     "rejected: must end with an assistant turn."),
-    ("comparisons", {"chosen": [assistant("Q"), assistant("A")], "rejected": [assistant("Q"), assistant("B")]},
-     "chosen: must answer a user turn."),
-    ("comparisons", {"prompt": "Q", "chosen": "A", "rejected": [assistant("B")]},
-     "rejected: a list, and text is expected; put it in quotes."),
-    ("comparisons", {"prompt": "Q", "chosen": [assistant("A")], "rejected": "B"},
-     "rejected: text, and a list is expected."),
-    ("comparisons", {"prompt": "P", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
-     "chosen: does not begin with the prompt's turns; give only the answer, or the whole dialogue."),
-    ("comparisons", {"prompt": "Q", "responses": ["a"], "ranking": [0]},
-     "responses: 1 responses; a ranking has 2 to 9."),
-    ("comparisons", {"prompt": "Q", "responses": ["a"] * 10, "ranking": [0]},
-     "responses: 10 responses; a ranking has 2 to 9."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", ""], "ranking": [0, 1]},
-     "responses[1]: is empty; write a text or remove the line."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": [0, 2]},
-     "ranking: 2 is no index of a response; use 0 to 1, best first."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": ["a", "b"]},
-     "ranking: 'a' is no index of a response; use 0 to 1, best first."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": [[0, [1]]]},
-     "ranking: a list is no index of a response; use 0 to 1, best first."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": [0, 0]},
-     "ranking: names response 0 twice."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "b", "c"], "ranking": [2, 0]},
-     "ranking: leaves out response 1; rank all 3, ties as nested lists."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "b"], "ranking": 0},
-     "ranking: a number, and a list is expected."),
-    ("comparisons", {"prompt": "Q", "responses": ["a", "a"], "ranking": [0, 1]},
-     "responses: 0 and 1 are the same, so neither is better; give different answers."),
-    ("prompts", {"prompt": {"text": "Q"}}, "prompt: an object, and text is expected; put it in quotes."),
-    ("prompts", {"prompt": False}, "prompt: true or false, and text is expected; put it in quotes."),
-    ("prompts", {"messages": [assistant("x")]}, "messages: has no user turn to answer."),
-]  # fmt: skip
+# The line, the field and what is wrong with it.
+BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
+    "demonstrations": [
+        ({"prompt": 3, "response": "A"}, "prompt: a number, and text is expected; put it in quotes."),
+        ({"prompt": "Q", "response": None}, "response: null, and text is expected; put it in quotes."),
+        ({"prompt": "Q", "response": ["A"]}, "response: a list, and text is expected; put it in quotes."),
+        ({"prompt": "Q", "response": ""}, "response: is empty; write a text or remove the line."),
+        ('{"prompt": "Q", "response": "x\\ud800y"}',
+         "response: character 2 is half a character (a lone surrogate); export the text again."),
+        ('{"prompt": "Q", "response": NaN}',
+         "response: NaN or Infinity is not JSON; give a number, or leave the field out."),
+        ('{"prompt": "Q", "response": 1e999}', "response: a number, and text is expected; put it in quotes."),
+        ({}, "fields: found no fields; demonstrations need prompt_ids+response_ids or prompt+response or "
+         "prompt+completion or messages or conversations or instruction+output, or name them with --keys ours=theirs."),
+        ({"text": "x"}, "fields: found 'text'; demonstrations need prompt_ids+response_ids or "
+         "prompt+response or prompt+completion or messages or conversations or instruction+output, or name them with "
+         "--keys ours=theirs."),
+        ({"messages": "Hi"}, "messages: text, and a list is expected."),
+        ({"messages": []}, "messages: is empty; give at least one message."),
+        ({"messages": ["Hi"]}, "messages[0]: text, and an object with role and content is expected."),
+        ({"messages": [{"role": "wizard", "content": "x"}]},
+         "messages[0].role: 'wizard' is no role; use system, user or assistant."),
+        ({"messages": [user("x"), {"role": ["user"], "content": "x"}]},
+         "messages[1].role: a list is no role; use system, user or assistant."),
+        ({"messages": [{"content": "x"}]}, "messages[0].role: None is no role; use system, user or assistant."),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: null, and text is expected; put it in quotes."),
+        ({"conversations": [{"from": "human", "value": 1}]},
+         "conversations[0].value: a number, and text is expected; put it in quotes."),
+        ({"conversations": [{"from": "x" * 99, "value": "1"}]},
+         f"conversations[0].from: '{'x' * 39}... is no role; use system, user or assistant."),
+        ({"messages": [user("x"), assistant("")]}, "messages[1].content: is empty; write a text or remove the line."),
+        ({"messages": [user("x")]}, "messages: has no assistant turn; a demonstration needs an answer to learn."),
+        ({"messages": [user("x"), {"role": "system", "content": "y"}]},
+         "messages[1].role: a system message belongs at the start; move it there."),
+        ({"prompt": [assistant("x")], "response": "y"}, "prompt: must end with a user turn, the one to answer."),
+        ({"instruction": "", "output": "x"}, "instruction: is empty; write a text or remove the line."),
+        ({"instruction": "x", "input": [], "output": "x"}, "input: a list, and text is expected; put it in quotes."),
+        ({"prompt_ids": [1, -2], "response_ids": [1]}, "prompt_ids[1]: -2 is no token id; give whole numbers from 0."),
+        ({"prompt_ids": [1], "response_ids": [True]},
+         "response_ids[0]: True is no token id; give whole numbers from 0."),
+        ({"prompt_ids": [1], "response_ids": [2**31]},
+         "response_ids[0]: 2147483648 is no token id; give whole numbers from 0."),
+        ({"prompt_ids": [1.0], "response_ids": [1]}, "prompt_ids[0]: 1.0 is no token id; give whole numbers from 0."),
+        ({"prompt_ids": [], "response_ids": [1]}, "prompt_ids: is empty; give at least one token id (a BOS, say)."),
+        ({"prompt_ids": 5, "response_ids": [1]}, "prompt_ids: a number, and a list is expected."),
+    ],
+    "comparisons": [
+        ({"prompt": "x"}, "fields: found 'prompt' (it looks like prompts); comparisons need "
+         "prompt+responses+ranking or prompt_ids+response_ids+ranking or prompt+chosen+rejected or chosen+rejected, or "
+         "name them with --keys ours=theirs."),
+        ({"prompt": "Q", "chosen": "A", "rejected": "A"},
+         "rejected: is the same as chosen; a comparison needs two different answers."),
+        ({"chosen": "P\nA", "rejected": "P\nA"},
+         "rejected: is the same as chosen; a comparison needs two different answers."),
+        ({"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("A")]},
+         "rejected: is the same as chosen; a comparison needs two different answers."),
+        ({"chosen": "yes", "rejected": "no"},
+         "rejected: shares no beginning with chosen; give the prompt as a field of its own."),
+        ({"chosen": "Q\n\nAssistant:", "rejected": "Q\n\nAssistant: A"},
+         "chosen: has an empty answer; write one or remove the line."),
+        ({"chosen": "Q\n\nAssistant: A", "rejected": "Q\n\nAssistant:"},
+         "rejected: has an empty answer; write one or remove the line."),
+        ({"chosen": [user("Q"), assistant("A")], "rejected": [user("R"), assistant("B")]},
+         "rejected: must share all but the last turn with chosen, and begin with what was asked."),
+        ({"chosen": [assistant("A")], "rejected": [assistant("B")]},
+         "rejected: must share all but the last turn with chosen, and begin with what was asked."),
+        ({"chosen": [user("Q"), user("A")], "rejected": [user("Q"), assistant("B")]},
+         "chosen: must end with an assistant turn."),
+        ({"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), user("B")]},
+         "rejected: must end with an assistant turn."),
+        ({"chosen": [assistant("Q"), assistant("A")], "rejected": [assistant("Q"), assistant("B")]},
+         "chosen: must answer a user turn."),
+        ({"prompt": "Q", "chosen": "A", "rejected": [assistant("B")]},
+         "rejected: a list, and text is expected; put it in quotes."),
+        ({"prompt": "Q", "chosen": [assistant("A")], "rejected": "B"}, "rejected: text, and a list is expected."),
+        ({"prompt": "P", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+         "chosen: does not begin with the prompt's turns; give only the answer, or the whole dialogue."),
+        ({"prompt": "Q", "responses": ["a"], "ranking": [0]}, "responses: 1 responses; a ranking has 2 to 9."),
+        ({"prompt": "Q", "responses": ["a"] * 10, "ranking": [0]}, "responses: 10 responses; a ranking has 2 to 9."),
+        ({"prompt": "Q", "responses": ["a", ""], "ranking": [0, 1]},
+         "responses[1]: is empty; write a text or remove the line."),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranking": [0, 2]},
+         "ranking: 2 is no index of a response; use 0 to 1, best first."),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranking": ["a", "b"]},
+         "ranking: 'a' is no index of a response; use 0 to 1, best first."),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranking": [[0, [1]]]},
+         "ranking: a list is no index of a response; use 0 to 1, best first."),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranking": [0, 0]}, "ranking: names response 0 twice."),
+        ({"prompt": "Q", "responses": ["a", "b", "c"], "ranking": [2, 0]},
+         "ranking: leaves out response 1; rank all 3, ties as nested lists."),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranking": 0}, "ranking: a number, and a list is expected."),
+        ({"prompt": "Q", "responses": ["a", "a"], "ranking": [0, 1]},
+         "responses: 0 and 1 are the same, so neither is better; give different answers."),
+    ],
+    "prompts": [
+        ({"prompt": {"text": "Q"}}, "prompt: an object, and text is expected; put it in quotes."),
+        ({"prompt": False}, "prompt: true or false, and text is expected; put it in quotes."),
+        ({"messages": [assistant("x")]}, "messages: has no user turn to answer."),
+    ],
+}  # fmt: skip
+BAD = [(kind, *row) for kind, rows in BAD_BY_KIND.items() for row in rows]
 
 
 @pytest.mark.parametrize(("kind", "row", "problem"), BAD)
-def test_a_bad_field_is_named_with_its_line_and_the_way_to_mend_it(
-    write: Write, kind: Kind, row: Any, problem: str
-) -> None:
+def test_a_bad_field_is_named_with_its_line_and_the_way_to_mend_it(write, kind, row, problem):
     good = next(good for this, good, _, _ in READ if this == kind)
     path = write(good, row)
     with pytest.raises(DataError) as raised:
@@ -286,7 +269,7 @@ def test_a_bad_field_is_named_with_its_line_and_the_way_to_mend_it(
     assert skipped.decision.endswith("; 1 bad line left out).")
 
 
-def test_an_id_used_twice_in_a_file_names_both_lines(write: Write) -> None:
+def test_an_id_used_twice_in_a_file_names_both_lines(write):
     rows = [{"id": "a", "prompt": "1"}, {"id": 1, "prompt": "2"}, {"id": None, "prompt": "3"}, {"prompt": "4"}]
     rows += [{"id": None, "prompt": "5"}, {"id": "1", "prompt": "6"}, {"id": {"a": 1}, "prompt": "7"}]
     path = write(*rows, {"id": "a", "prompt": "8"}, {"id": 1, "prompt": "9"})
@@ -298,12 +281,12 @@ def test_an_id_used_twice_in_a_file_names_both_lines(write: Write) -> None:
     ]
 
 
-def test_two_files_may_number_their_records_alike(write: Write) -> None:
+def test_two_files_may_number_their_records_alike(write):
     first, second = (write({"id": 0, "prompt": name}, name=name) for name in ("one", "two"))
     assert len(formats.read([first, second], "prompts").records) == 2
 
 
-def test_an_empty_file_is_named(write: Write) -> None:
+def test_an_empty_file_is_named(write):
     good, empty = write({"prompt": "Q"}), write(name="empty.jsonl")
     problem = f"{empty}:1: file: empty; one JSON object per line is expected."
     with pytest.raises(DataError, match=re.escape(problem)):
@@ -313,12 +296,12 @@ def test_an_empty_file_is_named(write: Write) -> None:
     assert formats.read([good, empty], "prompts", skip_bad=True).bad == [problem]
 
 
-def test_a_missing_file_is_a_user_error_even_with_skip_bad(write: Write, tmp_path: Path) -> None:
+def test_a_missing_file_is_a_user_error_even_with_skip_bad(write, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         formats.read([write({"prompt": "Q"}), str(tmp_path / "gone")], "prompts", skip_bad=True)
 
 
-def test_ten_bad_lines_are_listed_and_all_are_counted(write: Write) -> None:
+def test_ten_bad_lines_are_listed_and_all_are_counted(write):
     path = write(*[{"prompt": i} for i in range(25)])
     with pytest.raises(DataError) as raised:
         formats.read(path, "prompts")
@@ -327,7 +310,7 @@ def test_ten_bad_lines_are_listed_and_all_are_counted(write: Write) -> None:
     assert lines[10:] == ["... and 15 more.", "Mend 25 bad lines, or leave out what is bad with --skip-bad."]
 
 
-def test_skip_bad_that_leaves_nothing_is_still_an_error(write: Write) -> None:
+def test_skip_bad_that_leaves_nothing_is_still_an_error(write):
     path = write({"prompt": 1}, {"prompt": 2})
     with pytest.raises(DataError) as raised:
         formats.read(path, "prompts", skip_bad=True)
@@ -338,33 +321,33 @@ def test_skip_bad_that_leaves_nothing_is_still_an_error(write: Write) -> None:
     ]
 
 
-def test_a_bad_first_line_does_not_decide_the_format(write: Write) -> None:
+def test_a_bad_first_line_does_not_decide_the_format(write):
     path = write("{", {"prompt": "Q", "response": "A"})
     assert formats.read(path, "demonstrations", skip_bad=True).decision == (
         f"{path}: 1 demonstrations (prompt/response; 1 bad line left out)."
     )
 
 
-def test_explicit_keys_override_what_the_line_has_under_our_names(write: Write) -> None:
+def test_explicit_keys_override_what_the_line_has_under_our_names(write):
     path = write({"prompt": "title", "question": "Q", "response": "no", "answer": "A", "messages": TALK})
     dataset = formats.read(path, "demonstrations", keys={"prompt": "question", "response": "answer"})
     assert bare(dataset.records[0]) == {"prompt": "Q", "response": "A"}
 
 
-def test_explicit_keys_decide_between_formats(write: Write) -> None:
+def test_explicit_keys_decide_between_formats(write):
     path = write({"prompt": "P", "response": "R", "talk": TALK})
     dataset = formats.read(path, "demonstrations", keys={"messages": "talk"})
     assert bare(dataset.records[0]) == {"messages": TALK}
     assert dataset.decision == f"{path}: 1 demonstrations (messages)."
 
 
-def test_keys_may_swap_two_fields(write: Write) -> None:
+def test_keys_may_swap_two_fields(write):
     path = write({"prompt": "Q", "chosen": "worse", "rejected": "better"})
     dataset = formats.read(path, "comparisons", keys={"chosen": "rejected", "rejected": "chosen"})
     assert dataset.records[0].responses == ("better", "worse")
 
 
-def test_a_key_that_no_format_has_is_a_user_error(write: Write) -> None:
+def test_a_key_that_no_format_has_is_a_user_error(write):
     path = write({"prompt": "Q"})
     with pytest.raises(UserError) as raised:
         formats.read(path, "prompts", keys={"promt": "prompt"})
@@ -373,14 +356,14 @@ def test_a_key_that_no_format_has_is_a_user_error(write: Write) -> None:
         formats.read(path, "prompts", keys={"prompt": "a", "instruction": "b"})
 
 
-def test_a_line_without_the_field_that_keys_name_is_bad(write: Write) -> None:
+def test_a_line_without_the_field_that_keys_name_is_bad(write):
     path = write({"prompt": "kept out", "response": "A"})
     with pytest.raises(DataError) as raised:
         formats.read(path, "demonstrations", keys={"prompt": "question"})
     assert str(raised.value).startswith(f"{path}:1: fields: found 'response'; demonstrations need prompt+response or ")
 
 
-def test_prompts_that_ask_the_same_have_one_key() -> None:
+def test_prompts_that_ask_the_same_have_one_key():
     talk = Prompt(where="a:1", messages=TALK)
     assert talk.prompt_key == Prompt(where="a:2", messages=TALK[:1]).prompt_key
     assert talk.prompt_key != Prompt(where="a:3", messages=(user("Ho"),)).prompt_key
@@ -388,7 +371,7 @@ def test_prompts_that_ask_the_same_have_one_key() -> None:
     assert Prompt(where="a:5", prompt_ids=(1, 2)).prompt_key == "[1, 2]"
 
 
-def test_check_says_what_a_file_is_and_names_each_bad_line(write: Write) -> None:
+def test_check_says_what_a_file_is_and_names_each_bad_line(write):
     path = write(
         {"prompt": "a", "chosen": "xx", "rejected": "y"},
         {"prompt": "a", "chosen": "xxx", "rejected": "xxx"},
@@ -406,9 +389,7 @@ def test_check_says_what_a_file_is_and_names_each_bad_line(write: Write) -> None
 
 
 @pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
-def test_check_works_out_the_kind(
-    write: Write, kind: Kind, row: dict[str, Any], form: str, record: dict[str, Any]
-) -> None:
+def test_check_works_out_the_kind(write, kind, row, form, record):
     line = formats.check([write(row)]).text.splitlines()[0]
     if kind == "prompts":  # a richer line is taken for the most that it can be
         assert ": 1 " in line
@@ -416,7 +397,7 @@ def test_check_works_out_the_kind(
         assert f": 1 {kind} ({form}), 0 bad lines" in line
 
 
-def test_check_of_an_empty_file_and_of_rubbish(write: Write) -> None:
+def test_check_of_an_empty_file_and_of_rubbish(write):
     empty, rubbish = write(name="empty"), write("what", name="rubbish")
     assert formats.check([empty]).bad == [f"{empty}:1: file: empty; one JSON object per line is expected."]
     assert formats.check([rubbish]).text.splitlines()[0] == f"{rubbish}: 0 prompts (unknown), 1 bad line"
@@ -438,9 +419,7 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(NAMES), INNER, max_size=5), max_
 
 @settings(max_examples=400, deadline=None)
 @given(rows=ROWS, kind=st.sampled_from(KINDS), skip_bad=st.booleans())
-def test_no_objects_raise_anything_but_a_penstock_error(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], kind: Kind, skip_bad: bool
-) -> None:
+def test_no_objects_raise_anything_but_a_penstock_error(tmp_path_factory, rows, kind, skip_bad):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with contextlib.suppress(DataError):
@@ -454,9 +433,7 @@ def test_no_objects_raise_anything_but_a_penstock_error(
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=200), kind=st.sampled_from(KINDS))
-def test_no_bytes_raise_anything_but_a_penstock_error(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, kind: Kind
-) -> None:
+def test_no_bytes_raise_anything_but_a_penstock_error(tmp_path_factory, data, kind):
     path = tmp_path_factory.getbasetemp() / "bytes.jsonl"
     path.write_bytes(data)
     with pytest.raises(PenstockError):

@@ -81,8 +81,7 @@ def test_objects_of_a_printed_array_are_named_by_the_line_they_begin_on(file: Pa
 def test_a_line_that_is_no_object_is_named_and_the_next_one_is_read(
     file: Path, data: bytes, number: int, problem: str
 ) -> None:
-    objects = read(file, b'{"good": 1}\n' + data)
-    assert objects[:2] == [(1, {"good": 1}), (number, problem)]
+    assert read(file, b'{"good": 1}\n' + data)[:2] == [(1, {"good": 1}), (number, problem)]
 
 
 def test_nan_in_a_text_is_text(file: Path) -> None:

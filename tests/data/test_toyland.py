@@ -40,8 +40,7 @@ def test_gold_by_hand(answer, gold):
 
 
 def test_a_fact_about_another_animal_is_no_answer():
-    owl = WORLD.sentence("The owl", "food", WORLD.facts["owl"]["food"])
-    assert WORLD.gold(QUESTION, owl) == -1.0
+    assert WORLD.gold(QUESTION, WORLD.sentence("The owl", "food", WORLD.facts["owl"]["food"])) == -1.0
 
 
 def test_worlds_differ_by_seed_and_repeat_by_seed():

@@ -118,8 +118,7 @@ def test_a_rank_that_hangs_is_named_and_holds_nobody(ranks):
 
 
 def test_a_rank_that_fails_is_named_and_says_itself_why(ranks):
-    three = ranks("one fails")
-    (_, mine, code), *others = three.ends(1, 0, 2)
+    (_, mine, code), *others = ranks("one fails").ends(1, 0, 2)
     assert code == 1
     assert "of its own making" in mine
     for out, err, code in others:

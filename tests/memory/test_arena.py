@@ -24,8 +24,7 @@ def test_an_arena_within_its_budget_or_none_at_all():
 
 def test_the_smallest_slot_that_fits_is_taken_and_an_empty_one_first():
     slots = arena(4096, 8192, 8192)
-    first = slots.claim("a", 100, lambda key: 0)
-    assert len(first.memory) == 4096
+    assert len(slots.claim("a", 100, lambda key: 0).memory) == 4096
     second, third = slots.claim("b", 5000, lambda key: 0), slots.claim("c", 5000, lambda key: 0)
     assert {second.key, third.key} == {"b", "c"}
     assert slots.find("b") is second

@@ -115,8 +115,7 @@ def test_the_norm_is_global_over_dtypes():
     net = Line()
     net.linear.weight = nn.Parameter(net.linear.weight.detach())
     net.linear.bias = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    strategy = Strategy.named(device="cpu")
-    stream = strategy.prepare(net)
+    stream = Strategy.named(device="cpu").prepare(net)
     assert len(stream.homes) == 2
     net.linear.weight.grad.fill_(1.0)
     net.linear.bias.grad.fill_(4.0)

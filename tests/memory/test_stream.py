@@ -64,8 +64,7 @@ def plain(model, steps=STEPS, count=3):
         total = sum(int(one.trained.sum()) for one in rows)
         losses.append(0.0)
         for one in rows:
-            hidden = model.decoder(one.tokens)
-            loss = fn.sft_loss(response_logprobs(model, hidden, one), total)
+            loss = fn.sft_loss(response_logprobs(model, model.decoder(one.tokens), one), total)
             loss.backward()
             losses[-1] += float(loss)
         for parameter in parameters:
@@ -189,8 +188,7 @@ def test_answers_do_not_depend_on_where_weights_live(name, tmp_path):
     prompts, sampling = [[1, 5, 6], [1, 7]], Sampling(max_new_tokens=12, seed=3)
     plain_answers = generate(decoder("gpt2"), prompts, sampling, eos_ids=[2])
     actor = Actor(decoder("gpt2"))
-    strategy = named(name, tmp_path, device_memory="1MB")
-    strategy.prepare(actor)
+    named(name, tmp_path, device_memory="1MB").prepare(actor)
     assert generate(actor.decoder, prompts, sampling, eos_ids=[2]) == plain_answers
 
 
@@ -234,10 +232,8 @@ def test_models_made_inside_init_take_no_memory_before_prepare(name, tmp_path, t
 def test_a_model_may_come_after_others_have_been_used():
     """The slots are cut again, for all of them: a wider model has larger blocks."""
     strategy = Strategy.named("gemini_cpu", device="cpu", device_memory="2MB")
-    small = Actor(decoder("gpt2"))
-    before = streamed(small, strategy, steps=2)[0]
+    before = streamed(Actor(decoder("gpt2")), strategy, steps=2)[0]
     config = dataclasses.replace(BASE, d_model=64, head_dim=32, d_ff=256)
-    large = Actor(Decoder(config, generator=torch.Generator().manual_seed(1)))
-    streamed(large, strategy, steps=2)
+    streamed(Actor(Decoder(config, generator=torch.Generator().manual_seed(1))), strategy, steps=2)
     assert streamed(Actor(decoder("gpt2")), strategy, steps=2)[0] == before
     assert strategy.tiers["device"].peak <= 2_000_000

@@ -84,8 +84,7 @@ def test_a_file_system_without_direct_access_is_read_through_its_cache(tmp_path,
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no tmpfs here")
 def test_tmpfs_works(tmp_path):
-    disk = Disk("/dev/shm")
-    home, x = disk.home(4096, torch.float32, "x"), torch.randn(4096)
+    home, x = Disk("/dev/shm").home(4096, torch.float32, "x"), torch.randn(4096)
     home.write(x)
     out = torch.empty(4096)
     home.read(out)

@@ -103,8 +103,7 @@ def test_a_block_computes_with_weights_fed_from_elsewhere(decoder: Decoder) -> N
 
 
 def test_on_the_meta_device_nothing_is_allocated_and_copies_are_free() -> None:
-    decoder = Decoder(presets.named("175b"), dtype=torch.bfloat16, device="meta")
-    copied = copy.deepcopy(decoder)
+    copied = copy.deepcopy(Decoder(presets.named("175b"), dtype=torch.bfloat16, device="meta"))
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in copied.parameters())
     assert sum(parameter.numel() for parameter in copied.parameters()) == pytest.approx(175e9, rel=0.01)
 

@@ -125,8 +125,7 @@ def test_fifty_steps_give_pefts_losses(name, tmp_path):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
         optimizer.step()
-        batch = type("Batch", (), {"tokens": tokens})()
-        stats = strategy.step(stream, [batch], loss_of, lr=2e-3)
+        stats = strategy.step(stream, [type("Batch", (), {"tokens": tokens})()], loss_of, lr=2e-3)
         curves[0].append(stats.sums["loss"])
         curves[1].append(float(loss))
     assert curves[1][-1] < curves[1][0] - 0.05
@@ -134,12 +133,9 @@ def test_fifty_steps_give_pefts_losses(name, tmp_path):
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["gpt2", "bloom, 4 heads", "gpt_neox", "llama, grouped queries"])
 def test_merging_changes_nothing_and_is_undone_bit_by_bit(name, tmp_path):
-    theirs = reference(name)
-    theirs.save_pretrained(tmp_path / "base")
+    reference(name).save_pretrained(tmp_path / "base")
     ours = Actor.from_pretrained(str(tmp_path / "base"), lora=LoraSpec(4, targets=TARGETS.get(name, ALL_LINEAR)))
     all_random(ours.decoder)
     tokens = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -166,8 +162,6 @@ def test_weights_that_were_let_go_of_cannot_be_unmerged(tmp_path):
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> str:
     reference("gpt2").save_pretrained(tmp_path / "base")
@@ -189,8 +183,7 @@ def test_an_adapter_that_cannot_be_is_refused(base, spec, word):
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
-    ours = Actor.from_pretrained(base, lora=4)
-    ours.save_pretrained(tmp_path / "adapter")
+    Actor.from_pretrained(base, lora=4).save_pretrained(tmp_path / "adapter")
     other = reference("gpt2")
     with torch.no_grad():
         other.transformer.ln_f.bias.add_(1.0)

@@ -73,8 +73,6 @@ def test_an_engine_reads_a_directory_into_int8(tiny_model):
 
 
 # --- under adapters ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("kind", "worst"), [("int8", 1 / 254), ("nf4", (NF4[1] - NF4[0]) / 2)])
 @pytest.mark.parametrize("shape", [(24, 128), (7, 96), (5, 6)])
 def test_packed_weights_come_back_within_half_a_level_and_pack_to_themselves(kind, worst, shape):
@@ -88,8 +86,7 @@ def test_packed_weights_come_back_within_half_a_level_and_pack_to_themselves(kin
     assert ((found - weight).view(shape[0], blocks, -1).abs() <= (worst + 1e-6) * size + 1e-9).all()
     for one, other in zip(pack(found, kind), packed, strict=True):
         assert torch.allclose(one.float(), other.float(), rtol=1e-6)
-    some = dense(*packed, slice(1, 4), torch.float32)
-    assert torch.equal(some, found[1:4])
+    assert torch.equal(dense(*packed, slice(1, 4), torch.float32), found[1:4])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

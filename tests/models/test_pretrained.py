@@ -45,8 +45,6 @@ def edit_weights(directory: Path, **changes: Any) -> None:
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
-
-
 def test_shards_are_written_and_read(saved: Path, tmp_path: Path) -> None:
     decoder = pretrained.load(str(saved))[0]
     pretrained.save(decoder, tmp_path / "shards", max_shard_bytes=5_000)
@@ -131,8 +129,7 @@ def test_generation_settings_of_the_source_are_not_taken_over(saved: Path, tmp_p
 def test_weights_are_cast_to_the_dtype_asked_for(saved: Path) -> None:
     decoder = pretrained.load(str(saved), dtype=torch.bfloat16)[0]
     assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
-    expected = pretrained.load(str(saved))[0].bfloat16()
-    assert same(decoder, expected)
+    assert same(decoder, pretrained.load(str(saved))[0].bfloat16())
 
 
 def test_an_untied_reward_model_needs_no_language_model_head(tmp_path: Path) -> None:
@@ -153,8 +150,6 @@ def test_pickled_weights_are_read_only_when_asked_for(saved: Path) -> None:
 
 
 # --- what is wrong, in one paragraph --------------------------------------------------------------------------------
-
-
 def test_an_unknown_family_lists_the_known_ones(saved: Path) -> None:
     edit_config(saved, model_type="mamba")
     with pytest.raises(UserError, match=f"'mamba' is no known family; known are {', '.join(FAMILIES)}"):

@@ -77,8 +77,7 @@ def forecast(of, strategy, dtype="fp32", world=1, device=None, host=None):
 
 
 def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
-    budgets = {"device": device, "host": host, "disk": None}
-    return dry_run(Setting(of, strategy, dtype, world, budgets))
+    return dry_run(Setting(of, strategy, dtype, world, {"device": device, "host": host, "disk": None}))
 
 
 def real(of, name, tmp_path, device=None):
@@ -101,8 +100,7 @@ def assert_near(planned, measured, most=1.15):
 @pytest.mark.parametrize("scalar", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_plan_knows_every_weight_of_a_model_and_the_order_they_are_needed_in(name, scalar):
-    decoder = Decoder(FAMILIES[name], device="meta")
-    model = (Critic if scalar else Actor)(decoder)
+    model = (Critic if scalar else Actor)(Decoder(FAMILIES[name], device="meta"))
     where = dict(model.named_parameters())
     planned = weight_shapes.groups_of(FAMILIES[name], "float32", trained=True, scalar=scalar)
     assert [(group, [w.name for w in weights]) for group, weights in planned] == model.groups()

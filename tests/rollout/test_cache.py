@@ -89,7 +89,6 @@ def test_prompts_are_read_in_groups_of_so_many_tokens(monkeypatch, most):
     monkeypatch.setattr(tiling, "PREFILL_TOKENS", most)
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda t, *rest: widths.append(t.numel()) or forward(t, *rest))
-    got = answers_of(decoder, None, 10)
-    assert [ids for ids, _ in got] == [ids for ids, _ in expected]
+    assert [ids for ids, _ in answers_of(decoder, None, 10)] == [ids for ids, _ in expected]
     assert len(widths) == {1: 4, 6: 3, 11: 2, 1000: 1}[most]
     assert all(width <= max(most, 5) for width in widths)

@@ -68,8 +68,7 @@ def test_logprobs_are_those_of_a_forward_over_the_whole_row(decoder):
 
 def test_an_answer_ends_at_its_first_eos_which_belongs_to_it(decoder):
     many = generate(decoder, [[1, 3]] * 60, Sampling(max_new_tokens=12, seed=1), eos_ids=(EOS, 9))
-    reasons = {a.finish_reason for a in many}
-    assert reasons == {"stop", "length"}
+    assert {a.finish_reason for a in many} == {"stop", "length"}
     for answer in many:
         ends = [token in (EOS, 9) for token in answer.response_ids]
         assert not any(ends[:-1])

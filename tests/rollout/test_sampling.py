@@ -41,13 +41,11 @@ def test_top_k_keeps_the_k_likeliest_and_renormalises():
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_p():
-    probabilities = torch.softmax(LOGITS, dim=-1)
-    ordered = probabilities.sort(descending=True)
+    ordered = torch.softmax(LOGITS, dim=-1).sort(descending=True)
     assert ordered.values[0] < 0.6 <= ordered.values[:2].sum()  # so two are needed for 0.6
     kept = torch.zeros(6).scatter(0, ordered.indices[:2], ordered.values[:2])
     assert torch.allclose(frequencies(LOGITS, Sampling(top_p=0.6)), kept / kept.sum(), atol=2e-4)
-    only = frequencies(LOGITS, Sampling(top_p=1e-6))
-    assert only[0] == 1  # the likeliest always stays
+    assert frequencies(LOGITS, Sampling(top_p=1e-6))[0] == 1  # the likeliest always stays
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
@@ -139,8 +137,7 @@ def test_a_stream_depends_on_seed_and_episode_alone_and_begins_the_same_at_any_l
     many = torch.stack([stream(0, episode, 4) for episode in range(500)])
     assert 0.45 < many.mean() < 0.55
     assert abs(torch.corrcoef(many[:, :2].T)[0, 1]) < 0.15
-    neighbours = torch.corrcoef(torch.stack([many[:-1, 0], many[1:, 0]]))[0, 1]
-    assert abs(neighbours) < 0.15
+    assert abs(torch.corrcoef(torch.stack([many[:-1, 0], many[1:, 0]]))[0, 1]) < 0.15
 
 
 @pytest.mark.parametrize(

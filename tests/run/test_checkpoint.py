@@ -40,8 +40,6 @@ def names(parent):
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------
-
-
 def test_a_saved_checkpoint_verifies_and_tells_what_wrote_it(tmp_path):
     path = save(tmp_path, 100)
     manifest = checkpoint.verify(path)
@@ -101,8 +99,7 @@ def test_a_checkpoint_is_never_pruned_in_favour_of_a_damaged_later_one(tmp_path)
 
 def test_the_same_step_can_be_saved_again(tmp_path):
     save(tmp_path, 7)
-    path = checkpoint.save(tmp_path, 7, writer(8), {})
-    assert checkpoint.read_state(path / "state")["step"] == 8
+    assert checkpoint.read_state(checkpoint.save(tmp_path, 7, writer(8), {}) / "state")["step"] == 8
     assert names(tmp_path) == ["step-000007"]
 
 
@@ -137,8 +134,6 @@ def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
-
-
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -184,8 +179,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_loud_line(name, tmp_path):
     harm, message = DAMAGE[name]
     harm(tmp_path / "step-000002")
     lines = []
-    newest = checkpoint.newest(tmp_path, lines.append)
-    assert newest.name == "step-000001"
+    assert checkpoint.newest(tmp_path, lines.append).name == "step-000001"
     assert len(lines) == 1
     assert "WARNING" in lines[0]
     assert "step-000002" in lines[0]
@@ -253,8 +247,6 @@ def test_no_flipped_bit_anywhere_goes_unnoticed(tmp_path):
 
 
 # --- no room --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_one_paragraph_and_the_last_good_checkpoint_stays(tmp_path, number):
     save(tmp_path / "checkpoints", 1)
@@ -333,8 +325,6 @@ def test_a_limit_on_file_size(tmp_path):
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
-
-
 def test_state_comes_back_exactly(tmp_path):
     flat = torch.arange(12.0)
     state = {
@@ -355,8 +345,7 @@ def test_state_comes_back_exactly(tmp_path):
         "trained": torch.nn.Parameter(torch.ones(2)),
     }
     checkpoint.write_state(tmp_path / "state", state)
-    back = checkpoint.read_state(tmp_path / "state")
-    same(state, back)
+    same(state, checkpoint.read_state(tmp_path / "state"))
 
 
 def same(a, b):

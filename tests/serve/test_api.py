@@ -20,8 +20,6 @@ ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_to
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -138,8 +136,6 @@ def test_null_is_the_same_as_leaving_out(server):
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_servers_logprobs_are_the_trainers(server):
     model = server.service.catalogue.models["tiny"]
     prompt = [1, 40, 41, 42]
@@ -152,8 +148,7 @@ def test_the_servers_logprobs_are_the_trainers(server):
     ids = [token for token in answer.response_ids if token != 2]
     row = torch.tensor([prompt + answer.response_ids])
     with torch.no_grad():
-        hidden = model.decoder.forward(row, torch.tensor([row.shape[1]]))
-        states = hidden[0, len(prompt) - 1 : -1]
+        states = model.decoder.forward(row, torch.tensor([row.shape[1]]))[0, len(prompt) - 1 : -1]
         wanted = torch.log_softmax(model.decoder.logits(states), -1).gather(1, row[0, len(prompt) :, None])[:, 0]
     assert len(ids) >= 10
     difference = torch.tensor(logprobs) - wanted[: len(ids)]
@@ -185,8 +180,6 @@ def test_the_coldest_temperatures_are_greedy(server):
 
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/metrics", "/openapi.json", "/api/conversations", "/api/export", "/nowhere"]
 )
@@ -289,8 +282,6 @@ def test_the_chat_template_runs_in_a_sandbox(tmp_path):
 
 
 # --- how much, how slow -----------------------------------------------------------------------------------------------
-
-
 def raw(server, data):
     """The server's answer to these bytes, until it closes the connection."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as connection:
@@ -351,8 +342,7 @@ def test_what_is_no_http_is_told_so(server):
 def test_a_body_that_drips_is_given_up(server, monkeypatch):
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
     monkeypatch.setattr(middleware, "LINGER_SECONDS", 0.1)
-    answer = raw(server, head("content-length: 100").encode() + b"{")
-    assert answer.startswith(b"HTTP/1.1 408")
+    assert raw(server, head("content-length: 100").encode() + b"{").startswith(b"HTTP/1.1 408")
 
 
 def test_a_client_that_stops_reading_loses_its_row(tmp_path, monkeypatch):
@@ -369,8 +359,6 @@ def test_a_client_that_stops_reading_loses_its_row(tmp_path, monkeypatch):
 
 
 # --- leaving ----------------------------------------------------------------------------------------------------------
-
-
 def open_stream(server, **changes):
     """A connection that receives a long answer."""
     body = json.dumps({**ASK, "max_tokens": 240, "logit_bias": {"2": -100}, "stream": True, **changes})

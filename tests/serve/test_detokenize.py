@@ -78,8 +78,7 @@ def test_a_stop_string_ends_the_text_and_no_part_of_it_is_shown(encoder, written
 
 def test_what_might_begin_a_stop_string_waits_and_comes_when_it_was_none(encoder):
     text = TextStream(decoder_of(encoder), ["stop"])
-    shown = [text.push(token) for letter in "a st" for token in ids_of(encoder, letter)]
-    assert "".join(shown) == "a "
+    assert "".join([text.push(token) for letter in "a st" for token in ids_of(encoder, letter)]) == "a "
     assert text.position == 4
     assert "".join(text.push(token) for token in ids_of(encoder, "a")) == "sta"
 
@@ -93,8 +92,7 @@ def test_long_noise_is_shown_and_not_kept_for_ever(encoder):
 
 def test_a_tokens_bytes_are_those_of_its_text(encoder):
     vocabulary = Vocabulary(encoder.tokenizer)
-    ids = ids_of(encoder, WORDS)
-    assert b"".join(vocabulary.bytes_of(token) for token in ids) == WORDS.encode()
+    assert b"".join(vocabulary.bytes_of(token) for token in ids_of(encoder, WORDS)) == WORDS.encode()
     assert vocabulary.bytes_of(2) == b"<eos>"
 
 

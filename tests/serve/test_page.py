@@ -196,8 +196,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --- what a person does -----------------------------------------------------------------------------------------------
-
-
 def say(page: Any, text: str, *, wait: bool = True) -> None:
     """Types a message and sends it."""
     page.get_by_label("Message", exact=True).fill(text)
@@ -251,8 +249,6 @@ def stream(route: Any, events: list[dict[str, Any]]) -> None:
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_key_is_asked_for_once_per_browser(open_page, served, watch, pictures):
     watch.allowed = ["401"]  # the wrong key, on purpose
     page = open_page(log_in=False)
@@ -279,12 +275,10 @@ def test_the_key_is_asked_for_once_per_browser(open_page, served, watch, picture
 
 
 def test_the_page_is_served_with_a_policy_that_allows_nothing_inline(served, open_page):
-    page = open_page(log_in=False)
-    answer = page.request.get(served.url)
+    answer = open_page(log_in=False).request.get(served.url)
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert "unsafe" not in answer.headers["content-security-policy"]
-    html = answer.text()
-    assert not re.findall(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=", html)
+    assert not re.findall(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=", answer.text())
     for file in PAGE.glob("*.js"):
         assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", file.read_text()), file
 
@@ -297,8 +291,6 @@ def test_vendored_files_are_the_packages_own():
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
-
-
 def test_a_conversation_of_several_turns_is_there_again_after_a_reload(open_page, served, pictures):
     page = open_page()
     say(page, "What colour is the fox?")
@@ -429,8 +421,6 @@ def test_the_model_is_the_one_that_was_picked(open_page, served):
 
 
 # --- side by side and votes -------------------------------------------------------------------------------------------
-
-
 def test_of_two_models_side_by_side_one_is_voted_better_blind(open_page, served, pictures):
     page = open_page()
     page.get_by_role("button", name="Compare two answers").click()
@@ -504,8 +494,6 @@ def test_a_thumb_is_stored_and_can_be_taken_back(open_page):
 
 
 # --- the list ---------------------------------------------------------------------------------------------------------
-
-
 def test_conversations_can_be_renamed_found_and_deleted(open_page, served):
     page = open_page()
     say(page, "About rivers")
@@ -574,7 +562,6 @@ def test_export_writes_json_lines_of_every_branch(open_page, served, tmp_path):
 
 
 # --- what a model writes ----------------------------------------------------------------------------------------------
-
 RICH = """A **penstock** carries water from a reservoir to a turbine. Three things decide what comes out:
 
 1. **Head**: how far the water falls.
@@ -718,8 +705,6 @@ def test_no_payload_runs_from_history_titles_or_exports(open_page, served):
 
 
 # --- when things go wrong ---------------------------------------------------------------------------------------------
-
-
 def refuse(
     page: Any, status: int, message: str, headers: dict[str, str] | None = None, address: str = "**/replies"
 ) -> None:
@@ -823,8 +808,6 @@ def test_a_second_log_in_in_another_tab_does_not_disturb_the_first(open_page, se
 
 
 # --- for everybody ----------------------------------------------------------------------------------------------------
-
-
 def test_everything_works_from_the_keyboard(open_page):
     page = open_page()
     page.evaluate("document.activeElement.blur()")
@@ -839,8 +822,7 @@ def test_everything_works_from_the_keyboard(open_page):
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("button", name="Good answer")).to_be_focused()  # it was drawn anew
-    ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-    assert ring == "solid"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.evaluate("document.activeElement.blur(), document.querySelector('.skip').focus()")
     page.keyboard.press("Enter")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()

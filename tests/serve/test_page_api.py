@@ -186,8 +186,6 @@ def test_export_has_a_line_for_each_way_through_the_tree(server, tmp_path):
 
 
 # --- votes ------------------------------------------------------------------------------------------------------------
-
-
 def two_answers(server, text="What is a penstock?"):
     conversation, question = begin(server, text, system="Be brief.")
     ids = [answer(server, conversation, question, model=model)[-1]["message"]["id"] for model in ("tiny", "other")]
@@ -250,8 +248,6 @@ def test_there_is_nothing_to_export_from_nowhere(tmp_path, capsys):
 
 
 # --- the page's files -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     (tmp_path / "vendor").mkdir()

@@ -152,8 +152,6 @@ def test_a_damaged_database_is_exit_code_4(tmp_path, model, capsys):
 
 
 # --- following a run --------------------------------------------------------------------------------------------------
-
-
 def write_checkpoint(run: Path, step: int, seed: int) -> None:
     """What a training run leaves at a step."""
     (run / "config.toml").write_text('command = "sft"\n')

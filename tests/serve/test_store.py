@@ -228,8 +228,6 @@ def test_many_threads_write_at_once(store):
 
 
 # --- a damaged one ----------------------------------------------------------------------------------------------------
-
-
 def damaged(directory):
     """A database whose pages were overwritten."""
     store = open_store(str(directory), None)

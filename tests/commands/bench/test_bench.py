@@ -55,8 +55,7 @@ def test_defaults_are_the_published_settings():
     names = (
         "model strategy num_episodes max_timesteps update_timesteps max_epochs train_batch_size experience_batch_size"
     )
-    values = [getattr(config, name) for name in names.split()]
-    assert values == ["s", "ddp", 3, 8, 8, 3, 8, 8]
+    assert [getattr(config, name) for name in names.split()] == ["s", "ddp", 3, 8, 8, 3, 8, 8]
     assert (config.prompts, config.prompt_length, config.max_length, config.top_k) == (1000, 400, 512, 50)
     beats = schedule(config)
     assert [beat.kind for beat in beats].count("experience") == 24
@@ -136,8 +135,7 @@ def test_what_cannot_work_is_said_before_anything_is_made(flags, code, words, ca
 
 
 def test_four_roles_stand_on_one_base_with_adapters():
-    strategy = Strategy.named("gemini_cpu")
-    four = work.Four(strategy, TINY, lora_rank=2)
+    four = work.Four(Strategy.named("gemini_cpu"), TINY, lora_rank=2)
     assert four.streams["actor"].shares(four.streams["reward"])
     assert four.streams["actor"].shares(four.streams["reference"])
     full = work.Four(Strategy.named("gemini_cpu"), TINY)
