@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import PATIENCE
 from tests.serve.conftest import KEY, paused, running, save_chatty
-from tests.serve.openai_cases import ASK, CASES, fails
+from tests.serve.openai_cases import ASK, CASES, Cases, fails
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def client(server):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_client_sees(client, name):
-    CASES[name](client)
+    CASES[name](Cases(client))
 
 
 def test_there_are_forty_cases():

@@ -16,6 +16,7 @@ from penstock.serve.scheduler import BusyError, Generation, Scheduler
 from tests.conftest import PATIENCE
 from tests.serve.conftest import paused, save_chatty
 
+pytestmark = pytest.mark.anyio  # the plugin of anyio, which the server needs anyway, runs async tests
 NO_EOS = ((2, -100.0),)
 PROMPT = [1, 40, 41]
 
@@ -33,14 +34,18 @@ def load(tmp_path_factory):
     return make
 
 
-@contextlib.asynccontextmanager
-async def scheduling(queue_length=4):
-    scheduler = Scheduler(asyncio.get_running_loop(), queue_length=queue_length)
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture
+async def scheduler(request):
+    """A scheduler in the test's loop; its parameter is the length of the queue. Default: 4."""
+    scheduler = Scheduler(asyncio.get_running_loop(), queue_length=getattr(request, "param", 4))
     scheduler.start()
-    try:
-        yield scheduler
-    finally:
-        scheduler.close(ApiError(503, "the test is over"))
+    yield scheduler
+    scheduler.close(ApiError(503, "the test is over"))
 
 
 @contextlib.contextmanager
@@ -66,173 +71,134 @@ def ask(model, seed=0, tokens=20):
     return Generation(model, [PROMPT], Sampling(max_new_tokens=tokens, seed=seed, logit_bias=NO_EOS))
 
 
-def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(load):
+async def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(load, scheduler):
     model = load(rows=3)
-
-    async def run():
-        async with scheduling() as scheduler:
-            alone = []
-            for seed in range(5):
-                scheduler.submit(generation := ask(model, seed))
-                alone.append((await all_of(generation))[0][0])
-            steps = scheduler.steps
-            generations = [ask(model, seed) for seed in range(5)]
-            with no_steps(scheduler):
-                for generation in generations:
-                    scheduler.submit(generation)
-            together = [(await all_of(generation))[0][0] for generation in generations]
-            return alone, together, steps, scheduler.steps - steps
-
-    alone, together, slow, quick = asyncio.run(run())
+    alone = []
+    for seed in range(5):
+        scheduler.submit(generation := ask(model, seed))
+        alone.append((await all_of(generation))[0][0])
+    steps = scheduler.steps
+    generations = [ask(model, seed) for seed in range(5)]
+    with no_steps(scheduler):
+        for generation in generations:
+            scheduler.submit(generation)
+    together = [(await all_of(generation))[0][0] for generation in generations]
+    quick = scheduler.steps - steps
     assert together == alone
-    assert slow == 100
+    assert steps == 100
     assert quick < 60  # three at a time
 
 
-def test_what_finds_no_room_is_refused_and_room_comes_back(load):
+@pytest.mark.parametrize("scheduler", [2], indirect=True)
+async def test_what_finds_no_room_is_refused_and_room_comes_back(load, scheduler):
     model = load(rows=1)
-
-    async def run():
-        async with scheduling(queue_length=2) as scheduler:
-            first = [ask(model, seed) for seed in range(3)]
-            with no_steps(scheduler):
-                for generation in first:
-                    scheduler.submit(generation)
-                with pytest.raises(BusyError, match="has 3 answers running or waiting, and room for 3 with 1 at once"):
-                    scheduler.submit(ask(model))
-            for generation in first:
-                await all_of(generation)
-            assert scheduler.outstanding == 0
-            scheduler.submit(last := ask(model))
-            await all_of(last)
-
-    asyncio.run(run())
+    first = [ask(model, seed) for seed in range(3)]
+    with no_steps(scheduler):
+        for generation in first:
+            scheduler.submit(generation)
+        with pytest.raises(BusyError, match="has 3 answers running or waiting, and room for 3 with 1 at once"):
+            scheduler.submit(ask(model))
+    for generation in first:
+        await all_of(generation)
+    assert scheduler.outstanding == 0
+    scheduler.submit(last := ask(model))
+    await all_of(last)
 
 
-def test_a_cancelled_request_frees_its_row_before_the_next_step(load):
+async def test_a_cancelled_request_frees_its_row_before_the_next_step(load, scheduler):
     model = load(rows=1)
-
-    async def run():
-        async with scheduling() as scheduler:
-            scheduler.submit(long := ask(model, tokens=200))
-            scheduler.submit(waits := ask(model, seed=1, tokens=1))
-            await long.pieces()
-            scheduler.cancel(long)
-            tokens = long.tokens_made
-            await all_of(waits)
-            assert await long.pieces() == []
-            assert long.tokens_made <= tokens + 1  # the step that ran while it was cancelled
-            assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
-
-    asyncio.run(run())
+    scheduler.submit(long := ask(model, tokens=200))
+    scheduler.submit(waits := ask(model, seed=1, tokens=1))
+    await long.pieces()
+    scheduler.cancel(long)
+    tokens = long.tokens_made
+    await all_of(waits)
+    assert await long.pieces() == []
+    assert long.tokens_made <= tokens + 1  # the step that ran while it was cancelled
+    assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
 
 
-def test_a_request_that_still_waits_can_be_cancelled(load):
+async def test_a_request_that_still_waits_can_be_cancelled(load, scheduler):
     model = load(rows=1)
-
-    async def run():
-        async with scheduling() as scheduler:
-            with no_steps(scheduler):
-                scheduler.submit(long := ask(model, tokens=50))
-                scheduler.submit(waits := ask(model, seed=1))
-                scheduler.cancel(waits)
-            await all_of(long)
-            assert waits.tokens_made == 0
-            assert scheduler.outstanding == 0
-
-    asyncio.run(run())
+    with no_steps(scheduler):
+        scheduler.submit(long := ask(model, tokens=50))
+        scheduler.submit(waits := ask(model, seed=1))
+        scheduler.cancel(waits)
+    await all_of(long)
+    assert waits.tokens_made == 0
+    assert scheduler.outstanding == 0
 
 
-def test_a_step_that_fails_is_an_error_for_all_and_a_fresh_engine_goes_on(load, capsys):
+async def test_a_step_that_fails_is_an_error_for_all_and_a_fresh_engine_goes_on(load, capsys, scheduler):
     model, other = load(rows=2), load(seed=1, name="other")
+    scheduler.submit(good := ask(model))
+    wanted = await all_of(good)
+    old = model.engine
 
-    async def run():
-        async with scheduling() as scheduler:
-            scheduler.submit(good := ask(model))
-            wanted = await all_of(good)
-            old = model.engine
+    def breaks():
+        raise RuntimeError("on fire")
 
-            def breaks():
-                raise RuntimeError("on fire")
-
-            old.step = breaks
-            generations = [ask(model, seed) for seed in range(4)]
-            with no_steps(scheduler):
-                scheduler.submit(healthy := ask(other))
-                for generation in generations:
-                    scheduler.submit(generation)
-            for generation in generations:
-                (piece,) = await generation.pieces()
-                assert piece.error.status == 500
-                assert "RuntimeError" in piece.error.message
-            assert (await all_of(healthy))[1] == ["length"]
-            assert model.engine is not old
-            scheduler.submit(again := ask(model))
-            assert await all_of(again) == wanted
-            assert scheduler.outstanding == 0
-
-    asyncio.run(run())
+    old.step = breaks
+    generations = [ask(model, seed) for seed in range(4)]
+    with no_steps(scheduler):
+        scheduler.submit(healthy := ask(other))
+        for generation in generations:
+            scheduler.submit(generation)
+    for generation in generations:
+        (piece,) = await generation.pieces()
+        assert piece.error.status == 500
+        assert "RuntimeError" in piece.error.message
+    assert (await all_of(healthy))[1] == ["length"]
+    assert model.engine is not old
+    scheduler.submit(again := ask(model))
+    assert await all_of(again) == wanted
+    assert scheduler.outstanding == 0
     assert "on fire" in capsys.readouterr().err
 
 
-def test_answers_that_run_keep_the_weights_they_began_with(load):
+async def test_answers_that_run_keep_the_weights_they_began_with(load, scheduler):
     old, new = load(seed=0, rows=2), load(seed=5, rows=2)
-
-    async def run():
-        async with scheduling() as scheduler:
-            expected = []
-            for model in (old, new):
-                scheduler.submit(generation := ask(model, tokens=100))
-                expected.append(await all_of(generation))
-            scheduler.submit(begun := ask(old, tokens=100))
-            await begun.pieces()
-            scheduler.submit(later := ask(new, tokens=100))  # what the catalogue hands out after a swap
-            assert (await all_of(later)) == expected[1]
-            tail = await all_of(begun)
-            assert tail[1] == ["length"]
-            assert expected[0][0][0].endswith(tail[0][0])
-            assert scheduler.rows_used == 0
-
-    asyncio.run(run())
+    expected = []
+    for model in (old, new):
+        scheduler.submit(generation := ask(model, tokens=100))
+        expected.append(await all_of(generation))
+    scheduler.submit(begun := ask(old, tokens=100))
+    await begun.pieces()
+    scheduler.submit(later := ask(new, tokens=100))  # what the catalogue hands out after a swap
+    assert (await all_of(later)) == expected[1]
+    tail = await all_of(begun)
+    assert tail[1] == ["length"]
+    assert expected[0][0][0].endswith(tail[0][0])
+    assert scheduler.rows_used == 0
 
 
-def test_a_stop_string_frees_the_row(load):
+async def test_a_stop_string_frees_the_row(load, scheduler):
     model = load(rows=1)
-
-    async def run():
-        async with scheduling() as scheduler:
-            scheduler.submit(whole := ask(model, tokens=200))
-            (text,), _ = await all_of(whole)
-            stop = text[30:33]
-            stopped = Generation(model, [PROMPT], whole.sampling, stops=(stop,))
-            scheduler.submit(stopped)
-            (short,), reasons = await all_of(stopped)
-            assert (short, reasons) == (text[: text.index(stop)], ["stop"])
-            assert stopped.tokens_made < 100
-            assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
-
-    asyncio.run(run())
+    scheduler.submit(whole := ask(model, tokens=200))
+    (text,), _ = await all_of(whole)
+    stop = text[30:33]
+    stopped = Generation(model, [PROMPT], whole.sampling, stops=(stop,))
+    scheduler.submit(stopped)
+    (short,), reasons = await all_of(stopped)
+    assert (short, reasons) == (text[: text.index(stop)], ["stop"])
+    assert stopped.tokens_made < 100
+    assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
 
 
-def test_closing_tells_everybody_why(load):
+async def test_closing_tells_everybody_why(load, scheduler):
     model = load(rows=1)
-
-    async def run():
-        async with scheduling() as scheduler:
-            generations = [ask(model, seed, tokens=200) for seed in range(3)]
-            with paused(model, lambda: not scheduler._orders.empty(), after=20):
-                for generation in generations:
-                    scheduler.submit(generation)
-                await generations[0].pieces()
-                scheduler.close(ApiError(503, "going down", code="shutting_down"))
-            for generation in generations:
-                pieces = await generation.pieces()
-                while not pieces[-1].error:
-                    pieces = await generation.pieces()
-                assert pieces[-1].error.code == "shutting_down"
-            assert scheduler.outstanding == 0
-
-    asyncio.run(run())
+    generations = [ask(model, seed, tokens=200) for seed in range(3)]
+    with paused(model, lambda: not scheduler._orders.empty(), after=20):
+        for generation in generations:
+            scheduler.submit(generation)
+        await generations[0].pieces()
+        scheduler.close(ApiError(503, "going down", code="shutting_down"))
+    for generation in generations:
+        pieces = await generation.pieces()
+        while not pieces[-1].error:
+            pieces = await generation.pieces()
+        assert pieces[-1].error.code == "shutting_down"
+    assert scheduler.outstanding == 0
 
 
 def test_models_are_named_by_their_paths(tmp_path):
