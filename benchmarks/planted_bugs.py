@@ -58,7 +58,7 @@ BUGS: list[Bug] = [
     (HEAD, "gradient without the target's own", "slope.scatter_add_(1, column, torch.where(inside, grad[rows], 0.0)[:, None])", "pass"),
     (HEAD, "entropy with the wrong sign", "torch.special.entr(every)", "-torch.special.entr(every)"),
     (HEAD, "the last tile of rows is left out", "for start in range(0, count, height))", "for start in range(0, count - height + 1, height))"),
-    (FN, "log-ratio not clamped", "(logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "logprobs - other"),
+    (FN, "log-ratio not clamped", "(logprobs - base_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "logprobs - base_logprobs"),
     (FN, "KL the wrong way round", "return log_ratio(logprobs, ref_logprobs)", "return log_ratio(ref_logprobs, logprobs)"),
     (FN, "k2 without its half", "return 0.5 * log_ratio", "return log_ratio"),
     (FN, "k3 with the ratio upside down", "reverse = log_ratio(ref_logprobs, logprobs)", "reverse = log_ratio(logprobs, ref_logprobs)"),

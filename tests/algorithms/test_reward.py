@@ -46,7 +46,7 @@ def model(tiny_model):
 def prepared(model):
     """A copy of the model at home in a strategy: what the functions below take."""
     strategy, model = Strategy.named("naive", device="cpu"), copy.deepcopy(model)
-    return strategy, strategy.prepare(model), model
+    return strategy, strategy.prepare(model)
 
 
 def with_gradient(model, rows):
@@ -168,7 +168,7 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, tiny_model, jsonl, monk
         return call
 
     monkeypatch.setattr(module, "ranking_loss", spy("train", module.ranking_loss, lambda a: a[1].rankings))
-    monkeypatch.setattr(module, "score_rankings", spy("heldout", module.score_rankings, lambda a: a[3]))
+    monkeypatch.setattr(module, "score_rankings", spy("heldout", module.score_rankings, lambda a: a[2]))
     reward(
         RewardConfig(
             model=tiny_model(), data=DataFlags(data=(data,), max_length=32), run=RunFlags(out=str(tmp_path / "r")),

@@ -56,7 +56,7 @@ def test_loss_and_gradient_are_those_of_transformers_in_any_micro_batch(tiny_mod
 def test_heldout_loss_is_a_mean_over_trained_tokens(tiny_model):
     address = tiny_model()
     strategy, actor = Strategy.named("naive", device="cpu"), Actor.from_pretrained(address)
-    found = heldout_loss(strategy, strategy.prepare(actor), actor, EXAMPLES, 2)
+    found = heldout_loss(strategy, strategy.prepare(actor), EXAMPLES, 2)
     assert found == pytest.approx(theirs(address)[0], abs=1e-6)
 
 

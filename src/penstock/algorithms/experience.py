@@ -97,15 +97,13 @@ class Answered:
 
 
 def score(
-    strategy: Strategy,
-    roles: Roles,
-    rollout: Sequence[Answer],
-    records: Sequence,
-    temperature: float,
-    micro_batch_size: int,
+    strategy: Strategy, roles: Roles, rollout: Sequence[Answer], records: Sequence, temperature: float, size: int
 ) -> Experience:
-    """This rank's rollout, seen by all models, on the CPU. Models on one base run side by side, others in turn."""
-    batches = scoring_batches(rollout, micro_batch_size, strategy.world.device)
+    """This rank's rollout as all models see it, on the CPU: models on one base side by side, the others in turn.
+
+    records: the prompts, for the scorer. size: rows per forward pass.
+    """
+    batches = scoring_batches(rollout, size, strategy.world.device)
 
     def logprobs(stream: Stream) -> Work:
         def read(hidden: Tensor, rows: Answered) -> tuple[Tensor, Tensor, Tensor | None]:

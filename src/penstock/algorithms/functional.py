@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Count = Tensor | float | None
+"""What a token mean divides by. Default: the valid tokens that it gets."""
 LOG_RATIO_LIMIT = 20.0
 """exp(20) is 5e8: beyond it a ratio says only "broken", and it must not become inf (PPO.md 8, 16)."""
 
@@ -77,18 +79,17 @@ def clean(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask, 0.0)
 
 
-def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, count: Count = None) -> Tensor:
     """Sum of x over valid positions / count. Give the *global* count when this is one part of a batch (PPO.md 15)."""
-    total = clean(x, mask).sum()
-    return total / (mask.sum() if count is None else count)
+    return clean(x, mask).sum() / (mask.sum() if count is None else count)
 
 
 # --- KL and rewards -------------------------------------------------------------------------------------------------
 
 
-def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
-    """logprobs - other, clamped to +-20 (PPO.md 8)."""
-    return (logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+def log_ratio(logprobs: Tensor, base_logprobs: Tensor) -> Tensor:
+    """logprobs - base_logprobs, clamped to +-20 (PPO.md 8)."""
+    return (logprobs - base_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -191,12 +192,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip: float = 0.2,
-    count: Tensor | float | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2, count: Count = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a token mean over `count` (PPO.md 15, 16).
 
@@ -221,12 +217,7 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    clip: float | None = 0.2,
-    count: Tensor | float | None = None,
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = 0.2, count: Count = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """0.5 * max(squared error, squared error of the value clipped around the old one), a token mean (PPO.md 16).
 
@@ -243,7 +234,7 @@ def value_loss(
     return loss, {"clipfrac": ((squared_clipped > squared) & mask).sum().float().detach()}
 
 
-def sft_loss(logprobs: Tensor, count: Tensor | float | None = None) -> Tensor:
+def sft_loss(logprobs: Tensor, count: Count = None) -> Tensor:
     """Negative log-likelihood of packed logprobs [N], a token mean over `count` (PPO.md 15, 24)."""
     return -logprobs.sum() / (max(len(logprobs), 1) if count is None else count)
 

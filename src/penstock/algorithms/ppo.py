@@ -100,10 +100,9 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
     models, source, optim, flags = inputs.models, inputs.source, config.optim, config.ppo
-    work = Workload(
-        "ppo", role_specs(models), optim.batch_size, optim.micro_batch_size, config.mini_batch_size or optim.batch_size,
-        optim.epochs, max(map(len, inputs.prompts)), flags.max_new_tokens, flags.rollout_batch_size,
-    )  # fmt: skip
+    longest, mini_batch = max(map(len, inputs.prompts)), config.mini_batch_size or optim.batch_size
+    batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
+    work = Workload("ppo", role_specs(models), *batches, longest, flags.max_new_tokens, flags.rollout_batch_size)
     swap = reserve_activations(strategy, work)
     prepared = strategy.prepare_all(*models.values(), weight_decay=optim.weight_decay)
     streams = dict(zip(models, prepared, strict=True))
@@ -220,22 +219,19 @@ class PPO:
     def sampling(self, **changes: Any) -> Sampling:
         """How tokens are drawn."""
         flags = self.flags
-        sampling = Sampling(
-            flags.temperature, flags.max_new_tokens, top_k=flags.top_k, top_p=flags.top_p, seed=self.seed
-        )
+        sampling = Sampling(flags.temperature, flags.max_new_tokens, 1, flags.top_k, flags.top_p, self.seed)
         return dataclasses.replace(sampling, **changes)
 
     def rollout(self, prompts: Sequence[list[int]], episodes: Sequence[int], **changes: Any) -> list[Answer]:
         """This rank's answers. `episodes` number their random streams; `changes` are those of the sampling."""
+        decoder, sampling, size = (
+            self.roles.actor.model.decoder,
+            self.sampling(**changes),
+            self.flags.rollout_batch_size,
+        )
         with self.strategy.phase("rollout"):
             return generate(
-                self.roles.actor.model.decoder,
-                prompts,
-                self.sampling(**changes),
-                eos_ids=self.eos_ids,
-                episodes=episodes,
-                batch_size=self.flags.rollout_batch_size,
-                swap=self.swap,
+                decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, batch_size=size, swap=self.swap
             )
 
     def score(self, rollout: Sequence[Answer], records: Sequence, beta: float) -> Experience:
@@ -267,14 +263,14 @@ class PPO:
         share = [experience.rows(rows).to(world.device) for rows in parts if len(rows)]
         mixed = [*share, *micro_batches(world.share_of(list(ptx)), size, world.device)]
 
-        def policy(hidden: Tensor, part: Experience | Rows) -> Losses:
+        def policy(hidden: Tensor, part: Part) -> Losses:
             return actor_loss(actor.model, hidden, part, flags, count, ptx_count)
 
         def value(hidden: Tensor, part: Experience) -> Losses:
             assert critic is not None
             return critic_loss(critic.model, hidden, part, flags, count)
 
-        def both(hidden: Tensor, part: Experience | Rows) -> Losses:
+        def both(hidden: Tensor, part: Part) -> Losses:
             return shared_loss(actor.model, hidden, part, flags, count, ptx_count, hold_actor)
 
         shared = isinstance(actor.model, ActorCritic)
@@ -308,9 +304,11 @@ def permutation(count: int, seed: int, step: int, epoch: int) -> Tensor:
     return stream(seed ^ 0x5EED, (step << 16) + epoch, count).argsort()
 
 
-def actor_loss(
-    actor: Actor, hidden: Tensor, part: Experience | Rows, flags: PPOFlags, count: int, ptx_count: int
-) -> Losses:
+Part = Experience | Rows
+"""A micro-batch of episodes, or of demonstrations for the ptx loss."""
+
+
+def actor_loss(actor: Actor, hidden: Tensor, part: Part, flags: PPOFlags, count: int, ptx_count: int) -> Losses:
     """The clipped policy loss of a micro-batch of episodes, or the ptx loss of one of demonstrations (16, 21)."""
     if isinstance(part, Rows):
         loss = fn.sft_loss(response_logprobs(actor, hidden, part), ptx_count)
@@ -328,13 +326,7 @@ def critic_loss(critic: Critic | ActorCritic, hidden: Tensor, part: Experience, 
 
 
 def shared_loss(
-    actor: ActorCritic,
-    hidden: Tensor,
-    part: Experience | Rows,
-    flags: PPOFlags,
-    count: int,
-    ptx_count: int,
-    hold_actor: bool,
+    actor: ActorCritic, hidden: Tensor, part: Part, flags: PPOFlags, count: int, ptx_count: int, hold_actor: bool
 ) -> Losses:
     """Both losses on one trunk, the value's times --vf-coef (16). `hold_actor`: the head learns, the trunk does not.
 

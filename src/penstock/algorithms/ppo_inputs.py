@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.algorithms.reward_source import RewardSource, check_room, reward_source
-from penstock.algorithms.setup import adapter_options, check_adapter_learns, encoder_of, keep_tokenizer, read
+from penstock.algorithms.setup import adapter_options, check_adapter_learns, encoder_of, read, read_model
 from penstock.config import PPOConfig
 from penstock.data.chat import Encoder, Example
 from penstock.errors import UserError
@@ -53,26 +53,11 @@ def check_flags(config: PPOConfig, ranks: int) -> None:
 
 def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inputs:
     """Models, prompts and demonstrations. Raises UserError or DataError for what does not fit."""
-    address, pickled = resolve_model(config.actor), config.data.allow_pickle
-    options = adapter_options(config.peft, config.run.seed)
-    with strategy.init():
-        actor = Actor.from_pretrained(address, allow_pickle=pickled, **options)
-    check_adapter_learns(actor, config.peft)
-    encoder = encoder_of(address, actor.decoder.config, config.data, reserve=config.ppo.max_new_tokens)
-    keep_tokenizer(session, address)
-    source = reward_source(
-        config.reward,
-        config.reward_fn,
-        encoder,
-        strategy,
-        config.data,
-        config.optim.micro_batch_size,
-        session.say,
-        config.peft.base_dtype,
-    )
+    actor, encoder = read_model(Actor, config.actor, config, strategy, session, config.ppo.max_new_tokens)
+    source = reward_source(config, encoder, strategy, config.data, config.optim.micro_batch_size, session.say)
     with strategy.init():
         reference = read_reference(config, actor, encoder)
-        critic = None if config.value_head else read_critic(config, actor, encoder, source, options)
+        critic = None if config.value_head else read_critic(config, actor, encoder, source)
         if config.value_head:
             actor = ActorCritic(actor.decoder)
     models = {"actor": actor, "reference": reference, "critic": critic, "reward": source.model}
@@ -99,15 +84,13 @@ def read_reference(config: PPOConfig, actor: Actor, encoder: Encoder) -> Actor:
     return reference
 
 
-def read_critic(
-    config: PPOConfig, actor: Actor, encoder: Encoder, source: RewardSource, options: dict[str, Any]
-) -> Critic:
+def read_critic(config: PPOConfig, actor: Actor, encoder: Encoder, source: RewardSource) -> Critic:
     """--critic, or the reward model where it reads the actor's tokens, or the actor with a zero head."""
     address = config.critic or (config.reward if source.reads_actor_tokens else None)
     if address is None:
         return Critic(copy.deepcopy(actor.decoder))
     address = resolve_model(address, "critic")
-    options = {**options, "adapter": None, "seed": config.run.seed + 1}
+    options = {**adapter_options(config.peft, config.run.seed + 1), "adapter": None}
     if is_adapter_directory(Path(address)):
         options["lora"] = None  # the adapter that it has learns on
     critic = Critic.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)

@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.setup import (
-    adapter_options,
-    check_adapter_learns,
-    encoder_of,
-    keep_tokenizer,
-    read,
-    reserve_activations,
-    role_specs,
-    strategy_of,
-)
+from penstock.algorithms.setup import prepare, read, read_model, strategy_of
 from penstock.config import OptimFlags, RewardConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Example
@@ -32,8 +23,6 @@ from penstock.errors import DataError
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import RewardModel
-from penstock.planner.workload import Workload
-from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 
@@ -63,9 +52,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     with session:
         longest = max(len(row) for ranking in [*train, *heldout] for row in ranking.rows)
         rows = optim.batch_size * max(len(ranking.rows) for ranking in train)
-        work = Workload("reward", role_specs({"model": model}), rows, optim.micro_batch_size, rows, 1, longest, 0)
-        reserve_activations(strategy, work)
-        stream = strategy.prepare(model, weight_decay=optim.weight_decay)
+        stream = prepare("reward", model, strategy, optim, rows, longest)
         shuffle, start = Shuffle(len(train), config.run.seed), 0
         session.restore({"model": stream})
         if session.state:
@@ -86,12 +73,12 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
             metrics |= {"grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
             if heldout and (step % config.eval_every == 0 or step == total):
                 with strategy.phase("score"):
-                    scores = score_rankings(strategy, stream, model, heldout, optim.micro_batch_size)
+                    scores = score_rankings(strategy, stream, heldout, optim.micro_batch_size)
                 facts = evaluate(heldout, scores)
                 metrics |= {f"heldout/{name}": value for name, value in facts.items()}
             if step == total:
                 with strategy.phase("score"):
-                    normalize_score(strategy, stream, model, heldout or train, normalize, optim.micro_batch_size)
+                    normalize_score(strategy, stream, heldout or train, normalize, optim.micro_batch_size)
                 if any(ranking.pairs for ranking in heldout):
                     accuracy, correlation = facts["accuracy"], facts["length_correlation"]
                     model.facts = {"pair_accuracy": accuracy, "length_correlation": correlation}
@@ -105,18 +92,12 @@ def read_inputs(
     config: RewardConfig, strategy: Strategy, session: Session
 ) -> tuple[RewardModel, list[Ranking], list[Ranking], list[Example]]:
     """The model, the rankings to train on and those held out, and the demonstrations that normalise the score."""
-    address, seed = resolve_model(config.model), config.run.seed
-    options = adapter_options(config.peft, seed)
-    torch.manual_seed(seed)  # the head's random start
-    with strategy.init():
-        model = RewardModel.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
-    check_adapter_learns(model, config.peft)
-    encoder = encoder_of(address, model.decoder.config, config.data)
-    keep_tokenizer(session, address)
+    torch.manual_seed(config.run.seed)  # the head's random start
+    model, encoder = read_model(RewardModel, config.model, config, strategy, session)
     records, encoded = read(session.say, encoder, config.data.data, "comparisons", config.data)
     train, heldout = (
         [_ranking(encoded[i], records[i].ranks) for i in side]
-        for side in split_by_prompt([record.prompt_key for record in records], config.heldout, seed)
+        for side in split_by_prompt([record.prompt_key for record in records], config.heldout, config.run.seed)
     )
     normalize: list[Example] = []
     if config.normalize:
@@ -174,23 +155,20 @@ def score_states(model: RewardModel, hidden: Tensor, batch: Rankings) -> Tensor:
     return model.read(fn.last_states(hidden, batch.lengths))
 
 
-def score_rows(
-    strategy: Strategy, stream: Stream, model: RewardModel, rows: Sequence[Sequence[int]], size: int
-) -> list[float]:
+def score_rows(strategy: Strategy, stream: Stream, rows: Sequence[Sequence[int]], size: int) -> list[float]:
     """Scores of whole rows, `size` of them at a time."""
     batches = [rows_of(rows[i : i + size], strategy.world.device) for i in range(0, len(rows), size)]
-    scored = strategy.evaluate(stream, batches, lambda hidden, batch: score_states(model, hidden, batch).tolist())
+    read = lambda hidden, batch: score_states(stream.model, hidden, batch).tolist()  # noqa: E731
+    scored = strategy.evaluate(stream, batches, read)
     return [score for scores in scored for score in scores]
 
 
-def score_rankings(
-    strategy: Strategy, stream: Stream, model: RewardModel, rankings: Sequence[Ranking], size: int
-) -> list[list[float]]:
+def score_rankings(strategy: Strategy, stream: Stream, rankings: Sequence[Ranking], size: int) -> list[list[float]]:
     """Every ranking's scores, in order, on every rank."""
     world = strategy.world
     share = world.share_of(list(enumerate(rankings)))
     rows = [row for _, ranking in share for row in ranking.rows]
-    scores = score_rows(strategy, stream, model, rows, size)
+    scores = score_rows(strategy, stream, rows, size)
     scored: list[tuple[int, list[float]]] = []
     for index, ranking in share:
         scored.append((index, scores[: len(ranking.rows)]))
@@ -243,20 +221,16 @@ def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...])
 
 
 def normalize_score(
-    strategy: Strategy,
-    stream: Stream,
-    model: RewardModel,
-    rankings: Sequence[Ranking],
-    demonstrations: Sequence[Example],
-    size: int,
+    strategy: Strategy, stream: Stream, rankings: Sequence[Ranking], demonstrations: Sequence[Example], size: int
 ) -> None:
     """Mean 0 on demonstrations (on all held-out responses without any), spread 1 on held-out responses (PPO.md 10)."""
+    model = stream.model
     model.mean, model.std = 0.0, 1.0
-    scored = score_rankings(strategy, stream, model, rankings, size)
+    scored = score_rankings(strategy, stream, rankings, size)
     flat = torch.tensor([value for values in scored for value in values])
     mean = flat.mean()
     if demonstrations:
         rows = [example.tokens for example in demonstrations]
-        mean = torch.tensor(score_rows(strategy, stream, model, rows, size)).mean()
+        mean = torch.tensor(score_rows(strategy, stream, rows, size)).mean()
     model.mean = float(mean)
     model.std = max(float(flat.std()), 1e-6) if len(flat) > 1 else 1.0

@@ -11,19 +11,19 @@ from pathlib import Path
 
 from penstock.algorithms.reward import score_rows
 from penstock.algorithms.setup import encoder_of
-from penstock.config import DataFlags
+from penstock.config import DataFlags, GenerateConfig, PPOConfig
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
 from penstock.models.config import DecoderConfig
 from penstock.models.roles import RewardModel
-from penstock.models.weight_shapes import BaseDtype
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 
 Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
 """(prompt records, answers) -> one score per answer."""
+Say = Callable[[str], None]
 
 
 class RewardSource:
@@ -40,59 +40,44 @@ class RewardSource:
 
 
 def reward_source(
-    reward: str | None,
-    reward_fn: str | None,
-    encoder: Encoder,
-    strategy: Strategy,
-    flags: DataFlags,
-    micro_batch_size: int,
-    say: Callable[[str], None],
-    base_dtype: BaseDtype | None = None,
+    config: PPOConfig | GenerateConfig, encoder: Encoder, strategy: Strategy, flags: DataFlags, size: int, say: Say
 ) -> RewardSource:
-    """What `--reward` or `--reward-fn` names. `encoder`: the actor's; `micro_batch_size`: rows per forward pass."""
+    """What `--reward` or `--reward-fn` names. `encoder`: the actor's; `size`: rows per forward pass."""
+    reward, reward_fn = config.reward, config.reward_fn
     if reward_fn:
         return FunctionReward(load_reward_fn(reward_fn), encoder, reward_fn)
     assert reward is not None
-    source = resolve_model(reward)
+    source, base_dtype = resolve_model(reward), config.peft.base_dtype if isinstance(config, PPOConfig) else None
     with strategy.init():
         model = RewardModel.trained(source, base_dtype=base_dtype, allow_pickle=flags.allow_pickle)
     model.eval().requires_grad_(False)
     _warn_if_weak(model, say, reward)
     model_encoder = encoder_of(source, model.decoder.config, dataclasses.replace(flags, max_length=1 << 30))
-    same_tokens = model_encoder.same_tokenizer(encoder)
-    if same_tokens:
+    scores = ModelReward(model, strategy, encoder, model_encoder, size)
+    if scores.reads_actor_tokens:
         check_room("reward", reward, model.decoder.config, encoder)
-    return ModelReward(model, strategy, encoder, model_encoder, same_tokens, micro_batch_size)
+    return scores
 
 
 class ModelReward(RewardSource):
     """A reward model. It reads the tokens it was trained on (11): where its tokenizer is another, texts go between."""
 
     def __init__(
-        self,
-        model: RewardModel,
-        strategy: Strategy,
-        encoder: Encoder,
-        model_encoder: Encoder,
-        reads_actor_tokens: bool,
-        micro_batch_size: int,
+        self, model: RewardModel, strategy: Strategy, encoder: Encoder, model_encoder: Encoder, size: int
     ) -> None:
-        self.model, self.strategy, self.micro_batch_size = model, strategy, micro_batch_size
-        self.encoder, self.model_encoder, self.reads_actor_tokens = encoder, model_encoder, reads_actor_tokens
+        self.model, self.strategy, self.encoder, self.model_encoder = model, strategy, encoder, model_encoder
+        self.reads_actor_tokens, self.size = model_encoder.same_tokenizer(encoder), size
 
     def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
-        """The model's scores of whole rows."""
         assert self.stream is not None, "prepare the reward model first"
         if self.reads_actor_tokens:
             rows = [answer.prompt_ids + answer.response_ids for answer in answers]
         else:
-            rows = [
-                self.model_encoder.encode_response(
-                    record, self.encoder.decode(answer.response_ids), ended=answer.finish_reason == "stop"
-                )
-                for record, answer in zip(records, answers, strict=True)
-            ]
-        return score_rows(self.strategy, self.stream, self.stream.model, rows, self.micro_batch_size)
+            rows = []
+            for record, answer in zip(records, answers, strict=True):
+                text, ended = self.encoder.decode(answer.response_ids), answer.finish_reason == "stop"
+                rows.append(self.model_encoder.encode_response(record, text, ended=ended))
+        return score_rows(self.strategy, self.stream, rows, self.size)
 
 
 class FunctionReward(RewardSource):
@@ -106,10 +91,7 @@ class FunctionReward(RewardSource):
 
     def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
         """The function's scores. Raises UserError when it fails, or gives too few scores or one that is not finite."""
-        ids = {
-            "prompt_ids": [answer.prompt_ids for answer in answers],
-            "response_ids": [answer.response_ids for answer in answers],
-        }
+        ids = {name: [getattr(answer, name) for answer in answers] for name in ("prompt_ids", "response_ids")}
         prompts, responses = (self._texts(rows) for rows in ids.values())
         extras = {name: rows for name, rows in ids.items() if name in self.takes}
         try:
@@ -160,7 +142,7 @@ def load_reward_fn(address: str) -> Callable[..., list[float]]:
     return function
 
 
-def _warn_if_weak(model: RewardModel, say: Callable[[str], None], name: str) -> None:
+def _warn_if_weak(model: RewardModel, say: Say, name: str) -> None:
     """PPO.md 23: says so before PPO starts on a bad reward model."""
     accuracy, length = model.facts.get("pair_accuracy"), model.facts.get("length_correlation", 0.0)
     if accuracy is None:

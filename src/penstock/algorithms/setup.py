@@ -1,17 +1,17 @@
-"""What every training command sets up: strategy, adapter options, encoder, records with their tokens, room for
-activations."""
+"""What every training command sets up: strategy, model and encoder, records with their tokens, room for activations."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from penstock.config import DataFlags, LoraFlags, RunFlags, recompute_of
+from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
 from penstock.errors import DataError, UserError
 from penstock.memory.prepare import groups_of
 from penstock.memory.strategy import DTYPES, Strategy
+from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
@@ -45,10 +45,25 @@ def adapter_options(flags: LoraFlags, seed: int) -> dict[str, Any]:
     adapter = None if flags.adapter is None else resolve_model(flags.adapter)
     if flags.num_layers_unfrozen is not None and (spec or adapter):
         raise UserError("--num-layers-unfrozen: under an adapter no block learns; give one of the two.")
-    return {
-        "lora": spec, "adapter": adapter, "seed": seed, "base_dtype": flags.base_dtype,
-        "unfrozen": flags.num_layers_unfrozen,
-    }  # fmt: skip
+    trained = {"lora": spec, "adapter": adapter, "unfrozen": flags.num_layers_unfrozen}
+    return {**trained, "seed": seed, "base_dtype": flags.base_dtype}
+
+
+def read_model(role: Any, source: str, config: Any, strategy: Strategy, session: Session, reserve: int = 1) -> Any:
+    """The model that a command trains, of this role's class, and its encoder; the session keeps the tokenizer."""
+    address, options = resolve_model(source), adapter_options(config.peft, config.run.seed)
+    with strategy.init():
+        model = role.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
+    check_adapter_learns(model, config.peft)
+    session.finishing = functools.partial(pretrained.copy_tokenizer, address)
+    return model, encoder_of(address, model.decoder.config, config.data, reserve=reserve)
+
+
+def prepare(stage: str, model: Any, strategy: Strategy, optim: OptimFlags, rows: int, longest: int) -> Stream:
+    """Gives the one model of a stage its homes: `rows` of at most `longest` tokens per optimizer step."""
+    specs = role_specs({"model": model})
+    reserve_activations(strategy, Workload(stage, specs, rows, optim.micro_batch_size, rows, 1, longest, 0))
+    return strategy.prepare(model, weight_decay=optim.weight_decay)
 
 
 def check_adapter_learns(model: Any, flags: LoraFlags) -> None:
@@ -74,31 +89,24 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
 
 def setting_of(strategy: Strategy, work: Workload) -> Setting:
     """The work under a strategy that exists: its budgets, its ranks, its kind of device."""
-    return Setting(
-        work,
-        strategy.name,
-        NAME_OF[strategy.dtype],
-        strategy.world.size,
-        {name: tier.budget for name, tier in strategy.tiers.items()},  # type: ignore[misc]
-        strategy.recompute,
-        strategy.chunk_size,
-        strategy.activation_budget,
-        arithmetic_of(strategy.world.device.type),
-    )
+    dtype, world = NAME_OF[strategy.dtype], strategy.world
+    budgets: Any = {name: tier.budget for name, tier in strategy.tiers.items()}
+    limits: Any = {"chunk_size": strategy.chunk_size, "activation_budget": strategy.activation_budget}
+    arithmetic = arithmetic_of(world.device.type)
+    return Setting(work, strategy.name, dtype, world.size, budgets, strategy.recompute, arithmetic=arithmetic, **limits)
 
 
 def role_specs(models: Mapping[str, Any]) -> tuple[RoleSpec, ...]:
     """The models by role, before they are prepared, as the plan sees them."""
-    return tuple(_role_spec(name, model) for name, model in models.items())
-
-
-def _role_spec(name: str, model: Any) -> RoleSpec:
-    decoder = model.decoder
-    trained = any(parameter.requires_grad for parameter in model.parameters())
-    spec = decoder.adapted.spec if decoder.adapted else None
-    groups = tuple((group, tuple(weights)) for group, weights in groups_of(model))
-    scalar = isinstance(model, ScalarModel)
-    return RoleSpec(name, decoder.config, trained, scalar, spec, base_dtype=decoder.base_dtype, groups=groups)
+    specs = []
+    for name, model in models.items():
+        decoder, scalar = model.decoder, isinstance(model, ScalarModel)
+        trained = any(parameter.requires_grad for parameter in model.parameters())
+        adapter = decoder.adapted.spec if decoder.adapted else None
+        groups = tuple((group, tuple(weights)) for group, weights in groups_of(model))
+        base_dtype = decoder.base_dtype
+        specs.append(RoleSpec(name, decoder.config, trained, scalar, adapter, base_dtype=base_dtype, groups=groups))
+    return tuple(specs)
 
 
 def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:
@@ -109,11 +117,6 @@ def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve:
     longest = min(flags.max_length, config.max_length)
     eos_ids, vocab_size = config.eos_ids, config.vocab_size
     return Encoder.for_model(source, eos_ids=eos_ids, vocab_size=vocab_size, max_length=longest, reserve=reserve)
-
-
-def keep_tokenizer(session: Session, source: str) -> None:
-    """Makes the session copy the source's tokenizer files into every model that it saves."""
-    session.finishing = functools.partial(pretrained.copy_tokenizer, source)
 
 
 def read(

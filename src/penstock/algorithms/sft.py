@@ -14,27 +14,15 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.setup import (
-    adapter_options,
-    check_adapter_learns,
-    encoder_of,
-    keep_tokenizer,
-    read,
-    reserve_activations,
-    role_specs,
-    sample_rows,
-    strategy_of,
-)
+from penstock.algorithms.setup import prepare, read, read_model, sample_rows, strategy_of
 from penstock.config import OptimFlags, SFTConfig
 from penstock.data.batching import Shuffle, pad, split_by_prompt
 from penstock.data.chat import Encoder, Example
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import Actor
-from penstock.planner.workload import Workload
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
-from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 
@@ -50,10 +38,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
 
     with session:
         longest = max(len(example.tokens) for example in [*train, *heldout])
-        rows = optim.batch_size
-        work = Workload("sft", role_specs({"model": actor}), rows, optim.micro_batch_size, rows, 1, longest, 0)
-        reserve_activations(strategy, work)
-        stream = strategy.prepare(actor, weight_decay=optim.weight_decay)
+        stream = prepare("sft", actor, strategy, optim, optim.batch_size, longest)
         shuffle, start, best = Shuffle(len(train), run.seed), 0, math.inf
         session.restore({"model": stream})
         if session.state:
@@ -77,11 +62,10 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             stats = learn(strategy, stream, examples, optim, lr)
             session.check(stats)
             metrics = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
-            metrics["tokens"] = trained_tokens(examples)
-            improved = False
+            metrics["tokens"], improved = trained_tokens(examples), False
             if heldout and (step % config.eval_every == 0 or step == total):
                 with strategy.phase("score"):
-                    loss = heldout_loss(strategy, stream, actor, heldout, optim.micro_batch_size)
+                    loss = heldout_loss(strategy, stream, heldout, optim.micro_batch_size)
                 metrics["heldout/loss"], improved, best = loss, loss < best, min(best, loss)
             tokens = sum(len(example.tokens) for example in examples)
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
@@ -95,15 +79,9 @@ def read_inputs(
     config: SFTConfig, strategy: Strategy, session: Session
 ) -> tuple[Actor, Encoder, list[Example], list[Example]]:
     """The model, its encoder, and the demonstrations to train on and those held out."""
-    address, seed = resolve_model(config.model), config.run.seed
-    options = adapter_options(config.peft, seed)
-    with strategy.init():
-        actor = Actor.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
-    check_adapter_learns(actor, config.peft)
-    encoder = encoder_of(address, actor.decoder.config, config.data)
-    keep_tokenizer(session, address)
+    actor, encoder = read_model(Actor, config.model, config, strategy, session)
     records, examples = read(session.say, encoder, config.data.data, "demonstrations", config.data)
-    train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, seed)
+    train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, config.run.seed)
     return actor, encoder, [examples[i] for i in train], [examples[i] for i in heldout]
 
 
@@ -141,7 +119,6 @@ def micro_batches(examples: Sequence[Example], size: int, device: torch.device) 
 
 
 def rows_of(examples: Sequence[Example], device: torch.device) -> Rows:
-    """These demonstrations as one micro-batch."""
     tokens, _ = pad([example.tokens for example in examples])
     trained, _ = pad([[int(flag) for flag in example.trained] for example in examples])
     return Rows(tokens.to(device), trained.bool().to(device))
@@ -156,16 +133,15 @@ def prompt_of(example: Example) -> list[int]:
 def response_logprobs(actor: Actor, hidden: Tensor, rows: Rows) -> Tensor:
     """Log-probabilities of every trained token of the rows, packed: hidden [B, T, D] -> [N] fp32."""
     states = fn.states_before(hidden, rows.trained)
-    logprobs, _ = actor.decoder.logprobs(states, rows.tokens[rows.trained], entropy=False)
-    return logprobs
+    return actor.decoder.logprobs(states, rows.tokens[rows.trained], entropy=False)[0]
 
 
-def heldout_loss(strategy: Strategy, stream: Stream, actor: Actor, examples: Sequence[Example], size: int) -> float:
+def heldout_loss(strategy: Strategy, stream: Stream, examples: Sequence[Example], size: int) -> float:
     """Mean negative log-likelihood per trained token over all ranks' examples."""
     world = strategy.world
 
     def read(hidden: Tensor, rows: Rows) -> Tensor:
-        return response_logprobs(actor, hidden, rows).double().sum()
+        return response_logprobs(stream.model, hidden, rows).double().sum()
 
     sums = strategy.evaluate(stream, micro_batches(world.share_of(list(examples)), size, world.device), read)
     total = -sum(sums, torch.zeros((), dtype=torch.float64, device=world.device))

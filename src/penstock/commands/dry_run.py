@@ -25,13 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penstock.algorithms import functional as fn
+from penstock.algorithms import reward, sft
 from penstock.algorithms.experience import Roles
 from penstock.algorithms.ppo import PPO, permutation
-from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranking_loss, score_states
-from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.autochunk.meter import Meter
 from penstock.config import OptimFlags
+from penstock.data.chat import Example
 from penstock.distributed.world import World
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
@@ -98,7 +97,7 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
             host = strategy.tiers["host"]
             _ppo(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
         else:
-            {"sft": _sft, "reward": _reward}[work.stage](work, strategy, streams, phase)
+            {"sft": _sft, "reward": _reward}[work.stage](work, strategy, streams["model"], phase)
     return {**peaks, "traffic": traffic}
 
 
@@ -196,33 +195,18 @@ def _no_scores(records: Sequence[Any], answers: Sequence[Answer]) -> list[float]
     return [0.0] * len(answers)
 
 
-def _sft(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
-    """One optimizer step as in algorithms.sft.sft, on whole rows."""
-    stream = streams["model"]
-    rows = [[1] * work.length] * math.ceil(work.batch_size / strategy.world.size)
-    trained = [[0] + [1] * (work.length - 1)]
-    batches = []
-    for start in range(0, len(rows), work.micro_batch_size):
-        part = rows[start : start + work.micro_batch_size]
-        batches.append(Rows(torch.tensor(part), torch.tensor(trained * len(part), dtype=torch.bool)))
-
-    def loss_of(hidden: Tensor, part: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        return fn.sft_loss(response_logprobs(stream.model, hidden, part), len(rows) * work.length), {}
-
+def _sft(work: Workload, strategy: Strategy, stream: Stream, phase: Phases) -> None:
+    """One optimizer step on whole rows."""
+    rows = [Example([1] * work.length, [False] + [True] * (work.length - 1))] * work.batch_size
     with phase("train"):
-        strategy.step(stream, batches, loss_of, lr=1e-5)
+        sft.learn(strategy, stream, rows, OptimFlags(1e-5, micro_batch_size=work.micro_batch_size), 1e-5)
 
 
-def _reward(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
-    """One optimizer step as in algorithms.reward.reward, on pairs of whole rows."""
-    stream, pairs = streams["model"], work.batch_size // 2
-    rankings = [Ranking([[1] * work.length] * 2, (0, 1), (1, 1))] * math.ceil(pairs / strategy.world.size)
-
-    def loss_of(hidden: Tensor, batch: Rankings) -> tuple[Tensor, dict[str, Tensor]]:
-        return ranking_loss(score_states(stream.model, hidden, batch), batch, pairs, 0.0)
-
+def _reward(work: Workload, strategy: Strategy, stream: Stream, phase: Phases) -> None:
+    """One optimizer step on pairs of whole rows."""
+    pairs = [reward.Ranking([[1] * work.length] * 2, (0, 1), (1, 1))] * (work.batch_size // 2)
     with phase("train"):
-        strategy.step(stream, micro_batches(rankings, work.micro_batch_size, CPU), loss_of, lr=1e-5)
+        reward.learn(strategy, stream, pairs, OptimFlags(1e-5, micro_batch_size=work.micro_batch_size), 1e-5, 0.0)
 
 
 @contextmanager

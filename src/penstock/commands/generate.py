@@ -103,7 +103,7 @@ def _line(encoder: Encoder, answer: Answer, score: float | None) -> dict[str, An
 
 def _source(config: GenerateConfig, strategy: Strategy, encoder: Encoder, flags: DataFlags) -> RewardSource:
     say = functools.partial(print, file=sys.stderr)
-    source = reward_source(config.reward, config.reward_fn, encoder, strategy, flags, config.batch_size, say)
+    source = reward_source(config, encoder, strategy, flags, config.batch_size, say)
     source.stream = None if source.model is None else strategy.prepare(source.model)
     return source
 
