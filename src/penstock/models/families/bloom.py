@@ -3,7 +3,7 @@
 from typing import Any
 
 from penstock.models.config import DecoderConfig
-from penstock.models.families.settings import require
+from penstock.models.families.settings import Fields, read, require, write
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER = "BloomForCausalLM", "BloomForSequenceClassification"
@@ -21,40 +21,26 @@ BLOCK = (
     *pair("up", "h.{}.mlp.dense_h_to_4h"),
     *pair("down", "h.{}.mlp.dense_4h_to_h"),
 )
+FIELDS: Fields = {
+    "family": ("model_type", "bloom"),
+    "vocab_size": "vocab_size",
+    "d_model": ("hidden_size", 64),
+    "num_layers": ("n_layer", 2),
+    "num_heads": ("n_head", 8),
+    "max_length": ("seq_length", 2048),  # ALiBi has no longest row; this is what the published models were trained on
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "tied": ("tie_word_embeddings", True),
+}
+ALIASES = {"hidden_size": "n_embed", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """BloomConfig -> DecoderConfig. ALiBi has no longest row; 2048 is what the published models were trained on."""
+    """BloomConfig -> DecoderConfig."""
     require(hf, apply_residual_connection_post_layernorm=False)
-    width, heads = hf.get("hidden_size", hf.get("n_embed", 64)), hf.get("n_head", hf.get("num_attention_heads", 8))
-    return DecoderConfig(
-        family="bloom",
-        vocab_size=hf["vocab_size"],
-        d_model=width,
-        num_layers=hf.get("n_layer", hf.get("num_hidden_layers", 2)),
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        d_ff=4 * width,
-        max_length=hf.get("seq_length", 2048),
-        position="alibi",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tied=hf.get("tie_word_embeddings", True),
-        embed_norm=True,
-    )
+    fields = read({name: hf[alias] for name, alias in ALIASES.items() if alias in hf} | hf, FIELDS)
+    return DecoderConfig(**fields, d_ff=4 * fields["d_model"], position="alibi", embed_norm=True)
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """DecoderConfig -> BloomConfig."""
-    return {
-        "model_type": "bloom",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "seq_length": config.max_length,
-        "layer_norm_epsilon": config.norm_eps,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tied,
-    }
+    return {**write(config, FIELDS), "hidden_dropout": 0.0, "attention_dropout": 0.0}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from penstock.models.config import DecoderConfig
-from penstock.models.families.settings import activation, activation_name, require
+from penstock.models.families.settings import Fields, read, require, write
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER = "OPTForCausalLM", "OPTForSequenceClassification"
@@ -24,52 +24,37 @@ BLOCK = (
     *pair("up", "layers.{}.fc1"),
     *pair("down", "layers.{}.fc2"),
 )
+FIELDS: Fields = {
+    "family": ("model_type", "opt"),
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "d_ff": "ffn_dim",
+    "max_length": ("max_position_embeddings", 2048),
+    "activation": ("activation_function", "relu"),
+    "pre_norm": ("do_layer_norm_before", True),
+    "qkv_bias": ("enable_bias", True),
+    "tied": ("tie_word_embeddings", True),
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """OPTConfig -> DecoderConfig."""
     require(hf, layer_norm_elementwise_affine=True)
-    width, heads, biased = hf["hidden_size"], hf["num_attention_heads"], hf.get("enable_bias", True)
-    pre_norm = hf.get("do_layer_norm_before", True)
-    embed = hf.get("word_embed_proj_dim") or width
-    return DecoderConfig(
-        family="opt",
-        vocab_size=hf["vocab_size"],
-        d_model=width,
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        d_ff=hf["ffn_dim"],
-        max_length=hf.get("max_position_embeddings", 2048),
-        activation=activation(hf, "activation_function", "relu"),
-        pre_norm=pre_norm,
-        qkv_bias=biased,
-        out_bias=biased,
-        mlp_bias=biased,
-        tied=hf.get("tie_word_embeddings", True),
-        embed_dim=embed if embed != width else 0,
-        position_offset=2,
-        final_norm=pre_norm and not hf.get("_remove_final_layer_norm", False),
-    )
+    fields = read(hf, FIELDS)
+    fields |= {"out_bias": fields["qkv_bias"], "mlp_bias": fields["qkv_bias"], "position_offset": 2}
+    embed = hf.get("word_embed_proj_dim") or fields["d_model"]
+    final_norm = fields["pre_norm"] and not hf.get("_remove_final_layer_norm", False)
+    return DecoderConfig(**fields, embed_dim=embed if embed != fields["d_model"] else 0, final_norm=final_norm)
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """DecoderConfig -> OPTConfig."""
     return {
-        "model_type": "opt",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "ffn_dim": config.d_ff,
-        "max_position_embeddings": config.max_length,
-        "activation_function": activation_name(config.activation),
-        "do_layer_norm_before": config.pre_norm,
+        **write(config, FIELDS),
         "_remove_final_layer_norm": config.pre_norm and not config.final_norm,
         "word_embed_proj_dim": config.embed_dim or config.d_model,
-        "enable_bias": config.qkv_bias,
         "dropout": 0.0,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tied,
     }

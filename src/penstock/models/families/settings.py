@@ -2,31 +2,46 @@
 
 from typing import Any
 
-from penstock.models.config import ACTIVATIONS
+from penstock.models.config import ACTIVATIONS, DecoderConfig
 
-NAMES: dict[str, str] = {
-    # theirs: ours; the first of ours is the name we write
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+NAMES = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu", "silu": "silu", "swish": "silu",
+}  # fmt: skip
+"""Activations, theirs: ours. Of several names for one of ours the first is written."""
+assert set(NAMES.values()) == set(ACTIVATIONS)
+Fields = dict[str, str | tuple[str, Any]]
+"""A field of DecoderConfig: its key in config.json, which must be there, or the key and its default."""
 
 
-def activation(hf: dict[str, Any], key: str, default: str) -> str:
-    """Our name for the activation that `key` names. Raises ValueError for one that we do not have."""
-    name = hf.get(key, default)
-    if name not in NAMES:
-        raise ValueError(f"{key}: {name!r} is not supported; supported are {', '.join(NAMES)}")
-    return NAMES[name]
+def read(hf: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The values of these fields, num_kv_heads and head_dim in any case.
+
+    Raises KeyError for a key without a default, ValueError for an activation that the decoder does not have.
+    """
+    values: dict[str, Any] = {ours: hf[key] if isinstance(key, str) else hf.get(*key) for ours, key in fields.items()}
+    values["num_kv_heads"] = values.get("num_kv_heads") or values["num_heads"]
+    values["head_dim"] = values.get("head_dim") or values["d_model"] // values["num_heads"]
+    if "activation" in values:
+        name = values["activation"]
+        if name not in NAMES:
+            raise ValueError(
+                f"{_key(fields['activation'])}: {name!r} is not supported; supported are {', '.join(NAMES)}"
+            )
+        values["activation"] = NAMES[name]
+    return values
 
 
-def activation_name(ours: str) -> str:
-    """Hugging Face's name for ours."""
-    return next(name for name in NAMES if NAMES[name] == ours)
+def write(config: DecoderConfig, fields: Fields) -> dict[str, Any]:
+    """The keys of config.json that hold these fields."""
+    hf = {_key(key): getattr(config, ours) for ours, key in fields.items()}
+    if "activation" in fields:
+        hf[_key(fields["activation"])] = next(name for name in NAMES if NAMES[name] == config.activation)
+    return hf
+
+
+def _key(key: str | tuple[str, Any]) -> str:
+    return key if isinstance(key, str) else key[0]
 
 
 def require(hf: dict[str, Any], **values: Any) -> None:
@@ -39,11 +54,8 @@ def require(hf: dict[str, Any], **values: Any) -> None:
 def rope(hf: dict[str, Any], supported: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """The type of rope scaling and its numbers. transformers 5 writes rope_parameters, before that rope_scaling."""
     settings = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = settings.pop("rope_type", settings.pop("type", "default"))
+    rope_type = settings.pop("rope_type", settings.pop("type", "default"))
     settings.pop("type", None)
-    if kind not in supported:
-        raise ValueError(f"rope scaling {kind!r} is not supported; supported: {', '.join(supported)}")
-    return kind, settings
-
-
-assert set(NAMES.values()) == set(ACTIVATIONS)
+    if rope_type not in supported:
+        raise ValueError(f"rope scaling {rope_type!r} is not supported; supported: {', '.join(supported)}")
+    return rope_type, settings
