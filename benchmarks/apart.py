@@ -17,6 +17,8 @@ import torch
 from penstock.errors import PenstockError
 
 Call = Callable[[], dict[str, Any]]
+THREADS = "PENSTOCK_BENCHMARK_THREADS"
+"""The variable with the threads that a forked process computes on; default: all cores."""
 
 
 class Apart:
@@ -47,7 +49,7 @@ def apart(call: Call, seconds: float) -> dict[str, Any]:
 
 def _send_result(call: Call, sender: Any) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with a check that ran out of time
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(int(os.environ.get(THREADS) or len(os.sched_getaffinity(0))))
     try:
         torch.manual_seed(0)
         result = call()

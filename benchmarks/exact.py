@@ -27,16 +27,17 @@ SMALL = dataclasses.replace(
 )  # fmt: skip
 
 
-def strategies(device: str, disk: str) -> dict[str, Any]:
-    """Every strategy, fp32 and bf16: ten steps bit-equal to `naive` with recomputation, and close to plain PyTorch."""
+def strategies(device: str, disk: str, steps: int = 10) -> dict[str, Any]:
+    """Every strategy, fp32 and bf16: the steps bit-equal to `naive` with recomputation, and close to plain PyTorch."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # else a GPU adds rows of a table up in any order
+    batches = list(ragged(steps, device))
     torch.manual_seed(0)
-    plain = plain_steps(Actor(Decoder(SMALL)).to(device), device)
+    plain = plain_steps(Actor(Decoder(SMALL)).to(device), batches)
     rows: dict[str, Any] = {}
     for dtype in ("fp32", "bf16"):
-        naive = trained("naive", dtype, device, disk)
+        naive = trained("naive", dtype, device, disk, batches)
         for name in NAMES:
-            weights = naive if name == "naive" else trained(name, dtype, device, disk)
+            weights = naive if name == "naive" else trained(name, dtype, device, disk, batches)
             rows[f"{name} {dtype}"] = {"largest_difference_to_naive": gap(weights, naive)}
         if dtype == "fp32":
             rows["naive fp32"]["largest_difference_to_plain_pytorch"] = gap(naive, plain)
@@ -44,13 +45,13 @@ def strategies(device: str, disk: str) -> dict[str, Any]:
     return {"bit_equal": equal, "rows": rows}
 
 
-def trained(name: str, dtype: str, device: str, disk: str) -> dict[str, Tensor]:
-    """The weights after ten steps under a strategy, fp32."""
+def trained(name: str, dtype: str, device: str, disk: str, steps: list[list[Rows]]) -> dict[str, Tensor]:
+    """The weights after the steps under a strategy, fp32."""
     torch.manual_seed(0)
     actor = Actor(Decoder(SMALL)).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     strategy = Strategy.named(name, dtype=dtype, device=device, disk=disk, recompute=True)
     stream = strategy.prepare(actor)
-    for batches in ten_steps(device):
+    for batches in steps:
         count = sum(int(batch.trained.sum()) for batch in batches)
 
         def loss_of(hidden: Tensor, batch: Rows, count: int = count) -> tuple:
@@ -65,10 +66,10 @@ def trained(name: str, dtype: str, device: str, disk: str) -> dict[str, Tensor]:
     }
 
 
-def plain_steps(actor: Actor, device: str) -> dict[str, Tensor]:
-    """The weights after the same ten steps by autograd and torch.optim.AdamW."""
+def plain_steps(actor: Actor, steps: list[list[Rows]]) -> dict[str, Tensor]:
+    """The weights after the same steps by autograd and torch.optim.AdamW."""
     optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
-    for batches in ten_steps(device):
+    for batches in steps:
         optimizer.zero_grad()
         count = sum(int(batch.trained.sum()) for batch in batches)
         for batch in batches:
@@ -80,10 +81,10 @@ def plain_steps(actor: Actor, device: str) -> dict[str, Tensor]:
     return {name: weight.detach().float().cpu() for name, weight in actor.named_parameters()}
 
 
-def ten_steps(device: str) -> Iterator[list[Rows]]:
+def ragged(steps: int, device: str) -> Iterator[list[Rows]]:
     """Two ragged micro-batches per step."""
     generator = torch.Generator().manual_seed(1)
-    for _ in range(10):
+    for _ in range(steps):
         parts = []
         for length in (24, 17):
             tokens = torch.randint(500, (3, length), generator=generator).to(device)

@@ -19,17 +19,16 @@ from typing import Any
 import torch
 
 from benchmarks import engine, exact, gpu_tables, rollout, timing
-from benchmarks.apart import apart
+from benchmarks.apart import THREADS, apart
 from benchmarks.facts import flags, write
 from benchmarks.gpu_tables import Target
 from penstock.commands.bench.capacity import capacity as search
 from penstock.commands.bench.config import CapacityConfig
 from penstock.memory.tiers import Ram
 
-FORKS = "PENSTOCK_GPU_CHECK_FORKS"
-"""Set in the process that the checks are forked from: it computes on one thread, and the checks on all."""
-SETTINGS = {FORKS: "1", "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""The last is Hopper's own default; torch requires it to be set where results must not vary."""
+SETTINGS = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Of the process that the checks are forked from. The last is Hopper's own default; torch requires it to be set where
+results must not vary."""
 
 
 def rates(target: Target) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def capacity(target: Target) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[[Target], dict[str, Any]]] = {
-    "exact": lambda target: exact.strategies(target.device, target.disk),
+    "exact": lambda target: exact.strategies(target.device, target.disk, steps=2 if target.tiny else 10),
     "features": lambda target: exact.features(target.device),
     "rates": rates,
     "small": small,
@@ -120,9 +119,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=500, help="for all checks together")
     parser.add_argument("--rows", nargs="*", help="of the checks that are tables: these alone")
     options = parser.parse_args(arguments)
-    if FORKS not in os.environ:  # a process whose OpenMP has begun to work must not fork a process that works too
+    if THREADS not in os.environ:  # a process whose OpenMP has begun to work must not fork a process that works too
         command = [sys.executable, "-m", "benchmarks", "gpu", *arguments]
-        return subprocess.run(command, env={**os.environ, **SETTINGS}).returncode
+        threads = "1" if options.tiny else str(len(os.sched_getaffinity(0)))
+        return subprocess.run(command, env={**os.environ, **SETTINGS, THREADS: threads}).returncode
     if options.device == "cuda" and not apart(lambda: {"available": torch.cuda.is_available()}, 60)["available"]:
         print("this machine has no CUDA device; --device cpu --tiny tests the checks without one")
         return 2

@@ -7,7 +7,6 @@ on one base, and resume runs that the old version was stopped in, one of them in
 this one by default. Exits with 1 where a byte differs.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.facts import ROOT, write
+from benchmarks import facts
+from benchmarks.facts import ROOT, commit_of, write
 
 STEPS = 20
 STRATEGIES = (
@@ -42,9 +43,9 @@ def score(prompts, responses, **_):
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Returns 1 where the two versions differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = facts.flags(__doc__)
     parser.add_argument("old", type=Path, help="a checkout of the version to compare with")
     parser.add_argument("new", type=Path, nargs="?", default=ROOT)
     parser.add_argument("--keep", type=Path, help="directory to keep the old version's runs in, and to find them again")
@@ -55,26 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new_runs = Path(directory) / "new"
         digests = {}
         if not (old_runs / "data").exists():
+            shutil.rmtree(old_runs / "demo", ignore_errors=True)
             run(options.old, ["demo", "--out", str(old_runs / "demo")])
             make_inputs(old_runs)
         new_runs.mkdir()
+        sides = ((options.old, old_runs), (options.new, new_runs))
+
+        def compare(name: str, digest: Callable[[Path, Path], dict[str, str]]) -> None:
+            old, new = (digest(checkout, runs) for checkout, runs in sides)
+            digests[name] = {"old": old, "new": new, "equal": old == new}
+            print(f"{'equal' if old == new else 'DIFFERENT':10}{name}", flush=True)
+
         for name, flags, processes in scenarios(old_runs):
             if options.only in name:
-                old, new = (
-                    digest_of(checkout, runs, name, flags, processes)
-                    for checkout, runs in ((options.old, old_runs), (options.new, new_runs))
-                )
-                digests[name] = {"old": old, "new": new, "equal": old == new}
-                print(f"{'equal' if old == new else 'DIFFERENT':10}{name}", flush=True)
-        for stage, flags, delay in stopped_runs(old_runs):
-            if options.only in stage:
-                stopped = stop(options.old, old_runs / stage.replace(" ", "_").replace(",", ""), flags, delay)
-                old, new = (
-                    resumed(checkout, stopped, runs / f"{stopped.name}-resumed")
-                    for checkout, runs in ((options.old, old_runs), (options.new, new_runs))
-                )
-                digests[stage] = {"old": old, "new": new, "equal": old == new}
-                print(f"{'equal' if digests[stage]['equal'] else 'DIFFERENT':10}{stage}", flush=True)
+                compare(name, partial(digest_of, name=name, flags=flags, processes=processes))
+        for name, flags, delay in stopped_runs(old_runs):
+            if options.only in name:
+                stopped = stop(options.old, old_runs / name.replace(" ", "_").replace(",", ""), flags, delay)
+                compare(name, partial(resumed, stopped=stopped))
     equal = sum(digest["equal"] for digest in digests.values())
     print(f"{equal} of {len(digests)} runs are equal")
     if not options.only:
@@ -162,7 +161,8 @@ def run(checkout: Path, arguments: list[str], processes: int = 1, **environment:
 def digest_of(checkout: Path, runs: Path, name: str, flags: list[str], processes: int) -> dict[str, str]:
     """sha256 of what a run leaves; a run of the old version that is there already is not made again."""
     out = runs / name.replace(" ", "_")
-    if not out.exists():
+    if not (out / "report.html").exists():
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off
         run(checkout, [*flags, "--out", str(out)], processes)
     if name == "demo":
         return {
@@ -175,7 +175,7 @@ def digest_of(checkout: Path, runs: Path, name: str, flags: list[str], processes
 
 def outcome(path: Path) -> dict[str, str]:
     """sha256 of metrics, samples, and every weight file of the last checkpoint."""
-    last = path / "checkpoints" / (path / "checkpoints" / "latest").read_text().strip()
+    last = last_checkpoint(path)
     files = [path / "metrics.jsonl", path / "samples.jsonl", *sorted(last.rglob("*.safetensors"))]
     return {
         "state" if file.parent == last and file.stem == "state" else str(file.relative_to(path)): sha256(file)
@@ -186,8 +186,9 @@ def outcome(path: Path) -> dict[str, str]:
 
 def stop(checkout: Path, out: Path, flags: list[str], delay: float) -> Path:
     """A run of the old version that was stopped by a signal: inside a step with a delay, else after eight steps."""
-    if out.exists():
+    if (out / "checkpoints" / "latest").exists():
         return out
+    shutil.rmtree(out, ignore_errors=True)
     if not delay:
         stop_after(checkout, [*flags, "--out", str(out)], out, steps=8)
         return out
@@ -198,9 +199,11 @@ def stop(checkout: Path, out: Path, flags: list[str], delay: float) -> Path:
     return out
 
 
-def resumed(checkout: Path, stopped: Path, copy: Path) -> dict[str, str]:
-    """What a copy of a stopped run has left when a version has gone on with it."""
-    if not copy.exists():
+def resumed(checkout: Path, runs: Path, stopped: Path) -> dict[str, str]:
+    """sha256 of what a copy of a stopped run leaves when a version resumes it."""
+    copy = runs / f"{stopped.name}-resumed"
+    if not (copy / "report.html").exists():
+        shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(stopped, copy)
         assert run(checkout, ["resume", str(copy)]) == 0
     return outcome(copy)
@@ -229,10 +232,5 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def commit_of(checkout: Path) -> str:
-    """The commit that is checked out there."""
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ FIRST = (
     "algorithms/test_sft.py", "algorithms/test_reward.py", "algorithms/test_ppo.py",
 )  # fmt: skip
 """The files of tests that run before the others: they are fast and catch most."""
+LIMIT = 3600
+"""Seconds of the tests on one copy."""
 
 FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
@@ -188,18 +191,21 @@ def plant(copy: Path, file: str, right: str, wrong: str) -> None:
     path.write_text(text.replace(right, wrong), encoding="utf-8")
 
 
-def test_files() -> list[str]:
-    """Every file of tests, those of FIRST first."""
-    paths = [f"tests/{path}" for path in FIRST]
+def files_in_order(file: str = "") -> list[str]:
+    """Every file of tests: those of a source file first, then those of its folder, then FIRST."""
+    mirror = ROOT / "tests" / file
+    globs = [(mirror.parent, f"test_{mirror.stem}*.py"), (mirror.parent, "test_*.py")] if file else []
+    paths = [path for directory, glob in globs for path in sorted(directory.glob(glob))]
+    paths += [ROOT / "tests" / path for path in FIRST]
     for directory in DIRECTORIES:
-        paths += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / directory).glob("test_*.py"))]
-    return list(dict.fromkeys(paths))
+        paths += sorted((ROOT / "tests" / directory).glob("test_*.py"))
+    return [str(path) for path in dict.fromkeys(path.relative_to(ROOT) for path in paths)]
 
 
 def recorded_tests() -> dict[str, str]:
     """By bug, the test that caught it last time, where it is now: a test is found again by its name."""
     result = RESULTS / "planted_bugs.json"
-    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in test_files()}
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in files_in_order()}
     tests = {}
     for record in json.loads(result.read_text(encoding="utf-8"))["bugs"] if result.exists() else []:
         path, _, name = record["by"].partition("::")
@@ -216,6 +222,7 @@ def run_tests(copy: Path, tests: list[str]) -> tuple[int, str]:
     log = copy / "log.txt"
     child = os.fork()
     if child == 0:
+        signal.alarm(LIMIT)  # a planted bug may wait for ever
         handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -233,16 +240,16 @@ def run_tests(copy: Path, tests: list[str]) -> tuple[int, str]:
     return code, log.read_text(encoding="utf-8", errors="replace")
 
 
-def verdict(copy: Path, recorded: str | None) -> str:
-    """The first test that fails on the copy, "" where all pass. Raises RuntimeError where the tests do not run."""
-    for tests in ([recorded] if recorded else [], test_files()):
+def verdict(copy: Path, file: str, recorded: str | None) -> dict[str, str]:
+    """The first test that fails on the copy: {"by": test}, "" where all pass; with an "error" where they do not run."""
+    for tests in ([recorded] if recorded else [], files_in_order(file)):
         code, text = run_tests(copy, tests) if tests else (0, "")
-        failed = [line.removeprefix("FAILED ").split(" - ")[0] for line in text.splitlines() if line[:7] == "FAILED "]
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", text, flags=re.MULTILINE)
         if code == 1 and failed:
-            return failed[0]
+            return {"by": failed[0]}
         if code not in (0, 4, 5) or (code and len(tests) > 1):  # 4, 5: the recorded test is there no more
-            raise RuntimeError(f"the tests did not run (exit {code}):\n{text[-3000:]}")
-    return ""
+            return {"by": "", "error": f"the tests did not run (exit {code}): {text[-2000:]}"}
+    return {"by": ""}
 
 
 def start(pristine: Path, directory: Path, bug: Bug, recorded: str | None) -> int:
@@ -254,35 +261,31 @@ def start(pristine: Path, directory: Path, bug: Bug, recorded: str | None) -> in
         copy = shutil.copytree(pristine, directory / "copy")
         if bug[0]:
             plant(copy, *(bug[i] for i in (0, 2, 3)))
-        (directory / "verdict").write_text(verdict(copy, recorded), encoding="utf-8")
-        os._exit(0)
+        result = verdict(copy, bug[0], recorded)
     except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+        result = {"by": "", "error": traceback.format_exc()}
+    (directory / "verdict").write_text(json.dumps(result), encoding="utf-8")
+    os._exit(0)
 
 
-def campaign(pristine: Path, bugs: list[Bug], jobs: int) -> Iterator[tuple[Bug, str]]:
-    """Each bug and the test that caught it, `jobs` at a time, as they end. Raises RuntimeError where tests do not run."""
+def campaign(pristine: Path, bugs: list[Bug], jobs: int) -> Iterator[tuple[Bug, dict[str, str]]]:
+    """Each bug and its verdict, `jobs` at a time, as they end."""
     waiting, running, recorded = list(bugs), {}, recorded_tests()
     while waiting or running:
         while waiting and len(running) < jobs:
             bug = waiting.pop(0)
             directory = Path(tempfile.mkdtemp())
             running[start(pristine, directory, bug, recorded.get(bug[1]))] = bug, directory
-        child, status = os.wait()
-        bug, directory = running.pop(child)
-        try:
-            if status:
-                raise RuntimeError(f"{bug[0]}: {bug[1]}: no verdict")
-            yield bug, (directory / "verdict").read_text(encoding="utf-8")
-        finally:
-            shutil.rmtree(directory)
+        bug, directory = running.pop(os.wait()[0])
+        result = directory / "verdict"
+        yield bug, json.loads(result.read_text()) if result.exists() else {"by": "", "error": "killed"}
+        shutil.rmtree(directory)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 1 when a bug was missed."""
+    """Returns 1 when a bug was missed, or a test fails without any."""
     parser = flags(__doc__)
-    parser.add_argument("--only", default="", help="a word of the file or of the bug; writes no result")
+    parser.add_argument("--only", default="", help="a word of the file or of the bug; no control, writes no result")
     parser.add_argument("--jobs", type=int, default=1, help="bugs at a time")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -291,22 +294,27 @@ def main(arguments: list[str]) -> int:
 
     began = time.time()
     bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}"]
-    control = ("", "nothing: the control", "", "")
-    tests = {}
+    control: Bug = ("", "nothing: the control", "", "")
+    verdicts = {}
     with tempfile.TemporaryDirectory() as directory:
         pristine = Path(directory)
         for tree in ("src", "tests"):
             shutil.copytree(ROOT / tree, pristine / tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         shutil.copy(ROOT / "pyproject.toml", pristine)
-        for bug, test in campaign(pristine, [control, *bugs], options.jobs):
-            if bug == control and test:
-                raise RuntimeError(f"the tests fail without any bug: {test}")
-            state = "caught" if test else "passed" if bug == control else "MISSED"
-            print(f"{state:7} {bug[0]:28} {bug[1]}  {test}", flush=True)
-            tests[bug] = test
-    results = [{"file": bug[0], "bug": bug[1], "caught": bool(tests[bug]), "by": tests[bug]} for bug in bugs]
+        for bug, result in campaign(pristine, bugs if options.only else [control, *bugs], options.jobs):
+            state = "caught" if result["by"] else "MISSED"
+            if bug == control:
+                state = "FAILED" if any(result.values()) else "passed"
+            print(f"{state:7} {bug[0]:28} {bug[1]}  {result['by']} {result.get('error', '')}", flush=True)
+            verdicts[bug] = result
+    control_result = verdicts.get(control, {"by": ""})
+    results = []
+    for bug in bugs:
+        by = verdicts[bug]["by"]
+        results.append({"file": bug[0], "bug": bug[1], "caught": by not in ("", control_result["by"]), **verdicts[bug]})
     caught = sum(record["caught"] for record in results)
     print(f"{caught} of {len(results)} planted bugs were caught, {time.time() - began:.0f} s")
     if not options.only:
-        write("planted_bugs", {"planted": len(results), "caught": caught, "bugs": results})
-    return int(caught < len(results))
+        summary = {"planted": len(results), "caught": caught, "control": control_result}
+        write("planted_bugs", {**summary, "seconds": time.time() - began, "bugs": results})
+    return int(caught < len(results) or any(control_result.values()))
