@@ -180,12 +180,7 @@ def opt(device: int = 16 * 10**9, host: int = 128 * 10**9, rows: int = 4, length
             count = count_of(shape, scalar=False)
             ours[way] = {"model": f"opt-{name}", "parameters": count, "bytes": peaks, "ratio": count / plain[0]}
             break
-    return {
-        "device_budget": device,
-        "host_budget": host,
-        "plain": {"model": plain[1], "parameters": plain[0]},
-        **ours,
-    }
+    return {"device_budget": device, "host_budget": host, "plain": {"model": plain[1], "parameters": plain[0]}, **ours}
 
 
 def plain_peak(shape: DecoderConfig, layers: int, rows: int, length: int) -> int:

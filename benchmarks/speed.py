@@ -1,6 +1,6 @@
 """Two versions of the source, seconds of the same steps: step by step in turns, A B A B ...
 
-    python -m benchmarks speed OLD_CHECKOUT [NEW_CHECKOUT] [--only ROW ...] [--rounds 9] [--tiny]
+    python -m benchmarks speed OLD_CHECKOUT [NEW_CHECKOUT] [--only ROW ...] [--rounds 7] [--tiny]
 
 Each side of a row is a process that imports its checkout and does a step when it is told (speed_steps.py). After a
 warm-up of each, the medians of both sides and the ratio new/old of each round go to benchmarks/results/speed.json; a
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("old", type=Path, help="a checkout of the version to compare with")
     parser.add_argument("new", type=Path, nargs="?", default=ROOT)
     parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--tiny", action="store_true", help="small shapes: tests the rows, and the figures mean nothing"
     )

@@ -7,7 +7,7 @@ A claim is one section: a table, often a plot, and the command that measured it.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -357,13 +357,57 @@ def section(claim: Claim, results: dict[str, Result], out: Path) -> list[str]:
 
 
 def index_of(results: dict[str, Result]) -> Table:
-    """All files, with the commands that measure them."""
-    rows = [["result", "command", "commit", "date", "torch"]]
+    """All files, with the commands that measure them; figures of those that have no section."""
+    rows = [["result", "figures", "command", "commit", "date", "torch"]]
     for name, result in results.items():
         torch = result["versions"].get("torch", "-")
-        command = f"`{command_of(result)}`"
-        rows.append([f"[{name}](results/{name}.json)", command, result["commit"][:12], result["date"], torch])
+        in_section = any(fnmatch(name, glob) for claim in CLAIMS for glob in claim.results)
+        measured = {key: figure for key, figure in result.items() if key not in FACTS and not in_section}
+        if "exact" in result:  # the GPU checks: what their section does not show
+            strategies = result["exact"]["rows"]
+            for dtype in ("fp32", "bf16"):
+                gaps = [row["largest_difference_to_naive"] for run, row in strategies.items() if run.endswith(dtype)]
+                measured[f"{dtype}, largest difference to naive"] = max(gaps)
+            measured["naive fp32"] = strategies["naive fp32"]
+            measured["small"] = result.get("small", {})
+        figures = "; ".join(["above"] * in_section + list(figures_of(measured))).replace("|", "/")
+        link, command = f"[{name}](results/{name}.json)", f"`{command_of(result)}`"
+        rows.append([link, figures, command, result["commit"][:12], result["date"], torch])
     return rows
+
+
+FACTS = ("command", "commit", "date", "machine", "versions", "threads", "settings", "model", "seed", "rates", "phases")
+MOST_ROWS = 5
+"""Of a list whose figures are shown: mean, lowest and highest."""
+
+
+def figures_of(measured: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """The numbers of a result, as `name: number`; those in short lists of rows with their lowest and highest."""
+    for key, figure in measured.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(figure, bool | int | float):
+            yield f"{name}: {shown(name, figure)}"
+        elif isinstance(figure, dict) and depth < 3:
+            yield from figures_of(figure, f"{name}, ", depth + 1)
+        elif isinstance(figure, list) and len(figure) == 1 and isinstance(figure[0], dict):
+            yield from figures_of(figure[0], f"{name}, ", depth + 1)
+        elif isinstance(figure, list) and len(figure) <= MOST_ROWS and all(isinstance(row, dict) for row in figure):
+            for column, first in figure[0].items() if figure else ():
+                if isinstance(first, int | float) and not isinstance(first, bool) and column not in FACTS:
+                    numbers = [row[column] for row in figure]
+                    mean, lowest, highest = (
+                        shown(column, number) for number in (sum(numbers) / len(numbers), min(numbers), max(numbers))
+                    )
+                    yield f"{name}, {column.replace('_', ' ')}: {mean} ({lowest} to {highest})"
+
+
+def shown(name: str, number: float) -> str:
+    """Bytes in units, other numbers with three digits."""
+    if isinstance(number, bool):
+        return "yes" if number else "no"
+    if "bytes" in re.split("[ _,]+", name):
+        return show_bytes(int(number))
+    return f"{number:,}" if isinstance(number, int) else f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def markdown(table: Table) -> list[str]:

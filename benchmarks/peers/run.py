@@ -67,11 +67,7 @@ RACES = {
         "peft", "peft_lora.py", "--dtype bf16", "--work lora --dtype bf16", narrow=True
     ),
     "sft, DeepSpeed ZeRO-3 offload, bf16": Race(
-        "deepspeed",
-        "deepspeed_zero3.py",
-        "--dtype bf16",
-        "--work sft --strategy gemini_cpu --dtype bf16",
-        narrow=True,
+        "deepspeed", "deepspeed_zero3.py", "--dtype bf16", "--work sft --strategy gemini_cpu --dtype bf16", narrow=True
     ),
     "sft, DeepSpeed ZeRO-3 offload, fp32": Race(
         "deepspeed", "deepspeed_zero3.py", "", "--work sft --strategy gemini_cpu"
