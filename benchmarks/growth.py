@@ -15,7 +15,8 @@ import math
 from typing import Any
 
 from benchmarks.facts import flags, write
-from penstock.commands.bench.capacity import run_apart, strategy_of
+from penstock.algorithms.setup import strategy_of
+from penstock.commands.bench.capacity import run_apart
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.fit import check, shape_of
 from penstock.errors import ResourceError

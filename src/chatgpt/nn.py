@@ -27,7 +27,7 @@ class Hinted(nn.Module):
 
     @property
     def model(self) -> Decoder:
-        """What stands below the head."""
+        """The decoder below the head."""
         decoder = self.decoder
         assert isinstance(decoder, Decoder)
         return decoder
@@ -47,9 +47,9 @@ class RewardModel(Hinted, roles.RewardModel):
         super().__init__(model, None if weight is None or weight.is_meta else weight.detach())
 
 
-def _decoder(family: str, given: str | None, config: Any) -> Decoder:
-    if given is not None:
-        return pretrained.load(given, dtype=torch.get_default_dtype(), device=torch.get_default_device())[0]
+def _decoder(family: str, source: str | None, config: Any) -> Decoder:
+    if source is not None:
+        return pretrained.load(source, dtype=torch.get_default_dtype(), device=torch.get_default_device())[0]
     hf = SMALLEST[family] if config is None else config if isinstance(config, dict) else config.to_dict()
     return Decoder(family_of(family, "config").config_from_hf({"model_type": family, **hf}))
 
@@ -67,7 +67,6 @@ class _Critic(Hinted, roles.Critic):
     FAMILY = ""
 
     def __init__(self, pretrained: str | None = None, config: Any = None, checkpoint: bool = False) -> None:
-        """As the actor's."""
         super().__init__(_decoder(self.FAMILY, pretrained, config))
 
     @property
@@ -77,36 +76,24 @@ class _Critic(Hinted, roles.Critic):
 
 
 class GPTActor(_Actor):
-    """A GPT-2 that answers."""
-
     FAMILY = "gpt2"
 
 
 class GPTCritic(_Critic):
-    """A GPT-2 that predicts the return."""
-
     FAMILY = "gpt2"
 
 
 class OPTActor(_Actor):
-    """An OPT that answers."""
-
     FAMILY = "opt"
 
 
 class OPTCritic(_Critic):
-    """An OPT that predicts the return."""
-
     FAMILY = "opt"
 
 
 class BLOOMActor(_Actor):
-    """A BLOOM that answers."""
-
     FAMILY = "bloom"
 
 
 class BLOOMCritic(_Critic):
-    """A BLOOM that predicts the return."""
-
     FAMILY = "bloom"

@@ -114,7 +114,12 @@ class SamplingFlags(Flags):
 
 
 @dataclass(frozen=True)
-class RunFlags(PlacementFlags, DeviceFlags):
+class EngineFlags(PlacementFlags, DeviceFlags):
+    """The device, and what is kept where."""
+
+
+@dataclass(frozen=True)
+class RunFlags(EngineFlags):
     """The run directory."""
 
     out: str

@@ -217,7 +217,6 @@ class PPO:
     """The host tier that the KV cache is swapped to."""
 
     def sampling(self, **changes: Any) -> Sampling:
-        """How tokens are drawn."""
         flags = self.flags
         sampling = Sampling(flags.temperature, flags.max_new_tokens, 1, flags.top_k, flags.top_p, self.seed)
         return dataclasses.replace(sampling, **changes)

@@ -134,7 +134,6 @@ class Rankings:
 
 
 def rows_of(rows: Sequence[Sequence[int]], device: torch.device, rankings: Sequence[Ranking] = ()) -> Rankings:
-    """Rows of token ids as one micro-batch."""
     tokens, lengths = pad([list(row) for row in rows])
     return Rankings(tokens.to(device), lengths.to(device), rankings)
 

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags, recompute_of
+from penstock.config import DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.formats import SHOWN, Kind
@@ -26,13 +26,12 @@ from penstock.run.session import Session
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def strategy_of(flags: RunFlags) -> Strategy:
+def strategy_of(flags: EngineFlags) -> Strategy:
     """The strategy that a command's flags name."""
-    return Strategy.named(
-        flags.strategy, dtype=flags.dtype, device=flags.device, device_memory=flags.device_memory,
-        host_memory=flags.host_memory, disk=flags.disk, recompute=recompute_of(flags),
-        chunk_size=elements_of(flags.chunk_size, flags.dtype), activation_budget=flags.activation_budget,
-    )  # fmt: skip
+    names = ("dtype", "device", "device_memory", "host_memory", "disk", "activation_budget")
+    options: dict[str, Any] = {name: getattr(flags, name, None) for name in names}
+    chunk_size = elements_of(flags.chunk_size, flags.dtype)
+    return Strategy.named(flags.strategy, recompute=recompute_of(flags), chunk_size=chunk_size, **options)
 
 
 def adapter_options(flags: LoraFlags, seed: int) -> dict[str, Any]:

@@ -296,12 +296,10 @@ def best_of(out: Path, run: Path, questions: list[Question], judge: Path, seed: 
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def page_of(results: list[SeedResult]) -> str:
-    """The demo's report.html."""
     sections: list[Section] = [
         Text(
             "A small world of animals and people who ask about them. A base model learned plain text; SFT learned to "

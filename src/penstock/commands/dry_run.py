@@ -226,11 +226,9 @@ class PretendWorld(World):
     """Ranks that all hold what this rank holds."""
 
     def gather(self, item: Any) -> list[Any]:
-        """The item, once per rank."""
         return [item] * self.size
 
     def broadcast(self, item: Any) -> Any:
-        """The item."""
         return item
 
 
@@ -241,12 +239,10 @@ class PretendDisk(Disk):
         Tier.__init__(self, "disk", budget)
 
     def home(self, numel: int, dtype: torch.dtype, what: str) -> DiskHome:
-        """A place without a file."""
         self.take(-(-numel * dtype.itemsize // PAGE) * PAGE, what)
         return DiskHome(self, 0, numel, dtype)
 
     def transfer(self, offset: int, memory: Tensor, write: bool) -> None:
-        """Counts the bytes and moves nothing."""
         if write:
             self.bytes_written += memory.nbytes
         else:

@@ -154,7 +154,6 @@ def _seconds(forecast: Forecast) -> float:
 
 
 def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str:
-    """The result as text."""
     lines = [
         f"{config.stage} of {config.model}"
         + (f" with critic and reward model {config.critic_model}" if config.critic_model else "")

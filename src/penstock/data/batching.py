@@ -38,7 +38,6 @@ class Shuffle:
         return max(self.permutations - 1, 0) + self.cursor / self.count if self.permutations else 0.0
 
     def next(self, k: int) -> list[int]:
-        """The next k indices."""
         taken: list[int] = []
         while len(taken) < k:
             if self.cursor == len(self.order):

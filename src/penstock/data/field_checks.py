@@ -30,7 +30,6 @@ def text(value: Any, name: str, empty: bool = True) -> str:
 
 
 def items(value: Any, name: str) -> list[Any]:
-    """A list."""
     if not isinstance(value, list):
         raise FieldError(name, f"{kind_name(value)}, and a list is expected.")
     return value

@@ -36,7 +36,6 @@ class Lines:
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 

@@ -46,7 +46,6 @@ class Progress:
             self._live.start()
 
     def update(self, step: int, stats: Mapping[str, float]) -> None:
-        """Shows one step's numbers."""
         if self.json:
             print(to_json({"step": step, "total": self.total, **stats}), flush=True)
         fields = self._fields(stats)

@@ -57,7 +57,6 @@ class Keys:
         return sum(hmac.compare_digest(sha256, known) for known in self._hashes) > 0
 
     def knows(self, session: str) -> bool:
-        """Whether the session is open."""
         sha256 = hashed(session)
         end = self._sessions.get(sha256) or self._store.session_ends(sha256)
         if end is None or end < time.time():

@@ -6,16 +6,21 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    405: "invalid_request_error", 408: "timeout_error", 409: "conflict_error", 413: "invalid_request_error",
-    415: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error",
-}  # fmt: skip
-CODES = {
-    400: "invalid_value", 401: "invalid_api_key", 403: "invalid_csrf_token", 404: "not_found",
-    405: "method_not_allowed", 408: "timeout", 409: "conflict", 413: "request_too_large",
-    415: "unsupported_media_type", 429: "rate_limit_exceeded", 500: "internal_error", 503: "unavailable",
-}  # fmt: skip
+KINDS = {  # status: (type, the code where the error names none)
+    400: ("invalid_request_error", "invalid_value"),
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "invalid_csrf_token"),
+    404: ("not_found_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "timeout"),
+    409: ("conflict_error", "conflict"),
+    413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    503: ("unavailable_error", "unavailable"),
+}
+Headers = Mapping[str, str] | None
 RETRY_SECONDS = 1
 """The retry-after of 429 and 503: about the time of a small model's answer."""
 
@@ -39,9 +44,8 @@ class ApiError(Exception):
     """An answer that is not a success. Example: ApiError(404, "no model x", code="model_not_found")."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Headers = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
@@ -51,9 +55,9 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """As JSON."""
-        error_type = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        code = self.code or CODES.get(self.status, str(self.status))
-        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": code}}
+        unlisted = "invalid_request_error" if self.status < 500 else "server_error", str(self.status)
+        error_type, code = KINDS.get(self.status, unlisted)
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code or code}}
 
     @property
     def encoded(self) -> bytes:
@@ -63,4 +67,4 @@ class ApiError(Exception):
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """These failures, for the OpenAPI document."""
-    return {status: {"model": ErrorAnswer, "description": CODES[status].replace("_", " ")} for status in statuses}
+    return {status: {"model": ErrorAnswer, "description": KINDS[status][1].replace("_", " ")} for status in statuses}

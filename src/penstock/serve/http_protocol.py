@@ -26,7 +26,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the time limit."""
         self._stop_timer()
         super().connection_lost(exc)
 
@@ -45,7 +44,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def on_headers_complete(self) -> None:
-        """Ends the time limit."""
         self._stop_timer()
         self._head_bytes = 0
         super().on_headers_complete()

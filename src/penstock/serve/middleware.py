@@ -73,7 +73,6 @@ class AccessMiddleware:
         self._watching = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
         if scope["type"] == "lifespan":
             await self._inner(scope, receive, send)
             return

@@ -76,7 +76,6 @@ class Generation:
 
     @property
     def count(self) -> int:
-        """Number of answers."""
         return len(self.prompts) * self.sampling.n
 
     async def pieces(self) -> list[Piece]:
@@ -126,7 +125,6 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
         self._thread.start()
 
     def submit(self, generation: Generation) -> None:

@@ -53,7 +53,6 @@ class Service:
 
     @property
     def life(self) -> Life:
-        """Loading, serving or draining."""
         if self.draining:
             return Life.DRAINING
         return Life.SERVING if self.catalogue.ready.is_set() else Life.LOADING

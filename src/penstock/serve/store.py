@@ -38,13 +38,11 @@ class Store:
         self._engine = engine
 
     def close(self) -> None:
-        """Closes every connection."""
         self._engine.dispose()
 
     # --- keys and sessions --------------------------------------------------------------------------------------------
 
     def key_hashes(self) -> list[str]:
-        """sha256 of every key."""
         with self._engine.connect() as connection:
             return list(connection.scalars(sa.select(keys.c.sha256)))
 
@@ -67,7 +65,6 @@ class Store:
             return connection.scalar(sa.select(sessions.c.ends_at).where(sessions.c.sha256 == sha256))
 
     def remove_session(self, sha256: str) -> None:
-        """Ends a session."""
         with self._engine.begin() as connection:
             connection.execute(sa.delete(sessions).where(sessions.c.sha256 == sha256))
 

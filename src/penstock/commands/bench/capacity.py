@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from penstock.algorithms.setup import strategy_of
 from penstock.autochunk.meter import Meter
 from penstock.commands.bench.config import BenchConfig, CapacityConfig
 from penstock.commands.bench.fit import available_ram, check, shape_of
@@ -31,7 +32,6 @@ from penstock.commands.bench.plain import Kind, Plain
 from penstock.distributed.world import World
 from penstock.errors import ResourceError
 from penstock.memory.placement import known
-from penstock.memory.strategy import Strategy
 from penstock.models import weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.units import parse_bytes, show_bytes
@@ -134,14 +134,6 @@ def bench_config(config: CapacityConfig, host: str, layers: int) -> BenchConfig:
     )  # fmt: skip
 
 
-def strategy_of(config: BenchConfig) -> Strategy:
-    """The strategy to plan with."""
-    return Strategy.named(
-        config.strategy, dtype=config.dtype, device_memory=config.device_memory, host_memory=config.host_memory,
-        disk=config.disk,
-    )  # fmt: skip
-
-
 def run_apart(config: BenchConfig) -> dict[str, Any] | str:
     """The result of `penstock bench` in a process of its own, or why it failed.
 
@@ -223,7 +215,6 @@ def _ratio(ours: int | None, plain: int | None) -> float | None:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The result as text."""
     names = {"ours": "penstock", "published": "plain PyTorch, fp32", "fair": "plain PyTorch, bf16 and fp32 masters"}
     settings = result["settings"]
     model, memory = settings["model"], settings["device_memory"]

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.config import DeviceFlags, Flags, PlacementFlags
+from penstock.config import DeviceFlags, EngineFlags, Flags
 
 
 @dataclass(frozen=True)
-class BenchConfig(PlacementFlags, DeviceFlags):
+class BenchConfig(EngineFlags):
     """PPO on random prompts: memory, throughput and where the time goes. Defaults are those of the published tables.
 
     Batch sizes are per process. The first episode warms up and is not timed. See also penstock bench micro --help and

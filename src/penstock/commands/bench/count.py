@@ -22,7 +22,6 @@ class Rows:
 
     @property
     def length(self) -> int:
-        """Tokens of a whole row."""
         return self.prompt + self.new
 
 

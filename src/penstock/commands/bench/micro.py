@@ -130,7 +130,6 @@ def decode_rates(device: torch.device, repeats: int, quick: bool) -> dict[str, f
 
 
 def as_text(ceilings: dict[str, Any], path: Path) -> str:
-    """The ceilings as text."""
     direct = "past the page cache" if ceilings["disk_direct"] else "through the page cache: the file system wants it so"
     rows = [
         ("product of matrices, fp32", f"{ceilings['gemm_fp32'] / 1e9:.0f} GFLOP/s"),

@@ -16,6 +16,7 @@ import torch
 
 from penstock.algorithms.experience import Experience, concatenate
 from penstock.algorithms.ppo import permutation
+from penstock.algorithms.setup import strategy_of
 from penstock.commands.bench import count
 from penstock.commands.bench.clock import Clock, largest
 from penstock.commands.bench.config import BenchConfig
@@ -24,12 +25,9 @@ from penstock.commands.bench.micro import gemm_peak
 from penstock.commands.bench.profile import Recorder
 from penstock.commands.bench.show import as_text
 from penstock.commands.bench.work import Four, Sizes
-from penstock.config import recompute_of
 from penstock.errors import UserError
-from penstock.memory.strategy import Strategy
 from penstock.models import weight_shapes
 from penstock.models.config import DecoderConfig
-from penstock.planner.workload import elements_of
 from penstock.rollout.sampling import stream
 
 PHASES = ("rollout", "score", "train")
@@ -71,11 +69,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     Raises UserError for flags that cannot work and ResourceError, before anything is made, for what cannot fit.
     """
     beats, shape, sizes = schedule(config), shape_of(config), sizes_of(config)
-    strategy = Strategy.named(
-        config.strategy, dtype=config.dtype, device=config.device, device_memory=config.device_memory,
-        host_memory=config.host_memory, disk=config.disk, recompute=recompute_of(config),
-        chunk_size=elements_of(config.chunk_size, config.dtype),
-    )  # fmt: skip
+    strategy = strategy_of(config)
     world, completed = strategy.world, False
     try:
         planned = check(config, shape, strategy)
@@ -86,10 +80,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         )  # fmt: skip
         clock = Clock(strategy)
         table = play(beats, four, clock, config, shape)
-        ranks = world.gather(
-            {"seconds": clock.seconds, "moved": {name: dict(nbytes) for name, nbytes in clock.moved.items()},
-             "peaks": clock.peaks(), "gemm": gemm_peak(world.device, config.dtype)}
-        )  # fmt: skip
+        gemm = gemm_peak(world.device, config.dtype)
+        ranks = world.gather({"seconds": clock.seconds, "moved": clock.moved, "peaks": clock.peaks(), "gemm": gemm})
         measured = result(config, shape, sizes, four, ranks) | {"planned": planned, "profile": table}
         if world.first:
             print(as_text(measured))

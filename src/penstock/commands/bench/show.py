@@ -51,7 +51,6 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def memory_lines(result: dict[str, Any]) -> list[str]:
-    """Peak bytes per tier."""
     reserved = result["peak_device_reserved_bytes"]
     and_reserved = f", {show_bytes(reserved)} reserved" if reserved is not None else ""
     planned = show_bytes(result["planned"]["device"])
