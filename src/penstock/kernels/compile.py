@@ -1,7 +1,11 @@
 """C where torch has no operation for it: compiled by this machine's own compiler when first needed, kept in a cache.
 
 It saves time and nothing else: without a compiler torch operations do the same work, slower. `penstock doctor` says
-which of the two it will be. Threads come from OpenMP, so that torch's own pool is shared and not fought with.
+which of the two it will be. Threads come from OpenMP, so torch's own pool is shared.
+
+[Note: one pass of C] torch's fused AdamW refuses mixed dtypes, and around it a split master takes ten passes over
+memory; adamw.c takes one, with the same roundings. torch.compile would need the same compiler and 22 seconds, and gives
+other bits.
 """
 
 import ctypes

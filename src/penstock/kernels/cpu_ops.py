@@ -1,9 +1,10 @@
 """One token per row on a CPU: products of few rows with a weight, and attention over a cache, in C.
 
-torch's own are made for many rows: with 8 of them an fp32 product runs at a fifth of the processor's rate, and bf16 on
-processors without bf16 instructions at a tenth. Here a weight is read once at memory speed, widened in registers or fed
-to the matrix unit as it lies, and a row's result does not depend, to the last bit, on the rows beside it. Beside them
-the C chooses tokens, and makes GELU for training too. Where there is no compiler, torch does it all.
+[Note: own products for few rows] torch's products are made for many rows: with 8 rows an fp32 product runs at a fifth
+of the processor's rate, and bf16 on processors without bf16 instructions at a tenth. Here a weight is read once at
+memory speed, widened in registers or fed to the matrix unit as it lies, and a row's result does not depend, to the last
+bit, on the other rows. Scoring and training keep torch's products, so that what PPO compares rounds alike. The C also
+chooses tokens, and computes GELU for training too. Without a compiler, torch does all of it.
 """
 
 import contextlib
@@ -24,8 +25,6 @@ from penstock.kernels import compile as compiler
 SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "products.c", "vectors.h")]
 FEW = 64
 """Rows up to which a product is made here: with more, torch's blocking wins."""
-WIDEST = 512
-"""Elements per head at most."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 

@@ -232,13 +232,8 @@ def _load(
     unfrozen: int | None = None,
     allow_pickle: bool = False,
 ) -> tuple[Decoder, dict[str, Tensor]]:
-    decoder, extras = pretrained.load(
-        source,
-        dtype=torch.get_default_dtype(),
-        device=torch.get_default_device(),
-        allow_pickle=allow_pickle,
-        adapter=adapter,
-    )
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    decoder, extras = pretrained.load(source, dtype=dtype, device=device, allow_pickle=allow_pickle, adapter=adapter)
     if lora is not None:
         spec = LoraSpec(lora) if isinstance(lora, int) else lora
         if decoder.adapted is None:

@@ -1,7 +1,8 @@
 """The KV cache: a preallocated tensor per layer, rows are answers, written in place; on the device, or swapped.
 
-A swapped cache lives in host memory. While block i computes, layer i is in one of two buffers on the device and layer
-i + 1 on its way to the other; the token that block i adds goes home when the next layer is asked for.
+[Note: a swapped cache] Where a device budget cannot hold the cache but can hold two of its layers, it lives in host
+memory, and answers are the same to the bit. While block i computes, layer i is in one of two buffers on the device and
+layer i + 1 on its way to the other; the token that block i adds goes home when the next layer is asked for.
 """
 
 import contextlib

@@ -1,9 +1,11 @@
 """Decoding steps at fixed addresses: on a GPU each is recorded once as a CUDA graph and then replayed.
 
-A step of a small batch is hundreds of kernels of a few microseconds, and launching them from Python takes longer than
-running them. A graph launches them all at once, but only for the shapes and addresses it was recorded with: so rows and
-the slots that attention sees are rounded up to one of a few sizes, inputs are copied to where the graph reads them, and
-weights must stay where they are. Updates happen in place, and the next replay sees them.
+[Note: decoding is a CUDA graph] A step of a small batch is hundreds of kernels of a few microseconds, and launching
+them from Python takes longer than running them. A graph launches them all at once, but only for the shapes and
+addresses it was recorded with: so rows and the slots that attention sees are rounded up to one of a few sizes, inputs
+are copied to where the graph reads them, and weights must stay where they are. Updates happen in place, and the next
+replay sees them. Weights that stream and a swapped cache are not recorded: their addresses change. The cache is not
+paged: PPO's answers have one common length.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,12 @@
 """Text from a decoder: continuous batching over the rows of one fixed KV cache.
 
-Answers that run together are rows 0 .. n-1 of the cache. Every step gives each of them one token; a row that has ended
-is filled from the last one at once, and waiting prompts take the rows behind. A prompt is read once, whatever the
-number of its answers. The weights are the trainer's own, wherever they live, and an answer depends on its prompt, seed
-and episode number alone, not on what happens beside it.
+Every step gives each running answer one token. A prompt is read once, whatever the number of its answers. The weights
+are the trainer's own, wherever they live. An answer depends on its prompt, seed and episode number alone: see [Note:
+one random stream per answer] in `sampling`.
+
+[Note: running rows stand side by side] Running answers are rows 0 .. n-1 of the cache. When one ends, the last row
+moves into its place, and waiting prompts take the rows behind. So a step computes nothing for empty rows, needs no mask
+over them and allocates no cache.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """From logits to one token per row: what may be sampled, and the random number that picks it.
 
-Each answer has a random stream of its own, keyed by (seed, episode), so the same prompt and seed give the same
-answer alone or among others, on one rank or on four, and a resumed run needs only the episode counter.
+[Note: one random stream per answer] Each answer's uniform numbers come from (seed, episode), and tokens are picked by
+inverting the CDF. So the same prompt and seed give the same answer alone or in any batch, on one rank or on four, and a
+resumed run needs only the episode counter.
 """
 
 import functools
