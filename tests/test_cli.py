@@ -31,6 +31,21 @@ def exit_of(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+def refused(capsys, code, text, *arguments):
+    """The command ends with this code, and this text is in what it writes to stderr."""
+    stopped_with, _, err = exit_of(capsys, *arguments)
+    assert stopped_with == code
+    assert text in err
+    return err
+
+
+def passes(*arguments, **options):
+    """The real command in a process of its own, which succeeds."""
+    done = run(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize("command", ["ppo", "serve", "bench capacity"])
 def test_help_shows_flags_without_importing_torch(command):
     script = (
@@ -70,66 +85,46 @@ SFT = "sft --model {model} --data {data} --out {tmp}/run"
 PPO = "ppo --actor {model} --reward {model} --data {data} --out {tmp}/run"
 
 
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("pp", "did you mean ppo?"),
-        ("sft --model nowhere/at/all --data x.jsonl --out {tmp}/run", "no such model directory"),
-        ("sft --model {model} --data {tmp}/no.jsonl --out {tmp}/run", "no such file"),
-        ("sft --model {model} --data {data} --out {tmp}", "exists and is not empty"),
-        ("sft --model {model} --data {data} --out /proc/nothing/run", "cannot be written"),
-        (f"{SFT} --strategy x", "no such strategy"),
-        (f"{SFT} --lr nan", "--lr nan: must be above 0"),
-        (f"{SFT} --steps 0", "--steps 0: must be at least 1"),
-        (f"{SFT} --device cudaa", "this machine has cpu"),
-        ("sft --config {tmp}/no.toml", "No such file"),
-        (f"{PPO} --max-length 32 --max-new-tokens 8", "is no reward model"),
-        (f"{PPO} --ptx-coef 0.1", "belong together"),
-        (f"{PPO} --temperature 0", "--temperature 0"),
-        (f"{PPO} --max-new-tokens 32", "leave no room for a prompt"),
-        ("resume {tmp}", "is no run directory"),
-        ("resume a b", "exactly one RUN"),
-        ("chat a --model b", "exactly one MODEL"),
-        ("ppo --lrr 1", "no flag --lrr; did you mean --lr?"),
-        ("sft x", "unexpected 'x'"),
-        ("sft --model m --data d", "--out is missing"),
-        ("sft --lr", "--lr: a value is missing"),
-        ("sft --steps 1.5", "--steps 1.5: give a whole number"),
-        ("plan --model s --dtype x", "--dtype x: there are fp32, bf16"),
-        ("bench x", "try penstock bench or penstock bench micro"),
-        ("export {tmp} --out {tmp}/x", "is no run directory"),
-        ("generate --model {model}", "either --prompt TEXT or --data FILE"),
-        ("generate --model {model} --prompt hi --top-p 2", "must be above 0 and at most 1"),
-        ("generate --model {model} --data {data} --out /proc/x/y.jsonl --max-new-tokens 2", "cannot be written"),
-        ("data check {tmp}/no.jsonl", "no such file"),
-        ("data look", "penstock data check FILE"),
-        ("demo --out /proc/demo", "cannot be written"),
-        ("demo --seeds 0", "must be at least 1"),
-    ],
-)
+@pytest.mark.parametrize(("line", "text"), [
+    ("pp", "did you mean ppo?"),
+    ("sft --model nowhere/at/all --data x.jsonl --out {tmp}/run", "no such model directory"),
+    ("sft --model {model} --data {tmp}/no.jsonl --out {tmp}/run", "no such file"),
+    ("sft --model {model} --data {data} --out {tmp}", "exists and is not empty"),
+    ("sft --model {model} --data {data} --out /proc/nothing/run", "cannot be written"),
+    (f"{SFT} --strategy x", "no such strategy"), (f"{SFT} --lr nan", "--lr nan: must be above 0"),
+    (f"{SFT} --steps 0", "--steps 0: must be at least 1"), (f"{SFT} --device cudaa", "this machine has cpu"),
+    ("sft --config {tmp}/no.toml", "No such file"), (f"{PPO} --max-length 32 --max-new-tokens 8", "is no reward model"),
+    (f"{PPO} --ptx-coef 0.1", "belong together"), (f"{PPO} --temperature 0", "--temperature 0"),
+    (f"{PPO} --max-new-tokens 32", "leave no room for a prompt"), ("resume {tmp}", "is no run directory"),
+    ("resume a b", "exactly one RUN"), ("chat a --model b", "exactly one MODEL"),
+    ("ppo --lrr 1", "no flag --lrr; did you mean --lr?"), ("sft x", "unexpected 'x'"),
+    ("sft --model m --data d", "--out is missing"), ("sft --lr", "--lr: a value is missing"),
+    ("sft --steps 1.5", "--steps 1.5: give a whole number"),
+    ("plan --model s --dtype x", "--dtype x: there are fp32, bf16"),
+    ("bench x", "try penstock bench or penstock bench micro"), ("export {tmp} --out {tmp}/x", "is no run directory"),
+    ("generate --model {model}", "either --prompt TEXT or --data FILE"),
+    ("generate --model {model} --prompt hi --top-p 2", "must be above 0 and at most 1"),
+    ("generate --model {model} --data {data} --out /proc/x/y.jsonl --max-new-tokens 2", "cannot be written"),
+    ("data check {tmp}/no.jsonl", "no such file"), ("data look", "penstock data check FILE"),
+    ("demo --out /proc/demo", "cannot be written"), ("demo --seeds 0", "must be at least 1"),
+])  # fmt: skip
 def test_a_user_error_is_one_paragraph(capsys, tmp_path, tiny_model, jsonl, line, text):
     names = {"tmp": tmp_path, "model": tiny_model(), "data": jsonl(demonstrations(8))}
-    stopped_with, _, err = exit_of(capsys, *(word.format(**names) for word in line.split()))
-    assert stopped_with == 2
-    assert text in err
+    err = refused(capsys, 2, text, *(word.format(**names) for word in line.split()))
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_an_unknown_key_in_a_config_file_is_named_with_the_nearest(capsys, tmp_path):
     (tmp_path / "run.toml").write_text('model = "m"\nlearning_rte = 1\nbatch_sise = 4\n')
-    code, _, err = exit_of(capsys, "sft", "--config", tmp_path / "run.toml")
-    assert code == 2
-    assert "learning_rte" in err
+    refused(capsys, 2, "learning_rte", "sft", "--config", tmp_path / "run.toml")
     (tmp_path / "run.toml").write_text("batch_sise = 4\n")
     assert "did you mean batch_size?" in exit_of(capsys, "sft", "--config", tmp_path / "run.toml")[2]
 
 
 def test_only_the_known_sections_group_keys(capsys, tmp_path):
     (tmp_path / "run.toml").write_text('model = "m"\n[optin]\nlr = 1.0\n')
-    code, _, err = exit_of(capsys, "sft", "--config", tmp_path / "run.toml")
-    assert code == 2
-    assert "unknown key 'optin'" in err
+    refused(capsys, 2, "unknown key 'optin'", "sft", "--config", tmp_path / "run.toml")
 
 
 def test_none_turns_off_numbers_and_is_a_word_elsewhere():
@@ -150,9 +145,7 @@ def test_a_runs_own_config_repeats_it_from_anywhere(capsys, tmp_path, tiny_model
     assert exit_of(capsys, *again)[0] == 0
     assert (tmp_path / "first/metrics.jsonl").read_bytes() == (tmp_path / "again/metrics.jsonl").read_bytes()
     assert exit_of(capsys, "resume", tmp_path / "first")[0] == 0
-    code, _, err = exit_of(capsys, "reward", *again[1:-1], tmp_path / "other")
-    assert code == 2
-    assert "is of penstock sft" in err
+    refused(capsys, 2, "is of penstock sft", "reward", *again[1:-1], tmp_path / "other")
 
 
 def test_a_run_whose_data_has_changed_is_not_resumed(capsys, tmp_path, tiny_model, jsonl):
@@ -160,9 +153,7 @@ def test_a_run_whose_data_has_changed_is_not_resumed(capsys, tmp_path, tiny_mode
     flags = ("--max-length", 32, "--batch-size", 4, "--steps", 2, "--samples", 1, "--max-new-tokens", 4)
     exit_of(capsys, "sft", "--model", tiny_model(), "--data", data, "--out", tmp_path / "run", *flags)
     Path(data).write_text("\n".join(reversed(Path(data).read_text().splitlines())) + "\n")
-    code, _, err = exit_of(capsys, "resume", tmp_path / "run")
-    assert code == 2
-    assert "has changed since step-000002" in err
+    refused(capsys, 2, "has changed since step-000002", "resume", tmp_path / "run")
     (tmp_path / "run" / "config.toml").write_text('command = "foo"\n')
     assert exit_of(capsys, "resume", tmp_path / "run")[0] == 2
 
@@ -176,9 +167,7 @@ def test_a_failed_export_leaves_nothing(capsys, tmp_path, tiny_model, jsonl, mon
         raise OSError(28, "No space left on device", str(target))
 
     monkeypatch.setattr("shutil.copyfile", full)
-    code, _, err = exit_of(capsys, "export", tmp_path / "r", "--out", tmp_path / "out")
-    assert code == 3
-    assert "the disk is full" in err
+    refused(capsys, 3, "the disk is full", "export", tmp_path / "r", "--out", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -192,9 +181,7 @@ def test_flags_win_over_the_config_file(tmp_path):
 def test_bad_data_stops_with_4_and_writes_nothing(capsys, tmp_path, tiny_model):
     (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1], "response_ids": [99]}\n{"prompt_ids": [1]\n')
     arguments = ("sft", "--model", tiny_model(), "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "run")
-    code, _, err = exit_of(capsys, *arguments)
-    assert code == 4
-    assert "bad.jsonl:2: line: not valid JSON" in err
+    refused(capsys, 4, "bad.jsonl:2: line: not valid JSON", *arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -205,48 +192,41 @@ def test_the_three_stages_then_generate_export_and_chat(tmp_path, tiny_model, js
     save_tokenizer(Path(model), texts, vocab_size=300)
     shared = ("--max-length", 64, "--batch-size", 8, "--micro-batch-size", 8, "--steps", 2)
     sft_data = jsonl([{"prompt": t, "response": f"It is {i}."} for i, t in enumerate(texts)], "sft.jsonl")
-    done = run("sft", "--model", model, "--data", sft_data, "--out", tmp_path / "sft", *shared, "--json")
-    assert done.returncode == 0, done.stderr
+    done = passes("sft", "--model", model, "--data", sft_data, "--out", tmp_path / "sft", *shared, "--json")
     assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2]
 
     ranked = jsonl([{"prompt": t, "chosen": "It is so.", "rejected": "Who knows"} for t in texts], "ranked.jsonl")
-    done = run("reward", "--model", tmp_path / "sft", "--data", ranked, "--out", tmp_path / "reward", *shared)
-    assert done.returncode == 0, done.stderr
+    passes("reward", "--model", tmp_path / "sft", "--data", ranked, "--out", tmp_path / "reward", *shared)
 
     prompts = jsonl([{"prompt": t} for t in texts], "prompts.jsonl")
-    done = run("ppo", "--actor", tmp_path / "sft", "--reward", tmp_path / "reward", "--data", prompts,
-               "--out", tmp_path / "ppo", *shared, "--max-new-tokens", 8)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    scored = ["--actor", tmp_path / "sft", "--reward", tmp_path / "reward", "--data", prompts]
+    passes("ppo", *scored, "--out", tmp_path / "ppo", *shared, "--max-new-tokens", 8)
     for name in ("config.toml", "metrics.jsonl", "perf.jsonl", "samples.jsonl", "log.txt", "report.html"):
         assert (tmp_path / "ppo" / name).stat().st_size > 0
 
-    done = run("generate", "--model", tmp_path / "ppo", "--data", prompts, "--out", tmp_path / "out.jsonl",
-               "--n", 2, "--max-new-tokens", 4, "--batch-size", 5)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    flags = ["--n", 2, "--max-new-tokens", 4, "--batch-size", 5]
+    passes("generate", "--model", tmp_path / "ppo", "--data", prompts, "--out", tmp_path / "out.jsonl", *flags)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 48
     assert set(rows[0]) == {"prompt", "response", "prompt_ids", "response_ids", "logprobs", "finish_reason"}
     assert all(len(row["logprobs"]) == len(row["response_ids"]) <= 4 for row in rows)
 
-    done = run("export", tmp_path / "ppo", "--out", tmp_path / "exported")
-    assert done.returncode == 0, done.stderr
+    passes("export", tmp_path / "ppo", "--out", tmp_path / "exported")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")(texts[0]).input_ids[0] == 1
 
     typed = "hello\n" + "much too long " * 300 + "\n/reset\nagain\n/quit\n"
-    done = run("chat", tmp_path / "ppo", "--max-new-tokens", 4, "--json", input=typed)
-    assert done.returncode == 0, done.stderr
+    done = passes("chat", tmp_path / "ppo", "--max-new-tokens", 4, "--json", input=typed)
     assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"response"}] * 2
     assert "was not sent" in done.stderr
 
 
 def test_reward_runs_on_token_ids_and_reports_its_accuracy(tmp_path, tiny_model, jsonl):
     data = jsonl(comparisons(60))
-    done = run("reward", "--model", tiny_model(), "--data", data, "--out", tmp_path / "run", "--lr", "1e-2",
-               "--epochs", 10, "--batch-size", 16, "--max-length", 32, "--eval-every", 10)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    flags = ["--lr", "1e-2", "--epochs", 10, "--batch-size", 16, "--max-length", 32, "--eval-every", 10]
+    passes("reward", "--model", tiny_model(), "--data", data, "--out", tmp_path / "run", *flags)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["heldout/accuracy"] > 0.8
     from transformers import AutoModelForSequenceClassification
@@ -261,25 +241,19 @@ def test_doctor_says_ready():
     assert "ready to train" in done.stdout + done.stderr or done.returncode == 3
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "text"),
-    [
-        (MemoryError(), 3, "smaller --micro-batch-size"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), 3, "out of memory"),
-        (OSError(28, "No space left on device", "/data/x"), 3, "/data/x: the disk is full"),
-        (OSError(5, "Input/output error"), 5, "internal error (OSError)"),
-        (ZeroDivisionError(), 5, "internal error (ZeroDivisionError)"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
+@pytest.mark.parametrize(("error", "code", "text"), [
+    (MemoryError(), 3, "smaller --micro-batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), 3, "out of memory"),
+    (OSError(28, "No space left on device", "/data/x"), 3, "/data/x: the disk is full"),
+    (OSError(5, "Input/output error"), 5, "internal error (OSError)"),
+    (ZeroDivisionError(), 5, "internal error (ZeroDivisionError)"), (KeyboardInterrupt(), 130, ""),
+])  # fmt: skip
 def test_what_the_machine_refuses_has_its_own_exit_code(capsys, monkeypatch, error, code, text):
     def refuse(config):
         raise error
 
     monkeypatch.setattr("penstock.commands.doctor.doctor", refuse)
-    stopped_with, _, err = exit_of(capsys, "doctor")
-    assert stopped_with == code
-    assert text in err
+    err = refused(capsys, code, text, "doctor")
     assert ("Traceback" in err) == (code == 5)
 
 

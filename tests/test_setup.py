@@ -46,9 +46,7 @@ def setup(tmp_path: Path, refused: str, system: str = "Linux", gpu: bool = False
      ("*--no-deps torch==*", 2, "the CPU build, from https://download.pytorch.org/whl/cpu"),
      ("*+cpu", 3, "no CPU build was found (see {venv}/setup.log); installing the default build: several gigabytes")],
 )  # fmt: skip
-def test_without_a_gpu_the_cpu_build_comes_first_and_the_default_build_last(
-    tmp_path: Path, refused: str, attempts: int, last_message: str
-) -> None:
+def test_without_a_gpu_the_cpu_build_comes_first_and_the_default_build_last(tmp_path, refused, attempts, last_message):
     printed, asked = setup(tmp_path, refused)
     order = [f"--no-deps {TORCH}+cpu", f"--no-deps --timeout 30 --retries 1 {FROM_PYTORCH} {TORCH}+cpu", TORCH]
     assert asked == [*order[:attempts], "--editable .[dev,serve]"]
@@ -58,13 +56,13 @@ def test_without_a_gpu_the_cpu_build_comes_first_and_the_default_build_last(
 
 
 @pytest.mark.parametrize(("system", "gpu"), [("Linux", True), ("Darwin", False)])
-def test_with_a_gpu_or_on_macos_the_default_build_comes_at_once(tmp_path: Path, system: str, gpu: bool) -> None:
+def test_with_a_gpu_or_on_macos_the_default_build_comes_at_once(tmp_path, system, gpu):
     printed, asked = setup(tmp_path, "nothing", system, gpu)
     assert asked == [TORCH, "--editable .[dev,serve]"]
     assert "the default build for this machine" in printed
 
 
-def test_without_a_python_it_says_which_ones_will_do() -> None:
+def test_without_a_python_it_says_which_ones_will_do():
     done = subprocess.run(["sh", "tools/setup.sh", "x"], cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True)
     assert done.returncode == 2
     assert b"Python 3.11 to 3.14" in done.stderr

@@ -72,6 +72,22 @@ def transformers_logprobs(address, answer, temperature):
     return oracle.token_logprobs(logits, torch.tensor(answer.response_ids))
 
 
+def losses_of(models, count):
+    """(model, its loss of a part, over `count` tokens) of actor and critic."""
+    actor, _, critic, _ = models
+    return (
+        (actor, lambda part: loss_of_actor(actor, part, config(), count)[0]),
+        (critic, lambda part: loss_of_critic(critic, part, config(), count)[0]),
+    )
+
+
+def gradients_of(model, loss_of, *parts):
+    model.zero_grad()
+    for part in parts:
+        loss_of(part).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_logprobs_and_entropies_are_those_of_transformers_at_the_temperature(models, size):
     experience = scored(models, size)
@@ -132,25 +148,17 @@ def test_advantages_and_returns_step_by_step(models, changes):
 
 def test_padding_garbage_reaches_no_gradient(models):
     """Token ids and NaN in the padding of a batch change neither losses nor gradients (PPO.md 1, 13)."""
-    actor, _, critic, _ = models
     clean = with_advantages(scored(models), 0.1, config())
     mask = clean.mask
     whole = fn.mask_of(clean.prompt_lengths + clean.lengths, clean.tokens.shape[1])
     dirty = {
-        one.name: torch.where(mask, value, torch.nan)
-        for one in dataclasses.fields(Experience)
-        if (value := getattr(clean, one.name)).dtype == torch.float32 and value.dim() == 2
+        field.name: torch.where(mask, value, torch.nan)
+        for field in dataclasses.fields(Experience)
+        if (value := getattr(clean, field.name)).dtype == torch.float32 and value.dim() == 2
     }
     dirty = dataclasses.replace(clean, tokens=torch.where(whole, clean.tokens, 13), **dirty)
-    for model, loss_of in (
-        (actor, lambda part: loss_of_actor(actor, part, config(), 10)[0]),
-        (critic, lambda part: loss_of_critic(critic, part, config(), 10)[0]),
-    ):
-        grads = []
-        for part in (clean, dirty):
-            model.zero_grad()
-            loss_of(part).backward()
-            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for model, loss_of in losses_of(models, 10):
+        grads = [gradients_of(model, loss_of, part) for part in (clean, dirty)]
         assert grads[0]
         for a, b in zip(*grads, strict=True):
             assert torch.allclose(a, b, atol=1e-7)
@@ -159,20 +167,10 @@ def test_padding_garbage_reaches_no_gradient(models):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_give_the_same_gradient(models, size):
     """1e-6 in fp32, losses divided by the tokens of the whole mini-batch (15)."""
-    actor, _, critic, _ = models
     experience = with_advantages(scored(models), 0.1, config())
-    count = int(experience.lengths.sum())
-    for model, loss_of in (
-        (actor, lambda part: loss_of_actor(actor, part, config(), count)[0]),
-        (critic, lambda part: loss_of_critic(critic, part, config(), count)[0]),
-    ):
-        model.zero_grad()
-        loss_of(experience).backward()
-        whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
-        for rows in torch.arange(4).split(size):
-            loss_of(experience.rows(rows)).backward()
-        parts = [p.grad for p in model.parameters() if p.grad is not None]
+    for model, loss_of in losses_of(models, int(experience.lengths.sum())):
+        whole = gradients_of(model, loss_of, experience)
+        parts = gradients_of(model, loss_of, *(experience.rows(rows) for rows in torch.arange(4).split(size)))
         for a, b in zip(whole, parts, strict=True):
             assert torch.allclose(a, b, atol=1e-6)
 

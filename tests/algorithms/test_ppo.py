@@ -20,6 +20,7 @@ def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
     table = {table}
     return [table.get(ids[0], 0.0) for ids in response_ids]
 """
+BANDIT = {"max_new_tokens": 1, "missing_eos_score": None, "samples": 0, "target_kl": None}
 
 
 def config(tmp_path, model, data, reward_fn, out="run", **changes):
@@ -54,13 +55,8 @@ def test_one_token_task_approaches_the_kl_regularised_optimum(tmp_path, tiny_mod
     beta, table = 0.5, {3: 1.0, 4: 0.5, 5: -0.5, 6: 0.25}
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
     reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table=table))
-    run = ppo(
-        config(
-            tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=beta, missing_eos_score=None, samples=0,
-            target_kl=None, value_clip=None,
-            optim={"batch_size": 256, "micro_batch_size": 256, "steps": 100, "lr": 2e-3},
-        )
-    )  # fmt: skip
+    optim = {"batch_size": 256, "micro_batch_size": 256, "steps": 100, "lr": 2e-3}
+    run = ppo(config(tmp_path, model, data, reward_fn, **BANDIT, kl_coef=beta, value_clip=None, optim=optim))
     rewards = torch.tensor([table.get(i, 0.0) for i in range(16)])
     optimum = torch.softmax(next_token_distribution(model).log() + rewards / beta, dim=-1)
     assert 0.5 * (next_token_distribution(final_model(run)) - optimum).abs().sum() < 0.05
@@ -71,13 +67,8 @@ def test_one_token_task_approaches_the_kl_regularised_optimum(tmp_path, tiny_mod
 def test_two_armed_bandit_is_solved(tmp_path, tiny_model, jsonl, seed):
     model, data = tiny_model(seed=seed), jsonl([{"prompt_ids": [1, 3]}] * 4)
     reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 4: 0.2}))
-    run = ppo(
-        config(
-            tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=0.01, missing_eos_score=None, samples=0,
-            target_kl=None, run={"seed": seed},
-            optim={"batch_size": 128, "micro_batch_size": 128, "steps": 50, "lr": 5e-3, "epochs": 4},
-        )
-    )  # fmt: skip
+    optim = {"batch_size": 128, "micro_batch_size": 128, "steps": 50, "lr": 5e-3, "epochs": 4}
+    run = ppo(config(tmp_path, model, data, reward_fn, **BANDIT, kl_coef=0.01, run={"seed": seed}, optim=optim))
     assert next_token_distribution(final_model(run))[3] > 0.9
 
 
@@ -93,17 +84,13 @@ def test_first_ratio_is_one_and_engine_agrees_with_the_trainer(tmp_path, tiny_mo
 def test_micro_batch_size_never_changes_the_curve(tmp_path, tiny_model, jsonl, micro, temperature):
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3, *range(3, 3 + i)]} for i in range(8)])
     reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 5: -1.0}))
-    whole = metrics(ppo(config(tmp_path, model, data, reward_fn, "whole", temperature=temperature)))
-    parts = metrics(
-        ppo(
-            config(
-                tmp_path, model, data, reward_fn, "parts", temperature=temperature, optim={"micro_batch_size": micro}
-            )
-        )
-    )
-    for one, other in zip(whole, parts, strict=True):
-        for key in one:
-            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
+    curves = []
+    for out, optim in (("whole", {}), ("parts", {"micro_batch_size": micro})):
+        setting = config(tmp_path, model, data, reward_fn, out, temperature=temperature, optim=optim)
+        curves.append(metrics(ppo(setting)))
+    for whole, parts in zip(*curves, strict=True):
+        for key in whole:
+            assert parts[key] == pytest.approx(whole[key], rel=1e-3, abs=2e-5), key
 
 
 def test_whole_run_with_every_option_on(tmp_path, tiny_model, jsonl):
@@ -123,20 +110,22 @@ def test_whole_run_with_every_option_on(tmp_path, tiny_model, jsonl):
     assert "truncated" in (Path(run) / "log.txt").read_text()
 
 
-def test_value_warmup_holds_the_actor_until_the_critic_explains_variance(tmp_path, tiny_model, jsonl):
+@pytest.mark.parametrize("critic", [None, "lm"])
+def test_value_warmup_holds_the_actor_until_the_critic_explains_variance(tmp_path, tiny_model, jsonl, critic):
+    """A critic made from a language model starts at zero, and a zero head explains nothing."""
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
     reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
-    rows = metrics(ppo(config(tmp_path, model, data, reward_fn, value_warmup=True, optim={"steps": 2})))
-    assert "policy/updates" not in rows[0]  # a zero head explains nothing
+    changes = {"critic": tiny_model(critic, seed=3)} if critic else {}
+    rows = metrics(ppo(config(tmp_path, model, data, reward_fn, value_warmup=True, optim={"steps": 2}, **changes)))
+    assert "policy/updates" not in rows[0]
 
 
 def test_score_replaced_not_added_without_eos(tmp_path, tiny_model, jsonl):
     """Nothing ends within one token unless it is EOS itself, so nearly every score is the missing-EOS score."""
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
     reward_fn = write_reward_fn(tmp_path, "def score(prompts, responses, **_):\n    return [100.0] * len(prompts)\n")
-    row = metrics(
-        ppo(config(tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=0.0, optim={"steps": 1, "epochs": 1}))
-    )[0]
+    optim = {"steps": 1, "epochs": 1}
+    row = metrics(ppo(config(tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=0.0, optim=optim)))[0]
     ended = row["val/num_eos_tokens"] / 16
     assert row["objective/rlhf_reward"] == pytest.approx(100 * ended - (1 - ended), abs=1e-4)
 
@@ -147,16 +136,12 @@ def test_one_score_is_needed(tmp_path, tiny_model, jsonl):
         ppo(config(tmp_path, model, data, None))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def score(prompts, responses, **_):\n    return [1.0]\n", "1 scores for"),
-        ("def score(prompts, responses, **_):\n    return [float('nan')] * len(prompts)\n", "must be finite"),
-        ("def score(prompts, responses, **_):\n    1 / 0\n", "ZeroDivisionError"),
-        ("def other():\n    pass\n", "no function 'score'; it has other"),
-        ("def (", "SyntaxError"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("def score(prompts, responses, **_):\n    return [1.0]\n", "1 scores for"),
+    ("def score(prompts, responses, **_):\n    return [float('nan')] * len(prompts)\n", "must be finite"),
+    ("def score(prompts, responses, **_):\n    1 / 0\n", "ZeroDivisionError"),
+    ("def other():\n    pass\n", "no function 'score'; it has other"), ("def (", "SyntaxError"),
+])  # fmt: skip
 def test_a_bad_reward_function_is_named(tmp_path, tiny_model, jsonl, text, message):
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}])
     with pytest.raises(UserError, match=message):
@@ -187,13 +172,6 @@ def test_roles_that_read_other_tokens_are_refused(tmp_path, tiny_model, jsonl, r
         other = tiny_model(f"other{changes}", **changes)
         with pytest.raises(UserError, match=message):
             ppo(config(tmp_path, model, data, reward_fn, **{role: other}))
-
-
-def test_a_critic_made_from_a_language_model_starts_at_zero(tmp_path, tiny_model, jsonl):
-    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
-    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
-    rows = metrics(ppo(config(tmp_path, model, data, reward_fn, critic=tiny_model("lm", seed=3), value_warmup=True)))
-    assert "policy/updates" not in rows[0]
 
 
 def test_a_reward_model_is_no_actor(tmp_path, tiny_model):
@@ -237,8 +215,8 @@ def test_rows_are_trimmed_to_their_own_longest():
 
 
 def test_permutations_differ_by_epoch_and_step_and_repeat_by_key():
-    one = permutation(50, 0, 3, 1)
-    assert sorted(one.tolist()) == list(range(50))
-    assert torch.equal(one, permutation(50, 0, 3, 1))
-    assert not torch.equal(one, permutation(50, 0, 3, 2))
-    assert not torch.equal(one, permutation(50, 0, 4, 1))
+    order = permutation(50, 0, 3, 1)
+    assert sorted(order.tolist()) == list(range(50))
+    assert torch.equal(order, permutation(50, 0, 3, 1))
+    assert not torch.equal(order, permutation(50, 0, 3, 2))
+    assert not torch.equal(order, permutation(50, 0, 4, 1))

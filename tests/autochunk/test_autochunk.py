@@ -103,7 +103,7 @@ class InBlock(nn.Module):
 @pytest.mark.parametrize(
     ("name", "training"), [*((name, True) for name in FAMILIES), ("llama", False), ("bloom", False)]
 )
-def test_every_familys_block_is_the_same_in_slices(name: str, training: bool) -> None:
+def test_every_familys_block_is_the_same_in_slices(name, training):
     x = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
     compare(InBlock(name, LENGTH), (x,), training, 0.55)
 
@@ -149,12 +149,12 @@ class Called(nn.Module):
     [("gpt2", "eager", True), ("gpt2", "sdpa", False), ("llama", "eager", True), ("llama", "sdpa", True),
      ("bloom", "eager", True), ("bloom", "eager", False)],
 )  # fmt: skip
-def test_layers_of_transformers_are_the_same_in_slices(kind: str, attention: str, training: bool) -> None:
+def test_layers_of_transformers_are_the_same_in_slices(kind, attention, training):
     torch.manual_seed(0)
     compare(layer(kind, attention), (torch.randn(ROWS, LENGTH, WIDTH),), training, 0.6)
 
 
-def test_a_whole_model_of_transformers_is_sliced() -> None:
+def test_a_whole_model_of_transformers_is_sliced():
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=64, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, use_cache=False, bos_token_id=None,
@@ -190,9 +190,7 @@ class Mlp(nn.Module):
     rows=st.integers(1, 3), length=st.integers(2, 23), width=st.integers(1, 9), mixing=st.booleans(),
     training=st.booleans(), share=st.floats(0.1, 0.9), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_shape_is_the_same_in_slices_or_the_least_is_named(
-    rows: int, length: int, width: int, mixing: bool, training: bool, share: float, seed: int
-) -> None:
+def test_any_shape_is_the_same_in_slices_or_the_least_is_named(rows, length, width, mixing, training, share, seed):
     torch.manual_seed(seed)
     module, x = Mlp(width, mixing), torch.randn(rows, length, width)
     expected = run(module, module, (x,), training)
@@ -227,7 +225,7 @@ class Attending(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_heads_and_tokens_are_sliced_apart_where_one_region_is_not_enough(training: bool) -> None:
+def test_heads_and_tokens_are_sliced_apart_where_one_region_is_not_enough(training):
     """Slices of tokens alone must hold all keys and values; slices of heads make their own, and tokens follow."""
     layer, x = Attending(width=16, heads=8), torch.randn(1, 512, 16)
     states = x.nbytes
@@ -239,7 +237,7 @@ def test_heads_and_tokens_are_sliced_apart_where_one_region_is_not_enough(traini
     assert len(sliced.report.regions) == 2
 
 
-def test_the_least_that_works_is_named_and_works() -> None:
+def test_the_least_that_works_is_named_and_works():
     module, x = Mlp(8, mixing=False), torch.randn(2, 32, 8)
     with (
         torch.no_grad(),
@@ -264,7 +262,7 @@ class Rolled(nn.Module):
         return self.mlp(x.roll(3, 1))
 
 
-def test_an_op_that_cannot_be_sliced_is_left_whole_and_named() -> None:
+def test_an_op_that_cannot_be_sliced_is_left_whole_and_named():
     sliced = compare(Rolled(), (torch.randn(2, 32, 8),), False, 0.5)
     assert sliced.report is not None
     assert sliced.report.whole == ("roll (no rule for roll; 2.05 kB)",)
@@ -274,13 +272,13 @@ def test_an_op_that_cannot_be_sliced_is_left_whole_and_named() -> None:
     assert "slices of" in text
 
 
-def test_a_random_op_is_left_whole_and_named() -> None:
+def test_a_random_op_is_left_whole_and_named():
     module = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 8)).train()
     with torch.no_grad(), pytest.raises(ResourceError, match="draws random numbers"):
         autochunk(module, (torch.randn(2, 64, 8),), 4000)
 
 
-def test_a_module_that_writes_in_place_is_left_whole_and_says_so() -> None:
+def test_a_module_that_writes_in_place_is_left_whole_and_says_so():
     class Writing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y = x * 2
@@ -293,7 +291,7 @@ def test_a_module_that_writes_in_place_is_left_whole_and_says_so() -> None:
     assert torch.equal(autochunk(Writing(), (x,), 10**9)(x), Writing()(x))
 
 
-def test_a_module_that_cannot_be_exported_is_refused_with_the_reason() -> None:
+def test_a_module_that_cannot_be_exported_is_refused_with_the_reason():
     class Asking(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum().item() > 0 else -x
@@ -302,7 +300,7 @@ def test_a_module_that_cannot_be_exported_is_refused_with_the_reason() -> None:
         autochunk(Asking(), (torch.randn(3, 4),), 10)
 
 
-def test_weights_that_are_replaced_are_seen() -> None:
+def test_weights_that_are_replaced_are_seen():
     torch.manual_seed(0)
     module, other, x = Mlp(8, mixing=False), Mlp(8, mixing=False), torch.randn(2, 32, 8)
     sliced = autochunk(module, (_like(x, True),), 9000)
@@ -314,7 +312,7 @@ def test_weights_that_are_replaced_are_seen() -> None:
 
 
 @pytest.mark.parametrize("place", [False, True])
-def test_gradients_go_through_autograd_where_they_have_no_place(place: bool) -> None:
+def test_gradients_go_through_autograd_where_they_have_no_place(place):
     torch.manual_seed(0)
     module, x = InBlock("llama", LENGTH), torch.randn(ROWS, LENGTH, WIDTH)
     expected = run(module, module, (x,), training=True, places=False)
@@ -329,7 +327,7 @@ def test_gradients_go_through_autograd_where_they_have_no_place(place: bool) -> 
     assert_same(run(sliced, module, (x,), training=True, places=False), expected)
 
 
-def test_without_need_the_module_itself_is_called() -> None:
+def test_without_need_the_module_itself_is_called():
     module, x = Mlp(8, mixing=False), torch.randn(2, 32, 8)
     called = []
     module.register_forward_hook(lambda *_: called.append(1))
@@ -341,7 +339,7 @@ def test_without_need_the_module_itself_is_called() -> None:
     assert "left as it is" in str(sliced.report)
 
 
-def test_other_shapes_are_planned_when_they_come() -> None:
+def test_other_shapes_are_planned_when_they_come():
     module = Mlp(8, mixing=False)
     with torch.no_grad():
         sliced = autochunk(module, (torch.randn(2, 16, 8),), 12000)
@@ -352,7 +350,7 @@ def test_other_shapes_are_planned_when_they_come() -> None:
         assert len(sliced.slicer.reports) == 3
 
 
-def test_causal_slices_hold_no_square_mask() -> None:
+def test_causal_slices_hold_no_square_mask():
     length = 1024
     config = dataclasses.replace(BASE, d_model=16, num_heads=1, num_kv_heads=1, head_dim=16, d_ff=16, max_length=length)
     decoder = Decoder(config, generator=torch.Generator().manual_seed(0))
@@ -367,7 +365,7 @@ def test_causal_slices_hold_no_square_mask() -> None:
     assert meter.peak <= 320_000 < length * length
 
 
-def test_where_only_gradients_are_asked_for_the_output_holds_nothing() -> None:
+def test_where_only_gradients_are_asked_for_the_output_holds_nothing():
     torch.manual_seed(0)
     module, x = Mlp(8, mixing=False), torch.randn(2, 32, 8)
     expected = run(module, module, (x,), training=True)
@@ -379,7 +377,7 @@ def test_where_only_gradients_are_asked_for_the_output_holds_nothing() -> None:
         assert torch.allclose(got, wanted, atol=1e-6)
 
 
-def test_the_engine_trains_the_same_within_an_activation_budget() -> None:
+def test_the_engine_trains_the_same_within_an_activation_budget():
     tokens = torch.randint(512, (4, 48), generator=torch.Generator().manual_seed(2))
 
     class Batch:
@@ -403,7 +401,7 @@ def test_the_engine_trains_the_same_within_an_activation_budget() -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_the_plan_counts_what_the_engine_holds_in_slices() -> None:
+def test_the_plan_counts_what_the_engine_holds_in_slices():
     from penstock.commands.dry_run import dry_run
     from penstock.planner.workload import Setting, forecast_of
     from tests.planner.test_planning import one_model
@@ -440,7 +438,7 @@ class Ops(nn.Module):
         return other.squeeze(), x.sum(dim=(0, 2)), F.rms_norm(x, (12,)).log_softmax(-1), x.select(1, 2).cumsum(-1)
 
 
-def test_every_rule_says_what_a_slice_reads() -> None:
+def test_every_rule_says_what_a_slice_reads():
     """Each op of a graph, along each dimension that its rule allows: computed in slices it gives the whole result."""
     torch.manual_seed(0)
     module, args = Ops(), (torch.randn(2, 6, 12), torch.randint(7, (2, 6)))
@@ -485,7 +483,7 @@ def test_every_rule_says_what_a_slice_reads() -> None:
     assert {"softmax", "layer_norm", "flip", "roll"} - blocked == {"roll"}
 
 
-def test_the_package_can_be_called_under_its_published_name() -> None:
+def test_the_package_can_be_called_under_its_published_name():
     import penstock.autochunk.api  # importing a file of the folder must not hide the function
 
     module, x = Mlp(8, mixing=False), torch.randn(2, 32, 8)

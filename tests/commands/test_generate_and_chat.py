@@ -57,16 +57,10 @@ def test_what_was_asked_for_besides_is_told(ask):
     assert all(len(likely) == 2 for line in lines for likely in line["top_logprobs"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "why"),
-    [
-        ({"best_of": 4, "n": 8}, "keeps the best --n 8"),
-        ({"best_of": 4, "reward": "x"}, "not both"),
-        ({"min_p": 2.0}, "not in"),
-        ({"repetition_penalty": 0.0}, "not above 0"),
-        ({"stop": ("",)}, "empty one"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("flags", "why"), [
+    ({"best_of": 4, "n": 8}, "keeps the best --n 8"), ({"best_of": 4, "reward": "x"}, "not both"),
+    ({"min_p": 2.0}, "not in"), ({"repetition_penalty": 0.0}, "not above 0"), ({"stop": ("",)}, "empty one"),
+])  # fmt: skip
 def test_flags_that_cannot_work_are_refused(ask, flags, why):
     with pytest.raises(UserError, match=why):
         ask(**flags)

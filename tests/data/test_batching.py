@@ -12,7 +12,7 @@ from penstock.data.batching import Shuffle, pad, split_by_prompt
 
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(0, 2**40), max_size=9), min_size=1, max_size=6), pad_id=st.integers(0, 9))
-def test_padding_keeps_every_row_and_fills_the_right(rows: list[list[int]], pad_id: int) -> None:
+def test_padding_keeps_every_row_and_fills_the_right(rows, pad_id):
     tokens, lengths = pad(rows, pad_id)
     assert tokens.dtype == lengths.dtype == torch.int64
     assert tokens.shape == (len(rows), max(map(len, rows)))
@@ -23,7 +23,7 @@ def test_padding_keeps_every_row_and_fills_the_right(rows: list[list[int]], pad_
 
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(1, 20), sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_every_epoch_of_a_walk_is_a_permutation(count: int, sizes: list[int], seed: int) -> None:
+def test_every_epoch_of_a_walk_is_a_permutation(count, sizes, seed):
     walk = Shuffle(count, seed)
     taken = [walk.next(size) for size in sizes]
     assert [len(batch) for batch in taken] == sizes
@@ -33,7 +33,7 @@ def test_every_epoch_of_a_walk_is_a_permutation(count: int, sizes: list[int], se
     assert walk.epochs == pytest.approx(len(flat) / count)
 
 
-def test_epochs_have_different_orders_and_seeds_too() -> None:
+def test_epochs_have_different_orders_and_seeds_too():
     walk = Shuffle(50, seed=1)
     first, second = walk.next(50), walk.next(50)
     assert first != second
@@ -43,7 +43,7 @@ def test_epochs_have_different_orders_and_seeds_too() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(1, 12), before=st.integers(0, 40), after=st.integers(0, 40))
-def test_a_walk_resumes_exactly_from_its_state(count: int, before: int, after: int) -> None:
+def test_a_walk_resumes_exactly_from_its_state(count, before, after):
     walk = Shuffle(count, seed=7)
     walk.next(before)
     state = walk.state_dict()
@@ -54,7 +54,7 @@ def test_a_walk_resumes_exactly_from_its_state(count: int, before: int, after: i
     assert resumed.epochs == walk.epochs
 
 
-def test_a_state_is_a_snapshot() -> None:
+def test_a_state_is_a_snapshot():
     walk = Shuffle(5, seed=0)
     walk.next(2)
     state = walk.state_dict()
@@ -65,7 +65,7 @@ def test_a_state_is_a_snapshot() -> None:
     assert again.next(20) == indices
 
 
-def test_a_walk_leaves_the_global_generator_alone() -> None:
+def test_a_walk_leaves_the_global_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -73,12 +73,12 @@ def test_a_walk_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_data_that_changed_its_size_does_not_resume() -> None:
+def test_data_that_changed_its_size_does_not_resume():
     with pytest.raises(ValueError, match="walked over 5 rows and the data now has 6"):
         Shuffle(6, seed=0).load_state_dict(Shuffle(5, seed=0).state_dict())
 
 
-def test_nothing_cannot_be_shuffled() -> None:
+def test_nothing_cannot_be_shuffled():
     with pytest.raises(ValueError, match="nothing to shuffle"):
         Shuffle(0, seed=0)
 
@@ -90,9 +90,7 @@ def test_nothing_cannot_be_shuffled() -> None:
     seed=st.integers(0, 5),
     data=st.data(),
 )
-def test_no_prompt_is_on_both_sides_and_no_record_is_lost(
-    prompts: list[str], fraction: float, seed: int, data: st.DataObject
-) -> None:
+def test_no_prompt_is_on_both_sides_and_no_record_is_lost(prompts, fraction, seed, data):
     train, heldout = split_by_prompt(prompts, fraction, seed)
     assert sorted(train + heldout) == list(range(len(prompts)))
     assert train == sorted(train)
@@ -109,7 +107,7 @@ def test_no_prompt_is_on_both_sides_and_no_record_is_lost(
     assert {shuffled[i] for i in again} == {prompts[i] for i in train}
 
 
-def test_seeds_hold_out_different_prompts() -> None:
+def test_seeds_hold_out_different_prompts():
     prompts = [str(i) for i in range(40)]
     assert split_by_prompt(prompts, 0.25, 0) != split_by_prompt(prompts, 0.25, 1)
     assert len(split_by_prompt(prompts, 0.25, 0)[1]) == 10

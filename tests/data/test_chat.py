@@ -101,31 +101,31 @@ def show(encoder: Encoder, ids: list[int]) -> str:
     return encoder.tokenizer.decode(ids)
 
 
-def test_a_text_demonstration_trains_the_response_and_its_eos(make_tokenizer: MakeTokenizer) -> None:
+def test_a_text_demonstration_trains_the_response_and_its_eos(make_tokenizer):
     encoder = encoder_of(make_tokenizer(bos=True))
     row = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes"))
     assert show(encoder, row.tokens) == "<bos>Hello? Yes<eos>"
     assert spans(encoder, row.tokens, row.trained) == [" Yes<eos>"]
 
 
-def test_an_eos_that_the_text_brings_is_not_doubled(make_tokenizer: MakeTokenizer) -> None:
+def test_an_eos_that_the_text_brings_is_not_doubled(make_tokenizer):
     encoder = encoder_of(make_tokenizer())
     row = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes<eos> and more"))
     assert show(encoder, row.tokens) == "Hello? Yes<eos>"
 
 
-def test_a_bos_that_the_text_brings_is_not_doubled(make_tokenizer: MakeTokenizer) -> None:
+def test_a_bos_that_the_text_brings_is_not_doubled(make_tokenizer):
     encoder = encoder_of(make_tokenizer(bos=True))
     assert encoder.encode_prompt(Prompt(where="f:1", prompt="<bos>Hi")).count(BOS) == 1
 
 
-def test_a_tokenizer_that_never_writes_bos_gets_none_but_for_an_empty_prompt(make_tokenizer: MakeTokenizer) -> None:
+def test_a_tokenizer_that_never_writes_bos_gets_none_but_for_an_empty_prompt(make_tokenizer):
     encoder = encoder_of(make_tokenizer())
     assert BOS not in encoder.encode_prompt(Prompt(where="f:1", prompt="Hi"))
     assert encoder.encode_prompt(Prompt(where="f:1", prompt="")) == [BOS]
 
 
-def test_the_plain_template_reads_as_a_dialogue(make_tokenizer: MakeTokenizer) -> None:
+def test_the_plain_template_reads_as_a_dialogue(make_tokenizer):
     encoder = encoder_of(make_tokenizer())
     row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
     assert show(encoder, row.tokens) == (
@@ -134,7 +134,7 @@ def test_the_plain_template_reads_as_a_dialogue(make_tokenizer: MakeTokenizer) -
     assert spans(encoder, row.tokens, row.trained) == [" Hello<eos>", " See you<eos>"]
 
 
-def test_the_models_own_template_comes_first(make_tokenizer: MakeTokenizer) -> None:
+def test_the_models_own_template_comes_first(make_tokenizer):
     encoder = encoder_of(make_tokenizer(template=CHATML, eos_token="<|im_end|>", bos=True))
     row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK[1:]))
     assert show(encoder, row.tokens) == (
@@ -144,7 +144,7 @@ def test_the_models_own_template_comes_first(make_tokenizer: MakeTokenizer) -> N
     assert spans(encoder, row.tokens, row.trained) == ["Hello<|im_end|>", "See you<|im_end|>"]
 
 
-def test_every_assistant_turn_is_trained_with_one_end_and_nothing_else_is(encoder: Encoder) -> None:
+def test_every_assistant_turn_is_trained_with_one_end_and_nothing_else_is(encoder):
     row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
     texts = spans(encoder, row.tokens, row.trained)
     assert len(texts) == 2
@@ -163,9 +163,7 @@ TURNS = st.lists(st.text("aH: \n.", min_size=1, max_size=6), min_size=1, max_siz
 
 @settings(max_examples=60)
 @given(turns=TURNS, answer=st.text("aH: \n.", min_size=1, max_size=6))
-def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_same_ids(
-    encoder: Encoder, turns: list[str], answer: str
-) -> None:
+def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_same_ids(encoder, turns, answer):
     turns = turns if len(turns) % 2 else turns[:-1]
     asked = tuple(assistant(text) if i % 2 else user(text) for i, text in enumerate(turns))
     prompt = encoder.encode_prompt(Prompt(where="f:1", messages=asked))
@@ -185,7 +183,7 @@ ORDINARY = st.text(min_size=1, max_size=9).filter(lambda text: "<" not in text)
 
 @settings(max_examples=60)
 @given(prompt=ORDINARY, answer=ORDINARY)
-def test_text_prompts_too(encoder: Encoder, prompt: str, answer: str) -> None:
+def test_text_prompts_too(encoder, prompt, answer):
     record = Comparison(where="f:1", prompt=prompt, responses=(answer, "x"), ranks=(0, 1))
     ids, (response, _) = encoder.encode_comparison(record)
     row = encoder.encode_demonstration(Demonstration(where="f:1", prompt=prompt, response=answer))
@@ -203,7 +201,7 @@ THINKING = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_still_makes_prompts(make_tokenizer: MakeTokenizer) -> None:
+def test_a_template_that_rewrites_earlier_turns_still_makes_prompts(make_tokenizer):
     encoder = encoder_of(make_tokenizer(template=THINKING, eos_token="<|im_end|>"))
     with pytest.raises(DataError) as raised:
         encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
@@ -220,37 +218,35 @@ def test_a_template_that_rewrites_earlier_turns_still_makes_prompts(make_tokeniz
     assert spans(encoder, single.tokens, single.trained) == ["Hmm. Hello<|im_end|>"]
 
 
-def test_what_a_template_refuses_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+def test_what_a_template_refuses_is_a_data_error(make_tokenizer):
     template = "{{ raise_exception('Only one\n turn.') if messages | length > 1 else messages[0].content }}"
     encoder = encoder_of(make_tokenizer(template=template))
     with pytest.raises(DataError, match=r"f:1: messages: the chat template refuses them: Only one turn\."):
         encoder.encode_prompt(Prompt(where="f:1", messages=TALK[1:4]))
 
 
-def test_a_template_that_hides_the_answer_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+def test_a_template_that_hides_the_answer_is_a_data_error(make_tokenizer):
     encoder = encoder_of(make_tokenizer(template="{{ messages | length }}"))
     record = Comparison(where="f:1", messages=(user("Hi"),), responses=("a", "b"), ranks=(0, 1))
     with pytest.raises(DataError, match="does not write an answer behind its prompt"):
         encoder.encode_comparison(record)
 
 
-def test_a_long_text_is_judged_by_our_limit_and_not_by_the_tokenizers(
-    make_tokenizer: MakeTokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_text_is_judged_by_our_limit_and_not_by_the_tokenizers(make_tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     encoder = encoder_of(make_tokenizer(model_max_length=4))
     encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
     assert not caplog.messages
 
 
-def test_ids_are_used_as_they_are(make_tokenizer: MakeTokenizer) -> None:
+def test_ids_are_used_as_they_are(make_tokenizer):
     encoder = encoder_of(make_tokenizer(bos=True))
     row = encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(7, 8), response_ids=(9,)))
     assert row.tokens == [7, 8, 9, EOS]
     assert row.trained == [False, False, True, True]
 
 
-def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+def test_a_model_without_tokenizer_takes_ids_only(tmp_path):
     encoder = encoder_of(tmp_path, vocab_size=10)
     assert encoder.tokenizer is None
     assert encoder.encode_prompt(Prompt(where="f:1", prompt_ids=(3,))) == [3]
@@ -272,7 +268,7 @@ def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
         (Demonstration(where="f:1", prompt_ids=(1,), response_ids=(2, 99)), "response_ids: token id 99"),
     ],
 )
-def test_an_id_outside_the_vocabulary_is_a_data_error(tmp_path: Path, record: Demonstration, name: str) -> None:
+def test_an_id_outside_the_vocabulary_is_a_data_error(tmp_path, record, name):
     with pytest.raises(DataError) as raised:
         encoder_of(tmp_path, vocab_size=10).encode_demonstration(record)
     assert str(raised.value) == (
@@ -280,7 +276,7 @@ def test_an_id_outside_the_vocabulary_is_a_data_error(tmp_path: Path, record: De
     )
 
 
-def test_a_prompt_longer_than_the_context_is_a_data_error(tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_context_is_a_data_error(tmp_path):
     encoder = encoder_of(tmp_path, max_length=8, reserve=3)
     assert encoder.encode_prompt(Prompt(where="f:1", prompt_ids=(4,) * 5))
     with pytest.raises(DataError) as raised:
@@ -291,7 +287,7 @@ def test_a_prompt_longer_than_the_context_is_a_data_error(tmp_path: Path) -> Non
     )
 
 
-def test_a_response_that_is_too_long_is_cut_at_its_end_and_has_no_eos(tmp_path: Path) -> None:
+def test_a_response_that_is_too_long_is_cut_at_its_end_and_has_no_eos(tmp_path):
     encoder = encoder_of(tmp_path, max_length=4)
     row = encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(4, 5), response_ids=(6, 7, 8)))
     assert row.tokens == [4, 5, 6, 7]
@@ -299,36 +295,36 @@ def test_a_response_that_is_too_long_is_cut_at_its_end_and_has_no_eos(tmp_path: 
     assert encoder.encode_comparison(compared) == ([4, 5], [[6, 7], [6, EOS]])
 
 
-def test_a_dialogue_whose_first_answer_is_beyond_the_limit_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+def test_a_dialogue_whose_first_answer_is_beyond_the_limit_is_a_data_error(make_tokenizer):
     encoder = encoder_of(make_tokenizer(), max_length=5)
     with pytest.raises(DataError, match=r"f:1: response: no token of it is within the limit of 5; shorten the prompt"):
         encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
 
 
-def test_an_empty_prompt_without_any_bos_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+def test_an_empty_prompt_without_any_bos_is_a_data_error(make_tokenizer):
     encoder = encoder_of(make_tokenizer())
     encoder.tokenizer.bos_token = None
     with pytest.raises(DataError, match=r"f:1: prompt: no tokens in it, and this tokenizer adds no BOS"):
         encoder.encode_prompt(Prompt(where="f:1", prompt=""))
 
 
-def test_half_a_character_is_a_data_error(make_tokenizer: MakeTokenizer) -> None:
+def test_half_a_character_is_a_data_error(make_tokenizer):
     with pytest.raises(DataError, match="--prompt:1: text: character 2 is half a character"):
         encoder_of(make_tokenizer()).encode_prompt(Prompt(where="--prompt:1", prompt="a\udcff"))
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_a_user_error(make_tokenizer: MakeTokenizer) -> None:
+def test_a_tokenizer_that_does_not_fit_the_model_is_a_user_error(make_tokenizer):
     directory = make_tokenizer()
     check_fit(load_tokenizer(str(directory)), 320, "model")
     with pytest.raises(UserError, match=r"the tokenizer writes ids up to \d+ and the model has 100 embeddings; they"):
         encoder_of(directory, vocab_size=100)
 
 
-def test_a_directory_without_tokenizer_files_has_none(tmp_path: Path) -> None:
+def test_a_directory_without_tokenizer_files_has_none(tmp_path):
     assert load_tokenizer(str(tmp_path)) is None
 
 
-def test_a_damaged_tokenizer_is_a_user_error_in_one_line(make_tokenizer: MakeTokenizer) -> None:
+def test_a_damaged_tokenizer_is_a_user_error_in_one_line(make_tokenizer):
     directory = make_tokenizer()
     (directory / "tokenizer.json").write_text('{"version": "1.0", "truncat')
     with pytest.raises(UserError) as raised:
@@ -337,17 +333,17 @@ def test_a_damaged_tokenizer_is_a_user_error_in_one_line(make_tokenizer: MakeTok
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_that_names_no_eos_is_a_user_error(tmp_path: Path) -> None:
+def test_a_model_that_names_no_eos_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encoder_of(tmp_path, eos_ids=[])
 
 
-def test_the_tokenizers_eos_comes_before_the_models(make_tokenizer: MakeTokenizer) -> None:
+def test_the_tokenizers_eos_comes_before_the_models(make_tokenizer):
     encoder = encoder_of(make_tokenizer(eos_token="<|im_end|>"), eos_ids=[EOS, IM_END])
     assert encoder.eos_ids == (IM_END, EOS)
 
 
-def test_two_encoders_have_the_same_tokenizer_only_with_the_same_template(make_tokenizer: MakeTokenizer) -> None:
+def test_two_encoders_have_the_same_tokenizer_only_with_the_same_template(make_tokenizer):
     first, second = encoder_of(make_tokenizer("one")), encoder_of(make_tokenizer("two"))
     chatml = encoder_of(make_tokenizer("chatml", template=CHATML))
     assert first.same_tokenizer(second)

@@ -40,15 +40,15 @@ def file(tmp_path: Path) -> Path:
         "an array with a mark, zipped": gzip.compress(b'\xef\xbb\xbf[{"a": 1},\n {"a": 2}]', mtime=0),
     }.items(),
 )
-def test_each_way_to_write_two_objects_reads_the_same(file: Path, name: str, data: bytes) -> None:
+def test_each_way_to_write_two_objects_reads_the_same(file, name, data):
     assert read(file, data) == [(1, {"a": 1}), (2, {"a": 2})], name
 
 
-def test_blank_lines_are_passed_over_and_counted(file: Path) -> None:
+def test_blank_lines_are_passed_over_and_counted(file):
     assert read(file, b'\n{"a": 1}\n\r\n  \n{"a": 2}') == [(2, {"a": 1}), (5, {"a": 2})]
 
 
-def test_objects_of_a_printed_array_are_named_by_the_line_they_begin_on(file: Path) -> None:
+def test_objects_of_a_printed_array_are_named_by_the_line_they_begin_on(file):
     rows = [{"a": "x\ny"}, {"a": [1, 2]}, {"a": {}}]
     data = json.dumps(rows, indent=2)
     begins = [i + 1 for i, line in enumerate(data.splitlines()) if line == "  {"]
@@ -78,23 +78,21 @@ def test_objects_of_a_printed_array_are_named_by_the_line_they_begin_on(file: Pa
         (b'{"a": ' + b"9" * 5000 + b"}\n", 2, "line: a number with too many digits to read; shorten it."),
     ],
 )  # fmt: skip
-def test_a_line_that_is_no_object_is_named_and_the_next_one_is_read(
-    file: Path, data: bytes, number: int, problem: str
-) -> None:
+def test_a_line_that_is_no_object_is_named_and_the_next_one_is_read(file, data, number, problem):
     assert read(file, b'{"good": 1}\n' + data)[:2] == [(1, {"good": 1}), (number, problem)]
 
 
-def test_nan_in_a_text_is_text(file: Path) -> None:
+def test_nan_in_a_text_is_text(file):
     assert read(file, b'{"a": "NaN and Infinity"}') == [(1, {"a": "NaN and Infinity"})]
 
 
-def test_a_line_of_ten_megabytes_is_named_and_the_next_one_is_read(file: Path) -> None:
+def test_a_line_of_ten_megabytes_is_named_and_the_next_one_is_read(file):
     data = b'{"a": "' + b"x" * 10_000_000 + b'"}\n{"a": 2}\n'
     problem = "line: longer than 8,000,000 bytes; put one object on each line."
     assert read(file, data) == [(1, problem), (2, {"a": 2})]
 
 
-def test_the_longest_line_that_is_allowed_is_read(file: Path) -> None:
+def test_the_longest_line_that_is_allowed_is_read(file):
     text = "x" * (jsonl.LONGEST_LINE - len('{"a": ""}\n'))
     data = b'{"a": "' + text.encode() + b'"}\n'
     assert len(data) == jsonl.LONGEST_LINE
@@ -118,31 +116,31 @@ def test_the_longest_line_that_is_allowed_is_read(file: Path) -> None:
         (b'[{"a": 1},\n{"a": "\xff"}]', [(2, "line: byte 19 (0xff) is not UTF-8; save the file as UTF-8.")]),
     ],
 )  # fmt: skip
-def test_mistakes_in_an_array(file: Path, data: bytes, objects: list[tuple[int, Any]]) -> None:
+def test_mistakes_in_an_array(file, data, objects):
     assert read(file, data) == objects
 
 
-def test_an_empty_file_has_no_objects(file: Path) -> None:
+def test_an_empty_file_has_no_objects(file):
     assert read(file, b"") == []
     assert read(file.with_suffix(".gz"), b"") == []
 
 
-def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file; check the path\."):
         list(objects(tmp_path / "nowhere.jsonl"))
 
 
-def test_a_directory_is_a_user_error(tmp_path: Path) -> None:
+def test_a_directory_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r": is a directory; name the files in it\."):
         list(objects(tmp_path))
 
 
-def test_a_name_too_long_for_the_disk_is_a_user_error(tmp_path: Path) -> None:
+def test_a_name_too_long_for_the_disk_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(.*File name too long"):
         list(objects(tmp_path / ("x" * 300)))
 
 
-def test_an_unreadable_file_is_a_user_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_a_user_error(file, monkeypatch):
     def refuse(*_: object) -> None:  # the tests may run as root, whom no mode bits stop
         raise PermissionError(13, "Permission denied")
 
@@ -152,26 +150,26 @@ def test_an_unreadable_file_is_a_user_error(file: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("keep", [5, 12, 60])
-def test_a_truncated_gzip_is_a_data_error(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_gzip_is_a_data_error(tmp_path, keep):
     whole = gzip.compress(b"".join(b'{"a": %d}\n' % (i * i) for i in range(100)))
     assert len(whole) > keep
     with pytest.raises(DataError, match=r"data\.jsonl\.gz: file: the gzip stream is damaged or cut short"):
         read(tmp_path / "data.jsonl.gz", whole[:keep])
 
 
-def test_a_flipped_byte_in_a_gzip_is_a_data_error(tmp_path: Path) -> None:
+def test_a_flipped_byte_in_a_gzip_is_a_data_error(tmp_path):
     whole = bytearray(gzip.compress(b'{"a": 1}\n' * 100))
     whole[-6] ^= 1  # in the checksum
     with pytest.raises(DataError, match="damaged or cut short"):
         read(tmp_path / "data.jsonl.gz", bytes(whole))
 
 
-def test_a_plain_file_called_gz_is_a_data_error(tmp_path: Path) -> None:
+def test_a_plain_file_called_gz_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="damaged or cut short"):
         read(tmp_path / "data.jsonl.gz", b'{"a": 1}\n')
 
 
-def test_parquet_rows_are_objects(tmp_path: Path) -> None:
+def test_parquet_rows_are_objects(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -181,13 +179,13 @@ def test_parquet_rows_are_objects(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b'{"a": 1}', b"PAR1" + bytes(100) + b"PAR1"])
-def test_a_damaged_parquet_file_is_a_data_error(tmp_path: Path, data: bytes) -> None:
+def test_a_damaged_parquet_file_is_a_data_error(tmp_path, data):
     pytest.importorskip("pyarrow")
     with pytest.raises(DataError, match=r"data\.parquet: file: not a readable parquet file"):
         read(tmp_path / "data.parquet", data)
 
 
-def test_parquet_text_that_is_not_utf8_is_a_data_error(tmp_path: Path) -> None:
+def test_parquet_text_that_is_not_utf8_is_a_data_error(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -197,7 +195,7 @@ def test_parquet_text_that_is_not_utf8_is_a_data_error(tmp_path: Path) -> None:
         list(objects(tmp_path / "data.parquet"))
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"reading parquet needs pyarrow: pip install 'penstock\[parquet\]'"):
         read(tmp_path / "data.parquet", b"PAR1")
@@ -222,9 +220,7 @@ JSON = st.recursive(
     ),
     cut=st.integers(0, 200),
 )
-def test_no_bytes_raise_anything_but_a_penstock_error(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, cut: int
-) -> None:
+def test_no_bytes_raise_anything_but_a_penstock_error(tmp_path_factory, data, cut):
     path = tmp_path_factory.getbasetemp() / "any"
     path.write_bytes(data[:cut])
     with contextlib.suppress(DataError):
@@ -235,9 +231,7 @@ def test_no_bytes_raise_anything_but_a_penstock_error(
 
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.dictionaries(st.text(max_size=8), JSON, max_size=3), max_size=5), data=st.data())
-def test_what_json_writes_is_read_back(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], data: st.DataObject
-) -> None:
+def test_what_json_writes_is_read_back(tmp_path_factory, rows, data):
     path = tmp_path_factory.getbasetemp() / "rows"
     rows = [row for row in rows if not any(word in json.dumps(row) for word in ("NaN", "Infinity"))]
     if rows and data.draw(st.booleans(), label="as an array"):

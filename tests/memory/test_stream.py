@@ -28,7 +28,7 @@ FAMILIES: dict[str, DecoderConfig] = {
     "gpt2": BASE,
     "opt": dataclasses.replace(BASE, family="opt", position_offset=2, activation="relu"),
     "opt-350m": dataclasses.replace(
-        BASE, family="opt", position_offset=2, pre_norm=False, final_norm=False, embed_dim=8,
+        BASE, family="opt", position_offset=2, pre_norm=False, final_norm=False, embed_dim=8
     ),
     "bloom": dataclasses.replace(BASE, family="bloom", position="alibi", embed_norm=True),
     "llama": dataclasses.replace(
@@ -113,26 +113,22 @@ def test_twenty_steps_are_those_of_plain_pytorch(name, family, tmp_path):
         assert torch.allclose(found[key], weight, atol=1e-6, rtol=0), key
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streaming_from_host_and_disk_is_bit_equal_to_resident(family, dtype, tmp_path):
-    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    losses, weights = streamed(Actor(decoder(family, kind)), named("gemini", tmp_path, dtype=dtype, recompute=True))
-    for name, budget in (("gemini_cpu", None), ("gemini_cpu", "1MB"), ("gemini_nvme", None), ("gemini_nvme", "1MB")):
-        strategy = named(name, tmp_path, dtype=dtype, device_memory=budget)
-        ours, found = streamed(Actor(decoder(family, kind)), strategy)
-        assert ours == losses
-        assert all(torch.equal(found[key], weight) for key, weight in weights.items())
+BUDGETS = [("gemini_cpu", None), ("gemini_cpu", "1MB"), ("gemini_nvme", None), ("gemini_nvme", "1MB")]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_graph_that_is_kept_follows_weights_that_move(family, dtype, tmp_path):
-    """Nothing is recomputed: backward meets chunks in other slots than forward did, and still makes the same bits."""
+@pytest.mark.parametrize(
+    ("resident", "streaming", "budgets"),
+    [({"recompute": True}, {}, BUDGETS), ({}, {"recompute": False}, [*BUDGETS[:2], BUDGETS[3]])],
+    ids=["recomputed", "kept"],
+)
+def test_streaming_from_host_and_disk_is_bit_equal_to_resident(family, dtype, tmp_path, resident, streaming, budgets):
+    """Where the graph is kept, backward meets chunks in other slots than forward did, and still makes the same bits."""
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    losses, weights = streamed(Actor(decoder(family, kind)), named("gemini", tmp_path, dtype=dtype))
-    for name, budget in (("gemini_cpu", None), ("gemini_cpu", "1MB"), ("gemini_nvme", "1MB")):
-        strategy = named(name, tmp_path, dtype=dtype, device_memory=budget, recompute=False)
+    losses, weights = streamed(Actor(decoder(family, kind)), named("gemini", tmp_path, dtype=dtype, **resident))
+    for name, budget in budgets:
+        strategy = named(name, tmp_path, dtype=dtype, device_memory=budget, **streaming)
         ours, found = streamed(Actor(decoder(family, kind)), strategy)
         assert ours == losses
         assert all(torch.equal(found[key], weight) for key, weight in weights.items())
@@ -158,9 +154,7 @@ def test_an_update_from_disk_in_many_small_pieces_is_the_same_update(dtype, tmp_
     again=st.booleans(),
 )
 @settings(max_examples=40)
-def test_any_budget_that_is_accepted_is_kept_and_changes_nothing(
-    name, family, chunk_size, room, rows, ahead, again, tmp_path
-):
+def test_any_budget_that_is_accepted_is_kept(name, family, chunk_size, room, rows, ahead, again, tmp_path):
     """Whatever the chunks and the device budget: refused with the least that works, or the same bits within it."""
     strategy = named(name, tmp_path, device_memory=f"{room + 1}B", chunk_size=chunk_size, recompute=again)
     strategy.ahead = ahead

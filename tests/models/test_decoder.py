@@ -53,7 +53,7 @@ def empty_cache(decoder: Decoder, rows: int, slots: int) -> list[tuple[Tensor, T
 
 
 @torch.no_grad()
-def test_what_stands_in_the_padding_changes_no_valid_state(decoder: Decoder) -> None:
+def test_what_stands_in_the_padding_changes_no_valid_state(decoder):
     valid = torch.arange(11) < LENGTHS[:, None]
     tokens = batch()
     garbage = torch.where(valid, tokens, (tokens + 17) % 50)
@@ -61,7 +61,7 @@ def test_what_stands_in_the_padding_changes_no_valid_state(decoder: Decoder) -> 
 
 
 @torch.no_grad()
-def test_decoding_token_by_token_gives_the_states_of_the_whole_row(decoder: Decoder) -> None:
+def test_decoding_token_by_token_gives_the_states_of_the_whole_row(decoder):
     tokens = batch()
     expected = decoder(tokens)
     cache = empty_cache(decoder, 4, 16)
@@ -71,7 +71,7 @@ def test_decoding_token_by_token_gives_the_states_of_the_whole_row(decoder: Deco
 
 
 @torch.no_grad()
-def test_rows_go_on_from_a_ragged_prefill_each_at_its_own_position(decoder: Decoder) -> None:
+def test_rows_go_on_from_a_ragged_prefill_each_at_its_own_position(decoder):
     tokens, more = batch(), torch.tensor([[3, 9], [4, 8], [5, 7], [6, 6]])
     cache = empty_cache(decoder, 4, 16)
     decoder(tokens, LENGTHS, cache)
@@ -82,7 +82,7 @@ def test_rows_go_on_from_a_ragged_prefill_each_at_its_own_position(decoder: Deco
             assert (got[row] - decoder(whole)[0, -1]).abs().max() < 1e-4
 
 
-def test_a_block_computes_with_weights_fed_from_elsewhere(decoder: Decoder) -> None:
+def test_a_block_computes_with_weights_fed_from_elsewhere(decoder):
     """What streaming needs: one template on the meta device, the weights as arguments, gradients for each of them."""
     with torch.device("meta"):
         template = Block(decoder.config)
@@ -102,19 +102,19 @@ def test_a_block_computes_with_weights_fed_from_elsewhere(decoder: Decoder) -> N
         assert torch.equal(weights[name].grad, parameter.grad), name
 
 
-def test_on_the_meta_device_nothing_is_allocated_and_copies_are_free() -> None:
+def test_on_the_meta_device_nothing_is_allocated_and_copies_are_free():
     copied = copy.deepcopy(Decoder(presets.named("175b"), dtype=torch.bfloat16, device="meta"))
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in copied.parameters())
     assert sum(parameter.numel() for parameter in copied.parameters()) == pytest.approx(175e9, rel=0.01)
 
 
-def test_gpt2_small_has_the_124_million_weights_of_the_paper() -> None:
+def test_gpt2_small_has_the_124_million_weights_of_the_paper():
     decoder = Decoder(presets.named("s"), device="meta")
     assert sum(parameter.numel() for parameter in decoder.parameters()) == 124_439_808
 
 
 @pytest.mark.parametrize("name", presets.NAMES)
-def test_every_size_can_be_built(name: str) -> None:
+def test_every_size_can_be_built(name):
     config = presets.named(name)
     assert config.num_heads * config.head_dim == config.d_model
 
@@ -124,19 +124,19 @@ def test_every_size_can_be_built(name: str) -> None:
     [("opt-125m", 125.24), ("opt-350m", 331.2), ("opt-6.7b", 6658.5), ("bloom-560m", 559.2), ("bloom-7b1", 7069.0),
      ("llama-7b", 6738.4), ("llama-3-8b", 8030.3)],
 )  # fmt: skip
-def test_published_sizes_have_the_weights_of_the_published_models(name: str, millions: float) -> None:
+def test_published_sizes_have_the_weights_of_the_published_models(name, millions):
     weights = sum(p.numel() for p in Decoder(presets.named(name), device="meta").parameters())
     assert weights / 1e6 == pytest.approx(millions, rel=1e-4)
 
 
-def test_an_unknown_size_lists_the_known_ones() -> None:
+def test_an_unknown_size_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"no size 'opt-6.6b'; there are opt-66b"):
         presets.named("opt-6.6b")
     with pytest.raises(ValueError, match=r"no size 'huge'; there are s, m, l, xl"):
         presets.named("huge")
 
 
-def test_random_weights_are_gpt2s_and_depend_on_the_generator_alone() -> None:
+def test_random_weights_are_gpt2s_and_depend_on_the_generator_alone():
     config = dataclasses.replace(PLAIN, d_model=192, num_heads=6, head_dim=32, d_ff=768)
     before = torch.get_rng_state()
     one, two = (Decoder(config, generator=torch.Generator().manual_seed(5)) for _ in range(2))
@@ -149,13 +149,13 @@ def test_random_weights_are_gpt2s_and_depend_on_the_generator_alone() -> None:
     assert block.norm1.weight.eq(1).all()
 
 
-def test_a_row_longer_than_the_learned_positions_is_refused() -> None:
+def test_a_row_longer_than_the_learned_positions_is_refused():
     with pytest.raises(ValueError, match="33 tokens does not fit the model's 32 positions"):
         Decoder(PLAIN)(torch.zeros(1, 33, dtype=torch.int64))
 
 
 @torch.no_grad()
-def test_bf16_weights_give_nearly_the_fp32_states(decoder: Decoder) -> None:
+def test_bf16_weights_give_nearly_the_fp32_states(decoder):
     rounded = copy.deepcopy(decoder).bfloat16()
     expected, got = copy.deepcopy(rounded).float()(batch()), rounded(batch()).float()
     assert (got - expected).norm() / expected.norm() < 0.03

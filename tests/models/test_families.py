@@ -103,7 +103,7 @@ def ragged_batch(vocab_size: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.tensor(LENGTHS)
 
 
-def test_logits_are_those_of_transformers_on_a_ragged_batch(both: tuple[Any, Decoder, Path]) -> None:
+def test_logits_are_those_of_transformers_on_a_ragged_batch(both):
     theirs, ours, _ = both
     tokens, lengths = ragged_batch(ours.config.vocab_size)
     valid = torch.arange(tokens.shape[1]) < lengths[:, None]
@@ -115,9 +115,7 @@ def test_logits_are_those_of_transformers_on_a_ragged_batch(both: tuple[Any, Dec
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_greedy_text_is_that_of_transformers_for_32_tokens(
-    both: tuple[Any, Decoder, Path], compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_greedy_text_is_that_of_transformers_for_32_tokens(both, compiled, monkeypatch):
     """Ragged prompts, two rows of a cache for four answers; log-probs are those of the trainer's forward, within 1e-5
     for logits up to 4 and in proportion for louder ones: either may be off by as much from fp64, as processors go."""
     theirs, ours, _ = both
@@ -142,9 +140,7 @@ def test_greedy_text_is_that_of_transformers_for_32_tokens(
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(
-    both: tuple[Any, Decoder, Path], compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(both, compiled, monkeypatch):
     """Within one bf16 ulp of the loudest logit (0.016 for logits up to 4): states are rounded to bf16 between products,
     and one that is rounded the other way moves what follows by as much.
     """
@@ -170,7 +166,7 @@ def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(
     assert torch.cat(gaps).mean() <= ulp / 32  # one state rounded the other way here and there
 
 
-def test_what_we_save_transformers_loads_bit_for_bit(both: tuple[Any, Decoder, Path], tmp_path: Path) -> None:
+def test_what_we_save_transformers_loads_bit_for_bit(both, tmp_path):
     theirs, ours, _ = both
     pretrained.save(ours, tmp_path)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -185,9 +181,7 @@ def test_what_we_save_transformers_loads_bit_for_bit(both: tuple[Any, Decoder, P
         assert torch.equal(again.eval()(tokens).logits, theirs(tokens).logits)  # the config came back as well
 
 
-def test_a_reward_model_is_a_sequence_classifier_for_transformers(
-    both: tuple[Any, Decoder, Path], tmp_path: Path
-) -> None:
+def test_a_reward_model_is_a_sequence_classifier_for_transformers(both, tmp_path):
     _, ours, _ = both
     score = torch.randn(1, ours.head_weight.shape[1], generator=torch.Generator().manual_seed(5))
     pretrained.save(ours, tmp_path, score=score, extra_config={"penstock_score_mean": 0.5, "pad_token_id": 0})

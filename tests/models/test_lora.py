@@ -168,15 +168,10 @@ def base(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-@pytest.mark.parametrize(
-    ("spec", "word"),
-    [
-        (LoraSpec(0), "a rank from 1"),
-        (LoraSpec(49), "from 1 to 48"),
-        (LoraSpec(4, targets=("q_proj",)), "c_attn"),
-        (LoraSpec(4, targets="nothing.*"), "matches no weight"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "word"), [
+    (LoraSpec(0), "a rank from 1"), (LoraSpec(49), "from 1 to 48"), (LoraSpec(4, targets=("q_proj",)), "c_attn"),
+    (LoraSpec(4, targets="nothing.*"), "matches no weight"),
+])  # fmt: skip
 def test_an_adapter_that_cannot_be_is_refused(base, spec, word):
     with pytest.raises(UserError, match=word):
         Actor.from_pretrained(base, lora=spec)
@@ -196,16 +191,10 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
         Actor.from_pretrained(str(tmp_path / "wider"), adapter=str(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"),
-        ({"modules_to_save": ["wte"]}, "modules_to_save"),
-        ({"base_model_name_or_path": None}, "names no base"),
-    ],
-)
+@pytest.mark.parametrize(("change", "word"), [
+    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"),
+    ({"modules_to_save": ["wte"]}, "modules_to_save"), ({"base_model_name_or_path": None}, "names no base"),
+])  # fmt: skip
 def test_an_adapter_that_computes_something_else_is_refused(base, tmp_path, change, word):
     Actor.from_pretrained(base, lora=4).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / adapter_files.CONFIG

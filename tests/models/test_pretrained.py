@@ -45,7 +45,7 @@ def edit_weights(directory: Path, **changes: Any) -> None:
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
-def test_shards_are_written_and_read(saved: Path, tmp_path: Path) -> None:
+def test_shards_are_written_and_read(saved, tmp_path):
     decoder = pretrained.load(str(saved))[0]
     pretrained.save(decoder, tmp_path / "shards", max_shard_bytes=5_000)
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
@@ -54,7 +54,7 @@ def test_shards_are_written_and_read(saved: Path, tmp_path: Path) -> None:
     assert torch.equal(theirs.transformer.wte.weight, decoder.embed.tokens)
 
 
-def test_saving_over_another_layout_leaves_one_model_there(saved: Path) -> None:
+def test_saving_over_another_layout_leaves_one_model_there(saved):
     decoder = Decoder(TINY, generator=torch.Generator().manual_seed(1))
     pretrained.save(decoder, saved, max_shard_bytes=5_000)
     assert same(decoder, pretrained.load(str(saved))[0])
@@ -73,7 +73,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_base_model_saved_without_prefix_is_read(name: str, tmp_path: Path) -> None:
+def test_a_base_model_saved_without_prefix_is_read(name, tmp_path):
     ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     theirs = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **BASES[name], **ids)).eval()
     theirs.save_pretrained(tmp_path)
@@ -83,13 +83,13 @@ def test_a_base_model_saved_without_prefix_is_read(name: str, tmp_path: Path) ->
         assert (pretrained.load(str(tmp_path))[0](tokens) - expected).abs().max() < 1e-5
 
 
-def test_the_mask_buffers_of_old_gpt2_checkpoints_are_passed_over(saved: Path) -> None:
+def test_the_mask_buffers_of_old_gpt2_checkpoints_are_passed_over(saved):
     decoder = pretrained.load(str(saved))[0]
     edit_weights(saved, **{"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16), "lm_head.weight": torch.ones(40, 16)})
     assert same(decoder, pretrained.load(str(saved))[0])
 
 
-def test_rope_settings_of_transformers_4_are_understood(tmp_path: Path) -> None:
+def test_rope_settings_of_transformers_4_are_understood(tmp_path):
     settings = SETTINGS | {"intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 64}
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
     theirs = transformers.LlamaForCausalLM(
@@ -111,7 +111,7 @@ def test_rope_settings_of_transformers_4_are_understood(tmp_path: Path) -> None:
         assert torch.equal(again(tokens).logits, theirs.eval()(tokens).logits)
 
 
-def test_settings_we_do_not_use_survive_a_round_trip(saved: Path, tmp_path: Path) -> None:
+def test_settings_we_do_not_use_survive_a_round_trip(saved, tmp_path):
     edit_config(saved, eos_token_id=[7, 9], pad_token_id=3, summary_type="cls_index", somebodys_note={"a": [1]})
     decoder = pretrained.load(str(saved))[0]
     assert decoder.config.eos_ids == (7, 9)
@@ -120,19 +120,19 @@ def test_settings_we_do_not_use_survive_a_round_trip(saved: Path, tmp_path: Path
     assert after == before
 
 
-def test_generation_settings_of_the_source_are_not_taken_over(saved: Path, tmp_path: Path) -> None:
+def test_generation_settings_of_the_source_are_not_taken_over(saved, tmp_path):
     (saved / "generation_config.json").write_text('{"top_k": 50}')  # PPO.md 4
     pretrained.save(pretrained.load(str(saved))[0], tmp_path / "again")
     assert not (tmp_path / "again" / "generation_config.json").exists()
 
 
-def test_weights_are_cast_to_the_dtype_asked_for(saved: Path) -> None:
+def test_weights_are_cast_to_the_dtype_asked_for(saved):
     decoder = pretrained.load(str(saved), dtype=torch.bfloat16)[0]
     assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
     assert same(decoder, pretrained.load(str(saved))[0].bfloat16())
 
 
-def test_an_untied_reward_model_needs_no_language_model_head(tmp_path: Path) -> None:
+def test_an_untied_reward_model_needs_no_language_model_head(tmp_path):
     decoder = Decoder(dataclasses.replace(TINY, tied=False), generator=torch.Generator().manual_seed(0))
     pretrained.save(decoder, tmp_path, score=torch.ones(1, 16))
     again, extras = pretrained.load(tmp_path)
@@ -140,7 +140,7 @@ def test_an_untied_reward_model_needs_no_language_model_head(tmp_path: Path) -> 
     assert again.head_weight.eq(0).all()
 
 
-def test_pickled_weights_are_read_only_when_asked_for(saved: Path) -> None:
+def test_pickled_weights_are_read_only_when_asked_for(saved):
     decoder = pretrained.load(str(saved))[0]
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
@@ -150,7 +150,7 @@ def test_pickled_weights_are_read_only_when_asked_for(saved: Path) -> None:
 
 
 # --- what is wrong, in one paragraph --------------------------------------------------------------------------------
-def test_an_unknown_family_lists_the_known_ones(saved: Path) -> None:
+def test_an_unknown_family_lists_the_known_ones(saved):
     edit_config(saved, model_type="mamba")
     with pytest.raises(UserError, match=f"'mamba' is no known family; known are {', '.join(FAMILIES)}"):
         pretrained.load(saved)
@@ -159,21 +159,14 @@ def test_an_unknown_family_lists_the_known_ones(saved: Path) -> None:
 YARN = SETTINGS | {"rope_parameters": {"rope_type": "yarn"}}
 
 
-@pytest.mark.parametrize(
-    ("family", "change", "complaint"),
-    [
-        ("gpt2", {"activation_function": "mish"}, "activation_function: 'mish' is not supported; supported are gelu"),
-        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: False is not supported; only True is"),
-        ("gpt2", {"n_head": 0}, "config.json: .*zero"),
-        ("gpt2", {"n_embd": "wide"}, "config.json: "),
-        ("llama", {}, "needs 'num_attention_heads' and does not have it"),
-        ("llama", YARN, "'yarn' is not supported"),
-        ("gpt_neox", YARN, "'yarn' is not supported; supported: default"),
-    ],
-)
-def test_a_config_that_we_cannot_follow_is_refused(
-    saved: Path, family: str, change: dict[str, Any], complaint: str
-) -> None:
+@pytest.mark.parametrize(("family", "change", "complaint"), [
+    ("gpt2", {"activation_function": "mish"}, "activation_function: 'mish' is not supported; supported are gelu"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: False is not supported; only True is"),
+    ("gpt2", {"n_head": 0}, "config.json: .*zero"), ("gpt2", {"n_embd": "wide"}, "config.json: "),
+    ("llama", {}, "needs 'num_attention_heads' and does not have it"), ("llama", YARN, "'yarn' is not supported"),
+    ("gpt_neox", YARN, "'yarn' is not supported; supported: default"),
+])  # fmt: skip
+def test_a_config_that_we_cannot_follow_is_refused(saved, family, change, complaint):
     edit_config(saved, model_type=family, **change)
     with pytest.raises(UserError, match=complaint):
         pretrained.load(saved)
@@ -192,13 +185,13 @@ WPE = "transformer.wpe.weight"
         ({"score.weight": torch.zeros(2, 16)}, r"score.weight has shape \(2, 16\); a reward model gives one score"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(saved: Path, changes: dict[str, Any], complaint: str) -> None:
+def test_weights_that_do_not_fit_are_named(saved, changes, complaint):
     edit_weights(saved, **changes)
     with pytest.raises(UserError, match=complaint):
         pretrained.load(saved)
 
 
-def test_a_shape_that_does_not_fit_an_interleaved_weight_is_named(tmp_path: Path) -> None:
+def test_a_shape_that_does_not_fit_an_interleaved_weight_is_named(tmp_path):
     config = dataclasses.replace(TINY, family="bloom", position="alibi", embed_norm=True)
     pretrained.save(Decoder(config), tmp_path)
     edit_weights(tmp_path, **{"transformer.h.0.self_attention.query_key_value.weight": torch.zeros(47, 16)})
@@ -209,21 +202,21 @@ def test_a_shape_that_does_not_fit_an_interleaved_weight_is_named(tmp_path: Path
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, 5000])
-def test_a_truncated_file_is_damaged_or_cut_short(saved: Path, kept: int) -> None:
+def test_a_truncated_file_is_damaged_or_cut_short(saved, kept):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"model.safetensors: damaged or cut short"):
         pretrained.load(saved)
 
 
-def test_a_missing_shard_is_named(saved: Path) -> None:
+def test_a_missing_shard_is_named(saved):
     pretrained.save(pretrained.load(str(saved))[0], saved, max_shard_bytes=5_000)
     next(saved.glob("model-00002-*")).unlink()
     with pytest.raises(UserError, match=r"model-00002-of-.*the index names this file and it is missing"):
         pretrained.load(saved)
 
 
-def test_an_index_that_names_what_a_shard_does_not_hold_is_refused(saved: Path) -> None:
+def test_an_index_that_names_what_a_shard_does_not_hold_is_refused(saved):
     pretrained.save(pretrained.load(str(saved))[0], saved, max_shard_bytes=5_000)
     index = saved / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("wpe.weight", "wpo.weight"))
@@ -235,7 +228,7 @@ def test_an_index_that_names_what_a_shard_does_not_hold_is_refused(saved: Path) 
 
 
 @pytest.mark.parametrize(("text", "complaint"), [("{", "not valid JSON"), ("[]", "no JSON object"), (None, "has no c")])
-def test_a_config_that_is_none_is_said_to_be_none(saved: Path, text: str | None, complaint: str) -> None:
+def test_a_config_that_is_none_is_said_to_be_none(saved, text, complaint):
     (saved / "config.json").unlink()
     if text is not None:
         (saved / "config.json").write_text(text)
@@ -243,7 +236,7 @@ def test_a_config_that_is_none_is_said_to_be_none(saved: Path, text: str | None,
         pretrained.load(saved)
 
 
-def test_a_directory_without_weights_and_a_path_that_is_none(saved: Path, tmp_path: Path) -> None:
+def test_a_directory_without_weights_and_a_path_that_is_none(saved, tmp_path):
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model.safetensors and no model.safetensors.index.json"):
         pretrained.load(saved)
@@ -251,7 +244,7 @@ def test_a_directory_without_weights_and_a_path_that_is_none(saved: Path, tmp_pa
         pretrained.load(tmp_path / "nowhere")
 
 
-def test_a_write_that_the_disk_refuses_is_an_oserror_with_its_number(tmp_path: Path) -> None:
+def test_a_write_that_the_disk_refuses_is_an_oserror_with_its_number(tmp_path):
     decoder = Decoder(TINY)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -263,7 +256,7 @@ def test_a_write_that_the_disk_refuses_is_an_oserror_with_its_number(tmp_path: P
     assert raised.value.filename == str(tmp_path / "model.safetensors")
 
 
-def test_every_family_says_the_same_in_both_directions() -> None:
+def test_every_family_says_the_same_in_both_directions():
     """config -> Hugging Face -> config changes nothing that the family knows."""
     for name, family in FAMILIES.items():
         hf = {"model_type": name, "intermediate_size": 32, "ffn_dim": 32, **SETTINGS}

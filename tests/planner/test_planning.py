@@ -55,14 +55,13 @@ FAMILIES = {
 
 def work(config=BASE, **changes):
     roles = (
-        RoleSpec("actor", config, trained=True, scalar=False), 
+        RoleSpec("actor", config, trained=True, scalar=False),
         RoleSpec("critic", config, trained=True, scalar=True),
         RoleSpec("reference", config, trained=False, scalar=False),
         RoleSpec("reward", config, trained=False, scalar=True),
-    )  # fmt: skip
-    base = {"batch_size": 8, "micro_batch_size": 4, "mini_batch_size": 8, "epochs": 1, "prompt_length": 40,
-            "max_new_tokens": 24}  # fmt: skip
-    return Workload("ppo", roles, **{**base, **changes})
+    )
+    sizes = {"batch_size": 8, "micro_batch_size": 4, "mini_batch_size": 8, "prompt_length": 40, "max_new_tokens": 24}
+    return Workload("ppo", roles, **{"epochs": 1, **sizes, **changes})
 
 
 def one_model(stage, config=BASE, scalar=False):
@@ -72,8 +71,7 @@ def one_model(stage, config=BASE, scalar=False):
 
 
 def forecast(of, strategy, dtype="fp32", world=1, device=None, host=None):
-    budgets = {"device": device, "host": host, "disk": None}
-    return forecast_of(Setting(of, strategy, dtype, world, budgets))
+    return forecast_of(Setting(of, strategy, dtype, world, {"device": device, "host": host, "disk": None}))
 
 
 def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
@@ -187,10 +185,10 @@ def test_activations_that_are_kept_while_weights_move_are_foretold(strategy, wor
 
 def on_one_base(of, spec):
     """The same work through adapters: four roles on one base."""
-    roles = (
-        dataclasses.replace(role, spec=None if role.name == "reference" else spec, base="base") for role in of.roles
+    specs = {role.name: None if role.name == "reference" else spec for role in of.roles}
+    return dataclasses.replace(
+        of, roles=tuple(dataclasses.replace(role, spec=specs[role.name], base="base") for role in of.roles)
     )
-    return dataclasses.replace(of, roles=tuple(roles))
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), [("naive", "bf16"), ("gemini_cpu", "fp32")])
@@ -214,14 +212,16 @@ def test_one_base_and_its_adapters_take_a_fraction_of_four_models():
     assert forecast(four, "gemini_cpu", "bf16").peak["host"] > 15 * base
 
 
-def test_one_weight_stream_is_foretold(tmp_path):
-    """Bytes that scoring and learning fetch, where four roles share what moves."""
-    of = on_one_base(work(mini_batch_size=4, epochs=2), LoraSpec(4))
-    planned = forecast(of, "gemini_nvme", device=6_300_000)
-    moved = real(of, "gemini_nvme", tmp_path, device=6_300_000)["traffic"]
+@pytest.mark.parametrize(("one_base", "device"), [(True, 6_300_000), (False, 8_000_000)])
+def test_traffic_is_foretold(tmp_path, one_base, device):
+    """Bytes that scoring and learning fetch; on one base, four roles share what moves."""
+    of = work(mini_batch_size=4, epochs=2)
+    of = on_one_base(of, LoraSpec(4)) if one_base else of
+    planned = forecast(of, "gemini_nvme", device=device)
+    moved = real(of, "gemini_nvme", tmp_path, device=device)["traffic"]
     for key in ("host_written", "disk_read", "disk_written"):
-        said, done = (sum(phase[key] for phase in one.values()) for one in (planned.traffic, moved))
-        assert said == pytest.approx(done, rel=0.1), key
+        expected, measured = (sum(phase[key] for phase in run.values()) for run in (planned.traffic, moved))
+        assert expected == pytest.approx(measured, rel=0.1), key
 
 
 def test_auto_stays_within_its_budget_when_roles_step_side_by_side():
@@ -236,15 +236,6 @@ def test_auto_stays_within_its_budget_when_roles_step_side_by_side():
 def test_other_stages_are_foretold(stage, scalar):
     of = one_model(stage, scalar=scalar)
     assert_near(forecast(of, "gemini_cpu"), dry(of, "gemini_cpu"))
-
-
-def test_traffic_is_foretold(tmp_path):
-    of = work(mini_batch_size=4, epochs=2)
-    planned = forecast(of, "gemini_nvme", device=8_000_000)
-    moved = real(of, "gemini_nvme", tmp_path, device=8_000_000)["traffic"]
-    for key in ("host_written", "disk_read", "disk_written"):
-        said, done = (sum(phase[key] for phase in one.values()) for one in (planned.traffic, moved))
-        assert said == pytest.approx(done, rel=0.1), key
 
 
 def test_a_device_budget_holds_activations_too():

@@ -191,18 +191,11 @@ def test_a_stream_that_nobody_reads_any_more_frees_its_row(decoder):
     assert engine.free == 2
 
 
-@pytest.mark.parametrize(
-    ("prompt", "sampling", "why"),
-    [
-        ([], SAMPLING, "an empty prompt"),
-        ([1] * TINY.max_length, SAMPLING, "leaves no room"),
-        ([1, 10**6], SAMPLING, "outside 0"),
-        ([1, -1], SAMPLING, "outside 0"),
-        ("a text", SAMPLING, "needs a tokenizer"),
-        ([1], Sampling(stop="x"), "stop strings need a tokenizer"),
-        ([1], Sampling(n=5000), "4096 at most"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("prompt", "sampling", "why"), [
+    ([], SAMPLING, "an empty prompt"), ([1] * TINY.max_length, SAMPLING, "leaves no room"),
+    ([1, 10**6], SAMPLING, "outside 0"), ([1, -1], SAMPLING, "outside 0"), ("a text", SAMPLING, "needs a tokenizer"),
+    ([1], Sampling(stop="x"), "stop strings need a tokenizer"), ([1], Sampling(n=5000), "4096 at most"),
+])  # fmt: skip
 def test_a_faulty_request_carries_its_error_and_the_others_go_on(decoder, prompt, sampling, why):
     engine = Engine(decoder, eos_ids=(EOS,))
     good = engine.submit(PROMPTS[0], SAMPLING)[0]

@@ -144,6 +144,11 @@ def cut(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
+def make_directory_of(path):
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE = {
     "flipped byte in the state": (lambda p: flip(p / "state.safetensors"), "bytes have changed"),
     "flipped byte in a model": (lambda p: flip(p / "model" / "weights"), "bytes have changed"),
@@ -153,10 +158,7 @@ DAMAGE = {
     "missing directory": (lambda p: shutil.rmtree(p / "model"), "model/weights: is missing"),
     "extra file": (lambda p: (p / "model" / "more").write_text("x"), "model/more: does not belong there"),
     "link to nowhere": (lambda p: (p / "gone").symlink_to(p / "nothing"), "gone: does not belong there"),
-    "directory in place of a file": (
-        lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()),
-        "state.json: is missing",
-    ),
+    "directory in place of a file": (lambda p: make_directory_of(p / "state.json"), "state.json: is missing"),
     "missing manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json: is missing"),
     "truncated manifest": (lambda p: cut(p / "manifest.json") or cut(p / "manifest.json"), "is no manifest"),
     "empty manifest": (lambda p: os.truncate(p / "manifest.json", 0), "is no manifest"),
@@ -164,10 +166,7 @@ DAMAGE = {
     "manifest not UTF-8": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe{}"), "is no manifest"),
     "manifest of another shape": (lambda p: (p / "manifest.json").write_text('{"files": [1]}'), "is no manifest"),
     "manifest that is a list": (lambda p: (p / "manifest.json").write_text("[]"), "is no manifest"),
-    "manifest is a directory": (
-        lambda p: ((p / "manifest.json").unlink(), (p / "manifest.json").mkdir()),
-        "cannot be read",
-    ),
+    "manifest is a directory": (lambda p: make_directory_of(p / "manifest.json"), "cannot be read"),
     "a file where the checkpoint was": (lambda p: (shutil.rmtree(p), p.write_text("x")), "cannot be read"),
 }
 
@@ -404,6 +403,5 @@ def test_random_streams_go_on_where_they_were(tmp_path):
 
 
 def test_the_manifest_is_plain_json_that_lists_sizes(tmp_path):
-    manifest = json.loads((save(tmp_path, 3) / "manifest.json").read_text())
-    assert manifest["files"]["model/weights"]["bytes"] == 64
-    assert len(manifest["files"]["model/weights"]["sha256"]) == 64
+    weights = json.loads((save(tmp_path, 3) / "manifest.json").read_text())["files"]["model/weights"]
+    assert (weights["bytes"], len(weights["sha256"])) == (64, 64)

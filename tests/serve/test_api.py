@@ -20,21 +20,13 @@ ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_to
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [
-        ("GET", "/v2/models", 404, "not_found"),
-        ("GET", "/v1/models/none", 404, "model_not_found"),
-        ("DELETE", "/v1/models", 405, "method_not_allowed"),
-        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
-        ("GET", "/assets/../app.py", 404, "not_found"),
-        ("GET", "/assets/%2e%2e/app.py", 404, "not_found"),
-        ("GET", "/api/conversations/conv_none", 404, "not_found"),
-        ("GET", "/api/conversations/%00", 404, "not_found"),
-        ("GET", "/api/conversations?limit=0", 400, "invalid_value"),
-        ("GET", "/api/session", 401, "no_session"),
-    ],
-)
+@pytest.mark.parametrize(("method", "path", "status", "code"), [
+    ("GET", "/v2/models", 404, "not_found"), ("GET", "/v1/models/none", 404, "model_not_found"),
+    ("DELETE", "/v1/models", 405, "method_not_allowed"), ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+    ("GET", "/assets/../app.py", 404, "not_found"), ("GET", "/assets/%2e%2e/app.py", 404, "not_found"),
+    ("GET", "/api/conversations/conv_none", 404, "not_found"), ("GET", "/api/conversations/%00", 404, "not_found"),
+    ("GET", "/api/conversations?limit=0", 400, "invalid_value"), ("GET", "/api/session", 401, "no_session"),
+])  # fmt: skip
 def test_every_error_has_the_same_shape(server, method, path, status, code):
     reply = server.ask(method, path)
     assert reply.status == status
@@ -42,49 +34,34 @@ def test_every_error_has_the_same_shape(server, method, path, status, code):
     assert reply.headers["x-request-id"]
 
 
-@pytest.mark.parametrize(
-    ("change", "param", "says"),
-    [
-        ({"messages": []}, "messages", "at least 1"),
-        ({"messages": None}, "messages", "list"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "assistant"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "text"),
-        ({"messages": [*ASK["messages"], {"role": "system", "content": "x"}]}, "messages[1].role", "start"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "leave"),
-        ({"messages": [{"role": "user", "content": "x"}] * 257}, "messages", "256"),
-        ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages", "256"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "half a character"),
-        ({"n": 17}, "n", "16"),
-        ({"n": True}, "n", "integer"),
-        ({"stop": "x" * 65}, "stop", "64"),
-        ({"stop": ["a"] * 5}, "stop", "4"),
-        ({"stop": ""}, "stop", "1"),
-        ({"temperature": "1"}, "temperature", "number"),
-        ({"temperature": math.nan}, "temperature", "finite"),
-        ({"temperature": 2.5}, "temperature", "2"),
-        ({"top_p": -0.1}, "top_p", "0"),
-        ({"top_k": -1}, "top_k", "0"),
-        ({"min_p": 2}, "min_p", "1"),
-        ({"max_tokens": 0}, "max_tokens", "1"),
-        ({"max_completion_tokens": 5}, "max_tokens", "differ"),
-        ({"seed": 2**63}, "seed", "less"),
-        ({"logit_bias": {"x": 1}}, "logit_bias", "0 to 399"),
-        ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
-        ({"presence_penalty": 3}, "presence_penalty", "2"),
-        ({"repetition_penalty": 5e-324}, "repetition_penalty", "0.1"),
-        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
-        ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
-        ({"tools": [{"type": "function"}]}, "tools", "leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "leave it out"),
-        ({"modalities": ["text", "audio"]}, "modalities", "leave it out"),
-        ({"audio": {"voice": "x"}}, "audio", "leave it out"),
-        ({"functions": [{}]}, "functions", "leave it out"),
-        ({"model": 5}, "model", "string"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "param", "says"), [
+    ({"messages": []}, "messages", "at least 1"), ({"messages": None}, "messages", "list"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "assistant"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "text"),
+    ({"messages": [*ASK["messages"], {"role": "system", "content": "x"}]}, "messages[1].role", "start"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "leave"),
+    ({"messages": [{"role": "user", "content": "x"}] * 257}, "messages", "256"),
+    ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages", "256"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "half a character"),
+    ({"n": 17}, "n", "16"), ({"n": True}, "n", "integer"), ({"stop": "x" * 65}, "stop", "64"),
+    ({"stop": ["a"] * 5}, "stop", "4"), ({"stop": ""}, "stop", "1"), ({"temperature": "1"}, "temperature", "number"),
+    ({"temperature": math.nan}, "temperature", "finite"), ({"temperature": 2.5}, "temperature", "2"),
+    ({"top_p": -0.1}, "top_p", "0"), ({"top_k": -1}, "top_k", "0"), ({"min_p": 2}, "min_p", "1"),
+    ({"max_tokens": 0}, "max_tokens", "1"), ({"max_completion_tokens": 5}, "max_tokens", "differ"),
+    ({"seed": 2**63}, "seed", "less"), ({"logit_bias": {"x": 1}}, "logit_bias", "0 to 399"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"), ({"presence_penalty": 3}, "presence_penalty", "2"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty", "0.1"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
+    ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+    ({"tools": [{"type": "function"}]}, "tools", "leave it out"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "leave it out"),
+    ({"modalities": ["text", "audio"]}, "modalities", "leave it out"),
+    ({"audio": {"voice": "x"}}, "audio", "leave it out"), ({"functions": [{}]}, "functions", "leave it out"),
+    ({"model": 5}, "model", "string"),
+])  # fmt: skip
 def test_bad_input_names_the_key_and_the_limit(server, change, param, says):
     reply = server.post({**ASK, **change})
     assert reply.status == 400

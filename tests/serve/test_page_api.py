@@ -222,15 +222,10 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
     assert shown == [("other", digests["other"], 1), ("tiny", digests["tiny"], 1)]
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"kind": "pair", "shown": ["a"], "chosen_id": None}, "shown"),
-        ({"kind": "thumb", "message_id": "x", "value": 2}, "value"),
-        ({"kind": "wave"}, "kind"),
-        ({}, "kind"),
-    ],
-)
+@pytest.mark.parametrize(("body", "param"), [
+    ({"kind": "pair", "shown": ["a"], "chosen_id": None}, "shown"),
+    ({"kind": "thumb", "message_id": "x", "value": 2}, "value"), ({"kind": "wave"}, "kind"), ({}, "kind"),
+])  # fmt: skip
 def test_a_vote_that_says_nothing_is_refused(server, body, param):
     reply = server.ask("POST", "/api/votes", body)
     assert (reply.status, (reply.error["param"] or "").rpartition(".")[2]) == (400, param)

@@ -106,20 +106,14 @@ def test_draining_turns_new_requests_away_and_cuts_off_what_takes_too_long(tmp_p
     assert last_events[0]["error"]["code"] == "shutting_down"
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines could reach"),
-        (["--key", "short"], "--key: has 5 characters"),
-        (["--key", KEY, "--new-key"], "leave one of them out"),
-        (["--host", "no.such.host.invalid", "--key", KEY], "is no address of this machine"),
-        (["--port", "99999"], "--port 99999: must be a port"),
-        (["--rows", "0"], "--rows 0: must be at least 1"),
-        (["--data-dir", "/proc/x"], "--data-dir /proc/x: cannot be made"),
-        (["--follow"], "no run with a checkpoint"),
-        (["--max-length", "0"], "must be at least 1"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines could reach"),
+    (["--key", "short"], "--key: has 5 characters"), (["--key", KEY, "--new-key"], "leave one of them out"),
+    (["--host", "no.such.host.invalid", "--key", KEY], "is no address of this machine"),
+    (["--port", "99999"], "--port 99999: must be a port"), (["--rows", "0"], "--rows 0: must be at least 1"),
+    (["--data-dir", "/proc/x"], "--data-dir /proc/x: cannot be made"), (["--follow"], "no run with a checkpoint"),
+    (["--max-length", "0"], "must be at least 1"),
+])  # fmt: skip
 def test_what_cannot_be_is_one_paragraph(tmp_path, model, capsys, flags, says):
     code, message = refused(capsys, "serve", model, "--port", "0", "--data-dir", tmp_path / "data", *flags)
     assert code == 2

@@ -279,15 +279,11 @@ def test_somebody_elses_tables_are_refused(tmp_path):
         open_store(str(tmp_path), None)
 
 
-@pytest.mark.parametrize(
-    ("directory", "url", "says"),
-    [
-        ("/proc/nothing", None, "--data-dir /proc/nothing: cannot be made"),
-        (None, "mysql://x", "--database mysql: give postgresql://"),
-        (None, "nonsense", "give postgresql://"),
-        (None, "postgresql://penstock:secret@127.0.0.1:1/none", "cannot be opened"),
-    ],
-)
+@pytest.mark.parametrize(("directory", "url", "says"), [
+    ("/proc/nothing", None, "--data-dir /proc/nothing: cannot be made"),
+    (None, "mysql://x", "--database mysql: give postgresql://"), (None, "nonsense", "give postgresql://"),
+    (None, "postgresql://penstock:secret@127.0.0.1:1/none", "cannot be opened"),
+])  # fmt: skip
 def test_what_cannot_be_reached_is_named_without_its_password(tmp_path, directory, url, says):
     with pytest.raises(UserError) as raised:
         open_store(directory or str(tmp_path), url)

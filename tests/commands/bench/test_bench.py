@@ -116,18 +116,12 @@ def test_warming_up_ends_when_something_was_learned_and_an_episode_is_over():
     assert schedule(config) == [warm[0], *warm, timed[0], *timed]
 
 
-@pytest.mark.parametrize(
-    ("flags", "code", "words"),
-    [
-        ("--model xll", 2, "no size 'xll'; there are xl"),
-        ("--strategy colossalai_gemni_cpu", 2, "nearest: gemini_cpu"),
-        ("--prompt-length 600", 2, "leaves no room for a response"),
-        ("--lora-rank -1", 2, "must be 0 or more"),
-        ("--num_episodes 1", 2, "zero timed steps"),
-        ("--model 175b", 3, "does not fit"),
-        ("--model s --device-memory 100MB", 3, "nearest:"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "code", "words"), [
+    ("--model xll", 2, "no size 'xll'; there are xl"), ("--strategy colossalai_gemni_cpu", 2, "nearest: gemini_cpu"),
+    ("--prompt-length 600", 2, "leaves no room for a response"), ("--lora-rank -1", 2, "must be 0 or more"),
+    ("--num_episodes 1", 2, "zero timed steps"), ("--model 175b", 3, "does not fit"),
+    ("--model s --device-memory 100MB", 3, "nearest:"),
+])  # fmt: skip
 def test_what_cannot_work_is_said_before_anything_is_made(flags, code, words, capsys, monkeypatch):
     monkeypatch.setattr(run, "Four", None)  # nobody gets so far
     assert cli("bench", *flags.split(), "--device", "cpu") == code
