@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,31 @@ def cli(*arguments: Any) -> Any:
     except SystemExit as error:
         return error.code
     return 0
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environments(size: int, **changes: str) -> list[dict[str, str]]:
+    """Environments of `size` processes of one group, without a launcher that would end them."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    shared = {**os.environ, **address, "OMP_NUM_THREADS": "1", **changes}
+    return [{**shared, "RANK": str(rank)} for rank in range(size)]
+
+
+def last_model(run: str | Path) -> Path:
+    """The model directory in the latest checkpoint of a run."""
+    checkpoints = Path(run) / "checkpoints"
+    return checkpoints / (checkpoints / "latest").read_text().strip() / "model"
+
+
+def assert_same_metrics(run: str | Path, other_run: str | Path) -> None:
+    for row, other_row in zip(metrics(run), metrics(other_run), strict=True):
+        assert row == pytest.approx(other_row, abs=1e-5)
 
 
 def metrics(run: str | Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from penstock.config import ChatConfig, GenerateConfig, PPOConfig, SFTConfig
 from penstock.data.toyland import save_tokenizer
 from penstock.flags import flags_of, from_dict, parse, to_dict
 from penstock.serve.config import ServeConfig
-from tests.conftest import PATIENCE, comparisons, demonstrations
+from tests.conftest import PATIENCE, comparisons, demonstrations, last_model
 
 
 def run(*arguments, **options):
@@ -231,8 +231,7 @@ def test_reward_runs_on_token_ids_and_reports_its_accuracy(tmp_path, tiny_model,
     assert last["heldout/accuracy"] > 0.8
     from transformers import AutoModelForSequenceClassification
 
-    name = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoints" / name / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(last_model(tmp_path / "run"))
     assert model.score.weight.shape == (1, 16)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import peft
 import pytest
@@ -18,12 +17,16 @@ from penstock.memory.strategy import Strategy
 from penstock.models import lora
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.rollout.engine import Answer
-from tests.conftest import cli, comparisons, demonstrations, metrics, ppo_config, stage_config
-
-
-def adapter_of(run):
-    checkpoints = Path(run) / "checkpoints"
-    return checkpoints / (checkpoints / "latest").read_text().strip() / "model"
+from tests.conftest import (
+    assert_same_metrics,
+    cli,
+    comparisons,
+    demonstrations,
+    last_model,
+    metrics,
+    ppo_config,
+    stage_config,
+)
 
 
 def logits_of(source, **how):
@@ -38,7 +41,7 @@ def test_the_whole_way_by_command(tmp_path, tiny_model, jsonl, capsys):
     quick = ["--steps", "3", "--batch-size", "4", "--lr", "1e-2", "--max-new-tokens", "4", "--samples", "2"]
     assert cli("sft", "--model", base, "--data", jsonl(demonstrations(12), "demos.jsonl"), "--out", tmp_path / "sft",
                "--lora", "4", "--lora-targets", "c_attn", "c_fc", *quick) == 0  # fmt: skip
-    trained = adapter_of(tmp_path / "sft")
+    trained = last_model(tmp_path / "sft")
     assert {file.name for file in trained.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "penstock.json"
     }  # fmt: skip
@@ -54,7 +57,7 @@ def test_the_whole_way_by_command(tmp_path, tiny_model, jsonl, capsys):
     assert cli("ppo", "--actor", tmp_path / "sft", "--reward", tmp_path / "reward", "--lora", "4",
                "--data", jsonl([{"prompt_ids": [1, 3 + i]} for i in range(8)], "prompts.jsonl"),
                "--out", tmp_path / "ppo", *quick) == 0  # fmt: skip
-    assert (logits_of(adapter_of(tmp_path / "ppo")) - expected).abs().max() > 1e-4
+    assert (logits_of(last_model(tmp_path / "ppo")) - expected).abs().max() > 1e-4
 
     assert cli("export", tmp_path / "ppo", "--out", tmp_path / "whole", "--merge") == 0
     assert cli("export", tmp_path / "ppo", "--out", tmp_path / "part") == 0
@@ -64,7 +67,7 @@ def test_the_whole_way_by_command(tmp_path, tiny_model, jsonl, capsys):
     assert (merged - logits_of(base, adapter=str(tmp_path / "part"))).abs().max() <= 1e-5
     assert cli("export", tmp_path / "reward", "--out", tmp_path / "judge", "--merge") == 0
     judge = RewardModel.from_pretrained(str(tmp_path / "judge"))
-    other = RewardModel.from_pretrained(str(adapter_of(tmp_path / "reward")))
+    other = RewardModel.from_pretrained(str(last_model(tmp_path / "reward")))
     assert (judge.mean, judge.std) == (other.mean, other.std)
     assert judge.std != 1.0
     capsys.readouterr()
@@ -98,7 +101,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
     shutil.rmtree(stopped / "checkpoints" / "step-000004")
     (stopped / "checkpoints" / "latest").write_text("step-000002\n")
     sft(config("stopped"), resume=True)
-    weights = [adapter_of(run) / "adapter_model.safetensors" for run in (straight, stopped)]
+    weights = [last_model(run) / "adapter_model.safetensors" for run in (straight, stopped)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert metrics(straight) == metrics(stopped)
 
@@ -143,8 +146,7 @@ def test_four_roles_on_one_base_learn_as_four_models_do(name, tmp_path, reward_r
         patch.setattr(Critic, "recipe", lambda self, name: None)
         patch.setattr(RewardModel, "recipe", lambda self, name: None)
         apart = ppo(hydra_config(tmp_path, base, data, reward, "naive", "apart"))
-    for one, other in zip(metrics(shared), metrics(apart), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+    assert_same_metrics(shared, apart)
     assert metrics(shared)[-1]["policy/grad_norm"] > 0
 
 
@@ -153,7 +155,7 @@ def prepared(tmp_path, base, reward, strategy_name="gemini_cpu", **budgets):
     with strategy.init():
         actor = Actor.from_pretrained(base, lora=4)
         models = [actor, actor.frozen(), Critic.from_pretrained(base, lora=4, seed=1)]
-        models.append(RewardModel.trained(str(adapter_of(reward))).eval().requires_grad_(False))
+        models.append(RewardModel.trained(str(last_model(reward))).eval().requires_grad_(False))
     return strategy, models, strategy.prepare_all(*models)
 
 

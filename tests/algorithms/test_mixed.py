@@ -13,7 +13,7 @@ from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
 from penstock.memory.strategy import Strategy
 from penstock.models import pretrained
 from penstock.models.roles import Actor, ActorCritic, Critic, RewardModel
-from tests.conftest import cli, comparisons, demonstrations, metrics, ppo_config
+from tests.conftest import assert_same_metrics, cli, comparisons, demonstrations, last_model, metrics, ppo_config
 
 
 @pytest.fixture
@@ -60,8 +60,7 @@ def test_a_shared_frozen_start_learns_as_copies_do(config, strategy, monkeypatch
         for role in (Actor, Critic, RewardModel):
             patch.setattr(role, "recipe", lambda self, name: None)
         apart = ppo(config("apart", "naive", flags))
-    for one, other in zip(metrics(shared), metrics(apart), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+    assert_same_metrics(shared, apart)
     assert metrics(shared)[-1]["policy/grad_norm"] > 0
 
 
@@ -69,8 +68,7 @@ def test_a_shared_frozen_start_learns_as_copies_do(config, strategy, monkeypatch
 def test_four_roles_stand_on_one_packed_base(config, kind):
     flags = LoraFlags(lora=4, base_dtype=kind)
     runs = [ppo(config(name, name, flags)) for name in ("naive", "gemini_cpu")]
-    for one, other in zip(*map(metrics, runs), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+    assert_same_metrics(*runs)
     plain = metrics(ppo(config("plain", "naive", LoraFlags(lora=4))))
     assert plain[0]["objective/entropy"] == pytest.approx(metrics(runs[0])[0]["objective/entropy"], rel=0.2)
     assert plain[0]["objective/entropy"] != metrics(runs[0])[0]["objective/entropy"]
@@ -92,8 +90,8 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, tiny_model, jsonl, 
 
 def test_a_frozen_start_is_left_as_it_was(config):
     run = ppo(dataclasses.replace(config("run", peft=LoraFlags(num_layers_unfrozen=1))))
-    last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "model"
-    before, after = (dict(Actor.from_pretrained(str(one)).named_parameters()) for one in (config("x").actor, last))
+    models = (config("x").actor, last_model(run))
+    before, after = (dict(Actor.from_pretrained(str(model)).named_parameters()) for model in models)
     moved = {name for name, weight in before.items() if not weight.equal(after[name])}
     assert moved
     assert all(name.startswith(("decoder.blocks.1", "decoder.norm")) for name in moved)

@@ -13,7 +13,7 @@ from penstock.data.chat import Encoder
 from penstock.errors import ResourceError, UserError
 from penstock.models.roles import Actor, RewardModel
 from penstock.rollout.engine import Answer
-from tests.conftest import metrics, ppo_config
+from tests.conftest import last_model, metrics, ppo_config
 
 REWARD_FN = """
 def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
@@ -45,11 +45,6 @@ def next_token_distribution(source, prompt=(1, 3)):
         return torch.softmax(actor.decoder.logits(actor(tokens, torch.tensor([2])))[0, -1], dim=-1)
 
 
-def final_model(run):
-    checkpoints = Path(run) / "checkpoints"
-    return checkpoints / (checkpoints / "latest").read_text().strip() / "model"
-
-
 def test_one_token_task_approaches_the_kl_regularised_optimum(tmp_path, tiny_model, jsonl):
     """The optimum of E[r] - beta KL is ref * exp(r / beta) / Z (PPO.md 26)."""
     beta, table = 0.5, {3: 1.0, 4: 0.5, 5: -0.5, 6: 0.25}
@@ -59,7 +54,7 @@ def test_one_token_task_approaches_the_kl_regularised_optimum(tmp_path, tiny_mod
     run = ppo(config(tmp_path, model, data, reward_fn, **BANDIT, kl_coef=beta, value_clip=None, optim=optim))
     rewards = torch.tensor([table.get(i, 0.0) for i in range(16)])
     optimum = torch.softmax(next_token_distribution(model).log() + rewards / beta, dim=-1)
-    assert 0.5 * (next_token_distribution(final_model(run)) - optimum).abs().sum() < 0.05
+    assert 0.5 * (next_token_distribution(last_model(run)) - optimum).abs().sum() < 0.05
     assert 0.5 * (next_token_distribution(model) - optimum).abs().sum() > 0.2  # it had somewhere to go
 
 
@@ -69,7 +64,7 @@ def test_two_armed_bandit_is_solved(tmp_path, tiny_model, jsonl, seed):
     reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 4: 0.2}))
     optim = {"batch_size": 128, "micro_batch_size": 128, "steps": 50, "lr": 5e-3, "epochs": 4}
     run = ppo(config(tmp_path, model, data, reward_fn, **BANDIT, kl_coef=0.01, run={"seed": seed}, optim=optim))
-    assert next_token_distribution(final_model(run))[3] > 0.9
+    assert next_token_distribution(last_model(run))[3] > 0.9
 
 
 def test_first_ratio_is_one_and_engine_agrees_with_the_trainer(tmp_path, tiny_model, jsonl):

@@ -14,7 +14,7 @@ from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.run.session import read_optimizer, write_optimizer
-from tests.conftest import PATIENCE, comparisons, demonstrations, metrics
+from tests.conftest import PATIENCE, comparisons, demonstrations, last_model, metrics
 
 SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
 SCORE = """
@@ -26,10 +26,6 @@ def score(prompts, responses, *, response_ids=None, **_):
 def place(name, folder):
     disk = ["--disk", str(folder / "disk")] if name == "gemini_nvme" else []
     return ["--strategy", name, "--device", "cpu", *disk]
-
-
-def last(run):
-    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
 
 
 def command(stage, folder, model, jsonl):
@@ -92,17 +88,19 @@ def test_what_a_checkpoint_holds_comes_back_bit_by_bit_under_any_strategy(name, 
     arguments = command("sft", tmp_path, tiny_model(), jsonl)
     run = tmp_path / "run"
     main([*arguments, "--out", str(run), "--dtype", dtype, *place("gemini_cpu", tmp_path)])
-    before = load_file(last(run) / "model.optimizer.safetensors")
+    before = load_file(last_model(run).parent / "model.optimizer.safetensors")
 
     disk = str(tmp_path / "disk") if name == "gemini_nvme" else None
     strategy = Strategy.named(name, dtype=dtype, device="cpu", disk=disk)
     with strategy.init():
-        actor = Actor.from_pretrained(str(last(run) / "model"))
+        actor = Actor.from_pretrained(str(last_model(run)))
     stream = strategy.prepare(actor)
-    read_optimizer(last(run) / "model.optimizer.safetensors", 4, stream)
+    read_optimizer(last_model(run).parent / "model.optimizer.safetensors", 4, stream)
     write_optimizer(tmp_path / "again.safetensors", stream)
-    assert (tmp_path / "again.safetensors").read_bytes() == (last(run) / "model.optimizer.safetensors").read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        last_model(run).parent / "model.optimizer.safetensors"
+    ).read_bytes()
     actor.save_pretrained(tmp_path / "again")
     for key, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
-        assert torch.equal(tensor, load_file(last(run) / "model" / "model.safetensors")[key])
+        assert torch.equal(tensor, load_file(last_model(run) / "model.safetensors")[key])
     assert any(bool((one != 0).any()) for key, one in before.items() if key.endswith("exp_avg"))

@@ -1,14 +1,13 @@
 """Shards that ranks of one machine send each other are plain sums and concatenations of what all of them hold."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, rank_environments
 
 WORKER = """
 import os, sys, time, torch
@@ -62,18 +61,10 @@ assert ranks._mailboxes is None
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no memory without a name")
-@pytest.mark.parametrize(("size", "what"), [(2, "together"), (3, "together"), (2, "apart")])
-def test_shards_are_those_of_plain_sums_and_concatenations(size, what):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, what], stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **common, "RANK": str(rank), "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    ended = [(one.communicate(timeout=PATIENCE)[1][-2000:], one.returncode) for one in ranks]
+@pytest.mark.parametrize(("size", "case"), [(2, "together"), (3, "together"), (2, "apart")])
+def test_shards_are_those_of_plain_sums_and_concatenations(size, case):
+    command = [sys.executable, "-c", WORKER, case]
+    environments = rank_environments(size, PYTHONPATH=str(Path(__file__).parents[2] / "src"))
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=each) for each in environments]
+    ended = [(rank.communicate(timeout=PATIENCE)[1][-2000:], rank.returncode) for rank in ranks]
     assert ended == [("", 0)] * size

@@ -160,7 +160,8 @@ def open_page(served: ServedPage, contexts: dict[bool, Any], watch: Watch) -> It
     """open_page(width=390, sampling={...}): the page, logged in, in a browser that has these settings only."""
     pages = []
 
-    def open_it(*, width: int = 1280, scheme: str = "light", log_in: bool = True, **settings: Any) -> Any:
+    def open_it(*, width: int = 1280, scheme: str = "light", log_in: bool = True, allowed=(), **settings: Any) -> Any:
+        watch.allowed += allowed
         context = contexts[width < 600]
         context.clear_cookies()
         page = context.new_page()
@@ -212,6 +213,17 @@ def settled(page: Any, text: str | None = None) -> None:
     page.wait_for_selector("#send:not(.busy)")
 
 
+def reload(page: Any, text: str | None = None) -> None:
+    page.reload()
+    settled(page, text)
+
+
+def answer_again(page: Any) -> None:
+    page.get_by_role("button", name="Answer again").click()
+    expect(page.locator(".switcher span")).to_have_text("2/2")
+    settled(page)
+
+
 def answers(page: Any) -> list[str]:
     """The texts of the answers on the screen."""
     return page.locator(".prose").all_inner_texts()
@@ -250,8 +262,7 @@ def stream(route: Any, events: list[dict[str, Any]]) -> None:
 
 # --- the key ----------------------------------------------------------------------------------------------------------
 def test_the_key_is_asked_for_once_per_browser(open_page, served, watch, pictures):
-    watch.allowed = ["401"]  # the wrong key, on purpose
-    page = open_page(log_in=False)
+    page = open_page(log_in=False, allowed=["401"])  # the wrong key, on purpose
     page.get_by_placeholder("Key").fill("not the key of the server")
     page.get_by_role("button", name="Log in").click()
     expect(page.get_by_role("alert").first).to_contain_text("That is not the key")
@@ -298,8 +309,7 @@ def test_a_conversation_of_several_turns_is_there_again_after_a_reload(open_page
     before = answers(page)
     assert len(before) == 2
     page.screenshot(path=pictures / "chat.png")
-    page.reload()
-    settled(page, "And the owl?")
+    reload(page, "And the owl?")
     assert answers(page) == before
     assert page.locator(".bubble").all_inner_texts() == ["What colour is the fox?", "And the owl?"]
     expect(page.locator(".conversations li.current")).to_have_text("What colour is the fox?")
@@ -324,8 +334,7 @@ def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures
     message = conversation_of(page, served)[1]
     assert message["finish_reason"] == "cancelled"
     assert message["content"]
-    page.reload()
-    settled(page)
+    reload(page)
     expect(page.locator(".note")).to_contain_text("Stopped.")
 
 
@@ -333,16 +342,13 @@ def test_answering_again_adds_an_alternative_and_keeps_the_first(open_page, serv
     page = open_page(sampling={"max_tokens": 12})
     say(page, "Hello")
     [first] = answers(page)
-    page.get_by_role("button", name="Answer again").click()
-    expect(page.locator(".switcher span")).to_have_text("2/2")
-    settled(page)
+    answer_again(page)
     [second] = answers(page)
     assert second != first
     page.get_by_role("button", name="Previous branch").click()
     expect(page.locator(".switcher span")).to_have_text("1/2")
     assert answers(page) == [first]
-    page.reload()
-    settled(page)
+    reload(page)
     expect(page.locator(".switcher span")).to_have_text("2/2")
     assert answers(page) == [second]
     assert [message["parent_id"] for message in conversation_of(page, served)][1:] == [
@@ -396,8 +402,7 @@ def test_system_prompt_and_sampling_reach_the_server_and_are_remembered(open_pag
     chosen = {"temperature": 0.5, "top_p": 0.9, "min_p": 0.02, "top_k": 40, "max_tokens": 5, "seed": 11}
     assert answer["sampling"] == chosen
     assert served.store.turns(user["id"], user["conversation_id"])[0] == {"role": "system", "content": "Be brief."}
-    page.reload()
-    settled(page)
+    reload(page)
     page.get_by_role("button", name="Settings").click()
     assert page.get_by_label("System prompt").input_value() == "Be brief."
     assert page.get_by_label("Seed", exact=True).input_value() == "11"
@@ -415,8 +420,7 @@ def test_the_model_is_the_one_that_was_picked(open_page, served):
     say(page, "Hello")
     assert conversation_of(page, served)[1]["model"] == "right"
     expect(page.locator(".who")).to_have_text("right")
-    page.reload()
-    settled(page)
+    reload(page)
     expect(models).to_have_value("right")
 
 
@@ -442,8 +446,7 @@ def test_of_two_models_side_by_side_one_is_voted_better_blind(open_page, served,
     questions = [message for message in conversation_of(page, served) if message["role"] == "user"]
     assert questions[1]["parent_id"] == vote["chosen_id"]
     before = answers(page)
-    page.reload()
-    settled(page, "And the owl?")
+    reload(page, "And the owl?")
     assert answers(page) == before
     expect(page.get_by_role("button", name="B is better").first).to_have_attribute("aria-pressed", "true")
 
@@ -457,9 +460,7 @@ def test_one_model_answers_twice_with_two_seeds_and_the_vote_is_a_tie(open_page,
     expect(page.get_by_role("button", name="Tie")).to_have_attribute("aria-pressed", "true")
     [vote] = ask(page, f"/api/votes?conversation_id={page.url.split('#/')[1]}")["data"]
     assert vote["chosen_id"] is None
-    page.get_by_role("button", name="Answer again").click()
-    expect(page.locator(".switcher span")).to_have_text("2/2")
-    settled(page)
+    answer_again(page)
     expect(page.locator(".answer")).to_have_count(2)
     assert len(conversation_of(page, served)) == 5
 
@@ -468,8 +469,7 @@ def test_a_pair_without_a_vote_stays_a_pair_in_this_browser(open_page):
     page = open_page(compare=True)
     say(page, "Hello")
     before = answers(page)
-    page.reload()
-    settled(page)
+    reload(page)
     assert page.locator(".answer .prose").all_inner_texts() == before
     expect(page.locator(".who").first).to_contain_text("name hidden until you vote")
 
@@ -485,8 +485,7 @@ def test_a_thumb_is_stored_and_can_be_taken_back(open_page):
     expect(up).to_have_attribute("aria-pressed", "false")
     votes = f"/api/votes?conversation_id={page.url.split('#/')[1]}"
     assert [vote["value"] for vote in ask(page, votes)["data"]] == [-1]
-    page.reload()
-    settled(page)
+    reload(page)
     expect(down).to_have_attribute("aria-pressed", "true")
     down.click()
     expect(down).to_have_attribute("aria-pressed", "false")
@@ -543,9 +542,7 @@ def test_an_answer_goes_on_while_another_conversation_is_open(open_page):
 def test_export_writes_json_lines_of_every_branch(open_page, served, tmp_path):
     page = open_page(sampling={"max_tokens": 6})
     say(page, "What does the crow eat?")
-    page.get_by_role("button", name="Answer again").click()
-    expect(page.locator(".switcher span")).to_have_text("2/2")
-    settled(page)
+    answer_again(page)
     page.get_by_role("button", name="Settings").click()
     with page.expect_download() as single:
         page.get_by_role("link", name="Export as JSON lines").click()
@@ -713,9 +710,8 @@ def refuse(
     page.route(address, lambda route: route.fulfill(status=status, json=error, headers=headers or {}), times=1)
 
 
-def test_a_busy_server_is_asked_again_when_it_said(open_page, watch, pictures):
-    watch.allowed = ["429"]
-    page = open_page()
+def test_a_busy_server_is_asked_again_when_it_said(open_page, pictures):
+    page = open_page(allowed=["429"])
     refuse(page, 429, "128 answers wait already", {"retry-after": "3"})
     say(page, "Hello", wait=False)
     expect(page.locator(".note.busy")).to_contain_text("The server is busy. Trying again in")
@@ -733,9 +729,8 @@ def test_a_busy_server_is_asked_again_when_it_said(open_page, watch, pictures):
     assert len(answers(page)) == 2
 
 
-def test_a_failed_answer_says_why_and_can_be_tried_again(open_page, watch, served):
-    watch.allowed = ["400"]
-    page = open_page()
+def test_a_failed_answer_says_why_and_can_be_tried_again(open_page, served):
+    page = open_page(allowed=["400"])
     refuse(page, 400, "the prompt has 300 tokens and left has a context of 256")
     say(page, "Hello", wait=False)
     expect(page.locator(".note.failed")).to_contain_text("300 tokens and left has a context of 256")
@@ -764,9 +759,8 @@ def test_a_failed_answer_says_why_and_can_be_tried_again(open_page, watch, serve
     settled(page)
 
 
-def test_while_models_are_loaded_the_page_says_so_and_waits(open_page, served, watch):
-    watch.allowed = ["503"]
-    page = open_page(log_in=False)
+def test_while_models_are_loaded_the_page_says_so_and_waits(open_page, served):
+    page = open_page(log_in=False, allowed=["503"])
     refuse(page, 503, "the server is loading.", {"retry-after": "3"}, "**/health")
     page.goto(f"{served.url}/?again#key={KEY}")
     expect(page.locator("#banner")).to_contain_text("The model is being loaded.")
@@ -774,9 +768,8 @@ def test_while_models_are_loaded_the_page_says_so_and_waits(open_page, served, w
     expect(page.locator("#banner")).to_be_hidden()
 
 
-def test_a_lost_server_is_waited_for_and_nothing_written_is_lost(open_page, watch, pictures):
-    watch.allowed = ["ERR_INTERNET_DISCONNECTED"]
-    page = open_page()
+def test_a_lost_server_is_waited_for_and_nothing_written_is_lost(open_page, pictures):
+    page = open_page(allowed=["ERR_INTERNET_DISCONNECTED"])
     page.context.set_offline(True)
     say(page, "Are you there?", wait=False)
     expect(page.locator("#banner")).to_be_visible()
@@ -788,17 +781,15 @@ def test_a_lost_server_is_waited_for_and_nothing_written_is_lost(open_page, watc
     settled(page, "Are you there?")
 
 
-def test_a_conversation_that_is_gone_leaves_a_word_and_a_new_chat(open_page, served, watch):
-    watch.allowed = ["404"]
-    page = open_page()
+def test_a_conversation_that_is_gone_leaves_a_word_and_a_new_chat(open_page, served):
+    page = open_page(allowed=["404"])
     page.goto(f"{served.url}/#/conv_{'0' * 24}")
     expect(page.locator("#toast")).to_contain_text("no conversation")
     expect(page.locator(".welcome")).to_be_visible()
 
 
 def test_a_second_log_in_in_another_tab_does_not_disturb_the_first(open_page, served, watch):
-    watch.allowed = ["403"]
-    page = open_page()
+    page = open_page(allowed=["403"])
     other = page.context.new_page()
     watch.over(other)
     other.goto(f"{served.url}/#key={KEY}")

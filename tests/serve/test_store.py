@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ from sqlalchemy import create_engine, text
 from penstock.errors import DataError, UserError
 from penstock.serve.store import open_store
 from penstock.serve.tables import metadata
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, free_port
 
 PG_CTL = shutil.which("pg_ctl") or next(
     (str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None
@@ -32,9 +31,7 @@ def postgres():
         pytest.skip("no pg_ctl; Debian has it in the package postgresql")
     base = Path(tempfile.mkdtemp(prefix="penstock-postgres-"))
     programs, data = Path(PG_CTL).resolve().parent, base / "data"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     user: dict = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
