@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,16 @@ def rank_environments(size: int, **changes: str) -> list[dict[str, str]]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     shared = {**os.environ, **address, "OMP_NUM_THREADS": "1", **changes}
     return [{**shared, "RANK": str(rank)} for rank in range(size)]
+
+
+def torchrun(*command: Any, ranks: int = 2, **environment: str) -> str:
+    """What a script, or `-m` and a module, prints on so many ranks. It succeeds."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = (*launch, *map(str, command))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def last_model(run: str | Path) -> Path:

@@ -107,12 +107,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
 
 
 # --- hydra ------------------------------------------------------------------------------------------------------------
-PLACES = {
-    "naive": {},
-    "gemini_cpu": {"device_memory": "1MB"},
-    "gemini_nvme": {"device_memory": "1MB"},
-    "zero2_cpu": {},
-}
+PLACES = {"naive": {}, "gemini_cpu": {"device_memory": "1MB"}, "gemini_nvme": {"device_memory": "1MB"}, "zero2_cpu": {}}
 
 
 def hydra_config(tmp_path, base, data, reward, name, out):
@@ -142,9 +137,8 @@ def test_four_roles_on_one_base_learn_as_four_models_do(name, tmp_path, reward_r
     data = jsonl([{"prompt_ids": [1, 3 + i % 9, 4]} for i in range(8)])
     shared = ppo(hydra_config(tmp_path, base, data, reward, name, "shared"))
     with monkeypatch.context() as patch:  # nobody knows where weights come from: four copies
-        patch.setattr(Actor, "recipe", lambda self, name: None)
-        patch.setattr(Critic, "recipe", lambda self, name: None)
-        patch.setattr(RewardModel, "recipe", lambda self, name: None)
+        for role in (Actor, Critic, RewardModel):
+            patch.setattr(role, "recipe", lambda self, name: None)
         apart = ppo(hydra_config(tmp_path, base, data, reward, "naive", "apart"))
     assert_same_metrics(shared, apart)
     assert metrics(shared)[-1]["policy/grad_norm"] > 0

@@ -1,6 +1,5 @@
 """One rank and two give the same training curve, through the real torchrun (PPO.md 15)."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from penstock.algorithms.ppo import ppo
 from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.distributed.world import World
 from penstock.errors import UserError
-from tests.conftest import PATIENCE, comparisons, demonstrations, ppo_config
+from tests.conftest import PATIENCE, cli, comparisons, demonstrations, metrics, ppo_config, torchrun
 
 SCORE = """
 def score(prompts, responses, *, response_ids=None, **_):
@@ -24,15 +23,12 @@ def score(prompts, responses, *, response_ids=None, **_):
 
 
 def curves(arguments, out, ranks):
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"] if ranks > 1 else []
+    command = [*arguments, "--out", str(out), "--device", "cpu"]
     if ranks > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *launch, "-m", "penstock", *arguments, "--out", str(out), "--device", "cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        torchrun("-m", "penstock", *command, ranks=ranks)
+    else:
+        assert cli(*command) == 0
+    return metrics(out)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -47,10 +43,9 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
     else:
         data = jsonl(demonstrations(20) if stage == "sft" else comparisons(20))
         arguments = [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]
-    one = curves(arguments, tmp_path / "one", 1)
-    two = curves(arguments, tmp_path / "two", 2)
-    assert len(one) == len(two) == 4
-    for a, b in zip(one, two, strict=True):
+    alone, together = (curves(arguments, tmp_path / f"{ranks}", ranks) for ranks in (1, 2))
+    assert len(alone) == len(together) == 4
+    for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
@@ -63,25 +58,22 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_from_its_checkpoint(
         "--model", tiny_model(), "--data", data, "--out", str(out), "--device", "cpu", "--batch-size", "4",
         "--max-length", "32", "--steps", "300", "--checkpoint-every", "10",
     ]  # fmt: skip
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as torchrun:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as launcher:
         while not list(out.glob("checkpoints/*/manifest.json")):
-            assert torchrun.poll() is None
+            assert launcher.poll() is None
             time.sleep(0.2)
-        ranks = [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
+        ranks = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
         environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks}
         (victim,) = [pid for pid, environment in environments.items() if b"RANK=1" in environment]
         os.kill(victim, signal.SIGKILL)
-        _, err = torchrun.communicate(timeout=PATIENCE)
-    assert torchrun.returncode != 0
+        _, err = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode != 0
     assert f"process {victim}) gave no sign of life" in err
     assert "penstock resume" in err
-    assert len((out / "metrics.jsonl").read_text().splitlines()) < 300
-    resume = [sys.executable, "-m", "penstock", "resume", str(out)]
-    subprocess.run(resume, check=True, capture_output=True, timeout=PATIENCE)
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 301))
+    assert len(metrics(out)) < 300
+    assert cli("resume", out) == 0
+    assert [row["step"] for row in metrics(out)] == list(range(1, 301))
 
 
 GRADIENT = """
@@ -111,9 +103,7 @@ def test_two_ranks_have_the_gradient_of_one_to_1e_6(tmp_path, tiny_model):
     model = tiny_model()
     (tmp_path / "gradient.py").write_text(GRADIENT)
     for ranks in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *launch, tmp_path / "gradient.py", model, tmp_path / f"{ranks}.pt"]
-        subprocess.run(command, check=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        torchrun(tmp_path / "gradient.py", model, tmp_path / f"{ranks}.pt", ranks=ranks)
     one, two = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2))
     assert sum(float(grad.abs().sum()) for grad in one) > 1
     for a, b in zip(one, two, strict=True):

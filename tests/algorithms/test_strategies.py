@@ -1,8 +1,6 @@
 """The commands under strategies that move weights: the same run as resident, and checkpoints that any of them reads."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.run.session import read_optimizer, write_optimizer
-from tests.conftest import PATIENCE, comparisons, demonstrations, last_model, metrics
+from tests.conftest import comparisons, demonstrations, last_model, metrics, torchrun
 
 SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
 SCORE = """
@@ -56,17 +54,11 @@ def test_a_checkpoint_of_two_ranks_on_disk_goes_on_resident_and_back(tmp_path, t
     arguments = [*command("sft", tmp_path, tiny_model(), jsonl), "--checkpoint-every", "2", "--keep", "9"]
     run, seen = tmp_path / "run", []
 
-    def two_ranks(*rest):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "penstock"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launch, *rest], capture_output=True, text=True, timeout=PATIENCE, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    two_ranks(*arguments, "--out", str(run), *place("gemini_nvme", tmp_path))
+    torchrun("-m", "penstock", *arguments, "--out", str(run), *place("gemini_nvme", tmp_path))
     whole = run / "checkpoints" / "step-000004"
     for resume in (
         lambda: main(["resume", str(run), *place("naive", tmp_path)]),
-        lambda: two_ranks("resume", str(run), *place("gemini_nvme", tmp_path)),
+        lambda: torchrun("-m", "penstock", "resume", str(run), *place("gemini_nvme", tmp_path)),
     ):
         before = {name: load_file(whole / name) for name in ("model/model.safetensors", "model.optimizer.safetensors")}
         seen.append(before)

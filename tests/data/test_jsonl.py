@@ -21,6 +21,13 @@ def read(path: Path, data: bytes) -> list[tuple[int, Any]]:
     return [(n, f"{x.name}: {x.problem}" if isinstance(x, FieldError) else x) for n, x in objects(path)]
 
 
+def not_json(problem: str, cut: str = "line") -> str:
+    return f"line: not valid JSON ({problem}); write one object per line. Is the {cut} cut short?"
+
+
+NO_COMMA = "line: a comma or the array's end is expected here; is the file cut short?"
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "data.jsonl"
@@ -60,12 +67,9 @@ def test_objects_of_a_printed_array_are_named_by_the_line_they_begin_on(file):
     [
         (b'{"a": "\xff"}\n', 2, "line: byte 8 (0xff) is not UTF-8; save the file as UTF-8."),
         ('{"a": 1}\n'.encode("utf-16"), 2, "line: UTF-16; save the file as UTF-8."),
-        (b'{"a": "cut sh', 2, "line: not valid JSON (Unterminated string starting at: column 7); write one object per "
-                              "line. Is the line cut short?"),
-        (b"{\n", 2, "line: not valid JSON (Expecting property name enclosed in double quotes: column 2); write one "
-                    "object per line. Is the line cut short?"),
-        (b'{"a": 1} {"a": 2}', 2, "line: not valid JSON (Extra data: column 10); write one object per line. Is the "
-                                  "line cut short?"),
+        (b'{"a": "cut sh', 2, not_json("Unterminated string starting at: column 7")),
+        (b"{\n", 2, not_json("Expecting property name enclosed in double quotes: column 2")),
+        (b'{"a": 1} {"a": 2}', 2, not_json("Extra data: column 10")),
         (b"[1, 2]\n", 2, "line: a list, and an object with named fields is expected."),
         (b'"text"\n', 2, "line: text, and an object with named fields is expected."),
         (b"3\n", 2, "line: a number, and an object with named fields is expected."),
@@ -102,14 +106,10 @@ def test_the_longest_line_that_is_allowed_is_read(file):
 @pytest.mark.parametrize(
     ("data", "objects"),
     [
-        (b"[", [(1, "line: not valid JSON (Expecting value: column 2); write one object per line. Is the file cut "
-                    "short?")]),
-        (b'[{"a": 1},\n{"a": ', [(1, {"a": 1}), (2, "line: not valid JSON (Expecting value: column 7); write one "
-                                                    "object per line. Is the file cut short?")]),
-        (b'[{"a": 1}\n', [(1, {"a": 1}), (1, "line: a comma or the array's end is expected here; is the file cut "
-                                             "short?")]),
-        (b'[{"a": 1}]\n{"b": 2}\n', [(1, {"a": 1}), (1, "line: a comma or the array's end is expected here; is the "
-                                                        "file cut short?")]),
+        (b"[", [(1, not_json("Expecting value: column 2", "file"))]),
+        (b'[{"a": 1},\n{"a": ', [(1, {"a": 1}), (2, not_json("Expecting value: column 7", "file"))]),
+        (b'[{"a": 1}\n', [(1, {"a": 1}), (1, NO_COMMA)]),
+        (b'[{"a": 1}]\n{"b": 2}\n', [(1, {"a": 1}), (1, NO_COMMA)]),
         (b'[{"a": 1},\n 2,\n{"a": NaN},\n{"a": 3}]', [
             (1, {"a": 1}), (2, "line: a number, and an object with named fields is expected."),
             (3, "a: NaN or Infinity is not JSON; give a number, or leave the field out."), (4, {"a": 3})]),

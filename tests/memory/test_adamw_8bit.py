@@ -14,11 +14,9 @@ from penstock.models.roles import Actor
 from tests.conftest import TINY
 
 
-def fresh(weights):
-    return {
-        name: torch.zeros(len(weights) // per, dtype=dtype)
-        for name, (dtype, per) in states_of(weights.dtype, 8).items()
-    }
+def fresh(weights, bits=8):
+    states = states_of(weights.dtype, bits).items()
+    return {name: torch.zeros(len(weights) // per, dtype=dtype) for name, (dtype, per) in states}
 
 
 def moments(blocks=40, seed=0):
@@ -103,10 +101,7 @@ def test_a_network_learns_as_well_as_with_fp32_moments(beta2):
         torch.manual_seed(2)
         net = nn.Sequential(nn.Linear(16, 64, bias=False), nn.Tanh(), nn.Linear(64, 4, bias=False))
         flat = torch.cat([p.detach().flatten() for p in net.parameters()])
-        states = {
-            name: torch.zeros(len(flat) // per, dtype=dtype)
-            for name, (dtype, per) in states_of(flat.dtype, bits).items()
-        }
+        states = fresh(flat, bits)
         rule = AdamW(betas=(0.9, beta2), eps=1e-8)
         for step in range(1, 401):
             rows = torch.randint(512, (64,), generator=torch.Generator().manual_seed(step))
@@ -141,9 +136,8 @@ def test_every_placement_trains_to_the_same_bytes(dtype, tmp_path):
         for one in rows:
             strategy.step(stream, [one], loss_of(actor), lr=1e-2)
         saved = [tensor.clone() for tensor in stream.sink.saved_states()]
-        names = [
-            (weight.name, state) for weight in stream.sink.weights for state in ("master", "exp_avg", "exp_avg_sq")
-        ]
+        moments_of = ("master", "exp_avg", "exp_avg_sq")
+        names = [(weight.name, state) for weight in stream.sink.weights for state in moments_of]
         states = dict(zip(names, saved, strict=True))
         stream.sink.load_states(lambda weight, state, states=states: states[weight, state])
         for before, after in zip(saved, stream.sink.saved_states(), strict=True):

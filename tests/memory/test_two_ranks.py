@@ -1,8 +1,5 @@
 """Every strategy on two ranks, with work as uneven as it gets, against plain PyTorch on one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,7 @@ import torch
 
 from penstock.memory.placement import NAMES
 from penstock.models.roles import Actor
-from tests.conftest import PATIENCE
+from tests.conftest import torchrun
 from tests.memory.test_stream import FAMILIES, decoder, plain
 
 STEPS = 20
@@ -48,7 +45,7 @@ for name in names:
         new = 12 if strategy.world.rank else 5
         answers = generate(actor.decoder, prompts, Sampling(max_new_tokens=new, temperature=0.0), eos_ids=[2])
         found[name, family] = {
-            "losses": losses, "weights": weights_of(stream), 
+            "losses": losses, "weights": weights_of(stream),
             "answers": strategy.world.gather([one.response_ids for one in answers]),
         }
 if strategy.world.first:
@@ -63,12 +60,9 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     families = [name for name in FAMILIES if name != "opt-350m"]
     (folder / "worker.py").write_text(WORKER.replace("FAMILIES", repr(families)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(folder / "worker.py"), str(folder / "out.pt"), str(folder / "disk"), str(STEPS), *SHARED]
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = (folder / "worker.py", folder / "out.pt", folder / "disk", STEPS, *SHARED)
+    torchrun(*command, PYTHONPATH=f"{root / 'src'}:{root}")
     return torch.load(folder / "out.pt", weights_only=False)
 
 

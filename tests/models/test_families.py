@@ -34,10 +34,8 @@ LLAMA3 = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: model_type, what its transformers config says
     "gpt2": ("gpt2", GPT2),
-    "gpt2, untied, n_inner, erf GELU": (
-        "gpt2",
-        GPT2 | {"tie_word_embeddings": False, "n_inner": 100, "activation_function": "gelu"},
-    ),
+    "gpt2, untied, n_inner, erf GELU": ("gpt2",
+        GPT2 | {"tie_word_embeddings": False, "n_inner": 100, "activation_function": "gelu"}),
     "opt": ("opt", OPT),
     "opt, 350m: post-norm, projections": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "opt, no final norm, no biases": ("opt", OPT | {"_remove_final_layer_norm": True, "enable_bias": False}),
@@ -45,31 +43,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom, 6 heads": ("bloom", {"vocab_size": 96, "hidden_size": 48, "n_layer": 3, "n_head": 6}),
     "bloom, 4 heads": ("bloom", {"vocab_size": 96, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
     "gpt_neox": ("gpt_neox", NEOX),
-    "gpt_neox, sequential, fully rotary": (
-        "gpt_neox",
-        NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
-    ),
+    "gpt_neox, sequential, fully rotary": ("gpt_neox",
+        NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
     "gpt_neox, tied, no attention bias": ("gpt_neox", NEOX | {"tie_word_embeddings": True, "attention_bias": False}),
     "llama, grouped queries": ("llama", LLAMA),
-    "llama, tied, all biased, wide heads": (
-        "llama",
-        LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
-    ),
+    "llama, tied, all biased, wide heads": ("llama",
+        LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama, llama3 rope scaling": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
-    "llama, linear rope scaling": (
-        "llama",
-        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
-    ),
+    "llama, linear rope scaling": ("llama",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
     "mistral, window exceeded": ("mistral", LLAMA | {"sliding_window": 5}),
     "mistral, no window": ("mistral", LLAMA | {"sliding_window": None}),
     "qwen2": ("qwen2", LLAMA),
-    "qwen2, last two layers in a window": (
-        "qwen2",
-        LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    ),
+    "qwen2, last two layers in a window": ("qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3, normed queries and keys": ("qwen3", LLAMA | {"head_dim": 16}),
     "qwen3, tied": ("qwen3", LLAMA | {"head_dim": 16, "tie_word_embeddings": True}),
-}
+}  # fmt: skip
 
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LENGTHS = (9, 14, 1, 6)

@@ -26,11 +26,8 @@ def test_token_logprobs_and_entropy(temperature, count):
     rng = torch.Generator().manual_seed(count)
     logits = 3 * torch.randn(count, 7, generator=rng)
     targets = torch.randint(7, (count,), generator=rng)
-    agree_with_gradients(
-        lambda x: of_logits(x, targets, temperature)[0],
-        lambda x: oracle.token_logprobs(x, targets, temperature)[0],
-        logits,
-    )
+    ours, theirs = ((lambda x, of=of: of(x, targets, temperature)[0]) for of in (of_logits, oracle.token_logprobs))
+    agree_with_gradients(ours, theirs, logits)
     entropy = of_logits(logits.requires_grad_(), targets, temperature)[1]
     agree(entropy, oracle.token_logprobs(logits, targets, temperature)[1])
     assert not entropy.requires_grad
@@ -48,9 +45,7 @@ def test_log_softmax_of_half_precision_logits_is_taken_in_fp32(dtype):
     logits = (4 * torch.randn(6, 33, generator=torch.Generator().manual_seed(0))).to(dtype)
     targets = torch.arange(6)
     for temperature in (1.0, 0.7):
-        ours = of_logits(logits, targets, temperature)
-        for mine, theirs in zip(ours, oracle.token_logprobs(logits, targets, temperature), strict=True):
-            agree(mine, theirs, 2e-6)
+        agree(of_logits(logits, targets, temperature), oracle.token_logprobs(logits, targets, temperature), 2e-6)
 
 
 def test_bf16_logits_are_not_rounded_on_a_cpu_and_the_process_is_left_as_it_was():
@@ -88,9 +83,7 @@ def test_bf16_gradients_are_those_of_exact_arithmetic_but_for_rounding(placed, s
 def test_large_logits_neither_overflow_nor_lose_their_differences():
     logits = torch.tensor([[1e4, 1e4 - 1, -1e4]], requires_grad=True)
     logprobs, entropy = of_logits(logits, torch.tensor([1]))
-    want = oracle.token_logprobs(logits, torch.tensor([1]))
-    agree(logprobs, want[0])
-    agree(entropy, want[1])
+    agree((logprobs, entropy), oracle.token_logprobs(logits, torch.tensor([1])))
     logprobs.sum().backward()
     assert torch.isfinite(logits.grad).all()
 
@@ -116,9 +109,8 @@ def test_many_tokens_are_scored_like_few(monkeypatch):
     logprobs, entropy = of_logits(logits, targets)
     assert logprobs.shape == entropy.shape == (5003,)
     for n in (0, 1, 1023, 1024, 2047, 2048, 4095, 4096, 5002):
-        want = oracle.token_logprobs(logits[n : n + 1], targets[n : n + 1])
-        agree(logprobs[n : n + 1], want[0])
-        agree(entropy[n : n + 1], want[1])
+        token = slice(n, n + 1)
+        agree((logprobs[token], entropy[token]), oracle.token_logprobs(logits[token], targets[token]))
 
 
 @pytest.mark.parametrize("tile", [1, 40, 1 << 23])
@@ -135,8 +127,7 @@ def test_gradients_reach_states_head_and_adapter(tile, placed, monkeypatch):
             ours[i].grad, plain[i].grad = torch.ones_like(given[i]), torch.ones_like(given[i])
     got, entropy = log_probs.logprobs([(ours[0], ours[1]), (ours[2], ours[3])], targets, 0.7)
     want, spread = oracle.token_logprobs(plain[0] @ plain[1].t() + plain[2] @ plain[3].t(), targets, 0.7)
-    agree(got, want, 2e-6)
-    agree(entropy, spread, 2e-6)
+    agree((got, entropy), (want, spread), 2e-6)
     (got * upstream).sum().backward()
     (want * upstream).sum().backward()
     for one, other in zip(ours, plain, strict=True):
@@ -151,10 +142,8 @@ def test_a_decoder_says_what_its_logits_say(tiny_model, targets):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     hidden = actor(torch.arange(3, 13)[None], None)[0]
     wanted = torch.arange(4, 14)
-    logprobs, entropy = actor.decoder.logprobs(hidden, wanted, 1.3)
-    want = oracle.token_logprobs(actor.decoder.logits(hidden), wanted, 1.3)
-    agree(logprobs, want[0], 2e-6)
-    agree(entropy, want[1], 2e-6)
+    expected = oracle.token_logprobs(actor.decoder.logits(hidden), wanted, 1.3)
+    agree(actor.decoder.logprobs(hidden, wanted, 1.3), expected, 2e-6)
 
 
 def test_frozen_weights_get_no_gradient():
