@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from penstock.cli import main
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
+from penstock.kernels import compile as compiler
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -46,6 +47,18 @@ def save_tiny(path: Path, seed: int = 0, **changes: Any) -> str:
 def tiny_model(tmp_path: Path) -> Callable[..., str]:
     """Makes a model directory: tiny_model(name="model", seed=0, **changes to the config)."""
     return lambda name="model", seed=0, **changes: save_tiny(tmp_path / name, seed, **changes)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+
+
+@pytest.fixture(params=["compiled", "by torch"])
+def both_ways(request: pytest.FixtureRequest) -> None:
+    """In C where there is a compiler, and by torch."""
+    if request.param == "by torch":
+        request.getfixturevalue("no_compiler")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -38,6 +38,20 @@ def write_reward_fn(tmp_path, text, name="reward_fn.py"):
     return f"{tmp_path / name}:score"
 
 
+@pytest.fixture
+def task(tmp_path, tiny_model, jsonl):
+    """task(table): directory, model, data and reward function for `config`; `table` has the score of a first token."""
+
+    def make(table, prompts=({"prompt_ids": [1, 3]},) * 4, seed=0):
+        reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table=table))
+        return tmp_path, tiny_model(seed=seed), jsonl(prompts), reward_fn
+
+    return make
+
+
+RAGGED = [{"prompt_ids": [1, 3, *range(3, 3 + i)]} for i in range(8)]
+
+
 def next_token_distribution(source, prompt=(1, 3)):
     actor = Actor.from_pretrained(str(source))
     with torch.no_grad():
@@ -45,43 +59,36 @@ def next_token_distribution(source, prompt=(1, 3)):
         return torch.softmax(actor.decoder.logits(actor(tokens, torch.tensor([2])))[0, -1], dim=-1)
 
 
-def test_one_token_task_approaches_the_kl_regularised_optimum(tmp_path, tiny_model, jsonl):
+def test_one_token_task_approaches_the_kl_regularised_optimum(task):
     """The optimum of E[r] - beta KL is ref * exp(r / beta) / Z (PPO.md 26)."""
     beta, table = 0.5, {3: 1.0, 4: 0.5, 5: -0.5, 6: 0.25}
-    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
-    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table=table))
+    setup = task(table)
     optim = {"batch_size": 256, "micro_batch_size": 256, "steps": 100, "lr": 2e-3}
-    run = ppo(config(tmp_path, model, data, reward_fn, **BANDIT, kl_coef=beta, value_clip=None, optim=optim))
+    run = ppo(config(*setup, **BANDIT, kl_coef=beta, value_clip=None, optim=optim))
     rewards = torch.tensor([table.get(i, 0.0) for i in range(16)])
-    optimum = torch.softmax(next_token_distribution(model).log() + rewards / beta, dim=-1)
+    optimum = torch.softmax(next_token_distribution(setup[1]).log() + rewards / beta, dim=-1)
     assert 0.5 * (next_token_distribution(last_model(run)) - optimum).abs().sum() < 0.05
-    assert 0.5 * (next_token_distribution(model) - optimum).abs().sum() > 0.2  # it had somewhere to go
+    assert 0.5 * (next_token_distribution(setup[1]) - optimum).abs().sum() > 0.2  # it had somewhere to go
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_armed_bandit_is_solved(tmp_path, tiny_model, jsonl, seed):
-    model, data = tiny_model(seed=seed), jsonl([{"prompt_ids": [1, 3]}] * 4)
-    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 4: 0.2}))
+def test_two_armed_bandit_is_solved(task, seed):
     optim = {"batch_size": 128, "micro_batch_size": 128, "steps": 50, "lr": 5e-3, "epochs": 4}
-    run = ppo(config(tmp_path, model, data, reward_fn, **BANDIT, kl_coef=0.01, run={"seed": seed}, optim=optim))
+    run = ppo(config(*task({3: 1.0, 4: 0.2}, seed=seed), **BANDIT, kl_coef=0.01, run={"seed": seed}, optim=optim))
     assert next_token_distribution(last_model(run))[3] > 0.9
 
 
-def test_first_ratio_is_one_and_engine_agrees_with_the_trainer(tmp_path, tiny_model, jsonl):
-    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3, *range(3, 3 + i)]} for i in range(8)])
-    run = ppo(config(tmp_path, model, data, write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))))
-    for row in metrics(run):
+def test_first_ratio_is_one_and_engine_agrees_with_the_trainer(task):
+    for row in metrics(ppo(config(*task({3: 1.0}, RAGGED)))):
         assert row["val/first_ratio_gap"] <= 1e-5
         assert row["val/engine_logprob_gap"] <= 1e-5
 
 
 @pytest.mark.parametrize(("micro", "temperature"), [(1, 1.0), (2, 1.0), (4, 0.7), (16, 0.7)])
-def test_micro_batch_size_never_changes_the_curve(tmp_path, tiny_model, jsonl, micro, temperature):
-    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3, *range(3, 3 + i)]} for i in range(8)])
-    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 5: -1.0}))
+def test_micro_batch_size_never_changes_the_curve(task, micro, temperature):
     curves = []
     for out, optim in (("whole", {}), ("parts", {"micro_batch_size": micro})):
-        setting = config(tmp_path, model, data, reward_fn, out, temperature=temperature, optim=optim)
+        setting = config(*task({3: 1.0, 5: -1.0}, RAGGED), out, temperature=temperature, optim=optim)
         curves.append(metrics(ppo(setting)))
     for whole, parts in zip(*curves, strict=True):
         for key in whole:
@@ -106,12 +113,10 @@ def test_whole_run_with_every_option_on(tmp_path, tiny_model, jsonl):
 
 
 @pytest.mark.parametrize("critic", [None, "lm"])
-def test_value_warmup_holds_the_actor_until_the_critic_explains_variance(tmp_path, tiny_model, jsonl, critic):
+def test_value_warmup_holds_the_actor_until_the_critic_explains_variance(task, tiny_model, critic):
     """A critic made from a language model starts at zero, and a zero head explains nothing."""
-    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
-    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
     changes = {"critic": tiny_model(critic, seed=3)} if critic else {}
-    rows = metrics(ppo(config(tmp_path, model, data, reward_fn, value_warmup=True, optim={"steps": 2}, **changes)))
+    rows = metrics(ppo(config(*task({3: 1.0}), value_warmup=True, optim={"steps": 2}, **changes)))
     assert "policy/updates" not in rows[0]
 
 
@@ -160,13 +165,12 @@ def test_a_reward_function_takes_what_it_wants(tmp_path, text, scores):
 
 
 @pytest.mark.parametrize("role", ["reference", "critic"])
-def test_roles_that_read_other_tokens_are_refused(tmp_path, tiny_model, jsonl, role):
-    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
-    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
+def test_roles_that_read_other_tokens_are_refused(task, tiny_model, role):
+    setup = task({3: 1.0})
     for changes, message in (({"vocab_size": 12}, "another tokenizer"), ({"max_length": 16}, "--max-length 16")):
         other = tiny_model(f"other{changes}", **changes)
         with pytest.raises(UserError, match=message):
-            ppo(config(tmp_path, model, data, reward_fn, **{role: other}))
+            ppo(config(*setup, **{role: other}))
 
 
 def test_a_reward_model_is_no_actor(tmp_path, tiny_model):
@@ -176,15 +180,13 @@ def test_a_reward_model_is_no_actor(tmp_path, tiny_model):
         Actor.from_pretrained(str(tmp_path / "reward"))
 
 
-def test_three_skips_of_one_model_stop_the_run_whatever_the_other_does(tmp_path, tiny_model, jsonl, monkeypatch):
+def test_three_skips_of_one_model_stop_the_run_whatever_the_other_does(task, monkeypatch):
     from penstock.algorithms import ppo as module
 
     real = module.actor_loss
     monkeypatch.setattr(module, "actor_loss", lambda *a: (real(*a)[0] * torch.nan, real(*a)[1]))
-    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
-    reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0}))
     with pytest.raises(ResourceError, match="3 updates in a row"):
-        ppo(config(tmp_path, model, data, reward_fn, target_kl=None))
+        ppo(config(*task({3: 1.0}), target_kl=None))
 
 
 def experience(rows: int, width: int, responses: int, start: int = 0) -> Experience:

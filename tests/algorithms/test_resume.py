@@ -29,6 +29,14 @@ def stage_config(tmp_path):
     return lambda stage, out: conftest.stage_config(tmp_path, stage, out, steps=STEPS)
 
 
+def whole_and_cut(stage, stage_config):
+    """Outcome of a whole run, and the configuration of another that was cut after step 3."""
+    train = STAGES[stage][0]
+    config = stage_config(stage, "killed")
+    cut_at(Path(train(dataclasses.replace(config, run=dataclasses.replace(config.run, keep=9)))), 3)
+    return outcome(train(stage_config(stage, "whole"))), config
+
+
 def cut_at(run: Path, kept_step: int) -> None:
     """Puts a run back to the moment after a checkpoint, with the lines that a kill leaves behind it."""
     for path in (run / "checkpoints").glob("step-*"):
@@ -38,20 +46,15 @@ def cut_at(run: Path, kept_step: int) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_going_on_from_a_checkpoint_gives_the_same_bytes(stage, stage_config):
-    train, _ = STAGES[stage]
-    whole = outcome(train(stage_config(stage, "whole")))
-    config = stage_config(stage, "killed")
-    cut_at(Path(train(dataclasses.replace(config, run=dataclasses.replace(config.run, keep=9)))), 3)
-    assert outcome(train(from_dict(STAGES[stage][1], to_dict(config)), resume=True)) == whole
+    whole, config = whole_and_cut(stage, stage_config)
+    train, config_class = STAGES[stage]
+    assert outcome(train(from_dict(config_class, to_dict(config)), resume=True)) == whole
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dropping_the_random_state_is_noticed(stage, stage_config, monkeypatch):
     """The negative control: without generators and permutations the resumed run must differ."""
-    train, _ = STAGES[stage]
-    whole = outcome(train(stage_config(stage, "whole")))
-    config = stage_config(stage, "killed")
-    cut_at(Path(train(dataclasses.replace(config, run=dataclasses.replace(config.run, keep=9)))), 3)
+    whole, config = whole_and_cut(stage, stage_config)
     read = checkpoint.read_state
 
     def forgetful(path):
@@ -64,7 +67,7 @@ def test_dropping_the_random_state_is_noticed(stage, stage_config, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "read_state", forgetful)
     random.seed(12345)
-    assert outcome(train(config, resume=True))[:2] != whole[:2]
+    assert outcome(STAGES[stage][0](config, resume=True))[:2] != whole[:2]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor
 
 from penstock.data.batching import pad
-from penstock.kernels import compile as compiler
 from penstock.models import pretrained
 from penstock.models.decoder import Decoder
 from penstock.rollout.engine import generate
@@ -104,13 +103,10 @@ def test_logits_are_those_of_transformers_on_a_ragged_batch(both):
     assert (got - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_greedy_text_is_that_of_transformers_for_32_tokens(both, compiled, monkeypatch):
+def test_greedy_text_is_that_of_transformers_for_32_tokens(both, both_ways):
     """Ragged prompts, two rows of a cache for four answers; log-probs are those of the trainer's forward, within 1e-5
     for logits up to 4 and in proportion for louder ones: either may be off by as much from fp64, as processors go."""
     theirs, ours, _ = both
-    if not compiled:
-        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
     tokens, lengths = ragged_batch(ours.config.vocab_size)
     prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     for rows in (None, 2):
@@ -129,14 +125,11 @@ def test_greedy_text_is_that_of_transformers_for_32_tokens(both, compiled, monke
             assert answer.logprobs == pytest.approx(logprobs[prompt.shape[1] - 1 :].tolist(), rel=0, abs=near)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(both, compiled, monkeypatch):
+def test_in_bf16_the_engines_logprobs_are_near_those_of_the_trainers_forward(both, both_ways):
     """Within one bf16 ulp of the loudest logit (0.016 for logits up to 4): states are rounded to bf16 between products,
     and one that is rounded the other way moves what follows by as much.
     """
     _, ours, _ = both
-    if not compiled:
-        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
     half = copy.deepcopy(ours).bfloat16()
     tokens, lengths = ragged_batch(half.config.vocab_size)
     prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]

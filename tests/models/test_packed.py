@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from penstock.errors import UserError
-from penstock.kernels import compile as compiler
 from penstock.memory import prepare
 from penstock.memory.strategy import Strategy
 from penstock.models import linear as linear_module
@@ -49,10 +48,7 @@ def test_every_weight_comes_back_within_half_a_level(decoder):  # noqa: F811
         assert ((before - after).abs() <= 0.51 * torch.as_tensor(level) + 1e-9).all(), name
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_answers_are_those_of_the_restored_weights(decoder, compiled, monkeypatch):  # noqa: F811
-    if not compiled:
-        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+def test_answers_are_those_of_the_restored_weights(decoder, both_ways):  # noqa: F811
     small, prompts = copy.deepcopy(decoder), [[1, 5, 6], [7], [9, 8, 7, 6, 5]]
     quantise(small)
     assert small.dtype == torch.float32

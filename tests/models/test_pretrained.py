@@ -44,6 +44,11 @@ def edit_weights(directory: Path, **changes: Any) -> None:
     save_file({name: t for name, t in weights.items() if t is not None}, directory / "model.safetensors")
 
 
+def refused(directory: Path, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        pretrained.load(directory)
+
+
 # --- layouts --------------------------------------------------------------------------------------------------------
 def test_shards_are_written_and_read(saved, tmp_path):
     decoder = pretrained.load(str(saved))[0]
@@ -144,16 +149,14 @@ def test_pickled_weights_are_read_only_when_asked_for(saved):
     decoder = pretrained.load(str(saved))[0]
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"only pickled weights.*--allow-pickle"):
-        pretrained.load(saved)
+    refused(saved, r"only pickled weights.*--allow-pickle")
     assert same(decoder, pretrained.load(saved, allow_pickle=True)[0])
 
 
 # --- what is wrong, in one paragraph --------------------------------------------------------------------------------
 def test_an_unknown_family_lists_the_known_ones(saved):
     edit_config(saved, model_type="mamba")
-    with pytest.raises(UserError, match=f"'mamba' is no known family; known are {', '.join(FAMILIES)}"):
-        pretrained.load(saved)
+    refused(saved, f"'mamba' is no known family; known are {', '.join(FAMILIES)}")
 
 
 YARN = SETTINGS | {"rope_parameters": {"rope_type": "yarn"}}
@@ -168,8 +171,7 @@ YARN = SETTINGS | {"rope_parameters": {"rope_type": "yarn"}}
 ])  # fmt: skip
 def test_a_config_that_we_cannot_follow_is_refused(saved, family, change, complaint):
     edit_config(saved, model_type=family, **change)
-    with pytest.raises(UserError, match=complaint):
-        pretrained.load(saved)
+    refused(saved, complaint)
 
 
 WPE = "transformer.wpe.weight"
@@ -187,44 +189,36 @@ WPE = "transformer.wpe.weight"
 )
 def test_weights_that_do_not_fit_are_named(saved, changes, complaint):
     edit_weights(saved, **changes)
-    with pytest.raises(UserError, match=complaint):
-        pretrained.load(saved)
+    refused(saved, complaint)
 
 
 def test_a_shape_that_does_not_fit_an_interleaved_weight_is_named(tmp_path):
     config = dataclasses.replace(TINY, family="bloom", position="alibi", embed_norm=True)
     pretrained.save(Decoder(config), tmp_path)
     edit_weights(tmp_path, **{"transformer.h.0.self_attention.query_key_value.weight": torch.zeros(47, 16)})
-    with pytest.raises(
-        UserError, match=r"query_key_value.weight' has shape \(47, 16\) and config.json says \(48, 16\)"
-    ):
-        pretrained.load(tmp_path)
+    refused(tmp_path, r"query_key_value.weight' has shape \(47, 16\) and config.json says \(48, 16\)")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, 5000])
 def test_a_truncated_file_is_damaged_or_cut_short(saved, kept):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"model.safetensors: damaged or cut short"):
-        pretrained.load(saved)
+    refused(saved, r"model.safetensors: damaged or cut short")
 
 
 def test_a_missing_shard_is_named(saved):
     pretrained.save(pretrained.load(str(saved))[0], saved, max_shard_bytes=5_000)
     next(saved.glob("model-00002-*")).unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-.*the index names this file and it is missing"):
-        pretrained.load(saved)
+    refused(saved, r"model-00002-of-.*the index names this file and it is missing")
 
 
 def test_an_index_that_names_what_a_shard_does_not_hold_is_refused(saved):
     pretrained.save(pretrained.load(str(saved))[0], saved, max_shard_bytes=5_000)
     index = saved / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("wpe.weight", "wpo.weight"))
-    with pytest.raises(UserError, match=r"the index names weight 'transformer.wpo.weight' in it"):
-        pretrained.load(saved)
+    refused(saved, r"the index names weight 'transformer.wpo.weight' in it")
     index.write_text("{")
-    with pytest.raises(UserError, match=r"index.json: not valid JSON"):
-        pretrained.load(saved)
+    refused(saved, r"index.json: not valid JSON")
 
 
 @pytest.mark.parametrize(("text", "complaint"), [("{", "not valid JSON"), ("[]", "no JSON object"), (None, "has no c")])
@@ -232,16 +226,13 @@ def test_a_config_that_is_none_is_said_to_be_none(saved, text, complaint):
     (saved / "config.json").unlink()
     if text is not None:
         (saved / "config.json").write_text(text)
-    with pytest.raises(UserError, match=complaint):
-        pretrained.load(saved)
+    refused(saved, complaint)
 
 
 def test_a_directory_without_weights_and_a_path_that_is_none(saved, tmp_path):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no model.safetensors and no model.safetensors.index.json"):
-        pretrained.load(saved)
-    with pytest.raises(UserError, match="no such model directory"):
-        pretrained.load(tmp_path / "nowhere")
+    refused(saved, r"has no model.safetensors and no model.safetensors.index.json")
+    refused(tmp_path / "nowhere", "no such model directory")
 
 
 def test_a_write_that_the_disk_refuses_is_an_oserror_with_its_number(tmp_path):

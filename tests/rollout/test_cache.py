@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from penstock.errors import ResourceError
-from penstock.kernels import compile as compiler
 from penstock.memory.tiers import Ram
 from penstock.models import tiling
 from penstock.models.decoder import Decoder
@@ -17,12 +16,7 @@ from tests.conftest import EOS, TINY
 from tests.planner.test_planning import FAMILIES
 
 PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9], [1, 3]]
-
-
-@pytest.fixture(autouse=True, params=["c", "torch"])
-def way(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def answers_of(decoder, swap, rows, **sampling):

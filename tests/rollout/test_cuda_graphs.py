@@ -8,7 +8,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from penstock.kernels import compile as compiler
 from penstock.memory.strategy import Strategy
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
@@ -22,11 +21,6 @@ from tests.conftest import EOS, TINY
 from tests.planner.test_planning import FAMILIES
 
 PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9], [1, 3]]
-
-
-@pytest.fixture
-def no_compiler(monkeypatch):
-    monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
 
 
 def answers_of(decoder, rows, fixed):

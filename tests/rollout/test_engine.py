@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.kernels import compile as compiler
 from penstock.models.decoder import Decoder
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
@@ -16,12 +15,7 @@ from tests.conftest import EOS, TINY
 
 PROMPTS = [[1, 3], [1, 4, 5, 6, 7], [1], [1, 9, 9]]
 SAMPLING = Sampling(max_new_tokens=10, seed=5)
-
-
-@pytest.fixture(autouse=True, params=["c", "torch"])
-def way(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,6 @@ from penstock.kernels import compile as compiler
 from penstock.rollout.sampling import Sampling, adjust, pick, stream
 from tests.algorithms.oracle import token_logprobs
 
-
-@pytest.fixture(params=["compiled", "by torch"])
-def both_ways(request, monkeypatch):
-    """In C where there is a compiler, and by torch."""
-    if request.param == "by torch":
-        monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
-
-
 pytestmark = pytest.mark.usefixtures("both_ways")
 
 

@@ -57,6 +57,11 @@ def no_steps(scheduler):
     go_on.set()
 
 
+def submit_all(scheduler, generations):
+    for generation in generations:
+        scheduler.submit(generation)
+
+
 async def all_of(generation):
     """Every answer's text and why it ended."""
     texts, reasons = [""] * generation.count, [None] * generation.count
@@ -80,8 +85,7 @@ async def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(lo
     steps = scheduler.steps
     generations = [ask(model, seed) for seed in range(5)]
     with no_steps(scheduler):
-        for generation in generations:
-            scheduler.submit(generation)
+        submit_all(scheduler, generations)
     together = [(await all_of(generation))[0][0] for generation in generations]
     quick = scheduler.steps - steps
     assert together == alone
@@ -94,8 +98,7 @@ async def test_what_finds_no_room_is_refused_and_room_comes_back(load, scheduler
     model = load(rows=1)
     first = [ask(model, seed) for seed in range(3)]
     with no_steps(scheduler):
-        for generation in first:
-            scheduler.submit(generation)
+        submit_all(scheduler, first)
         with pytest.raises(BusyError, match="has 3 answers running or waiting, and room for 3 with 1 at once"):
             scheduler.submit(ask(model))
     for generation in first:
@@ -142,8 +145,7 @@ async def test_a_step_that_fails_is_an_error_for_all_and_a_fresh_engine_goes_on(
     generations = [ask(model, seed) for seed in range(4)]
     with no_steps(scheduler):
         scheduler.submit(healthy := ask(other))
-        for generation in generations:
-            scheduler.submit(generation)
+        submit_all(scheduler, generations)
     for generation in generations:
         (piece,) = await generation.pieces()
         assert piece.error.status == 500
@@ -189,8 +191,7 @@ async def test_closing_tells_everybody_why(load, scheduler):
     model = load(rows=1)
     generations = [ask(model, seed, tokens=200) for seed in range(3)]
     with paused(model, lambda: not scheduler._orders.empty(), after=20):
-        for generation in generations:
-            scheduler.submit(generation)
+        submit_all(scheduler, generations)
         await generations[0].pieces()
         scheduler.close(ApiError(503, "going down", code="shutting_down"))
     for generation in generations:
