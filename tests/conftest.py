@@ -128,11 +128,10 @@ def stage_config(
         )  # fmt: skip
     if stage == "sft":
         data = write_jsonl(directory / "sft.jsonl", demonstrations(30))
-        return SFTConfig(
-            model=model, data=DataFlags(data=(data,), max_length=32), run=run, optim=optim, eval_every=2, samples=2
-        )
-    data = write_jsonl(directory / "rankings.jsonl", comparisons(30))
-    return RewardConfig(model=model, data=DataFlags(data=(data,), max_length=32), run=run, optim=optim, eval_every=4)
+        files = DataFlags(data=(data,), max_length=32)
+        return SFTConfig(model=model, data=files, run=run, optim=optim, eval_every=2, samples=2)
+    files = DataFlags(data=(write_jsonl(directory / "rankings.jsonl", comparisons(30)),), max_length=32)
+    return RewardConfig(model=model, data=files, run=run, optim=optim, eval_every=4)
 
 
 def cli(*arguments: Any) -> Any:

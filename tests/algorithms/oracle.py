@@ -40,10 +40,8 @@ def total(terms: list[Tensor]) -> Tensor:
 
 def clamped(log_ratio: Tensor) -> Tensor:
     """min(max(x, -20), 20); a constant, without gradient, outside."""
-    if float(log_ratio) > CLAMP:
-        return torch.tensor(CLAMP, dtype=torch.float64)
-    if float(log_ratio) < -CLAMP:
-        return torch.tensor(-CLAMP, dtype=torch.float64)
+    if abs(float(log_ratio)) > CLAMP:
+        return torch.tensor(math.copysign(CLAMP, float(log_ratio)), dtype=torch.float64)
     return log_ratio
 
 
@@ -234,9 +232,5 @@ def pairwise_loss(scores: Tensor, ranks: Tensor, margin: float = 0.0) -> tuple[T
 # --- schedules --------------------------------------------------------------------------------------------------
 def adaptive_kl(beta: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Ziegler et al. 2019, section 2.2."""
-    error = kl / target - 1
-    if error > 0.2:
-        error = 0.2
-    if error < -0.2:
-        error = -0.2
+    error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * episodes / horizon)

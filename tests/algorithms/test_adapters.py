@@ -42,9 +42,8 @@ def test_the_whole_way_by_command(tmp_path, tiny_model, jsonl, capsys):
     assert cli("sft", "--model", base, "--data", jsonl(demonstrations(12), "demos.jsonl"), "--out", tmp_path / "sft",
                "--lora", "4", "--lora-targets", "c_attn", "c_fc", *quick) == 0  # fmt: skip
     trained = last_model(tmp_path / "sft")
-    assert {file.name for file in trained.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "penstock.json"
-    }  # fmt: skip
+    names = {"adapter_config.json", "adapter_model.safetensors", "penstock.json"}
+    assert {file.name for file in trained.iterdir()} == names
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     theirs = peft.PeftModel.from_pretrained(theirs, trained).eval()
     with torch.no_grad():

@@ -110,9 +110,8 @@ def test_values_are_of_the_state_before_each_token_in_the_reward_models_scale(mo
             hidden = model.transformer(row).last_hidden_state[0]
         for j in range(len(answer.response_ids)):
             state = hidden[len(answer.prompt_ids) + j - 1]
-            assert float(experience.values[i, j]) == pytest.approx(
-                (float(state @ critic.score[0].double()) - 0.3) / 2.0, abs=1e-5
-            )
+            value = (float(state @ critic.score[0].double()) - 0.3) / 2.0
+            assert float(experience.values[i, j]) == pytest.approx(value, abs=1e-5)
 
 
 def test_lengths_scores_and_endings_are_kept(models):
@@ -181,20 +180,18 @@ def test_losses_are_the_oracles(models):
     moved = dataclasses.replace(experience, logprobs=experience.ref_logprobs, values=experience.values - 0.5)
     setting = config(clip=0.1, value_clip=0.3)
     loss, stats = loss_of_actor(actor, moved, setting, 10)
-    expected, numbers = oracle.policy_loss(
-        experience.logprobs, moved.logprobs, moved.advantages, moved.mask, clip=0.1, count=10
-    )
+    inputs = experience.logprobs, moved.logprobs, moved.advantages, moved.mask
+    expected, numbers = oracle.policy_loss(*inputs, clip=0.1, count=10)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert 0 < float(stats["clipfrac"]) == numbers["clipfrac"]
     assert float(stats["entropy"]) == pytest.approx(float(experience.entropy.sum()), abs=1e-4)
     loss, stats = loss_of_critic(critic, moved, setting, 10)
-    expected, clipped = oracle.value_loss(
-        experience.values, moved.values, moved.returns, moved.mask, clip=0.3, count=10
-    )
+    inputs = experience.values, moved.values, moved.returns, moved.mask
+    expected, clipped = oracle.value_loss(*inputs, clip=0.3, count=10)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert 0 < float(stats["clipfrac"]) == clipped
     loss, _ = loss_of_critic(critic, moved, config(value_clip=None), 10)
-    expected, _ = oracle.value_loss(experience.values, moved.values, moved.returns, moved.mask, clip=None, count=10)
+    expected, _ = oracle.value_loss(*inputs, clip=None, count=10)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -233,9 +230,8 @@ def test_the_metrics_are_means_over_valid_tokens_and_sums_over_sequences(models)
         ("policy", StepStats(True, 5.0, {**policy, "loss": 3.0, "policy": 3.0, "max_ratio_gap": 9.0})),
     ]
     metrics = summary(experience, sums, 0.1, config(missing_eos_score=-1.0, reward_clip=1.5))
-    kl = sum(
-        float(oracle.kl_k1(experience.logprobs[i], experience.ref_logprobs[i])) for i in oracle.chosen(experience.mask)
-    )
+    ours, reference = experience.logprobs, experience.ref_logprobs
+    kl = sum(float(oracle.kl_k1(ours[i], reference[i])) for i in oracle.chosen(experience.mask))
     expected = {
         "objective/kl": kl / 4, "objective/non_score_reward": -0.1 * kl / 4, "objective/scores": sum(SCORES) / 4,
         "objective/rlhf_reward": (1.0 - 2.0 - 1.0 + 0.5) / 4 - 0.1 * kl / 4, "objective/response_length": 2.5,

@@ -402,9 +402,8 @@ def test_policy_loss_by_hand(ratio, advantage, loss, gradient, clipped):
 def test_policy_loss_clamps_the_log_ratio_at_20(gap, advantage):
     def loss_and_gradient(gap: float) -> tuple[Tensor, Tensor]:
         logprobs = torch.tensor([[gap]], requires_grad=True)
-        loss, _ = functional.policy_loss(
-            logprobs, torch.zeros(1, 1), torch.full((1, 1), advantage), torch.ones(1, 1, dtype=torch.bool)
-        )
+        advantages, mask = torch.full((1, 1), advantage), torch.ones(1, 1, dtype=torch.bool)
+        loss, _ = functional.policy_loss(logprobs, torch.zeros(1, 1), advantages, mask)
         loss.backward()
         return loss, logprobs.grad
 
@@ -459,9 +458,8 @@ def test_value_clip_fraction_is_a_sum_over_valid_tokens(batch):
 )
 def test_value_loss_by_hand(value, old, target, clip, loss, gradient):
     values = torch.tensor([[value, NAN]], requires_grad=True)
-    ours, _ = functional.value_loss(
-        values, torch.tensor([[old, INF]]), torch.tensor([[target, NAN]]), torch.tensor([[True, False]]), clip=clip
-    )
+    fixed = torch.tensor([[old, INF]]), torch.tensor([[target, NAN]]), torch.tensor([[True, False]])
+    ours, _ = functional.value_loss(values, *fixed, clip=clip)
     ours.backward()
     agree(ours, torch.tensor(loss))
     agree(values.grad, torch.tensor([[gradient, 0.0]]))

@@ -42,9 +42,8 @@ def test_the_page_shows_every_seed_and_needs_nothing_from_outside():
 def test_the_noise_ceiling_is_what_gold_itself_would_reach(tmp_path):
     world = Toyland(0)
     question = world.questions[0]
-    good = world.sentence(
-        f"The {question.animal}", question.attribute, world.facts[question.animal][question.attribute]
-    )
+    fact = world.facts[question.animal][question.attribute]
+    good = world.sentence(f"The {question.animal}", question.attribute, fact)
     row = {"prompt": question.prompt, "responses": [good, "Look it up yourself.", ""]}
     write_lines(tmp_path / "c.jsonl", [{**row, "ranking": [[0], [1], [2]]}, {**row, "ranking": [[0, 1], [2]]}])
     # golds 2, -2.5, -1: pairs 0>1 right, 0>2 right, 1>2 wrong; then 0>2 right, 1>2 wrong

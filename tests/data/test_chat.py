@@ -128,9 +128,8 @@ def test_a_tokenizer_that_never_writes_bos_gets_none_but_for_an_empty_prompt(mak
 def test_the_plain_template_reads_as_a_dialogue(make_tokenizer):
     encoder = encoder_of(make_tokenizer())
     row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
-    assert show(encoder, row.tokens) == (
-        "Be kind.\n\nHuman: Hi\n\nAssistant: Hello<eos>\n\nHuman: Bye\n\nAssistant: See you<eos>"
-    )
+    text = "Be kind.\n\nHuman: Hi\n\nAssistant: Hello<eos>\n\nHuman: Bye\n\nAssistant: See you<eos>"
+    assert show(encoder, row.tokens) == text
     assert spans(encoder, row.tokens, row.trained) == [" Hello<eos>", " See you<eos>"]
 
 
@@ -253,9 +252,8 @@ def test_a_model_without_tokenizer_takes_ids_only(tmp_path):
     compared = Comparison(where="f:1", prompt_ids=(3,), response_ids=((4, EOS), (5, EOS, 6)), ranks=(0, 1))
     assert encoder.encode_comparison(compared) == ([3], [[4, EOS], [5, EOS]])
     assert encoder.decode([3]) == ""
-    with pytest.raises(
-        DataError, match="f:1: prompt: the model has no tokenizer, so it reads no text; give prompt_ids"
-    ):
+    problem = "f:1: prompt: the model has no tokenizer, so it reads no text; give prompt_ids"
+    with pytest.raises(DataError, match=problem):
         encoder.encode_prompt(Prompt(where="f:1", prompt="x"))
     with pytest.raises(DataError, match="f:1: messages: the model has no tokenizer; give prompt_ids"):
         encoder.encode_prompt(Prompt(where="f:1", messages=(user("x"),)))

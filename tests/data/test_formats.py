@@ -139,9 +139,8 @@ def test_every_format_of_the_table_is_tested():
 
 def test_a_file_of_several_formats_says_how_many_of_each(write):
     path = write({"prompt": "a", "response": "b"}, {"messages": TALK}, {"prompt": "c", "response": "d"})
-    assert formats.read(path, "demonstrations").decision == (
-        f"{path}: 3 demonstrations (2 prompt/response, 1 messages)."
-    )
+    decision = formats.read(path, "demonstrations").decision
+    assert decision == f"{path}: 3 demonstrations (2 prompt/response, 1 messages)."
 
 
 def test_files_are_read_in_order_whatever_they_are(write):
@@ -323,9 +322,8 @@ def test_skip_bad_that_leaves_nothing_is_still_an_error(write):
 
 def test_a_bad_first_line_does_not_decide_the_format(write):
     path = write("{", {"prompt": "Q", "response": "A"})
-    assert formats.read(path, "demonstrations", skip_bad=True).decision == (
-        f"{path}: 1 demonstrations (prompt/response; 1 bad line left out)."
-    )
+    decision = formats.read(path, "demonstrations", skip_bad=True).decision
+    assert decision == f"{path}: 1 demonstrations (prompt/response; 1 bad line left out)."
 
 
 def test_explicit_keys_override_what_the_line_has_under_our_names(write):

@@ -61,10 +61,10 @@ def plain(model, steps=STEPS, count=3):
     for step in range(steps):
         optimizer.zero_grad()
         rows = list(batches(step, count=count))
-        total = sum(int(one.trained.sum()) for one in rows)
+        total = sum(int(batch.trained.sum()) for batch in rows)
         losses.append(0.0)
-        for one in rows:
-            loss = fn.sft_loss(response_logprobs(model, model.decoder(one.tokens), one), total)
+        for batch in rows:
+            loss = fn.sft_loss(response_logprobs(model, model.decoder(batch.tokens), batch), total)
             loss.backward()
             losses[-1] += float(loss)
         for parameter in parameters:
@@ -81,22 +81,22 @@ def streamed(model, strategy, steps=STEPS, count=3):
     losses = []
     for step in range(steps):
         rows = list(batches(step, count=count))
-        total = sum(int(one.trained.sum()) for one in rows)
+        total = sum(int(batch.trained.sum()) for batch in rows)
 
-        def loss_of(hidden, one, total=total):
-            return fn.sft_loss(response_logprobs(model, hidden, one), total), {}
+        def loss_of(hidden, batch, total=total):
+            return fn.sft_loss(response_logprobs(model, hidden, batch), total), {}
 
         losses.append(strategy.step(stream, rows, loss_of, lr=1e-2, max_grad_norm=0.5).sums["loss"])
     return losses, weights_of(stream)
 
 
 def weights_of(stream):
-    found = {}
-    for one in stream.homes:
-        whole = one.whole_weights(stream.world)
-        for weight, offset in zip(one.chunk.weights, one.chunk.offsets, strict=True):
-            found[weight.name] = whole[offset : offset + weight.numel].view(weight.shape).clone()
-    return found
+    weights = {}
+    for home in stream.homes:
+        whole = home.whole_weights(stream.world)
+        for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True):
+            weights[weight.name] = whole[offset : offset + weight.numel].view(weight.shape).clone()
+    return weights
 
 
 def named(name, tmp_path, **more):

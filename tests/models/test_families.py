@@ -114,9 +114,8 @@ def test_greedy_text_is_that_of_transformers_for_32_tokens(both, both_ways):
         for answer in generate(ours, prompts, greedy, eos_ids=(), batch_size=rows):
             prompt = torch.tensor([answer.prompt_ids])
             with torch.no_grad():
-                expected = theirs.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
-                )
+                flags = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 32, "do_sample": False}
+                expected = theirs.generate(prompt, **flags)
                 whole = torch.tensor([answer.prompt_ids + answer.response_ids])
                 logits = ours.logits(ours(whole)[0, :-1])
                 logprobs = logits.log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]

@@ -152,10 +152,11 @@ def test_the_plan_knows_every_packed_weight(decoder, kind):  # noqa: F811
     actor = Actor(recipe)
     said = groups_of(config, "float32", LoraSpec(2), trained=True, scalar=False, packed=kind)
     real = prepare.groups_of(actor)
-    plain = [[(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in said]
-    assert plain == [
-        [(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in real
-    ]
+    planned, found = (
+        [[(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in groups]
+        for groups in (said, real)
+    )
+    assert planned == found
     assert dataclasses.replace(RoleSpec("x", config, True, False), base_dtype=kind).base_dtype == kind
 
 

@@ -97,9 +97,8 @@ def test_the_mask_buffers_of_old_gpt2_checkpoints_are_passed_over(saved):
 def test_rope_settings_of_transformers_4_are_understood(tmp_path):
     settings = SETTINGS | {"intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 64}
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**settings, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **scaling})
-    )
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, **scaling}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, rope_parameters=rope))
     theirs.save_pretrained(tmp_path / "theirs")
     path = tmp_path / "theirs" / "config.json"
     config = json.loads(path.read_text())

@@ -65,9 +65,8 @@ def work(config=BASE, **changes):
 
 
 def one_model(stage, config=BASE, scalar=False):
-    return dataclasses.replace(
-        work(config), stage=stage, roles=(RoleSpec("model", config, trained=True, scalar=scalar),)
-    )
+    role = RoleSpec("model", config, trained=True, scalar=scalar)
+    return dataclasses.replace(work(config), stage=stage, roles=(role,))
 
 
 def forecast(of, strategy, dtype="fp32", world=1, device=None, host=None):
@@ -111,9 +110,8 @@ def test_operations_are_those_that_torch_counts(name):
     actor, rows, length = Actor(Decoder(FAMILIES[name])), 2, 64
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         actor.decoder.logits(actor(torch.zeros(rows, length, dtype=torch.int64), None))
-    planned = rows * footprint.flops_of(FAMILIES[name], [(length, length)]) + footprint.head_flops(
-        FAMILIES[name], rows * length
-    )
+    planned = rows * footprint.flops_of(FAMILIES[name], [(length, length)])
+    planned += footprint.head_flops(FAMILIES[name], rows * length)
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)  # torch counts the masked half of attention
 
 
@@ -185,10 +183,9 @@ def test_activations_that_are_kept_while_weights_move_are_foretold(strategy, wor
 
 def on_one_base(of, spec):
     """The same work through adapters: four roles on one base."""
-    specs = {role.name: None if role.name == "reference" else spec for role in of.roles}
-    return dataclasses.replace(
-        of, roles=tuple(dataclasses.replace(role, spec=specs[role.name], base="base") for role in of.roles)
-    )
+    specs = [None if role.name == "reference" else spec for role in of.roles]
+    roles = (dataclasses.replace(role, spec=spec, base="base") for role, spec in zip(of.roles, specs, strict=True))
+    return dataclasses.replace(of, roles=tuple(roles))
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), [("naive", "bf16"), ("gemini_cpu", "fp32")])
@@ -307,9 +304,8 @@ def test_when_nothing_fits_it_says_what_would(capsys):
 
 
 def test_the_text_names_the_command_to_run(capsys):
-    code, out = plan_of(
-        capsys, "--model", "xl", "--critic-model", "s", "--strategy", "colossalai_gemini_cpu", "--world", "2"
-    )
+    models = ["--model", "xl", "--critic-model", "s"]
+    code, out = plan_of(capsys, *models, "--strategy", "colossalai_gemini_cpu", "--world", "2")
     assert code == 0
     assert "torchrun --nproc_per_node 2 -m penstock ppo --strategy gemini_cpu --dtype bf16" in out
 

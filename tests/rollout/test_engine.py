@@ -220,12 +220,11 @@ def test_logits_that_are_not_finite_fail_their_own_request(decoder):
 
 def test_the_likeliest_tokens_are_told_on_request(decoder):
     sampling = dataclasses.replace(SAMPLING, top_logprobs=3, temperature=0.8)
-    plain, told = (
-        alone(decoder, PROMPTS[1], one, 0) for one in (dataclasses.replace(sampling, top_logprobs=0), sampling)
-    )
-    assert told.response_ids == plain.response_ids
+    plain = alone(decoder, PROMPTS[1], dataclasses.replace(sampling, top_logprobs=0), 0)
+    answer = alone(decoder, PROMPTS[1], sampling, 0)
+    assert answer.response_ids == plain.response_ids
     assert plain.top_logprobs == []
-    for token, logprob, likely in zip(told.response_ids, told.logprobs, told.top_logprobs, strict=True):
+    for token, logprob, likely in zip(answer.response_ids, answer.logprobs, answer.top_logprobs, strict=True):
         assert [value for _, value in likely] == sorted((value for _, value in likely), reverse=True)
         assert len(likely) == 3
         assert dict(likely).get(token, logprob) == pytest.approx(logprob, abs=1e-5)

@@ -121,9 +121,8 @@ def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     order = []
     sync, rename = checkpoint._sync, type(tmp_path).rename
     monkeypatch.setattr(checkpoint, "_sync", lambda path: (order.append(("sync", path.name)), sync(path)))
-    monkeypatch.setattr(
-        type(tmp_path), "rename", lambda self, to: (order.append(("rename", to.name)), rename(self, to))[1]
-    )
+    noted = lambda self, to: (order.append(("rename", to.name)), rename(self, to))[1]  # noqa: E731
+    monkeypatch.setattr(type(tmp_path), "rename", noted)
     save(tmp_path / "checkpoints", 1)
     named = order.index(("rename", "step-000001"))
     before = {name for verb, name in order[:named] if verb == "sync"}

@@ -152,10 +152,8 @@ class Cases(Client):
         assert answer.choices[0].message.content == self.text_of()
 
     def system_and_developer_messages_are_heard(self):
-        brief = {"content": "Be brief."}
-        system, developer = (
-            self.text_of(messages=[{"role": role, **brief}, *ASK["messages"]]) for role in ("system", "developer")
-        )
+        orders = [{"role": role, "content": "Be brief."} for role in ("system", "developer")]
+        system, developer = (self.text_of(messages=[order, *ASK["messages"]]) for order in orders)
         assert system == developer != self.text_of()
 
     def content_may_come_in_parts(self):

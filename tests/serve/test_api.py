@@ -119,9 +119,8 @@ def test_the_servers_logprobs_are_the_trainers(server):
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "logprobs": 0, "seed": 3}
     logprobs = server.post(body, "/v1/completions").json["choices"][0]["logprobs"]["token_logprobs"]
     # The tokens, by asking an engine for the same answer.
-    (answer,) = Engine(model.decoder, eos_ids=model.encoder.eos_ids, rows=1).generate(
-        [prompt], Sampling(max_new_tokens=40, seed=3)
-    )
+    engine = Engine(model.decoder, eos_ids=model.encoder.eos_ids, rows=1)
+    (answer,) = engine.generate([prompt], Sampling(max_new_tokens=40, seed=3))
     ids = [token for token in answer.response_ids if token != 2]
     row = torch.tensor([prompt + answer.response_ids])
     with torch.no_grad():
@@ -178,9 +177,7 @@ def log_in(server):
 
 def test_a_session_is_a_cookie_and_a_token(server):
     cookie, csrf, reply = log_in(server)
-    assert {"HttpOnly", "Path=/", "SameSite=strict"} <= {
-        part.strip() for part in reply.headers["set-cookie"].split(";")
-    }
+    assert {"HttpOnly", "Path=/", "SameSite=strict"} <= set(reply.headers["set-cookie"].split("; "))
     with_cookie = {"cookie": cookie}
     assert server.ask("GET", "/api/session", key=None, headers=with_cookie).json == {"csrf": csrf}
     assert server.ask("GET", "/v1/models", key=None, headers=with_cookie).status == 200
@@ -220,8 +217,7 @@ def test_answers_say_what_a_browser_must_not_do(server):
 
 
 def test_other_origins_are_let_in_by_name_only(tmp_path):
-    model = save_chatty(tmp_path / "tiny")
-    with running(tmp_path / "data", model, cors=("https://friend.example",)) as server:
+    with running(tmp_path / "data", save_chatty(tmp_path / "tiny"), cors=("https://friend.example",)) as server:
         asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
         friend = server.ask("OPTIONS", "/v1/models", key=None, headers={"origin": "https://friend.example", **asks})
         assert friend.headers["access-control-allow-origin"] == "https://friend.example"
@@ -231,8 +227,7 @@ def test_other_origins_are_let_in_by_name_only(tmp_path):
 
 
 def test_a_key_may_have_so_many_requests_in_work(tmp_path):
-    model = save_chatty(tmp_path / "tiny")
-    with running(tmp_path / "data", model, per_key=2) as server:
+    with running(tmp_path / "data", save_chatty(tmp_path / "tiny"), per_key=2) as server:
         closed = threading.Event()
         with paused(server.service.catalogue.models["tiny"], closed.is_set):
             streams = [open_stream(server) for _ in range(2)]
@@ -270,9 +265,8 @@ def raw(server, data):
 
 
 def head(*lines):
-    return "\r\n".join(
-        ["POST /v1/chat/completions HTTP/1.1", "host: x", f"authorization: Bearer {KEY}", *lines, "", ""]
-    )
+    first = ["POST /v1/chat/completions HTTP/1.1", "host: x", f"authorization: Bearer {KEY}"]
+    return "\r\n".join([*first, *lines, "", ""])
 
 
 def test_a_body_of_100_mb_is_refused_before_it_is_sent(server, monkeypatch):
@@ -324,8 +318,7 @@ def test_a_body_that_drips_is_given_up(server, monkeypatch):
 
 def test_a_client_that_stops_reading_loses_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(middleware, "SEND_SECONDS", 0.6)
-    model = save_chatty(tmp_path / "tiny", max_length=4000)
-    with running(tmp_path / "data", model) as server:
+    with running(tmp_path / "data", save_chatty(tmp_path / "tiny", max_length=4000)) as server:
         body = json.dumps({**ASK, "max_tokens": 3900, "n": 4, "stream": True, "logprobs": True, "top_logprobs": 20})
         with socket.socket() as lazy:
             lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -348,8 +341,7 @@ def open_stream(server, **changes):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_who_leaves_frees_his_rows_at_once(tmp_path, streamed):
-    model = save_chatty(tmp_path / "tiny", max_length=4000)
-    with running(tmp_path / "data", model) as server:
+    with running(tmp_path / "data", save_chatty(tmp_path / "tiny", max_length=4000)) as server:
         scheduler = server.service.scheduler
         connection = open_stream(server, stream=streamed, max_tokens=3900, n=3)
         assert eventually(lambda: scheduler.rows_used == 3)

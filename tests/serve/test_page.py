@@ -351,9 +351,8 @@ def test_answering_again_adds_an_alternative_and_keeps_the_first(open_page, serv
     reload(page)
     expect(page.locator(".switcher span")).to_have_text("2/2")
     assert answers(page) == [second]
-    assert [message["parent_id"] for message in conversation_of(page, served)][1:] == [
-        conversation_of(page, served)[0]["id"]
-    ] * 2
+    question, *both = conversation_of(page, served)
+    assert [message["parent_id"] for message in both] == [question["id"]] * 2
 
 
 def test_editing_a_message_starts_a_branch_with_the_old_one_beside_it(open_page, pictures):

@@ -44,11 +44,8 @@ def test_an_answer_streams_and_is_kept(server):
     conversation, question = begin(server, system="Be brief.")
     first, *deltas, last = answer(server, conversation, question, temperature=0.5, top_k=5)
     assert first["type"] == "message"
-    assert (first["message"]["role"], first["message"]["content"], first["message"]["parent_id"]) == (
-        "assistant",
-        "",
-        question,
-    )
+    message = first["message"]
+    assert (message["role"], message["content"], message["parent_id"]) == ("assistant", "", question)
     assert {delta["type"] for delta in deltas} == {"delta"}
     assert last["type"] == "done"
     assert last["message"]["content"] == "".join(delta["content"] for delta in deltas)
@@ -62,12 +59,9 @@ def test_it_is_the_answer_that_the_api_gives(server):
     conversation, question = begin(server, system="Be brief.")
     reply_message = answer(server, conversation, question)[-1]["message"]
     follow_up = say(server, conversation, "Really?", reply_message["id"])
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is a penstock?"},
-        {"role": "assistant", "content": reply_message["content"]},
-        {"role": "user", "content": "Really?"},
-    ]
+    texts = ["Be brief.", "What is a penstock?", reply_message["content"], "Really?"]
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, texts, strict=True)]
     body = {**SAMPLING, "messages": messages}
     whole = server.ask("POST", "/v1/chat/completions", body).json["choices"][0]["message"]["content"]
     assert answer(server, conversation, follow_up)[-1]["message"]["content"] == whole
@@ -259,9 +253,8 @@ def page(tmp_path, monkeypatch):
 def test_files_have_the_hash_of_their_bytes_and_are_kept_for_ever(server, page):
     reply = server.ask("GET", "/", key=None)
     version = static_files.files()["app.js"][1]
-    assert reply.body.decode() == (
-        f'<script src="/assets/app.js?v={version}"></script><link href="assets/no.css"> "assets"'
-    )
+    linked = f'<script src="/assets/app.js?v={version}"></script><link href="assets/no.css"> "assets"'
+    assert reply.body.decode() == linked
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert reply.headers["cache-control"] == "no-cache"
     again = server.ask("GET", "/", key=None, headers={"if-none-match": reply.headers["etag"]})

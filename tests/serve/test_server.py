@@ -34,9 +34,8 @@ def model(tmp_path):
 def start(tmp_path, model, *flags):
     """The real command, and the address and key lines that it prints."""
     command = [sys.executable, "-m", "penstock", "serve", model, "--port", "0", "--data-dir", str(tmp_path / "data")]
-    process = subprocess.Popen(
-        [*command, "--threads", "1", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "--threads", "1", *flags], **pipes)
     address = process.stdout.readline().strip().removeprefix("penstock serve: ")
     return process, address, process.stdout.readline().strip().removeprefix("key: ")
 

@@ -19,9 +19,8 @@ from penstock.serve.store import open_store
 from penstock.serve.tables import metadata
 from tests.conftest import PATIENCE, free_port
 
-PG_CTL = shutil.which("pg_ctl") or next(
-    (str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None
-)
+DEBIANS = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")))
+PG_CTL = shutil.which("pg_ctl") or next(iter(DEBIANS), None)
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +39,8 @@ def postgres():
     initdb = [str(programs / "initdb"), "-D", str(data), "-U", "penstock", "-A", "trust", "-E", "UTF8", "--no-sync"]
     subprocess.run([*initdb, "--locale=C"], **quiet)
     options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
-    subprocess.run(
-        [PG_CTL, "-D", str(data), "-w", "-t", str(PATIENCE), "-o", options, "-l", str(base / "log"), "start"], **quiet
-    )
+    logged = ["-w", "-t", str(PATIENCE), "-o", options, "-l", str(base / "log")]
+    subprocess.run([PG_CTL, "-D", str(data), *logged, "start"], **quiet)
     names = []
 
     def database():

@@ -36,9 +36,8 @@ def test_not_even_one_block_is_an_error():
 
 
 def test_flags_survive_the_way_to_another_process():
-    config = BenchConfig(
-        "xl", strategy="gemini_cpu", experience_batch_size=2, recompute=True, device_memory="2GB", layers=7
-    )
+    setting = {"strategy": "gemini_cpu", "recompute": True, "device_memory": "2GB"}
+    config = BenchConfig("xl", experience_batch_size=2, layers=7, **setting)
     assert parse(BenchConfig, capacity.arguments_of(config), "bench") == config
 
 

@@ -44,9 +44,8 @@ def test_an_adapter_saves_the_gradients_of_frozen_weights():
     frozen = count.train_flops(WIDE, ROWS, recompute=False, lora_rank=2)
     full = count.train_flops(WIDE, ROWS, recompute=False)
     adapters = ROWS.count * 2 * 3 * count.adapter_flops(WIDE, ROWS.length, 2)
-    linear = ROWS.count * 2 * (
-        footprint.flops_of(WIDE, [(ROWS.length, ROWS.length)]) - count.attention_flops(WIDE, ROWS.length)
-    )  # fmt: skip
+    whole = footprint.flops_of(WIDE, [(ROWS.length, ROWS.length)])
+    linear = ROWS.count * 2 * (whole - count.attention_flops(WIDE, ROWS.length))
     assert full - frozen == pytest.approx(linear + ROWS.count * footprint.head_flops(WIDE, ROWS.new) - adapters)
     places = (64 + 192) + (64 + 64) + (64 + 256) + (256 + 64)  # qkv as one, out, up, down
     assert count.adapter_flops(WIDE, 1, 2) == 2 * 2 * places * WIDE.num_layers
