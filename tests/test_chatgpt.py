@@ -48,9 +48,8 @@ def tiny(strategy, **more):
         actor, critic = GPTActor(config=TINY).cuda(), GPTCritic(config=TINY)
         initial, reward = deepcopy(actor), RewardModel(deepcopy(critic.model))
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (actor, critic)]
-    (actor, one), (critic, two), reward, initial = strategy.prepare(
-        (actor, optimizers[0]), (critic, optimizers[1]), reward, initial
-    )
+    pairs = (actor, optimizers[0]), (critic, optimizers[1])
+    (actor, one), (critic, two), reward, initial = strategy.prepare(*pairs, reward, initial)
     more = {"max_new_tokens": 6, **more}
     return PPOTrainer(
         strategy, actor, critic, reward, initial, one, two, experience_batch_size=4, train_batch_size=2, max_epochs=2,

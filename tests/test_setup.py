@@ -22,17 +22,15 @@ FROM_PYTORCH = "--index-url https://download.pytorch.org/whl/cpu"
 
 def setup(tmp_path: Path, refused: str, system: str = "Linux", gpu: bool = False) -> tuple[str, list[str]]:
     """What `sh tools/setup.sh` prints, and what it asks pip to install, without the options that are always there."""
-    programs = {"python": PYTHON, "uname": f"#!/bin/sh\necho {system}\n"} | (
-        {"nvidia-smi": "#!/bin/sh\n"} if gpu else {}
-    )
+    smi = {"nvidia-smi": "#!/bin/sh\n"} if gpu else {}
+    programs = {"python": PYTHON, "uname": f"#!/bin/sh\necho {system}\n"} | smi
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     log = tmp_path / "log"
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python"), "LOG": str(log), "REFUSED": refused}
-    done = subprocess.run(
-        ["sh", "tools/setup.sh", str(tmp_path / "venv")], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
-    )
+    command = ["sh", "tools/setup.sh", str(tmp_path / "venv")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stderr == ""
     always = "-m pip install --quiet --disable-pip-version-check --constraint constraints.txt "

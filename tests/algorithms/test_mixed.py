@@ -21,9 +21,7 @@ def config(tmp_path, tiny_model, jsonl):
     """Makes a PPO run of one tiny model: config(out, strategy, **LoraFlags)."""
     base = tiny_model()
     data = jsonl([{"prompt_ids": [1, 3 + i % 9, 4]} for i in range(8)], "prompts.jsonl")
-    score = (
-        "def score(prompts, responses, *, response_ids, **_): return [float(ids.count(5)) for ids in response_ids]\n"
-    )
+    score = "def score(prompts, responses, *, response_ids, **_): return [float(ids.count(5)) for ids in response_ids]"
     (tmp_path / "fn.py").write_text(score)
 
     def make(out, strategy="naive", peft=None, **budgets):

@@ -122,9 +122,8 @@ def layer(kind: str, attention: str) -> nn.Module:
         config = transformers.BloomConfig(vocab_size=64, hidden_size=WIDTH, n_layer=1, n_head=4)
         alibi = torch.randn(ROWS * 4, 1, LENGTH)
         return Called(transformers.BloomModel(config).eval().h[0], {"alibi": alibi, "attention_mask": hidden})
-    config = transformers.LlamaConfig(
-        **sizes, num_key_value_heads=2, intermediate_size=128, attn_implementation=attention
-    )
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 128}
+    config = transformers.LlamaConfig(**sizes, attn_implementation=attention)
     model = transformers.LlamaModel(config).eval()
     rotary = model.rotary_emb(x, torch.arange(LENGTH)[None])
     mask = {"attention_mask": hidden} if attention == "eager" else {}

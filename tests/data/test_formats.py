@@ -402,14 +402,10 @@ def test_check_of_an_empty_file_and_of_rubbish(write):
 
 
 NAMES = sorted({name for kind in KINDS for form in FORMS[kind] for name in form.needs + form.may})
+TURN = {"role": st.sampled_from(["user", "assistant", "x", []]), "content": st.text()}
 INNER = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=6),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.fixed_dictionaries(
-            {}, optional={"role": st.sampled_from(["user", "assistant", "x", []]), "content": st.text(), "from": inner}
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.fixed_dictionaries({}, optional={**TURN, "from": inner}),
     max_leaves=10,
 )
 ROWS = st.lists(st.dictionaries(st.sampled_from(NAMES), INNER, max_size=5), max_size=4)

@@ -21,9 +21,8 @@ def way(request, monkeypatch):
 
 def oracle(weights, weight_decay=0.0):
     parameter = nn.Parameter(weights.clone())
-    return parameter, torch.optim.AdamW(
-        [parameter], lr=1.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=weight_decay, fused=True
-    )
+    settings = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": weight_decay}
+    return parameter, torch.optim.AdamW([parameter], **settings, fused=True)
 
 
 def step_of(parameter, optimizer, grads, lr):

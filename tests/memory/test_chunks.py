@@ -5,9 +5,8 @@ from hypothesis import given
 
 from penstock.memory.chunks import ALIGN, ITEMSIZE, Weight, even_runs, layout
 
-WEIGHTS = st.lists(
-    st.tuples(st.integers(1, 5000), st.sampled_from(["float32", "bfloat16"]), st.booleans()), min_size=1, max_size=12
-)
+WEIGHT = st.tuples(st.integers(1, 5000), st.sampled_from(["float32", "bfloat16"]), st.booleans())
+WEIGHTS = st.lists(WEIGHT, min_size=1, max_size=12)
 GROUPS = st.lists(WEIGHTS, min_size=1, max_size=5)
 
 

@@ -152,11 +152,9 @@ def test_the_plan_knows_every_packed_weight(decoder, kind):  # noqa: F811
     actor = Actor(recipe)
     said = groups_of(config, "float32", LoraSpec(2), trained=True, scalar=False, packed=kind)
     real = prepare.groups_of(actor)
-    planned, found = (
-        [[(w.shape, w.dtype, w.trained) for w in sorted(weights, key=lambda w: w.name)] for _, weights in groups]
-        for groups in (said, real)
-    )
-    assert planned == found
+    for (_, planned), (_, made) in zip(said, real, strict=True):
+        facts = [[(w.shape, w.dtype, w.trained) for w in sorted(ws, key=lambda w: w.name)] for ws in (planned, made)]
+        assert facts[0] == facts[1]
     assert dataclasses.replace(RoleSpec("x", config, True, False), base_dtype=kind).base_dtype == kind
 
 
