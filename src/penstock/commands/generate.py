@@ -119,13 +119,10 @@ def load(config: GenerateConfig | ChatConfig) -> tuple[Strategy, Actor, Encoder]
 
 def sampling_of(config: GenerateConfig | ChatConfig, n: int = 1) -> Sampling:
     """How tokens are drawn. Raises UserError for flags that the sampler refuses."""
-    more: dict[str, Any] = {}
+    names = ["temperature", "max_new_tokens", "top_k", "top_p", "seed"]
     if isinstance(config, GenerateConfig):
-        more = {name: getattr(config, name) for name in ("min_p", "repetition_penalty", "stop", "top_logprobs")}
+        names += ["min_p", "repetition_penalty", "stop", "top_logprobs"]
     try:
-        return Sampling(
-            temperature=config.temperature, max_new_tokens=config.max_new_tokens, n=n,
-            top_k=config.top_k, top_p=config.top_p, seed=config.seed, **more,
-        )  # fmt: skip
+        return Sampling(n=n, **{name: getattr(config, name) for name in names})
     except ValueError as error:
         raise UserError(f"{error}.") from error

@@ -51,10 +51,8 @@ class Shuffle:
 
     def state_dict(self) -> dict[str, Any]:
         """Cursor, permutation and generator."""
-        return {
-            "count": self.count, "cursor": self.cursor, "order": list(self.order),
-            "permutations": self.permutations, "generator": self.generator.get_state(),
-        }  # fmt: skip
+        walk = {"count": self.count, "cursor": self.cursor, "order": list(self.order)}
+        return {**walk, "permutations": self.permutations, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken. Raises ValueError when the number of items has changed since."""
@@ -75,7 +73,5 @@ def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple
     if fraction > 0:
         count = min(max(count, 1), len(distinct) - 1)
     heldout = set(distinct[:count])
-    return (
-        [i for i, prompt in enumerate(prompts) if prompt not in heldout],
-        [i for i, prompt in enumerate(prompts) if prompt in heldout],
-    )
+    train = [i for i, prompt in enumerate(prompts) if prompt not in heldout]
+    return train, [i for i, prompt in enumerate(prompts) if prompt in heldout]

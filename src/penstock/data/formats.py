@@ -167,9 +167,8 @@ def _unique(item: Mapping[str, Any], where: str, ids: dict[str, str]) -> None:
         return
     first = ids.setdefault(repr(record_id), where)  # 1 and "1" are two ids
     if first != where:
-        raise FieldError(
-            "id", f"{field_checks.shown(record_id)} was used at {first} already; give each record its own id."
-        )
+        problem = f"{field_checks.shown(record_id)} was used at {first} already; give each record its own id."
+        raise FieldError("id", problem)
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
@@ -233,17 +232,13 @@ def _pair(item: Mapping[str, Any], where: str, answer: str = "response") -> Demo
         if isinstance(turns, str):
             turns = [{"role": "assistant", "content": turns}]
         return _conversation(where, [*prompt.messages, *field_checks.messages(turns, answer)], answer)
-    return Demonstration(
-        where=where, prompt=prompt.prompt, response=field_checks.text(item[answer], answer, empty=False)
-    )
+    response = field_checks.text(item[answer], answer, empty=False)
+    return Demonstration(where=where, prompt=prompt.prompt, response=response)
 
 
 def _ids_pair(item: Mapping[str, Any], where: str) -> Demonstration:
-    return Demonstration(
-        where=where,
-        prompt_ids=field_checks.token_ids(item["prompt_ids"], "prompt_ids"),
-        response_ids=field_checks.token_ids(item["response_ids"], "response_ids"),
-    )
+    prompt, response = (field_checks.token_ids(item[name], name) for name in ("prompt_ids", "response_ids"))
+    return Demonstration(where=where, prompt_ids=prompt, response_ids=response)
 
 
 def _dialogue(item: Mapping[str, Any], where: str, name: str = "messages") -> Demonstration:
@@ -259,10 +254,8 @@ def _conversation(where: str, messages: list[Message], name: str) -> Demonstrati
 
 
 def _alpaca(item: Mapping[str, Any], where: str) -> Demonstration:
-    prompt = _alpaca_prompt(item, where)
-    return Demonstration(
-        where=where, prompt=prompt.prompt, response=field_checks.text(item["output"], "output", empty=False)
-    )
+    prompt = _alpaca_prompt(item, where).prompt
+    return Demonstration(where=where, prompt=prompt, response=field_checks.text(item["output"], "output", empty=False))
 
 
 def _alpaca_prompt(item: Mapping[str, Any], where: str) -> Prompt:
@@ -298,18 +291,15 @@ def _preferred(item: Mapping[str, Any], where: str) -> Comparison:
     if len(chosen) == len(rejected) == 1:
         chosen, rejected = before + chosen, before + rejected
     elif chosen[: len(before)] != before:
-        raise FieldError(
-            "chosen", "does not begin with the prompt's turns; give only the answer, or the whole dialogue."
-        )
+        problem = "does not begin with the prompt's turns; give only the answer, or the whole dialogue."
+        raise FieldError("chosen", problem)
     return _last_turns(where, chosen, rejected)
 
 
 def _dialogues(item: Mapping[str, Any], where: str) -> Comparison:
     """chosen and rejected are whole dialogues that share their beginning (as in Bai et al. 2022's data)."""
     if isinstance(item["chosen"], list):
-        return _last_turns(
-            where, field_checks.messages(item["chosen"], "chosen"), field_checks.messages(item["rejected"], "rejected")
-        )
+        return _last_turns(where, *(field_checks.messages(item[name], name) for name in ("chosen", "rejected")))
     chosen, rejected = (field_checks.text(item[name], name, empty=False) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise FieldError("rejected", SAME)
@@ -333,10 +323,9 @@ def _last_answer(chosen: str, rejected: str) -> int:
 def _last_turns(where: str, chosen: list[Message], rejected: list[Message]) -> Comparison:
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise FieldError("rejected", "must share all but the last turn with chosen, and begin with what was asked.")
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise FieldError(
-            "chosen" if chosen[-1]["role"] != "assistant" else "rejected", "must end with an assistant turn."
-        )
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant":
+            raise FieldError(name, "must end with an assistant turn.")
     if chosen[-2]["role"] != "user":
         raise FieldError("chosen", "must answer a user turn.")
     return _two(where, Prompt(where=where, messages=tuple(chosen[:-1])), chosen[-1]["content"], rejected[-1]["content"])

@@ -16,13 +16,10 @@ from penstock.errors import DataError, UserError
 
 LONGEST_LINE = 8_000_000
 """Bytes; a longer line is nearly always a whole file without line breaks."""
-
 BOM = b"\xef\xbb\xbf"
 """UTF-8's byte-order mark, as Windows editors write it; it is skipped."""
-
 ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
 """A file that begins so is one array of objects, as alpaca's and ShareGPT's own files are."""
-
 OPENING, COMMA, CLOSING = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*\Z")
 DECODER = json.JSONDecoder()
 
