@@ -1,4 +1,4 @@
-"""What distinguishes one decoder from another, as plain data: no torch in here, so that a plan needs none."""
+"""The settings of a decoder as plain data. Pure: no torch here, so that a plan needs none."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

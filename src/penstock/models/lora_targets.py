@@ -111,12 +111,9 @@ def groups_of(
         assert spec is not None
         i = adapters[target.ours] = adapters.get(target.ours, -1) + 1
         name = f"decoder.{target.ours}.lora.{i}".replace("..", ".")
-        groups.setdefault(group_of(target), []).extend(
-            [
-                Sized(f"{name}.a", (spec.rank, target.width), dtype, trained),
-                Sized(f"{name}.b", (target.height, spec.rank), dtype, trained),
-            ]
-        )
+        members = groups.setdefault(group_of(target), [])
+        members.append(Sized(f"{name}.a", (spec.rank, target.width), dtype, trained))
+        members.append(Sized(f"{name}.b", (target.height, spec.rank), dtype, trained))
     return list(groups.items())
 
 

@@ -58,14 +58,9 @@ def work_of(
         saved, forward, backward = extra.get(part.groups[-1], (0, 0, 0))
         saved -= frozen if part.groups[-1] != "embed" else 0
         fullest = part.forward if part.groups[-1] == "embed" else part.backward  # a frozen table has no gradient
-        parts.append(
-            dataclasses.replace(
-                part,
-                saved=part.saved + saved,
-                forward=part.forward + forward + unpacked,
-                backward=fullest + saved + backward + unpacked,
-            )
-        )
+        forward += part.forward + unpacked
+        backward += fullest + saved + unpacked
+        parts.append(dataclasses.replace(part, saved=part.saved + saved, forward=forward, backward=backward))
     head = batch.read * rank * s if "" in by_product else 0
     return dataclasses.replace(
         work, parts=tuple(parts), forward_head=work.forward_head + head, backward_head=work.backward_head + 2 * head
