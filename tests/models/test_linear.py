@@ -85,7 +85,7 @@ def test_attention_is_torchs_own(biased):
 
 
 def test_without_a_compiler_a_few_rows_without_gradient_take_the_plain_path(monkeypatch):
-    monkeypatch.setattr(module.decode, "ready", lambda *tensors: False)
+    monkeypatch.setattr(module.cpu_ops, "ready", lambda *tensors: False)
     monkeypatch.setattr(module._Product, "apply", lambda *arguments: torch.ones(()))
     weight = torch.randn(4, 3).bfloat16()
     with torch.no_grad():
