@@ -10,7 +10,7 @@ from penstock.memory.adamw import SOURCE
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
-    """native.compiled with an empty cache of its own."""
+    """compiler.compiled with an empty cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return lambda: compiler.compiled.__wrapped__(SOURCE)
 
@@ -19,7 +19,7 @@ def anew(monkeypatch, tmp_path):
 def test_it_is_compiled_once_and_nothing_else_stays_in_the_cache(anew, tmp_path, monkeypatch):
     assert isinstance(anew(), ctypes.CDLL)
     (made,) = (tmp_path / "penstock").iterdir()
-    assert made.match("adam-*.so")
+    assert made.match("adamw-*.so")
     monkeypatch.setattr(compiler.subprocess, "run", lambda *a, **k: pytest.fail("compiled twice"))
     assert isinstance(anew(), ctypes.CDLL)
 
