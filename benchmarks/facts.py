@@ -61,9 +61,11 @@ def result_path(name: str) -> Path:
 
 def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
     """Writes a result: the facts, then the figures."""
+    # A path of this machine helps nobody: its last part stands for it.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     dirty = " with uncommitted changes" if _git("status", "--porcelain", "src") else ""
     facts = {
-        "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}".strip(),
+        "command": f"python -m benchmarks {shlex.join(words)}".strip(),
         "commit": os.environ.get("COMMIT") or commit_of(ROOT) + dirty,  # a machine may have the files alone
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), "gpu": _gpu()},
