@@ -118,14 +118,14 @@ def _norm(kind: str, rows: int, width: int, s: int) -> _Kept:
 
 def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
     state = tokens * c.d_model * s
-    held = state
+    saved = state
     if c.embed_dim:
-        held += tokens * c.embed_dim * s
+        saved += tokens * c.embed_dim * s
     if c.position == "learned":
-        held += state
+        saved += state
     if c.embed_norm:
-        held += _norm(c.norm, tokens, c.d_model, s).saved
-    return held
+        saved += _norm(c.norm, tokens, c.d_model, s).saved
+    return saved
 
 
 def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool) -> tuple[int, int, int]:
@@ -181,11 +181,11 @@ def _widened(c: DecoderConfig, tokens: int) -> tuple[int, int]:
 
 def _context(c: DecoderConfig, length: int, s: int) -> int:
     """What positions need: rotary tables, or ALiBi's and windows' biases."""
-    held = length * INDEX
+    nbytes = length * INDEX
     if c.position == "rotary":
-        held += 2 * length * c.rotary_dim * s
+        nbytes += 2 * length * c.rotary_dim * s
     kinds = {window for window in (c.windows or (0,)) if 0 < window < length or c.position == "alibi"}
-    return held + len(kinds) * _bias(c, length) * s
+    return nbytes + len(kinds) * _bias(c, length) * s
 
 
 def _bias(c: DecoderConfig, length: int) -> int:

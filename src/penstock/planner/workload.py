@@ -232,7 +232,7 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         states = 1  # per row: the score is read at the last token alone
     else:
         states = work.length if work.stage == "sft" else work.length - work.prompt_length
-    held = footprint.work_of(
+    activations = footprint.work_of(
         role.config,
         dtype,
         role.spec,
@@ -243,14 +243,19 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         arithmetic=setting.arithmetic,
     )
     if setting.activation_budget is not None:
-        held = _in_slices(held, setting, role, micro)
+        activations = _in_slices(activations, setting, role, micro)
     flops = _flops(role.config, rows, work.length, 0 if role.scalar else rows * states)
     return Pass(
-        role.name, kind, held, count=math.ceil(rows / micro), times=times, flops=flops * (3 if kind == "step" else 1)
+        role.name,
+        kind,
+        activations,
+        count=math.ceil(rows / micro),
+        times=times,
+        flops=flops * (3 if kind == "step" else 1),
     )
 
 
-def _in_slices(held: Work, setting: Setting, role: RoleSpec, rows: int) -> Work:
+def _in_slices(activations: Work, setting: Setting, role: RoleSpec, rows: int) -> Work:
     """The same with blocks computed in slices: as many bytes as the engine's own planner of slices says."""
     from penstock.models import sliced_blocks  # imports torch
 
@@ -258,8 +263,8 @@ def _in_slices(held: Work, setting: Setting, role: RoleSpec, rows: int) -> Work:
     forward, backward, _ = sliced_blocks.peaks(
         role.config, DTYPES[setting.dtype], rows, setting.workload.length, setting.activation_budget
     )
-    blocks = [dataclasses.replace(part, forward=forward, backward=backward) for part in held.parts[1:]]
-    return dataclasses.replace(held, parts=(held.parts[0], *blocks))
+    blocks = [dataclasses.replace(part, forward=forward, backward=backward) for part in activations.parts[1:]]
+    return dataclasses.replace(activations, parts=(activations.parts[0], *blocks))
 
 
 def _flops(config: DecoderConfig, rows: int, length: int, states: int) -> float:
