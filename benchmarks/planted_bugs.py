@@ -36,6 +36,7 @@ LIMIT = 3600
 FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
+HEALTH = "algorithms/health.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
 EIGHTBIT, PASSES = "memory/adamw_8bit.py", "planner/activations.py"
@@ -177,6 +178,9 @@ BUGS: list[Bug] = [
     ("kernels/products.c", "a tail of pairs is left out", "    if (k < in)\n        pair_step", "    if (k > in)\n        pair_step"),
     (LINEAR, "logits of a frozen head are rounded", "    return arithmetic_of(device_type) != \"narrow\"", "    return False"),
     (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(narrowed.dtype)", "x[rows]"),
+    # health
+    (HEALTH, "missing EOS is no warning until all answers lack it", "if rate <= 0.3:", "if rate < 1.0:"),
+    ("run/session.py", "a warning is said at every step", "if name not in self._warnings:", "if True:"),
 ]  # fmt: skip
 
 

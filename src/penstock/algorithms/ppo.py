@@ -18,6 +18,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, Roles, in_order, logprobs_of, score, values_of
+from penstock.algorithms.health import Row, health, remember
 from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
 from penstock.algorithms.ppo_metrics import summary
 from penstock.algorithms.setup import reserve_activations, role_specs, sample_rows, strategy_of
@@ -85,8 +86,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
             metrics = summary(experience, state.sums, state.kl.beta, flags)
             metrics |= {"lr": optim.lr * lr, "episode": session.episode}
-            if config.run.dtype == "fp32" and (gap := metrics.get("val/first_ratio_gap", 0.0)) > 1e-3:
-                session.say(f"step {step}: first ratio is off by {gap:.2g}; it should be 1")
+            session.health(step, state.examine(config, metrics))
             state.kl.update(metrics["objective/kl"], optim.batch_size)
             state.end(step)
             tokens = int(experience.lengths.sum())
@@ -149,6 +149,8 @@ class State:
     """None between two steps."""
     sums: list[tuple[str, StepStats]] = field(default_factory=list)
     """("policy" or "value", statistics) of each of those updates."""
+    history: list[Row] = field(default_factory=list)
+    """Metrics of earlier steps that `health` looks back on."""
 
     @staticmethod
     def start(config: PPOConfig, inputs: "Inputs") -> "State":
@@ -168,6 +170,14 @@ class State:
             explained = fn.explained_variance(experience.values, experience.returns, experience.mask)
             self.critic_ready = float(explained) > 0
 
+    def examine(self, config: PPOConfig, metrics: dict[str, float]) -> list[str]:
+        """What is wrong at this step, counted in its metrics."""
+        assert self.experience is not None
+        warnings = health(self.experience, config, self.history, metrics)
+        metrics["health/warnings"] = float(len(warnings))
+        self.history = remember(self.history, metrics)
+        return warnings
+
     def end(self, step: int) -> None:
         """A step is complete."""
         self.step, self.update, self.experience, self.sums = step, 0, None, []
@@ -183,6 +193,7 @@ class State:
             "critic_ready": self.critic_ready,
             "experience": vars(self.experience) if self.experience else None,
             "sums": [(name, dataclasses.asdict(stats)) for name, stats in self.sums],
+            "history": self.history,
         }
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -193,6 +204,7 @@ class State:
         self.kl.beta = saved["beta"]
         self.experience = Experience(**saved["experience"]) if saved["experience"] else None
         self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
+        self.history = saved.get("history", [])
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------

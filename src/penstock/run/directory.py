@@ -1,6 +1,6 @@
 """The run directory: the files of one training run.
 
-    config.toml  metrics.jsonl  perf.jsonl  samples.jsonl  log.txt  checkpoints/  report.html
+    config.toml  metrics.jsonl  perf.jsonl  samples.jsonl  health.jsonl  log.txt  checkpoints/  report.html
 
 One process writes it at a time (a lock on `lock` that the kernel drops when the process dies).
 """

@@ -137,7 +137,7 @@ GROUPS = {
 def run_report(path: Path, command: str) -> Path:
     """Writes RUN/report.html from the run's metrics and samples, and returns its path."""
     rows = [*read_lines(path / "metrics.jsonl"), *read_lines(path / "perf.jsonl")]
-    sections: list[Section] = []
+    sections: list[Section] = [Text(text, loud=True) for text in warnings(read_lines(path / "health.jsonl"))]
     if headlines := _headlines(rows):
         sections.append(Figures(headlines))
     if pairs := _before_after(read_lines(path / "samples.jsonl")):
@@ -149,6 +149,20 @@ def run_report(path: Path, command: str) -> Path:
     steps = max((row["step"] for row in rows), default=0)
     write_whole(path / "report.html", page(f"penstock {command}", f"{path.name}, {steps} steps", sections))
     return path / "report.html"
+
+
+def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The warnings of health.jsonl, each with the steps that it was true at."""
+    texts: list[str] = []
+    begun: dict[str, int] = {}
+    for row in rows:
+        if "text" in row:
+            begun[row["text"].partition(":")[0]] = len(texts)
+            texts.append(f"from step {row['step']}: {row['text']}" if row["step"] else row["text"])
+        else:
+            place = begun.pop(row["ended"])
+            texts[place] = texts[place].replace(":", f" to {row['last']}:", 1)
+    return texts
 
 
 def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

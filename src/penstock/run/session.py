@@ -29,10 +29,12 @@ from penstock.run.directory import RunDirectory
 from penstock.run.metrics import Lines, peak_rss_bytes
 from penstock.run.progress import Progress
 
-STREAMS = ("metrics", "perf", "samples")
+STREAMS = ("metrics", "perf", "samples", "health")
 MODEL_FLAG = {"sft": "model", "reward": "model", "ppo": "actor"}
 SKIPS_IN_A_ROW = 3
 """Non-finite updates before a run stops itself (PPO.md 20)."""
+QUIET = 3
+"""Steps without a warning before it counts as over: what comes and goes is said once."""
 
 
 class StoppedError(PenstockError):
@@ -62,6 +64,9 @@ class Session:
         self._flags = flags.with_absolute_paths(flags.to_dict(config))
         self._signal = self._total = 0
         self._skips: dict[str, int] = {}
+        self._warned: list[str] = []
+        self._warnings: dict[str, int] = {}
+        """The warnings that have begun and not ended, by name, and the last step of each."""
         self._data: dict[str, str] = {}
         self._since = time.perf_counter()
         self._progress: Progress | None = None
@@ -91,6 +96,8 @@ class Session:
         if self.world.first:
             offsets = self.state["offsets"] if self.state else {}
             self._lines = {name: Lines(self.path / f"{name}.jsonl", offsets.get(name, 0)) for name in STREAMS}
+            for text in self._warned if self.state is None else ():
+                self._lines["health"].write({"step": 0, "text": text})
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._handlers[signum] = signal.signal(signum, self._note_signal)
         return self
@@ -131,6 +138,7 @@ class Session:
             )
         checkpoint.set_rng_state(ranks[self.world.rank % len(ranks)])
         self.episode, self._skips = self.state["episode"], self.state["skips"]
+        self._warnings = self.state.get("warnings", {})
         for path, digest in self.state["data"].items():
             if self._data.get(path, digest) != digest:
                 raise UserError(
@@ -181,6 +189,28 @@ class Session:
                 f"{self.path}: {SKIPS_IN_A_ROW} updates in a row were not finite, so the run stopped; its last "
                 "checkpoint is from before them. Try a lower --lr, or --dtype fp32."
             )
+
+    def warn(self, text: str) -> None:
+        """A warning before the first step: said, and in the report's band."""
+        self.say(f"WARNING: {text}")
+        self._warned.append(text)
+
+    def health(self, step: int, warnings: Sequence[str]) -> None:
+        """Says which warnings ("name: text") begin and which have ended; the report shows them with their steps."""
+        for text in warnings:
+            name = text.partition(":")[0]
+            if name not in self._warnings:
+                self._report_health(step, f"WARNING: {text}", {"text": text})
+            self._warnings[name] = step
+        for name, last in [*self._warnings.items()]:
+            if step - last >= QUIET:
+                del self._warnings[name]
+                self._report_health(step, f"no longer: {name} (since step {last + 1})", {"ended": name, "last": last})
+
+    def _report_health(self, step: int, line: str, row: Mapping[str, Any]) -> None:
+        if self.world.first:
+            self.say(f"step {step}: {line}")
+            self._lines["health"].write({"step": step, **row})
 
     def say(self, text: str) -> None:
         """A line for the user, on stderr and in log.txt; kept in memory until the run directory is open."""
@@ -238,7 +268,7 @@ class Session:
             offsets = {name: lines.sync() for name, lines in self._lines.items()}
             updates = {name: stream.sink.steps for name, stream in models.items() if stream.sink}
             state |= {"updates": updates, "rng": rng, "offsets": offsets, "data": self._data}
-            state |= {"episode": self.episode, "skips": self._skips}
+            state |= {"episode": self.episode, "skips": self._skips, "warnings": self._warnings}
 
             def write(directory: Path) -> None:
                 for name, stream in models.items():
