@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.facts import RESULTS, ROOT, flags, write
 
 DIRECTORIES = (
-    "algorithms", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk",
+    "algorithms", "data", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk",
 )  # fmt: skip
 FIRST = (
     "algorithms/test_functional.py", "algorithms/test_experience.py", "planner/test_planning.py",
@@ -109,9 +109,9 @@ BUGS: list[Bug] = [
     (FN, "returns not detached", "clean(returns.float().detach(), mask)", "clean(returns.float(), mask)"),
     (FN, "SFT loss with the wrong sign", "return -logprobs.sum()", "return logprobs.sum()"),
     (FN, "SFT loss is a mean of this micro-batch", "(max(len(logprobs), 1) if count is None else count)", "max(len(logprobs), 1)"),
-    (FN, "ties count as pairs", "if a < b]", "if a <= b and i != j]"),
-    (FN, "the worse answer preferred", "if a < b]", "if a > b]"),
-    (FN, "only neighbours in rank compared", "if a < b]", "if a + 1 == b]"),
+    (RM, "ties count as pairs", "if ranks[i] < ranks[j] and", "if ranks[i] <= ranks[j] and i != j and"),
+    (RM, "the worse answer preferred", "if ranks[i] < ranks[j] and", "if ranks[i] > ranks[j] and"),
+    (RM, "only neighbours in rank compared", "if ranks[i] < ranks[j] and", "if ranks[i] + 1 == ranks[j] and"),
     (FN, "sum over a prompt's pairs", "F.logsigmoid(gaps - margin).mean()", "F.logsigmoid(gaps - margin).sum()"),
     (FN, "margin with the wrong sign", "F.logsigmoid(gaps - margin)", "F.logsigmoid(gaps + margin)"),
     (FN, "log of a sigmoid that underflows", "-F.logsigmoid(gaps - margin).mean()", "-torch.sigmoid(gaps - margin).log().mean()"),
@@ -139,7 +139,7 @@ BUGS: list[Bug] = [
     (SFT, "prompts are trained on", "[int(flag) for flag in example.trained]", "[int(i > 0) for i in range(len(example.trained))]"),
     (RM, "loss over responses instead of prompts", 'return loss / count, {"correct"', 'return loss / len(scores), {"correct"'),
     (RM, "a prompt's scores shifted by one answer", "ranking_scores = scores[start : start + len(ranking.rows)]", "ranking_scores = scores.roll(1)[start : start + len(ranking.rows)]"),
-    (RM, "held-out accuracy counts every pair", "                if a < b:\n", "                if i < j:\n"),
+    (RM, "held-out accuracy counts every pair", "for i, j in ranking.pairs:", "for i, j in [(i, j) for j in range(len(values)) for i in range(j)]:"),
     (RM, "split by row, not by prompt", "split_by_prompt([record.prompt_key for record in records]", "split_by_prompt([str(i) for i, _ in enumerate(records)]"),
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
     (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),

@@ -54,8 +54,8 @@ COMMANDS: dict[str, Command] = {
         "penstock export runs/ppo --out my-model",
     ),
     "data check": Command(
-        "say what data files are, and name each bad line", "config:CheckConfig", "commands.data:check", "files",
-        "penstock data check demonstrations.jsonl",
+        "say what data files are, and name each bad line", "config:CheckConfig", "commands.data:check", "data",
+        "penstock data check demonstrations.jsonl --model Qwen/Qwen3-0.6B",
     ),
     "data export": Command(
         "write the votes of the chat page as comparisons", "config:VotesConfig", "commands.data:export",
@@ -204,6 +204,7 @@ def resume(config: Any) -> None:
     if name not in stages:
         raise UserError(f"{path}/config.toml: no command {name!r} can be resumed; there are {', '.join(stages)}.")
     command = COMMANDS[name]
+    saved = {"truncate": "right"} | saved  # what runs did before there was the flag
     run_config = from_dict(load(command.config), {**saved, "out": path, **overrides})
     load(command.function)(run_config, resume=True)
 

@@ -149,6 +149,9 @@ class DataFlags(Flags):
     """Leave bad lines out and print how many, instead of stopping at them."""
     max_length: int = 1024
     """Tokens of prompt and response together; at most what the model was built for."""
+    truncate: Literal["drop", "left", "right"] = "drop"
+    """What does not fit --max-length: drop leaves answers out that do not fit whole, left cuts the prompt's beginning,
+    right cuts the answer's end, which is then not learned. How many is printed."""
     allow_pickle: bool = False
     """Also read .bin weights, through torch.load(weights_only=True)."""
 
@@ -432,11 +435,17 @@ class ChatConfig(SamplingFlags, InferenceFlags):
 
 
 @dataclass(frozen=True)
-class CheckConfig(Flags):
-    """Say what data files are: kind and format, counts, lengths, and each bad line; exit code 4 if there is one."""
+class CheckConfig(DataFlags):
+    """Say what data files are: kind and format, counts, lengths, and each bad line; exit code 4 if there is one. With
+    --model, say also what training that model would say: what its tokenizer and chat template make of the records, what
+    does not fit, what is cut."""
 
-    files: tuple[str, ...]
-    """Files of demonstrations, comparisons or prompts."""
+    model: str | None = None
+    """The model to be trained: Hugging Face directory, hub id or run directory. Default: only the files are checked."""
+    kind: Literal["demonstrations", "comparisons", "prompts"] | None = None
+    """What the files are read as: for sft, reward or ppo. Default: the most that the first line can be."""
+    max_new_tokens: int = 128
+    """Of prompts: tokens kept free for the answer, as in ppo."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.algorithms import functional
+from penstock.algorithms.reward import Ranking
 from tests.algorithms import oracle
 
 TOLERANCE = 1e-6
@@ -489,19 +490,27 @@ def test_sft_loss_by_hand():
 
 
 # --- rankings ---------------------------------------------------------------------------------------------------
+def loss_of_ranking(scores: Tensor, ranks: Tensor, margin: float = 0.0) -> tuple[Tensor, int, int]:
+    """The loss over the pairs of a ranking of so many different responses."""
+    ranking = Ranking([[i] for i in range(len(ranks))], tuple(ranks.tolist()), (1,) * len(ranks))
+    return functional.pairwise_loss(scores, ranking.pairs, margin)
+
+
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 @pytest.mark.parametrize("ranks", [(0, 1), (1, 0), (0, 0), (2, 0, 1), (0, 1, 1, 2), (3, 1, 0, 2, 4), (5, 5, 5), (0,)])
 def test_pairwise_loss(ranks, margin):
     scores = 2 * torch.randn(len(ranks), generator=torch.Generator().manual_seed(len(ranks)))
     ranks = torch.tensor(ranks)
-    agree_by_name("pairwise_loss", scores, ranks, margin)
-    ours, theirs = functional.pairwise_loss(scores, ranks, margin), oracle.pairwise_loss(scores, ranks, margin)
+    agree_with_gradients(
+        lambda x: loss_of_ranking(x, ranks, margin)[0], lambda x: oracle.pairwise_loss(x, ranks, margin)[0], scores
+    )
+    ours, theirs = loss_of_ranking(scores, ranks, margin), oracle.pairwise_loss(scores, ranks, margin)
     assert [int(count) for count in ours[1:]] == list(theirs[1:])
 
 
 def test_pairwise_loss_by_hand():
     scores, ranks = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([0, 1, 1])
-    loss, correct, pairs = functional.pairwise_loss(scores, ranks, margin=0.5)
+    loss, correct, pairs = loss_of_ranking(scores, ranks, margin=0.5)
     # two pairs, for the last two are tied: 1 - 3 - 0.5 = -2.5 (wrong) and 1 - 0 - 0.5 = 0.5 (right)
     want = (math.log1p(math.exp(2.5)) + math.log1p(math.exp(-0.5))) / 2
     assert loss.item() == pytest.approx(want, rel=TOLERANCE)
@@ -509,20 +518,20 @@ def test_pairwise_loss_by_hand():
 
 
 def test_a_margin_does_not_change_which_pairs_are_right():
-    _, correct, pairs = functional.pairwise_loss(torch.tensor([1.0, 0.9]), torch.tensor([0, 1]), margin=5.0)
+    _, correct, pairs = loss_of_ranking(torch.tensor([1.0, 0.9]), torch.tensor([0, 1]), margin=5.0)
     assert (int(correct), int(pairs)) == (1, 1)
 
 
 def test_a_margin_asks_for_more():
     scores, ranks = torch.tensor([1.0, 0.0]), torch.tensor([0, 1])
-    plain, wide = (functional.pairwise_loss(scores, ranks, margin)[0] for margin in (0.0, 1.0))
+    plain, wide = (loss_of_ranking(scores, ranks, margin)[0] for margin in (0.0, 1.0))
     assert plain < wide
     assert wide.item() == pytest.approx(math.log(2))
 
 
 def test_ties_alone_give_zero_loss_that_can_still_be_differentiated():
     scores = torch.tensor([1.0, 2.0], requires_grad=True)
-    loss, correct, pairs = functional.pairwise_loss(scores, torch.tensor([0, 0]))
+    loss, correct, pairs = loss_of_ranking(scores, torch.tensor([0, 0]))
     loss.backward()
     assert (loss.item(), int(correct), int(pairs)) == (0, 0, 0)
     assert scores.grad.tolist() == [0, 0]
@@ -530,7 +539,7 @@ def test_ties_alone_give_zero_loss_that_can_still_be_differentiated():
 
 def test_pairwise_loss_of_distant_scores_is_their_distance():
     scores = torch.tensor([-1e4, 1e4], requires_grad=True)
-    loss, *_ = functional.pairwise_loss(scores, torch.tensor([0, 1]))
+    loss, *_ = loss_of_ranking(scores, torch.tensor([0, 1]))
     loss.backward()
     assert loss.item() == pytest.approx(2e4)
     assert scores.grad.tolist() == [-1, 1]
@@ -538,7 +547,7 @@ def test_pairwise_loss_of_distant_scores_is_their_distance():
 
 def test_pairwise_loss_of_half_precision_scores_is_fp32():
     scores, ranks = torch.tensor([0.5, 0.25, 1.0], dtype=torch.bfloat16), torch.tensor([1, 0, 2])
-    agree(functional.pairwise_loss(scores, ranks)[0], oracle.pairwise_loss(scores, ranks)[0])
+    agree(loss_of_ranking(scores, ranks)[0], oracle.pairwise_loss(scores, ranks)[0])
 
 
 # --- schedules --------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from penstock.data.chat import Encoder
-from penstock.data.formats import Comparison, Demonstration, Message, Prompt
+from penstock.data.chat import CUT, Encoder, TooLongError
+from penstock.data.field_checks import Message
+from penstock.data.records import Comparison, Demonstration, Prompt
 from penstock.errors import DataError, UserError
 from penstock.models.tokenizer_files import check_fit, load_tokenizer
 
@@ -193,6 +194,72 @@ def test_text_prompts_too(encoder, prompt, answer):
     assert [token in encoder.eos_ids for token in response] == [False] * (len(response) - 1) + [True]
 
 
+def test_an_answer_of_weight_0_is_read_and_not_learned(encoder):
+    unlearned = (*TALK[:2], TALK[2] | {"weight": 0}, *TALK[3:])
+    row, weighted = (encoder.encode_demonstration(Demonstration(where="f:1", messages=m)) for m in (TALK, unlearned))
+    assert weighted.tokens == row.tokens
+    assert spans(encoder, row.tokens, weighted.trained) == spans(encoder, row.tokens, row.trained)[1:]
+    silent = encoder.encode_demonstration(Demonstration(where="f:1", messages=(*TALK[:4], TALK[4] | {"weight": 0})))
+    assert spans(encoder, silent.tokens, silent.trained) == spans(encoder, row.tokens, row.trained)[:1]
+    assert silent.trained[-1]
+
+
+TOOLS = ({"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}},)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
+CALLED: tuple[Message, ...] = (
+    user("1 + 1?"), {"role": "assistant", "content": None, "reasoning_content": "Adding.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2"}, assistant("Two."),
+)  # fmt: skip
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tool_calls_and_reasoning_are_learned_as_the_template_writes_them_and_results_are_not(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template=TOOL_TEMPLATE, eos_token="<|im_end|>"), max_length=400)
+    record = Demonstration(where="f:1", messages=CALLED, tools=TOOLS)
+    row = encoder.encode_demonstration(record)
+    want = encoder.tokenizer.apply_chat_template(list(CALLED), tools=list(TOOLS), tokenize=False)
+    assert show(encoder, row.tokens) + "\n" == want
+    call = '<call>{"name": "add", "arguments": {"a": 1, "b": 1}}</call>'
+    assert spans(encoder, row.tokens, row.trained) == [f"<think>Adding.</think>{call}<|im_end|>", "Two.<|im_end|>"]
+    prompt = Comparison(where="f:1", messages=CALLED[:3], tools=TOOLS, responses=("Two.", "One."), ranks=(0, 1))
+    ids, (answer, _) = encoder.encode_comparison(prompt)
+    assert ids + answer == row.tokens
+    assert encoder.encode_prompt(prompt) == ids
+
+
+@pytest.mark.parametrize(("template", "missing"), [
+    (None, "tools, messages[1].reasoning_content, messages[1].tool_calls, messages[2] of role tool"),
+    (CHATML, "tools, messages[1].reasoning_content, messages[1].tool_calls"),
+    (TOOL_TEMPLATE.replace("{% if tools %}", "{% if false %}"), "tools"),
+    (TOOL_TEMPLATE.replace("or [] %}", "or [] if false %}"), "messages[1].tool_calls"),
+])  # fmt: skip
+def test_what_the_template_does_not_write_is_refused_by_name(make_tokenizer, template, missing):
+    encoder = encoder_of(make_tokenizer(template=template), max_length=400)
+    for record in (Demonstration(where="f:1", messages=CALLED, tools=TOOLS),
+                   Prompt(where="f:1", messages=CALLED[:3], tools=TOOLS)):  # fmt: skip
+        with pytest.raises(DataError) as raised:
+            (encoder.encode_demonstration if isinstance(record, Demonstration) else encoder.encode_prompt)(record)
+        assert str(raised.value) == (
+            f"f:1: messages: this model's chat template does not write {missing}, so the model would never read it; "
+            "take a model whose template does, or take it out."
+        )
+
+
+def test_a_developer_is_the_system_where_the_template_knows_no_developer(make_tokenizer):
+    turns = ({"role": "developer", "content": "Be kind."}, user("Hi"))
+    encoder = encoder_of(make_tokenizer(template=CHATML))
+    assert "<|im_start|>system\nBe kind." in show(encoder, encoder.encode_prompt(Prompt(where="f:1", messages=turns)))
+    knows = encoder_of(make_tokenizer("knows", template="{# developer #}" + CHATML))
+    assert "<|im_start|>developer\nBe" in show(knows, knows.encode_prompt(Prompt(where="f:1", messages=turns)))
+
+
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}Hmm. {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -280,22 +347,77 @@ def test_a_prompt_longer_than_the_context_is_a_data_error(tmp_path):
     with pytest.raises(DataError) as raised:
         encoder.encode_prompt(Prompt(where="f:2", prompt_ids=(4,) * 6))
     assert str(raised.value) == (
-        "f:2: prompt: 6 tokens, and with 3 for the response the limit of 8 is passed; shorten it, raise --max-length "
-        "if the model allows, or --skip-bad."
+        "f:2: prompt: 6 tokens where there is room for 5, and a row has 8 with 3 at least for the response; shorten "
+        "it, raise --max-length if the model allows, --truncate left, or --skip-bad."
     )
 
 
-def test_a_response_that_is_too_long_is_cut_at_its_end_and_has_no_eos(tmp_path):
-    encoder = encoder_of(tmp_path, max_length=4)
-    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(4, 5), response_ids=(6, 7, 8)))
-    assert row.tokens == [4, 5, 6, 7]
-    compared = Comparison(where="f:1", prompt_ids=(4, 5), response_ids=((6, 7, 8), (6,)), ranks=(0, 1))
-    assert encoder.encode_comparison(compared) == ([4, 5], [[6, 7], [6, EOS]])
+LONG = Demonstration(where="f:1", prompt_ids=(4, 5), response_ids=(6, 7, 8))
+RANKED = Comparison(where="f:1", prompt_ids=(4, 5), response_ids=((6, 7, 8), (6,), (6, 7, 9), (7,)), ranks=(0, 1, 2, 1))
+
+
+def test_what_does_not_fit_whole_is_dropped_an_answer_at_a_time(tmp_path):
+    encoder = encoder_of(tmp_path, max_length=5)
+    with pytest.raises(TooLongError, match="f:1: response: 6 tokens with the prompt, and a row has 5"):
+        encoder.encode_demonstration(LONG)
+    assert encoder.encode_comparison(RANKED) == ([4, 5], [[], [6, EOS], [], [7, EOS]])
+    assert encoder.notes == {
+        "answers left out of their rankings, because they do not fit": 2,
+        "rankings left out: no answer in them is better than another": 1,
+    }
+    with pytest.raises(TooLongError, match="a prompt of 2 tokens and answers of up to 4"):
+        encoder_of(tmp_path, max_length=3).encode_comparison(RANKED)
+
+
+def test_a_response_that_is_cut_right_has_no_eos_and_is_counted(tmp_path):
+    encoder = encoder_of(tmp_path, max_length=4, truncate="right")
+    row = encoder.encode_demonstration(LONG)
+    assert (row.tokens, row.trained) == ([4, 5, 6, 7], [False, False, True, True])
+    assert encoder.encode_comparison(RANKED) == ([4, 5], [[6, 7], [6, EOS], [6, 7], [7, EOS]])
+    assert encoder.notes == {CUT: 3, "pairs of answers not compared: their tokens are the same": 1}
+    with pytest.raises(TooLongError):
+        encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(4,) * 4, response_ids=(6,)))
+
+
+def test_a_prompt_that_is_cut_left_keeps_its_bos_and_the_whole_answer(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(bos=True), max_length=6, truncate="left")
+    assert encoder._bos == [BOS]
+    prompt, response = (BOS, 9, 8, 7, 6), (5, 4)
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=prompt, response_ids=response))
+    assert (row.tokens, row.trained) == ([BOS, 7, 6, 5, 4, EOS], [False] * 3 + [True] * 3)
+    ranked = Comparison(where="f:1", prompt_ids=prompt, response_ids=(response, (5,), (5,) * 9), ranks=(0, 1, 2))
+    assert encoder.encode_comparison(ranked) == ([BOS, 7, 6], [[5, 4, EOS], [5, EOS], []])
+    assert encoder.encode_prompt(Prompt(where="f:1", prompt_ids=(BOS, *range(4, 14)))) == [BOS, 10, 11, 12, 13]
+    assert encoder.notes == {
+        "rows without their beginning": 1, "prompts without their beginning": 2,
+        "answers left out of their rankings, because they do not fit": 1,
+    }  # fmt: skip
+    with pytest.raises(TooLongError, match="6 tokens without any prompt"):
+        encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(BOS, 9), response_ids=(5,) * 5))
+
+
+@pytest.mark.parametrize(("truncate", "shown", "learned"), [
+    ("drop", "Be kind.\n\nHuman: Hi\n\nAssistant: Hello<eos>", [" Hello<eos>"]),
+    ("left", "<eos>\n\nHuman: Bye\n\nAssistant: See you<eos>", [" See you<eos>"]),
+    ("right", "Be kind.\n\nHuman: Hi\n\nAssistant: Hello<eos>\n\nHuman: Bye\n\nAssistant: See",
+     [" Hello<eos>", " See"]),
+])  # fmt: skip
+def test_a_long_dialogue_is_learned_from_answers_with_their_beginning(make_tokenizer, truncate, shown, learned):
+    directory = make_tokenizer()
+    record = Demonstration(where="f:1", messages=TALK)
+    whole = encoder_of(directory).encode_demonstration(record)
+    length = len(whole.tokens) - {"drop": 1, "left": whole.trained.index(True) + 2, "right": 2}[truncate]
+    encoder = encoder_of(directory, max_length=length, truncate=truncate)
+    row = encoder.encode_demonstration(record)
+    assert len(row.tokens) <= length
+    assert spans(encoder, row.tokens, row.trained) == learned
+    assert show(encoder, row.tokens) == shown
+    assert list(encoder.notes.values()) == [1]
 
 
 def test_a_dialogue_whose_first_answer_is_beyond_the_limit_is_a_data_error(make_tokenizer):
     encoder = encoder_of(make_tokenizer(), max_length=5)
-    with pytest.raises(DataError, match=r"f:1: response: no token of it is within the limit of 5; shorten the prompt"):
+    with pytest.raises(TooLongError, match=r"f:1: response: 23 tokens with the prompt, and a row has 5"):
         encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
 
 

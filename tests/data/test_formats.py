@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.commands.data import check
+from penstock.config import CheckConfig
 from penstock.data import formats
-from penstock.data.formats import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt
+from penstock.data.records import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt
 from penstock.errors import DataError, PenstockError, UserError
 
 Write = Callable[..., str]
@@ -45,6 +47,13 @@ def bare(record: Prompt) -> dict[str, Any]:
     return {name: value for name, value in vars(record).items() if value is not None and name != "where"}
 
 
+SYSTEM = {"role": "system", "content": "Be kind."}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+CALLED = (
+    user("1 + 1?"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "2"},
+    assistant("Two."),
+)  # fmt: skip
 TALK = (user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you."))
 SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[turn["role"]], "value": turn["content"]} for turn in TALK]
 ALPACA = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
@@ -65,6 +74,43 @@ READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
          {"prompt": "### Instruction:\nSing.\n\n### Response:\n", "response": "La"}),
         ({"prompt_ids": [1, 2], "response_ids": [3]}, "token ids", {"prompt_ids": (1, 2), "response_ids": (3,)}),
         ({"prompt": "Q", "response": "A", "messages": None}, "prompt/response", {"prompt": "Q", "response": "A"}),
+        ({"instruction": "Add.", "context": "1 2", "response": "3", "category": ""}, "instruction/response",
+         {"prompt": ALPACA, "response": "3"}),
+        # what stands beside a text and only a chat has makes it one
+        ({"system": "Be kind.", "prompt": "Q", "response": "A"}, "prompt/response as a chat",
+         {"messages": (SYSTEM, user("Q"), assistant("A"))}),
+        ({"system_prompt": "", "prompt": "Q", "response": "A"}, "prompt/response as a chat",
+         {"messages": (user("Q"), assistant("A"))}),
+        ({"system": "Be kind.", "history": [["Hi", "Hello!"]], "instruction": "Add.", "input": "1 2", "output": "3"},
+         "alpaca as a chat",
+         {"messages": (SYSTEM, user("Hi"), assistant("Hello!"), user("Add.\n1 2"), assistant("3"))}),
+        ({"system": "Be kind.", "conversations": SHAREGPT}, "sharegpt", {"messages": (SYSTEM, *TALK)}),
+        ({"system": "Be kind.", "messages": [SYSTEM, *TALK]}, "messages", {"messages": (SYSTEM, *TALK)}),
+        # turns that are read and not learned
+        ({"messages": [user("Q"), assistant("A") | {"weight": 0}, user("R"), assistant("B") | {"weight": 1}]},
+         "messages", {"messages": (user("Q"), assistant("A") | {"weight": 0}, user("R"), assistant("B"))}),
+        ({"conversations": [SHAREGPT[0], SHAREGPT[1] | {"train": False}, SHAREGPT[2], SHAREGPT[3] | {"loss": True}]},
+         "sharegpt", {"messages": (TALK[0], TALK[1] | {"weight": 0}, *TALK[2:])}),
+        ({"messages": [user("Q"), assistant("A") | {"reasoning_content": "Hm.", "name": None}]}, "messages",
+         {"messages": (user("Q"), assistant("A") | {"reasoning_content": "Hm."})}),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, assistant("A")]}, "messages",
+         {"messages": (user("Q"), assistant("A"))}),
+        ({"prompt": "Q", "response": "A", "label": True, "weight": 1}, "prompt/response",
+         {"prompt": "Q", "response": "A"}),
+        # tools, as OpenAI, transformers and LLaMA-Factory write them
+        ({"messages": CALLED, "tools": TOOLS}, "messages", {"messages": CALLED, "tools": tuple(TOOLS)}),
+        ({"messages": [CALLED[0], {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments":
+            '{"a": 1, "b": null}'}}]}, *CALLED[2:]], "tools": json.dumps(TOOLS)}, "messages",
+         {"messages": CALLED, "tools": tuple(TOOLS)}),
+        ({"messages": [CALLED[0], {"role": "assistant", "content": None, "function_call": CALL["function"]},
+            {"role": "function", "content": "2"}, CALLED[3]], "functions": [TOOLS[0]["function"]]}, "messages",
+         {"messages": CALLED, "tools": tuple(TOOLS)}),
+        ({"conversations": [{"from": "human", "value": "1 + 1?"},
+            {"from": "function_call", "value": json.dumps(CALL["function"])},
+            {"from": "observation", "value": "2"}, {"from": "gpt", "value": "Two."}], "tools": TOOLS}, "sharegpt",
+         {"messages": CALLED, "tools": tuple(TOOLS)}),
+        ({"messages": [SYSTEM | {"role": "developer"}, *TALK]}, "messages",
+         {"messages": (SYSTEM | {"role": "developer"}, *TALK)}),
         ({"prompt": None, "response": None, "messages": TALK}, "messages", {"messages": TALK}),
     ],
     "comparisons": [
@@ -85,6 +131,16 @@ READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
          {"prompt": "Why?\nsame start\n", "responses": ("one", "two"), "ranks": (0, 1)}),
         ({"prompt": "Q", "responses": ["a", "b", "c", "d"], "ranking": [2, [0, 3], 1]}, "ranked responses",
          {"prompt": "Q", "responses": ("a", "b", "c", "d"), "ranks": (1, 2, 0, 1)}),
+        ({"system": "Be kind.", "prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected as a chat",
+         {"messages": (SYSTEM, user("Q")), "responses": ("A", "B"), "ranks": (0, 1)}),
+        ({"system": "Be kind.", "prompt": "Q", "chosen": [user("Q"), assistant("A")],
+            "rejected": [user("Q"), assistant("B")]}, "prompt/chosen/rejected as a chat",
+         {"messages": (SYSTEM, user("Q")), "responses": ("A", "B"), "ranks": (0, 1)}),
+        ({"system": "Be kind.", "prompt": "Q", "responses": ["a", "b"], "ranking": [1, 0]},
+         "ranked responses as a chat", {"messages": (SYSTEM, user("Q")), "responses": ("a", "b"), "ranks": (1, 0)}),
+        ({"tools": TOOLS, "chosen": [*CALLED[:3], assistant("A")], "rejected": [*CALLED[:3], assistant("B")]},
+         "chosen/rejected dialogues",
+         {"messages": CALLED[:3], "tools": tuple(TOOLS), "responses": ("A", "B"), "ranks": (0, 1)}),
         ({"prompt_ids": [1], "response_ids": [[2], [3, 4]], "ranking": [1, 0]}, "ranked token ids",
          {"prompt_ids": (1,), "response_ids": ((2,), (3, 4)), "ranks": (1, 0)}),
     ],
@@ -93,7 +149,10 @@ READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
         ({"prompt": ""}, "prompt", {"prompt": ""}),
         ({"prompt_ids": [1, 2]}, "token ids", {"prompt_ids": (1, 2)}),
         ({"messages": TALK[:3]}, "messages", {"messages": TALK[:3]}),
-        ({"messages": TALK, "prompt": "Hi"}, "messages", {"messages": TALK[:3]}),
+        ({"system": "Be kind.", "prompt": "Q"}, "prompt as a chat", {"messages": (SYSTEM, user("Q"))}),
+        ({"system": "Be kind.", "instruction": "Sing."}, "alpaca as a chat", {"messages": (SYSTEM, user("Sing."))}),
+        ({"instruction": "Add.", "context": "1 2", "response": "3"}, "alpaca", {"prompt": ALPACA}),
+        ({"messages": CALLED[:3], "tools": TOOLS}, "messages", {"messages": CALLED[:3], "tools": tuple(TOOLS)}),
         ({"conversations": SHAREGPT}, "sharegpt", {"messages": TALK[:3]}),
         ({"instruction": "Add.", "input": "1 2"}, "alpaca", {"prompt": ALPACA}),
         ({"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q"}),
@@ -128,13 +187,15 @@ def test_a_file_gives_the_same_prompts_when_read_for_prompts(write, kind, row, f
         if asked.messages == tuple(row.get("messages", ())):
             return  # it ends with a question: that is the prompt, and teaches nothing
         assert asked.messages == whole.messages[: len(asked.messages)]
-        assert asked.messages[-1]["role"] == "user"
+        assert asked.messages[-1]["role"] in ("user", "tool")
     else:
         assert (asked.prompt, asked.messages, asked.prompt_ids) == (whole.prompt, whole.messages, whole.prompt_ids)
 
 
 def test_every_format_of_the_table_is_tested():
-    assert {(kind, form) for kind, _, form, _ in READ} == {(kind, form.name) for kind in KINDS for form in FORMS[kind]}
+    assert {(kind, form.removesuffix(" as a chat")) for kind, _, form, _ in READ} == {
+        (kind, form.name) for kind in KINDS for form in FORMS[kind]
+    }
 
 
 def test_a_file_of_several_formats_says_how_many_of_each(write):
@@ -164,27 +225,61 @@ BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
          "response: NaN or Infinity is not JSON; give a number, or leave the field out."),
         ('{"prompt": "Q", "response": 1e999}', "response: a number, and text is expected; put it in quotes."),
         ({}, "fields: found no fields; demonstrations need prompt_ids+response_ids or prompt+response or "
-         "prompt+completion or messages or conversations or instruction+output, or name them with --keys ours=theirs."),
+         "prompt+completion or messages or conversations or instruction+output or instruction+response, or name them "
+         "with --keys ours=theirs."),
         ({"text": "x"}, "fields: found 'text'; demonstrations need prompt_ids+response_ids or "
-         "prompt+response or prompt+completion or messages or conversations or instruction+output, or name them with "
-         "--keys ours=theirs."),
+         "prompt+response or prompt+completion or messages or conversations or instruction+output or "
+         "instruction+response, or name them with --keys ours=theirs."),
         ({"messages": "Hi"}, "messages: text, and a list is expected."),
         ({"messages": []}, "messages: is empty; give at least one message."),
         ({"messages": ["Hi"]}, "messages[0]: text, and an object with role and content is expected."),
         ({"messages": [{"role": "wizard", "content": "x"}]},
-         "messages[0].role: 'wizard' is no role; use system, user or assistant."),
+         "messages[0].role: 'wizard' is no role; use system, user, assistant or tool."),
         ({"messages": [user("x"), {"role": ["user"], "content": "x"}]},
-         "messages[1].role: a list is no role; use system, user or assistant."),
-        ({"messages": [{"content": "x"}]}, "messages[0].role: None is no role; use system, user or assistant."),
+         "messages[1].role: a list is no role; use system, user, assistant or tool."),
+        ({"messages": [{"content": "x"}]}, "messages[0].role: None is no role; use system, user, assistant or tool."),
         ({"messages": [{"role": "user"}]}, "messages[0].content: null, and text is expected; put it in quotes."),
         ({"conversations": [{"from": "human", "value": 1}]},
          "conversations[0].value: a number, and text is expected; put it in quotes."),
         ({"conversations": [{"from": "x" * 99, "value": "1"}]},
-         f"conversations[0].from: '{'x' * 39}... is no role; use system, user or assistant."),
+         f"conversations[0].from: '{'x' * 39}... is no role; use system, user, assistant or tool."),
         ({"messages": [user("x"), assistant("")]}, "messages[1].content: is empty; write a text or remove the line."),
         ({"messages": [user("x")]}, "messages: has no assistant turn; a demonstration needs an answer to learn."),
         ({"messages": [user("x"), {"role": "system", "content": "y"}]},
          "messages[1].role: a system message belongs at the start; move it there."),
+        ({"messages": [user("x"), assistant("y") | {"weight": 0.5}]},
+         "messages[1].weight: 0.5; give 0 or 1: a turn is learned or it is not."),
+        ({"messages": [user("x") | {"train": True}, assistant("y")]},
+         "messages[0].train: True on a turn of user; only an assistant's is learned."),
+        ({"messages": [user("x"), assistant("y") | {"weight": 0}]},
+         "messages: has weight 0 on every assistant turn, so there is nothing to learn; remove the line."),
+        ({"prompt": "x", "response": "y", "weight": 0.5},
+         "weight: 0.5; give 0 or 1: a record is learned or it is not."),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("y")]},
+         "messages[0].content[0]: 'image_url' is no part of type text; penstock trains on text alone."),
+        ({"conversations": SHAREGPT, "image": "a.jpg"},
+         "image: would change what the record means, and sharegpt has no place for it; take it out."),
+        ({"prompt": "x", "response": "y", "context": "z"},
+         "context: would change what the record means, and prompt/response has no place for it; take it out."),
+        ({"prompt_ids": [1], "response_ids": [2], "system": "z"},
+         "system: would change what the record means, and token ids has no place for it; take it out."),
+        ({"prompt": "x", "response": "y", "reasoning_content": "z"}, "reasoning_content: would change what the record "
+         "means, and prompt/response has no place for it; take it out."),
+        ({"messages": [SYSTEM, *TALK], "system": "Be rude."},
+         "system: differs from the system message that opens the dialogue; give one of them."),
+        ({"prompt": [user("x")], "response": "y", "history": [["a", "b"]]},
+         "history: stands beside messages; put its turns in front of them."),
+        ({"prompt": "x", "response": "y", "history": [["a"]]},
+         "history[0]: has 1 parts; give pairs of question and answer."),
+        ({"messages": TALK, "tools": "add(a, b)"}, "tools: 'add(a, b)' is not JSON; export the record again."),
+        ({"messages": TALK, "tools": ["add"]},
+         "tools[0]: text, and an object that describes a tool is expected."),
+        ({"messages": [user("x"), {"role": "assistant", "tool_calls": ["add"]}]},
+         "messages[1].tool_calls[0]: 'add' is no tool call; give an object with name and arguments."),
+        ({"messages": [user("x"), {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "1"}]}]},
+         "messages[1].tool_calls[0].arguments: a number, and an object is expected."),
+        ({"messages": [user("x") | {"tool_calls": [CALL]}, assistant("y")]},
+         "messages[0].tool_calls: of user; only an assistant calls tools."),
         ({"prompt": [assistant("x")], "response": "y"}, "prompt: must end with a user turn, the one to answer."),
         ({"instruction": "", "output": "x"}, "instruction: is empty; write a text or remove the line."),
         ({"instruction": "x", "input": [], "output": "x"}, "input: a list, and text is expected; put it in quotes."),
@@ -228,6 +323,10 @@ BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
         ({"prompt": "Q", "chosen": [assistant("A")], "rejected": "B"}, "rejected: text, and a list is expected."),
         ({"prompt": "P", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
          "chosen: does not begin with the prompt's turns; give only the answer, or the whole dialogue."),
+        ({"chosen": "Q\n\nAssistant: A", "rejected": "Q\n\nAssistant: B", "system": "z"},
+         "system: stands beside dialogues that are text; put it into the text, or give messages."),
+        ({"prompt": "Q", "chosen": [CALLED[1]], "rejected": [assistant("B")]},
+         "chosen: ends with tool calls or reasoning; the answers that are compared must be text."),
         ({"prompt": "Q", "responses": ["a"], "ranking": [0]}, "responses: 1 responses; a ranking has 2 to 9."),
         ({"prompt": "Q", "responses": ["a"] * 10, "ranking": [0]}, "responses: 10 responses; a ranking has 2 to 9."),
         ({"prompt": "Q", "responses": ["a", ""], "ranking": [0, 1]},
@@ -266,6 +365,52 @@ def test_a_bad_field_is_named_with_its_line_and_the_way_to_mend_it(write, kind, 
     assert len(skipped.records) == 1
     assert skipped.bad == [f"{path}:2: {problem}"]
     assert skipped.decision.endswith("; 1 bad line left out).")
+
+
+def test_disliked_and_weightless_records_are_left_out_and_counted(write):
+    pair = {"prompt": "Q", "completion": "A"}
+    path = write(pair, pair | {"label": False}, pair | {"label": True}, pair | {"weight": 0}, pair | {"label": 0})
+    dataset = formats.read(path, "demonstrations")
+    assert [record.where for record in dataset.records] == [f"{path}:1", f"{path}:3"]
+    how = "prompt/completion; 2 with label false left out; 1 with weight 0 left out"
+    assert dataset.decision == f"{path}: 2 demonstrations ({how})."
+    assert len(formats.read(path, "prompts").records) == 5  # a disliked answer says nothing against its prompt
+    disliked = write(pair | {"label": False}, name="disliked")
+    with pytest.raises(DataError, match=r"No good line is left: .*0 demonstrations .*1 with label false left out"):
+        formats.read(disliked, "demonstrations")
+
+
+def test_every_ignored_field_is_named_with_its_count(write):
+    turns = [user("Q") | {"timestamp": 3}, assistant("A") | {"model": "m"}]
+    binarized = {"prompt": "Q", "chosen": turns, "rejected": [turns[0], assistant("B")], "score_chosen": 0.0}
+    path = write(*[binarized] * 2, {"prompt": "Q", "chosen": "A", "rejected": "B", "label": "x", "notes": ""})
+    how = "ignored fields: score_chosen (2), chosen[].model (2), chosen[].timestamp (2), rejected[].timestamp (2)"
+    how += ", label (1)"
+    assert formats.read(path, "comparisons").decision == f"{path}: 3 comparisons (prompt/chosen/rejected; {how})."
+    both = write({"messages": TALK, "prompt": "Hi", "label": 7}, name="both")
+    how = "ignored fields: prompt (1), label (1)"
+    assert formats.read(both, "prompts").decision == f"{both}: 1 prompts (messages; {how})."
+    assert formats.read(both, "demonstrations").decision == f"{both}: 1 demonstrations (messages; {how})."
+
+
+def test_parquet_rows_mean_what_the_same_lines_mean(tmp_path, write):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    weighted = [user("Q"), assistant("A") | {"weight": 0}, user("R"), assistant("B")]
+    rows = [
+        {"messages": weighted, "label": None, "source": "a", "tools": None, "system": None},
+        {"messages": CALLED, "tools": TOOLS, "label": True},
+        {"messages": list(TALK), "label": False},
+        {"messages": [user("Q"), assistant("A") | {"reasoning_content": "Hm."}], "system": "Be kind."},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    lines, table = (formats.read(str(path), "demonstrations") for path in (write(*rows), tmp_path / "rows.parquet"))
+    without_null = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}  # a table cannot say it
+    expected = [bare(record) for record in lines.records]
+    expected[1]["messages"][1]["tool_calls"] = [without_null]
+    assert [bare(record) for record in table.records] == expected
+    assert table.decision.partition(": ")[2] == lines.decision.partition(": ")[2]
 
 
 def test_an_id_used_twice_in_a_file_names_both_lines(write):
@@ -316,7 +461,7 @@ def test_skip_bad_that_leaves_nothing_is_still_an_error(write):
     assert str(raised.value).splitlines() == [
         f"{path}:1: prompt: a number, and text is expected; put it in quotes.",
         f"{path}:2: prompt: a number, and text is expected; put it in quotes.",
-        "No good line is left: 2 bad lines; mend them.",
+        f"No good line is left: {path}: 0 prompts (unknown; 2 bad lines left out); mend them.",
     ]
 
 
@@ -336,7 +481,7 @@ def test_explicit_keys_decide_between_formats(write):
     path = write({"prompt": "P", "response": "R", "talk": TALK})
     dataset = formats.read(path, "demonstrations", keys={"messages": "talk"})
     assert bare(dataset.records[0]) == {"messages": TALK}
-    assert dataset.decision == f"{path}: 1 demonstrations (messages)."
+    assert dataset.decision == f"{path}: 1 demonstrations (messages; ignored fields: prompt (1), response (1))."
 
 
 def test_keys_may_swap_two_fields(write):
@@ -369,36 +514,43 @@ def test_prompts_that_ask_the_same_have_one_key():
     assert Prompt(where="a:5", prompt_ids=(1, 2)).prompt_key == "[1, 2]"
 
 
-def test_check_says_what_a_file_is_and_names_each_bad_line(write):
+def checked(capsys: pytest.CaptureFixture, path: str, **flags: Any) -> tuple[int, list[str]]:
+    """The exit code of `penstock data check` and its lines."""
+    code = check(CheckConfig(data=(path,), **flags))
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_check_says_what_a_file_is_and_names_each_bad_line(write, capsys):
     path = write(
         {"prompt": "a", "chosen": "xx", "rejected": "y"},
         {"prompt": "a", "chosen": "xxx", "rejected": "xxx"},
         {"prompt": "abc", "chosen": "xxxx", "rejected": "y"},
     )
-    report = formats.check([path])
-    assert report.text.splitlines() == [
-        f"{path}: 2 comparisons (prompt/chosen/rejected), 1 bad line",
+    assert checked(capsys, path) == (4, [
+        f"{path}: 2 comparisons (prompt/chosen/rejected; 1 bad line left out)",
         "  distinct prompts: 2; most frequent: 1 times",
         "  prompt characters: median 3, 95 % below 3, longest 3",
         "  response characters: median 2, 95 % below 4, longest 4",
+        "The files were checked alone; --model says what training makes of them.",
         f"{path}:2: rejected: is the same as chosen; a comparison needs two different answers.",
-    ]
-    assert report.bad == report.text.splitlines()[-1:]
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
-def test_check_works_out_the_kind(write, kind, row, form, record):
-    line = formats.check([write(row)]).text.splitlines()[0]
+def test_check_works_out_the_kind(write, capsys, kind, row, form, record):
+    code, (line, *_) = checked(capsys, write(row))
+    assert code == 0
     if kind == "prompts":  # a richer line is taken for the most that it can be
         assert ": 1 " in line
     else:
-        assert f": 1 {kind} ({form}), 0 bad lines" in line
+        assert f": 1 {kind} ({form}" in line
 
 
-def test_check_of_an_empty_file_and_of_rubbish(write):
+def test_check_of_an_empty_file_and_of_rubbish(write, capsys):
     empty, rubbish = write(name="empty"), write("what", name="rubbish")
-    assert formats.check([empty]).bad == [f"{empty}:1: file: empty; one JSON object per line is expected."]
-    assert formats.check([rubbish]).text.splitlines()[0] == f"{rubbish}: 0 prompts (unknown), 1 bad line"
+    code, lines = checked(capsys, empty)
+    assert (code, lines[-1]) == (4, f"{empty}:1: file: empty; one JSON object per line is expected.")
+    assert checked(capsys, rubbish)[1][0] == f"{rubbish}: 0 prompts (unknown; 1 bad line left out)"
 
 
 NAMES = sorted({name for kind in KINDS for form in FORMS[kind] for name in form.needs + form.may})
@@ -422,7 +574,7 @@ def test_no_objects_raise_anything_but_a_penstock_error(tmp_path_factory, rows, 
         for record in dataset.records:
             forms = (record.prompt, record.messages, record.prompt_ids)
             assert sum(form is not None for form in forms) == 1
-    formats.check([str(path)])
+    check(CheckConfig(data=(str(path),)))
 
 
 @settings(max_examples=200, deadline=None)

@@ -239,13 +239,13 @@ def sft_loss(logprobs: Tensor, count: Count = None) -> Tensor:
     return -logprobs.sum() / (max(len(logprobs), 1) if count is None else count)
 
 
-def pairwise_loss(scores: Tensor, ranks: Sequence[int], margin: float = 0.0) -> tuple[Tensor, int, int]:
-    """The ranking loss of one prompt: scores [K], ranks [K] with 0 the best (Ouyang et al. 2022, eq. 1; PPO.md 22).
+def pairwise_loss(scores: Tensor, pairs: Sequence[tuple[int, int]], margin: float = 0.0) -> tuple[Tensor, int, int]:
+    """The ranking loss of one prompt: scores [K], pairs of a better and a worse response (Ouyang et al. 2022, eq. 1;
+    PPO.md 22).
 
-    The mean over all pairs of different rank of -logsigmoid(better - worse - margin); ties contribute nothing.
+    The mean over the pairs of -logsigmoid(better - worse - margin); ties are no pairs.
     Returns the loss, the number of pairs ordered as ranked, and the number of pairs.
     """
-    pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
     if not pairs:
         return scores.float().sum() * 0.0, 0, 0
     better, worse = (torch.tensor(side, device=scores.device) for side in zip(*pairs, strict=True))

@@ -37,9 +37,11 @@ class Ranking:
     response_lengths: tuple[int, ...]
 
     @property
-    def pairs(self) -> int:
-        """How many pairs have different ranks."""
-        return sum(a < b for a in self.ranks for b in self.ranks)
+    def pairs(self) -> list[tuple[int, int]]:
+        """The better and the worse response of each pair of different rank; equal rows are not compared."""
+        ranks, rows = self.ranks, self.rows
+        indices = range(len(ranks))
+        return [(i, j) for i in indices for j in indices if ranks[i] < ranks[j] and rows[i] != rows[j]]
 
 
 def reward(config: RewardConfig, *, resume: bool = False) -> Path:
@@ -144,7 +146,7 @@ def ranking_loss(scores: Tensor, batch: Rankings, count: int, margin: float) -> 
     correct = pairs = start = 0
     for ranking in batch.rankings:
         ranking_scores = scores[start : start + len(ranking.rows)]
-        part, right, compared = fn.pairwise_loss(ranking_scores, ranking.ranks, margin)
+        part, right, compared = fn.pairwise_loss(ranking_scores, ranking.pairs, margin)
         loss, correct, pairs, start = loss + part, correct + right, pairs + compared, start + len(ranking.rows)
     return loss / count, {"correct": torch.tensor(correct), "pairs": torch.tensor(pairs)}
 
@@ -185,10 +187,9 @@ def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> 
     right: dict[int, list[bool]] = {}
     for ranking, values in zip(rankings, scores, strict=True):
         levels = sorted(set(ranking.ranks))
-        for i, a in enumerate(ranking.ranks):
-            for j, b in enumerate(ranking.ranks):
-                if a < b:
-                    right.setdefault(levels.index(b) - levels.index(a), []).append(values[i] > values[j])
+        for i, j in ranking.pairs:
+            distance = levels.index(ranking.ranks[j]) - levels.index(ranking.ranks[i])
+            right.setdefault(distance, []).append(values[i] > values[j])
     count = max(sum(map(len, right.values())), 1)
     accuracy = sum(map(sum, right.values())) / count
     facts = {"accuracy": accuracy, "accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)}
@@ -216,7 +217,9 @@ def micro_batches(rankings: Sequence[Ranking], rows: int, device: torch.device) 
 
 def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...]) -> Ranking:
     prompt, responses = encoded
-    return Ranking([prompt + response for response in responses], ranks, tuple(map(len, responses)))
+    kept = [i for i, response in enumerate(responses) if response]  # the others were too long
+    rows, ranks = [prompt + responses[i] for i in kept], tuple(ranks[i] for i in kept)
+    return Ranking(rows, ranks, tuple(len(responses[i]) for i in kept))
 
 
 def normalize_score(

@@ -6,8 +6,8 @@ from typing import Any
 
 from penstock.config import DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
 from penstock.data import formats
-from penstock.data.chat import Encoder
-from penstock.data.formats import SHOWN, Kind
+from penstock.data.chat import Encoder, TooLongError
+from penstock.data.records import Kind
 from penstock.errors import DataError, UserError
 from penstock.memory.prepare import groups_of
 from penstock.memory.strategy import DTYPES, Strategy
@@ -114,22 +114,34 @@ def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve:
     `reserve` tokens are kept free behind a prompt for the response.
     """
     longest = min(flags.max_length, config.max_length)
-    eos_ids, vocab_size = config.eos_ids, config.vocab_size
-    return Encoder.for_model(source, eos_ids=eos_ids, vocab_size=vocab_size, max_length=longest, reserve=reserve)
+    limits: Any = {"max_length": longest, "reserve": reserve, "truncate": flags.truncate}
+    return Encoder.for_model(source, eos_ids=config.eos_ids, vocab_size=config.vocab_size, **limits)
 
 
 def read(
     say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
 ) -> tuple[list[Any], list[Any]]:
-    """The records of the files and the tokens of each; `say` gets which format was detected and what was left out.
+    """The records of the files and the tokens of each; `say` gets which format was detected, what was left out, what
+    was cut and what was not read.
 
     The tokens of a record are an Example, a prompt's ids, or a prompt's and its responses' ids, by `kind`.
     Raises DataError for records that do not fit the model, unless `--skip-bad` leaves them out.
     """
-    keys = dict(pair.partition("=")[::2] for pair in flags.keys)
-    if not all(keys.values()):
-        raise UserError(f"--keys {' '.join(flags.keys)}: give pairs ours=theirs, as in --keys prompt=question.")
-    dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad)
+    records, encoded, bad = read_all(say, encoder, files, kind, flags)
+    if bad and not flags.skip_bad:
+        raise DataError(formats.list_bad(bad))
+    if not records:
+        raise DataError(f"{', '.join(files)}: no record is left; see above." + "".join(f" {line}" for line in bad[:1]))
+    if bad:
+        say(f"--skip-bad left out {len(bad)} of {len(bad) + len(records)} records, the first: {bad[0]}")
+    return records, encoded
+
+
+def read_all(
+    say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
+) -> tuple[list[Any], list[Any], list[str]]:
+    """As `read`; and each bad line, whether it is one of the file or does not fit the model."""
+    dataset = formats.read(files, kind, keys=formats.parse_keys(flags.keys), skip_bad=flags.skip_bad)
     say(dataset.decision)
     encoders: dict[Kind, Callable[[Any], Any]] = {
         "demonstrations": encoder.encode_demonstration,
@@ -137,21 +149,20 @@ def read(
         "prompts": encoder.encode_prompt,
     }
     encode = encoders[kind]
-    records, encoded, bad = [], [], list(dataset.bad)
+    records, encoded, bad, long = [], [], list(dataset.bad), list[str]()
     for record in dataset.records:
         try:
             encoded.append(encode(record))
             records.append(record)
         except DataError as error:
-            bad.append(str(error))
-    if bad and not flags.skip_bad:
-        hidden = [f"... and {len(bad) - SHOWN} more."] if len(bad) > SHOWN else []
-        raise DataError("\n".join([*bad[:SHOWN], *hidden]))
-    if not records:
-        raise DataError(f"{', '.join(files)}: --skip-bad left nothing; the first problem: {bad[0]}")
-    if bad:
-        say(f"--skip-bad left out {len(bad)} of {len(bad) + len(records)} records, the first: {bad[0]}")
-    return records, encoded
+            drops = isinstance(error, TooLongError) and flags.truncate == "drop"
+            (long if drops else bad).append(str(error))
+    if long:
+        say(f"--truncate drop left out {len(long)} of {len(dataset.records)} {kind}, the first: {long[0]}")
+    for note, count in encoder.notes.items():
+        say(f"{count} {note} (--max-length {encoder.max_length}, --truncate {flags.truncate})")
+    encoder.notes.clear()
+    return records, encoded, bad
 
 
 def sample_rows(

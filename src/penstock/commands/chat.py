@@ -7,7 +7,7 @@ import sys
 from penstock.commands.generate import load, sampling_of
 from penstock.config import ChatConfig
 from penstock.data.chat import Encoder
-from penstock.data.formats import Prompt
+from penstock.data.records import Prompt
 from penstock.errors import DataError, UserError
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling

@@ -4,24 +4,91 @@ A vote on a pair is one line. Thumbs are lines where answers to one message were
 against each disliked one. A thumb without its opposite, two equal answers and an empty answer are left out and counted.
 """
 
+import dataclasses
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from penstock.config import CheckConfig, VotesConfig
 from penstock.data import formats
+from penstock.data.records import Comparison, Demonstration, Kind, Prompt
 from penstock.errors import DataError, UserError
 from penstock.run.directory import refused
 from penstock.serve.store import Row, open_store
 
 
 def check(config: CheckConfig) -> int:
-    """Prints what the files are, and returns the exit code: 4 if a line is bad."""
-    report = formats.check(config.files)
-    print(report.text)
-    return DataError.exit_code if report.bad else 0
+    """Prints what the files are, and with --model what training says; the exit code is 4 if a line is bad."""
+    bad: list[str] = []
+    kinds: dict[Kind, list[str]] = defaultdict(list)
+    for path in config.data:
+        kind = config.kind or formats.kind_of(Path(path))
+        kinds[kind].append(path)
+        lines = formats.read_file(Path(path), kind, formats.parse_keys(config.keys))
+        print("\n".join([f"{path}: {len(lines.records)} {kind} ({lines.how})", *_facts(lines.records)]))
+        bad += lines.bad
+    if config.model is None:
+        print("\n".join(["The files were checked alone; --model says what training makes of them.", *bad]))
+    else:
+        bad = _check_with(config.model, config, kinds)
+    return DataError.exit_code if bad else 0
+
+
+def _check_with(model: str, config: CheckConfig, kinds: dict[Kind, list[str]]) -> list[str]:
+    """Prints what training says when it reads the files, by kind; returns the bad lines."""
+    from penstock.algorithms.setup import encoder_of, read_all
+    from penstock.models import pretrained
+    from penstock.run.directory import resolve_model
+
+    address, bad = resolve_model(model), list[str]()
+    decoder, _ = pretrained.load(address, device="meta", allow_pickle=config.allow_pickle)
+    for kind, files in kinds.items():
+        reserve = config.max_new_tokens if kind == "prompts" else 1
+        encoder = encoder_of(address, decoder.config, config, reserve=reserve)
+        flags = dataclasses.replace(config, skip_bad=True)
+        records, rows, problems = read_all(print, encoder, files, kind, flags)
+        lengths = [len(row.tokens) if kind == "demonstrations" else len(row) for row in rows if kind != "comparisons"]
+        lengths += [len(row[0]) + len(ids) for row in rows if kind == "comparisons" for ids in row[1] if ids]
+        tokens = f"; tokens of a row: {_spread(lengths)}" if lengths else ""
+        print("\n".join([f"{model}: {len(records)} {kind}{tokens}", *problems]))
+        bad += problems
+    return bad
+
+
+def _facts(records: Sequence[Prompt]) -> Iterator[str]:
+    """Lines on distinct prompts and lengths."""
+    if not records:
+        return
+    prompts = Counter(record.prompt_key for record in records)
+    yield f"  distinct prompts: {len(prompts)}; most frequent: {prompts.most_common(1)[0][1]} times"
+    for name, lengths in _lengths(records).items():
+        yield f"  {name}: {_spread(lengths)}"
+
+
+def _spread(lengths: Sequence[int]) -> str:
+    ordered = sorted(lengths)
+    middle, high = ordered[len(ordered) // 2], ordered[min(int(len(ordered) * 0.95), len(ordered) - 1)]
+    return f"median {middle}, 95 % below {high}, longest {ordered[-1]}"
+
+
+def _lengths(records: Sequence[Prompt]) -> dict[str, list[int]]:
+    """Lengths by part: characters of texts, tokens of ids."""
+    lengths: dict[str, list[int]] = {}
+    for record in records:
+        parts: list[tuple[str, Any]] = [("prompt characters", record.prompt), ("prompt tokens", record.prompt_ids)]
+        if record.messages is not None:
+            parts += [(f"{message['role']} characters", message["content"]) for message in record.messages]
+        if isinstance(record, Demonstration):
+            parts += [("response characters", record.response), ("response tokens", record.response_ids)]
+        elif isinstance(record, Comparison):
+            parts += [("response characters", text) for text in record.responses or ()]
+            parts += [("response tokens", row) for row in record.response_ids or ()]
+        for name, value in parts:
+            if value is not None:
+                lengths.setdefault(name, []).append(len(value))
+    return lengths
 
 
 def export(config: VotesConfig) -> None:

@@ -33,7 +33,7 @@ from penstock.config import (
     RunFlags,
     SFTConfig,
 )
-from penstock.data.formats import Prompt
+from penstock.data.records import Prompt
 from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
 from penstock.errors import UserError
 from penstock.models import presets, pretrained

@@ -204,7 +204,8 @@ def _sft(work: Workload, strategy: Strategy, stream: Stream, phase: Phases) -> N
 
 def _reward(work: Workload, strategy: Strategy, stream: Stream, phase: Phases) -> None:
     """One optimizer step on pairs of whole rows."""
-    pairs = [reward.Ranking([[1] * work.length] * 2, (0, 1), (1, 1))] * (work.batch_size // 2)
+    rows = [[1] * (work.length - 1) + [last] for last in (1, 2)]  # equal rows would not be compared
+    pairs = [reward.Ranking(rows, (0, 1), (1, 1))] * (work.batch_size // 2)
     with phase("train"):
         reward.learn(strategy, stream, pairs, OptimFlags(1e-5, micro_batch_size=work.micro_batch_size), 1e-5, 0.0)
 

@@ -12,7 +12,7 @@ from penstock.algorithms.reward_source import RewardSource, reward_source
 from penstock.algorithms.setup import encoder_of, read
 from penstock.config import ChatConfig, DataFlags, GenerateConfig
 from penstock.data.chat import Encoder
-from penstock.data.formats import Prompt
+from penstock.data.records import Prompt
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
@@ -36,7 +36,9 @@ def generate(config: GenerateConfig) -> None:
         raise UserError(f"--best-of {config.best_of} keeps the best --n {config.n} answers; give at least as many.")
     sampling = sampling_of(config, n=max(config.n, config.best_of))
     strategy, actor, encoder = load(config)
-    flags = DataFlags(data=(config.data or "",), skip_bad=config.skip_bad)
+    flags = DataFlags(
+        data=(config.data or "",), skip_bad=config.skip_bad, truncate="right"
+    )  # a long prompt is an error
     if config.prompt is not None:
         records: list[Any] = [Prompt(prompt=config.prompt, where="--prompt")]
         prompts = [encoder.encode_prompt(records[0])]

@@ -165,9 +165,18 @@ def _parquet(path: Path) -> Iterator[Item]:
         for batch in parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, {name: _without_nulls(value) for name, value in row.items()}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: file: not a readable parquet file ({error}); fetch or write it again.") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table's value without the nulls that it holds wherever an object of another row has a field."""
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return value
 
 
 def kind_name(value: Any) -> str:

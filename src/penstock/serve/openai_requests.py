@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from penstock.data.formats import Prompt
+from penstock.data.records import Prompt
 from penstock.errors import DataError
 from penstock.rollout.sampling import Sampling
 from penstock.serve.catalogue import ServedModel
