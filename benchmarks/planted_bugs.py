@@ -177,6 +177,9 @@ BUGS: list[Bug] = [
     ("distributed/shared_memory.py", "nobody waits for the others", "        dist.all_reduce(self._token)", "        pass"),
     ("kernels/products.c", "a tail of pairs is left out", "    if (k < in)\n        pair_step", "    if (k > in)\n        pair_step"),
     (LINEAR, "logits of a frozen head are rounded", "    return arithmetic_of(device_type) != \"narrow\"", "    return False"),
+    # what files say
+    ("models/families/qwen.py", "no layer has a window unless the file says which", "else hf[\"max_window_layers\"]", "else config.num_layers"),
+    ("models/families/settings.py", "a name wins over its alias", "    return hf | {name: hf[alias] for alias, name in aliases.items() if alias in hf}", "    return {name: hf[alias] for alias, name in aliases.items() if alias in hf} | hf"),
     (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(narrowed.dtype)", "x[rows]"),
     # health
     (HEALTH, "missing EOS is no warning until all answers lack it", "if rate <= 0.3:", "if rate < 1.0:"),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from penstock.models.config import DecoderConfig
-from penstock.models.families.settings import Fields, read, require, write
+from penstock.models.families.settings import Fields, by_name, read, require, write
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER = "BloomForCausalLM", "BloomForSequenceClassification"
@@ -31,13 +31,13 @@ FIELDS: Fields = {
     "norm_eps": ("layer_norm_epsilon", 1e-5),
     "tied": ("tie_word_embeddings", True),
 }
-ALIASES = {"hidden_size": "n_embed", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """BloomConfig -> DecoderConfig."""
     require(hf, apply_residual_connection_post_layernorm=False)
-    fields = read({name: hf[alias] for name, alias in ALIASES.items() if alias in hf} | hf, FIELDS)
+    fields = read(by_name(hf, ALIASES), FIELDS)
     return DecoderConfig(**fields, d_ff=4 * fields["d_model"], position="alibi", embed_norm=True)
 
 

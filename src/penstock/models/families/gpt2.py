@@ -3,7 +3,7 @@
 from typing import Any
 
 from penstock.models.config import DecoderConfig
-from penstock.models.families.settings import Fields, read, require, write
+from penstock.models.families.settings import Fields, by_name, read, require, write
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER = "GPT2LMHeadModel", "GPT2ForSequenceClassification"
@@ -29,11 +29,16 @@ FIELDS: Fields = {
     "tied": ("tie_word_embeddings", True),
 }
 
+ALIASES = {
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}  # fmt: skip
+
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """GPT2Config -> DecoderConfig."""
     require(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    fields = read(hf, FIELDS)
+    fields = read(by_name(hf, ALIASES), FIELDS)
     return DecoderConfig(**fields, d_ff=hf.get("n_inner") or 4 * fields["d_model"])
 
 

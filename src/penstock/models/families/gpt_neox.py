@@ -36,16 +36,10 @@ FIELDS: Fields = {
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """GPTNeoXConfig -> DecoderConfig."""
-    _, rotary = rope(hf, ("default",))
+    theta, share, _ = rope(hf, ("default",), theta="rotary_emb_base", share="rotary_pct")
     fields = read(hf, FIELDS)
-    rotated = rotary.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
-    return DecoderConfig(
-        **fields,
-        out_bias=fields["qkv_bias"],
-        position="rotary",
-        rotary_dim=int(fields["head_dim"] * rotated),
-        rope_theta=float(rotary.get("rope_theta", hf.get("rotary_emb_base", 10_000))),
-    )
+    rotated = int(fields["head_dim"] * (0.25 if share is None else share))
+    return DecoderConfig(**fields, out_bias=fields["qkv_bias"], position="rotary", rotary_dim=rotated, rope_theta=theta)
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:

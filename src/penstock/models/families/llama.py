@@ -39,12 +39,12 @@ FIELDS: Fields = {
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """LlamaConfig and its descendants (Mistral, Qwen) -> DecoderConfig."""
-    rope_type, scaling = rope(hf, ("default", "linear", "llama3"))
+    theta, share, scaling = rope(hf, ("default", "linear", "llama3"))
+    if share not in (None, 1):
+        raise ValueError(f"partial_rotary_factor: {share!r} is not supported; only 1 is")
     fields = read(hf, FIELDS)
     fields |= {"qkv_bias": bool(fields["qkv_bias"]), "mlp_bias": bool(fields["mlp_bias"])}  # null in some files
-    theta = float(scaling.pop("rope_theta", hf.get("rope_theta", 10_000.0)))
-    items = () if rope_type == "default" else tuple(sorted({**scaling, "rope_type": rope_type}.items()))
-    rotary = {"position": "rotary", "rotary_dim": fields["head_dim"], "rope_theta": theta, "rope_scaling": items}
+    rotary = {"position": "rotary", "rotary_dim": fields["head_dim"], "rope_theta": theta, "rope_scaling": scaling}
     return DecoderConfig(**fields, **rotary, norm="rms", gated=True, out_bias=fields["qkv_bias"])
 
 

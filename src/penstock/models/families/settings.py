@@ -11,17 +11,36 @@ NAMES = {
 """Activations, theirs: ours. Of several names for one of ours the first is written."""
 assert set(NAMES.values()) == set(ACTIVATIONS)
 Fields = dict[str, str | tuple[str, Any]]
-"""A field of DecoderConfig: its key in config.json, which must be there, or the key and its default."""
+"""A field of DecoderConfig: its key in config.json, which must be there, or the key and transformers' default."""
+COUNTS = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
+}
+"""What each type of rope scaling is computed from."""
 
 
 def read(hf: dict[str, Any], fields: Fields) -> dict[str, Any]:
     """The values of these fields, num_kv_heads and head_dim in any case.
 
-    Raises KeyError for a key without a default, ValueError for an activation that the decoder does not have.
+    Raises KeyError for a key without a default, ValueError for a value that the decoder cannot follow.
     """
+    require(hf, is_causal=True, is_encoder_decoder=False)
     values: dict[str, Any] = {ours: hf[key] if isinstance(key, str) else hf.get(*key) for ours, key in fields.items()}
-    values["num_kv_heads"] = values.get("num_kv_heads") or values["num_heads"]
-    values["head_dim"] = values.get("head_dim") or values["d_model"] // values["num_heads"]
+    values["num_kv_heads"] = values["num_heads"] if values.get("num_kv_heads") is None else values["num_kv_heads"]
+    if values.get("head_dim") is None:
+        values["head_dim"] = values["d_model"] // values["num_heads"] if values["num_heads"] else 0
+    for ours, value in values.items():
+        key = _key(fields.get(ours, ours))
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if (ours in COUNTS and not whole) or (value is None and hf.get(key, 0) is None and _default(fields[ours])):
+            needed = "a whole number from 1 is needed" if ours in COUNTS else "leave the key out, or give a value"
+            raise ValueError(f"{key}: {value!r} is not supported; {needed}")
+    if "head_dim" not in fields:
+        require(hf, head_dim=hf.get("head_dim") and values["head_dim"])
+    if values["num_heads"] % values["num_kv_heads"]:
+        raise ValueError(f"{values['num_heads']} heads cannot share {values['num_kv_heads']} heads of keys and values")
     if "activation" in values:
         name = values["activation"]
         if name not in NAMES:
@@ -30,6 +49,21 @@ def read(hf: dict[str, Any], fields: Fields) -> dict[str, Any]:
             )
         values["activation"] = NAMES[name]
     return values
+
+
+def by_name(hf: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+    """config.json with each alias under its name. An alias wins over the name, as in transformers."""
+    return hf | {name: hf[alias] for alias, name in aliases.items() if alias in hf}
+
+
+def windows_of(hf: dict[str, Any], window: Any, default: list[str], num_layers: int) -> tuple[int, ...]:
+    """By layer, the tokens that attention sees; 0 is all. `default`: the kinds of layers without layer_types."""
+    kinds = hf.get("layer_types") or default
+    if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types: {kinds} is not supported; give each layer full_attention or sliding_attention")
+    if "sliding_attention" in kinds and not (isinstance(window, int) and window > 0):
+        raise ValueError(f"sliding_window: {window!r} is not supported; a whole number from 1 is")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def write(config: DecoderConfig, fields: Fields) -> dict[str, Any]:
@@ -44,6 +78,10 @@ def _key(key: str | tuple[str, Any]) -> str:
     return key if isinstance(key, str) else key[0]
 
 
+def _default(key: str | tuple[str, Any]) -> Any:
+    return True if isinstance(key, str) else key[1]
+
+
 def require(hf: dict[str, Any], **values: Any) -> None:
     """Each key, where the config has it, must have that value: the decoder does nothing else."""
     for key, value in values.items():
@@ -51,11 +89,25 @@ def require(hf: dict[str, Any], **values: Any) -> None:
             raise ValueError(f"{key}: {hf[key]!r} is not supported; only {value!r} is")
 
 
-def rope(hf: dict[str, Any], supported: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """The type of rope scaling and its numbers. transformers 5 writes rope_parameters, before that rope_scaling."""
-    settings = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    rope_type = settings.pop("rope_type", settings.pop("type", "default"))
+def rope(
+    hf: dict[str, Any], supported: tuple[str, ...], *, theta: str = "rope_theta", share: str = "partial_rotary_factor"
+) -> tuple[float, float | None, tuple[tuple[str, Any], ...]]:
+    """theta, the rotating share of a head, and the numbers of rope scaling with its rope_type (empty: none).
+
+    transformers 5 writes rope_parameters, before that rope_scaling, which wins. theta, share: their older keys.
+    """
+    settings = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    rope_type = settings.pop("rope_type", settings.get("type", "default"))
     settings.pop("type", None)
     if rope_type not in supported:
         raise ValueError(f"rope scaling {rope_type!r} is not supported; supported: {', '.join(supported)}")
-    return rope_type, settings
+    base = float(settings.pop("rope_theta", hf.get(theta, 10_000.0)))
+    rotating = settings.pop("partial_rotary_factor", hf.get(share))
+    original = settings.pop("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    if "original_max_position_embeddings" in (needed := ROPE_NUMBERS[rope_type]):
+        settings["original_max_position_embeddings"] = hf.get("original_max_position_embeddings", original)
+    if set(settings) != set(needed) or not all(isinstance(value, int | float) for value in settings.values()):
+        wants = " and the numbers ".join(filter(None, ("rope_theta", ", ".join(needed))))
+        raise ValueError(f"rope scaling {rope_type!r} has {settings}; it is computed from {wants}")
+    items = () if rope_type == "default" else tuple(sorted({**settings, "rope_type": rope_type}.items()))
+    return base, rotating, items
