@@ -158,6 +158,17 @@ def test_a_run_whose_data_has_changed_is_not_resumed(capsys, tmp_path, tiny_mode
     assert exit_of(capsys, "resume", tmp_path / "run")[0] == 2
 
 
+def test_a_run_from_before_truncate_goes_on_with_the_rows_that_it_cut(capsys, tmp_path, tiny_model, jsonl):
+    data = jsonl([*demonstrations(8), {"prompt_ids": [1, 3], "response_ids": [4] * 40}])
+    flags = ("--max-length", 32, "--batch-size", 4, "--steps", 2, "--samples", 1, "--max-new-tokens", 4)
+    arguments = ("--model", tiny_model(), "--data", data, "--out", tmp_path / "run", *flags)
+    assert exit_of(capsys, "sft", *arguments, "--truncate", "right")[0] == 0
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace('truncate = "right"\n', ""))
+    code, _, err = exit_of(capsys, "resume", tmp_path / "run")
+    assert (code, "1 answers cut at their end" in err) == (0, True)
+
+
 def test_a_failed_export_leaves_nothing(capsys, tmp_path, tiny_model, jsonl, monkeypatch):
     flags = ("--max-length", 32, "--batch-size", 4, "--steps", 1, "--samples", 1, "--max-new-tokens", 4)
     exit_of(capsys, "sft", "--model", tiny_model(), "--data", jsonl(demonstrations(8)), "--out", tmp_path / "r", *flags)

@@ -365,7 +365,7 @@ def test_what_does_not_fit_whole_is_dropped_an_answer_at_a_time(tmp_path):
         "answers left out of their rankings, because they do not fit": 2,
         "rankings left out: no answer in them is better than another": 1,
     }
-    with pytest.raises(TooLongError, match="a prompt of 2 tokens and answers of up to 4"):
+    with pytest.raises(TooLongError, match="f:1: responses: a prompt of 2 tokens, answers of up to 4"):
         encoder_of(tmp_path, max_length=3).encode_comparison(RANKED)
 
 

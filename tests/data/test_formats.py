@@ -251,8 +251,6 @@ BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
          "messages[1].weight: 0.5; give 0 or 1: a turn is learned or it is not."),
         ({"messages": [user("x") | {"train": True}, assistant("y")]},
          "messages[0].train: True on a turn of user; only an assistant's is learned."),
-        ({"messages": [user("x"), assistant("y") | {"weight": 0}]},
-         "messages: has weight 0 on every assistant turn, so there is nothing to learn; remove the line."),
         ({"prompt": "x", "response": "y", "weight": 0.5},
          "weight: 0.5; give 0 or 1: a record is learned or it is not."),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("y")]},
@@ -369,12 +367,13 @@ def test_a_bad_field_is_named_with_its_line_and_the_way_to_mend_it(write, kind, 
 
 def test_disliked_and_weightless_records_are_left_out_and_counted(write):
     pair = {"prompt": "Q", "completion": "A"}
-    path = write(pair, pair | {"label": False}, pair | {"label": True}, pair | {"weight": 0}, pair | {"label": 0})
+    path = write(pair, pair | {"label": False}, pair | {"label": True}, pair | {"weight": 0}, pair | {"label": 0},
+                 {"messages": [user("Q"), assistant("A") | {"weight": 0}]})  # fmt: skip
     dataset = formats.read(path, "demonstrations")
     assert [record.where for record in dataset.records] == [f"{path}:1", f"{path}:3"]
-    how = "prompt/completion; 2 with label false left out; 1 with weight 0 left out"
+    how = "prompt/completion; 2 with label false left out; 2 with weight 0 left out"
     assert dataset.decision == f"{path}: 2 demonstrations ({how})."
-    assert len(formats.read(path, "prompts").records) == 5  # a disliked answer says nothing against its prompt
+    assert len(formats.read(path, "prompts").records) == 6  # a disliked answer says nothing against its prompt
     disliked = write(pair | {"label": False}, name="disliked")
     with pytest.raises(DataError, match=r"No good line is left: .*0 demonstrations .*1 with label false left out"):
         formats.read(disliked, "demonstrations")

@@ -216,6 +216,17 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
     assert shown == [("other", digests["other"], 1), ("tiny", digests["tiny"], 1)]
 
 
+def test_disliked_and_cut_answers_are_exported_as_not_to_be_learned(server, tmp_path):
+    conversation, (good, bad) = two_answers(server)
+    rows = {row["id"]: row for row in tree(server, conversation)}
+    finish = {name: rows[name]["finish_reason"] for name in (good, bad)}
+    server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": bad, "value": -1})
+    lines = server.ask("GET", f"/api/conversations/{conversation}/export").body.decode().splitlines()
+    answers = [json.loads(line)["messages"][-1] for line in lines]
+    assert [turn["content"] for turn in answers] == [rows[good]["content"], rows[bad]["content"]]
+    assert [turn.get("weight", 1) for turn in answers] == [int(finish[good] == "stop"), 0]
+
+
 @pytest.mark.parametrize(("body", "param"), [
     ({"kind": "pair", "shown": ["a"], "chosen_id": None}, "shown"),
     ({"kind": "thumb", "message_id": "x", "value": 2}, "value"), ({"kind": "wave"}, "kind"), ({}, "kind"),

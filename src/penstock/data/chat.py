@@ -117,7 +117,9 @@ class Encoder:
             responses = [ids[: self.max_length - len(prompt)] for ids in responses]
         elif sum(fits) < 2:
             longest = max(map(len, responses))
-            raise self._too_long(record.where, f"a prompt of {len(prompt)} tokens and answers of up to {longest}")
+            raise self._too_long(
+                record.where, f"responses: a prompt of {len(prompt)} tokens, answers of up to {longest}"
+            )
         else:
             self._note("answers left out of their rankings, because they do not fit", fits.count(False))
             responses = [ids if fit else [] for ids, fit in zip(responses, fits, strict=True)]

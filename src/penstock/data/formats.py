@@ -110,9 +110,9 @@ def read_file(path: Path, kind: Kind, keys: Mapping[str, str]) -> Lines:
                 raise value
             item = _renamed(value, keys)
             form = _form_of(item, kind, candidates)
-            unwanted = _unwanted(item, kind)
             ignored = _ignored(item, form, kind)
             record = form.read(item, where)
+            unwanted = _unwanted(item, kind, record)
             _unique(item, where, ids)
         except FieldError as problem:
             lines.bad.append(f"{where}: {problem.name}: {problem.problem}")
@@ -136,14 +136,14 @@ def _renamed(item: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     return unnamed | {ours: item[theirs] for ours, theirs in keys.items() if theirs in item}
 
 
-def _unwanted(item: Mapping[str, Any], kind: Kind) -> str | None:
+def _unwanted(item: Mapping[str, Any], kind: Kind, record: records.Prompt) -> str | None:
     """Which field says that a record is not to be learned: label (TRL's, of disliked answers) or weight."""
     if kind == "demonstrations" and item.get("label") in (0, False):
         return "label false"
     weight = item.get("weight") if kind != "prompts" else None
     if weight not in (None, 0, 1):
         raise FieldError("weight", f"{field_checks.shown(weight)}; give 0 or 1: a record is learned or it is not.")
-    return "weight 0" if weight == 0 else None
+    return "weight 0" if weight == 0 or not getattr(record, "teaches", True) else None
 
 
 def _ignored(item: Mapping[str, Any], form: Form, kind: Kind) -> list[str]:

@@ -52,6 +52,12 @@ class Demonstration(Prompt):
     response: str | None = None
     response_ids: tuple[int, ...] | None = None
 
+    @property
+    def teaches(self) -> bool:
+        """False for a conversation whose answers all have weight 0."""
+        turns = self.messages
+        return turns is None or any(turn["role"] == "assistant" and turn.get("weight", 1) for turn in turns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Prompt):
@@ -103,11 +109,8 @@ def _dialogue(item: Mapping[str, Any], where: str, name: str = "messages") -> De
 def _conversation(
     where: str, messages: list[Message], name: str, tools: tuple[dict[str, Any], ...] | None
 ) -> Demonstration:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
+    if not any(message["role"] == "assistant" for message in messages):
         raise FieldError(name, "has no assistant turn; a demonstration needs an answer to learn.")
-    if not any(message.get("weight", 1) for message in answers):
-        raise FieldError(name, "has weight 0 on every assistant turn, so there is nothing to learn; remove the line.")
     while messages[-1]["role"] != "assistant":  # no answer follows a question at the end
         messages = messages[:-1]
     return Demonstration(where=where, messages=tuple(messages), tools=tools)

@@ -8,7 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +159,25 @@ class Store:
             _message(connection, message_id, conversation_id)
             return _path(_tree(connection, conversation), conversation, message_id)
 
-    def leaves(self, conversation_id: str | None = None) -> Iterator[list[dict[str, str]]]:
-        """Each path through the tree of one conversation or of all, from the top to a message without a successor."""
+    def leaves(self, conversation_id: str | None = None) -> Iterator[list[dict[str, Any]]]:
+        """Each path through the tree of one conversation or of all, from the top to a message without a successor.
+
+        An answer that was disliked or cut short has weight 0: training reads it and does not learn it.
+        """
         with self._engine.connect() as connection:
             if conversation_id is not None:
                 rows = [_conversation(connection, conversation_id)]
             else:
                 rows = [dict(row) for row in connection.execute(sa.select(conversations).order_by("place")).mappings()]
+            dislikes = sa.select(votes.c.message_id).where(votes.c.kind == "thumb", votes.c.value == -1)
+            disliked = set(connection.scalars(dislikes))
             for conversation in rows:
                 tree = _tree(connection, conversation)
                 parents = {row["parent_id"] for row in tree.values()}
+                cut = {row["id"] for row in tree.values() if row["finish_reason"] not in (None, "stop")}
                 for message_id in tree:
                     if message_id not in parents:
-                        yield _path(tree, conversation, message_id)
+                        yield _path(tree, conversation, message_id, disliked | cut)
 
     def end_unfinished(self) -> None:
         """Marks the answers that a killed server did not end as cancelled."""
@@ -255,11 +261,15 @@ def _tree(connection: sa.Connection, conversation: Row) -> dict[str, Row]:
     return {row["id"]: dict(row) for row in connection.execute(_tree_query(conversation["id"])).mappings()}
 
 
-def _path(tree: dict[str, Row], conversation: Row, message_id: str) -> list[dict[str, str]]:
-    """The turns from the top of a tree down to a message, the system prompt first."""
-    turns, message = [], tree.get(message_id)
+def _path(
+    tree: dict[str, Row], conversation: Row, message_id: str, unlearned: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """The turns from the top of a tree down to a message, the system prompt first; the unlearned have weight 0."""
+    turns: list[dict[str, Any]] = []
+    message = tree.get(message_id)
     while message is not None:
-        turns.append({"role": message["role"], "content": message["content"]})
+        weight = {"weight": 0} if message["id"] in unlearned else {}
+        turns.append({"role": message["role"], "content": message["content"]} | weight)
         message = tree.get(message["parent_id"])
     if conversation["system"]:
         turns.append({"role": "system", "content": conversation["system"]})
