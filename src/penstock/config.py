@@ -6,7 +6,7 @@ a field again, or holds as a field. On the command line and in TOML files all na
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from penstock.errors import UserError
@@ -137,8 +137,20 @@ class RunFlags(EngineFlags):
     """Print one JSON object per step instead of the live line."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TemplateFlags(Flags):
+    """Conversations."""
+
+    system: str | None = None
+    """A system message for conversations that have none."""
+    template_args: tuple[str, ...] = ()
+    """Arguments of the chat template, as key=value: enable_thinking=false."""
+    eos: str | None = None
+    """The token that ends an answer, where the model names none (or an id, where it has no tokenizer)."""
+
+
 @dataclass(frozen=True)
-class DataFlags(Flags):
+class DataFlags(TemplateFlags):
     """Data."""
 
     data: tuple[str, ...]
@@ -152,8 +164,20 @@ class DataFlags(Flags):
     truncate: Literal["drop", "left", "right"] = "drop"
     """What does not fit --max-length: drop leaves answers out that do not fit whole, left cuts the prompt's beginning,
     right cuts the answer's end, which is then not learned. How many is printed."""
+    apply_chat_template: bool = False
+    """Read plain prompts as a user's turn, and their responses as the assistant's, through the chat template."""
+    train_on: Literal["all", "last"] = "all"
+    """The answers of a demonstration that are learned: all, or the last."""
+    date: str | None = None
+    """The day that a chat template takes for today: 2026-01-31. Default: the day the run began."""
     allow_pickle: bool = False
     """Also read .bin weights, through torch.load(weights_only=True)."""
+
+
+def as_data_flags(config: TemplateFlags, **changes: Any) -> DataFlags:
+    """How a command that does not train reads texts, as the flags of those that do."""
+    names = [field.name for field in fields(DataFlags) if field.name != "data" and hasattr(config, field.name)]
+    return DataFlags(**{"data": (), **{name: getattr(config, name) for name in names}, **changes})
 
 
 @dataclass(frozen=True)
@@ -381,7 +405,7 @@ class PlanConfig(PlacementFlags):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(SamplingFlags, InferenceFlags):
+class GenerateConfig(TemplateFlags, SamplingFlags, InferenceFlags):
     """Answer prompts from a file, or one prompt from the command line."""
 
     model: str
@@ -414,20 +438,20 @@ class GenerateConfig(SamplingFlags, InferenceFlags):
     """Answers that are decoded together."""
     skip_bad: bool = False
     """Leave bad prompts out, instead of stopping at them."""
+    apply_chat_template: bool = False
+    """Read plain prompts as a user's turn, through the chat template."""
     json: bool = False
     """Print answers as JSON lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(SamplingFlags, InferenceFlags):
+class ChatConfig(TemplateFlags, SamplingFlags, InferenceFlags):
     """Talk with a model in the terminal; the conversation is kept until /reset."""
 
     model: str
     """Hugging Face directory, hub id or run directory."""
     adapter: str | None = None
     """An adapter for that model: a run, or a directory in peft's format."""
-    system: str | None = None
-    """A system message that opens the conversation."""
     max_new_tokens: int = 256
     temperature: float = 0.7
     json: bool = False

@@ -1,5 +1,6 @@
 """Records into ids: loss on the assistant's tokens only, one EOS, at most one BOS, and the same start everywhere."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from penstock.data.chat import CUT, Encoder, TooLongError
+from penstock.config import DataFlags
+from penstock.data.chat import Encoder
 from penstock.data.field_checks import Message
+from penstock.data.limits import CUT, TooLongError
 from penstock.data.records import Comparison, Demonstration, Prompt
 from penstock.errors import DataError, UserError
 from penstock.models.tokenizer_files import check_fit, load_tokenizer
@@ -84,6 +87,8 @@ def encoder(request: pytest.FixtureRequest, make_tokenizer: MakeTokenizer) -> En
 
 def encoder_of(directory: Path, max_length: int = 200, reserve: int = 1, **more: Any) -> Encoder:
     values: dict[str, Any] = {"eos_ids": [EOS], "vocab_size": 320} | more
+    if "truncate" in values:
+        values["flags"] = DataFlags(data=(), truncate=values.pop("truncate"))
     return Encoder.for_model(str(directory), max_length=max_length, reserve=reserve, **values)
 
 
@@ -111,8 +116,9 @@ def test_a_text_demonstration_trains_the_response_and_its_eos(make_tokenizer):
 
 def test_an_eos_that_the_text_brings_is_not_doubled(make_tokenizer):
     encoder = encoder_of(make_tokenizer())
-    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes<eos> and more"))
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes<eos>"))
     assert show(encoder, row.tokens) == "Hello? Yes<eos>"
+    assert encoder.take_notes() == ["1 answers brought an end of their own, which is not doubled"]
 
 
 def test_a_bos_that_the_text_brings_is_not_doubled(make_tokenizer):
@@ -174,7 +180,9 @@ def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_s
     assert row.tokens == prompt + response
     assert row.trained[len(prompt) :] == [True] * len(response)
     assert encoder.encode_response(compared, answer, ended=True) == row.tokens
-    assert encoder.encode_response(compared, answer, ended=False) == row.tokens[:-1]
+    cut = encoder.encode_response(compared, answer, ended=False)
+    assert cut == row.tokens[: len(cut)]  # what the template writes behind an answer is not there
+    assert cut[-1] not in encoder.eos_ids
 
 
 # A text that spells a special token becomes that token, as in transformers; hypothesis knows to try "<bos>".
@@ -268,13 +276,12 @@ THINKING = (
 
 
 def test_a_template_that_rewrites_earlier_turns_still_makes_prompts(make_tokenizer):
-    encoder = encoder_of(make_tokenizer(template=THINKING, eos_token="<|im_end|>"))
-    with pytest.raises(DataError) as raised:
-        encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
-    assert str(raised.value) == (
-        "f:1: messages: this chat template rewrites earlier turns, so it cannot be told which tokens are the "
-        "assistant's; split the conversation into single answers."
-    )
+    encoder = encoder_of(make_tokenizer(template=THINKING, eos_token="<|im_end|>"), eos_ids=[IM_END])
+    row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
+    assert spans(encoder, row.tokens, row.trained) == ["Hmm. See you<|im_end|>"]
+    assert encoder.take_notes() == [
+        "1 conversations: the template rewrites earlier turns, so only the last answer of each is learned"
+    ]
     prompt = encoder.encode_prompt(Prompt(where="f:1", messages=TALK[1:4]))
     assert show(encoder, prompt) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
@@ -381,7 +388,7 @@ def test_a_response_that_is_cut_right_has_no_eos_and_is_counted(tmp_path):
 
 def test_a_prompt_that_is_cut_left_keeps_its_bos_and_the_whole_answer(make_tokenizer):
     encoder = encoder_of(make_tokenizer(bos=True), max_length=6, truncate="left")
-    assert encoder._bos == [BOS]
+    assert encoder.limits.bos == [BOS]
     prompt, response = (BOS, 9, 8, 7, 6), (5, 4)
     row = encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=prompt, response_ids=response))
     assert (row.tokens, row.trained) == ([BOS, 7, 6, 5, 4, EOS], [False] * 3 + [True] * 3)
@@ -468,3 +475,289 @@ def test_two_encoders_have_the_same_tokenizer_only_with_the_same_template(make_t
     chatml = encoder_of(make_tokenizer("chatml", template=CHATML))
     assert first.same_tokenizer(second)
     assert not first.same_tokenizer(chatml)
+
+
+# --- which token ends an answer, templates of all kinds (issue 19: 10, 18, 19) --------------------------------------
+
+QWEN_BASE = {"template": CHATML, "eos_token": "<eos>"}
+"""ChatML where config and tokenizer name another end than the template's: Qwen's base models."""
+
+
+def demonstration(*messages: Message) -> Demonstration:
+    return Demonstration(where="f:1", messages=messages)
+
+
+def trained(encoder: Encoder, *messages: Message) -> list[str]:
+    row = encoder.encode_demonstration(demonstration(*messages))
+    return spans(encoder, row.tokens, row.trained)
+
+
+def test_a_turn_ends_as_the_template_ends_it_and_with_nothing_else(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(**QWEN_BASE))
+    row = encoder.encode_demonstration(demonstration(*TALK))
+    assert spans(encoder, row.tokens, row.trained) == ["Hello<|im_end|>", "See you<|im_end|>"]
+    whole = encoder.tokenizer.apply_chat_template(list(TALK), tokenize=True, return_dict=False)
+    assert row.tokens == whole[: len(row.tokens)]  # transformers' own ids
+    assert encoder.tokenizer.decode(whole[len(row.tokens) :]) == "\n"
+    assert set(encoder.eos_ids) == {EOS, IM_END}
+    (line,) = encoder.take_notes()
+    assert "an answer ends at <eos> (tokenizer, config) or <|im_end|> (chat template); a chat turn is taught to" in line
+
+
+def test_a_plain_response_ends_with_the_tokenizers_eos(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(**QWEN_BASE))
+    row = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes"))
+    assert row.tokens[-1] == EOS
+
+
+def test_all_ids_of_the_configs_end_an_answer_but_for_those_of_ordinary_text(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(**QWEN_BASE), eos_ids=[IM_START, 40])
+    assert set(encoder.eos_ids) == {EOS, IM_END, IM_START}
+    assert "is an ordinary token of this tokenizer, and ends nothing" in encoder.take_notes()[0]
+
+
+def test_a_model_without_any_end_answers_to_its_limit_and_trains_with_eos(make_tokenizer):
+    directory = make_tokenizer(eos_token=None)
+    with pytest.raises(UserError, match=r"names no end-of-sequence token.*--eos TOKEN"):
+        encoder_of(directory, eos_ids=[])
+    encoder = encoder_of(directory, eos_ids=[], trains=False)
+    assert encoder.eos_ids == ()
+    assert "names no token that ends an answer, so answers go on to --max-new-tokens" in encoder.take_notes()[0]
+    named = encoder_of(directory, eos_ids=[], flags=DataFlags(data=(), eos="<|im_end|>"))
+    row = named.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes"))
+    assert row.tokens[-1] == IM_END
+    with pytest.raises(UserError, match="--eos <end>: is no token of the model's tokenizer; its special tokens: "):
+        encoder_of(directory, eos_ids=[], flags=DataFlags(data=(), eos="<end>"))
+
+
+NO_BRANCH = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_template_without_a_generation_prompt_gets_one(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template=NO_BRANCH, eos_token="<|im_end|>"), eos_ids=[IM_END])
+    usual = encoder_of(make_tokenizer("usual", template=CHATML, eos_token="<|im_end|>"), eos_ids=[IM_END])
+    assert encoder.encode_demonstration(demonstration(*TALK)) == usual.encode_demonstration(demonstration(*TALK))
+    prompt = Prompt(where="f:1", messages=TALK[:2])
+    assert encoder.encode_prompt(prompt) == usual.encode_prompt(prompt)
+    assert "has no branch for add_generation_prompt; '<|im_start|>assistant\\n'" in encoder.take_notes()[0]
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+)
+
+
+def test_an_answer_stands_behind_what_the_template_opens_it_with(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template=R1, eos_token="<|im_end|>"), eos_ids=[IM_END])
+    row = encoder.encode_demonstration(demonstration(*TALK[1:]))
+    assert show(encoder, row.tokens) == "Hi<|im_start|>Hello<|im_end|>Bye<|im_start|><think>\nSee you<|im_end|>"
+    assert spans(encoder, row.tokens, row.trained) == ["See you<|im_end|>"]
+    assert any("do not repeat what the template opens an answer with" in line for line in encoder.take_notes())
+    compared = Comparison(where="f:1", messages=TALK[1:2], responses=("Hello", "x"), ranks=(0, 1))
+    prompt, (response, _) = encoder.encode_comparison(compared)
+    assert prompt == encoder.encode_prompt(Prompt(where="f:1", messages=TALK[1:2]))
+    assert show(encoder, response) == "Hello<|im_end|>"
+
+
+def test_only_the_last_answer_is_learned_where_that_is_asked_for(make_tokenizer):
+    directory = make_tokenizer(template=CHATML, eos_token="<|im_end|>")
+    encoder, last = encoder_of(directory), encoder_of(directory, flags=DataFlags(data=(), train_on="last"))
+    whole, row = (each.encode_demonstration(demonstration(*TALK)) for each in (encoder, last))
+    assert row.tokens == whole.tokens
+    assert spans(last, row.tokens, row.trained) == ["See you<|im_end|>"]
+
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if loop.last %}Hmm. {% endif %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_may_mark_what_is_learned(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template=MARKED, eos_token="<|im_end|>"))
+    row = encoder.encode_demonstration(demonstration(*TALK))
+    theirs = encoder.tokenizer.apply_chat_template(list(TALK), return_dict=True, return_assistant_tokens_mask=True)
+    assert row.tokens == theirs["input_ids"][: len(row.tokens)]
+    marked = [i for i, mark in enumerate(theirs["assistant_masks"]) if mark]
+    ends = [i for i, token in enumerate(row.tokens) if token == IM_END and i - 1 in marked]
+    assert [i for i, on in enumerate(row.trained) if on] == sorted(marked + ends)  # the end is learned as well
+    assert spans(encoder, row.tokens, row.trained) == ["Hello<|im_end|>", "See you<|im_end|>"]
+
+
+def test_a_conversation_that_the_assistant_opens(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template=CHATML, eos_token="<|im_end|>"), eos_ids=[IM_END])
+    assert trained(encoder, assistant("Welcome"), user("Hi"), assistant("Hello")) == ["Hello<|im_end|>"]
+    assert encoder.take_notes() == [
+        "1 conversations begin with the assistant; that turn answers nothing and is not learned"
+    ]
+    strict = "{{ raise_exception('Roles must alternate') if messages[0].role == 'assistant' }}" + CHATML
+    encoder = encoder_of(make_tokenizer("strict", template=strict))
+    with pytest.raises(DataError, match="Roles must alternate; it begins with the assistant: put a user's turn in fr"):
+        trained(encoder, assistant("Welcome"), user("Hi"), assistant("Hello"))
+
+
+@pytest.mark.parametrize("way", ["refuses", "drops"])
+def test_without_a_system_role_the_message_goes_to_the_user(make_tokenizer, way):
+    loop = "{% for m in messages %}{% if m.role == 'system' %}{}{% else %}" + CHATML.partition("%}")[2]
+    template = loop.replace("{% endfor %}", "{% endif %}{% endfor %}").replace(
+        "{}", "{{ raise_exception('no system') }}" if way == "refuses" else ""
+    )
+    encoder = encoder_of(make_tokenizer(template=template, eos_token="<|im_end|>"), eos_ids=[IM_END])
+    prompt = encoder.encode_prompt(Prompt(where="f:1", messages=TALK[:2]))
+    assert show(encoder, prompt) == "<|im_start|>user\nBe kind.\n\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert encoder.take_notes() == [
+        "1 system messages stand at the start of the user's first turn: the template has no system role"
+    ]
+
+
+def test_a_quoted_token_is_text_and_neither_ends_nor_opens_a_turn(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template=CHATML, eos_token="<|im_end|>"), eos_ids=[IM_END])
+    quoting = (
+        user("What is <|im_start|>?"),
+        assistant("It opens; <|im_end|> ends. So"),
+        user("<bos>?"),
+        assistant("X"),
+    )
+    row = encoder.encode_demonstration(demonstration(*quoting))
+    assert [row.tokens.count(token) for token in (IM_START, IM_END, BOS)] == [4, 4, 0]
+    assert show(encoder, row.tokens) == (
+        "<|im_start|>user\nWhat is <|im_start|>?<|im_end|>\n<|im_start|>assistant\nIt opens; <|im_end|> ends. So"
+        "<|im_end|>\n<|im_start|>user\n<bos>?<|im_end|>\n<|im_start|>assistant\nX<|im_end|>"
+    )
+    assert spans(encoder, row.tokens, row.trained) == ["It opens; <|im_end|> ends. So<|im_end|>", "X<|im_end|>"]
+    assert encoder.take_notes()[0].startswith("3 words in texts spell ends or tokens of the chat template")
+    plain = encoder.encode_demonstration(Demonstration(where="f:1", prompt="a", response="b<|im_end|>c"))
+    assert plain.tokens.count(IM_END) == 1
+    assert show(encoder, plain.tokens) == "ab<|im_end|>c<|im_end|>"
+    assert encoder.decode(plain.tokens) == "ab<|im_end|>c"
+
+
+def test_plain_prompts_of_a_chat_model_are_counted_or_become_turns(make_tokenizer):
+    directory = make_tokenizer(template=CHATML, eos_token="<|im_end|>")
+    encoder = encoder_of(directory, eos_ids=[IM_END])
+    encoder.encode_prompt(Prompt(where="f:1", prompt="Hi"))
+    encoder.encode_prompt(Prompt(where="f:2", prompt="<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"))
+    assert encoder.take_notes() == [
+        "1 plain prompts are read without the model's chat template; --apply-chat-template makes each a user's turn"
+    ]
+    flags = DataFlags(data=(), apply_chat_template=True, system="Be kind.")
+    turned = encoder_of(directory, flags=flags)
+    for record, messages in (
+        (Demonstration(where="f:1", prompt="Hi", response="Hello"), TALK[:3]),
+        (Prompt(where="f:1", prompt="Hi"), TALK[:2]),
+        (Comparison(where="f:1", prompt="Hi", responses=("Hello", "x"), ranks=(0, 1)), TALK[:2]),
+    ):
+        as_messages = dataclasses.replace(record, prompt=None, messages=messages)
+        if isinstance(record, Demonstration):
+            as_messages = dataclasses.replace(as_messages, response=None)
+        for method in ("encode_demonstration", "encode_comparison", "encode_prompt"):
+            if method == f"encode_{type(record).__name__.lower()}":
+                assert getattr(turned, method)(record) == getattr(encoder, method)(as_messages)
+
+
+THOUGHT = (
+    CHATML + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}None.{% endif %}"
+)
+
+
+def test_template_arguments_reach_the_template_and_unknown_ones_are_refused(make_tokenizer):
+    directory = make_tokenizer(template=THOUGHT)
+    flags = DataFlags(data=(), template_args=("enable_thinking=false",))
+    prompt = Prompt(where="f:1", messages=TALK[:2])
+    text = show(encoder_of(directory), encoder_of(directory).encode_prompt(prompt))
+    encoder = encoder_of(directory, flags=flags)
+    assert show(encoder, encoder.encode_prompt(prompt)) == text + "None."
+    with pytest.raises(UserError, match="--template-args think: the model's chat template reads no such argument"):
+        encoder_of(directory, flags=DataFlags(data=(), template_args=("think=false",)))
+    with pytest.raises(UserError, match="--template-args think: give pairs key=value"):
+        encoder_of(directory, flags=DataFlags(data=(), template_args=("think",)))
+
+
+def test_the_date_of_a_template_is_the_runs(make_tokenizer):
+    directory = make_tokenizer(template="Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML)
+    encoder = encoder_of(directory, flags=DataFlags(data=(), date="2024-02-29"))
+    prompt = encoder.encode_prompt(Prompt(where="f:1", messages=TALK[:2]))
+    assert show(encoder, prompt).startswith("Today is 29 Feb 2024.\n<|im_start|>system")
+
+
+def test_named_templates_are_read_by_default(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template={"default": CHATML, "tool_use": "tools"}, eos_token="<|im_end|>"))
+    assert trained(encoder, *TALK) == ["Hello<|im_end|>", "See you<|im_end|>"]
+    with pytest.raises(UserError, match="chat templates named tool_use and none named default"):
+        encoder_of(make_tokenizer("other", template={"tool_use": "tools"}))
+
+
+def test_special_tokens_that_are_text_stay_in_the_text(make_tokenizer):
+    encoder = encoder_of(make_tokenizer(template=CHATML, eos_token="<|im_end|>", extra_special_tokens=["<think>"]), 200,
+                         vocab_size=330)  # fmt: skip
+    ids = encoder.encode_demonstration(demonstration(user("Hi"), assistant("<think>Hm"))).tokens
+    assert len(encoder.tokenizer("<think>").input_ids) == 1
+    assert encoder.decode(ids).endswith("<think>Hm")
+
+
+# --- tokenizers of other kinds (10, 21) -------------------------------------------------------------------------------
+
+
+def sentencepiece(directory: Path, **names: Any) -> Path:
+    """A tokenizer as Llama 2's and Mistral 7B's: a space in front of every text, then spaces as U+2581."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")  # words do not merge
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    alphabet = ["\u2581", "\n", *map(chr, range(33, 127))]
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer.pre_tokenizer = None  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = names["template"]
+    fast.save_pretrained(directory)
+    return directory
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [LLAMA2, ZEPHYR], ids=["Llama 2", "Zephyr"])
+def test_the_ids_of_a_conversation_are_those_of_its_whole_text(tmp_path, template):
+    encoder = encoder_of(sentencepiece(tmp_path, template=template), eos_ids=[2])
+    talk = TALK[1:]
+    row = encoder.encode_demonstration(demonstration(*talk))
+    text = encoder.tokenizer.apply_chat_template(list(talk), tokenize=False)
+    whole = encoder.tokenizer(text, add_special_tokens=False).input_ids
+    assert row.tokens == encoder.limits.bos * (whole[0] != 1) + whole[: len(whole) - whole[::-1].index(2)]
+    answer = [token for token, on in zip(row.tokens, row.trained, strict=True) if on]
+    assert "".join(encoder.tokenizer.convert_ids_to_tokens(answer)).count("\u2581\u2581") == 0
+    plain = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello there,", response=" how are you?"))
+    assert plain.tokens == [*encoder.tokenizer("Hello there, how are you?").input_ids, 2]
+
+
+def byte_tokenizer(directory: Path) -> Path:
+    """A tokenizer written in Python, without offsets and without a backend: ByT5's."""
+    tokenizer = ByT5Tokenizer(extra_ids=2)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_a_tokenizer_written_in_python_works(tmp_path):
+    encoder = encoder_of(byte_tokenizer(tmp_path), 400, eos_ids=[1], vocab_size=300)
+    row = encoder.encode_demonstration(demonstration(*TALK))
+    text = encoder.tokenizer.apply_chat_template(list(TALK), tokenize=False)
+    assert row.tokens == encoder.tokenizer(text, add_special_tokens=False).input_ids
+    assert spans(encoder, row.tokens, row.trained) == ["Hello</s>", "See you</s>"]
+    assert encoder.decode(row.tokens).endswith("assistant: See you")
+    assert "no branch for add_generation_prompt; 'assistant: '" in encoder.take_notes()[0]

@@ -233,7 +233,7 @@ def test_the_likeliest_tokens_are_told_on_request(decoder):
 class Letters:
     """Token i is the i-th letter: enough of a tokenizer for stop strings."""
 
-    def decode(self, ids, skip_special_tokens=True):
+    def decode(self, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
         return "".join(chr(97 + i) for i in ids if not (skip_special_tokens and i == EOS))
 
     def __call__(self, text):

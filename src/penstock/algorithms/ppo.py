@@ -45,7 +45,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     world, mini_batch = strategy.world, config.mini_batch_size or optim.batch_size
     check_flags(config, world.size)
     session = Session("ppo", config, world, resume=resume)
-    inputs = read_inputs(config, strategy, session)
+    inputs = read_inputs(session.config, strategy, session)
     records, prompts = inputs.records, inputs.prompts
     total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
     parts = math.ceil(optim.batch_size / mini_batch)  # mini-batches per epoch

@@ -48,7 +48,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint."""
     optim, strategy = config.optim, strategy_of(config.run)
     session = Session("reward", config, strategy.world, resume=resume)
-    model, train, heldout, normalize = read_inputs(config, strategy, session)
+    model, train, heldout, normalize = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
 
     with session:

@@ -6,7 +6,8 @@ from typing import Any
 
 from penstock.config import DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
 from penstock.data import formats
-from penstock.data.chat import Encoder, TooLongError
+from penstock.data.chat import Encoder
+from penstock.data.limits import TooLongError
 from penstock.data.records import Kind
 from penstock.errors import DataError, UserError
 from penstock.memory.prepare import groups_of
@@ -54,8 +55,11 @@ def read_model(role: Any, source: str, config: Any, strategy: Strategy, session:
     with strategy.init():
         model = role.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
     check_adapter_learns(model, config.peft)
-    session.finishing = functools.partial(pretrained.copy_tokenizer, address)
-    return model, encoder_of(address, model.decoder.config, config.data, reserve=reserve)
+    encoder = encoder_of(address, model.decoder.config, config.data, reserve=reserve)
+    session.finishing = functools.partial(
+        pretrained.copy_tokenizer, address, eos_ids=encoder.eos_ids, template=encoder.template
+    )
+    return model, encoder
 
 
 def prepare(stage: str, model: Any, strategy: Strategy, optim: OptimFlags, rows: int, longest: int) -> Stream:
@@ -108,14 +112,16 @@ def role_specs(models: Mapping[str, Any]) -> tuple[RoleSpec, ...]:
     return tuple(specs)
 
 
-def encoder_of(source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1) -> Encoder:
+def encoder_of(
+    source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1, trains: bool = True
+) -> Encoder:
     """The model's own tokenizer and template; rows never longer than the model's positions.
 
-    `reserve` tokens are kept free behind a prompt for the response.
+    `reserve` tokens are kept free behind a prompt for the response. If it `trains`, something must end an answer.
     """
-    longest = min(flags.max_length, config.max_length)
-    limits: Any = {"max_length": longest, "reserve": reserve, "truncate": flags.truncate}
-    return Encoder.for_model(source, eos_ids=config.eos_ids, vocab_size=config.vocab_size, **limits)
+    limits: Any = {"max_length": min(flags.max_length, config.max_length), "reserve": reserve}
+    facts: Any = {"eos_ids": config.eos_ids, "vocab_size": config.vocab_size}
+    return Encoder.for_model(source, **facts, **limits, flags=flags, trains=trains)
 
 
 def read(
@@ -159,9 +165,8 @@ def read_all(
             (long if drops else bad).append(str(error))
     if long:
         say(f"--truncate drop left out {len(long)} of {len(dataset.records)} {kind}, the first: {long[0]}")
-    for note, count in encoder.notes.items():
-        say(f"{count} {note} (--max-length {encoder.max_length}, --truncate {flags.truncate})")
-    encoder.notes.clear()
+    for line in encoder.take_notes():
+        say(line)
     return records, encoded, bad
 
 

@@ -33,7 +33,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     """
     optim, run, strategy = config.optim, config.run, strategy_of(config.run)
     session = Session("sft", config, strategy.world, resume=resume)
-    actor, encoder, train, heldout = read_inputs(config, strategy, session)
+    actor, encoder, train, heldout = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
 
     with session:

@@ -4,7 +4,7 @@ import io
 import json
 import sys
 
-from penstock.commands.generate import load, sampling_of
+from penstock.commands.generate import load, print_notes, sampling_of
 from penstock.config import ChatConfig
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
@@ -21,6 +21,7 @@ def chat(config: ChatConfig) -> None:
             f"--model {config.model}: has no tokenizer, so it cannot chat; use penstock generate with prompt_ids."
         )
     sampling, engine = sampling_of(config), Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=1)
+    print_notes(encoder)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

@@ -9,7 +9,9 @@ from penstock.errors import UserError
 from penstock.memory.strategy import DTYPES
 from penstock.models import pretrained
 from penstock.models.adapter_files import dtype_of, is_adapter_directory
+from penstock.models.chat_template import ChatTemplate, ends_of
 from penstock.models.surgery import merge_adapters
+from penstock.models.tokenizer_files import load_tokenizer
 from penstock.run.directory import RunDirectory, refused, resolve_model
 
 
@@ -31,11 +33,8 @@ def export(config: ExportConfig) -> None:
     unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        if config.merge:
-            pretrained.copy_tokenizer(source, unfinished)
-        else:
-            for file in source.iterdir():
-                shutil.copyfile(file, unfinished / file.name)
+        if not config.merge:
+            shutil.copytree(source, unfinished, dirs_exist_ok=True, copy_function=shutil.copyfile)
         if config.merge or config.dtype is not None:
             dtype = DTYPES[config.dtype] if config.dtype else dtype_of(source)
             decoder, extras = pretrained.load(source, dtype=dtype, device="cpu")
@@ -43,6 +42,12 @@ def export(config: ExportConfig) -> None:
                 merge_adapters(decoder, keep=False)
             extra_config = {key: value for key, value in decoder.config.hf.items() if key.startswith("penstock_")}
             pretrained.save(decoder, unfinished, score=extras.get("score.weight"), extra_config=extra_config)
+        tokenizer = load_tokenizer(str(source))
+        template = None if tokenizer is None else ChatTemplate(tokenizer)
+        ends = ends_of(template, pretrained.ends_named(source))
+        pretrained.copy_tokenizer(source, unfinished, eos_ids=ends.ids, template=template)
+        if ends.note:
+            print(f"{out}: {ends.note}")
         if out.exists():
             out.rmdir()
         unfinished.rename(out)

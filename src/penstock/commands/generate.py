@@ -10,7 +10,7 @@ from typing import Any
 
 from penstock.algorithms.reward_source import RewardSource, reward_source
 from penstock.algorithms.setup import encoder_of, read
-from penstock.config import ChatConfig, DataFlags, GenerateConfig
+from penstock.config import ChatConfig, DataFlags, GenerateConfig, as_data_flags
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
 from penstock.errors import UserError
@@ -36,12 +36,11 @@ def generate(config: GenerateConfig) -> None:
         raise UserError(f"--best-of {config.best_of} keeps the best --n {config.n} answers; give at least as many.")
     sampling = sampling_of(config, n=max(config.n, config.best_of))
     strategy, actor, encoder = load(config)
-    flags = DataFlags(
-        data=(config.data or "",), skip_bad=config.skip_bad, truncate="right"
-    )  # a long prompt is an error
+    flags = as_data_flags(config, data=(config.data or "",), truncate="right")  # a long prompt is an error
     if config.prompt is not None:
         records: list[Any] = [Prompt(prompt=config.prompt, where="--prompt")]
         prompts = [encoder.encode_prompt(records[0])]
+        print_notes(encoder)
     else:
         records, prompts = read(functools.partial(print, file=sys.stderr), encoder, flags.data, "prompts", flags)
     source = _source(config, strategy, encoder, flags) if config.reward or config.reward_fn else None
@@ -73,7 +72,8 @@ def _answers(
     config: GenerateConfig, actor: Actor, encoder: Encoder, records: list[Any], prompts: list[list[int]],
     sampling: Sampling, source: RewardSource | None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    engine = Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=config.batch_size, tokenizer=encoder.tokenizer)
+    words: Any = {"tokenizer": encoder.tokenizer, "hidden": encoder.hidden}
+    engine = Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=config.batch_size, **words)
     n = sampling.n
     window = max(WINDOW * config.batch_size // n, 1)
     for start in range(0, len(prompts), window):
@@ -115,8 +115,14 @@ def load(config: GenerateConfig | ChatConfig) -> tuple[Strategy, Actor, Encoder]
     source = resolve_model(config.model)
     adapter = None if config.adapter is None else resolve_model(config.adapter)
     strategy, actor = engine.load(source, config.dtype, config.device, adapter)
-    longest = actor.decoder.config.max_length
-    return strategy, actor, encoder_of(source, actor.decoder.config, DataFlags(data=(), max_length=longest))
+    flags = as_data_flags(config, max_length=actor.decoder.config.max_length)
+    return strategy, actor, encoder_of(source, actor.decoder.config, flags, trains=False)
+
+
+def print_notes(encoder: Encoder) -> None:
+    """What the user should know of the model's tokenizer and of what was encoded, on stderr."""
+    for line in encoder.take_notes():
+        print(line, file=sys.stderr)
 
 
 def sampling_of(config: GenerateConfig | ChatConfig, n: int = 1) -> Sampling:

@@ -1,4 +1,4 @@
-"""From records to token ids and back: the model's own tokenizer and chat template, one EOS, at most one BOS.
+"""From records to token ids and back: the model's own tokenizer and chat template, one end per answer, at most one BOS.
 
 Prompt strings are used as they are; messages go through the tokenizer's chat template, or a plain built-in one when it
 has none. Demonstrations, comparisons and prompts share these lines, so that the reward model and PPO see exactly what
@@ -6,150 +6,202 @@ SFT was trained on (PPO.md 11).
 """
 
 import dataclasses
-import itertools
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from penstock.config import DataFlags
 from penstock.data.field_checks import REASONING, Message
+from penstock.data.limits import Example, Limits
+from penstock.data.pieces import Pieces
 from penstock.data.records import Comparison, Demonstration, Prompt
 from penstock.errors import DataError, UserError
+from penstock.models.chat_template import ChatTemplate, arguments_of, ends_of, word_of, words_of
 from penstock.models.tokenizer_files import check_fit, load_tokenizer, one_line
 
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
-    "{% if m.role == 'system' %}{{ m.content }}"
-    "{% elif m.role == 'user' %}Human: {{ m.content }}"
-    "{% elif m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{% if messages %}{{ '\n\n' }}{% endif %}Assistant:{% endif %}"
-)
-"""The template of tokenizers that have none."""
-
-Truncate = Literal["drop", "left", "right"]
-CUT = "answers cut at their end: they have no end of sequence, so only how they begin is learned"
-
-
-class TooLongError(DataError):
-    """A record that does not fit, and that must not or cannot be cut."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row of SFT. Example: Example([1, 5, 6, 2], [False, False, True, True])."""
-
-    tokens: list[int]
-    trained: list[bool]
-    """True where the token is an assistant's, end token included (PPO.md 24)."""
+PLAIN = "plain prompts are read without the model's chat template; --apply-chat-template makes each a user's turn"
+SYSTEM = ("system", "developer")
+QUOTED = "words in texts spell ends or tokens of the chat template; they are read as ordinary text"
 
 
 class Encoder:
     """A tokenizer (or none, for data of ids), the ids that end a response, and how long a row may be.
 
-    What does not fit `max_length` is dropped, an answer at a time; or cut at its end (`right`: the answer has no EOS
-    then, and its end is not learned); or the prompt is cut at its beginning (`left`). A prompt has room for `reserve`
-    tokens behind it. What cannot be done so is a TooLongError.
+    What does not fit `max_length` is treated as `limits.Limits` says, by --truncate.
     """
 
     def __init__(
         self, tokenizer: Any, *, eos_ids: Sequence[int], vocab_size: int, max_length: int, reserve: int = 1,
-        truncate: Truncate = "drop",
+        flags: DataFlags | None = None, template: ChatTemplate | None = None,
     ) -> None:  # fmt: skip
         self.tokenizer, self.eos_ids, self.vocab_size = tokenizer, tuple(eos_ids), vocab_size
-        self.max_length, self.reserve, self.truncate = max_length, max(reserve, 1), truncate
-        self.notes: Counter[str] = Counter()
-        """What was done to records that users must know, in words, and how many times; `setup.read` says it."""
-        if not self.eos_ids:
+        self.flags, self.max_length = flags or DataFlags(data=()), max_length
+        self.limits = Limits(max_length, max(reserve, 1), self.flags.truncate)
+        if self.limits.reserve >= max_length:
             raise UserError(
-                "the model names no end-of-sequence token, so no response could ever end; set eos_token_id in its "
-                "config.json, or eos_token in its tokenizer."
-            )
-        if self.reserve >= self.max_length:
-            raise UserError(
-                f"{self.reserve} new tokens leave no room for a prompt in rows of {self.max_length}; lower "
+                f"{self.limits.reserve} new tokens leave no room for a prompt in rows of {max_length}; lower "
                 "--max-new-tokens, or raise --max-length if the model allows."
             )
-        # Only a tokenizer that puts a BOS in front by itself wants one: GPT-2's has one and never uses it.
-        bos = [tokenizer.bos_token_id] if tokenizer is not None else []
-        self._bos: list[int] = bos if bos and tokenizer("a").input_ids[:1] == bos else []
+        self.facts: list[str] = []
+        """Lines for the user about the model's tokenizer and template."""
+        self.notes, self._note = self.limits.notes, self.limits.note
+        """What was done to records that users must know, in words, and how many times; `take_notes` gives lines."""
+        self.hidden = frozenset(self.eos_ids)
+        """Ids that are no text: `decode` leaves them out."""
+        self.template: Any = None
+        """A ChatTemplate where there is a tokenizer."""
+        if tokenizer is not None:
+            self.template = template or ChatTemplate(tokenizer)
+            self.hidden |= self.template.structure
+            self._pieces = Pieces(tokenizer, self.hidden)
+            # Only a tokenizer that puts a BOS in front by itself wants one: GPT-2's has one and never uses it.
+            bos = [tokenizer.bos_token_id]
+            self.limits.bos = bos if tokenizer("a").input_ids[:1] == bos else []
 
     @staticmethod
-    def for_model(source: str, *, eos_ids: Sequence[int], vocab_size: int, **limits: Any) -> "Encoder":
-        """The encoder of the model at `source`. Raises UserError when its tokenizer does not fit the model."""
-        tokenizer = load_tokenizer(source)
+    def for_model(
+        source: str, *, eos_ids: Sequence[int], vocab_size: int, max_length: int, reserve: int = 1,
+        flags: DataFlags | None = None, trains: bool = True,
+    ) -> "Encoder":  # fmt: skip
+        """The encoder of the model at `source`; `eos_ids` are those that its configs name.
+
+        Raises UserError when its tokenizer does not fit the model, and, if it `trains`, when nothing ends an answer.
+        """
+        flags, tokenizer, template = flags or DataFlags(data=()), load_tokenizer(source), None
         if tokenizer is not None:
             check_fit(tokenizer, vocab_size, source)
-            if tokenizer.eos_token_id is not None:
-                eos_ids = [tokenizer.eos_token_id, *(i for i in eos_ids if i != tokenizer.eos_token_id)]
-        return Encoder(tokenizer, eos_ids=eos_ids, vocab_size=vocab_size, **limits)
+            template = ChatTemplate(tokenizer, arguments_of(flags.template_args), flags.date)
+        ends = ends_of(template, eos_ids, flags.eos)
+        if trains and not ends.ids:
+            raise UserError(
+                f"{source}: the model names no end-of-sequence token, so no response could ever end; give the token "
+                "that is to end them: --eos TOKEN."
+            )
+        encoder = Encoder(
+            tokenizer, eos_ids=ends.ids, vocab_size=vocab_size, max_length=max_length, reserve=reserve, flags=flags,
+            template=template,
+        )  # fmt: skip
+        facts = [ends.note, *(template.notes if template else ())]
+        encoder.facts = [f"{source}: {fact}" for fact in facts if fact]
+        return encoder
+
+    def take_notes(self) -> list[str]:
+        """What the user should know of all that was encoded since the last call, a line each."""
+        lines = [*self.facts, *(f"{count} {note}" for note, count in self.notes.items())]
+        self.facts = []
+        self.notes.clear()
+        return lines
 
     def encode_prompt(self, record: Prompt) -> list[int]:
         """What precedes the response. Raises TooLongError when it leaves no room for `reserve` tokens."""
-        return self._shortened(self._prompt(record), self.max_length - self.reserve, record.where)
+        prompt = self._prompt(self._prepared(record))
+        return self.limits.shortened(prompt, self.max_length - self.limits.reserve, record.where)
 
     def encode_demonstration(self, record: Demonstration) -> Example:
         """A row with the assistant's tokens marked."""
+        record = self._prepared(record)
         if record.messages is None:
             prompt, response = self._prompt(record), self._response(record)
-            return self._cut(Example(prompt + response, [False] * len(prompt) + [True] * len(response)), record.where)
-        self._check_rendered(record, record.messages)
-        row = self._dialogue(record, record.messages)
-        if row is None:
-            raise DataError(
-                f"{record.where}: messages: this chat template rewrites earlier turns, so it cannot be told which "
-                "tokens are the assistant's; split the conversation into single answers."
-            )
-        return self._cut(row, record.where)
+            row = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
+            return self.limits.cut(row, record.where)
+        row = self._marked(record) or self._dialogue(record, record.messages) or self._last_answer(record)
+        if self.flags.train_on == "last":
+            end = max((i for i, trained in enumerate(row.trained) if trained), default=0)
+            start = max((i for i in range(end) if not row.trained[i]), default=-1)
+            row = Example(row.tokens, [trained and i > start for i, trained in enumerate(row.trained)])
+        return self.limits.cut(row, record.where)
 
     def encode_comparison(self, record: Comparison) -> tuple[list[int], list[list[int]]]:
         """The prompt's ids and each response's, EOS included; no ids where a response is dropped."""
+        record = self._prepared(record)
         prompt = self._prompt(record)
         if record.response_ids is not None:
             responses = [self._end(self._checked(ids, record.where, "response_ids")) for ids in record.response_ids]
         else:
             responses = [self._answer(record, text) for text in record.responses or ()]
-        least = len(self._bos) + 1 if self.truncate == "left" else len(prompt)  # tokens of the prompt that stay
-        fits = [len(ids) <= self.max_length - least for ids in responses]
-        if self.truncate == "right" and self.max_length > len(prompt):
-            self._note(CUT, fits.count(False))
-            responses = [ids[: self.max_length - len(prompt)] for ids in responses]
-        elif sum(fits) < 2:
-            longest = max(map(len, responses))
-            raise self._too_long(
-                record.where, f"responses: a prompt of {len(prompt)} tokens, answers of up to {longest}"
-            )
-        else:
-            self._note("answers left out of their rankings, because they do not fit", fits.count(False))
-            responses = [ids if fit else [] for ids, fit in zip(responses, fits, strict=True)]
-            prompt = self._shortened(prompt, self.max_length - max(map(len, responses)), record.where)
-        kept = [(rank, ids) for rank, ids in zip(record.ranks, responses, strict=True) if ids]
-        pairs = [
-            ids == other_ids for (rank, ids), (other, other_ids) in itertools.combinations(kept, 2) if rank != other
-        ]
-        self._note("pairs of answers not compared: their tokens are the same", sum(pairs))
-        self._note("rankings left out: no answer in them is better than another", all(pairs))
-        return prompt, responses
+        return self.limits.compared(prompt, responses, record.ranks, record.where)
 
     def encode_response(self, record: Prompt, text: str, *, ended: bool) -> list[int]:
-        """Prompt and response as one row; EOS only if the response `ended` by itself."""
-        prompt, response = self.encode_prompt(record), self._answer(record, text)
-        if not ended and response[-1] in self.eos_ids:
-            response = response[:-1]
-        return (prompt + response)[: self.max_length]
+        """Prompt and response as one row; nothing closes a response that has not `ended` by itself."""
+        record = self._prepared(record)
+        prompt = self.limits.shortened(self._prompt(record), self.max_length - self.limits.reserve, record.where)
+        return (prompt + self._answer(record, text, ended))[: self.max_length]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens; empty when the model has no tokenizer."""
-        if self.tokenizer is None:
-            return ""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Text without ends and the tokens of the template; empty when the model has no tokenizer."""
+        return "" if self.tokenizer is None else words_of(self.tokenizer, ids, self.hidden)
 
     def same_tokenizer(self, encoder: "Encoder") -> bool:
         """True when both write the same ids, template included."""
         if self.tokenizer is None or encoder.tokenizer is None:
             return self.vocab_size == encoder.vocab_size
-        return _fingerprint(self.tokenizer) == _fingerprint(encoder.tokenizer)
+        return _fingerprint(self) == _fingerprint(encoder)
+
+    # --- records ----------------------------------------------------------------------------------------------------
+
+    def _prepared(self, record: Any) -> Any:
+        """The record as the template gets it: plain prompts as turns with --apply-chat-template, --system in front, and
+        quoted tokens as private characters."""
+        record = self._as_turns(record)
+        if record.messages is None:
+            return record
+        if self.tokenizer is None:
+            raise DataError(f"{record.where}: messages: the model has no tokenizer; give prompt_ids and response_ids.")
+        messages = [self._quoted(message) for message in record.messages]
+        if self.flags.system is not None and messages[0]["role"] not in SYSTEM:
+            messages.insert(0, {"role": "system", "content": self.flags.system})
+        if messages[0]["role"] in SYSTEM and not self.template.takes_system:
+            asked = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+            if asked is None:
+                raise DataError(f"{record.where}: messages: this chat template has no system role; give a user turn.")
+            merged = f"{messages[0]['content']}\n\n{messages[asked]['content']}"
+            messages[asked] = messages[asked] | {"content": merged}
+            messages = messages[1:]
+            self._note("system messages stand at the start of the user's first turn: the template has no system role")
+        if messages[0]["role"] == "assistant":
+            self._note("conversations begin with the assistant; that turn answers nothing and is not learned")
+        record = dataclasses.replace(record, messages=tuple(messages))
+        self._check_rendered(record, messages)
+        return record
+
+    def _as_turns(self, record: Any) -> Any:
+        """With --apply-chat-template a plain prompt as a user's turn; without it, plain prompts are counted."""
+        if record.prompt is None or self.tokenizer is None:
+            return record
+        if not self.flags.apply_chat_template:
+            if self.template.own and self.template.chats and not self._pieces.spells(record.prompt):
+                self._note(PLAIN)
+            self._note("plain prompts have no messages, so they get no --system", int(self.flags.system is not None))
+            return record
+        turns: list[Message] = [{"role": "user", "content": record.prompt}]
+        if isinstance(record, Demonstration):
+            turns.append({"role": "assistant", "content": record.response or ""})
+            return dataclasses.replace(record, prompt=None, response=None, messages=tuple(turns))
+        return dataclasses.replace(record, prompt=None, messages=tuple(turns))
+
+    def _quoted(self, message: Message) -> Message:
+        """The message with tokens that its text spells as private characters, an answer's own end taken off."""
+
+        def quoted(value: Any) -> Any:
+            if isinstance(value, str):
+                self._note(QUOTED, self._pieces.spells(value))
+                return self._pieces.quote(value)
+            if isinstance(value, dict):
+                return {key: quoted(part) for key, part in value.items()}
+            return [quoted(part) for part in value] if isinstance(value, list | tuple) else value
+
+        if message["role"] == "assistant" and isinstance(message["content"], str):
+            message = message | {"content": self._without_end(message["content"])}
+        return {key: value if key == "role" else quoted(value) for key, value in message.items()}
+
+    def _without_end(self, text: str) -> str:
+        for word in self._end_words():
+            if text.rstrip().endswith(word):
+                self._note("answers brought an end of their own, which is not doubled")
+                return text.rstrip().removesuffix(word)
+        return text
+
+    def _end_words(self) -> list[str]:
+        return [word for word, token in self._pieces.words.items() if token in self.eos_ids]
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +210,6 @@ class Encoder:
         if record.prompt_ids is not None:
             ids = self._checked(record.prompt_ids, record.where, "prompt_ids")
         elif record.messages is not None:
-            self._check_rendered(record, record.messages)
             ids = self._prompt_of(record, record.messages)
         else:
             ids = self._with_bos(self._tokens(record.prompt or "", record.where))
@@ -171,18 +222,24 @@ class Encoder:
     def _response(self, record: Demonstration) -> list[int]:
         if record.response_ids is not None:
             return self._end(self._checked(record.response_ids, record.where, "response_ids"))
-        return self._end(self._tokens(record.response or "", record.where))
+        return self._answer(record, record.response or "")
 
-    def _answer(self, record: Prompt, text: str) -> list[int]:
-        """A response to the record's prompt, as its template would write it."""
+    def _answer(self, record: Prompt, text: str, ended: bool = True) -> list[int]:
+        """A response to the record's prompt, as its template would write it; without its end if it has not `ended`."""
         if record.messages is None:
-            return self._end(self._tokens(text, record.where))
-        turn: Message = {"role": "assistant", "content": text}
-        before = self._render(record, record.messages, answer=True)
-        after = self._render(record, (*record.messages, turn))
-        if not after.startswith(before):
-            raise DataError(f"{record.where}: messages: this chat template does not write an answer behind its prompt.")
-        return self._turn(after[len(before) :], record.where)[0]
+            self._needs_tokenizer(record.where)
+            words = self._end_words()
+            body = self._without_end(text)
+            self._note(QUOTED, self._pieces.spells(body, words))
+            ids = self._tokens(self._pieces.quote(body, words), record.where, record.prompt or "")
+            return self._end(ids) if ended else ids
+        turn = self._quoted({"role": "assistant", "content": text})
+        before, written = self._split(record, [*record.messages, turn])
+        if not ended:  # up to the text's own end: what the template writes behind it closes the turn
+            content = next((text for text in (turn["content"], turn["content"].strip()) if text in written), "")
+            written = written[: written.rindex(content) + len(content)] if content else ""
+            return self._tokens(written, record.where, before)
+        return self._turn(written, record.where, before)[0]
 
     def _prompt_of(self, record: Prompt, messages: Sequence[Message]) -> list[int]:
         row = self._dialogue(record, messages)
@@ -199,67 +256,114 @@ class Encoder:
         """
         tokens: list[int] = []
         trained: list[bool] = []
-        shown, tail = "", ""  # text that is tokenized already, and what the template wrote behind the last EOS
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        shown, tail, end = "", "", ""  # text that is tokenized already; what follows the last end; that end
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         for i in answers if answers[-1:] == [len(messages) - 1] else [*answers, len(messages)]:
             before = self._render(record, messages[:i], answer=True)
             if not before.startswith(shown):
                 return None
-            question = self._tokens(tail + before[len(shown) :], record.where)
+            text = tail + before[len(shown) :]
+            question = self._tokens(text, record.where, end)
             answer: list[int] = []
             if i < len(messages):
                 shown = self._render(record, messages[: i + 1])
                 if not shown.startswith(before):
                     return None
-                answer, tail = self._turn(shown[len(before) :], record.where)
+                answer, end, tail = self._turn(shown[len(before) :], record.where, end + text)
             tokens += question + answer
             learned = i < len(messages) and bool(messages[i].get("weight", 1))
             trained += [False] * len(question) + [learned] * len(answer)
         whole = self._with_bos(tokens)
         return Example(whole, [False] * (len(whole) - len(tokens)) + trained)
 
-    def _turn(self, text: str, where: str) -> tuple[list[int], str]:
-        """An answer's ids, with exactly one EOS at their end, and the text that the template wrote behind that."""
-        ids = self._tokens(text, where)
+    def _marked(self, record: Prompt) -> Example | None:
+        """The row of a template that marks what is learned with {% generation %}; an end right behind is learned too.
+
+        None where it marks nothing, or where texts quote tokens of the template.
+        """
+        messages = record.messages or ()
+        if any(self._pieces.is_quoted(message.get("content")) for message in messages):
+            return None
+        try:
+            ids, marks = self.template.render_marked(messages, record.tools)
+        except Exception as error:
+            raise self._refused(record, messages, error) from error
+        if not any(marks):
+            return None
+        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        trained, answer = [False] * len(ids), -1
+        for i, marked in enumerate(marks):
+            answer += bool(marked) and (i == 0 or not marks[i - 1])
+            closes = i > 0 and marks[i - 1] and ids[i] in self.eos_ids and ids[i - 1] not in self.eos_ids
+            trained[i] = bool(marked or closes) and (answer >= len(weights) or bool(weights[answer]))
+        whole = self._with_bos(ids)
+        return Example(whole, [False] * (len(whole) - len(ids)) + trained)
+
+    def _last_answer(self, record: Prompt) -> Example:
+        """The row of a conversation of which only the last answer is learned: its template rewrites earlier turns."""
+        self._note("conversations: the template rewrites earlier turns, so only the last answer of each is learned")
+        messages = record.messages or ()
+        before, written = self._split(record, messages)
+        prompt = self._prompt_of(record, messages[:-1])
+        answer = self._turn(written, record.where, before)[0]
+        return Example(prompt + answer, [False] * len(prompt) + [bool(messages[-1].get("weight", 1))] * len(answer))
+
+    def _split(self, record: Prompt, messages: Sequence[Message]) -> tuple[str, str]:
+        """What the template writes before the last message, an answer, and as that answer.
+
+        A template may open an answer with what a given one does not have (<think>): it then stands behind that.
+        """
+        before, after = self._render(record, messages[:-1], answer=True), self._render(record, messages)
+        differ = (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
+        shared = next(differ, min(len(before), len(after)))
+        if shared < len(before):
+            if not after.startswith(self._render(record, messages[:-1])):
+                raise DataError(
+                    f"{record.where}: messages: this chat template does not write an answer behind its prompt."
+                )
+            self._note("answers do not repeat what the template opens an answer with; they are read right behind it")
+        return before, after[shared:]
+
+    def _turn(self, text: str, where: str, behind: str) -> tuple[list[int], str, str]:
+        """An answer's ids, with exactly one end behind them; that end; the text that the template wrote behind it."""
+        ids = self._tokens(text, where, behind)
         answer = self._end(ids)
+        end = word_of(self.tokenizer, answer[-1]) if answer and answer[-1] in self.eos_ids else ""
         if len(answer) > len(ids):
-            return answer, ""
-        offsets = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        ).offset_mapping
-        return answer, text[offsets[len(answer) - 1][1] :]
+            self._note("answers: the template ends them with no token, so an end is written", int(self.template.own))
+            return answer, end, ""
+        return answer, end, text.partition(end)[2] if end else ""
 
     def _end(self, ids: list[int]) -> list[int]:
-        """Exactly one EOS, at the end: a response ends at its first EOS (PPO.md 1)."""
+        """Exactly one EOS, at the end: a response ends at its first EOS (PPO.md 1). None where nothing is an EOS."""
         first = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
-        return [*ids, self.eos_ids[0]] if first is None else ids[: first + 1]
+        return [*ids, *self.eos_ids[:1]] if first is None else ids[: first + 1]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        if not self._bos and not ids and self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
+        if not self.limits.bos and not ids and self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
             return [self.tokenizer.bos_token_id]  # an empty prompt still needs a state to start from
-        return ids if ids[:1] == self._bos else self._bos + ids
+        return ids if ids[:1] == self.limits.bos else self.limits.bos + ids
 
-    def _tokens(self, text: str, where: str) -> list[int]:
+    def _needs_tokenizer(self, where: str) -> None:
         if self.tokenizer is None:
             raise DataError(f"{where}: prompt: the model has no tokenizer, so it reads no text; give prompt_ids.")
+
+    def _tokens(self, text: str, where: str, behind: str = "") -> list[int]:
+        self._needs_tokenizer(where)
         if not text.isascii():
             _check_unicode(text, where)
-        # verbose=False: the limit here is --max-length, not the tokenizer's own, which transformers would warn about.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
+        return self._pieces.ids(text, behind)
 
     def _render(self, record: Prompt, messages: Sequence[Message], answer: bool = False) -> str:
-        if self.tokenizer is None:
-            raise DataError(f"{record.where}: messages: the model has no tokenizer; give prompt_ids and response_ids.")
-        template = self.tokenizer.chat_template or PLAIN_TEMPLATE
-        system = "developer" if "developer" in str(template) else "system"  # the newer name of the same role
-        turns = [{**m, "role": system} if m["role"] == "developer" else m for m in messages]
-        tools = list(record.tools) if record.tools else None
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=answer
-            )
+            return self.template.render(messages, answer=answer, tools=record.tools)
         except Exception as error:  # jinja's own, or what a template raises on purpose
-            raise DataError(f"{record.where}: messages: the chat template refuses them: {one_line(error)}.") from error
+            raise self._refused(record, messages, error) from error
+
+    def _refused(self, record: Prompt, messages: Sequence[Message], error: Exception) -> DataError:
+        opens = next((message["role"] for message in messages if message["role"] not in SYSTEM), "") == "assistant"
+        hint = "; it begins with the assistant: put a user's turn in front" if opens else ""
+        return DataError(f"{record.where}: messages: the chat template refuses them: {one_line(error)}{hint}.")
 
     def _check_rendered(self, record: Prompt, messages: Sequence[Message]) -> None:
         """Raises DataError for tools, their calls and results, and reasoning that the template does not write."""
@@ -294,62 +398,12 @@ class Encoder:
             )
         return list(ids)
 
-    def _cut(self, row: Example, where: str) -> Example:
-        """The row, made to fit, up to its last trained token: what follows that teaches nothing."""
-        ends = [i for i in range(1, len(row.trained) + 1) if row.trained[i - 1] and not any(row.trained[i : i + 1])]
-        end, fits = ends[-1], [end for end in ends if end <= self.max_length]
-        if end > self.max_length and self.truncate == "left":
-            row = self._without_start(row, end, where)
-            end = self.max_length
-        elif end > self.max_length:
-            end = max(fits, default=0)
-            if self.truncate == "right" and any(row.trained[end : self.max_length]):
-                end = max(i + 1 for i, flag in enumerate(row.trained[: self.max_length]) if flag)
-                self._note(CUT)
-            elif fits:
-                self._note("conversations end at their last answer that fits")
-        if not any(row.trained[1:end]):
-            raise self._too_long(where, f"response: {ends[0]} tokens with the prompt")
-        return Example(row.tokens[:end], row.trained[:end])
 
-    def _without_start(self, row: Example, end: int, where: str) -> Example:
-        """The last `max_length` tokens before `end`, a BOS in front of them; half an answer at the start teaches
-        nothing."""
-        tokens, trained = row.tokens[:end], row.trained[:end]
-        answer = len(list(itertools.takewhile(bool, reversed(trained))))
-        if answer >= self.max_length:
-            raise self._too_long(where, f"response: {answer} tokens without any prompt")
-        self._note("rows without their beginning")
-        head = self._bos if tokens[:1] == self._bos else []
-        start = end - self.max_length + len(head)
-        half = len(list(itertools.takewhile(bool, trained[start:]))) if trained[start - 1] else 0
-        return Example(head + tokens[start:], [False] * (len(head) + half) + trained[start + half :])
-
-    def _shortened(self, prompt: list[int], room: int, where: str) -> list[int]:
-        """A prompt in `room` tokens: without its beginning, its BOS aside, if that may be cut."""
-        if len(prompt) <= room:
-            return prompt
-        head = self._bos if prompt[:1] == self._bos else []
-        if self.truncate != "left" or room <= len(head):
-            raise self._too_long(where, f"prompt: {len(prompt)} tokens where there is room for {room}")
-        self._note("prompts without their beginning")
-        return head + prompt[len(prompt) - room + len(head) :]
-
-    def _too_long(self, where: str, problem: str) -> TooLongError:
-        return TooLongError(
-            f"{where}: {problem}, and a row has {self.max_length} with {self.reserve} at least for the response; "
-            "shorten it, raise --max-length if the model allows, --truncate left, or --skip-bad."
-        )
-
-    def _note(self, text: str, count: int = 1) -> None:
-        if count:
-            self.notes[text] += count
-
-
-def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
+def _fingerprint(encoder: Encoder) -> tuple[Any, ...]:
+    tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return words, tokenizer.chat_template, tokenizer.eos_token_id
+    return words, encoder.template.sources, encoder.template.arguments, tokenizer.eos_token_id
 
 
 def _check_unicode(text: str, where: str) -> None:

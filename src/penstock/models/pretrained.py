@@ -1,7 +1,7 @@
 """Models loaded and saved: Hugging Face directories (or hub ids), safetensors in one file or in shards.
 
 Reading goes straight into a decoder's parameters, one tensor at a time; writing splits large models into shards with
-the usual index. A source's generation_config is never applied (PPO.md 4).
+the usual index. Of a source's generation_config only the ids that end an answer are applied (PPO.md 4).
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from penstock.errors import UserError
 from penstock.models import adapter_files, safetensors_writer
+from penstock.models.chat_template import ChatTemplate
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families import family_of, weights_of
@@ -28,6 +29,7 @@ from penstock.models.families.weights import Weight
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.safetensors_writer import Entry
 from penstock.models.surgery import add_adapters
+from penstock.models.tokenizer_files import read_ends, write_ends
 
 INDEX, SINGLE, CLASSIFIER_HEAD = "model.safetensors.index.json", "model.safetensors", "score.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,6 +40,7 @@ IGNORED = (
 """Endings of the names of buffers in old checkpoints."""
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def load(
     hf = read_config(directory)
     family = family_of(hf.get("model_type"), str(directory / "config.json"))
     try:
-        config = _with_hf(family.config_from_hf(hf), hf)
+        config = dataclasses.replace(family.config_from_hf(hf), hf=hf, eos_ids=read_ends(directory))
     except KeyError as error:
         raise UserError(f"{directory / 'config.json'}: needs {error} and does not have it.") from error
     except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -89,7 +92,17 @@ def _load_adapted(source: str | Path, adapter: str | Path | None, **options: Any
     adapt(decoder, spec, base=base, directory=directory)
     adapter_extras, facts = adapter_files.read_extras(directory)
     decoder.config.hf.update({f"penstock_{key}": value for key, value in facts.items() if key != "base_digest"})
+    decoder.config = dataclasses.replace(decoder.config, eos_ids=ends_named(directory, base))
     return decoder, extras | adapter_extras
+
+
+def ends_named(source: str | Path, base: str | None = None) -> tuple[int, ...]:
+    """The ids that end an answer by the configs beside a model, an adapter's own before its base's."""
+    directory = _local(source)
+    if adapter_files.is_adapter_directory(directory):
+        base = base or adapter_files.base_of(str(directory))
+        return tuple(dict.fromkeys([*read_ends(directory), *read_ends(_local(base))]))
+    return read_ends(directory)
 
 
 def adapt(decoder: Decoder, spec: LoraSpec, *, base: str, seed: int = 0, directory: Path | None = None) -> None:
@@ -288,15 +301,25 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def copy_tokenizer(source: str | Path, directory: Path) -> None:
-    """Copies tokenizer and chat template files, if there are any, into a saved model's directory."""
+def copy_tokenizer(
+    source: str | Path, directory: Path, *, eos_ids: Sequence[int] = (), template: ChatTemplate | None = None
+) -> None:
+    """Copies tokenizer, chat template and generation files, if there are any, into a saved model's directory.
+
+    `eos_ids`, which its answers end with, are written where other programs look for them.
+    """
     origin = _local(source)
     if not any(origin.glob("tokenizer*")):
         origin = _local(adapter_files.base_of(str(origin)))  # an adapter without a tokenizer uses its base's
     for pattern in TOKENIZER_FILES:
         for path in origin.glob(pattern):
             if path.is_file():
-                shutil.copyfile(path, directory / path.name)
+                copy = directory / path.relative_to(origin)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+    if template is not None and template.amended is not None:
+        (directory / "chat_template.jinja").write_text(template.amended, encoding="utf-8")
+    write_ends(directory, eos_ids, template.tokenizer if template else None)
 
 
 def _local(source: str | Path, allow_pickle: bool = False) -> Path:
@@ -411,10 +434,3 @@ def _their_tensors(decoder: Decoder, family: ModuleType, score: Tensor | None) -
 def _saved(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Weight]:
     parameters = {name for name, _ in decoder.named_parameters()} - ({"head"} if score is not None else set())
     return (weight for weight in weights_of(family, decoder.config) if weight.ours in parameters)
-
-
-def _with_hf(config: DecoderConfig, hf: dict[str, Any]) -> DecoderConfig:
-    eos = hf.get("eos_token_id")
-    if not isinstance(eos, list):
-        eos = [] if eos is None else [eos]
-    return dataclasses.replace(config, hf=hf, eos_ids=tuple(eos))

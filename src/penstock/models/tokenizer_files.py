@@ -1,5 +1,7 @@
-"""The tokenizer beside a model, as transformers reads it."""
+"""The tokenizer beside a model, as transformers reads it; and what other programs read of how its answers end."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ from penstock.errors import UserError
 from penstock.models.adapter_files import base_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+ENDS_FILES = ("config.json", "generation_config.json")
 
 
 def load_tokenizer(source: str) -> Any:
@@ -39,6 +43,45 @@ def check_fit(tokenizer: Any, vocab_size: int, source: str) -> None:
             f"{source}: the tokenizer writes ids up to {highest} and the model has {vocab_size} embeddings; they "
             "belong to different models. Put the model's own tokenizer files beside it."
         )
+
+
+def read_ends(directory: Path) -> tuple[int, ...]:
+    """The ids that end an answer by config.json and generation_config.json, of those that are there."""
+    ids: list[int] = []
+    for name in ENDS_FILES:
+        named = _read(directory / name).get("eos_token_id")
+        ids += [token for token in (named if isinstance(named, list) else [named]) if token is not None]
+    return tuple(dict.fromkeys(ids))
+
+
+def write_ends(directory: Path, ids: Sequence[int], tokenizer: Any = None) -> None:
+    """Names the ids in config.json and generation_config.json, so that other programs end answers where we do.
+
+    An adapter's directory has no config.json and gets none. A tokenizer without an EOS gets the first id as its own.
+    """
+    if not ids:
+        return
+    model = _read(directory / ENDS_FILES[0])
+    kept = {name: model[name] for name in ("bos_token_id", "pad_token_id") if model.get(name) is not None}
+    named = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
+    if model:
+        _write(directory / ENDS_FILES[0], model | named)
+    _write(directory / ENDS_FILES[1], (_read(directory / ENDS_FILES[1]) or kept) | named)
+    path = directory / "tokenizer_config.json"
+    if tokenizer is not None and tokenizer.eos_token is None and path.exists():
+        _write(path, _read(path) | {"eos_token": tokenizer.convert_ids_to_tokens(ids[0])})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {one_line(error)}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def one_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ over them and allocates no cache.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,9 +23,11 @@ from penstock.kernels import cpu_ops
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Ram
 from penstock.models import surgery
+from penstock.models.chat_template import ChatTemplate, ends_of, words_of
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
 from penstock.models.tiling import prefills
+from penstock.models.tokenizer_files import load_tokenizer
 from penstock.rollout.cache import KVCache
 from penstock.rollout.cuda_graphs import Steps
 from penstock.rollout.sampling import Sampling, adjust, pick, stream
@@ -96,13 +98,16 @@ class Engine:
         tokenizer: Any = None,
         swap: Ram | None = None,
         fixed: bool | None = None,
+        hidden: Collection[int] = (),
     ) -> None:
         """`rows` answers run together, each of at most `length` tokens with its prompt (the model's own limit). The KV
         cache lives in `swap`, a tier of host memory, and not on the device, if there is one. `fixed`: decode at fixed
-        addresses, as rollout.cuda_graphs does; by default on a GPU whose weights and cache do not move."""
+        addresses, as rollout.cuda_graphs does; by default on a GPU whose weights and cache do not move. `hidden`:
+        tokens that are no text, besides the ends."""
         most = decoder.config.max_length
         self.decoder, self.tokenizer = decoder, tokenizer
         self.eos_ids = frozenset(decoder.config.eos_ids if eos_ids is None else eos_ids)
+        self._hidden = self.eos_ids | frozenset(hidden)
         self.rows, self.length, self._swap = rows, min(length or most, most), swap
         self.prompts_read = 0
         """Prompts that a prefill has gone through."""
@@ -118,9 +123,10 @@ class Engine:
     @staticmethod
     def from_pretrained(source: str, *, dtype: str = "fp32", device: str | None = None, rows: int = 32) -> "Engine":
         """Weights and tokenizer of a Hugging Face directory or hub id; dtype fp32, bf16 or int8 (weights only)."""
-        from penstock.models.tokenizer_files import load_tokenizer
-
-        return Engine(load(source, dtype, device)[1].decoder, tokenizer=load_tokenizer(source), rows=rows)
+        decoder, tokenizer = load(source, dtype, device)[1].decoder, load_tokenizer(source)
+        template = None if tokenizer is None else ChatTemplate(tokenizer)
+        ends, hidden = ends_of(template, decoder.config.eos_ids), template.structure if template else ()
+        return Engine(decoder, eos_ids=ends.ids, tokenizer=tokenizer, rows=rows, hidden=hidden)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -297,11 +303,11 @@ class Engine:
         """Whether a stop string has just been completed: it lies within the last tokens, which are a byte at least."""
         stops = run.sampling.stop
         tail = run.answer.response_ids[-(max(len(stop.encode()) for stop in stops) + 8) :]
-        text = self.tokenizer.decode(tail, skip_special_tokens=True)
+        text = words_of(self.tokenizer, tail, self._hidden)
         return any(stop in text for stop in stops)
 
     def _text(self, run: _Run) -> str:
-        text = self.tokenizer.decode(run.answer.response_ids, skip_special_tokens=True)
+        text = words_of(self.tokenizer, run.answer.response_ids, self._hidden)
         ends = [text.index(stop) for stop in run.sampling.stop if stop in text]
         return text[: min(ends)] if ends else text
 

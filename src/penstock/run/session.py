@@ -5,6 +5,8 @@ An algorithm's loop asks `steps()` for step numbers, gives each step's metrics t
 from which `penstock resume` continues.
 """
 
+import dataclasses
+import datetime
 import hashlib
 import json
 import signal
@@ -49,6 +51,9 @@ class Session:
     """See the module. `state` is the checkpoint's state in a resumed run, else None."""
 
     def __init__(self, command: str, config: Any, world: World, *, resume: bool = False) -> None:
+        # What templates take for today is part of the run: a resume after midnight reads the same ids.
+        date = config.data.date or datetime.date.today().isoformat()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
         self.command, self.config, self.world = command, config, world
         self.path = Path(config.run.out)
         self.directory: RunDirectory | None = None

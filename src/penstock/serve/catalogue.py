@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from penstock.config import as_data_flags
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
 from penstock.models.decoder import Decoder
@@ -124,9 +126,11 @@ class Catalogue:
             path = resolve_model(str(Path(source) / "checkpoints" / newest))
             self._seen[name] = newest
         decoder = engines.load(path, config.dtype, config.device)[1].decoder
-        encoder = Encoder.for_model(
-            path, eos_ids=decoder.config.eos_ids, vocab_size=decoder.config.vocab_size, max_length=NO_LIMIT
-        )
+        facts: Any = {"eos_ids": decoder.config.eos_ids, "vocab_size": decoder.config.vocab_size}
+        flags = as_data_flags(config, max_length=NO_LIMIT)
+        encoder = Encoder.for_model(path, **facts, max_length=NO_LIMIT, flags=flags, trains=False)
+        for line in encoder.take_notes():
+            print(line, file=sys.stderr, flush=True)
         if encoder.tokenizer is None:
             raise UserError(
                 f"{source}: has no tokenizer, so it cannot chat; put the model's tokenizer files beside it."

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from penstock.config import InferenceFlags
+from penstock.config import InferenceFlags, TemplateFlags
 
 
 @dataclass(frozen=True)
-class ServeConfig(InferenceFlags):
+class ServeConfig(TemplateFlags, InferenceFlags):
     """Answer over HTTP as OpenAI's API does, with a page to chat in."""
 
     model: tuple[str, ...]

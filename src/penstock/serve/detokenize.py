@@ -7,7 +7,6 @@ and text, and nothing of requests.
 of the same pieces, and the engine does not have to decode its tokens.
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -101,7 +100,8 @@ def decoder_of(encoder: Encoder) -> Callable[[Sequence[int]], str]:
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is None:
         return encoder.decode
-    return functools.partial(backend.decode, skip_special_tokens=True)
+    hidden = encoder.hidden
+    return lambda ids: backend.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
 
 
 class Vocabulary:
