@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
         example="penstock ppo --actor runs/sft --reward runs/reward --data prompts.jsonl --out runs/ppo",
     ),
     "chat": Command(
-        "talk with a model or a run in the terminal", "config:ChatConfig", "commands.chat:chat", "model",
+        "talk with a model or a run in the terminal", "commands.config:ChatConfig", "commands.chat:chat", "model",
         "penstock chat runs/ppo",
     ),
     "serve": Command(
@@ -50,15 +50,15 @@ COMMANDS: dict[str, Command] = {
         example="penstock generate --model runs/ppo --data prompts.jsonl --out answers.jsonl",
     ),
     "export": Command(
-        "write a run's model as a Hugging Face directory", "config:ExportConfig", "commands.export:export", "run",
-        "penstock export runs/ppo --out my-model",
+        "write a run's model as a Hugging Face directory", "commands.config:ExportConfig", "commands.export:export",
+        "run", "penstock export runs/ppo --out my-model",
     ),
     "data check": Command(
         "say what data files are, and name each bad line", "config:CheckConfig", "commands.data:check", "data",
         "penstock data check demonstrations.jsonl --model Qwen/Qwen3-0.6B",
     ),
     "data export": Command(
-        "write the votes of the chat page as comparisons", "config:VotesConfig", "commands.data:export",
+        "write the votes of the chat page as comparisons", "commands.config:VotesConfig", "commands.data:export",
         example="penstock data export --votes --out rankings.jsonl",
     ),
     "plan": Command(
@@ -79,11 +79,11 @@ COMMANDS: dict[str, Command] = {
         "commands.bench.capacity:capacity", example="penstock bench capacity --device-memory 2GB",
     ),
     "demo": Command(
-        "run all three stages on a small made-up world, with a report", "config:DemoConfig", "commands.demo:demo",
-        example="penstock demo",
+        "run all three stages on a small made-up world, with a report", "commands.config:DemoConfig",
+        "commands.demo:demo", example="penstock demo",
     ),
     "doctor": Command(
-        "list what this machine has and what is missing", "config:DoctorConfig", "commands.doctor:doctor",
+        "list what this machine has and what is missing", "commands.config:DoctorConfig", "commands.doctor:doctor",
         example="penstock doctor",
     ),
     "resume": Command(

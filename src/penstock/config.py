@@ -444,20 +444,6 @@ class GenerateConfig(TemplateFlags, SamplingFlags, InferenceFlags):
     """Print answers as JSON lines."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig(TemplateFlags, SamplingFlags, InferenceFlags):
-    """Talk with a model in the terminal; the conversation is kept until /reset."""
-
-    model: str
-    """Hugging Face directory, hub id or run directory."""
-    adapter: str | None = None
-    """An adapter for that model: a run, or a directory in peft's format."""
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    json: bool = False
-    """Print each answer as one JSON object, for programs that talk through a pipe."""
-
-
 @dataclass(frozen=True)
 class CheckConfig(DataFlags):
     """Say what data files are: kind and format, counts, lengths, and each bad line; exit code 4 if there is one. With
@@ -470,52 +456,3 @@ class CheckConfig(DataFlags):
     """What the files are read as: for sft, reward or ppo. Default: the most that the first line can be."""
     max_new_tokens: int = 128
     """Of prompts: tokens kept free for the answer, as in ppo."""
-
-
-@dataclass(frozen=True)
-class VotesConfig(Flags):
-    """Write the votes of the chat page as comparisons, which penstock reward reads."""
-
-    votes: bool
-    """Votes are all that can be exported so far."""
-    out: str
-    """JSON-lines file to write; must not exist yet."""
-    data_dir: str = "runs/serve"
-    """Directory in which penstock serve kept the votes."""
-    database: str | None = None
-    """PostgreSQL database in which penstock serve kept the votes: postgresql://USER:PASSWORD@HOST/NAME."""
-
-
-@dataclass(frozen=True)
-class DoctorConfig(Flags):
-    """List what this machine has, what is missing, and what to do about it."""
-
-
-@dataclass(frozen=True)
-class ExportConfig(Flags):
-    """Write a run's model (its best or newest checkpoint) as a directory that transformers loads."""
-
-    run: str
-    """Run directory."""
-    out: str
-    """Directory to write; must not exist yet or be empty."""
-    which: Literal["model", "critic"] = "model"
-    """What to write; only PPO runs have a critic."""
-    dtype: Literal["fp32", "bf16"] | None = None
-    """Type of the written weights. Default: as trained."""
-    merge: bool = False
-    """For a run that trained an adapter: write the whole model with the adapter merged into it."""
-
-
-@dataclass(frozen=True)
-class DemoConfig(Flags):
-    """All stages on a small made-up world: base model, SFT, labellers, reward model, PPO, and a report."""
-
-    out: str = "runs/demo"
-    """Directory of the runs and the report; an earlier demo in it is replaced."""
-    seeds: int = 1
-    """Independent repetitions, one after the other."""
-    seed: int = 0
-    """The first seed."""
-    json: bool = False
-    """Print report.json at the end."""

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from penstock.commands import demo
+from penstock.commands.config import DemoConfig
 from penstock.commands.demo import SeedResult, noise_ceiling, over_optimised, page_of, write_lines
-from penstock.config import DemoConfig
 from penstock.data.toyland import Toyland
 from penstock.errors import UserError
 

@@ -4,8 +4,8 @@ import io
 import json
 import sys
 
+from penstock.commands.config import ChatConfig
 from penstock.commands.generate import load, print_notes, sampling_of
-from penstock.config import ChatConfig
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
 from penstock.errors import DataError, UserError

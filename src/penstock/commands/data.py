@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from penstock.config import CheckConfig, VotesConfig
+from penstock.commands.config import VotesConfig
+from penstock.config import CheckConfig
 from penstock.data import formats
 from penstock.data.records import Comparison, Demonstration, Kind, Prompt
 from penstock.errors import DataError, UserError

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 
-from penstock.config import DoctorConfig
+from penstock.commands.config import DoctorConfig
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "rich", "matplotlib", "tomli_w")
 EXTRAS = {"pyarrow": "reading .parquet data: pip install 'penstock[parquet]'"}

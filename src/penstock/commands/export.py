@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from penstock.config import ExportConfig
+from penstock.commands.config import ExportConfig
 from penstock.errors import UserError
 from penstock.memory.strategy import DTYPES
 from penstock.models import pretrained
@@ -34,7 +34,9 @@ def export(config: ExportConfig) -> None:
     try:
         unfinished.mkdir(parents=True)
         if not config.merge:
-            shutil.copytree(source, unfinished, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            for file in (path for path in source.rglob("*") if path.is_file()):
+                (unfinished / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, unfinished / file.relative_to(source))
         if config.merge or config.dtype is not None:
             dtype = DTYPES[config.dtype] if config.dtype else dtype_of(source)
             decoder, extras = pretrained.load(source, dtype=dtype, device="cpu")

@@ -10,7 +10,8 @@ from typing import Any
 
 from penstock.algorithms.reward_source import RewardSource, reward_source
 from penstock.algorithms.setup import encoder_of, read
-from penstock.config import ChatConfig, DataFlags, GenerateConfig, as_data_flags
+from penstock.commands.config import ChatConfig
+from penstock.config import DataFlags, GenerateConfig, as_data_flags
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
 from penstock.errors import UserError
