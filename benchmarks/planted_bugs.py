@@ -41,6 +41,7 @@ DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
 EIGHTBIT, PASSES = "memory/adamw_8bit.py", "planner/activations.py"
 STREAM, SINK, ADAM, PLAN = (f"memory/{name}.py" for name in ("stream", "sink", "adamw", "plan"))
+TEMPLATE = "models/chat_template.py"
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
 Bug = tuple[str, str, str, str]
@@ -113,7 +114,16 @@ BUGS: list[Bug] = [
     (RM, "the worse answer preferred", "if ranks[i] < ranks[j] and", "if ranks[i] > ranks[j] and"),
     (RM, "only neighbours in rank compared", "if ranks[i] < ranks[j] and", "if ranks[i] + 1 == ranks[j] and"),
     (RM, "answers that were cut to the same tokens are compared", " and rows[i] != rows[j]]", "]"),
-    ("data/chat.py", "a conversation is cut within an answer", "end = max(fits, default=0)", "end = self.max_length"),
+    ("data/limits.py", "a conversation is cut within an answer", "end = max(fits, default=0)", "end = self.max_length"),
+    (TEMPLATE, "the template's end of turn ends nothing", '"chat template": template.end}', '"chat template": None}'),
+    (TEMPLATE, "a template without a generation prompt gets none", "if asked and asked == opened and", "if False and"),
+    (TEMPLATE, "the day of a template is not frozen", "    if date is None:\n        return source", "    if True:\n        return source"),
+    ("models/tokenizer_files.py", "the ends of answers are not written out", "    if not ids:\n        return\n", "    return\n"),
+    ("models/tokenizer_files.py", "generation_config.json is not asked for ends", "for name in ENDS_FILES:", "for name in ENDS_FILES[:1]:"),
+    ("data/pieces.py", "each answer begins with a space of its own", 'for context in (behind[start:], "\\n"):', "for context in ():"),
+    ("data/pieces.py", "a quoted token opens or ends a turn", "if token in self.words.values() and next(quoted, False):", "if False:"),
+    ("data/chat.py", "a cut answer is closed by its template", "        if not ended:  # up", "        if False:  # up"),
+    ("data/chat.py", "--system is ignored", "if self.flags.system is not None and messages[0]", "if False and messages[0]"),
     ("data/chat.py", "tool calls that the template does not write vanish", "        if missing:\n", "        if False:\n"),
     ("data/formats.py", "a disliked answer is learned", 'if kind == "demonstrations" and item.get("label") in (0, False):', "if False:"),
     ("data/formats.py", "ignored fields are not counted", "lines.ignored.update(ignored)", "lines.ignored.update([])"),
