@@ -61,6 +61,42 @@ def both_ways(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("no_compiler")
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = ["Hello there, how are you?", "I am fine. Human: Assistant: system user assistant", "See you\n\nsoon\n"] * 3
+
+
+def save_tokenizer(directory: Path, *, bos: bool = False, template: Any = None, **names: Any) -> Path:
+    """Saves a byte-level BPE of 320 words as a model directory would hold it: <bos> is 0, <eos> 1, <|im_end|> 3."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast  # seconds, and few tests need it
+
+    special = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    names = {"bos_token": "<bos>", "eos_token": "<eos>"} | names
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def make_tokenizer(tmp_path: Path) -> Callable[..., Path]:
+    """make_tokenizer(name="model", bos=False, template=None, **names of tokens): the directory of a tokenizer."""
+    return lambda name="model", **changes: save_tokenizer(tmp_path / name, **changes)
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

@@ -1,19 +1,30 @@
 """SFT: the loss and its gradient against transformers' own, and which tokens they are about."""
 
+import datetime
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import heldout_loss, micro_batches, prompt_of, response_logprobs, sft
-from penstock.config import DataFlags, OptimFlags, RunFlags, SFTConfig
-from penstock.data.chat import Example
+from penstock.commands.config import ExportConfig
+from penstock.commands.export import export
+from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags, SFTConfig
+from penstock.data.chat import Encoder
+from penstock.data.limits import Example
+from penstock.data.records import Prompt
+from penstock.errors import UserError
+from penstock.flags import from_dict
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
-from tests.conftest import demonstrations
+from penstock.rollout.engine import Engine
+from penstock.rollout.sampling import Sampling
+from penstock.run.session import Session
+from tests.conftest import CHATML, demonstrations, last_model
 
 CPU = torch.device("cpu")
 EXAMPLES = [
@@ -103,3 +114,89 @@ def test_it_learns_what_it_is_shown(tmp_path, tiny_model, jsonl):
     after = {row["prompt"]: row["response"] for row in samples if row["step"] == 60}
     assert after["[1, 3]"] == "[15, 15, 2]"
     assert all(after[f"[1, {3 + i}]"] == f"[{15 - i}, {15 - i}, 2]" for i in range(5) if f"[1, {3 + i}]" in after)
+
+
+CHAT = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]}] * 4
+
+
+@pytest.fixture
+def chat_run(tmp_path, make_tokenizer, tiny_model, jsonl):
+    """chat_run(**flags): a run that has learned CHAT by heart, on a model whose config ends answers with <eos>."""
+
+    def run(template=CHATML, eos_token="<eos>", steps=60, **flags):
+        model = make_tokenizer("model", template=template, eos_token=eos_token)
+        tiny_model("model", vocab_size=320, hf={} if eos_token is None else {"eos_token_id": 1})
+        optim = OptimFlags(lr=2e-2, batch_size=4, micro_batch_size=4, steps=steps, warmup=0.0)
+        data = DataFlags(
+            data=(jsonl(CHAT),), max_length=32, **{key: flags.pop(key) for key in ("eos",) if key in flags}
+        )
+        out = RunFlags(out=str(tmp_path / "run"), checkpoint_every=1000)
+        peft = LoraFlags(**flags)
+        return sft(SFTConfig(model=str(model), data=data, run=out, optim=optim, peft=peft, heldout=0.0, samples=0))
+
+    return run
+
+
+def answers_of(directory, prompt):
+    """What transformers and our engine answer, greedily: the ids of each."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
+    engine = Engine.from_pretrained(str(directory), device="cpu")
+    (ours,) = engine.generate([prompt], Sampling(temperature=0.0, max_new_tokens=12))
+    return theirs, ours
+
+
+def test_what_was_trained_to_end_a_turn_ends_answers_of_all_that_comes_out(chat_run, tmp_path):
+    run = chat_run()
+    export(ExportConfig(run=str(run), out=str(tmp_path / "exported")))
+    encoder = Encoder.for_model(str(tmp_path / "exported"), eos_ids=[1], vocab_size=320, max_length=32)
+    prompt = encoder.encode_prompt(Prompt(where="f:1", messages=({"role": "user", "content": "Hi"},)))
+    for directory in (last_model(run), tmp_path / "exported"):
+        theirs, ours = answers_of(directory, prompt)
+        assert encoder.tokenizer.decode(theirs) == "Hello there<|im_end|>"
+        assert ours.response_ids == theirs
+        assert ours.finish_reason == "stop"
+        assert ours.text == "Hello there"
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((directory / name).read_text())["eos_token_id"] == [1, 3]
+
+
+def test_an_adapter_and_what_is_merged_of_it_end_answers_as_trained(chat_run, tmp_path):
+    run = chat_run(lora=16, steps=120)
+    export(ExportConfig(run=str(run), out=str(tmp_path / "merged"), merge=True))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["eos_token_id"] == [1, 3]
+    for directory in (last_model(run), tmp_path / "merged"):
+        assert Actor.from_pretrained(str(directory)).decoder.config.eos_ids == (1, 3)
+
+
+def test_a_model_without_any_end_trains_with_the_token_that_is_named(chat_run, tmp_path):
+    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(UserError, match=r"no response could ever end; give the token that is to end them: --eos"):
+        chat_run(template=bare, eos_token=None)
+    run = chat_run(template=bare, eos_token=None, eos="<|im_end|>", steps=2)
+    assert json.loads((last_model(run) / "config.json").read_text())["eos_token_id"] == 3
+    assert AutoTokenizer.from_pretrained(last_model(run)).eos_token == "<|im_end|>"
+    assert "answers: the template ends them with no token" in (run / "log.txt").read_text()
+
+
+def test_templates_go_out_as_they_came_in(chat_run, tmp_path):
+    named = {"default": CHATML, "tool_use": "tools" + CHATML}
+    run = chat_run(template=named, eos_token="<|im_end|>", steps=1)
+    export(ExportConfig(run=str(run), out=str(tmp_path / "exported")))
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == named
+
+
+def test_a_missing_generation_prompt_is_in_what_comes_out(chat_run):
+    bare = CHATML.partition("{% if add")[0]
+    template = AutoTokenizer.from_pretrained(last_model(chat_run(template=bare, steps=1))).chat_template
+    assert template.startswith(bare)
+    assert template.endswith('{% if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}')
+
+
+def test_the_day_of_a_run_is_kept_in_it(chat_run):
+    run = chat_run(template="{{ strftime_now('%Y') }}" + CHATML, steps=1)
+    flags = tomllib.loads((run / "config.toml").read_text())
+    assert datetime.date.today() - datetime.date.fromisoformat(flags["date"]) <= datetime.timedelta(days=1)
+    config = from_dict(SFTConfig, {key: flags[key] for key in flags if key != "command"} | {"date": "2001-02-03"})
+    session = Session("sft", config, Strategy.named("naive", device="cpu").world, resume=True)
+    assert session.config.data.date == "2001-02-03"

@@ -19,40 +19,7 @@ from penstock.data.limits import CUT, TooLongError
 from penstock.data.records import Comparison, Demonstration, Prompt
 from penstock.errors import DataError, UserError
 from penstock.models.tokenizer_files import check_fit, load_tokenizer
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TEXT = ["Hello there, how are you?", "I am fine. Human: Assistant: system user assistant", "See you\n\nsoon\n"] * 3
-
-MakeTokenizer = Callable[..., Any]
-
-
-@pytest.fixture
-def make_tokenizer(tmp_path: Path) -> MakeTokenizer:
-    """Saves a byte-level BPE as a model directory would hold it, and returns the directory."""
-
-    def make(name: str = "model", *, bos: bool = False, template: str | None = None, **names: Any) -> Path:
-        special = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        tokenizer.train_from_iterator(
-            TEXT,
-            trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-        )
-        if bos:
-            tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-        names = {"bos_token": "<bos>", "eos_token": "<eos>"} | names
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-        fast.chat_template = template
-        fast.save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    return make
-
+from tests.conftest import CHATML, TEXT
 
 BOS, EOS, IM_START, IM_END = 0, 1, 2, 3
 
@@ -81,7 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=WAYS)
-def encoder(request: pytest.FixtureRequest, make_tokenizer: MakeTokenizer) -> Encoder:
+def encoder(request: pytest.FixtureRequest, make_tokenizer: Callable[..., Path]) -> Encoder:
     return encoder_of(make_tokenizer(**WAYS[request.param]))
 
 
@@ -520,7 +487,7 @@ def test_a_model_without_any_end_answers_to_its_limit_and_trains_with_eos(make_t
     directory = make_tokenizer(eos_token=None)
     with pytest.raises(UserError, match=r"names no end-of-sequence token.*--eos TOKEN"):
         encoder_of(directory, eos_ids=[])
-    encoder = encoder_of(directory, eos_ids=[], trains=False)
+    encoder = encoder_of(directory, eos_ids=[], task="answer")
     assert encoder.eos_ids == ()
     assert "names no token that ends an answer, so answers go on to --max-new-tokens" in encoder.take_notes()[0]
     named = encoder_of(directory, eos_ids=[], flags=DataFlags(data=(), eos="<|im_end|>"))
@@ -670,7 +637,7 @@ def test_template_arguments_reach_the_template_and_unknown_ones_are_refused(make
     text = show(encoder_of(directory), encoder_of(directory).encode_prompt(prompt))
     encoder = encoder_of(directory, flags=flags)
     assert show(encoder, encoder.encode_prompt(prompt)) == text + "None."
-    with pytest.raises(UserError, match="--template-args think: the model's chat template reads no such argument"):
+    with pytest.raises(UserError, match="--template-args think: the chat template reads no such argument"):
         encoder_of(directory, flags=DataFlags(data=(), template_args=("think=false",)))
     with pytest.raises(UserError, match="--template-args think: give pairs key=value"):
         encoder_of(directory, flags=DataFlags(data=(), template_args=("think",)))

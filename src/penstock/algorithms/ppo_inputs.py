@@ -63,6 +63,7 @@ def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inpu
     models = {"actor": actor, "reference": reference, "critic": critic, "reward": source.model}
     models = {role: model for role, model in models.items() if model is not None}
     records, prompts = read(session.say, encoder, config.data.data, "prompts", config.data)
+    source.check(records, session.say)
     demonstrations: list[Example] = []
     if config.ppo.ptx_coef:
         demonstrations = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
@@ -102,6 +103,6 @@ def read_critic(config: PPOConfig, actor: Actor, encoder: Encoder, source: Rewar
 def check_role(flag: str, address: str, role: Actor | Critic, encoder: Encoder, config: PPOConfig) -> None:
     """Raises UserError when a model does not read the actor's tokens, or not so many of them."""
     check_room(flag, address, role.decoder.config, encoder)
-    role_encoder = encoder_of(address, role.decoder.config, config.data)
+    role_encoder = encoder_of(address, role.decoder.config, config.data, task="judge")
     if role.decoder.config.vocab_size < encoder.vocab_size or not role_encoder.same_tokenizer(encoder):
         raise UserError(f"--{flag} {address}: has another tokenizer than the actor, and the two must share one.")

@@ -13,6 +13,7 @@ from penstock.algorithms.reward import score_rows
 from penstock.algorithms.setup import encoder_of
 from penstock.config import DataFlags, GenerateConfig, PPOConfig
 from penstock.data.chat import Encoder
+from penstock.data.records import Prompt
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
@@ -34,6 +35,9 @@ class RewardSource:
     reads_actor_tokens = False
     """True: `model` takes the actor's own rows, and may be scored together with the other models."""
 
+    def check(self, records: Sequence, say: Say) -> None:
+        """Says before the first answer what it will make of these prompts."""
+
     def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
         """One score per answer."""
         raise NotImplementedError
@@ -52,8 +56,14 @@ def reward_source(
         model = RewardModel.trained(source, base_dtype=base_dtype, allow_pickle=flags.allow_pickle)
     model.eval().requires_grad_(False)
     _warn_if_weak(model, say, reward)
-    model_encoder = encoder_of(source, model.decoder.config, dataclasses.replace(flags, max_length=1 << 30))
+    unlimited = dataclasses.replace(flags, max_length=1 << 30)
+    model_encoder = encoder_of(source, model.decoder.config, unlimited, task="judge")
     scores = ModelReward(model, strategy, encoder, model_encoder, size)
+    if not scores.reads_actor_tokens and None in (encoder.tokenizer, model_encoder.tokenizer):
+        raise UserError(
+            f"--reward {reward}: does not read the actor's tokens, and texts cannot go between them, because one of "
+            "the two has no tokenizer files; put the model's own tokenizer beside it."
+        )
     if scores.reads_actor_tokens:
         check_room("reward", reward, model.decoder.config, encoder)
     return scores
@@ -68,6 +78,12 @@ class ModelReward(RewardSource):
         self.model, self.strategy, self.encoder, self.model_encoder = model, strategy, encoder, model_encoder
         self.reads_actor_tokens, self.size = model_encoder.same_tokenizer(encoder), size
 
+    def check(self, records: Sequence, say: Say) -> None:
+        """Prompts of token ids are the actor's: a reward model of another tokenizer reads their text."""
+        count = sum(record.prompt_ids is not None for record in records)
+        if count and not self.reads_actor_tokens:
+            say(f"{count} prompts are token ids; the reward model has another tokenizer and reads their text")
+
     def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
         assert self.stream is not None, "prepare the reward model first"
         if self.reads_actor_tokens:
@@ -75,6 +91,8 @@ class ModelReward(RewardSource):
         else:
             rows = []
             for record, answer in zip(records, answers, strict=True):
+                if record.prompt_ids is not None:
+                    record = Prompt(where=record.where, prompt=self.encoder.decode(answer.prompt_ids))
                 text, ended = self.encoder.decode(answer.response_ids), answer.finish_reason == "stop"
                 rows.append(self.model_encoder.encode_response(record, text, ended=ended))
         return score_rows(self.strategy, self.stream, rows, self.size)

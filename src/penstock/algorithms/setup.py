@@ -6,7 +6,7 @@ from typing import Any
 
 from penstock.config import DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
 from penstock.data import formats
-from penstock.data.chat import Encoder
+from penstock.data.chat import Encoder, Task
 from penstock.data.limits import TooLongError
 from penstock.data.records import Kind
 from penstock.errors import DataError, UserError
@@ -113,15 +113,15 @@ def role_specs(models: Mapping[str, Any]) -> tuple[RoleSpec, ...]:
 
 
 def encoder_of(
-    source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1, trains: bool = True
+    source: str, config: DecoderConfig, flags: DataFlags, *, reserve: int = 1, task: Task = "train"
 ) -> Encoder:
     """The model's own tokenizer and template; rows never longer than the model's positions.
 
-    `reserve` tokens are kept free behind a prompt for the response. If it `trains`, something must end an answer.
+    `reserve` tokens are kept free behind a prompt for the response. `task` as in `Encoder.for_model`.
     """
     limits: Any = {"max_length": min(flags.max_length, config.max_length), "reserve": reserve}
     facts: Any = {"eos_ids": config.eos_ids, "vocab_size": config.vocab_size}
-    return Encoder.for_model(source, **facts, **limits, flags=flags, trains=trains)
+    return Encoder.for_model(source, **facts, **limits, flags=flags, task=task)
 
 
 def read(

@@ -45,6 +45,8 @@ def generate(config: GenerateConfig) -> None:
     else:
         records, prompts = read(functools.partial(print, file=sys.stderr), encoder, flags.data, "prompts", flags)
     source = _source(config, strategy, encoder, flags) if config.reward or config.reward_fn else None
+    if source is not None:
+        source.check(records, functools.partial(print, file=sys.stderr))
     lines = _answers(config, actor, encoder, records, prompts, sampling, source)
     if config.out is None:
         for line in lines:
@@ -117,7 +119,7 @@ def load(config: GenerateConfig | ChatConfig) -> tuple[Strategy, Actor, Encoder]
     adapter = None if config.adapter is None else resolve_model(config.adapter)
     strategy, actor = engine.load(source, config.dtype, config.device, adapter)
     flags = as_data_flags(config, max_length=actor.decoder.config.max_length)
-    return strategy, actor, encoder_of(source, actor.decoder.config, flags, trains=False)
+    return strategy, actor, encoder_of(source, actor.decoder.config, flags, task="answer")
 
 
 def print_notes(encoder: Encoder) -> None:

@@ -7,7 +7,7 @@ SFT was trained on (PPO.md 11).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from penstock.config import DataFlags
 from penstock.data.field_checks import REASONING, Message
@@ -19,6 +19,7 @@ from penstock.models.chat_template import ChatTemplate, arguments_of, ends_of, w
 from penstock.models.tokenizer_files import check_fit, load_tokenizer, one_line
 
 PLAIN = "plain prompts are read without the model's chat template; --apply-chat-template makes each a user's turn"
+Task = Literal["train", "answer", "judge"]
 SYSTEM = ("system", "developer")
 QUOTED = "words in texts spell ends or tokens of the chat template; they are read as ordinary text"
 
@@ -60,18 +61,22 @@ class Encoder:
     @staticmethod
     def for_model(
         source: str, *, eos_ids: Sequence[int], vocab_size: int, max_length: int, reserve: int = 1,
-        flags: DataFlags | None = None, trains: bool = True,
+        flags: DataFlags | None = None, task: Task = "train",
     ) -> "Encoder":  # fmt: skip
         """The encoder of the model at `source`; `eos_ids` are those that its configs name.
 
-        Raises UserError when its tokenizer does not fit the model, and, if it `trains`, when nothing ends an answer.
+        Raises UserError when its tokenizer does not fit the model, for template arguments that nothing reads, and in
+        training when nothing ends an answer. A judge reads what another model writes: of the flags that name parts of
+        a tokenizer or template it takes those that it has.
         """
         flags, tokenizer, template = flags or DataFlags(data=()), load_tokenizer(source), None
         if tokenizer is not None:
             check_fit(tokenizer, vocab_size, source)
             template = ChatTemplate(tokenizer, arguments_of(flags.template_args), flags.date)
-        ends = ends_of(template, eos_ids, flags.eos)
-        if trains and not ends.ids:
+            if template.unread and task != "judge":
+                raise UserError(f"--template-args {template.unread[0]}: the chat template reads no such argument.")
+        ends = ends_of(template, eos_ids, flags.eos if task != "judge" else None)
+        if task == "train" and not ends.ids:
             raise UserError(
                 f"{source}: the model names no end-of-sequence token, so no response could ever end; give the token "
                 "that is to end them: --eos TOKEN."
@@ -403,7 +408,7 @@ def _fingerprint(encoder: Encoder) -> tuple[Any, ...]:
     tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return words, encoder.template.sources, encoder.template.arguments, tokenizer.eos_token_id
+    return words, encoder.template.sources, tokenizer.eos_token_id
 
 
 def _check_unicode(text: str, where: str) -> None:

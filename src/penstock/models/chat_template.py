@@ -52,8 +52,8 @@ class ChatTemplate:
             raise UserError(
                 f"the tokenizer has chat templates named {', '.join(sources)} and none named default; name one so."
             )
-        if unread := [name for name in self.arguments if not re.search(rf"\b{re.escape(name)}\b", sources["default"])]:
-            raise UserError(f"--template-args {unread[0]}: the model's chat template reads no such argument.")
+        self.unread = [name for name in self.arguments if not re.search(rf"\b{re.escape(name)}\b", sources["default"])]
+        """Arguments that the template does not name."""
         self._undated = sources["default"]
         self.sources = {name: _dated(source, date) for name, source in sources.items()}
         """By name: default, and tool_use for conversations with tools where there is one."""

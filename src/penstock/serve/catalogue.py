@@ -128,7 +128,7 @@ class Catalogue:
         decoder = engines.load(path, config.dtype, config.device)[1].decoder
         facts: Any = {"eos_ids": decoder.config.eos_ids, "vocab_size": decoder.config.vocab_size}
         flags = as_data_flags(config, max_length=NO_LIMIT)
-        encoder = Encoder.for_model(path, **facts, max_length=NO_LIMIT, flags=flags, trains=False)
+        encoder = Encoder.for_model(path, **facts, max_length=NO_LIMIT, flags=flags, task="answer")
         for line in encoder.take_notes():
             print(line, file=sys.stderr, flush=True)
         if encoder.tokenizer is None:
