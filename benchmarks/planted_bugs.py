@@ -161,7 +161,7 @@ BUGS: list[Bug] = [
     (RM, "loss over responses instead of prompts", 'return loss / count, {"correct"', 'return loss / len(scores), {"correct"'),
     (RM, "a prompt's scores shifted by one answer", "ranking_scores = scores[start : start + len(ranking.rows)]", "ranking_scores = scores.roll(1)[start : start + len(ranking.rows)]"),
     (RM, "held-out accuracy counts every pair", "for i, j in ranking.pairs:", "for i, j in [(i, j) for j in range(len(values)) for i in range(j)]:"),
-    (RM, "split by row, not by prompt", "split_by_prompt([record.prompt_key for record in records]", "split_by_prompt([str(i) for i, _ in enumerate(records)]"),
+    ("algorithms/heldout.py", "split by row, not by prompt", "split_by_prompt(keys,", "split_by_prompt([*map(str, range(len(keys)))],"),
     (RM, "normalised on the training scale", "model.mean, model.std = 0.0, 1.0\n", "model.mean, model.std = 1.0, 3.0\n"),
     (ROLES, "mean added instead of subtracted", "[:, 0] - self.mean) / self.std", "[:, 0] + self.mean) / self.std"),
     (DECODER, "embedding's gradient overwrites what is there", "table_grad.index_add_(0,", "table_grad.index_copy_(0,"),
@@ -205,6 +205,11 @@ BUGS: list[Bug] = [
     # health
     (HEALTH, "missing EOS is no warning until all answers lack it", "if rate <= 0.3:", "if rate < 1.0:"),
     ("run/session.py", "a warning is said at every step", "if name not in self._warnings:", "if True:"),
+    # length and evaluation
+    ("config.py", "an adapter learns at a whole model's rate", "if adapts else config.LR", "if False else config.LR"),
+    ("data/batching.py", "held-out rows have no limit", "if filled <= most}", "if True}"),
+    (RM, "a longer run learns in the scale of the finished one", "            if start == total:  # else", "            if True:  # else"),
+    (FN, "wsd falls from its middle", "min(left / 0.2, 1.0)", "min(left / 0.5, 1.0)"),
 ]  # fmt: skip
 
 

@@ -54,8 +54,8 @@ COMMANDS: dict[str, Command] = {
         "run", "penstock export runs/ppo --out my-model",
     ),
     "data check": Command(
-        "say what data files are, and name each bad line", "config:CheckConfig", "commands.data:check", "data",
-        "penstock data check demonstrations.jsonl --model Qwen/Qwen3-0.6B",
+        "say what data files are, and name each bad line", "commands.config:CheckConfig", "commands.data:check",
+        "data", "penstock data check demonstrations.jsonl --model Qwen/Qwen3-0.6B",
     ),
     "data export": Command(
         "write the votes of the chat page as comparisons", "commands.config:VotesConfig", "commands.data:export",
@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         "what a run needs, moves and takes, before it runs; and what to change if it does not fit",
-        "config:PlanConfig", "commands.plan:run",
+        "planner.config:PlanConfig", "commands.plan:run",
         example="penstock plan --model llama-3-8b --device-memory 24GB --host-memory 128GB --lora 16",
     ),
     "bench": Command(
@@ -193,6 +193,7 @@ def _fail(name: str, error: PenstockError) -> int:
 
 def resume(config: Any) -> None:
     """Continues the training command that config.toml names; flags of `penstock resume` win over those in the file."""
+    from penstock.config import OLD_DEFAULTS
     from penstock.flags import from_dict, to_dict
     from penstock.run.directory import RunDirectory
 
@@ -203,9 +204,12 @@ def resume(config: Any) -> None:
     stages = ("sft", "reward", "ppo")
     if name not in stages:
         raise UserError(f"{path}/config.toml: no command {name!r} can be resumed; there are {', '.join(stages)}.")
+    if "epochs" in overrides:
+        if name == "ppo":
+            raise UserError("--epochs: ppo makes these over each experience; --steps is the length of the run.")
+        overrides.setdefault("steps", "none")
     command = COMMANDS[name]
-    saved = {"truncate": "right"} | saved  # what runs did before there was the flag
-    run_config = from_dict(load(command.config), {**saved, "out": path, **overrides})
+    run_config = from_dict(load(command.config), {**OLD_DEFAULTS[name], **saved, "out": path, **overrides})
     load(command.function)(run_config, resume=True)
 
 

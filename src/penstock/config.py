@@ -6,8 +6,8 @@ a field again, or holds as a field. On the command line and in TOML files all na
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
 
 from penstock.errors import UserError
 
@@ -16,15 +16,16 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 1", lambda x: x >= 1, "batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
-     "max_epochs iterations layers prompts repeats rows queue per_key threads"),
+     "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
+     "early_stopping_patience"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef vf_coef temperature "
      "margin lora_rank"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
-     "clip value_clip tflops lora_alpha"),
+     "clip value_clip tflops lora_alpha adam_epsilon"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout adam_beta1 adam_beta2"),
     ("a finite number", math.isfinite, "missing_eos_score"),
 ]  # fmt: skip
 
@@ -184,8 +185,10 @@ def as_data_flags(config: TemplateFlags, **changes: Any) -> DataFlags:
 class OptimFlags(Flags):
     """Optimizer."""
 
-    lr: float
-    """Peak learning rate, after a linear warm-up; it then falls linearly to 0."""
+    lr: float = None  # type: ignore[assignment]  # `settle_lr` gives it its value
+    """Peak learning rate, after a linear warm-up. Default: 1e-5 (ppo: 3e-6), and ten times that for an adapter."""
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """After the warm-up: to 0 in a line or a half cosine, constant, or constant and to 0 in the last fifth (wsd)."""
     batch_size: int = 32
     """Rows per optimizer step over all ranks (ppo: episodes per rollout)."""
     micro_batch_size: int = 8
@@ -200,6 +203,18 @@ class OptimFlags(Flags):
     """Global 2-norm to which gradients are clipped."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
+    adam_epsilon: float = 1e-5
+    """AdamW's term beside the root of that mean."""
+
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """The fields of memory.adamw.AdamW."""
+        betas = (self.adam_beta1, self.adam_beta2)
+        return {"betas": betas, "eps": self.adam_epsilon, "weight_decay": self.weight_decay}
 
 
 @dataclass(frozen=True)
@@ -223,44 +238,77 @@ class LoraFlags(Flags):
     """Without an adapter: train only this many of the last blocks; models that start alike share the others."""
 
 
-@dataclass(frozen=True)
-class SFTConfig(Flags):
+@dataclass(frozen=True, kw_only=True)
+class EvalFlags(Flags):
+    """Held-out evaluation."""
+
+    heldout: float = 0.05
+    """Fraction of prompts held out; 0 trains on everything."""
+    eval_data: tuple[str, ...] = ()
+    """Files to evaluate on, in the format of --data; then nothing is held out of --data."""
+    max_eval_samples: int | None = 512
+    """Rows that are held out or read from --eval-data at most; none is no limit."""
+    eval_every: int | None = None
+    """Steps between evaluations. Default: about 20 evaluations in the whole run, fewer in a short run."""
+    early_stopping_patience: int | None = None
+    """End the run after this many evaluations in a row that are not better than the best. Default: off."""
+
+
+ADAPTER_LR = 10
+"""How much larger the default learning rate is where only an adapter learns (Schulman et al. 2025, "LoRA Without
+Regret": 10 times, whatever the model and task)."""
+
+
+def settle_lr(config: Any) -> None:
+    """Gives a new config its default learning rate: LR, which is for a whole model, or an adapter's."""
+    if config.optim.lr is None:
+        adapts = config.peft.lora is not None or config.peft.adapter is not None
+        lr = float(f"{config.LR * ADAPTER_LR:g}") if adapts else config.LR
+        object.__setattr__(config, "optim", replace(config.optim, lr=lr))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(EvalFlags):
     """Supervised fine-tuning: teach a language model to answer from demonstrations."""
 
+    LR: ClassVar[float] = 1e-5
     model: str
     """Hugging Face directory, hub id or run directory."""
     data: DataFlags
     run: RunFlags
     peft: LoraFlags = field(default_factory=LoraFlags)
-    optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
-    heldout: float = 0.05
-    """Fraction of prompts held out for the loss; 0 trains on everything."""
-    eval_every: int = 50
-    """Steps between held-out losses; the best checkpoint has the lowest."""
+    optim: OptimFlags = field(default_factory=OptimFlags)
     samples: int = 8
     """Held-out prompts answered before and after training, for the report."""
     max_new_tokens: int = 128
     """Tokens per sampled answer in the report."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_lr(self)
 
-@dataclass(frozen=True)
-class RewardConfig(Flags):
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(EvalFlags):
     """Reward modelling: learn a score from rankings of K answers to one prompt."""
 
+    LR: ClassVar[float] = 1e-5
     model: str
     """The SFT model to start from: Hugging Face directory, hub id or run directory."""
     data: DataFlags
     run: RunFlags
     peft: LoraFlags = field(default_factory=LoraFlags)
-    optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=1e-5))
+    optim: OptimFlags = field(default_factory=OptimFlags)
     heldout: float = 0.1
     """Fraction of prompts held out for the pair accuracy; the split is by prompt, never by pair."""
-    eval_every: int = 50
-    """Steps between held-out accuracies."""
     margin: float = 0.0
     """Score gap that the loss asks for between a better and a worse response."""
     normalize: tuple[str, ...] = ()
     """Demonstrations whose mean score becomes 0. Default: all held-out responses."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_lr(self)
 
 
 @dataclass(frozen=True)
@@ -311,6 +359,7 @@ class PPOFlags(Flags):
 class PPOConfig(Flags):
     """PPO: improve the actor against a score, staying near the reference."""
 
+    LR: ClassVar[float] = 3e-6
     actor: str
     """The SFT model: Hugging Face directory, hub id or run directory."""
     data: DataFlags
@@ -324,7 +373,7 @@ class PPOConfig(Flags):
     """Where the critic starts. Default: the reward model; without one, the actor with a zero head."""
     reference: str | None = None
     """The frozen model that KL is measured from. Default: the actor's start."""
-    optim: OptimFlags = field(default_factory=lambda: OptimFlags(lr=3e-6, batch_size=64, epochs=4, steps=200))
+    optim: OptimFlags = field(default_factory=lambda: OptimFlags(batch_size=64, epochs=4, steps=200))
     ppo: PPOFlags = field(default_factory=PPOFlags)
     mini_batch_size: int | None = None
     """Episodes per optimizer step. Default: the whole batch."""
@@ -337,71 +386,32 @@ class PPOConfig(Flags):
     samples: int = 8
     """Prompts answered before and after training, for the report."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_lr(self)
+
+
+OLD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"max_eval_samples": "none", "truncate": "right"},
+    "reward": {"max_eval_samples": "none", "truncate": "right"},
+    "ppo": {"truncate": "right"},
+}
+"""What a run did that was begun before a flag existed, by command: values for a config.toml that lacks the flag."""
+
 
 @dataclass(frozen=True)
 class ResumeConfig(BudgetFlags, DeviceFlags):
-    """Continue a run that was stopped or killed, with the flags in its config.toml; only placement may change."""
+    """Continue a run that was stopped or killed, with the flags in its config.toml; only placement and length may
+    change."""
 
     run: str
     """Run directory."""
+    steps: int | None = None
+    """Steps of the whole run, with those that are made. Default: as before."""
+    epochs: int | None = None
+    """sft, reward: passes over the data in the whole run, with those that are made. Default: as before."""
     strategy: str | None = None
     """Where weights, gradients and optimizer states are kept. Default: as before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(PlacementFlags):
-    """What a run needs and moves, before it runs. Budgets are per process, unlimited by default."""
-
-    model: str
-    """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json."""
-    critic_model: str | None = None
-    """Size of critic and reward model. Default: --model."""
-    stage: Literal["ppo", "sft", "reward"] = "ppo"
-    """The command to plan."""
-    strategy: str = "gemini_auto"
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    world: int = 1
-    """Processes."""
-    lora: int | None = None
-    """Train adapters of this rank; all models of one size share one frozen base."""
-    lora_targets: tuple[str, ...] = ()
-    """Modules that get an adapter: q_proj v_proj. Default: all linear layers of the blocks."""
-    base_dtype: Literal["int8", "nf4"] | None = None
-    """With --lora: what the weights of the frozen blocks are kept in."""
-    batch_size: int = 64
-    """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
-    micro_batch_size: int = 8
-    """Rows per forward pass."""
-    mini_batch_size: int | None = None
-    """ppo: episodes per optimizer step. Default: the whole batch."""
-    epochs: int = 1
-    """ppo: passes over each experience."""
-    rollout_batch_size: int | None = None
-    """ppo: answers that one process generates together. Default: all of its answers."""
-    prompt_length: int = 384
-    """Tokens per prompt."""
-    max_new_tokens: int = 128
-    """Tokens per response."""
-    activation_budget: str | None = None
-    """Activations inside a block per micro-batch, at most: 500MB; the slices are printed."""
-    rates: Literal["given", "measured"] = "given"
-    """measured: rates that penstock bench micro measured here replace all flags below but --network."""
-    tflops: float = 200.0
-    """Speed of one device, in 10^12 operations per second."""
-    link: str = "25GB"
-    """Bytes per second between host and device, each way."""
-    disk_read: str = "3GB"
-    """Bytes per second that the disk reads."""
-    disk_write: str = "2GB"
-    """Bytes per second that the disk writes."""
-    host_bandwidth: str = "38GB"
-    """Bytes per second of host memory, reads and writes together."""
-    network: str = "25GB"
-    """Bytes per second between processes, each way."""
-    dry_run: bool = False
-    """Also run the engine on tensors without memory, and print what it takes next to what is planned."""
-    json: bool = False
-    """Print one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -442,17 +452,3 @@ class GenerateConfig(TemplateFlags, SamplingFlags, InferenceFlags):
     """Read plain prompts as a user's turn, through the chat template."""
     json: bool = False
     """Print answers as JSON lines."""
-
-
-@dataclass(frozen=True)
-class CheckConfig(DataFlags):
-    """Say what data files are: kind and format, counts, lengths, and each bad line; exit code 4 if there is one. With
-    --model, say also what training that model would say: what its tokenizer and chat template make of the records, what
-    does not fit, what is cut."""
-
-    model: str | None = None
-    """The model to be trained: Hugging Face directory, hub id or run directory. Default: only the files are checked."""
-    kind: Literal["demonstrations", "comparisons", "prompts"] | None = None
-    """What the files are read as: for sft, reward or ppo. Default: the most that the first line can be."""
-    max_new_tokens: int = 128
-    """Of prompts: tokens kept free for the answer, as in ppo."""

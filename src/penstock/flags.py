@@ -24,7 +24,19 @@ from penstock.errors import UserError
 
 Config = TypeVar("Config")
 
-PATHS = ("model", "actor", "reward", "critic", "reference", "data", "ptx_data", "normalize", "reward_fn", "adapter")
+PATHS = (
+    "model",
+    "actor",
+    "reward",
+    "critic",
+    "reference",
+    "data",
+    "ptx_data",
+    "normalize",
+    "reward_fn",
+    "adapter",
+    "eval_data",
+)
 """Flags that may name something on this machine."""
 COMMON = {
     "reward", "reward_fn", "critic", "lr", "steps", "epochs", "batch_size", "max_length", "max_new_tokens", "strategy",
@@ -34,7 +46,7 @@ COMMON = {
 METAVARS = {
     "MODEL": ("model", "actor", "critic", "reference", "critic_model"),
     "RUN": ("run", "reward", "adapter"),
-    "FILE": ("data", "files", "ptx_data", "normalize", "profile", "json"),
+    "FILE": ("data", "files", "ptx_data", "normalize", "eval_data", "profile", "json"),
     "NAME": ("strategy",),
     "FILE.py:NAME": ("reward_fn",),
     "DIR": ("data_dir",),

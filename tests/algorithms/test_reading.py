@@ -6,8 +6,9 @@ import pytest
 
 from penstock.algorithms import reward
 from penstock.algorithms.setup import encoder_of, read
+from penstock.commands.config import CheckConfig
 from penstock.commands.data import check
-from penstock.config import CheckConfig, DataFlags
+from penstock.config import DataFlags
 from penstock.data.toyland import save_tokenizer
 from penstock.errors import DataError
 from penstock.models import pretrained

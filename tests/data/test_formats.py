@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.commands.config import CheckConfig
 from penstock.commands.data import check
-from penstock.config import CheckConfig
 from penstock.data import formats
 from penstock.data.records import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt
 from penstock.errors import DataError, PenstockError, UserError

@@ -253,12 +253,18 @@ def pairwise_loss(scores: Tensor, pairs: Sequence[tuple[int, int]], margin: floa
     return -F.logsigmoid(gaps - margin).mean(), int((gaps > 0).sum()), len(pairs)
 
 
-def lr_schedule(step: int, total: int, warmup_fraction: float) -> float:
-    """Factor of the learning rate at update `step` of `total`: linear warm-up, then linear to 0 (PPO.md 18).
+def lr_schedule(step: int, total: int, warmup_fraction: float, kind: str = "linear") -> float:
+    """Factor of the learning rate at update `step` of `total`: linear warm-up, then as `kind` says (PPO.md 18).
 
-    The first update already moves ((step + 1) / warmup) and the last one is the last above zero.
+    The first update already moves ((step + 1) / warmup) and the last one is the last above zero. wsd (warm-up, stable,
+    decay) is constant until the last fifth (Hu et al. 2024, MiniCPM; Hagele et al. 2024 find 20 % enough).
     """
     warmup = math.ceil(total * warmup_fraction)
     if step < warmup:
         return (step + 1) / warmup
-    return max(total - step, 0) / max(total - warmup, 1)
+    left = max(total - step, 0) / max(total - warmup, 1)
+    if kind == "cosine":
+        return 0.5 - 0.5 * math.cos(math.pi * left)
+    if kind == "constant":
+        return 1.0
+    return min(left / 0.2, 1.0) if kind == "wsd" else left

@@ -73,7 +73,8 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 epoch, part = divmod(state.update, parts)
                 order = permutation(len(experience.tokens), config.run.seed, step, epoch)  # new each epoch (17)
                 index = order[part * mini_batch : (part + 1) * mini_batch]
-                lr = fn.lr_schedule((step - 1) * updates + state.update, total * updates, optim.warmup)
+                done = (step - 1) * updates + state.update
+                lr = fn.lr_schedule(done, total * updates, optim.warmup, optim.lr_schedule)
                 use_ptx = inputs.demonstrations and state.critic_ready
                 ptx = [inputs.demonstrations[i] for i in state.ptx_shuffle.next(mini_batch)] if use_ptx else []
                 steps = iteration.learn(experience, index, lr, ptx, hold_actor=not state.critic_ready)
@@ -104,7 +105,7 @@ def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     work = Workload("ppo", role_specs(models), *batches, longest, flags.max_new_tokens, flags.rollout_batch_size)
     swap = reserve_activations(strategy, work)
-    prepared = strategy.prepare_all(*models.values(), weight_decay=optim.weight_decay)
+    prepared = strategy.prepare_all(*models.values(), **optim.adamw)
     streams = dict(zip(models, prepared, strict=True))
     source.stream = streams.get("reward")
     reward = source.stream if source.reads_actor_tokens else None

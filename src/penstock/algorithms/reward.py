@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms.heldout import Best, interval, read_sides
 from penstock.algorithms.setup import prepare, read, read_model, strategy_of
 from penstock.config import OptimFlags, RewardConfig
-from penstock.data.batching import Shuffle, pad, split_by_prompt
+from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Example
 from penstock.errors import DataError
 from penstock.memory.strategy import StepStats, Strategy
@@ -50,35 +51,40 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     session = Session("reward", config, strategy.world, resume=resume)
     model, train, heldout, normalize = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
+    every = interval(config, total, len(heldout), optim.batch_size, session)
 
     with session:
         longest = max(len(row) for ranking in [*train, *heldout] for row in ranking.rows)
         rows = optim.batch_size * max(len(ranking.rows) for ranking in train)
         stream = prepare("reward", model, strategy, optim, rows, longest)
-        shuffle, start = Shuffle(len(train), config.run.seed), 0
+        shuffle, start, best = Shuffle(len(train), config.run.seed), 0, Best(config.early_stopping_patience)
         session.restore({"model": stream})
         if session.state:
             shuffle.load_state_dict(session.state["shuffle"])
             start = session.state["step"]
-            model.mean, model.std, model.facts = (session.state[key] for key in ("mean", "std", "facts"))
+            best.load(session.state.get("best", -math.inf), session.state)
+            if start == total:  # else the run goes on, and learns in the scale that it began with
+                model.mean, model.std, model.facts = (session.state[key] for key in ("mean", "std", "facts"))
 
         def state() -> dict[str, Any]:
             scale = {"mean": model.mean, "std": model.std, "facts": model.facts}
-            return {"shuffle": shuffle.state_dict(), "step": step, **scale}
+            return {"shuffle": shuffle.state_dict(), "step": step, "best": best.value, "stale": best.stale, **scale}
 
         for step in session.steps(start, total):
             rankings = [train[i] for i in shuffle.next(optim.batch_size)]
-            lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
+            lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup, optim.lr_schedule)
             stats = learn(strategy, stream, rankings, optim, lr, config.margin)
             session.check(stats)
             metrics = {"loss": stats.sums["loss"], "accuracy": stats.sums["correct"] / stats.sums["pairs"]}
             metrics |= {"grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
-            if heldout and (step % config.eval_every == 0 or step == total):
+            if heldout and (step % every == 0 or step == total):
                 with strategy.phase("score"):
                     scores = score_rankings(strategy, stream, heldout, optim.micro_batch_size)
                 facts = evaluate(heldout, scores)
                 metrics |= {f"heldout/{name}": value for name, value in facts.items()}
-            if step == total:
+                best.better(facts["accuracy"])
+                best.end_early(session, step)
+            if step == session.total:
                 with strategy.phase("score"):
                     normalize_score(strategy, stream, heldout or train, normalize, optim.micro_batch_size)
                 if any(ranking.pairs for ranking in heldout):
@@ -96,10 +102,9 @@ def read_inputs(
     """The model, the rankings to train on and those held out, and the demonstrations that normalise the score."""
     torch.manual_seed(config.run.seed)  # the head's random start
     model, encoder = read_model(RewardModel, config.model, config, strategy, session)
-    records, encoded = read(session.say, encoder, config.data.data, "comparisons", config.data)
     train, heldout = (
-        [_ranking(encoded[i], records[i].ranks) for i in side]
-        for side in split_by_prompt([record.prompt_key for record in records], config.heldout, config.run.seed)
+        [_ranking(tokens, record.ranks) for record, tokens in zip(*side, strict=True)]
+        for side in read_sides(session, encoder, "comparisons", config)
     )
     normalize: list[Example] = []
     if config.normalize:

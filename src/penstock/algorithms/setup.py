@@ -1,10 +1,11 @@
 """What every training command sets up: strategy, model and encoder, records with their tokens, room for activations."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from penstock.config import DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
+from penstock.config import ADAPTER_LR, DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder, Task
 from penstock.data.limits import TooLongError
@@ -59,14 +60,26 @@ def read_model(role: Any, source: str, config: Any, strategy: Strategy, session:
     session.finishing = functools.partial(
         pretrained.copy_tokenizer, address, eos_ids=encoder.eos_ids, template=encoder.template
     )
+    say_lr(model.decoder.adapted is not None, config, session)
     return model, encoder
+
+
+def say_lr(adapts: bool, config: Any, session: Session) -> None:
+    """Says when the default learning rate is an adapter's, or when it should be."""
+    lr, full = config.optim.lr, type(config).LR
+    if not adapts:
+        return
+    if math.isclose(lr, ADAPTER_LR * full):
+        session.say(f"--lr {lr:g}: the default for an adapter, {ADAPTER_LR} times that of a whole model")
+    elif lr <= full:
+        session.warn(f"learning rate: an adapter learns little at --lr {lr:g}; {ADAPTER_LR * full:g} is usual")
 
 
 def prepare(stage: str, model: Any, strategy: Strategy, optim: OptimFlags, rows: int, longest: int) -> Stream:
     """Gives the one model of a stage its homes: `rows` of at most `longest` tokens per optimizer step."""
     specs = role_specs({"model": model})
     reserve_activations(strategy, Workload(stage, specs, rows, optim.micro_batch_size, rows, 1, longest, 0))
-    return strategy.prepare(model, weight_decay=optim.weight_decay)
+    return strategy.prepare(model, **optim.adamw)
 
 
 def check_adapter_learns(model: Any, flags: LoraFlags) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.setup import prepare, read, read_model, sample_rows, strategy_of
+from penstock.algorithms.heldout import Best, interval, read_sides
+from penstock.algorithms.setup import prepare, read_model, sample_rows, strategy_of
 from penstock.config import OptimFlags, SFTConfig
-from penstock.data.batching import Shuffle, pad, split_by_prompt
+from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Encoder, Example
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
@@ -35,18 +36,20 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     session = Session("sft", config, strategy.world, resume=resume)
     actor, encoder, train, heldout = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
+    every = interval(config, total, len(heldout), optim.batch_size, session)
 
     with session:
         longest = max(len(example.tokens) for example in [*train, *heldout])
         stream = prepare("sft", actor, strategy, optim, optim.batch_size, longest)
-        shuffle, start, best = Shuffle(len(train), run.seed), 0, math.inf
+        shuffle, start, best = Shuffle(len(train), run.seed), 0, Best(config.early_stopping_patience)
         session.restore({"model": stream})
         if session.state:
             shuffle.load_state_dict(session.state["shuffle"])
-            start, best = session.state["step"], session.state["best"]
+            start = session.state["step"]
+            best.load(-session.state["best"], session.state)
 
         def state() -> dict[str, Any]:
-            return {"shuffle": shuffle.state_dict(), "step": step, "best": best}
+            return {"shuffle": shuffle.state_dict(), "step": step, "best": -best.value, "stale": best.stale}
 
         def show(step: int) -> None:
             prompts = [prompt_of(example) for example in (heldout or train)[: config.samples]]
@@ -58,18 +61,19 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             show(0)
         for step in session.steps(start, total):
             examples = [train[i] for i in shuffle.next(optim.batch_size)]
-            lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup)
+            lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup, optim.lr_schedule)
             stats = learn(strategy, stream, examples, optim, lr)
             session.check(stats)
             metrics = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
             metrics["tokens"], improved = trained_tokens(examples), False
-            if heldout and (step % config.eval_every == 0 or step == total):
+            if heldout and (step % every == 0 or step == total):
                 with strategy.phase("score"):
                     loss = heldout_loss(strategy, stream, heldout, optim.micro_batch_size)
-                metrics["heldout/loss"], improved, best = loss, loss < best, min(best, loss)
+                metrics["heldout/loss"], improved = loss, best.better(-loss)
+                best.end_early(session, step)
             tokens = sum(len(example.tokens) for example in examples)
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
-            if step == total:
+            if step == session.total:
                 show(step)
             session.checkpoint(step, {"model": stream}, state, best=improved)
         return session.finish()
@@ -80,9 +84,8 @@ def read_inputs(
 ) -> tuple[Actor, Encoder, list[Example], list[Example]]:
     """The model, its encoder, and the demonstrations to train on and those held out."""
     actor, encoder = read_model(Actor, config.model, config, strategy, session)
-    records, examples = read(session.say, encoder, config.data.data, "demonstrations", config.data)
-    train, heldout = split_by_prompt([record.prompt_key for record in records], config.heldout, config.run.seed)
-    return actor, encoder, [examples[i] for i in train], [examples[i] for i in heldout]
+    (_, train), (_, heldout) = read_sides(session, encoder, "demonstrations", config)
+    return actor, encoder, train, heldout
 
 
 def learn(strategy: Strategy, stream: Stream, examples: Sequence[Example], optim: OptimFlags, lr: float) -> StepStats:

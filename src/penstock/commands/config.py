@@ -1,9 +1,9 @@
-"""The flags of commands that no other floor reads: chat, export, demo, doctor, data export. No torch in here."""
+"""The flags of commands that no other floor reads: chat, export, demo, doctor, data. No torch in here."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.config import Flags, InferenceFlags, SamplingFlags, TemplateFlags
+from penstock.config import DataFlags, Flags, InferenceFlags, SamplingFlags, TemplateFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,20 @@ class ChatConfig(TemplateFlags, SamplingFlags, InferenceFlags):
     temperature: float = 0.7
     json: bool = False
     """Print each answer as one JSON object, for programs that talk through a pipe."""
+
+
+@dataclass(frozen=True)
+class CheckConfig(DataFlags):
+    """Say what data files are: kind and format, counts, lengths, and each bad line; exit code 4 if there is one. With
+    --model, say also what training that model would say: what its tokenizer and chat template make of the records, what
+    does not fit, what is cut."""
+
+    model: str | None = None
+    """The model to be trained: Hugging Face directory, hub id or run directory. Default: only the files are checked."""
+    kind: Literal["demonstrations", "comparisons", "prompts"] | None = None
+    """What the files are read as: for sft, reward or ppo. Default: the most that the first line can be."""
+    max_new_tokens: int = 128
+    """Of prompts: tokens kept free for the answer, as in ppo."""
 
 
 @dataclass(frozen=True)

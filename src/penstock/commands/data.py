@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from penstock.commands.config import VotesConfig
-from penstock.config import CheckConfig
+from penstock.commands.config import CheckConfig, VotesConfig
 from penstock.data import formats
 from penstock.data.records import Comparison, Demonstration, Kind, Prompt
 from penstock.errors import DataError, UserError

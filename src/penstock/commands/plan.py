@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from penstock.config import PlanConfig
 from penstock.memory.placement import EIGHT_BIT, NAMES, TierName, bits_of, tiers_of
 from penstock.models import weight_shapes
+from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS, Forecast
 from penstock.planner.workload import DTYPES, Setting, forecast_of, setting_of
 from penstock.units import parse_bytes, show_bytes

@@ -1,6 +1,8 @@
 """Rows into tensors, and the order in which rows are used."""
 
+import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,16 +64,21 @@ class Shuffle:
         self.generator.set_state(state["generator"])
 
 
-def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def split_by_prompt(
+    prompts: Sequence[str], fraction: float, seed: int, *, least: int = 1, most: int | None = None
+) -> tuple[list[int], list[int]]:
     """Indices to train on and to hold out: about `fraction` of the prompts, each whole on one side (PPO.md 23).
 
-    At least one prompt stays on each side when fraction is above 0 and there are two.
+    Where fraction is above 0, at least `least` prompts are held out and one is trained on; never more rows than `most`.
     """
     distinct = sorted(set(prompts))
     random.Random(seed).shuffle(distinct)
     count = round(len(distinct) * fraction)
     if fraction > 0:
-        count = min(max(count, 1), len(distinct) - 1)
-    heldout = set(distinct[:count])
+        count = min(max(count, least), len(distinct) - 1)
+    rows, heldout = Counter(prompts), set(distinct[:count])
+    if most is not None:
+        room = itertools.accumulate(rows[prompt] for prompt in distinct[:count])
+        heldout = {prompt for prompt, filled in zip(distinct, room, strict=False) if filled <= most}
     train = [i for i, prompt in enumerate(prompts) if prompt not in heldout]
     return train, [i for i, prompt in enumerate(prompts) if prompt in heldout]

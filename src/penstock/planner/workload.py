@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from penstock.config import PlanConfig, recompute_of
+from penstock.config import recompute_of
 from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
@@ -24,6 +24,7 @@ from penstock.models.families import family_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.planner import footprint, machine
 from penstock.planner.activations import Batch, Pass, Work, activations_of
+from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS, Forecast, Rates, forecast, sharing_groups, with_slack
 from penstock.units import parse_bytes
 

@@ -5,7 +5,8 @@ checkpoints/step-000100/model/ [critic/]     Hugging Face directories
 checkpoints/step-000100/model.optimizer.safetensors    fp32 masters and moments, by weight name [critic. ...]
 checkpoints/step-000100/state.safetensors    tensors of generators and of experience in flight
 checkpoints/step-000100/state.json           everything else
-checkpoints/latest, checkpoints/best         names of checkpoints
+checkpoints/weights-000120/                  as above without optimizer and state: the best, between two checkpoints
+checkpoints/latest, checkpoints/best         names of checkpoints; nothing resumes from weights alone
 
 A name with `.tmp-` in it is the unfinished work of a running or killed process: never read, removed by `sweep`.
 """
@@ -30,7 +31,7 @@ from torch import Tensor
 from penstock.errors import PenstockError, ResourceError, UserError
 
 MANIFEST = "manifest.json"
-NAME = re.compile(r"step-(\d{6,})")
+NAME = re.compile(r"(?:step|weights)-(\d{6,})")
 OUT_OF_SPACE = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -50,16 +51,20 @@ def save(
     *,
     keep: int = 2,
     best: bool = False,
+    whole: bool = True,
 ) -> Path:
     """`write` fills a directory, which one rename makes the newest checkpoint; older ones are removed afterwards.
 
     `meta` goes into the manifest (config digest, world size). With `best` the file `best` names it too; the best
-    checkpoint is never deleted. A full disk is a ResourceError, and leaves the earlier checkpoints as they were.
+    checkpoint is never deleted. Not `whole`: it has weights alone, and is no checkpoint to resume from. A full disk is
+    a ResourceError, and leaves the earlier checkpoints as they were.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        final = _write(parent, step, write, meta)
-        write_whole(parent / "latest", final.name)
+        final = parent / f"{'step' if whole else 'weights'}-{step:06d}"
+        _write(final, step, write, meta)
+        if whole:
+            write_whole(parent / "latest", final.name)
         if best:
             write_whole(parent / "best", final.name)
         _prune(parent, step, keep)
@@ -135,7 +140,7 @@ def trusted(parent: Path, warn: Callable[[str], None]) -> Path | None:
 
 def sweep(parent: Path) -> None:
     """Removes unfinished files of killed processes; a kill between the two renames of a step is undone first."""
-    for old in parent.glob("step-*.tmp-old-*"):
+    for old in parent.glob("*-*.tmp-old-*"):
         final = parent / old.name.split(".tmp-", 1)[0]
         if not final.exists():
             old.rename(final)
@@ -246,9 +251,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _write(parent: Path, step: int, write: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
+def _write(final: Path, step: int, write: Callable[[Path], None], meta: Mapping[str, Any]) -> None:
     """A whole checkpoint, synced to the disk; no part of it stays when this raises."""
-    final = parent / f"step-{step:06d}"
+    parent = final.parent
     unfinished = parent / f"{final.name}.tmp-{os.getpid()}"
     replaced = parent / f"{final.name}.tmp-old-{os.getpid()}"
     try:
@@ -276,7 +281,6 @@ def _write(parent: Path, step: int, write: Callable[[Path], None], meta: Mapping
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
 def _all(parent: Path) -> list[Path]:
@@ -300,8 +304,8 @@ def _prune(parent: Path, step: int, keep: int) -> None:
     """
     past = [path.name for path in _all(parent) if int(path.name.removeprefix("step-")) <= step]
     kept = {*past[-max(keep, 1) :], _best(parent)}
-    for path in _all(parent):
-        if path.name not in kept:
+    for path in [*_all(parent), *parent.glob("weights-*")]:
+        if path.name not in kept and NAME.fullmatch(path.name):
             gone = path.with_name(f"{path.name}.tmp-gone-{os.getpid()}")
             path.rename(gone)  # first: a kill must not leave half a checkpoint under a valid name
             shutil.rmtree(gone)

@@ -83,6 +83,12 @@ class RunDirectory:
             raise UserError(f'{file}: does not say which command made this run; add a line like: command = "sft"')
         return config
 
+    def amend(self, changes: dict[str, Any]) -> None:
+        """Changes flags in config.toml; None removes one."""
+        config = {**self.peek(self.path), **changes}
+        text = tomli_w.dumps({name: value for name, value in config.items() if value is not None})
+        checkpoint.write_whole(self.path / "config.toml", text)
+
     def say(self, text: str) -> None:
         """A line for people: on stderr, and in log.txt with the time."""
         print(text, file=sys.stderr, flush=True)

@@ -67,7 +67,9 @@ class Session:
         self._newest: Path | None = None
         self._notes: list[str] = []
         self._flags = flags.with_absolute_paths(flags.to_dict(config))
-        self._signal = self._total = 0
+        self.total = 0
+        """Steps of the whole run."""
+        self._signal, self._ended_early = 0, False
         self._skips: dict[str, int] = {}
         self._warned: list[str] = []
         self._warnings: dict[str, int] = {}
@@ -92,7 +94,7 @@ class Session:
         self.world.broadcast(None)  # no rank reads the directory before it is made
         self._data = {
             path: checkpoint.digest(Path(path))
-            for name in ("data", "ptx_data", "normalize")
+            for name in ("data", "ptx_data", "normalize", "eval_data")
             for path in self._flags.get(name, ())
         }
         checkpoint.seed_everything(self.config.run.seed + self.world.rank)
@@ -155,13 +157,34 @@ class Session:
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def steps(self, start: int, total: int) -> Iterator[int]:
-        """Step numbers start + 1 .. total, with a progress line."""
-        self._total = total
+        """Step numbers start + 1 .. total, with a progress line. Raises UserError when the run has made more."""
+        self.total = total
+        if self._resume:
+            self._extend(start, total)
         if self.directory is not None:
             as_json = self.config.run.json
             self._progress = Progress(start, total, self.command, self.directory.note, json=as_json)
         self._since = time.perf_counter()
-        yield from range(start + 1, total + 1)
+        for step in range(start + 1, total + 1):
+            if step <= self.total:
+                yield step
+
+    def _extend(self, start: int, total: int) -> None:
+        """A resumed run may be longer than it was: config.toml then says so."""
+        if start > total:
+            raise UserError(f"{self.path}: has made {start} steps, more than {total}; give more --steps or --epochs.")
+        if start == total:
+            self.say(f"all {total} steps are made; to go on: penstock resume {self.path} --steps N, more than {total}")
+        saved = RunDirectory.peek(self.path)
+        length: dict[str, Any] = {name: self._flags[name] for name in ("steps", "epochs") if name in self._flags}
+        if self.directory and any(saved.get(name) != length.get(name) for name in ("steps", "epochs")):
+            self.directory.amend({"steps": None, **length})
+            self.say(f"the run is {total} steps long now; the learning rate follows that length")
+
+    def end_early(self, step: int, reason: str) -> None:
+        """The step, which is running, is the last."""
+        self.total, self._ended_early = step, True
+        self.say(f"step {step}: the run ends here: {reason}")
 
     def log(self, step: int, metrics: Mapping[str, float], *, tokens: int, timing: Mapping[str, float]) -> None:
         """One step's numbers: those that data and seed determine to metrics.jsonl, times and memory to perf.jsonl."""
@@ -238,11 +261,14 @@ class Session:
     def checkpoint(
         self, step: int, models: Mapping[str, Stream], state: Callable[[], dict[str, Any]], *, best: bool = False
     ) -> None:
-        """At the end of a step: saves when it is due, the best, the last, or when a signal has arrived."""
+        """At the end of a step: saves when it is due, the last, or when a signal has arrived; else of the best the
+        weights alone."""
         stopping = self._stopping()
-        if best or stopping or step == self._total or step % self.config.run.checkpoint_every == 0:
+        if stopping or step == self.total or step % self.config.run.checkpoint_every == 0:
             self._save(step, models, state(), best)
-        if stopping and step < self._total:
+        elif best:
+            self._save(step, models, None, best)
+        if stopping and step < self.total:
             self._stop(stopping)
 
     def pause(self, step: int, models: Mapping[str, Stream], state: Callable[[], dict[str, Any]]) -> None:
@@ -254,6 +280,9 @@ class Session:
     def finish(self) -> Path:
         """Writes the report and returns the run directory."""
         if self.world.first:
+            assert self.directory is not None
+            if self._ended_early:  # now, not before its last checkpoint: until then a resume needs the old schedule
+                self.directory.amend({"steps": self.total})
             from penstock.run.report import run_report
 
             self.say(f"wrote {run_report(self.path, self.command)}")
@@ -267,29 +296,34 @@ class Session:
         name = signal.Signals(signum).name
         raise StoppedError(f"{name}: stopped after a checkpoint; go on with: penstock resume {self.path}", signum)
 
-    def _save(self, step: int, models: Mapping[str, Stream], state: dict[str, Any], best: bool) -> None:
+    def _save(self, step: int, models: Mapping[str, Stream], state: dict[str, Any] | None, best: bool) -> None:
+        """A checkpoint; without a state, the weights alone."""
         rng = self.world.gather(checkpoint.rng_state())
         if self.world.first:
             offsets = {name: lines.sync() for name, lines in self._lines.items()}
             updates = {name: stream.sink.steps for name, stream in models.items() if stream.sink}
-            state |= {"updates": updates, "rng": rng, "offsets": offsets, "data": self._data}
-            state |= {"episode": self.episode, "skips": self._skips, "warnings": self._warnings}
+            own: dict[str, Any] = {"updates": updates, "rng": rng, "offsets": offsets, "data": self._data}
+            own |= {"episode": self.episode, "skips": self._skips, "warnings": self._warnings}
 
             def write(directory: Path) -> None:
                 for name, stream in models.items():
                     stream.model.save_pretrained(directory / name)
                     self.finishing(directory / name)
-                    write_optimizer(directory / f"{name}.optimizer.safetensors", stream)
-                checkpoint.write_state(directory / "state", state)
+                    if state is not None:
+                        write_optimizer(directory / f"{name}.optimizer.safetensors", stream)
+                if state is not None:
+                    checkpoint.write_state(directory / "state", state | own)
 
             digest = hashlib.sha256(json.dumps(self._flags, sort_keys=True).encode()).hexdigest()
             meta = {"command": self.command, "config_sha256": digest, "world_size": self.world.size}
             keep = self.config.run.keep
-            checkpoint.save(self.path / "checkpoints", step, write, meta, keep=keep, best=best)
+            whole = state is not None
+            checkpoint.save(self.path / "checkpoints", step, write, meta, keep=keep, best=best, whole=whole)
         else:
             for stream in models.values():  # gathers with the first rank what ranks share
                 stream.model.save_pretrained(None)
-                write_optimizer(None, stream)
+                if state is not None:
+                    write_optimizer(None, stream)
         self.world.broadcast(None)  # no rank goes on before the checkpoint is whole
 
 

@@ -11,13 +11,13 @@ from penstock.algorithms.setup import setting_of
 from penstock.commands import plan
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.work import Sizes
-from penstock.config import PlanConfig
 from penstock.errors import ResourceError, UserError
 from penstock.memory.placement import TierName
 from penstock.memory.strategy import Strategy
 from penstock.models.config import DecoderConfig
 from penstock.models.presets import GPT2, OPT
 from penstock.planner import workload
+from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS
 from penstock.planner.workload import forecast_of, workload_of
 

@@ -1,0 +1,62 @@
+"""The flags of `penstock plan`. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.config import PlacementFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PlacementFlags):
+    """What a run needs and moves, before it runs. Budgets are per process, unlimited by default."""
+
+    model: str
+    """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json."""
+    critic_model: str | None = None
+    """Size of critic and reward model. Default: --model."""
+    stage: Literal["ppo", "sft", "reward"] = "ppo"
+    """The command to plan."""
+    strategy: str = "gemini_auto"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    world: int = 1
+    """Processes."""
+    lora: int | None = None
+    """Train adapters of this rank; all models of one size share one frozen base."""
+    lora_targets: tuple[str, ...] = ()
+    """Modules that get an adapter: q_proj v_proj. Default: all linear layers of the blocks."""
+    base_dtype: Literal["int8", "nf4"] | None = None
+    """With --lora: what the weights of the frozen blocks are kept in."""
+    batch_size: int = 64
+    """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
+    micro_batch_size: int = 8
+    """Rows per forward pass."""
+    mini_batch_size: int | None = None
+    """ppo: episodes per optimizer step. Default: the whole batch."""
+    epochs: int = 1
+    """ppo: passes over each experience."""
+    rollout_batch_size: int | None = None
+    """ppo: answers that one process generates together. Default: all of its answers."""
+    prompt_length: int = 384
+    """Tokens per prompt."""
+    max_new_tokens: int = 128
+    """Tokens per response."""
+    activation_budget: str | None = None
+    """Activations inside a block per micro-batch, at most: 500MB; the slices are printed."""
+    rates: Literal["given", "measured"] = "given"
+    """measured: rates that penstock bench micro measured here replace all flags below but --network."""
+    tflops: float = 200.0
+    """Speed of one device, in 10^12 operations per second."""
+    link: str = "25GB"
+    """Bytes per second between host and device, each way."""
+    disk_read: str = "3GB"
+    """Bytes per second that the disk reads."""
+    disk_write: str = "2GB"
+    """Bytes per second that the disk writes."""
+    host_bandwidth: str = "38GB"
+    """Bytes per second of host memory, reads and writes together."""
+    network: str = "25GB"
+    """Bytes per second between processes, each way."""
+    dry_run: bool = False
+    """Also run the engine on tensors without memory, and print what it takes next to what is planned."""
+    json: bool = False
+    """Print one JSON object."""
