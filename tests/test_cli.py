@@ -167,7 +167,7 @@ def test_a_run_from_before_truncate_goes_on_with_the_rows_that_it_cut(capsys, tm
     config = tmp_path / "run" / "config.toml"
     config.write_text(config.read_text().replace('truncate = "right"\n', ""))
     code, _, err = exit_of(capsys, "resume", tmp_path / "run")
-    assert (code, "1 answers cut at their end" in err) == (0, True)
+    assert (code, "1 answers cut at --max-length" in err) == (0, True)
 
 
 def test_a_failed_export_leaves_nothing(capsys, tmp_path, tiny_model, jsonl, monkeypatch):

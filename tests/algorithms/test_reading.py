@@ -83,7 +83,7 @@ def test_a_prompt_that_does_not_fit_is_left_out_or_cut_or_an_error(jsonl, model)
     said, kept = said_by_training(model, path := jsonl(rows), "prompts")
     assert (kept, said[1].partition(":")[0]) == (1, "--truncate drop left out 1 of 2 prompts, the first")
     said, kept = said_by_training(model, path, "prompts", truncate="left")
-    assert (kept, said[1]) == (2, "1 prompts without their beginning (--max-length 24, --truncate left)")
+    assert (kept, said[1]) == (2, "1 prompts cut at their beginning to fit --max-length")
     with pytest.raises(DataError, match=f"{path}:2: prompt: .* tokens where there is room for 16"):
         said_by_training(model, path, "prompts", truncate="right")
 
@@ -100,10 +100,9 @@ def test_answers_with_equal_tokens_are_not_compared_and_rankings_keep_their_othe
     encoder = encoder_of(model, pretrained.load(model, device="meta")[0].config, data)
     records, encoded = read(lines.append, encoder, (path,), "comparisons", data)
     assert lines[1:] == [
-        "4 answers cut at their end: they have no end of sequence, so only how they begin is learned "
-        "(--max-length 16, --truncate right)",
-        "2 pairs of answers not compared: their tokens are the same (--max-length 16, --truncate right)",
-        "1 rankings left out: no answer in them is better than another (--max-length 16, --truncate right)",
+        "4 answers cut at --max-length: they have no end of sequence, so only how they begin is learned",
+        "2 pairs of answers not compared: their tokens are the same",
+        "1 rankings left out: no answer in them is better than another",
     ]
     first, second = (reward._ranking(e, r.ranks) for e, r in zip(encoded, records, strict=True))
     assert first.rows[0] == first.rows[1]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from penstock.config import DataFlags
-from penstock.data.chat import Encoder
+from penstock.data.chat import REWRITTEN, Encoder
 from penstock.data.field_checks import Message
 from penstock.data.limits import CUT, TooLongError
 from penstock.data.records import Comparison, Demonstration, Prompt
@@ -182,7 +182,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learned(encoder):
 TOOLS = ({"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}},)
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
 CALLED: tuple[Message, ...] = (
-    user("1 + 1?"), {"role": "assistant", "content": None, "reasoning_content": "Adding.", "tool_calls": [CALL]},
+    user("1 + 1?"), {"role": "assistant", "content": "", "reasoning_content": "Adding.", "tool_calls": [CALL]},
     {"role": "tool", "content": "2"}, assistant("Two."),
 )  # fmt: skip
 TOOL_TEMPLATE = (
@@ -246,9 +246,7 @@ def test_a_template_that_rewrites_earlier_turns_still_makes_prompts(make_tokeniz
     encoder = encoder_of(make_tokenizer(template=THINKING, eos_token="<|im_end|>"), eos_ids=[IM_END])
     row = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK))
     assert spans(encoder, row.tokens, row.trained) == ["Hmm. See you<|im_end|>"]
-    assert encoder.take_notes() == [
-        "1 conversations: the template rewrites earlier turns, so only the last answer of each is learned"
-    ]
+    assert encoder.take_notes() == [f"1 {REWRITTEN}"]
     prompt = encoder.encode_prompt(Prompt(where="f:1", messages=TALK[1:4]))
     assert show(encoder, prompt) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
@@ -256,6 +254,45 @@ def test_a_template_that_rewrites_earlier_turns_still_makes_prompts(make_tokeniz
     )
     single = encoder.encode_demonstration(Demonstration(where="f:1", messages=TALK[1:3]))
     assert spans(encoder, single.tokens, single.trained) == ["Hmm. Hello<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(make_tokenizer):
+    directory = make_tokenizer(template=THINKING, eos_token="<|im_end|>")
+    record = Demonstration(where="f:1", messages=(*TALK, user("Why?"), assistant("So")))
+    encoder = encoder_of(directory, eos_ids=[IM_END])
+    rows = encoder.encode_rows(record)
+    assert [spans(encoder, row.tokens, row.trained) for row in rows] == [
+        ["Hmm. Hello<|im_end|>"], ["Hmm. See you<|im_end|>"], ["Hmm. So<|im_end|>"]
+    ]  # fmt: skip
+    for row, end in zip(rows, (3, 5, 7), strict=True):  # each as the template writes the conversation up to there
+        text = encoder.tokenizer.apply_chat_template(list(record.messages[:end]), tokenize=False)
+        assert show(encoder, row.tokens) == text.removesuffix("\n")
+    unlearned = dataclasses.replace(record, messages=(*record.messages[:4], assistant("See you") | {"weight": 0}))
+    (row,) = encoder.encode_rows(unlearned)
+    assert spans(encoder, row.tokens, row.trained) == ["Hmm. Hello<|im_end|>"]
+    encoder.take_notes()
+    short = encoder_of(directory, eos_ids=[IM_END], max_length=len(rows[1].tokens))
+    assert short.encode_rows(record) == rows[:2]
+    assert short.take_notes() == [f"1 {REWRITTEN}", "1 answers left out, because they do not fit --max-length"]
+
+
+def test_an_answer_of_which_the_template_leaves_words_out_is_counted(make_tokenizer):
+    template = CHATML.replace("m.content", "m.content.split('</think>')[-1]")  # as in DeepSeek-R1-Distill's
+    encoder = encoder_of(make_tokenizer(template=template), eos_ids=[IM_END])
+    record = Demonstration(where="f:1", messages=(user("Hi"), assistant("<think>Hm</think>Hello")))
+    row = encoder.encode_demonstration(record)
+    assert spans(encoder, row.tokens, row.trained) == ["Hello<|im_end|>"]
+    note = "1 answers of which the template leaves words out (reasoning, say); only what it writes is read"
+    assert note in encoder.take_notes()
+    encoder.encode_demonstration(Demonstration(where="f:1", messages=(user("Hi"), assistant(" Hello \n"))))
+    assert note not in encoder.take_notes()
+
+
+@pytest.mark.parametrize("template", ["{{ messages | length }}", CHATML.replace("m.content", "m.content.text")])
+def test_a_template_that_leaves_texts_out_is_refused(make_tokenizer, template):
+    encoder = encoder_of(make_tokenizer(template=template), eos_ids=[IM_END])
+    with pytest.raises(DataError, match=r"does not write messages\[0\] of role user, messages\[1\] of role assistant,"):
+        encoder.encode_rows(Demonstration(where="f:1", messages=TALK[1:3]))
 
 
 def test_what_a_template_refuses_is_a_data_error(make_tokenizer):
@@ -266,7 +303,7 @@ def test_what_a_template_refuses_is_a_data_error(make_tokenizer):
 
 
 def test_a_template_that_hides_the_answer_is_a_data_error(make_tokenizer):
-    encoder = encoder_of(make_tokenizer(template="{{ messages | length }}"))
+    encoder = encoder_of(make_tokenizer(template=CHATML.replace("m.content", "m.content if m.role == 'user' else ''")))
     record = Comparison(where="f:1", messages=(user("Hi"),), responses=("a", "b"), ranks=(0, 1))
     with pytest.raises(DataError, match="does not write an answer behind its prompt"):
         encoder.encode_comparison(record)
@@ -336,7 +373,7 @@ def test_what_does_not_fit_whole_is_dropped_an_answer_at_a_time(tmp_path):
         encoder.encode_demonstration(LONG)
     assert encoder.encode_comparison(RANKED) == ([4, 5], [[], [6, EOS], [], [7, EOS]])
     assert encoder.notes == {
-        "answers left out of their rankings, because they do not fit": 2,
+        "answers left out of their rankings, because they do not fit --max-length": 2,
         "rankings left out: no answer in them is better than another": 1,
     }
     with pytest.raises(TooLongError, match="f:1: responses: a prompt of 2 tokens, answers of up to 4"):
@@ -363,8 +400,8 @@ def test_a_prompt_that_is_cut_left_keeps_its_bos_and_the_whole_answer(make_token
     assert encoder.encode_comparison(ranked) == ([BOS, 7, 6], [[5, 4, EOS], [5, EOS], []])
     assert encoder.encode_prompt(Prompt(where="f:1", prompt_ids=(BOS, *range(4, 14)))) == [BOS, 10, 11, 12, 13]
     assert encoder.notes == {
-        "rows without their beginning": 1, "prompts without their beginning": 2,
-        "answers left out of their rankings, because they do not fit": 1,
+        "rows cut at their beginning to fit --max-length": 1, "prompts cut at their beginning to fit --max-length": 2,
+        "answers left out of their rankings, because they do not fit --max-length": 1,
     }  # fmt: skip
     with pytest.raises(TooLongError, match="6 tokens without any prompt"):
         encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(BOS, 9), response_ids=(5,) * 5))

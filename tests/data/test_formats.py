@@ -51,7 +51,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
 CALLED = (
-    user("1 + 1?"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "2"},
+    user("1 + 1?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"},
     assistant("Two."),
 )  # fmt: skip
 TALK = (user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you."))
@@ -223,6 +223,7 @@ BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
          "response: character 2 is half a character (a lone surrogate); export the text again."),
         ('{"prompt": "Q", "response": NaN}',
          "response: NaN or Infinity is not JSON; give a number, or leave the field out."),
+        ('{"prompt": "Q", "response": "A", "response": "B"}', "response: stands there twice; keep one of them."),
         ('{"prompt": "Q", "response": 1e999}', "response: a number, and text is expected; put it in quotes."),
         ({}, "fields: found no fields; demonstrations need prompt_ids+response_ids or prompt+response or "
          "prompt+completion or messages or conversations or instruction+output or instruction+response, or name them "

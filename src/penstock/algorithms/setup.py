@@ -143,7 +143,8 @@ def read(
     """The records of the files and the tokens of each; `say` gets which format was detected, what was left out, what
     was cut and what was not read.
 
-    The tokens of a record are an Example, a prompt's ids, or a prompt's and its responses' ids, by `kind`.
+    The tokens of a record are an Example, a prompt's ids, or a prompt's and its responses' ids, by `kind`; a record of
+    several rows stands there several times.
     Raises DataError for records that do not fit the model, unless `--skip-bad` leaves them out.
     """
     records, encoded, bad = read_all(say, encoder, files, kind, flags)
@@ -152,7 +153,8 @@ def read(
     if not records:
         raise DataError(f"{', '.join(files)}: no record is left; see above." + "".join(f" {line}" for line in bad[:1]))
     if bad:
-        say(f"--skip-bad left out {len(bad)} of {len(bad) + len(records)} records, the first: {bad[0]}")
+        whole = len(bad) + len({record.where for record in records})
+        say(f"--skip-bad left out {len(bad)} of {whole} records, the first: {bad[0]}")
     return records, encoded
 
 
@@ -162,17 +164,17 @@ def read_all(
     """As `read`; and each bad line, whether it is one of the file or does not fit the model."""
     dataset = formats.read(files, kind, keys=formats.parse_keys(flags.keys), skip_bad=flags.skip_bad)
     say(dataset.decision)
-    encoders: dict[Kind, Callable[[Any], Any]] = {
-        "demonstrations": encoder.encode_demonstration,
-        "comparisons": encoder.encode_comparison,
-        "prompts": encoder.encode_prompt,
+    encoders: dict[Kind, Callable[[Any], list[Any]]] = {
+        "demonstrations": encoder.encode_rows,
+        "comparisons": lambda record: [encoder.encode_comparison(record)],
+        "prompts": lambda record: [encoder.encode_prompt(record)],
     }
-    encode = encoders[kind]
     records, encoded, bad, long = [], [], list(dataset.bad), list[str]()
     for record in dataset.records:
         try:
-            encoded.append(encode(record))
-            records.append(record)
+            rows = encoders[kind](record)
+            encoded += rows
+            records += [record] * len(rows)
         except DataError as error:
             drops = isinstance(error, TooLongError) and flags.truncate == "drop"
             (long if drops else bad).append(str(error))

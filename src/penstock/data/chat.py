@@ -6,12 +6,13 @@ SFT was trained on (PPO.md 11).
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from penstock.config import DataFlags
 from penstock.data.field_checks import REASONING, Message
-from penstock.data.limits import Example, Limits
+from penstock.data.limits import Example, Limits, TooLongError
 from penstock.data.pieces import Pieces
 from penstock.data.records import Comparison, Demonstration, Prompt
 from penstock.errors import DataError, UserError
@@ -21,6 +22,7 @@ from penstock.models.tokenizer_files import check_fit, load_tokenizer, one_line
 PLAIN = "plain prompts are read without the model's chat template; --apply-chat-template makes each a user's turn"
 Task = Literal["train", "answer", "judge"]
 SYSTEM = ("system", "developer")
+REWRITTEN = "conversations whose answers are learned in a row each: the template rewrites earlier turns"
 QUOTED = "words in texts spell ends or tokens of the chat template; they are read as ordinary text"
 
 
@@ -102,18 +104,25 @@ class Encoder:
         return self.limits.shortened(prompt, self.max_length - self.limits.reserve, record.where)
 
     def encode_demonstration(self, record: Demonstration) -> Example:
-        """A row with the assistant's tokens marked."""
+        """The row with the assistant's tokens marked; where there are several, the last answer's."""
+        return self.encode_rows(record)[-1]
+
+    def encode_rows(self, record: Demonstration) -> list[Example]:
+        """All that a demonstration teaches: its row; or, where the template rewrites earlier turns and so writes an
+        answer as it is sampled only at the end, a row for each answer."""
         record = self._prepared(record)
         if record.messages is None:
             prompt, response = self._prompt(record), self._response(record)
             row = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
-            return self.limits.cut(row, record.where)
-        row = self._marked(record) or self._dialogue(record, record.messages) or self._last_answer(record)
+            return [self.limits.cut(row, record.where)]
+        row = self._marked(record) or self._dialogue(record, record.messages)
+        if row is None:
+            return self._row_per_answer(record)
         if self.flags.train_on == "last":
             end = max((i for i, trained in enumerate(row.trained) if trained), default=0)
             start = max((i for i in range(end) if not row.trained[i]), default=-1)
             row = Example(row.tokens, [trained and i > start for i, trained in enumerate(row.trained)])
-        return self.limits.cut(row, record.where)
+        return [self.limits.cut(row, record.where)]
 
     def encode_comparison(self, record: Comparison) -> tuple[list[int], list[list[int]]]:
         """The prompt's ids and each response's, EOS included; no ids where a response is dropped."""
@@ -240,6 +249,7 @@ class Encoder:
             return self._end(ids) if ended else ids
         turn = self._quoted({"role": "assistant", "content": text})
         before, written = self._split(record, [*record.messages, turn])
+        self._check_answer(turn["content"], written, record.where)
         if not ended:  # up to the text's own end: what the template writes behind it closes the turn
             content = next((text for text in (turn["content"], turn["content"].strip()) if text in written), "")
             written = written[: written.rindex(content) + len(content)] if content else ""
@@ -274,7 +284,9 @@ class Encoder:
                 shown = self._render(record, messages[: i + 1])
                 if not shown.startswith(before):
                     return None
-                answer, end, tail = self._turn(shown[len(before) :], record.where, end + text)
+                written = shown[len(before) :]
+                self._check_answer(messages[i]["content"], written, record.where)
+                answer, end, tail = self._turn(written, record.where, end + text)
             tokens += question + answer
             learned = i < len(messages) and bool(messages[i].get("weight", 1))
             trained += [False] * len(question) + [learned] * len(answer)
@@ -304,14 +316,28 @@ class Encoder:
         whole = self._with_bos(ids)
         return Example(whole, [False] * (len(whole) - len(ids)) + trained)
 
-    def _last_answer(self, record: Prompt) -> Example:
-        """The row of a conversation of which only the last answer is learned: its template rewrites earlier turns."""
-        self._note("conversations: the template rewrites earlier turns, so only the last answer of each is learned")
+    def _row_per_answer(self, record: Prompt) -> list[Example]:
+        """A row for each answer of a conversation; with --train-on last for the last one."""
         messages = record.messages or ()
-        before, written = self._split(record, messages)
-        prompt = self._prompt_of(record, messages[:-1])
-        answer = self._turn(written, record.where, before)[0]
-        return Example(prompt + answer, [False] * len(prompt) + [bool(messages[-1].get("weight", 1))] * len(answer))
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+        answers = [i for i in answers if self.flags.train_on == "all" or i == answers[-1]]
+        rows, long = [], list[TooLongError]()
+        for i in answers:
+            before, written = self._split(record, messages[: i + 1])
+            self._check_answer(messages[i]["content"], written, record.where)
+            prompt = self._prompt_of(record, messages[:i])
+            answer = self._turn(written, record.where, before)[0]
+            learned = bool(messages[i].get("weight", 1))
+            row = Example(prompt + answer, [False] * len(prompt) + [learned] * len(answer))
+            try:
+                rows += [self.limits.cut(row, record.where)] if learned else []
+            except TooLongError as error:
+                long.append(error)
+        if not rows:
+            raise long[0] if long else DataError(f"{record.where}: messages: no answer in it is learned.")
+        self._note(REWRITTEN)
+        self._note("answers left out, because they do not fit --max-length", len(long))
+        return rows
 
     def _split(self, record: Prompt, messages: Sequence[Message]) -> tuple[str, str]:
         """What the template writes before the last message, an answer, and as that answer.
@@ -328,6 +354,15 @@ class Encoder:
                 )
             self._note("answers do not repeat what the template opens an answer with; they are read right behind it")
         return before, after[shared:]
+
+    def _check_answer(self, text: str, written: str, where: str) -> None:
+        """Counts an answer of which the template leaves words out; raises DataError if it writes nothing of it."""
+        words, shown = ("".join(part.split()) for part in (text, written))  # templates may move spaces and line ends
+        if words in shown:
+            return
+        if not any(word in shown for word in re.findall(r"\w+", text) or ("",)):
+            raise DataError(f"{where}: messages: this chat template does not write an answer behind its prompt.")
+        self._note("answers of which the template leaves words out (reasoning, say); only what it writes is read")
 
     def _turn(self, text: str, where: str, behind: str) -> tuple[list[int], str, str]:
         """An answer's ids, with exactly one end behind them; that end; the text that the template wrote behind it."""
@@ -368,10 +403,12 @@ class Encoder:
     def _refused(self, record: Prompt, messages: Sequence[Message], error: Exception) -> DataError:
         opens = next((message["role"] for message in messages if message["role"] not in SYSTEM), "") == "assistant"
         hint = "; it begins with the assistant: put a user's turn in front" if opens else ""
+        if record.tools or any("tool_calls" in message for message in messages):
+            hint += "; it has tools: take a model whose template knows their calls and results, as those here are"
         return DataError(f"{record.where}: messages: the chat template refuses them: {one_line(error)}{hint}.")
 
     def _check_rendered(self, record: Prompt, messages: Sequence[Message]) -> None:
-        """Raises DataError for tools, their calls and results, and reasoning that the template does not write."""
+        """Raises DataError for turns, tools, their calls and reasoning that the template does not write."""
 
         def renders(part: Sequence[Message], without: Sequence[Message], tools: bool = True) -> bool:
             whole = self._render(record, part)
@@ -381,14 +418,16 @@ class Encoder:
                 return True
 
         missing = [] if not record.tools or renders(messages, messages, tools=False) else ["tools"]
+        whole = self._render(record, messages)
         for i, message in enumerate(messages):
-            silent = [*messages[:i], {**message, "content": ""}, *messages[i + 1 :]]
-            if message["role"] == "tool" and message["content"] and not renders(messages, silent):
-                missing.append(f"messages[{i}] of role tool")
-            for key in (name for name in (*REASONING, "tool_calls") if name in message):
-                bare = {name: value for name, value in message.items() if name != key}
-                if not renders(messages[: i + 1], [*messages[:i], bare]):
-                    missing.append(f"messages[{i}].{key}")
+            other = [*messages[:i], {**message, "content": "."}, *messages[i + 1 :]]
+            if message["content"].strip() not in whole and not renders(messages, other):
+                missing.append(f"messages[{i}] of role {message['role']}")
+            thoughts = [name for name in REASONING if name in message]  # transformers makes them one
+            for keys in (thoughts, [name for name in ("tool_calls",) if name in message]):
+                bare = {name: value for name, value in message.items() if name not in keys}
+                if keys and not renders(messages[: i + 1], [*messages[:i], bare]):
+                    missing.append(f"messages[{i}].{keys[0]}")
         if missing:
             raise DataError(
                 f"{record.where}: messages: this model's chat template does not write {', '.join(missing)}, so the "

@@ -10,8 +10,8 @@ from penstock.data.jsonl import FieldError, kind_name
 Message = dict[str, Any]
 """One turn, as chat templates read it. Example: {"role": "user", "content": "Hello"}.
 
-An assistant's may have tool_calls (its content is then None or text) and reasoning_content; one with weight 0 is read
-and not learned.
+An assistant's may have tool_calls (its content is then empty, or text) and reasoning_content; one with weight 0 is
+read and not learned.
 """
 
 ROLES = {
@@ -95,9 +95,10 @@ def _turn(turn: Mapping[str, Any], where: str) -> Message:
             raise FieldError(f"{where}.tool_calls", f"of {message['role']}; only an assistant calls tools.")
     for key in REASONING:
         text(turn.get(key, ""), f"{where}.{key}")
-    if content is not None or not calls:
-        speech = _joined(content, f"{where}.{text_key}") if isinstance(content, list) else content
-        content = text(speech, f"{where}.{text_key}", empty=bool(calls) or message["role"] != "assistant")
+    if content is None and calls:
+        content = ""  # transformers drops a null, and many templates need the key
+    content = _joined(content, f"{where}.{text_key}") if isinstance(content, list) else content
+    content = text(content, f"{where}.{text_key}", empty=bool(calls) or message["role"] != "assistant")
     return message | {"content": content} | ({} if _is_learned(turn, message["role"], where) else {"weight": 0})
 
 

@@ -130,8 +130,8 @@ def read_file(path: Path, kind: Kind, keys: Mapping[str, str]) -> Lines:
 
 
 def _renamed(item: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    aliases = {ours: theirs for theirs, ours in ALIASES.items() if theirs in item and ours not in item}
-    keys = aliases | dict(keys)
+    used = {*item, *keys} - {*keys.values()}
+    keys = {ours: theirs for theirs, ours in ALIASES.items() if theirs in used and ours not in used} | dict(keys)
     unnamed = {name: value for name, value in item.items() if name not in keys and name not in keys.values()}
     return unnamed | {ours: item[theirs] for ours, theirs in keys.items() if theirs in item}
 
@@ -187,7 +187,7 @@ def parse_keys(pairs: Sequence[str]) -> dict[str, str]:
 
 def _candidates(kind: Kind, keys: Mapping[str, str]) -> tuple[Form, ...]:
     """The formats that read all the fields that --keys names."""
-    forms = tuple(form for form in FORMS[kind] if set(keys) <= {*form.needs, *form.may})
+    forms = tuple(form for form in FORMS[kind] if set(keys) <= {*form.needs, *form.may, "id", "label", "weight"})
     if not forms:
         ours = "; ".join(", ".join(form.needs) for form in FORMS[kind])
         raise UserError(f"--keys {' '.join(keys)}: no format of {kind} has these fields; the formats have {ours}.")

@@ -21,7 +21,6 @@ BOM = b"\xef\xbb\xbf"
 ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
 """A file that begins so is one array of objects, as alpaca's and ShareGPT's own files are."""
 OPENING, COMMA, CLOSING = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*\Z")
-DECODER = json.JSONDecoder()
 
 Item = tuple[int, "dict[str, Any] | FieldError"]
 """A line number (of parquet: a row number) from 1, and the object there or what is wrong with it."""
@@ -33,6 +32,18 @@ class FieldError(Exception):
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(name, problem)
         self.name, self.problem = name, problem
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose fields are all different; Python's own would keep the last of two in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise FieldError(next(name for name in names if names.count(name) > 1), "stands there twice; keep one of them.")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def objects(path: Path) -> Iterator[Item]:
@@ -82,7 +93,7 @@ def _parse(line: bytes) -> dict[str, Any] | FieldError:
         return _object(DECODER.decode(text), text)
     except UnicodeDecodeError as error:
         return _not_utf8(line, error)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, FieldError) as error:
         return _not_json(error, "line")
 
 
@@ -99,7 +110,7 @@ def _array(data: bytes) -> Iterator[Item]:
         number, counted = number + text.count("\n", counted, at), at
         try:
             value, at = DECODER.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, FieldError) as error:
             yield getattr(error, "lineno", number), _not_json(error, "file")
             return
         yield number, _object(value, text[counted:at])
@@ -146,6 +157,8 @@ def _not_utf8(data: bytes, error: UnicodeDecodeError) -> FieldError:
 
 
 def _not_json(error: Exception, whole: str) -> FieldError:
+    if isinstance(error, FieldError):
+        return error
     if isinstance(error, RecursionError):
         return FieldError("line", "nested too deeply; give flat objects.")
     if isinstance(error, json.JSONDecodeError):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from penstock.errors import DataError
 
-CUT = "answers cut at their end: they have no end of sequence, so only how they begin is learned"
+CUT = "answers cut at --max-length: they have no end of sequence, so only how they begin is learned"
 
 
 class TooLongError(DataError):
@@ -61,7 +61,7 @@ class Limits:
                 end = max(i + 1 for i, flag in enumerate(row.trained[: self.max_length]) if flag)
                 self.note(CUT)
             elif fits:
-                self.note("conversations end at their last answer that fits")
+                self.note("conversations end at their last answer that fits --max-length")
         if not any(row.trained[1:end]):
             raise self._too_long(where, f"response: {ends[0]} tokens with the prompt")
         return Example(row.tokens[:end], row.trained[:end])
@@ -73,7 +73,7 @@ class Limits:
         head = self.bos if prompt[:1] == self.bos else []
         if self.truncate != "left" or room <= len(head):
             raise self._too_long(where, f"prompt: {len(prompt)} tokens where there is room for {room}")
-        self.note("prompts without their beginning")
+        self.note("prompts cut at their beginning to fit --max-length")
         return head + prompt[len(prompt) - room + len(head) :]
 
     def compared(
@@ -89,7 +89,7 @@ class Limits:
             longest = max(map(len, responses))
             raise self._too_long(where, f"responses: a prompt of {len(prompt)} tokens, answers of up to {longest}")
         else:
-            self.note("answers left out of their rankings, because they do not fit", fits.count(False))
+            self.note("answers left out of their rankings, because they do not fit --max-length", fits.count(False))
             responses = [ids if fit else [] for ids, fit in zip(responses, fits, strict=True)]
             prompt = self.shortened(prompt, self.max_length - max(map(len, responses)), where)
         kept = [(rank, ids) for rank, ids in zip(ranks, responses, strict=True) if ids]
@@ -107,7 +107,7 @@ class Limits:
         answer = len(list(itertools.takewhile(bool, reversed(trained))))
         if answer >= self.max_length:
             raise self._too_long(where, f"response: {answer} tokens without any prompt")
-        self.note("rows without their beginning")
+        self.note("rows cut at their beginning to fit --max-length")
         head = self.bos if tokens[:1] == self.bos else []
         start = end - self.max_length + len(head)
         half = len(list(itertools.takewhile(bool, trained[start:]))) if trained[start - 1] else 0
