@@ -113,8 +113,8 @@ class Encoder:
         record = self._prepared(record)
         if record.messages is None:
             prompt, response = self._prompt(record), self._response(record)
-            row = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
-            return [self.limits.cut(row, record.where)]
+            plain = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
+            return [self.limits.cut(plain, record.where)]
         row = self._marked(record) or self._dialogue(record, record.messages)
         if row is None:
             return self._row_per_answer(record)
