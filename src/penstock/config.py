@@ -202,7 +202,7 @@ class OptimFlags(Flags):
     max_grad_norm: float = 1.0
     """Global 2-norm to which gradients are clipped."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of all weights but norms and biases."""
     adam_beta1: float = 0.9
     """AdamW's decay of the mean of gradients."""
     adam_beta2: float = 0.95

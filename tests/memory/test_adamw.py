@@ -31,6 +31,11 @@ def step_of(parameter, optimizer, grads, lr):
     optimizer.step()
 
 
+def decayed_and_updated(rule, weights, states, grads, **move):
+    rule.decay(weights, states, [slice(0, len(weights))], move["lr"])
+    rule.update(weights, states, grads, **move)
+
+
 def fresh(weights):
     return {name: torch.zeros(len(weights), dtype=dtype) for name, (dtype, _) in states_of(weights.dtype).items()}
 
@@ -46,7 +51,7 @@ def test_fp32_updates_are_those_of_torch(numel, weight_decay):
         grads = torch.randn(numel, generator=generator)
         step_of(theirs, optimizer, grads, 1e-2 / step)
         before = grads.clone()
-        rule.update(ours, states, grads, lr=1e-2 / step, scale=1.0, step=step)
+        decayed_and_updated(rule, ours, states, grads, lr=1e-2 / step, scale=1.0, step=step)
         assert torch.equal(grads, before)
         assert torch.equal(ours, theirs.detach())
     assert torch.equal(states["exp_avg"], optimizer.state[theirs]["exp_avg"])
@@ -64,15 +69,16 @@ def test_the_clip_factor_multiplies_the_gradients():
 
 @pytest.mark.parametrize("lr", [1e-2, 1e-6])
 @pytest.mark.parametrize("numel", [4096, TILE + 77])
-def test_the_split_master_is_an_fp32_copy_fed_the_same_bf16_gradients_bit_by_bit(numel, lr):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_split_master_is_an_fp32_copy_fed_the_same_gradients_bit_by_bit(dtype, numel, lr):
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(numel, generator=generator).bfloat16()
     theirs, optimizer = oracle(weights.float(), 0.1)
     states, rule, master = fresh(weights), AdamW(weight_decay=0.1), torch.empty(numel)
     for step in range(1, 101 if numel < TILE else 11):
-        grads = torch.randn(numel, generator=generator).bfloat16()
+        grads = torch.randn(numel, generator=generator).to(dtype)
         step_of(theirs, optimizer, grads, lr)
-        rule.update(weights, states, grads, lr=lr, scale=1.0, step=step)
+        decayed_and_updated(rule, weights, states, grads, lr=lr, scale=1.0, step=step)
     join(weights, states["remainder"], master)
     assert torch.equal(master, theirs.detach())
 
@@ -115,7 +121,7 @@ def test_every_beta_and_every_clip_gives_the_bits_of_torch(beta1, scale):
     states, others, rule = fresh(ours), fresh(ours), AdamW(betas=(beta1, 0.99), weight_decay=0.01)
     for step in range(1, 4):
         grads = torch.randn(10_000, generator=generator)
-        rule.update(ours, states, grads, lr=1e-3, scale=scale, step=step)
+        decayed_and_updated(rule, ours, states, grads, lr=1e-3, scale=scale, step=step)
         torch._fused_adamw_(
             [theirs], [grads.clone()], [others["exp_avg"]], [others["exp_avg_sq"]], [], [torch.tensor(float(step))],
             lr=1e-3, beta1=beta1, beta2=0.99, weight_decay=0.01, eps=1e-5, amsgrad=False, maximize=False,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
+from penstock.memory import sink
 from penstock.memory.placement import NAMES
 from penstock.memory.program import ALWAYS_THERE, Part
-from penstock.memory.strategy import Strategy
+from penstock.memory.strategy import DTYPES, Strategy
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 
@@ -84,6 +85,41 @@ def test_clipping_is_by_the_global_norm(max_grad_norm):
         optimizer.step()
     net, _ = trained(3, max_grad_norm=max_grad_norm, scale=5.0)
     assert torch.allclose(net.weight, oracle.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", [*NAMES, "gemini_cpu_8bit"])
+def test_weight_decay_falls_on_products_and_not_on_norms_and_biases(name, dtype, chunk_size, tmp_path, monkeypatch):
+    """As transformers' Trainer has it. With no gradient an update is the decay alone."""
+    monkeypatch.setattr(sink, "PIECE", 2048)
+
+    class Normed(Line):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(2)
+            self.wide = nn.Linear(2, 2500)
+
+        def groups(self):
+            names = ["linear.bias", "linear.weight", "norm.weight", "norm.bias", "wide.weight", "wide.bias"]
+            return [("line", names)]
+
+        def parts(self):
+            return [Part(("line",), lambda x, context: self.wide(self.norm(self.linear(x))))]
+
+    net = Normed().to(DTYPES[dtype])
+    nn.init.normal_(net.linear.bias)
+    before = {key: weight.detach().clone() for key, weight in net.named_parameters()}
+    disk = str(tmp_path) if name == "gemini_nvme" else None
+    strategy = Strategy.named(name, dtype=dtype, device="cpu", disk=disk, chunk_size=chunk_size)
+    stream = strategy.prepare(net, weight_decay=0.1)
+    strategy.step(stream, [Rows(X.to(DTYPES[dtype]))], lambda states, rows: (0 * states.sum(), {}), lr=0.5)
+    for home in stream.homes:
+        whole = home.whole_weights(stream.world)
+        for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True):
+            expected = before[weight.name].flatten() * (0.95 if len(weight.shape) == 2 else 1)
+            found = whole[offset : offset + weight.numel].float()
+            assert torch.allclose(found, expected.float(), rtol=2**-7, atol=0), weight.name
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

@@ -56,7 +56,11 @@ def batches(step, vocab=50, count=3):
 def plain(model, steps=STEPS, count=3):
     """The oracle: one graph, torch's own clipping and AdamW."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    groups = [  # norms and biases do not decay
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-5)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()

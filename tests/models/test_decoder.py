@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from penstock.models import presets
+from penstock.models import presets, surgery
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Block, Decoder, Positions
+from penstock.models.decoder import Block, Decoder, Norm, Positions
+from penstock.models.lora_targets import LoraSpec
 
 PLAIN = DecoderConfig(
     family="gpt2", vocab_size=50, d_model=24, num_layers=3, num_heads=6, num_kv_heads=6, head_dim=4, d_ff=40,
@@ -155,6 +156,50 @@ def test_a_row_longer_than_the_learned_positions_is_refused():
 
 
 @torch.no_grad()
+@torch.enable_grad()
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("rows", [2048, 16384])
+def test_gradients_of_norms_in_bf16_are_those_of_fp64(rows, kind):
+    """Item 13: torch's LayerNorm lost 26 % of a bias's gradient at 2,048 rows on a CPU, 87 % at 16,384."""
+    generator = torch.Generator().manual_seed(0)
+    norm = Norm(64, PLAIN, kind)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    norm.bfloat16()
+    exact = copy.deepcopy(norm).double()
+    x = (torch.randn(4, rows // 4, 64, generator=generator) + 0.3).bfloat16().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    upstream = (torch.randn(x.shape, generator=generator) + 0.5).bfloat16()
+    result, expected = norm(x), exact(wide)
+    result.backward(upstream)
+    expected.backward(upstream.double())
+    pairs = [(result.detach(), expected.detach()), (x.grad, wide.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(norm.parameters(), exact.parameters(), strict=True)]
+    for ours, theirs in pairs:
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.004
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_frequent_tokens_gradient_in_bf16_is_that_of_fp64(adapted):
+    """Item 12: 2,048 occurrences of a token were summed in bf16, one by one."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = Decoder(dataclasses.replace(PLAIN, position="alibi"), generator=generator)
+    if adapted:
+        surgery.add_adapters(decoder, LoraSpec(2, targets=("wte",)), seed=0)
+        nn.init.normal_(decoder.embed.lora[0].b, generator=generator)
+    embed = decoder.bfloat16().embed
+    exact = copy.deepcopy(embed).double()
+    tokens, positions = torch.full((1, 2048), 7), torch.arange(2048)[None]
+    upstream = (torch.randn(1, 2048, 24, generator=generator) + 0.3).bfloat16()
+    embed(tokens, positions).backward(upstream)
+    exact(tokens, positions).backward(upstream.double())
+    pairs = [(a.grad, b.grad) for a, b in zip(embed.parameters(), exact.parameters(), strict=True) if b.requires_grad]
+    assert pairs
+    for ours, theirs in pairs:
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.005
+
+
 def test_bf16_weights_give_nearly_the_fp32_states(decoder):
     rounded = copy.deepcopy(decoder).bfloat16()
     expected, got = copy.deepcopy(rounded).float()(batch()), rounded(batch()).float()

@@ -162,6 +162,7 @@ class RegionRunner:
                 value = part.detach().requires_grad_(index in learning)
                 total = sums.get((index, cut))
                 if total is not None and (cut is None or cut.prefix or index in in_place):
+                    value.grad_dtype = total.dtype  # a weight's sum is fp32
                     value.grad = total if cut is None else take(total, cut, *span)
             inputs[index, cut] = value
         return inputs

@@ -1,4 +1,4 @@
-/* AdamW in one pass: every number is read once and written once. adam.py says the same in torch operations.
+/* AdamW in one pass: every number is read once and written once. adamw.py says the same in torch operations.
 
    The roundings are those of torch's fused kernel, fused multiply-adds included, so that both give the same bits. */
 #include <math.h>
@@ -6,7 +6,6 @@
 #include <string.h>
 
 typedef struct {
-    float decay;     /* 1 - lr * weight_decay */
     float lerp;      /* 1 - beta1 */
     float beta2;
     float square;    /* 1 - beta2 */
@@ -26,7 +25,7 @@ static inline float move(float weight, float gradient, float *restrict exp_avg, 
     v = fmaf(r.square * g, g, v * r.beta2);
     *exp_avg = m;
     *exp_avg_sq = v;
-    return weight * r.decay + -r.step_size * m / (sqrtf(v) / r.root + r.eps);
+    return weight + -r.step_size * m / (sqrtf(v) / r.root + r.eps);
 }
 
 void adamw_fp32(float *restrict weights, float *restrict exp_avg, float *restrict exp_avg_sq,
@@ -38,23 +37,35 @@ void adamw_fp32(float *restrict weights, float *restrict exp_avg, float *restric
         weights[i] = move(weights[i], gradients[i], exp_avg + i, exp_avg_sq + i, r);
 }
 
-/* The split master: see join and split in adam.py. */
-void adamw_bf16(uint16_t *restrict weights, int16_t *restrict remainder, float *restrict exp_avg,
-                float *restrict exp_avg_sq, const uint16_t *restrict gradients, int64_t count, const Rule *rule, int threads)
-{
-    Rule r = *rule;
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        float master = as_float(((uint32_t)weights[i] << 16) + (uint32_t)(int32_t)remainder[i]);
-        float gradient = as_float((uint32_t)gradients[i] << 16);
-        uint32_t bits = as_bits(move(master, gradient, exp_avg + i, exp_avg_sq + i, r));
-        uint32_t high = (bits + 0x8000u) >> 16;
-        weights[i] = (uint16_t)high;
-        remainder[i] = (int16_t)(bits - (high << 16));
+/* The split master: see join and split in adamw.py. `WIDEN` makes a float of a gradient as it is stored. */
+#define SPLIT_MASTER(NAME, STORED, WIDEN)                                                                              \
+    void NAME(uint16_t *restrict weights, int16_t *restrict remainder, float *restrict exp_avg,                        \
+              float *restrict exp_avg_sq, const STORED *restrict gradients, int64_t count, const Rule *rule,           \
+              int threads)                                                                                             \
+    {                                                                                                                  \
+        Rule r = *rule;                                                                                                \
+        _Pragma("omp parallel for simd num_threads(threads) schedule(static)")                                         \
+        for (int64_t i = 0; i < count; i++)                                                                            \
+            move_split(weights + i, remainder + i, WIDEN(gradients[i]), exp_avg + i, exp_avg_sq + i, r);               \
     }
+
+static inline float from_bf16(uint16_t x) { return as_float((uint32_t)x << 16); }
+static inline float from_fp32(float x) { return x; }
+
+static inline void move_split(uint16_t *restrict weight, int16_t *restrict remainder, float gradient,
+                              float *restrict exp_avg, float *restrict exp_avg_sq, Rule r)
+{
+    float master = as_float(((uint32_t)*weight << 16) + (uint32_t)(int32_t)*remainder);
+    uint32_t bits = as_bits(move(master, gradient, exp_avg, exp_avg_sq, r));
+    uint32_t high = (bits + 0x8000u) >> 16;
+    *weight = (uint16_t)high;
+    *remainder = (int16_t)(bits - (high << 16));
 }
 
-/* Moments in 8 bits, block by block: see eightbit.py. Shares and codes are its tables, of first and second moments. */
+SPLIT_MASTER(adamw_bf16, uint16_t, from_bf16)
+SPLIT_MASTER(adamw_bf16_fp32, float, from_fp32)
+
+/* Moments in 8 bits, block by block: see adamw_8bit.py. Shares and codes are its tables, of first and second moments. */
 enum { BLOCK = 256, SIGN = 128 };
 typedef struct { const float *first, *second; const uint8_t *codes_first, *codes_second; } Tables;
 
@@ -110,29 +121,28 @@ void adamw8_fp32(float *restrict weights, uint8_t *m, uint8_t *v, float *m_scale
     }
 }
 
-void adamw8_bf16(uint16_t *restrict weights, int16_t *restrict remainder, uint8_t *m, uint8_t *v, float *m_scale,
-                 float *v_scale, const uint16_t *restrict gradients, const float *first, const float *second,
-                 const uint8_t *codes_first, const uint8_t *codes_second, int64_t count, const Rule *rule, int threads)
-{
-    Rule r = *rule;
-    Tables t = {first, second, codes_first, codes_second};
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < count / BLOCK; b++) {
-        float exp_avg[BLOCK], exp_avg_sq[BLOCK];
-        int64_t at = b * BLOCK;
-        open_block(m + at, v + at, m_scale[b], v_scale[b], exp_avg, exp_avg_sq, t);
-#pragma omp simd
-        for (int i = 0; i < BLOCK; i++) {
-            float master = as_float(((uint32_t)weights[at + i] << 16) + (uint32_t)(int32_t)remainder[at + i]);
-            float gradient = as_float((uint32_t)gradients[at + i] << 16);
-            uint32_t bits = as_bits(move(master, gradient, exp_avg + i, exp_avg_sq + i, r));
-            uint32_t high = (bits + 0x8000u) >> 16;
-            weights[at + i] = (uint16_t)high;
-            remainder[at + i] = (int16_t)(bits - (high << 16));
-        }
-        close_block(m + at, v + at, m_scale + b, v_scale + b, exp_avg, exp_avg_sq, t);
+#define SPLIT_MASTER_8(NAME, STORED, WIDEN)                                                                            \
+    void NAME(uint16_t *restrict weights, int16_t *restrict remainder, uint8_t *m, uint8_t *v, float *m_scale,         \
+              float *v_scale, const STORED *restrict gradients, const float *first, const float *second,               \
+              const uint8_t *codes_first, const uint8_t *codes_second, int64_t count, const Rule *rule, int threads)   \
+    {                                                                                                                  \
+        Rule r = *rule;                                                                                                \
+        Tables t = {first, second, codes_first, codes_second};                                                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t b = 0; b < count / BLOCK; b++) {                                                                  \
+            float exp_avg[BLOCK], exp_avg_sq[BLOCK];                                                                   \
+            int64_t at = b * BLOCK;                                                                                    \
+            open_block(m + at, v + at, m_scale[b], v_scale[b], exp_avg, exp_avg_sq, t);                                \
+            _Pragma("omp simd")                                                                                        \
+            for (int i = 0; i < BLOCK; i++)                                                                            \
+                move_split(weights + at + i, remainder + at + i, WIDEN(gradients[at + i]), exp_avg + i,                \
+                           exp_avg_sq + i, r);                                                                         \
+            close_block(m + at, v + at, m_scale + b, v_scale + b, exp_avg, exp_avg_sq, t);                             \
+        }                                                                                                              \
     }
-}
+
+SPLIT_MASTER_8(adamw8_bf16, uint16_t, from_bf16)
+SPLIT_MASTER_8(adamw8_bf16_fp32, float, from_fp32)
 
 /* --- the norm -------------------------------------------------------------------------------------------------------- */
 

@@ -7,7 +7,7 @@ bytes per parameter instead of 16 and is exact: joining gives back every bit. fp
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Rule(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_float)
-        for name in ("decay", "lerp", "beta2", "square", "step_size", "root", "eps", "divisor")
+        for name in ("lerp", "beta2", "square", "step_size", "root", "eps", "divisor")
     ]  # fmt: skip
 
 
@@ -52,13 +52,28 @@ class AdamW:
     eps: float = 1e-5
     weight_decay: float = 0.0
 
+    def decay(self, weights: Tensor, states: Mapping[str, Tensor], runs: Iterable[slice], lr: float) -> None:
+        """Before an update: moves these runs of elements towards 0, in place; for tensors as in `update`."""
+        factor = 1 - lr * self.weight_decay
+        if factor == 1:
+            return
+        tile = _tile_on(weights.device)
+        parts = (slice(i, min(i + tile, run.stop)) for run in runs for i in range(run.start, run.stop, tile))
+        for part in parts:
+            if "remainder" in states:
+                master = torch.empty(part.stop - part.start, device=weights.device)
+                join(weights[part], states["remainder"][part], master)
+                split(master.mul_(factor), weights[part], states["remainder"][part])
+            else:
+                weights[part].mul_(factor)
+
     def update(
         self, weights: Tensor, states: Mapping[str, Tensor], grads: Tensor, *, lr: float, scale: float, step: int
     ) -> None:
         """Moves weights and states, in place, by gradients times `scale` (the clip factor).
 
-        weights, grads: [n] in one dtype; states: as `states_of` says; all on one device. step counts from 1. With
-        moments in 8 bits n is a multiple of adamw_8bit.BLOCK.
+        weights: [n]; grads: [n] in their dtype or fp32; states: as `states_of` says; all on one device. step counts
+        from 1. With moments in 8 bits n is a multiple of adamw_8bit.BLOCK.
         """
         narrow = "exp_avg_scale" in states
         tensors = [weights, *(states[name] for name in states_of(weights.dtype, 8 if narrow else 32)), grads]
@@ -81,7 +96,7 @@ class AdamW:
                 join(weights[at], states["remainder"][at], whole, scratch[:length])
             torch._fused_adamw_(
                 [whole], [gradient], moments[:1], moments[1:], [], [count],
-                lr=lr, beta1=beta1, beta2=beta2, weight_decay=self.weight_decay, eps=self.eps,
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=self.eps,
                 amsgrad=False, maximize=False, grad_scale=divisor,
             )  # fmt: skip
             if split_master:
@@ -92,7 +107,6 @@ class AdamW:
     def _rule(self, lr: float, scale: float, step: int) -> Rule:
         beta1, beta2 = self.betas
         return Rule(
-            decay=1 - lr * self.weight_decay,
             lerp=1 - beta1,
             beta2=beta2,
             square=1 - beta2,
@@ -116,7 +130,8 @@ def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
     if isinstance(compiled, str):
         return 0
     assert all(tensor.is_contiguous() for tensor in tensors)
-    update = getattr(compiled, ("adamw8_" if narrow else "adamw_") + ("fp32" if tensors[0].itemsize == 4 else "bf16"))
+    kinds = dict.fromkeys("fp32" if tensor.itemsize == 4 else "bf16" for tensor in (tensors[0], tensors[-1]))
+    update = getattr(compiled, "_".join(["adamw8" if narrow else "adamw", *kinds]))
     tables = [FIRST, SECOND, CODES_FIRST, CODES_SECOND] if narrow else []
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, *tables))
     update(*pointers, ctypes.c_int64(whole), ctypes.byref(rule), torch.get_num_threads())

@@ -7,7 +7,7 @@ shards are equally long and every shard begins and ends on a page, in any dtype:
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 ALIGN = 2048
@@ -57,6 +57,13 @@ class Chunk:
     def trained(self) -> bool:
         """Whether an optimizer moves it; a frozen chunk has weights and nothing else."""
         return self.weights[0].trained
+
+    @property
+    def decaying(self) -> Iterator[slice]:
+        """The elements that weight decay moves: of weights with two dimensions, so not of norms and biases."""
+        for weight, offset in zip(self.weights, self.offsets, strict=True):
+            if len(weight.shape) > 1:
+                yield slice(offset, offset + weight.numel)
 
     @property
     def shared(self) -> tuple[Weight, ...] | None:

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from penstock.distributed.world import World
+from penstock.memory import plan
 from penstock.memory.chunks import Chunk
 from penstock.memory.tiers import DiskHome, Home, RamHome, empty_pages
 
 CPU = torch.device("cpu")
+SUMS: torch.dtype = getattr(torch, plan.SUMS)
+HEAD = 1 << 16
+"""Elements that `rounded` and `unrounded` copy on their own."""
 
 
 @dataclass(eq=False)
@@ -22,8 +26,8 @@ class ChunkHome:
     whole: bool
     states: dict[str, Home]
     """AdamW's, for this rank's share of the elements; empty when frozen."""
-    grads: Home | None
-    """Whole or a shard; None when frozen."""
+    grads: RamHome | None
+    """Whole or a shard; None when frozen. See [Note: gradients add up in fp32] in plan.py."""
     grads_whole: bool
     share: slice
     """The elements of the chunk whose optimizer state is here."""
@@ -37,7 +41,7 @@ class ChunkHome:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and gradients."""
+        """Of the weights."""
         return getattr(torch, self.chunk.dtype)
 
     def per(self, name: str) -> int:
@@ -56,7 +60,8 @@ class ChunkHome:
     @property
     def in_place(self) -> bool:
         """Autograd adds straight into the home of the gradients."""
-        return self.grads_whole and isinstance(self.grads, RamHome) and self.grads.tier.name == "device"
+        grads = self.grads
+        return grads is not None and self.grads_whole and grads.tier.name == "device" and grads.tensor.dtype == SUMS
 
     @property
     def split(self) -> bool:
@@ -92,3 +97,34 @@ def put_back(home: Home, tensor: Tensor) -> None:
 def gather(part: Tensor, world: World) -> Tensor:
     """Every rank's part, in rank order, where `part` is."""
     return world.join_shards(part.to(world.device).contiguous()).to(part.device)
+
+
+def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums [n] fp32 in `dtype` (of 16 bits, or its own), in the first bytes of the same memory.
+
+    Each copy reads what lies behind all that it writes: it takes no memory, on any device.
+    """
+    if sums.dtype == dtype:
+        return sums
+    result = sums.view(dtype)[: len(sums)]
+    result[:HEAD] = sums[:HEAD].to(dtype)
+    start = HEAD
+    while start < len(sums):
+        result[start : 2 * start] = sums[start : 2 * start]
+        start *= 2
+    return result
+
+
+def unrounded(sums: Tensor, home: RamHome) -> None:
+    """The inverse: fills sums [n] fp32 with what is at home, which lies in the last bytes of the same memory first."""
+    if sums.dtype == home.tensor.dtype:
+        home.read(sums)
+        return
+    narrow = sums.view(home.tensor.dtype)[-len(sums) :]
+    home.read(narrow)
+    start = 0
+    while len(sums) - start > HEAD:
+        stop = (len(sums) + start) // 2
+        sums[start:stop] = narrow[start:stop]
+        start = stop
+    sums[start:] = narrow[start:].clone()

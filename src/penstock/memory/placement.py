@@ -28,6 +28,8 @@ class Row:
     optimizer: Placement
     bits: int = 32
     """Of each of the optimizer's moments."""
+    add_up: bool = False
+    """Gradients add up at home, one micro-batch after the other. See [Note: gradients add up in fp32]."""
 
 
 WHOLE, SHARD = Placement("device", sharded=False), Placement("device", sharded=True)

@@ -3,6 +3,11 @@ alone, without torch. The engine calls it before it allocates, the forecast wher
 
 [Note: one arithmetic for plan and engine] Nothing in a forecast is fitted to measurements: it runs these functions too.
 Where forecast and engine disagree, one of the two has a mistake.
+
+[Note: gradients add up in fp32] A sum of hundreds of micro-batches in bf16 loses what is smaller than a 256th of it.
+Where blocks are run again in backward all micro-batches share a visit: gradients of 16-bit weights add up, and are
+reduced over ranks, in an fp32 slot as large as one visit's, and come home rounded once. Elsewhere a model is visited
+for each micro-batch (`Row.add_up`), and the homes themselves are fp32: 2 bytes more for each trained weight.
 """
 
 from bisect import bisect_right
@@ -24,6 +29,8 @@ STATES: dict[int, dict[str, tuple[str, int]]] = {
 }  # fmt: skip
 """What AdamW keeps beside a weight, by the bits of its moments: name -> (dtype, elements of the weight per element).
 Names are torch's own; memory.adamw_8bit explains codes and scales."""
+SUMS = "float32"
+"""The dtype in which gradients add up."""
 PIECE = 1 << 22
 """Elements that one set of buffers between a disk and the update holds."""
 SETS, SET_BYTES = 3, PIECE * 14
@@ -63,7 +70,7 @@ class Model:
 
     def passing(self, world: int) -> list[Chunk]:
         """Trained chunks whose gradients leave the memory that autograd writes."""
-        return [p.chunk for p in self.placed if p.chunk.trained and not in_place(p.row, world)]
+        return [p.chunk for p in self.placed if p.chunk.trained and not in_place(p.chunk, p.row, world)]
 
 
 def resident(row: Row, world: int) -> bool:
@@ -71,9 +78,20 @@ def resident(row: Row, world: int) -> bool:
     return row.params.tier == "device" and (world == 1 or not row.params.sharded)
 
 
-def in_place(row: Row, world: int) -> bool:
+def gradient_dtype(chunk: Chunk, row: Row) -> str:
+    """Of a chunk's gradients at home. See [Note: gradients add up in fp32]."""
+    return SUMS if row.add_up else chunk.dtype
+
+
+def gradient_bytes(chunk: Chunk, row: Row) -> int:
+    """Bytes of a trained chunk's gradients at home, whole."""
+    return chunk.numel * ITEMSIZE[gradient_dtype(chunk, row)]
+
+
+def in_place(chunk: Chunk, row: Row, world: int) -> bool:
     """Whether autograd adds straight into the home of the gradients."""
-    return row.grads.tier == "device" and (world == 1 or not row.grads.sharded)
+    on_device = row.grads.tier == "device" and (world == 1 or not row.grads.sharded)
+    return on_device and gradient_dtype(chunk, row) == SUMS
 
 
 def recomputes(moves: bool, recompute: bool | None) -> bool:
@@ -146,11 +164,13 @@ class _Room:
 
 
 def place(
-    name: str, models: Sequence[Layout], world: int, budgets: dict[TierName, int | None], reserve: int | None = None
-) -> list[list[Placed]]:
+    name: str, models: Sequence[Layout], world: int, budgets: dict[TierName, int | None], reserve: int | None = None,
+    recompute: bool | None = None,
+) -> list[list[Placed]]:  # fmt: skip
     """Every chunk's row under a strategy, for models that are prepared together.
 
-    `budgets` are the bytes left on each tier (None: no end); `reserve` bytes of the device are left to activations.
+    `budgets` are the bytes left on each tier (None: no end); `reserve` bytes of the device are left to activations;
+    `recompute` as in `recomputes`.
 
     [Note: gemini_auto] It places chunk by chunk: the device is filled first, then host memory, then the disk; weights
     before gradients before optimizer states, because a weight is read in every pass and a state once a step; and within
@@ -158,11 +178,13 @@ def place(
     """
     name, bits = bits_of(name)
     if name != AUTO:
-        row = replace(STRATEGIES[name], bits=bits)
+        row = STRATEGIES[name]
+        row = replace(row, bits=bits, add_up=not recomputes(not resident(row, world), recompute))
         return [[Placed(chunk, row) for chunk in chunks] for chunks, _ in models]
     left = dict(budgets)
     device, host = left.get("device"), left.get("host")
-    if device is not None and not _all_fits(models, world, device, reserve, bits):
+    gemini = replace(STRATEGIES["gemini"], bits=bits, add_up=not recomputes(world > 1, recompute))
+    if device is not None and not _all_fits(models, world, device, reserve, gemini):
         slots = sum(largest_of_each([weight_slots(chunks, visits) for chunks, visits in models]))
         trained = [([chunk for chunk in chunks if chunk.trained], visits) for chunks, visits in models]
         slots += sum(largest_of_each([gradient_slots(chunks, visits) for chunks, visits in trained]))
@@ -172,7 +194,10 @@ def place(
         left["host"] = max(host - SETS * SET_BYTES - UPDATE_TILE * (UPDATE_WIDTH[bits] + 4), 0)
     room = _Room(left)
     params = [[room.take_weights(chunk, world) for chunk in chunks] for chunks, _ in models]
-    grads = room.take(_gradient_bytes(models) // world, [each for each in room.tiers if each.tier != "disk"])
+    moves = world > 1 or any(weights.tier != "device" for of_model in params for weights in of_model)
+    add_up = not recomputes(moves, recompute)
+    nbytes = _gradient_bytes(models, replace(gemini, add_up=add_up))
+    grads = room.take(nbytes // world, [each for each in room.tiers if each.tier != "disk"])
     placed = []
     for (chunks, _), weights_of_chunks in zip(models, params, strict=True):
         rows = []
@@ -180,23 +205,22 @@ def place(
             states = weights
             if chunk.trained:
                 states = room.take(state_bytes(chunk.numel // world, chunk.dtype, bits), room.tiers)
-            rows.append(Placed(chunk, Row(weights, grads, states, bits)))
+            rows.append(Placed(chunk, Row(weights, grads, states, bits, add_up)))
         placed.append(rows)
     return placed
 
 
-def _gradient_bytes(models: Sequence[Layout]) -> int:
+def _gradient_bytes(models: Sequence[Layout], row: Row) -> int:
     """Bytes of gradients at once, as `homes` counts them: models share them, but those of one sharing group do not."""
-    nbytes = [sum(chunk.nbytes for chunk in chunks if chunk.trained) for chunks, _ in models]
+    nbytes = [sum(gradient_bytes(chunk, row) for chunk in chunks if chunk.trained) for chunks, _ in models]
     groups = sharing_groups([shared_keys(chunks) for chunks, _ in models])
     return max(sum(nbytes[i] for i in group) for group in groups)
 
 
-def _all_fits(models: Sequence[Layout], world: int, device: int, reserve: int | None, bits: int) -> bool:
+def _all_fits(models: Sequence[Layout], world: int, device: int, reserve: int | None, row: Row) -> bool:
     """Whether everything may stay on the device: then nothing moves and no slot is needed."""
     if world > 1:
         return False  # shards are gathered into slots
-    row = replace(STRATEGIES["gemini"], bits=bits)
     at_home = sum(homes([[Placed(chunk, row) for chunk in chunks] for chunks, _ in models], world).values())
     return at_home + (int(device * RESERVED) if reserve is None else reserve) <= device
 
@@ -224,7 +248,7 @@ def homes(
                 count = chunk.numel // _parts(row.optimizer, world)
                 for dtype, per in states_of(chunk.dtype, row.bits).values():
                     needs[row.optimizer.tier] += _on(row.optimizer.tier, count // per * ITEMSIZE[dtype])
-                grads_of_model[row.grads.tier] += chunk.nbytes // _parts(row.grads, world)
+                grads_of_model[row.grads.tier] += gradient_bytes(chunk, row) // _parts(row.grads, world)
     groups = sharing_groups([shared_keys(each.chunk for each in placed) for placed in models])
     for tier in {tier for counter in grads for tier in counter}:
         needs[tier] += max(max(sum(grads[i][tier] for i in group) for group in groups) - pooled, 0)
@@ -252,9 +276,15 @@ def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]], ahead
     return largest_of_each(needs)
 
 
+def shard_bytes(chunk: Chunk, world: int) -> int:
+    """Bytes of the largest part of a chunk that one rank sends to the others: of its gradients, if it has any."""
+    return chunk.numel // world * ITEMSIZE[SUMS if chunk.trained else chunk.dtype]
+
+
 def gradient_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:
     """Bytes of the slots that one visit's gradients need; `chunks` are those whose gradients leave."""
-    return largest_of_each([[chunk.nbytes for chunk in chunks if chunk.group in groups] for groups in visits])
+    needs = [[chunk.numel * ITEMSIZE[SUMS] for chunk in chunks if chunk.group in groups] for groups in visits]
+    return largest_of_each(needs)
 
 
 def largest_of_each(needs: Sequence[Sequence[int]]) -> list[int]:

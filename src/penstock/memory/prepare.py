@@ -119,8 +119,8 @@ class Homes:
                 name: tier.home(count // per, state_dtype, f"the optimizer states {of_chunk}")
                 for name, (state_dtype, per) in states_of(dtype, row.bits).items()
             }
-            numel = chunk.numel // (1 if grads_whole else size)
-            grads = self._gradient_home(row.grads.tier, numel, dtype, f"the gradients {of_chunk}", used)
+            numel, sums = chunk.numel // (1 if grads_whole else size), getattr(torch, plan.gradient_dtype(chunk, row))
+            grads = self._gradient_home(row.grads.tier, numel, sums, f"the gradients {of_chunk}", used)
         return ChunkHome(chunk, weights, whole, states, grads, grads_whole, share)
 
     def _stage(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -130,7 +130,7 @@ class Homes:
             self._staging = empty_pages(nbytes, CPU, pinned=self.world.device.type == "cuda")
         return self._staging[:nbytes].zero_().view(dtype)
 
-    def _gradient_home(self, tier: str, numel: int, dtype: torch.dtype, purpose: str, used: set[int]) -> Home:
+    def _gradient_home(self, tier: str, numel: int, dtype: torch.dtype, purpose: str, used: set[int]) -> RamHome:
         """The smallest memory for gradients that fits and is not in `used`, which it joins; new where there is none."""
         nbytes = numel * dtype.itemsize
         free = [

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from penstock.distributed.world import World
 from penstock.memory.adamw import AdamW, join, narrow, split, sum_of_squares, widen
 from penstock.memory.chunks import Weight
-from penstock.memory.homes import CPU, ChunkHome, bring, gather, put_back
+from penstock.memory.homes import CPU, ChunkHome, bring, gather, put_back, rounded, unrounded
 from penstock.memory.plan import PIECE, SETS
 from penstock.memory.tiers import DiskHome, Home, RamHome, worker
 from penstock.memory.transfer import Offload
@@ -47,45 +47,46 @@ class Sink:
         for home in self.homes:
             home.graded = False
             if home.in_place:
-                assert isinstance(home.grads, RamHome)
+                assert home.grads is not None
                 home.grads.tensor.zero_()
 
     def open(self, home: ChunkHome, grads: Tensor) -> None:
-        """Before a visit: makes `grads`, [numel] on the device, ready for autograd to add to."""
+        """Before a visit: makes `grads`, [numel] fp32 on the device, ready for autograd to add to."""
         if home.graded and self.world.size == 1:
             assert home.grads is not None
             if home in self._leaving:
                 self._leaving[home].wait()
-            home.grads.read(grads)  # a second visit goes on adding where the first one stopped
+            unrounded(grads, home.grads)  # a second visit goes on adding where the first one stopped
         else:
             grads.zero_()
 
     def settle(self, home: ChunkHome, grads: Tensor) -> Offload | None:
-        """After a visit: takes its gradients home, reduced over ranks, this rank's shard.
+        """After a visit: takes its gradients home, reduced over ranks in fp32, this rank's shard.
 
         Returns the copy that the next writer to `grads` must wait for; None: the copy is done.
         """
         assert home.grads is not None
         graded, home.graded = home.graded, True
-        if self.world.size == 1 and grads.device.type != "cpu" and isinstance(home.grads, RamHome):
-            self._leaving[home] = Offload(grads, home.grads.tensor, home.grads.tier)
-            return self._leaving[home]
         if self.world.size > 1:
-            grads = self.world.sum_shards(grads)
+            grads = self.world.sum(grads) if home.grads_whole else self.world.sum_shards(grads)
             if graded:
                 grads += bring(home.grads, grads.device)
+        grads = rounded(grads, home.grads.tensor.dtype)
+        if self.world.size == 1 and grads.device.type != "cpu":
+            self._leaving[home] = Offload(grads, home.grads.tensor, home.grads.tier)
+            return self._leaving[home]
         with record_function("link.settle"):
             home.grads.write(grads)
         return None
 
     def sum_over_ranks(self) -> None:
-        """After the backward passes: whole gradients become the sum over ranks; sharded ones are it already."""
+        """After the backward passes: gradients become the sum over ranks; those that passed through a slot are it."""
         for leaving in self._leaving.values():
             leaving.arrive()
         self._leaving.clear()
         for home in self.homes:
-            if home.grads_whole and self.world.size > 1:
-                assert isinstance(home.grads, RamHome)
+            if home.in_place and self.world.size > 1:
+                assert home.grads is not None
                 self.world.sum(home.grads.tensor)
 
     def norm(self) -> Tensor:
@@ -96,7 +97,7 @@ class Sink:
         squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for home in self.homes:
             # Where the gradients are: 4 bytes travel, not the chunk.
-            device = home.grads.tensor.device if isinstance(home.grads, RamHome) else CPU
+            device = CPU if home.grads is None else home.grads.tensor.device
             squares += sum_of_squares(self._own_gradients(home, device)).to(squares.device)
         if any(not home.grads_whole or home.split for home in self.homes):
             squares = self.world.sum(squares)
@@ -106,8 +107,8 @@ class Sink:
         """The gradients of this rank's share of the chunk, summed over ranks."""
         assert home.grads is not None
         if not (home.graded or home.in_place):  # no loss depends on this chunk
-            return torch.zeros(home.share_numel, dtype=home.dtype, device=device)
-        if home.grads_whole and isinstance(home.grads, RamHome):
+            return torch.zeros(home.share_numel, dtype=home.grads.tensor.dtype, device=device)
+        if home.grads_whole:
             return home.grads.tensor[home.share].to(device)
         return bring(home.grads, device)
 
@@ -128,6 +129,7 @@ class Sink:
         states = {name: bring(state, device) for name, state in home.states.items()}
         whole = bring(home.weights, device)
         weights = whole[home.share] if home.whole else whole
+        self.rule.decay(weights, states, _decaying(home, 0, home.share_numel), move["lr"])
         self.rule.update(weights, states, self._own_gradients(home, device), **move)
         if home.whole and home.split:  # ZeRO-1 and 2: every rank has all weights and moves its share of them
             if whole.device.type == self.world.device.type:
@@ -175,6 +177,7 @@ class Sink:
                 gradients = (home, self._own_gradients(home, CPU))
             states = {name: tensor for name, tensor in tensors.items() if name != "weights"}
             with record_function(f"update.{home.chunk.group}"):
+                self.rule.decay(tensors["weights"], states, _decaying(home, start, stop), move["lr"])
                 self.rule.update(tensors["weights"], states, gradients[1][start:stop], **move)
             writing[i % SETS] = self._writer.submit(_write, home, tensors, start)
         for written in writing:
@@ -230,6 +233,15 @@ class Sink:
 
 def _tensor_homes(home: ChunkHome) -> dict[str, Home]:
     return {"weights": home.weights, **home.states}
+
+
+def _decaying(home: ChunkHome, start: int, stop: int) -> Iterator[slice]:
+    """Runs of elements that decay, of those from `start` to `stop` of this rank's share."""
+    begin = home.share.start + start
+    for run in home.chunk.decaying:
+        part = slice(max(run.start - begin, 0), min(run.stop - begin, stop - start))
+        if part.start < part.stop:
+            yield part
 
 
 def _on_disk(home: ChunkHome) -> bool:

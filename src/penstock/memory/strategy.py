@@ -147,7 +147,7 @@ class Strategy:
         }
         if (host := left["host"]) is not None:
             left["host"] = max(host - self.swapped, 0)
-        placed = plan.place(self.name, layouts, size, left, self.reserve)
+        placed = plan.place(self.name, layouts, size, left, self.reserve, self.recompute)
         for model, chunks in zip(models, placed, strict=True):  # before anything is made
             self.homes.check(chunks, f"{type(model).__name__} under --strategy {self.name}")
         # Under gemini_auto models differ; where some are too large to stay, none may keep what is inside its blocks.
@@ -235,9 +235,9 @@ class Strategy:
 
         A micro-batch has `.tokens` [B, T] on the device. `loss_of` gets its last states and returns its part of the
         loss, already divided by the *global* token count, so that the gradient is a sum whatever the micro-batch size
-        or world (PPO.md 15), and statistics to be summed (or, named max_*, maximised). Gradients add up in the
-        weights' dtype: with bf16 weights, hundreds of micro-batches lose the smallest parts. A non-finite loss or
-        gradient leaves the weights alone on all ranks (PPO.md 20): that is known before the first chunk is updated.
+        or world (PPO.md 15), and statistics to be summed (or, named max_*, maximised). Gradients add up in fp32: see
+        [Note: gradients add up in fp32] in plan.py. A non-finite loss or gradient leaves the weights alone on all ranks
+        (PPO.md 20): that is known before the first chunk is updated.
         """
         return self.step_all([Step(stream, micro_batches, loss_of, lr)], max_grad_norm=max_grad_norm)[0]
 

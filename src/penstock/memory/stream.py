@@ -32,7 +32,7 @@ from penstock.autochunk.recompute import recomputing
 from penstock.distributed.world import World
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk
-from penstock.memory.homes import ChunkHome
+from penstock.memory.homes import SUMS, ChunkHome
 from penstock.memory.plan import Schedule
 from penstock.memory.program import Part, Program, owners
 from penstock.memory.sink import Sink
@@ -125,7 +125,7 @@ class Stream:
                 assert isinstance(home.weights, RamHome)
                 self._bind(home.chunk, home.weights.tensor, trained=home.chunk.trained)
                 if home.in_place:
-                    assert isinstance(home.grads, RamHome)
+                    assert home.grads is not None
                     self._bind_gradients(home.chunk, home.grads.tensor)
         model.feed = self
 
@@ -319,10 +319,10 @@ class Stream:
         grads = None
         if gradients and not home.in_place:
             gradient_slot = self._gradient_slot(home)
-            grads = gradient_slot.memory[: home.chunk.nbytes].view(home.dtype)
+            grads = _sums(gradient_slot, home.chunk)
         if slot is not None:
             if grads is None and gradients:
-                assert isinstance(home.grads, RamHome)
+                assert home.grads is not None
                 grads = home.grads.tensor
             if graph:
                 self._bind_graph(home, slot)
@@ -340,8 +340,7 @@ class Stream:
         if hold.gradient_slot is not None:
             assert self.sink is not None
             self._open([hold])
-            grads = hold.gradient_slot.memory[: home.chunk.nbytes].view(home.dtype)
-            hold.gradient_slot.leaving = self.sink.settle(home, grads)
+            hold.gradient_slot.leaving = self.sink.settle(home, _sums(hold.gradient_slot, home.chunk))
             hold.gradient_slot.users -= 1
             hold.gradient_slot.key = None
         elif hold.gradients:
@@ -358,7 +357,7 @@ class Stream:
         bound = []
         for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
             view = weights[offset : offset + weight.numel].view(weight.shape)
-            bound.append(nn.Parameter(view, requires_grad=trained))
+            bound.append(_parameter(view, trained))
             setattr(*self._owners[weight.name], bound[-1])
         return bound
 
@@ -380,7 +379,7 @@ class Stream:
             for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True)
         ]
         if home not in self._graph:
-            self._graph[home] = [nn.Parameter(view, home.chunk.trained) for view in views]
+            self._graph[home] = [_parameter(view, home.chunk.trained) for view in views]
         for weight, parameter, view in zip(home.chunk.weights, self._graph[home], views, strict=True):
             parameter.data = view
             setattr(*self._owners[weight.name], parameter)
@@ -397,9 +396,10 @@ class Stream:
 
     def _gradient_slot(self, home: ChunkHome) -> Slot:
         arena = self._arenas()[1]
-        slot = arena.claim(home, home.chunk.nbytes, lambda key: 0)
+        nbytes = home.chunk.numel * SUMS.itemsize
+        slot = arena.claim(home, nbytes, lambda key: 0)
         if slot is None:
-            raise arena.too_small(home.chunk.nbytes)
+            raise arena.too_small(nbytes)
         slot.users += 1
         return slot
 
@@ -412,7 +412,7 @@ class Stream:
                 if slot.leaving is not None:
                     slot.leaving.wait()
                     slot.leaving = None
-                self.sink.open(hold.home, slot.memory[: hold.home.chunk.nbytes].view(hold.home.dtype))
+                self.sink.open(hold.home, _sums(slot, hold.home.chunk))
                 hold.opened = True
 
     # --- fetching -----------------------------------------------------------------------------------------------------
@@ -473,6 +473,19 @@ def visits_of(program: Program) -> list[tuple[str, ...]]:
     """Groups that are needed at once, in order: the parts', the last of them with what reads its states."""
     parts = program.parts()
     return [*(part.groups for part in parts[:-1]), (*parts[-1].groups, *program.reads())]
+
+
+def _parameter(weight: Tensor, trained: bool) -> nn.Parameter:
+    """A weight whose gradient autograd adds up in fp32, if it is trained."""
+    parameter = nn.Parameter(weight, requires_grad=trained)
+    if trained:
+        parameter.grad_dtype = SUMS
+    return parameter
+
+
+def _sums(slot: Slot, chunk: Chunk) -> Tensor:
+    """[numel] fp32: the slot as the chunk's gradients."""
+    return slot.memory[: chunk.numel * SUMS.itemsize].view(SUMS)
 
 
 def _leaf(x: Tensor, wants_gradient: bool) -> Tensor:

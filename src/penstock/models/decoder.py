@@ -27,7 +27,7 @@ from penstock.kernels import cpu_ops
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import Linear, add_to, attention, linear, precise
+from penstock.models.linear import Linear, add_to, attention, layer_norm, linear, precise
 from penstock.models.lora import Adapted
 from penstock.models.positions import Positions, alibi_slopes, attention_bias, rotary_tables, rotate
 from penstock.models.weight_shapes import BaseDtype
@@ -48,7 +48,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
         if self.kind == "layer":
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
@@ -159,23 +159,29 @@ class Embedding(nn.Module):
         """tokens [B, T], position_ids [B or 1, T] -> [B, T, D]."""
         if self.scales is not None:
             x = packed.rows(self.tokens, self.scales, tokens)
-        elif torch.is_grad_enabled() and self.tokens.requires_grad and not torch.compiler.is_exporting():
-            x = _Rows.apply(self.tokens, tokens)
         else:
-            x = F.embedding(tokens, self.tokens)
+            x = rows_of(self.tokens, tokens)
         if self.lora is not None:
             x = x + self.lora[0].rows(tokens)  # type: ignore[operator]
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
-            x = x + F.embedding(position_ids + self.config.position_offset, self.positions)
+            x = x + rows_of(self.positions, position_ids + self.config.position_offset)
         return x if self.norm is None else self.norm(x)
+
+
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """table [V, D], ids [...] -> [..., D], as F.embedding."""
+    if torch.is_grad_enabled() and table.requires_grad and not torch.compiler.is_exporting():
+        return _Rows.apply(table, ids)
+    return F.embedding(ids, table)
 
 
 class _Rows(torch.autograd.Function):
     """F.embedding, whose backward adds rows to the table's gradient in place, if the table has one by then.
 
-    autograd would fill a table of zeros for a few hundred rows, and a second one to add a tied head's gradient.
+    autograd would fill a table of zeros for a few hundred rows, and a second one to add a tied head's gradient. Equal
+    ids add up in fp32, in order: on a GPU sorted by torch, for atomic additions would give other bits each time.
     """
 
     @staticmethod
@@ -187,10 +193,14 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (tokens,) = ctx.saved_tensors
-        fresh = torch.zeros_like(ctx.table) if ctx.table.grad is None else None
-        table_grad = ctx.table.grad if fresh is None else fresh
-        table_grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
-        return fresh, None
+        place = ctx.table.grad
+        sums = torch.zeros_like(ctx.table, dtype=torch.float32) if place is None else place
+        ids, rows = tokens.flatten(), grad.flatten(0, -2).to(sums.dtype)
+        if sums.device.type == "cpu":
+            sums.index_add_(0, ids, rows)
+        else:
+            sums.index_put_((ids,), rows, accumulate=True)
+        return (sums.to(ctx.table.dtype) if place is None else None), None
 
 
 class Source(Protocol):

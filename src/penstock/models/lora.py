@@ -38,7 +38,8 @@ class Adapter(nn.Module):
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> the addition to their rows of the table, [..., D]."""
-        return linear(F.embedding(tokens, self.a.t()) * self.scale, self.b)
+        rows = F.embedding(tokens, self.a.t().float()).to(self.a.dtype)  # gradients of equal tokens add up in fp32
+        return linear(rows * self.scale, self.b)
 
     def delta(self) -> Tensor:
         """The addition to its rows of a weight, [height, I] fp32 (of a token table: [V, D])."""

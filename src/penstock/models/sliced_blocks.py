@@ -19,7 +19,7 @@ from penstock.kernels.cpu_ops import gelu_tanh
 from penstock.memory.program import owners
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.linear import computing, linear, slow_in_bf16
+from penstock.models.linear import computing, layer_norm, linear, slow_in_bf16
 
 
 def one_layer(config: DecoderConfig) -> DecoderConfig:
@@ -36,7 +36,13 @@ def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
 @functools.cache
 def _slicer_of(config: DecoderConfig, budget: int, slow: bool) -> Slicer:
     return Slicer(
-        budget, ops={torch.ops.aten.linear.default: linear, torch.ops.aten.gelu.default: _gelu}, recomputing=True
+        budget,
+        ops={
+            torch.ops.aten.linear.default: linear,
+            torch.ops.aten.gelu.default: _gelu,
+            torch.ops.aten.layer_norm.default: layer_norm,
+        },
+        recomputing=True,
     )
 
 

@@ -83,14 +83,16 @@ def _plain_work(
     state = tokens * c.d_model * s
     first = PartWork(
         groups=("tokens", "embed"), output=state, saved=_embed(c, tokens, s), forward=_embed(c, tokens, s),
-        # a dense gradient of the position table, and the table's rows
-        backward=_embed(c, tokens, s) + (c.max_length * c.d_model * s if c.position == "learned" else 0) + state,
+        # the gradients of the table's rows, which add up in fp32
+        backward=_embed(c, tokens, s) + state + (tokens * (c.embed_dim or c.d_model) * FP32 if s < FP32 else 0),
     )  # fmt: skip
     wide = arithmetic != "narrow" and s < FP32
     block = _block(c, tokens, batch.length, s, wide)
     if arithmetic == "wide" and s < FP32:
         forward, backward = _widened(c, tokens)
         block = (block[0], block[1] + forward, block[2] + backward)
+    elif wide:  # a tile of a weight's gradient, before it is added in fp32
+        block = (block[0], block[1], block[2] + s * min(PRODUCT_TILE, c.d_model * c.d_ff * (2 if c.gated else 1)))
     blocks = [PartWork((f"blocks.{i}",), state, *block) for i in range(c.num_layers)]
     return Work(
         parts=(first, *blocks),

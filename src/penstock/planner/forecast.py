@@ -190,8 +190,8 @@ def _largest_shard(model: Model, world: int) -> int:
     """Bytes of the largest part of a chunk that one rank sends to the others or gets from them."""
     if world == 1:
         return 0
-    parts = [p.chunk.nbytes // world for p in model.placed if p.row.params.sharded or p.row.grads.sharded]
-    return max(parts, default=0)
+    parts = [p.chunk for p in model.placed if p.row.params.sharded or p.row.grads.sharded]
+    return max((plan.shard_bytes(chunk, world) for chunk in parts), default=0)
 
 
 def _objects(
@@ -417,15 +417,16 @@ def _gradients(model: Model, first: int, world: int, again: bool) -> Counter[str
     visited: set[int] = set()
     by_group: dict[str, list[Placed]] = {}
     for placed in model.placed:
-        if placed.chunk.trained and not plan.in_place(placed.row, world):
+        if placed.chunk.trained and not plan.in_place(placed.chunk, placed.row, world):
             by_group.setdefault(placed.chunk.group, []).append(placed)
     for groups in reversed(model.visits[first:]):
         for placed in (placed for group in groups for placed in by_group.get(group, ())):
             chunk, tier = placed.chunk, placed.row.grads.tier
-            part = chunk.nbytes // (world if placed.row.grads.sharded else 1)
+            parts = world if placed.row.grads.sharded else 1
+            part, sums = plan.gradient_bytes(chunk, placed.row) // parts, chunk.numel * ITEMSIZE[plan.SUMS]
             if (again or chunk.index in visited) and world == 1:
                 moved[f"{tier}_read"] += part
             moved[f"{tier}_written"] += part
-            moved["ranks"] += chunk.nbytes - part
+            moved["ranks"] += sums - sums // parts
             visited.add(chunk.index)
     return moved

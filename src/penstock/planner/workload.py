@@ -296,7 +296,7 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     work, world, recompute = setting.workload, setting.world, setting.recompute
     laid = [_laid(role, DTYPES[setting.dtype], world, setting.chunk_size) for role in work.roles]
     keys = {role.name: plan.shared_keys(chunks) for role, (chunks, _) in zip(work.roles, laid, strict=True)}
-    shard = max(chunk.nbytes for chunks, _ in laid for chunk in chunks) // world if world > 1 else 0
+    shard = max(plan.shard_bytes(chunk, world) for chunks, _ in laid for chunk in chunks) if world > 1 else 0
     phases = passes(setting, swap=swap)
     groups = [group for in_phase in phases.values() for group in sharing_groups(in_phase, keys)]
     fullest = max(activations_of([(each, moves) for each in group], recompute) for group in groups)
@@ -304,7 +304,7 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     host = budgets.get("host")
     if swap and host is not None:
         budgets["host"] = max(host - max(generation.swapped for generation in phases["rollout"]), 0)
-    placed = plan.place(setting.strategy, laid, world, budgets, with_slack(fullest, shard))
+    placed = plan.place(setting.strategy, laid, world, budgets, with_slack(fullest, shard), recompute)
     models = {
         role.name: plan.Model(role.name, tuple(chunks), tuple(visits))
         for role, chunks, (_, visits) in zip(work.roles, placed, laid, strict=True)
