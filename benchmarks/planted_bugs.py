@@ -191,7 +191,7 @@ BUGS: list[Bug] = [
     (ENGINE, "EOS is left out of the answer", "        answer.response_ids.append(token)\n", "        answer.response_ids += [token] * (token not in self.eos_ids)\n"),
     (ENGINE, "answers go on after EOS", "if token in self.eos_ids or (", "if ("),
     # adapters and fewer bits
-    (LINEAR, "an adapter's scale is forgotten", "y.add_(adapters[0](x).mul_(scale))", "y.add_(adapters[0](x))"),
+    (LINEAR, "an adapter's scale is forgotten", "y.add_(adapters[0](x).mul_(adapters[0].scale))", "y.add_(adapters[0](x))"),
     (RECIPE, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
     ("models/surgery.py", "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
     (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),
@@ -203,6 +203,9 @@ BUGS: list[Bug] = [
     ("kernels/products.c", "a tail of pairs is left out", "    if (k < in)\n        pair_step", "    if (k > in)\n        pair_step"),
     (LINEAR, "logits of a frozen head are rounded", "    return arithmetic_of(device_type) != \"narrow\"", "    return False"),
     # what files say
+    ("models/adapter_files.py", "PiSSA reads as any adapter", '"gaussian", "orthogonal", "eva")', '"gaussian", "orthogonal", "eva", "pissa")'),
+    ("models/lora_targets.py", "an adapter of another rank is scaled by the first", "(math.sqrt(rank) if self.rslora else rank)", "(math.sqrt(self.rank) if self.rslora else self.rank)"),
+    ("models/pretrained.py", "a head of its own is dropped where config.json ties it", " or self._own_head(weights))", ")"),
     ("models/families/qwen.py", "no layer has a window unless the file says which", "else hf[\"max_window_layers\"]", "else config.num_layers"),
     ("models/families/settings.py", "a name wins over its alias", "    return hf | {name: hf[alias] for alias, name in aliases.items() if alias in hf}", "    return {name: hf[alias] for alias, name in aliases.items() if alias in hf} | hf"),
     (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(narrowed.dtype)", "x[rows]"),

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -103,6 +104,7 @@ Several processes: torchrun --nproc_per_node N -m penstock ppo ..."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its code; a user's error is one paragraph on stderr, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, not a line of source too
     name = arguments[0] if arguments else ""
     try:
         code = _run(arguments)

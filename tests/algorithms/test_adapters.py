@@ -42,7 +42,7 @@ def test_the_whole_way_by_command(tmp_path, tiny_model, jsonl, capsys):
     assert cli("sft", "--model", base, "--data", jsonl(demonstrations(12), "demos.jsonl"), "--out", tmp_path / "sft",
                "--lora", "4", "--lora-targets", "c_attn", "c_fc", *quick) == 0  # fmt: skip
     trained = last_model(tmp_path / "sft")
-    names = {"adapter_config.json", "adapter_model.safetensors", "penstock.json"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "penstock.json"}
     assert {file.name for file in trained.iterdir()} == names
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     theirs = peft.PeftModel.from_pretrained(theirs, trained).eval()
@@ -84,7 +84,6 @@ def test_flags_that_shape_no_adapter_are_refused(tmp_path, tiny_model, jsonl, ca
     for flags, word in [
         (["--lora-alpha", "8"], "give its rank too"),
         (["--lora", "0"], "must be at least 1"),
-        (["--lora", "17"], "from 1 to 16"),
         (["--lora", "2", "--lora-targets", "q_proj"], "c_attn"),
     ]:
         assert cli(*start, *flags) == 2

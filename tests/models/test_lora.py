@@ -1,5 +1,6 @@
 """Adapters against peft: what one writes the other reads, and both compute and learn the same."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def base(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(("spec", "word"), [
-    (LoraSpec(0), "a rank from 1"), (LoraSpec(49), "from 1 to 48"), (LoraSpec(4, targets=("q_proj",)), "c_attn"),
+    (LoraSpec(0), "give one from 1"), (LoraSpec(4, targets=("q_proj",)), "c_attn"),
     (LoraSpec(4, targets="nothing.*"), "matches no weight"),
 ])  # fmt: skip
 def test_an_adapter_that_cannot_be_is_refused(base, spec, word):
@@ -192,8 +193,10 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "word"), [
-    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"),
-    ({"modules_to_save": ["wte"]}, "modules_to_save"), ({"base_model_name_or_path": None}, "names no base"),
+    ({"peft_type": "IA3"}, "IA3"), ({"rank_pattern": {"c_attn": 2}}, "has shape"), ({"r": "many"}, "many"),
+    ({"target_modules": None}, "target_modules is empty"), ({"target_modules": ["c_fc"]}, "weights belong nowhere"),
+    ({"revision": "v2"}, "revision = 'v2'"), ({"a_new_key": 3}, "a_new_key = 3 is not read here; merge it with peft"),
+    ({"base_model_name_or_path": None}, "names no base"),
 ])  # fmt: skip
 def test_an_adapter_that_computes_something_else_is_refused(base, tmp_path, change, word):
     Actor.from_pretrained(base, lora=4).save_pretrained(tmp_path / "adapter")
@@ -201,6 +204,133 @@ def test_an_adapter_that_computes_something_else_is_refused(base, tmp_path, chan
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=word):
         Actor.from_pretrained(str(tmp_path / "adapter"))
+
+
+# --- adapter_config.json, key by key: honoured as peft does, without effect, or refused by name ---------------------
+def from_peft(base: str, directory: Path, **settings: Any) -> Any:
+    """peft's model with every weight that it would train moved, saved."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    defaults = {"r": 3, "lora_alpha": 7, "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(**(defaults | settings))).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(directory)
+    return adapted
+
+
+ATTENTION, GPT2_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["c_attn", "c_fc", "c_proj"]
+LLAMA_NAME, TIED = "llama, grouped queries", "llama, tied, all biased, wide heads"
+PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.k_proj": 5, "up_proj": 1},
+            "alpha_pattern": {"k_proj": 1, "^model.layers.2.*v_proj": 30}}  # fmt: skip
+HONOURED: list[tuple[str, dict[str, Any]]] = [
+    (LLAMA_NAME, {"target_modules": [*ATTENTION, "up_proj"], **PATTERNS}),
+    (LLAMA_NAME, {"target_modules": [*ATTENTION, "up_proj"], "use_rslora": True, **PATTERNS}),
+    ("gpt2", {"target_modules": GPT2_TARGETS, "fan_in_fan_out": True, "rank_pattern": {"h.0.attn.c_proj": 6}}),
+    (LLAMA_NAME, {"target_modules": ATTENTION, "layers_to_transform": [0, 2]}),
+    ("gpt2", {"target_modules": GPT2_TARGETS, "layers_to_transform": 1}),
+    ("gpt2", {"target_modules": GPT2_TARGETS, "exclude_modules": ["mlp.c_proj", "h.2.attn.c_attn"]}),
+    (LLAMA_NAME, {"target_modules": "all-linear", "exclude_modules": ".*layers\\.1.*"}),
+    (LLAMA_NAME, {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    (LLAMA_NAME, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    (TIED, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
+    (TIED, {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
+    ("gpt_neox", {"target_modules": ["dense"], "modules_to_save": ["lm_head"]}),
+    ("gpt2", {"target_modules": GPT2_TARGETS, "bias": "all"}),
+    (TIED, {"target_modules": ATTENTION, "bias": "lora_only"}),
+    (LLAMA_NAME, {"target_modules": ["v_proj"], "r": 100}),  # above its smaller side
+    (LLAMA_NAME, {"target_modules": ["v_proj"], "init_lora_weights": "gaussian"}),
+    (LLAMA_NAME, {"target_modules": ["v_proj"], "init_lora_weights": "orthogonal", "r": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), HONOURED)
+def test_what_adapter_config_json_says_is_honoured_as_peft_does(name, settings, tmp_path):
+    """And what we save of it, peft reads; merged, transformers computes the same."""
+    reference(name).save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    adapted = from_peft(base, tmp_path / "adapter", **settings)
+    tokens = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(1))
+    ours = Actor.from_pretrained(base, adapter=str(tmp_path / "adapter"))
+    with torch.no_grad():
+        expected = adapted(tokens).logits
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base).eval()(tokens).logits
+    near = 2e-5 * expected.abs().max()
+    assert (expected - plain).abs().max() > 1000 * near
+    assert (logits(ours, tokens) - expected).abs().max() <= near
+    ours.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "again")
+    with torch.no_grad():
+        assert (again.eval()(tokens).logits - expected).abs().max() <= near
+    assert (logits(Actor.from_pretrained(str(tmp_path / "again")), tokens) - expected).abs().max() <= near
+    surgery.merge_adapters(ours.decoder, keep=False)
+    ours.save_pretrained(tmp_path / "merged")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (whole(tokens).logits - expected).abs().max() <= near
+
+
+def test_a_classifiers_adapter_by_peft_itself_is_read(tmp_path):
+    """Its modules_to_save names `classifier` too, which no model of ours has."""
+    config = transformers.AutoConfig.for_model("llama", **CASES[LLAMA_NAME][1], pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["v_proj"])).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ours, tokens = RewardModel.from_pretrained(str(tmp_path / "adapter")), torch.arange(1, 10)[None]
+    with torch.no_grad():
+        assert (ours.read(ours(tokens, torch.tensor([9]))[:, -1]) - adapted(tokens).logits[:, 0]).abs().max() <= 1e-5
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+    ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens = \[5, 6\]"),
+    ({"use_dora": True}, "use_dora = True"), ({"lora_bias": True}, "lora_bias = True"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    ({"trainable_token_indices": [4, 5]}, "trainable_token_indices"),
+    ({"target_parameters": ["self_attn.q_proj.weight"]}, "target_parameters"),
+    ({"modules_to_save": ["gate_proj"]}, "has a whole weight in an adapter's place"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "word"), REFUSED)
+def test_what_peft_writes_and_we_cannot_follow_is_refused_by_name(settings, word, tmp_path):
+    reference(LLAMA_NAME).save_pretrained(tmp_path / "base")
+    from_peft(str(tmp_path / "base"), tmp_path / "adapter", **({"target_modules": ["v_proj"]} | settings))
+    with pytest.raises(UserError, match=f"(?s){word}.*merge_and_unload"):
+        Actor.from_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+
+
+def test_pissa_that_peft_converted_is_an_adapter_like_any_other(tmp_path):
+    """The way that peft offers: save_pretrained(..., path_initial_model_for_weight_conversion=...)."""
+    reference(LLAMA_NAME).save_pretrained(tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["v_proj"], init_lora_weights="pissa")
+    adapted = peft.get_peft_model(theirs, config).eval()
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "first")
+    adapted.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+        expected = adapted(torch.arange(9)[None]).logits
+    adapted.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    ours = Actor.from_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    assert (logits(ours, torch.arange(9)[None]) - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_every_key_that_peft_knows_is_read_or_without_effect_or_must_be_off():
+    """A new key of peft's starts in the third kind: `_check_keys` refuses it by name once it is on."""
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    ours = adapter_files.READ | adapter_files.WITHOUT_EFFECT
+    assert known >= adapter_files.READ
+    off = {name: value for name, value in vars(peft.LoraConfig(target_modules=["v_proj"])).items() if name not in ours}
+    assert not {name: value for name, value in off.items() if value and not name.startswith("_")}
 
 
 def test_a_model_takes_one_adapter(base, tmp_path):

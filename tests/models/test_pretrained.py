@@ -88,10 +88,65 @@ def test_a_base_model_saved_without_prefix_is_read(name, tmp_path):
         assert (pretrained.load(str(tmp_path))[0](tokens) - expected).abs().max() < 1e-5
 
 
-def test_the_mask_buffers_of_old_gpt2_checkpoints_are_passed_over(saved):
+def test_the_mask_buffers_of_old_gpt2_checkpoints_are_passed_over_and_named(saved):
     decoder = pretrained.load(str(saved))[0]
-    edit_weights(saved, **{"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16), "lm_head.weight": torch.ones(40, 16)})
-    assert same(decoder, pretrained.load(str(saved))[0])
+    table = decoder.embed.tokens.detach().clone()
+    edit_weights(saved, **{"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16), "lm_head.weight": table})
+    with pytest.warns(UserWarning, match=r"1 entries are not used, .*: transformer\.h\.0\.attn\.bias"):
+        assert same(decoder, pretrained.load(str(saved))[0])
+
+
+def test_a_head_of_its_own_beside_tied_embeddings_is_used_as_transformers_does(saved, tmp_path):
+    edit_weights(saved, **{"lm_head.weight": torch.randn(40, 16, generator=torch.Generator().manual_seed(1))})
+    tokens = torch.arange(9)[None]
+    with pytest.warns(UserWarning, match="the head of its own is used"):
+        ours = pretrained.load(str(saved))[0]
+    pretrained.save(ours, tmp_path / "again")
+    for directory in (saved, tmp_path / "again"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        with torch.no_grad():
+            assert (theirs(tokens).logits - ours.logits(ours(tokens))).abs().max() <= 1e-5
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("settings", "way"), [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"\(bitsandbytes\).*\.dequantize\(\)\.save_pretrained"),
+    ({"quant_method": "fp8"}, r"\(fp8\).*FineGrainedFP8Config\(dequantize=True\)"),
+    ({"quant_method": "compressed-tensors"}, r"CompressedTensorsConfig\(dequantize=True\)"),
+    ({"quant_method": "gptq", "bits": 4}, r"\(gptq\).*take the model that it was made from\."),
+])  # fmt: skip
+def test_packed_weights_are_refused_with_the_way_to_full_ones(saved, settings, way):
+    edit_config(saved, quantization_config=settings)
+    refused(saved, way + r".*--lora 16 --base-dtype nf4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_codes_without_their_scales_are_no_weights(saved, dtype):
+    name = "transformer.h.1.mlp.c_fc.weight"
+    edit_weights(saved, **{name: load_file(saved / "model.safetensors")[name].to(dtype)})
+    refused(saved, rf"1 weights are stored as .*, codes of packed weights without their scales: {name}")
+
+
+def test_weights_of_a_shard_that_the_index_does_not_name_are_refused(saved):
+    pretrained.save(pretrained.load(str(saved))[0], saved, max_shard_bytes=5_000)
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["transformer.ln_f.bias"]
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(saved, r"does not name 1 weights that its files hold: transformer\.ln_f\.bias")
+
+
+def test_pickled_files_of_another_layout_are_not_mixed_in(saved):
+    decoder = pretrained.load(str(saved))[0]
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save({name: tensor + 1 for name, tensor in weights.items()}, saved / "pytorch_model-00001-of-00001.bin")
+    torch.save(weights, saved / "pytorch_model.bin")
+    assert same(decoder, pretrained.load(saved, allow_pickle=True)[0])
+    (saved / "pytorch_model.bin").unlink()
+    index = {"weight_map": dict.fromkeys(weights, "pytorch_model-00002-of-00002.bin")}
+    (saved / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"pytorch_model-00002-of-00002\.bin: the index names this file"):
+        pretrained.load(saved, allow_pickle=True)
 
 
 def test_rope_settings_of_transformers_4_are_understood(tmp_path):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -14,20 +15,34 @@ from torch import Tensor, nn
 
 from penstock.errors import UserError
 from penstock.models import safetensors_writer
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.families import family_of, weights_of
+from penstock.models.families.weights import Weight
 from penstock.models.lora import Adapter, adapters_of
-from penstock.models.lora_targets import ALL_LINEAR, LoraSpec, lora_targets_of
+from penstock.models.lora_targets import LoraSpec, lora_targets_of
 from penstock.models.safetensors_writer import Entry
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "penstock.json"
 SCORE = "base_model.model.score.weight"
-OFF: tuple[Any, ...] = (None, {}, False)
-SUPPORTED = {
-    "use_dora": False, "use_qalora": False, "lora_bias": False, "bias": "none", "rank_pattern": None,
-    "alpha_pattern": None, "layers_to_transform": None, "layer_replication": None, "trainable_token_indices": None,
-    "target_parameters": None,
+PREFIX = "base_model.model."
+READ = {
+    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules", "exclude_modules",
+    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "bias",
+    "init_lora_weights",
 }  # fmt: skip
-"""Keys of adapter_config.json that change the computation, and the only value of each that is supported."""
+WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core",
+    "runtime_config", "qalora_group_size", "eva_config", "loftq_config", "merge_weights", "unsloth_fixed",
+}  # fmt: skip
+"""Keys of adapter_config.json that change no logit: notes, dropout, first values that leave the base as it is, and how
+the file was made. Every key that is in neither set must be off."""
+FIRST_VALUES = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Of init_lora_weights, those that leave the base's weights alone. peft applies the others again whenever it loads."""
+MERGE_FIRST = (
+    "merge it with peft first: peft.AutoPeftModelForCausalLM.from_pretrained({!r}).merge_and_unload()"
+    ".save_pretrained('merged')"
+)
 
 
 def is_adapter_directory(directory: Path) -> bool:
@@ -56,10 +71,11 @@ class AdapterFile:
         needed = {name: shape for adapter in adapters_of(decoder) for name, shape in _shapes(adapter).values()}
         if missing := sorted(needed.keys() - shapes.keys()):
             raise UserError(f"{path}: {len(missing)} adapter weights are missing: {', '.join(missing[:3])}.")
-        tables = {f"base_model.model.{target.theirs}" for target in lora_targets_of(decoder.config) if target.table}
-        copies = {f"{table}{end}" for table in tables for end in (".weight", ".base_layer.weight")}  # of the base's
-        if unknown := sorted(shapes.keys() - needed.keys() - copies - {SCORE}):
+        plain = set(plain_weights(self.directory, decoder.config).values())
+        if unknown := sorted(shapes.keys() - needed.keys() - plain - {SCORE}):
             raise UserError(f"{path}: {len(unknown)} weights belong nowhere: {', '.join(unknown[:3])}.")
+        if SCORE in shapes:
+            needed[SCORE] = (1, decoder.head_weight.shape[1])  # one score
         for name, shape in needed.items():
             if shapes[name] != shape:
                 raise UserError(
@@ -97,18 +113,74 @@ def read_spec(directory: Path) -> tuple[LoraSpec, str]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}.") from error
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not read here, only LORA.")
-    for key, supported in SUPPORTED.items():
-        value = config.get(key, supported)
-        if value != supported and not (value in OFF and supported in OFF):
-            raise UserError(f"{path}: {key} = {value!r} is not read here; merge that adapter with peft first.")
-    if set(config.get("modules_to_save") or ()) - {"score"}:
-        raise UserError(f"{path}: modules_to_save {config['modules_to_save']} is not read here, only score.")
-    targets = config.get("target_modules") or ALL_LINEAR
-    targets = targets if isinstance(targets, str) else tuple(sorted(targets))
-    spec = LoraSpec(int(config["r"]), float(config["lora_alpha"]), targets, bool(config.get("use_rslora", False)))
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{path}: peft_type {kind!r} is not read here, only LORA.")
+    _check_keys(path, config)
+    targets = config.get("target_modules") or ()
+    names = {"targets": targets, "excluded": config.get("exclude_modules") or ()}
+    names = {name: value if isinstance(value, str) else tuple(sorted(value)) for name, value in names.items()}
+    if isinstance(names["excluded"], tuple):
+        names["excluded"] += tuple(config.get("modules_to_save") or ())
+    layers = config.get("layers_to_transform")
+    try:
+        spec = LoraSpec(
+            int(config.get("r", 8)),
+            float(config.get("lora_alpha", 8)),
+            rslora=bool(config.get("use_rslora")),
+            ranks=tuple((config.get("rank_pattern") or {}).items()),
+            alphas=tuple((config.get("alpha_pattern") or {}).items()),
+            layers=() if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+            **names,
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {error}.") from error
     return spec, str(config.get("base_model_name_or_path") or "")
+
+
+def _check_keys(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError for the first key that changes what the adapter computes in a way that we do not follow."""
+    others = {key: value for key, value in config.items() if key not in READ | WITHOUT_EFFECT and value}
+    if config.get("init_lora_weights") not in FIRST_VALUES:
+        others["init_lora_weights"] = config["init_lora_weights"]
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        others["bias"] = config["bias"]
+    if config.get("revision") not in (None, "main"):
+        raise UserError(
+            f"{path}: revision = {config['revision']!r} of the base is not fetched here; fetch it, give that directory "
+            "as the model and this one as --adapter, without the key."
+        )
+    if not config.get("target_modules"):
+        raise UserError(f"{path}: target_modules is empty, so it is unknown what is adapted; export the adapter again.")
+    for key, value in others.items():
+        raise UserError(f"{path}: {key} = {value!r} is not read here; {MERGE_FIRST.format(str(path.parent))}.")
+
+
+def plain_weights(directory: Path, config: DecoderConfig) -> dict[str, str]:
+    """Weights of the base that the file has a copy of: their names in the base, and in the file. peft writes the
+    modules of modules_to_save, trained biases, and token tables and heads that have adapters. Raises UserError for
+    products of blocks, which are no adapter's."""
+    family = family_of(config.family, config.family)
+    with _open(directory) as file:
+        keys = set(file.keys())
+    copies: dict[str, str] = {}
+    for weight in weights_of(family, config):
+        for name in weight.theirs:
+            module, kind = _module(family, name)
+            key = next((k for k in (f"{PREFIX}{module}{part}.{kind}" for part in ("", ".base_layer")) if k in keys), "")
+            if key and kind == "weight" and weight.ours.startswith("blocks.") and "norm" not in weight.ours:
+                raise UserError(
+                    f"{directory / WEIGHTS}: has a whole weight in an adapter's place, {key}; of modules_to_save only "
+                    f"embeddings, heads and norms are read; {MERGE_FIRST.format(str(directory))}."
+                )
+            if key:
+                copies[name] = key
+    return copies
+
+
+def open_weights(directory: Path) -> Any:
+    """The file of weights, open."""
+    return _open(directory)
 
 
 def read_extras(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,18 +200,25 @@ def save(
     adapted = decoder.adapted
     assert adapted is not None
     directory.mkdir(parents=True, exist_ok=True)
+    adapters = adapters_of(decoder)
+    alpha = adapted.spec.alpha if adapted.spec.alpha is not None else 2 * adapted.spec.rank
+    copies = [key.rpartition(".")[::2] for _, _, key in _copies(decoder, score)]
+    whole = sorted(module for module, kind in copies if kind == "weight" and not module.endswith(".base_layer"))
+    biased = any(kind == "bias" and module not in whole for module, kind in copies)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if score is None else "SEQ_CLS",
         "base_model_name_or_path": adapted.base,
         "r": adapted.spec.rank,
-        "lora_alpha": adapted.spec.alpha if adapted.spec.alpha is not None else 2 * adapted.spec.rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {a.target.theirs: a.rank for a in adapters if a.rank != adapted.spec.rank},
+        "alpha_pattern": {a.target.theirs: a.alpha for a in adapters if a.alpha != alpha},
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "all" if biased else "none",
         "use_rslora": adapted.spec.rslora,
         "target_modules": _targets(decoder),
-        "modules_to_save": None if score is None else ["score"],
-        "fan_in_fan_out": any(adapter.target.weight.layout == "transposed" for adapter in adapters_of(decoder)),
+        "modules_to_save": [*whole, *([] if score is None else ["score"])] or None,
+        "fan_in_fan_out": any(adapter.target.weight.layout == "transposed" for adapter in adapters),
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -152,6 +231,10 @@ def entries(decoder: Decoder, score: Tensor | None) -> Iterator[Entry]:
     """The names, dtypes and shapes in the file."""
     if score is not None:
         yield Entry(SCORE, score.dtype, tuple(score.shape))
+    for weight, name, key in _copies(decoder, score):
+        ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta")
+        tensor = weight.write(ours, decoder.config)[name]
+        yield Entry(PREFIX + key, tensor.dtype, tuple(tensor.shape))
     for adapter in adapters_of(decoder):
         for name, shape in _shapes(adapter).values():
             yield Entry(name, adapter.a.dtype, shape)
@@ -162,11 +245,34 @@ def tensors(decoder: Decoder, score: Tensor | None) -> Iterator[Tensor]:
     if score is not None:
         yield score.detach().cpu()
     group_of = {name: group for group, names in decoder.groups() for name in names}
+    for weight, name, _ in _copies(decoder, score):
+        with decoder.feed.visit(group_of[weight.ours]):
+            ours = decoder.get_parameter(weight.ours).detach()
+            copy = weight.write(ours, decoder.config)[name].clone(memory_format=torch.contiguous_format).cpu()
+        yield copy
     adapters = [(name, module) for name, module in decoder.named_modules() if isinstance(module, Adapter)]
     for name, adapter in adapters:
         with decoder.feed.visit(group_of[f"{name}.a"]):
             pair = adapter.a.detach().clone().cpu(), _their_rows(adapter, adapter.b.detach()).clone().cpu()
         yield from pair
+
+
+def _copies(decoder: Decoder, score: Tensor | None) -> Iterator[tuple[Weight, str, str]]:
+    """The base's weights that the file holds too, with the base's name of each and peft's, without its prefix."""
+    assert decoder.adapted is not None
+    family = family_of(decoder.config.family, decoder.config.family)
+    adapted = {adapter.target.theirs for adapter in adapters_of(decoder)}
+    for weight in weights_of(family, decoder.config) if decoder.adapted.copies else ():
+        for name in weight.theirs:
+            if name in decoder.adapted.copies and not (weight.ours == "head" and score is not None):
+                module, kind = _module(family, name)
+                yield weight, name, f"{module}{'.base_layer' * (module in adapted)}.{kind}"
+
+
+def _module(family: ModuleType, name: str) -> tuple[str, str]:
+    """transformers' module of a weight, and what it is of it: GPT-NeoX's head has another name in files."""
+    module, _, kind = name.rpartition(".")
+    return getattr(family, "HEAD_MODULE", module) if name == family.HEAD else module, kind
 
 
 def _targets(decoder: Decoder) -> list[str] | str:

@@ -170,18 +170,17 @@ def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
 
     Scaled behind both products, as peft does: the other way round its logits and ours differ by more than one rounding.
     """
-    scale = adapters[0].scale
     if len(adapters) == 1 and adapters[0].target.height == y.shape[-1]:
-        return y.add_(adapters[0](x).mul_(scale))
+        return y.add_(adapters[0](x).mul_(adapters[0].scale))
     pieces, end = [], 0
     for adapter in adapters:
         if adapter.target.start > end:
             pieces.append(y.new_zeros(*y.shape[:-1], adapter.target.start - end))
-        pieces.append(adapter(x))
+        pieces.append(adapter(x).mul_(adapter.scale))
         end = adapter.target.start + adapter.target.height
     if end < y.shape[-1]:
         pieces.append(y.new_zeros(*y.shape[:-1], y.shape[-1] - end))
-    return y.add_(torch.cat(pieces, dim=-1).mul_(scale))
+    return y.add_(torch.cat(pieces, dim=-1))
 
 
 class _Product(torch.autograd.Function):

@@ -28,9 +28,10 @@ class Adapter(nn.Module):
 
     def __init__(self, target: LoraTarget, spec: LoraSpec, config: DecoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.target, self.config, self.scale = target, config, spec.scale
-        self.a = nn.Parameter(torch.empty(spec.rank, target.width, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(target.height, spec.rank, dtype=dtype))
+        self.target, self.config = target, config
+        self.rank, self.alpha, self.scale = spec.rank_of(target), spec.alpha_of(target), spec.scale_of(target)
+        self.a = nn.Parameter(torch.empty(self.rank, target.width, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(target.height, self.rank, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> the addition to its rows, not yet multiplied by `scale`: [..., height]."""
@@ -68,6 +69,8 @@ class Adapted:
     """While merged: weights and adapters from before, by our module's name; empty where they were not kept."""
     digest: str = ""
     """The hash of the base's weights; empty where they were drawn."""
+    copies: tuple[str, ...] = ()
+    """The base's names of whole weights that came with the adapter, and that its file holds in the base's place."""
 
     @property
     def source(self) -> Hashable:

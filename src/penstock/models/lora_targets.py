@@ -27,20 +27,46 @@ class LoraSpec:
     """Endings of Hugging Face's module names (c_attn, q_proj, lm_head, ...), or one regular expression over a whole
     name, as peft reads them. all-linear: every product but the head's."""
     rslora: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    """By the end of a module's name or a regular expression over it: ranks and alphas other than the first two."""
+    excluded: tuple[str, ...] | str = ()
+    """Modules without an adapter although `targets` names them, written as those are."""
+    layers: tuple[int, ...] = ()
+    """The blocks that have adapters. Empty: all."""
 
-    @property
-    def scale(self) -> float:
-        """The factor of the low-rank product."""
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def rank_of(self, target: "LoraTarget") -> int:
+        """The rank of this target's adapter."""
+        return int(_by_pattern(self.ranks, target.theirs, self.rank))
+
+    def alpha_of(self, target: "LoraTarget") -> float:
+        """What this target's low-rank product is multiplied by, before it is divided by (the root of) the rank."""
+        return _by_pattern(self.alphas, target.theirs, 2 * self.rank if self.alpha is None else self.alpha)
+
+    def scale_of(self, target: "LoraTarget") -> float:
+        """The factor of this target's low-rank product."""
+        rank = self.rank_of(target)
+        return self.alpha_of(target) / (math.sqrt(rank) if self.rslora else rank)
 
     def wants(self, target: "LoraTarget") -> bool:
-        """Whether this target has an adapter."""
-        if self.targets == ALL_LINEAR:
-            return not target.table
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, target.theirs) is not None
-        return any(f".{target.theirs}".endswith(f".{ending}") for ending in self.targets)
+        """Whether this target has an adapter: by peft's rules."""
+        if _named(self.excluded, target.theirs):
+            return False
+        if self.layers:
+            number = re.search(r"\.(\d+)\.", target.theirs)
+            if number is None or int(number[1]) not in self.layers:
+                return False
+        return not target.table if self.targets == ALL_LINEAR else _named(self.targets, target.theirs)
+
+
+def _named(names: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{ending}") for ending in names)
+
+
+def _by_pattern(patterns: tuple[tuple[str, float], ...], module: str, default: float) -> float:
+    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 @dataclass(frozen=True)
@@ -112,8 +138,8 @@ def groups_of(
         i = adapters[target.ours] = adapters.get(target.ours, -1) + 1
         name = f"decoder.{target.ours}.lora.{i}".replace("..", ".")
         members = groups.setdefault(group_of(target), [])
-        members.append(Sized(f"{name}.a", (spec.rank, target.width), dtype, trained))
-        members.append(Sized(f"{name}.b", (target.height, spec.rank), dtype, trained))
+        members.append(Sized(f"{name}.a", (spec.rank_of(target), target.width), dtype, trained))
+        members.append(Sized(f"{name}.b", (target.height, spec.rank_of(target)), dtype, trained))
     return list(groups.items())
 
 

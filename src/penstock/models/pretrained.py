@@ -8,14 +8,13 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -30,9 +29,17 @@ from penstock.models.lora_targets import LoraSpec
 from penstock.models.safetensors_writer import Entry
 from penstock.models.surgery import add_adapters
 from penstock.models.tokenizer_files import read_ends, write_ends
+from penstock.models.weight_files import (
+    INDEX,
+    NAMES_OF_DTYPES,
+    SINGLE,
+    Weights,
+    check_unpacked,
+    open_weights,
+    read_json,
+)
 
-INDEX, SINGLE, CLASSIFIER_HEAD = "model.safetensors.index.json", "model.safetensors", "score.weight"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+CLASSIFIER_HEAD = "score.weight"
 IGNORED = (
     ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq",
     "decoder.version",
@@ -61,16 +68,24 @@ def load(
     directory = _local(source, allow_pickle)
     if adapter is not None or adapter_files.is_adapter_directory(directory):
         return _load_adapted(source, adapter, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    return _load_whole(directory, dtype=dtype, device=device, allow_pickle=allow_pickle)
+
+
+def _load_whole(
+    directory: Path, changes: Path | None = None, *, dtype: Any, device: Any, allow_pickle: bool
+) -> tuple[Decoder, dict[str, Tensor]]:
+    """`load` without an adapter; `changes`: the directory of one whose copies of weights replace the base's."""
     hf = read_config(directory)
     family = family_of(hf.get("model_type"), str(directory / "config.json"))
+    check_unpacked(hf, directory)
     try:
         config = dataclasses.replace(family.config_from_hf(hf), hf=hf, eos_ids=read_ends(directory))
     except KeyError as error:
         raise UserError(f"{directory / 'config.json'}: needs {error} and does not have it.") from error
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{directory / 'config.json'}: {error}.") from error
-    decoder = Decoder(config, dtype=dtype, device="meta")
-    checkpoint = Checkpoint(directory, config, family, allow_pickle)
+    checkpoint = Checkpoint(directory, config, family, allow_pickle, changes)
+    decoder = Decoder(checkpoint.config, dtype=dtype, device="meta")
     extras = checkpoint.check(decoder)
     decoder.source = checkpoint
     device = torch.device(device) if device is not None else torch.get_default_device()
@@ -86,9 +101,10 @@ def _load_adapted(source: str | Path, adapter: str | Path | None, **options: Any
     base = base if adapter is None else str(source)
     if not base:
         raise UserError(f"{directory / adapter_files.CONFIG}: names no base model; give that, and this as --adapter.")
-    if Path(base).is_dir() and adapter_files.is_adapter_directory(Path(base)):
+    whole = _local(base, options["allow_pickle"])
+    if adapter_files.is_adapter_directory(whole):
         raise UserError(f"{base}: is an adapter itself, and a model takes one; penstock export --merge it first.")
-    decoder, extras = load(base, **options)
+    decoder, extras = _load_whole(whole, directory, **options)
     adapt(decoder, spec, base=base, directory=directory)
     adapter_extras, facts = adapter_files.read_extras(directory)
     decoder.config.hf.update({f"penstock_{key}": value for key, value in facts.items() if key != "base_digest"})
@@ -111,15 +127,95 @@ def adapt(decoder: Decoder, spec: LoraSpec, *, base: str, seed: int = 0, directo
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     saved = None if directory is None else adapter_files.AdapterFile(directory.resolve())
     add_adapters(decoder, spec, base=base, digest=digest, seed=seed, saved=saved)
+    assert decoder.adapted is not None
+    decoder.adapted.copies = tuple(decoder.source.replaced) if isinstance(decoder.source, Checkpoint) else ()
+    if decoder.adapted.copies:
+        warnings.warn(
+            f"{directory}: {len(decoder.adapted.copies)} weights of the adapter's own replace the base's "
+            f"({_first(sorted(decoder.adapted.copies))}); they are used and saved, and stay frozen.",
+            stacklevel=2,
+        )
 
 
 class Checkpoint:
     """The weights of a model directory, under our names. A decoder on `meta` has this as its source."""
 
-    def __init__(self, directory: Path, config: DecoderConfig, family: ModuleType, allow_pickle: bool) -> None:
-        self.directory, self.config, self.family, self.allow_pickle = directory, config, family, allow_pickle
+    def __init__(
+        self,
+        directory: Path,
+        config: DecoderConfig,
+        family: ModuleType,
+        allow_pickle: bool,
+        changes: Path | None = None,
+    ) -> None:
+        self.directory, self.family, self.allow_pickle, self.changes = directory, family, allow_pickle, changes
         self.headless = False
         """A reward model: it has no language-model head and uses none, so that one is zeros."""
+        self.replaced: dict[str, str] = {}
+        """Weights that an adapter's file in `changes` has instead: their names here, and there."""
+        self.config = config
+        weights = open_weights(directory, allow_pickle)
+        if changes is not None:
+            self.replaced = self._replaced(weights, changes)
+        tables = {family.HEAD, self._table()}
+        if config.tied and (tables & self.replaced.keys() or self._own_head(weights)):
+            self.config = dataclasses.replace(config, tied=False)
+
+    def _table(self) -> str:
+        """The token table's full name."""
+        return next(w.theirs[0] for w in weights_of(self.family, self.config) if w.ours == "embed.tokens")
+
+    def _own_head(self, weights: Weights) -> bool:
+        """Whether the files hold a head of its own although config.json says that it is the token table."""
+        head, table = self.family.HEAD, self._stored(self._table(), weights.names)
+        if head not in weights.names or table is None or torch.equal(weights.get(head), weights.get(table)):
+            return False
+        warnings.warn(
+            f"{self.directory}: config.json ties the head to the token table, and {head} differs from {table}: the "
+            "head of its own is used, as transformers does, and written with tie_word_embeddings: false.",
+            stacklevel=2,
+        )
+        return True
+
+    def _replaced(self, weights: Weights, changes: Path) -> dict[str, str]:
+        """The adapter's copies that differ from the weights here."""
+        file = adapter_files.open_weights(changes)
+        replaced = {}
+        for name, key in adapter_files.plain_weights(changes, self.config).items():
+            stored = self._stored(name, weights.names)
+            shape, stored_shape = file.get_slice(key).get_shape(), list(weights.shape(stored)) if stored else None
+            if stored_shape not in (None, list(shape)):
+                raise UserError(
+                    f"{changes}: {key} has shape {tuple(shape)} and the base's has {tuple(stored_shape or ())}: this "
+                    "adapter was trained on a base with other tokens; "
+                    f"{adapter_files.MERGE_FIRST.format(str(changes))}."
+                )
+            if stored is None or not torch.equal(weights.get(stored), file.get_tensor(key).to(weights.get(stored))):
+                replaced[name] = key
+        return replaced
+
+    def _open(self) -> Weights:
+        """The weights, those of `changes` in place of ours; a head that is no longer the token table is its copy."""
+        weights = open_weights(self.directory, self.allow_pickle)
+        if not self.replaced or self.changes is None:
+            return weights
+        file, replaced = adapter_files.open_weights(self.changes), self.replaced
+        head, table = self.family.HEAD, self._stored(self._table(), weights.names) or ""
+        copied = {head: table} if not self.config.tied and head not in weights.names | replaced.keys() else {}
+        return Weights(
+            weights.names | replaced.keys() | copied.keys(),
+            lambda n: file.get_tensor(replaced[n]) if n in replaced else weights.get(copied.get(n, n)),
+            lambda n: file.get_slice(replaced[n]).get_shape() if n in replaced else weights.shape(copied.get(n, n)),
+            lambda n: file.get_slice(replaced[n]).get_dtype() if n in replaced else weights.dtype(copied.get(n, n)),
+            lambda n: file.get_slice(replaced[n])[:1] if n in replaced else weights.first(copied.get(n, n)),
+        )
+
+    def _stored(self, name: str, names: Set[str]) -> str | None:
+        """What the files call a weight. A base model saved alone lacks the first word of the prefix: OPT's is then
+        "decoder.", GPT-2's empty."""
+        bare = name.removeprefix(self.family.PREFIX)
+        shorter = self.family.PREFIX.split(".", 1)[1] + bare
+        return next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
 
     def __deepcopy__(self, memo: dict) -> "Checkpoint":
         return self  # a copy of a recipe names the same files
@@ -130,18 +226,31 @@ class Checkpoint:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def _key(self) -> tuple[Path, bool]:
-        return self.directory.resolve(), self.headless
+    def _key(self) -> tuple[Any, ...]:
+        changes = self.changes.resolve() if self.changes is not None and self.replaced else None
+        return self.directory.resolve(), self.headless, changes
 
     def check(self, decoder: Decoder) -> dict[str, Tensor]:
         """Compares names and shapes with the decoder's, and reads no weights. Returns the extras, see `load`."""
-        weights = _open(self.directory, self.allow_pickle)
+        weights = self._open()
         parameters: dict[str, Tensor] = dict(decoder.named_parameters())
         if CLASSIFIER_HEAD in weights.names and self.family.HEAD not in weights.names and "head" in parameters:
             self.headless = True
             parameters.pop("head")
         used = self._fill(parameters, weights.names, lambda name: torch.empty(weights.shape(name), device="meta"))
-        unused = {name for name in weights.names - used if not name.endswith(IGNORED)} - {self.family.HEAD}
+        if coded := sorted(name for name in used if weights.dtype(name) not in NAMES_OF_DTYPES.values()):
+            raise UserError(
+                f"{self.directory}: {len(coded)} weights are stored as {weights.dtype(coded[0])}, codes of packed "
+                f"weights without their scales: {_first(coded)}; take the model that it was made from."
+            )
+        unused = weights.names - used - ({self.family.HEAD} if self.config.tied else set())
+        if buffers := sorted(name for name in unused if name.endswith(IGNORED)):
+            warnings.warn(
+                f"{self.directory}: {len(buffers)} entries are not used, masks and tables that are computed here: "
+                f"{_first(buffers)}.",
+                stacklevel=2,
+            )
+        unused -= set(buffers)
         extras = {name: weights.get(name) for name in unused if name == CLASSIFIER_HEAD}
         if unexpected := sorted(unused - set(extras)):
             raise UserError(
@@ -158,7 +267,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """A hash of every weight's name, shape and first row in bf16, all of which training changes."""
-        weights, digest = _open(self.directory, self.allow_pickle), hashlib.sha256()
+        weights, digest = open_weights(self.directory, self.allow_pickle), hashlib.sha256()
         for name in sorted(weights.names):
             with torch.device("cpu"):  # a slice lands on the default device
                 shape, row = weights.shape(name), weights.first(name)
@@ -167,7 +276,7 @@ class Checkpoint:
 
     def fill(self, parameters: dict[str, Tensor]) -> None:
         """Reads these parameters, by our names, one at a time. Opens the files for this call only."""
-        weights = _open(self.directory, self.allow_pickle)
+        weights = self._open()
         if self.headless and "head" in parameters:
             parameters = dict(parameters)
             parameters.pop("head").detach().zero_()
@@ -180,10 +289,7 @@ class Checkpoint:
         config, family = self.config, self.family
 
         def find(name: str, shape: torch.Size) -> Tensor:
-            # A base model saved alone lacks the first word of the prefix: OPT's is then "decoder.", GPT-2's empty.
-            bare = name.removeprefix(family.PREFIX)
-            shorter = family.PREFIX.split(".", 1)[1] + bare
-            stored = next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
+            stored = self._stored(name, names)
             if stored is None:
                 missing.append(name)
                 return torch.zeros(shape, device="meta")
@@ -288,17 +394,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory. Raises UserError when it is missing or no JSON object."""
     if not (directory / "config.json").exists():
         raise UserError(f"{directory}: has no config.json, so it is no model; give a Hugging Face directory.")
-    return _json(directory / "config.json")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object.")
-    return content
+    return read_json(directory / "config.json")
 
 
 def copy_tokenizer(
@@ -342,67 +438,6 @@ def _local(source: str | Path, allow_pickle: bool = False) -> Path:
             f"{source}: neither a directory here nor a hub model that can be fetched ({type(error).__name__}); "
             "check the spelling, the network, or give a local directory."
         ) from error
-
-
-@dataclasses.dataclass
-class Weights:
-    """An open checkpoint."""
-
-    names: set[str]
-    get: Callable[[str], Tensor]
-    shape: Callable[[str], Sequence[int]]
-    """Does not read the weight."""
-    first: Callable[[str], Tensor]
-    """The first row."""
-
-
-def _open(directory: Path, allow_pickle: bool) -> Weights:
-    if (directory / SINGLE).exists():
-        handle = _safetensors(directory / SINGLE)
-        return _weights_of_handles(dict.fromkeys(handle.keys(), handle))
-    if (directory / INDEX).exists():
-        weight_map = _json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{directory / INDEX}: has no weight_map; fetch it again.")
-        handles = {file: _safetensors(directory / file) for file in sorted(set(weight_map.values()))}
-        names = {file: set(handle.keys()) for file, handle in handles.items()}
-        for name, file in weight_map.items():
-            if name not in names[file]:
-                raise UserError(f"{directory / file}: the index names weight {name!r} in it and it is not there.")
-        return _weights_of_handles({name: handles[file] for name, file in weight_map.items()})
-    if not any((directory / name).exists() for name in PICKLES):
-        raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}; is the download complete?")
-    if not allow_pickle:
-        raise UserError(
-            f"{directory}: has only pickled weights (.bin); convert them to safetensors, or pass --allow-pickle "
-            "to read them with torch.load(weights_only=True)."
-        )
-    weights: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("pytorch_model*.bin")):
-        try:
-            weights |= torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path}: damaged, or holds more than weights; fetch it again.") from error
-    return Weights(set(weights), weights.__getitem__, lambda name: weights[name].shape, lambda name: weights[name][:1])
-
-
-def _weights_of_handles(handles: dict[str, Any]) -> Weights:
-    """Of open safetensors files, by weight."""
-    return Weights(
-        set(handles),
-        lambda name: handles[name].get_tensor(name),
-        lambda name: handles[name].get_slice(name).get_shape(),
-        lambda name: handles[name].get_slice(name)[:1],
-    )
-
-
-def _safetensors(path: Path) -> Any:  # safetensors has no public type for an open file
-    try:
-        return safetensors.safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the index names this file and it is missing; is the download complete?") from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
 
 
 def _entries(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Entry]:

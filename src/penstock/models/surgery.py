@@ -68,12 +68,8 @@ def _check_targets(spec: LoraSpec, targets: Sequence[LoraTarget], wanted: Sequen
         shown = spec.targets if isinstance(spec.targets, str) else " ".join(spec.targets)
         raise UserError(f"--lora-targets {shown}: matches no weight of this model; there are {known}, all-linear.")
     for target in wanted:
-        largest = min(target.height, target.width)
-        if not 1 <= spec.rank <= largest:
-            raise UserError(
-                f"--lora {spec.rank}: {target.theirs} is {target.height} x {target.width}; give a rank from 1 to "
-                f"{largest}."
-            )
+        if spec.rank_of(target) < 1:
+            raise UserError(f"--lora {spec.rank_of(target)}: is no rank of {target.theirs}; give one from 1.")
 
 
 def remove_adapters(decoder: Decoder) -> None:

@@ -35,14 +35,14 @@ def work_of(
     work = _plain_work(config, dtype, batch, scalar=scalar, entropy=entropy, arithmetic=arithmetic)
     if spec is None and packed is None:
         return work
-    rank = spec.rank if spec else 0
     tokens = batch.rows * batch.length
     by_product: dict[str, list[LoraTarget]] = {}
     for target in adapted_targets(config, spec, scalar):
         by_product.setdefault(target.ours, []).append(target)
     extra: dict[str, tuple[int, int, int]] = {}
     for targets in by_product.values():
-        narrow = tokens * rank * s  # A x, scaled: saved for B's gradient
+        assert spec is not None
+        narrow = tokens * max(map(spec.rank_of, targets)) * s  # A x, scaled: saved for B's gradient
         high = tokens * sum(target.height for target in targets) * s
         low = tokens * targets[0].width * s  # the gradient that comes back through A; before it, B's, scaled
         saved, forward, backward = extra.get(group_of(targets[0]), (0, 0, 0))
@@ -61,7 +61,7 @@ def work_of(
         forward += part.forward + unpacked
         backward += fullest + saved + unpacked
         parts.append(dataclasses.replace(part, saved=part.saved + saved, forward=forward, backward=backward))
-    head = batch.read * rank * s if "" in by_product else 0
+    head = batch.read * spec.rank_of(by_product[""][0]) * s if spec and "" in by_product else 0
     return dataclasses.replace(
         work, parts=tuple(parts), forward_head=work.forward_head + head, backward_head=work.backward_head + 2 * head
     )
