@@ -413,16 +413,13 @@ def test_parquet_rows_mean_what_the_same_lines_mean(tmp_path, write):
     assert table.decision.partition(": ")[2] == lines.decision.partition(": ")[2]
 
 
-def test_an_id_used_twice_in_a_file_names_both_lines(write):
+def test_an_id_used_twice_is_counted_and_read(write):
+    """Foreign data repeats ids: of a conversation, say, that gives several records."""
     rows = [{"id": "a", "prompt": "1"}, {"id": 1, "prompt": "2"}, {"id": None, "prompt": "3"}, {"prompt": "4"}]
     rows += [{"id": None, "prompt": "5"}, {"id": "1", "prompt": "6"}, {"id": {"a": 1}, "prompt": "7"}]
-    path = write(*rows, {"id": "a", "prompt": "8"}, {"id": 1, "prompt": "9"})
-    dataset = formats.read(path, "prompts", skip_bad=True)
-    assert [record.prompt for record in dataset.records] == list("1234567")
-    assert dataset.bad == [
-        f"{path}:8: id: 'a' was used at {path}:1 already; give each record its own id.",
-        f"{path}:9: id: 1 was used at {path}:2 already; give each record its own id.",
-    ]
+    dataset = formats.read(write(*rows, {"id": "a", "prompt": "8"}, {"id": 1, "prompt": "9"}), "prompts")
+    assert [record.prompt for record in dataset.records] == list("123456789")
+    assert "2 records repeat an earlier one's id, and are read" in dataset.decision
 
 
 def test_two_files_may_number_their_records_alike(write):

@@ -86,6 +86,8 @@ class Lines:
     """How many good lines say themselves that they are not to be learned, by what says so."""
     ignored: Counter[str] = field(default_factory=Counter)
     """In how many records a field was not read."""
+    repeated_ids: int = 0
+    """Records whose id an earlier one has: ids mean nothing here, but a file may have been joined with itself."""
 
     @property
     def how(self) -> str:
@@ -94,6 +96,7 @@ class Lines:
         parts = [", ".join(several) if len(several) > 1 else next(iter(self.forms), "unknown")]
         parts += [f"{bad_lines(len(self.bad))} left out"] if self.bad else []
         parts += [f"{count} with {name} left out" for name, count in self.left_out.items()]
+        parts += [f"{self.repeated_ids} records repeat an earlier one's id, and are read"] if self.repeated_ids else []
         if self.ignored:
             parts.append("ignored fields: " + ", ".join(f"{name} ({n})" for name, n in self.ignored.most_common()))
         return "; ".join(parts)
@@ -101,7 +104,7 @@ class Lines:
 
 def read_file(path: Path, kind: Kind, keys: Mapping[str, str]) -> Lines:
     """The records of one file, its bad lines, and how it was read."""
-    lines, ids = Lines(), dict[str, str]()
+    lines, ids = Lines(), set[str]()
     candidates = _candidates(kind, keys)
     for number, value in objects(path):
         where = f"{path}:{number}"
@@ -113,13 +116,15 @@ def read_file(path: Path, kind: Kind, keys: Mapping[str, str]) -> Lines:
             ignored = _ignored(item, form, kind)
             record = form.read(item, where)
             unwanted = _unwanted(item, kind, record)
-            _unique(item, where, ids)
         except FieldError as problem:
             lines.bad.append(f"{where}: {problem.name}: {problem.problem}")
             continue
         if unwanted is not None:
             lines.left_out[unwanted] += 1
             continue
+        if isinstance(item.get("id"), str | int):  # a field of this name with another type is no id
+            lines.repeated_ids += repr(item["id"]) in ids  # 1 and "1" are two ids
+            ids.add(repr(item["id"]))
         lines.records.append(record)
         lines.ignored.update(ignored)
         is_chat = isinstance(item[form.needs[0]], str) and records.is_chat(item)
@@ -165,16 +170,6 @@ def _ignored(item: Mapping[str, Any], form: Form, kind: Kind) -> list[str]:
         if key not in field_checks.TURN and value not in EMPTY
     }
     return [*names, *sorted(unread)]
-
-
-def _unique(item: Mapping[str, Any], where: str, ids: dict[str, str]) -> None:
-    record_id = item.get("id")
-    if not isinstance(record_id, str | int):  # a field of this name with another type is no id
-        return
-    first = ids.setdefault(repr(record_id), where)  # 1 and "1" are two ids
-    if first != where:
-        problem = f"{field_checks.shown(record_id)} was used at {first} already; give each record its own id."
-        raise FieldError("id", problem)
 
 
 def parse_keys(pairs: Sequence[str]) -> dict[str, str]:
