@@ -7,6 +7,7 @@ import pytest
 from penstock.commands.generate import generate
 from penstock.config import GenerateConfig
 from penstock.errors import UserError
+from tests.conftest import CHATML
 
 REWARD_FN = """
 def score(prompts, responses, *, response_ids=None, **_):
@@ -69,3 +70,35 @@ def test_flags_that_cannot_work_are_refused(ask, flags, why):
 def test_best_of_needs_a_judge(tiny_model):
     with pytest.raises(UserError, match="needs a judge"):
         generate(GenerateConfig(model=tiny_model(), prompt="a", best_of=3))
+
+
+@pytest.fixture
+def chat_model(make_tokenizer, tiny_model):
+    """The directory of a ChatML model whose tokenizer names no end of its own."""
+
+    def make(template=CHATML):
+        directory = make_tokenizer(template=template, eos_token=None)
+        tiny_model("model", vocab_size=320, max_length=64, hf={})
+        return str(directory)
+
+    return make
+
+
+def test_a_plain_prompt_of_a_chat_model_is_said_or_becomes_a_turn(chat_model, capsys):
+    asked = {"model": chat_model(), "prompt": "Hi", "max_new_tokens": 2, "device": "cpu", "json": True}
+    generate(GenerateConfig(**asked))
+    output = capsys.readouterr()
+    assert json.loads(output.out)["prompt"] == "Hi"
+    assert "1 plain prompts are read without the model's chat template; --apply-chat-template makes" in output.err
+    generate(GenerateConfig(**asked, apply_chat_template=True, system="Be kind."))
+    output = capsys.readouterr()
+    assert json.loads(output.out)["prompt"] == "system\nBe kind.\nuser\nHi\nassistant\n"
+    assert "plain prompts" not in output.err
+
+
+def test_a_model_without_any_end_answers_to_the_limit_and_says_so(chat_model, capsys):
+    generate(GenerateConfig(model=chat_model("{{ messages }}"), prompt="Hi", max_new_tokens=5, device="cpu", json=True))
+    output = capsys.readouterr()
+    line = json.loads(output.out)
+    assert (len(line["response_ids"]), line["finish_reason"]) == (5, "length")
+    assert "the model names no token that ends an answer, so all go on to their limit" in output.err

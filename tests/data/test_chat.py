@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
 from penstock.config import DataFlags
 from penstock.data.chat import REWRITTEN, Encoder
@@ -19,7 +18,7 @@ from penstock.data.limits import CUT, TooLongError
 from penstock.data.records import Comparison, Demonstration, Prompt
 from penstock.errors import DataError, UserError
 from penstock.models.tokenizer_files import check_fit, load_tokenizer
-from tests.conftest import CHATML, TEXT
+from tests.conftest import CHATML
 
 BOS, EOS, IM_START, IM_END = 0, 1, 2, 3
 
@@ -526,7 +525,7 @@ def test_a_model_without_any_end_answers_to_its_limit_and_trains_with_eos(make_t
         encoder_of(directory, eos_ids=[])
     encoder = encoder_of(directory, eos_ids=[], task="answer")
     assert encoder.eos_ids == ()
-    assert "names no token that ends an answer, so answers go on to --max-new-tokens" in encoder.take_notes()[0]
+    assert "names no token that ends an answer, so all go on to their limit" in encoder.take_notes()[0]
     named = encoder_of(directory, eos_ids=[], flags=DataFlags(data=(), eos="<|im_end|>"))
     row = named.encode_demonstration(Demonstration(where="f:1", prompt="Hello?", response=" Yes"))
     assert row.tokens[-1] == IM_END
@@ -702,51 +701,7 @@ def test_special_tokens_that_are_text_stay_in_the_text(make_tokenizer):
     assert encoder.decode(ids).endswith("<think>Hm")
 
 
-# --- tokenizers of other kinds (10, 21) -------------------------------------------------------------------------------
-
-
-def sentencepiece(directory: Path, **names: Any) -> Path:
-    """A tokenizer as Llama 2's and Mistral 7B's: a space in front of every text, then spaces as U+2581."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")  # words do not merge
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    alphabet = ["\u2581", "\n", *map(chr, range(33, 127))]
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer.pre_tokenizer = None  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.chat_template = names["template"]
-    fast.save_pretrained(directory)
-    return directory
-
-
-LLAMA2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
-)
-ZEPHYR = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize("template", [LLAMA2, ZEPHYR], ids=["Llama 2", "Zephyr"])
-def test_the_ids_of_a_conversation_are_those_of_its_whole_text(tmp_path, template):
-    encoder = encoder_of(sentencepiece(tmp_path, template=template), eos_ids=[2])
-    talk = TALK[1:]
-    row = encoder.encode_demonstration(demonstration(*talk))
-    text = encoder.tokenizer.apply_chat_template(list(talk), tokenize=False)
-    whole = encoder.tokenizer(text, add_special_tokens=False).input_ids
-    assert row.tokens == encoder.limits.bos * (whole[0] != 1) + whole[: len(whole) - whole[::-1].index(2)]
-    answer = [token for token, on in zip(row.tokens, row.trained, strict=True) if on]
-    assert "".join(encoder.tokenizer.convert_ids_to_tokens(answer)).count("\u2581\u2581") == 0
-    plain = encoder.encode_demonstration(Demonstration(where="f:1", prompt="Hello there,", response=" how are you?"))
-    assert plain.tokens == [*encoder.tokenizer("Hello there, how are you?").input_ids, 2]
+# --- tokenizers of other kinds (21) -------------------------------------------------------------------------------
 
 
 def byte_tokenizer(directory: Path) -> Path:

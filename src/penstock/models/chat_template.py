@@ -27,7 +27,7 @@ PLAIN_TEMPLATE = (
 SYSTEM, QUESTION, ANSWER = "penstock probes", "what is asked", "what is answered"
 DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-NO_END = "the model names no token that ends an answer, so answers go on to --max-new-tokens"
+NO_END = "the model names no token that ends an answer, so all go on to their limit"
 NAMED = (
     "bos_token_id",
     "eos_token_id",
