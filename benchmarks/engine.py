@@ -2,12 +2,9 @@
 
 python -m benchmarks engine adamw     the split-master update of 100M weights against a plain copy's bandwidth
 python -m benchmarks engine tax       an SFT step under gemini_cpu against the same step resident, 8192 tokens per visit
-python -m benchmarks engine small     PPO of four GPT2-s, batch 1, 400 + 112 tokens: the most device memory in use
 """
 
-import contextlib
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -16,16 +13,12 @@ import torch
 
 from benchmarks import timing
 from benchmarks.facts import run_measures
-from penstock.algorithms import functional as fn
-from penstock.algorithms.sft import Rows, response_logprobs
-from penstock.autochunk.meter import Meter
-from penstock.commands.bench.work import Four, fill_quickly
+from benchmarks.peers import ours
+from penstock.algorithms.sft import Rows
 from penstock.kernels import compile as compiler
 from penstock.memory.adamw import SOURCE, AdamW, states_of
 from penstock.memory.strategy import Strategy
 from penstock.models import presets
-from penstock.models.decoder import Decoder
-from penstock.models.roles import Actor
 
 ROWS = 16
 """Of each step of `tax`."""
@@ -64,24 +57,16 @@ def tax(
     """SFT steps of a GPT-2 with `layers` of its blocks. `resident` recomputes too, as every streamed run does; `kept`
     is resident and keeps what is inside a micro-batch's blocks. Half of 600 MB is the token table and its gradient.
     """
-    tokens = torch.randint(50257, (ROWS, length), device=device)
     shape = dataclasses.replace(presets.named(size), num_layers=layers)
+    tokens = torch.randint(50257, (ROWS, length), device=device)
+    trained = torch.arange(length, device=device) >= max(1, length - 64)
+    batches = [Rows(part, trained.expand_as(part)) for part in tokens.split(micro)]
 
     def step_under(name: str, recompute: bool) -> Callable[[], object]:
         budget = device_memory if name == "gemini_cpu" else None
         strategy = Strategy.named(name, dtype=dtype, device=device, device_memory=budget, recompute=recompute)
-        with strategy.init():
-            actor = Actor(Decoder(shape))
-        actor.fill = fill_quickly  # type: ignore[method-assign]
-        stream = strategy.prepare(actor)
-        trained = torch.arange(length, device=device) >= max(1, length - 64)
-        batches = [Rows(part, trained.expand_as(part)) for part in tokens.split(micro)]
-        count = sum(int(batch.trained.sum()) for batch in batches)
-
-        def loss_of(hidden: torch.Tensor, batch: Rows) -> tuple:
-            return fn.sft_loss(response_logprobs(actor, hidden, batch), count), {}
-
-        return lambda: strategy.step(stream, batches, loss_of, lr=1e-5)
+        step = ours.sft(strategy, strategy.prepare(ours.actor_of(strategy, shape)))
+        return lambda: step(batches)
 
     calls = {
         "gemini_cpu": step_under("gemini_cpu", True),
@@ -100,38 +85,6 @@ def tax(
     }
 
 
-def small(
-    size: str = "s", layers: int = 12, prompt: int = 400, new: int = 112, device: str = "cpu",
-    device_memory: str = "180MB",
-) -> dict[str, Any]:  # fmt: skip
-    """Two iterations of PPO with batch 1: the device tier, and the most bytes of tensors outside it in each phase. A
-    GPU's allocator counts both; its 124M PPO needed 1.62 GB in the reference system."""
-    on_gpu = device.startswith("cuda")
-    strategy = Strategy.named("gemini_cpu", dtype="bf16", device=device, device_memory=device_memory)
-    four = Four(strategy, dataclasses.replace(presets.named(size), num_layers=layers))
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    tensors: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    with contextlib.nullcontext() if on_gpu else Meter() as meter:
-        for _ in range(2):
-            began = time.perf_counter()
-            for phase in four.iteration(torch.randint(50257, (1, prompt)).tolist(), new):
-                seconds[phase] = time.perf_counter() - began
-                began = time.perf_counter()
-                if meter is not None:
-                    tensors[phase] = max(meter.peak, tensors.get(phase, 0))
-                    meter.peaks["device"] = meter.used["device"]
-    tier = strategy.tiers["device"].peak
-    return {
-        "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else tier + max(tensors.values()),
-        "device_tier_bytes": tier,
-        "tensors_beside_it_bytes": tensors,
-        "host_bytes": strategy.tiers["host"].peak,
-        "phase_seconds": seconds,
-    }
-
-
 def main(arguments: list[str]) -> int:
     """Writes engine_NAME.json."""
-    return run_measures(arguments, __doc__, {"adamw": adamw, "tax": tax, "small": small}, "engine")
+    return run_measures(arguments, __doc__, {"adamw": adamw, "tax": tax}, "engine")

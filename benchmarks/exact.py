@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock.algorithms import functional as fn
-from penstock.algorithms.sft import Rows, response_logprobs
+from benchmarks.peers import ours
+from penstock.algorithms.sft import Rows
 from penstock.commands.bench.work import Four
 from penstock.memory.adamw import AdamW, states_of
 from penstock.memory.placement import NAMES
@@ -51,13 +51,9 @@ def trained(name: str, dtype: str, device: str, disk: str, steps: list[list[Rows
     actor = Actor(Decoder(SMALL)).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     strategy = Strategy.named(name, dtype=dtype, device=device, disk=disk, recompute=True)
     stream = strategy.prepare(actor)
+    step = ours.sft(strategy, stream, lr=1e-3)
     for batches in steps:
-        count = sum(int(batch.trained.sum()) for batch in batches)
-
-        def loss_of(hidden: Tensor, batch: Rows, count: int = count) -> tuple:
-            return fn.sft_loss(response_logprobs(actor, hidden, batch), count), {}
-
-        strategy.step(stream, batches, loss_of, lr=1e-3)
+        step(batches)
     return {
         weight.name: values[offset : offset + weight.numel].view(weight.shape).float()
         for home in stream.homes
