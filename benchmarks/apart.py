@@ -21,30 +21,20 @@ THREADS = "PENSTOCK_BENCHMARK_THREADS"
 """The variable with the threads that a forked process computes on; default: all cores."""
 
 
-class Apart:
-    """Starts the call at once; `result` waits for it."""
-
-    def __init__(self, call: Call) -> None:
-        self._receiver, sender = multiprocessing.Pipe(duplex=False)
-        self._began = time.monotonic()
-        self._process = multiprocessing.get_context("fork").Process(target=_send_result, args=(call, sender))
-        self._process.start()
-        sender.close()
-
-    def result(self, seconds: float) -> dict[str, Any]:
-        """What it returned and `seconds_in_all`; an `error` where it failed or takes longer than `seconds`."""
-        try:
-            result = self._receiver.recv() if self._receiver.poll(max(seconds, 0)) else {"error": "no time left"}
-        except EOFError:
-            result = {"error": "the process ended without a result: killed, most likely for its memory"}
-        self._process.kill()
-        self._process.join()
-        return {**result, "seconds_in_all": time.monotonic() - self._began}
-
-
 def apart(call: Call, seconds: float) -> dict[str, Any]:
-    """What the call returns, from a process of its own."""
-    return Apart(call).result(seconds)
+    """What it returned and `seconds_in_all`; an `error` where it failed or takes longer than `seconds`."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    began = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=_send_result, args=(call, sender))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv() if receiver.poll(max(seconds, 0)) else {"error": "no time left"}
+    except EOFError:
+        result = {"error": "the process ended without a result: killed, most likely for its memory"}
+    process.kill()
+    process.join()
+    return {**result, "seconds_in_all": time.monotonic() - began}
 
 
 def _send_result(call: Call, sender: Any) -> None:

@@ -3,11 +3,8 @@
 Every row runs in a process of its own, so that its memory is its own and its failure too.
 """
 
-import contextlib
 import dataclasses
-import gc
 import json
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +14,7 @@ import torch
 import transformers
 
 from benchmarks import autochunk as blocks
-from benchmarks.apart import Apart, apart
+from benchmarks.apart import apart
 from benchmarks.facts import result_path
 from benchmarks.peers import plain
 from benchmarks.timing import seconds_of
@@ -62,7 +59,7 @@ class Target:
 
 # --- PPO --------------------------------------------------------------------------------------------------------------
 
-PUBLISHED = BenchConfig(iterations=1)
+PUBLISHED = BenchConfig(model="s", iterations=1)
 """1000 prompts of 400 tokens, rows to 512, 8 batches of 8, 3 epochs."""
 WIDE = BenchConfig(
     dtype="bf16", experience_batch_size=64, train_batch_size=64, micro_batch_size=8, update_timesteps=1, max_epochs=1,
@@ -70,9 +67,9 @@ WIDE = BenchConfig(
 )  # fmt: skip
 """One batch of 64 and one step on it."""
 ROWS: dict[str, BenchConfig] = {
-    "s, ddp, fp32, as published": replace(PUBLISHED, model="s"),
+    "s, ddp, fp32, as published": PUBLISHED,
     "s, gemini_cpu, bf16, as published": replace(
-        PUBLISHED, model="s", dtype="bf16", strategy="colossalai_gemini_cpu", device_memory="2GB"
+        PUBLISHED, dtype="bf16", strategy="colossalai_gemini_cpu", device_memory="2GB"
     ),
     "s, ddp": replace(WIDE, model="s"),
     "xl, ddp": replace(WIDE, model="xl", micro_batch_size=16, recompute=True),
@@ -159,50 +156,21 @@ def _plain(size: str, kind: str, target: Target) -> dict[str, Any]:
 
 
 def autochunk(target: Target) -> dict[str, Any]:
-    """AutoChunk's table at its full lengths. Rows are planned side by side; what takes the device goes in turn."""
+    """AutoChunk's table at its full lengths, or at half of one where the device cannot hold it without slices."""
     transformers.logging.set_verbosity_error()
-    device_lock = multiprocessing.get_context("fork").Lock()
-    rows = [
-        (name, attention, (8192 if attention == "eager" else 32768) if not target.tiny else 256, training)
+    rows = {
+        f"{name}, {attention}, {'training' if training else 'forward'}": (name, attention, training)
         for name, shape in blocks.SHAPES.items()
         for attention in blocks.attentions(shape)
         for training in (False, True)
-    ]
-
-    def measured(name: str, attention: str, tokens: int, training: bool) -> dict[str, Any]:
-        torch.set_num_threads(1)  # as many rows at once as there are
-        for length in (tokens, tokens // 2):
-            try:
-                return blocks.measure(name, attention, length, training, 2, target.device, DeviceTurn(device_lock))
-            except torch.OutOfMemoryError:
-                release(target.device)
-        return {"error": f"neither {tokens} nor {tokens // 2} tokens fit without slices"}
-
-    running = {
-        f"{row[0]}, {row[1]}, {'training' if row[3] else 'forward'}": Apart(lambda row=row: measured(*row))
-        for row in (rows[:2] if target.tiny else rows)
     }
-    return target.table({name: lambda row=row: row.result(target.left()) for name, row in running.items()})
 
+    def measured(name: str, attention: str, training: bool) -> dict[str, Any]:
+        tokens = 256 if target.tiny else 8192 if attention == "eager" else 32768
+        try:
+            return blocks.measure(name, attention, tokens, training, 2, target.device)
+        except torch.OutOfMemoryError:
+            return blocks.measure(name, attention, tokens // 2, training, 2, target.device)
 
-class DeviceTurn(contextlib.AbstractContextManager):
-    """Waits for the device, and gives its memory back at the end; may be entered again and again."""
-
-    def __init__(self, lock: Any) -> None:
-        self.lock = lock
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        release("cuda" if torch.cuda.is_initialized() else "cpu")
-        self.lock.release()
-
-
-def release(device: str) -> None:
-    """Gives all free memory back to the device and starts counting its peak anew."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    wanted = list(rows.items())[:2] if target.tiny else rows.items()
+    return target.table({name: lambda row=row: apart(lambda: measured(*row), target.left()) for name, row in wanted})
