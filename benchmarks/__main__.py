@@ -10,11 +10,10 @@ BENCHMARKS = {
     # name: (module:function, help)
     "bench": ("bench:main", "runs `penstock bench` and keeps its result under a name"),
     "growth": ("growth:main", "cost and memory against model size, row length and depth"),
-    "engine": ("engine:main", "adamw, tax: the memory engine against what it can be at best"),
-    "fewer": ("fewer:main", "head, merged: what fewer bytes cost"),
+    "engine": ("engine:main", "adamw, tax, head: the memory engine against what it can be at best"),
     "autochunk": ("autochunk:main", "blocks with and without slices: peak, seconds, longest sequence"),
     "planner": ("planner:main", "grid, 175b, one-card: the plan against the engine"),
-    "rollout": ("rollout:main", "speed, ragged, samples, int8, streamed: generation against transformers"),
+    "rollout": ("rollout:main", "speed, ragged, samples, int8: generation against transformers"),
     "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),
     "ranks": ("ranks:main", "two ranks against two processes that do not communicate"),
     "serve": ("serve:main", "load, disconnects, drain, fuzz, clients: the chat service from outside"),

@@ -2,6 +2,8 @@
 
 python -m benchmarks engine adamw     the split-master update of 100M weights against a plain copy's bandwidth
 python -m benchmarks engine tax       an SFT step under gemini_cpu against the same step resident, 8192 tokens per visit
+python -m benchmarks engine head      log-probabilities of 4 x 1024 tokens of GPT-2's vocabulary, and their gradients,
+                                      against plain PyTorch: bytes and seconds
 """
 
 import dataclasses
@@ -10,14 +12,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.nn import functional as F
 
 from benchmarks import timing
 from benchmarks.facts import run_measures
 from benchmarks.peers import ours
 from penstock.algorithms.sft import Rows
+from penstock.autochunk.meter import Meter
 from penstock.kernels import compile as compiler
 from penstock.memory.adamw import SOURCE, AdamW, states_of
 from penstock.memory.strategy import Strategy
+from penstock.models import log_probs as heads
 from penstock.models import presets
 
 ROWS = 16
@@ -85,6 +90,42 @@ def tax(
     }
 
 
+def head(repeats: int = 5, tokens: int = 4096, vocabulary: int = 50257, width: int = 768) -> dict[str, Any]:
+    """Sum of log-probs and its gradients to states and head; peaks are of what is made on the way, gradients of the
+    states included."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, width, generator=generator, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(vocabulary, width, generator=generator) * 0.02)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "ours": lambda: heads.logprobs([(states, weight)], targets, entropy=False)[0],
+        "plain": lambda: torch.log_softmax(F.linear(states, weight), dim=-1).gather(1, targets[:, None])[:, 0],
+    }
+
+    def run(way: str) -> tuple[torch.Tensor, ...]:
+        states.grad, weight.grad = None, torch.zeros_like(weight)  # a sink keeps room for it
+        log_probs = ways[way]()
+        log_probs.sum().backward()
+        return log_probs.detach(), states.grad, weight.grad
+
+    peaks, results = {}, {}
+    for way in ways:
+        weight.grad = None
+        with Meter() as meter:
+            results[way] = run(way)
+            peaks[way] = meter.peak - weight.nbytes
+    gaps = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(results["ours"], results["plain"], strict=True)]
+    del results
+    seconds = timing.in_turns({way: lambda way=way: run(way) for way in ways}, repeats)
+    return {
+        "peak_bytes": peaks,
+        "memory_ratio": peaks["ours"] / peaks["plain"],
+        "largest_gaps": dict(zip(("logprobs", "states", "head"), gaps, strict=True)),
+        "seconds": seconds,
+        "time_ratio": timing.ratio(seconds, "ours", "plain"),
+    }
+
+
 def main(arguments: list[str]) -> int:
     """Writes engine_NAME.json."""
-    return run_measures(arguments, __doc__, {"adamw": adamw, "tax": tax}, "engine")
+    return run_measures(arguments, __doc__, {"adamw": adamw, "tax": tax, "head": head}, "engine")

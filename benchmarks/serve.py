@@ -1,8 +1,6 @@
 """The chat service measured from outside: the real command in a process of its own, real sockets, a small model.
 
     python -m benchmarks serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
-    python -m benchmarks serve disconnects   1,000 clients that leave at random moments
-    python -m benchmarks serve drain         SIGTERM with 32 live streams
     python -m benchmarks serve fuzz          5,000 requests made from the OpenAPI document
     python -m benchmarks serve clients       the same cases with three generations of the openai client
 
@@ -13,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -22,7 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +130,8 @@ def chat_body(seed: int, **more: Any) -> dict[str, Any]:
     return {"model": "small", "messages": messages, "max_tokens": NEW_TOKENS, "seed": seed, **usage, **more}
 
 
-async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream], bool] | None = None) -> Stream:
-    """Sends one request on a connection of its own and reads its events as they come; `leave` may hang up."""
+async def stream_once(port: int, body: dict[str, Any]) -> Stream:
+    """Sends one request on a connection of its own and reads its events as they come."""
     stream = Stream()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = last = time.perf_counter()
@@ -155,8 +152,6 @@ async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream],
                     stream.first = now - started
                 last = now
             if b"data: [DONE]" in chunk:
-                break
-            if leave is not None and leave(stream):
                 break
     except ConnectionError:
         pass
@@ -315,72 +310,6 @@ def rates_in_turns(server: Server, model: str, seconds: float) -> dict[str, list
     return timing.alternate(calls, PAIRS)
 
 
-# --- disconnects and draining -----------------------------------------------------------------------------------------
-
-
-def disconnects(clients: int = 1000) -> dict[str, Any]:
-    """Clients that leave at random moments, streamed and not; then nothing may be left running."""
-    rng = random.Random(0)
-
-    async def leave_soon(port: int, number: int) -> str:
-        body = chat_body(number, max_tokens=200)
-        if number % 2:
-            body = {**body, "stream": False}
-            del body["stream_options"]
-        task = asyncio.create_task(stream_once(port, body))
-        await asyncio.sleep(rng.random() * 0.5)
-        if task.done():
-            return task.result().ended
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        return "left"
-
-    async def crowd(port: int) -> list[str]:
-        gate = asyncio.Semaphore(64)
-
-        async def client(number: int) -> str:
-            async with gate:
-                return await leave_soon(port, number)
-
-        return await asyncio.gather(*(client(number) for number in range(clients)))
-
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        with serving(directory, small_model(directory)) as server:
-            ends = asyncio.run(crowd(server.port))
-            waited = time.perf_counter()
-            while (now := server.metrics())["penstock_serve_outstanding_answers"] and time.perf_counter() - waited < 30:
-                time.sleep(0.01)
-            idle = time.perf_counter() - waited
-            after = asyncio.run(stream_once(server.port, chat_body(1)))
-            return {
-                "clients": clients, "left": ends.count("left"),
-                "outstanding_after": now["penstock_serve_outstanding_answers"],
-                "rows_used_after": now["penstock_serve_rows_used"], "seconds_until_idle": round(idle, 3),
-                "next_request": after.ended,
-            }  # fmt: skip
-
-
-def drain(streams: int = 32) -> dict[str, Any]:
-    """SIGTERM while streams run: each must end by itself or with an error event, and the exit code be 0."""
-
-    async def crowd(server: Server) -> list[Stream]:
-        tasks = [asyncio.create_task(stream_once(server.port, chat_body(i, max_tokens=200))) for i in range(streams)]
-        while server.metrics()["penstock_serve_answer_tokens_total"] < streams * 4:
-            await asyncio.sleep(0.01)
-        server.process.send_signal(signal.SIGTERM)
-        return await asyncio.gather(*tasks)
-
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        with serving(directory, small_model(directory)) as server:
-            ended = asyncio.run(crowd(server))
-            code = server.process.wait(60)
-    ends = [stream.ended for stream in ended]
-    return {"streams": streams, "exit_code": code, "ends": {end: ends.count(end) for end in sorted(set(ends))}}
-
-
 # --- requests from the document, and openai's clients -----------------------------------------------------------
 
 SEED = 20221205
@@ -455,7 +384,5 @@ def clients() -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Writes serve_NAME.json."""
-    measures: dict[str, Callable[..., dict]] = {
-        "load": load, "disconnects": disconnects, "drain": drain, "fuzz": fuzz, "clients": clients
-    }  # fmt: skip
+    measures = {"load": load, "fuzz": fuzz, "clients": clients}
     return facts.run_measures(arguments, __doc__, measures, "serve", "fastapi", "uvicorn")

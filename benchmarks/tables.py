@@ -328,7 +328,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-OLD_NAMES = {"record": "bench", "peers.run": "peers"}
+OLD_NAMES = {"record": "bench", "peers.run": "peers", "fewer": "engine"}
 """Benchmarks that had another name when a result was measured."""
 
 
