@@ -1,6 +1,6 @@
 """The memory engine against what it could be at best, each in one run.
 
-python -m benchmarks engine adamw     the split-master update of 100M weights against a plain copy's bandwidth
+python -m benchmarks engine adamw     the split-master update of 67M weights against a plain copy's bandwidth
 python -m benchmarks engine tax       an SFT step under gemini_cpu against the same step resident, 8192 tokens per visit
 python -m benchmarks engine head      log-probabilities of 4 x 1024 tokens of GPT-2's vocabulary, and their gradients,
                                       against plain PyTorch: bytes and seconds
@@ -8,6 +8,7 @@ python -m benchmarks engine head      log-probabilities of 4 x 1024 tokens of GP
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,8 +20,9 @@ from benchmarks.facts import run_measures
 from benchmarks.peers import ours
 from penstock.algorithms.sft import Rows
 from penstock.autochunk.meter import Meter
+from penstock.commands.bench import micro
 from penstock.kernels import compile as compiler
-from penstock.memory.adamw import SOURCE, AdamW, states_of
+from penstock.memory.adamw import SOURCE
 from penstock.memory.strategy import Strategy
 from penstock.models import log_probs as heads
 from penstock.models import presets
@@ -29,29 +31,23 @@ ROWS = 16
 """Of each step of `tax`."""
 
 
-def adamw(repeats: int = 9, numel: int = 100_000_000) -> dict[str, Any]:
-    """28 bytes per parameter move at least: weight, remainder, gradient and two moments in, all but the gradient out,
-    and 2 for the gradient's own arrival. The copy reads and writes 8."""
-    weights, grads = (torch.randn(numel).bfloat16() for _ in range(2))
-    states = {name: torch.zeros(numel, dtype=dtype) for name, (dtype, _) in states_of(torch.bfloat16).items()}
-    x, y = torch.zeros(numel), torch.ones(numel)
+def adamw(repeats: int = 9) -> dict[str, Any]:
+    """Bytes per second as `penstock bench micro` counts them: 28 for each of 67M weights; a copy reads and writes."""
+    cpu = torch.device("cpu")
+    update = partial(micro.adamw_rate, cpu, 1, False)
 
-    def update() -> None:
-        AdamW().update(weights, states, grads, lr=1e-6, scale=0.5, step=1)
-
-    def without_compiler() -> None:
+    def without_compiler() -> float:
         with mock.patch.object(compiler, "compiled", return_value="not this time"):
-            update()
+            return update()
 
-    calls = {"update": update, "in_torch_operations": without_compiler, "copy": lambda: x.copy_(y)}
-    seconds = timing.in_turns(calls, repeats)
-    rates = {**timing.rates(seconds, 28 * numel), "copy": timing.rates(seconds, 8 * numel)["copy"]}
+    copy = lambda: micro.copies(cpu, 1, False)["copy"]  # noqa: E731
+    ways = {"update": update, "in_torch_operations": without_compiler, "copy": copy}
+    rates = timing.medians(timing.alternate(ways, repeats))
     return {
         "compiled": not isinstance(compiler.compiled(SOURCE), str),
         "bytes_per_second": rates,
         "ratio": rates["update"] / rates["copy"],
         "ratio_in_torch_operations": rates["in_torch_operations"] / rates["copy"],
-        "seconds": seconds,
     }
 
 

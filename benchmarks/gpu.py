@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import engine, exact, gpu_tables, rollout, timing
+from benchmarks import engine, exact, gpu_tables, rollout
 from benchmarks.apart import THREADS, apart
 from benchmarks.facts import flags, write
 from benchmarks.gpu_tables import Target
+from penstock.commands.bench import micro
 from penstock.commands.bench.capacity import capacity as search
 from penstock.commands.bench.config import BenchConfig, CapacityConfig
 from penstock.commands.bench.run import bench
-from penstock.memory.tiers import Ram
 
 SETTINGS = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Of the process that the checks are forked from. The last is Hopper's own default; torch requires it to be set where
@@ -34,29 +34,12 @@ results must not vary."""
 
 
 def rates(target: Target) -> dict[str, Any]:
-    """What the machine can do: the link both ways, pinned and not, a device copy, a bf16 product; bytes and FLOP/s."""
-    nbytes, width = (1 << 20, 64) if target.tiny else (1 << 30, 8192)
-    on_device = torch.empty(nbytes, dtype=torch.uint8, device=target.device)
-    copy = torch.empty_like(on_device)
-    unpinned = torch.zeros(nbytes, dtype=torch.uint8)
-    pinned = unpinned.clone().pin_memory() if target.gpu else unpinned.clone()
-    a = torch.randn(width, width, device=target.device).bfloat16()
-    calls: dict[str, tuple[float, Callable[[], object]]] = {
-        "to_device_pinned": (nbytes, lambda: on_device.copy_(pinned, non_blocking=True)),
-        "to_host_pinned": (nbytes, lambda: pinned.copy_(on_device, non_blocking=True)),
-        "to_device_unpinned": (nbytes, lambda: on_device.copy_(unpinned)),
-        "device_copy": (2 * nbytes, lambda: copy.copy_(on_device)),
-        "bf16_flops": (2 * width**3, lambda: a @ a),
-    }
-    seconds = timing.in_turns({name: call for name, (_, call) in calls.items()}, 5, target.device)
-    workspace = _blas_workspace() if target.gpu else 0
-    began = time.perf_counter()
-    Ram("host", torch.device("cpu"), pins=target.gpu).home(4 * nbytes, torch.uint8, "a test", travels=True)
+    """What the machine can do, as `penstock bench micro` measures it: copies and the link, bytes/s, and FLOP/s."""
+    device = torch.device(target.device)
     return {
-        **{name: calls[name][0] / min(times) for name, times in seconds.items()},
-        "pinned": 4 * nbytes / (time.perf_counter() - began),
-        "blas_workspace": workspace,
-    }
+        **micro.copies(device, 5, target.tiny), "gemm_bf16": micro.gemm_peak(device, "bf16", 5, quick=target.tiny),
+        "blas_workspace": _blas_workspace() if target.gpu else 0,
+    }  # fmt: skip
 
 
 def _blas_workspace() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.facts import flags, write
 from penstock.algorithms.setup import strategy_of
-from penstock.commands.bench.capacity import run_apart
+from penstock.commands.bench.capacity import most_layers, run_apart
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.fit import check, shape_of
 from penstock.errors import ResourceError
@@ -60,20 +60,17 @@ def least_device_bytes(config: BenchConfig) -> int:
     strategy = strategy_of(config)
     device = strategy.tiers["device"]
 
-    def fits(nbytes: int) -> bool:
-        device.budget = nbytes
+    most = check(config, shape_of(config), strategy)["device"]
+
+    def fits(steps: int) -> bool:
+        device.budget = int(most / 1.02**steps)
         try:
             check(config, shape_of(config), strategy)
         except ResourceError:
             return False
         return True
 
-    high = check(config, shape_of(config), strategy)["device"]
-    low = high // 1024
-    while high > low * 1.02:
-        middle = int((low * high) ** 0.5)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    return int(most / 1.02 ** most_layers(fits, 0, 350))
 
 
 def slope(points: list[dict[str, Any]], x: str, y: str) -> float | None:

@@ -20,6 +20,7 @@ import transformers
 from benchmarks import timing
 from benchmarks.facts import run_measures
 from benchmarks.peers.plain import gpt2
+from penstock.commands.bench.micro import copies
 from penstock.kernels import cpu_ops
 from penstock.models import linear, presets, pretrained
 from penstock.models.decoder import Decoder
@@ -150,12 +151,6 @@ def int8(repeats: int = 5) -> dict[str, Any]:
     return {"tokens_per_second": rates, "ratio": ratio, "ratio_to_bf16": ratio_to_bf16}
 
 
-def copy_rate() -> float:
-    """Bytes per second that a plain copy in memory reads."""
-    source, target = torch.zeros(1 << 28, dtype=torch.uint8), torch.ones(1 << 28, dtype=torch.uint8)
-    return len(source) / min(timing.in_turns({"copy": lambda: target.copy_(source)}, 9)["copy"])
-
-
 def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
     """What no engine on this machine can pass: a step reads every weight once, at the bandwidth of a plain copy, and
     multiplies it with `batch` rows, at the best rate that torch (fp32 or bf16) or our product (bf16) reaches with so
@@ -166,15 +161,14 @@ def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
     broad = x.float()
     wide = [torch.randn(768, 3072) for _ in range(16)]
     narrow = [weight.bfloat16() for weight in wide]
-    flops = 2 * batch * 768 * 3072 * 16
     products: timing.Calls = {
         "own": lambda: [cpu_ops.product(x, weight) for weight in narrow],
         "torch": lambda: [torch.nn.functional.linear(broad, weight) for weight in wide],
     }
     if not linear.slow_in_bf16("cpu"):
         products["torch bf16"] = lambda: [torch.nn.functional.linear(x, weight) for weight in narrow]
-    copied = 2 * copy_rate()
-    gemm = flops / min(min(times) for times in timing.in_turns(products, 9).values())
+    fastest = min(min(times) for times in timing.in_turns(products, 9).values())
+    copied, gemm = copies(torch.device("cpu"), 9, False)["copy"], 2 * batch * 768 * 3072 * 16 / fastest
     step = max(nbytes / copied, 2 * batch * count / gemm)
     return {
         "copy_bytes_per_second": copied, "gemm_flops": gemm, "weights_bytes": nbytes, "step_seconds": step,

@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,15 +163,19 @@ async def stream_once(port: int, body: dict[str, Any]) -> Stream:
     return stream
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The value below which that share lies."""
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else float("nan")
+def percentiles(name: str, values: list[float]) -> dict[str, float]:
+    """The middle and the 99th of a hundred, in ms."""
+    ordered = sorted(values) or [float("nan")]
+    return {f"{name}_ms_p{part}": round(1000 * ordered[len(ordered) * part // 100], 2) for part in (50, 99)}
 
 
-def milliseconds(values: list[float], share: float) -> float:
-    """A percentile in ms."""
-    return round(percentile(values, share) * 1000, 2)
+def latencies(streams: list[Stream]) -> dict[str, Any]:
+    """How many came to their end, and what they waited for."""
+    return {
+        "requests": len(streams), "errors": sum(stream.ended != "done" for stream in streams),
+        **percentiles("first_token", [stream.first for stream in streams]),
+        **percentiles("gap", [gap for stream in streams for gap in stream.gaps]),
+    }  # fmt: skip
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
@@ -205,91 +209,62 @@ def engine_rate(model: str, seconds: float, *, staggered: bool) -> float:
     return made / spent
 
 
-async def closed_loop(port: int, count: int, seconds: float) -> tuple[list[Stream], float]:
-    """`count` clients, each asking again as soon as it was answered. What they saw, and the seconds it took."""
+async def client(port: int, stop: float, first: int, pause: float = 0.0) -> list[Stream]:
+    """Asks again as soon as it was answered, or after a pause where it was refused, until `stop`."""
     streams: list[Stream] = []
+    while time.perf_counter() < stop:
+        streams.append(await stream_once(port, chat_body(first + len(streams))))
+        if streams[-1].status != 200:
+            await asyncio.sleep(pause)
+    return streams
+
+
+def closed_loop(port: int, count: int, seconds: float, *, visitors: bool = False) -> tuple[list[Stream], float]:
+    """What `count` clients saw, and the seconds. With visitors, one more that asks again 20 ms after it is refused."""
     started = time.perf_counter()
+    stop = started + seconds
 
-    async def client(number: int) -> None:
-        turn = 0
-        while time.perf_counter() - started < seconds:
-            streams.append(await stream_once(port, chat_body(number * 10_000 + turn)))
-            turn += 1
+    async def crowd() -> list[list[Stream]]:
+        clients = [client(port, stop, number * 10_000, pause=0.2) for number in range(count)]
+        return await asyncio.gather(*clients, *([client(port, stop, 90_000_000, pause=0.02)] if visitors else []))
 
-    await asyncio.gather(*(client(number) for number in range(count)))
+    streams = [stream for streams in asyncio.run(crowd()) for stream in streams]
     return streams, time.perf_counter() - started
 
 
-def row_of(streams: list[Stream], spent: float, server: Server, count: int) -> dict[str, Any]:
+def row_of(server: Server, count: int, seconds: float) -> dict[str, Any]:
     """A row of the table."""
-    gaps = [gap for stream in streams for gap in stream.gaps]
+    streams, spent = closed_loop(server.port, count, seconds)
     return {
-        "streams": count, "requests": len(streams), "errors": sum(stream.ended != "done" for stream in streams),
-        "first_token_ms_p50": milliseconds([stream.first for stream in streams], 0.5),
-        "first_token_ms_p99": milliseconds([stream.first for stream in streams], 0.99),
-        "gap_ms_p50": milliseconds(gaps, 0.5), "gap_ms_p99": milliseconds(gaps, 0.99),
+        "streams": count, **latencies(streams),
         "tokens_per_second": round(sum(stream.tokens for stream in streams) / spent, 1),
         "rss_gb": round(server.rss_gb(), 3),
     }  # fmt: skip
 
 
-async def overload(port: int, seconds: float) -> tuple[list[Stream], list[Stream]]:
-    """Clients that ask again and again fill rows and queue; a new one comes every 20 ms. (accepted, refused)."""
-    stop = time.perf_counter() + seconds
-    accepted: list[Stream] = []
-    refused: list[Stream] = []
-
-    async def resident(number: int) -> None:
-        turn = 0
-        while time.perf_counter() < stop:
-            stream = await stream_once(port, chat_body(number * 10_000 + turn))
-            (accepted if stream.status == 200 else refused).append(stream)
-            if stream.status != 200:
-                await asyncio.sleep(0.2)
-            turn += 1
-
-    async def visitors() -> None:
-        number = 0
-        await asyncio.sleep(1.0)
-        while time.perf_counter() < stop:
-            stream = await stream_once(port, chat_body(90_000_000 + number))
-            (accepted if stream.status == 200 else refused).append(stream)
-            number += 1
-            await asyncio.sleep(0.02)
-
-    await asyncio.gather(*(resident(number) for number in range(ROWS + QUEUE)), visitors())
-    return accepted, refused
-
-
 def load(seconds: float = 20.0) -> dict[str, Any]:
-    """The table, `seconds` per row, and what overload does."""
+    """The table, `seconds` per row, and what overload does: clients that fill rows and queue, and one that comes."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = small_model(directory)
-        table = []
         with serving(directory, model, "--rows", str(ROWS), "--queue", str(QUEUE), "--threads", "1") as server:
-            asyncio.run(closed_loop(server.port, 8, 2.0))  # warm
-            for count in STREAMS:
-                table.append(row_of(*asyncio.run(closed_loop(server.port, count, seconds)), server, count))
-                print(table[-1], flush=True)
+            closed_loop(server.port, 8, 2.0)  # warm
+            table = [row_of(server, count, seconds) for count in STREAMS]
             rates = rates_in_turns(server, model, seconds / 4)
-            full, _ = asyncio.run(closed_loop(server.port, ROWS + QUEUE, seconds))
-            accepted, refused = asyncio.run(overload(server.port, seconds))
+            full, _ = closed_loop(server.port, ROWS + QUEUE, seconds)
+            streams, _ = closed_loop(server.port, ROWS + QUEUE, seconds, visitors=True)
+    refused = [stream for stream in streams if stream.status != 200]
     return {
         "model": "gpt2, 4 layers of 128, 1M weights, fp32, random", "rows": ROWS, "queue": QUEUE,
         "new_tokens": NEW_TOKENS, "table": table,
         "tokens_per_second_at_32": rates,
         "share_of_the_engine": round(timing.ratio(rates, "served", "engine"), 3),
         "share_of_the_engine_staggered": round(timing.ratio(rates, "served", "engine_staggered"), 3),
-        "overload": {
-            "accepted": len(accepted), "accepted_errors": sum(stream.ended != "done" for stream in accepted),
-            "refused": len(refused), "refused_statuses": sorted({stream.status for stream in refused}),
-            "refused_ms_p50": milliseconds([stream.head for stream in refused], 0.5),
-            "refused_ms_p99": milliseconds([stream.head for stream in refused], 0.99),
-            "gap_ms_p99_full": milliseconds([gap for stream in full for gap in stream.gaps], 0.99),
-            "gap_ms_p99_overloaded": milliseconds([gap for stream in accepted for gap in stream.gaps], 0.99),
-            "first_token_ms_p99_full": milliseconds([stream.first for stream in full], 0.99),
-            "first_token_ms_p99_overloaded": milliseconds([stream.first for stream in accepted], 0.99),
+        "full": latencies(full),
+        "overloaded": latencies([stream for stream in streams if stream.status == 200]),
+        "refused": {
+            "requests": len(refused), "statuses": sorted({stream.status for stream in refused}),
+            **percentiles("answered", [stream.head for stream in refused]),
         },
     }  # fmt: skip
 
@@ -303,10 +278,10 @@ def rates_in_turns(server: Server, model: str, seconds: float) -> dict[str, list
         os.kill(server.process.pid, signal.SIGCONT)
         return rate
 
-    def served() -> float:
-        return row_of(*asyncio.run(closed_loop(server.port, ROWS, seconds)), server, ROWS)["tokens_per_second"]
-
-    calls = {"engine": lambda: alone(False), "engine_staggered": lambda: alone(True), "served": served}
+    calls: dict[str, Callable[[], float]] = {
+        "engine": lambda: alone(False), "engine_staggered": lambda: alone(True),
+        "served": lambda: row_of(server, ROWS, seconds)["tokens_per_second"],
+    }  # fmt: skip
     return timing.alternate(calls, PAIRS)
 
 

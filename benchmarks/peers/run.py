@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from benchmarks.facts import ROOT, flags, last_words, result_path, write
-from benchmarks.peers.turns import Side
+from benchmarks.facts import ROOT, flags, result_path, write
+from benchmarks.peers.turns import Side, last_words
 from penstock.models.linear import slow_in_bf16
 
 HERE = Path(__file__).parent

@@ -89,8 +89,7 @@ class Side:
         if not line:
             code = self._process.wait()
             self._output.seek(0)
-            lines = [text for text in self._output.read().splitlines() if text.strip()]
-            raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'killed, most likely for its memory'}")
+            raise RuntimeError(last_words(code, self._output.read()))
         return json.loads(line.removeprefix(MARK))
 
     def close(self) -> None:
@@ -103,6 +102,12 @@ class Side:
             self._process.kill()
             self._process.wait()
         self._output.close()
+
+
+def last_words(code: int, output: str) -> str:
+    """Why a process failed: its exit code and the last line that it wrote."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return f"exit code {code}: {lines[-1] if lines else 'killed, most likely for its memory'}"
 
 
 def flags(doc: str, **choices: list[str] | None) -> argparse.Namespace:
