@@ -50,26 +50,21 @@ class Layer(nn.Module):
     def __init__(self, kind: str, width: int, heads: int, attention: str, inner: int = 0) -> None:
         super().__init__()
         self.kind, self.heads = kind, heads
+        config: Any
         if kind == "gpt2":
-            config: Any = transformers.GPT2Config(
-                n_embd=width, n_head=heads, n_layer=1, n_positions=64, vocab_size=8, attn_implementation=attention,
-                bos_token_id=None, eos_token_id=None,
-            )  # fmt: skip
-            model: Any = transformers.GPT2Model(config)
-            self.layer = model.h[0]
-        elif kind == "bloom":
-            model = transformers.BloomModel(
-                transformers.BloomConfig(hidden_size=width, n_head=heads, n_layer=1, vocab_size=8)
+            config = transformers.GPT2Config(
+                n_embd=width, n_head=heads, n_layer=1, n_positions=64, bos_token_id=None, eos_token_id=None
             )
-            self.layer = model.h[0]
+        elif kind == "bloom":
+            config = transformers.BloomConfig(hidden_size=width, n_head=heads, n_layer=1)
         else:
             config = transformers.LlamaConfig(
-                hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=inner,
-                vocab_size=8, attn_implementation=attention,
-            )  # fmt: skip
-            model = transformers.LlamaModel(config)
-            self.layer = model.layers[0]
-            self.rotary = model.rotary_emb
+                hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=inner
+            )
+        config.vocab_size = 8
+        model: Any = transformers.AutoModel.from_config(config, attn_implementation=attention)
+        self.layer = (model.layers if kind == "llama" else model.h)[0]
+        self.rotary = model.rotary_emb if kind == "llama" else None
         self.eager = attention == "eager"
         self.eval()
 

@@ -25,8 +25,6 @@ from penstock.kernels import cpu_ops
 from penstock.models import linear, presets, pretrained
 from penstock.models.decoder import Decoder
 from penstock.models.surgery import quantise
-from penstock.planner import footprint
-from penstock.rollout.cache import KVCache
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 
@@ -92,8 +90,8 @@ def speed(repeats: int = 5) -> dict[str, Any]:
 
 
 def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
-    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64; and the
-    bytes of the KV cache against those of the plan."""
+    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64."""
+    prompt, new = (8, 4) if tiny else (PROMPT, NEW)
     rows: dict[str, Any] = {}
     for size in ("s",) if tiny else ("xl", "8b"):
         shape = dataclasses.replace(presets.named(size), num_layers=2) if tiny else presets.named(size)
@@ -102,38 +100,22 @@ def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
             config = gpt2(torch.bfloat16, n_layer=shape.num_layers, n_embd=shape.d_model, n_head=shape.num_heads)
             peer = transformers.GPT2LMHeadModel(config).to(torch.bfloat16).eval()
         for batch in (1, 2) if tiny else (1, 64):
-            rows[f"{size}, batch {batch}"] = on_gpu_row(decoder, peer, batch, device, *((8, 4) if tiny else (64, 128)))
+            prompts = torch.randint(10, 50000, (batch, prompt))
+
+            def ours(fixed: bool, decoder: Decoder = decoder, prompts: torch.Tensor = prompts) -> None:
+                engine = Engine(decoder, eos_ids=(), rows=len(prompts), length=prompt + new, fixed=fixed)
+                engine.generate(prompts.tolist(), Sampling(temperature=0.0, max_new_tokens=new))
+
+            calls: timing.Calls = {
+                "ours": partial(ours, True),
+                "ours, launched one by one": partial(ours, False),
+                "transformers, dynamic cache": partial(peer_answers, peer, prompts.to(device), new),
+                "transformers, static cache": partial(peer_answers, peer, prompts.to(device), new, "static"),
+            }
+            rates = timing.rates(timing.in_turns(calls, 2, device), batch * new)
+            read = rates["ours"] / batch * sum(parameter.nbytes for parameter in decoder.parameters())
+            rows[f"{size}, batch {batch}"] = {"tokens_per_second": rates, "weights_bytes_per_second": read}
     return {"rows": rows}
-
-
-def on_gpu_row(decoder: Decoder, peer: Any, batch: int, device: str, prompt: int, new: int) -> dict[str, Any]:
-    """One size and batch: tokens per second of every way, bytes of weights and cache."""
-    prompts = torch.randint(10, 50000, (batch, prompt))
-    on_device = prompts.to(device)
-
-    def ours(fixed: bool) -> None:
-        engine = Engine(decoder, eos_ids=(), rows=batch, length=prompt + new, fixed=fixed)
-        engine.generate(prompts.tolist(), Sampling(temperature=0.0, max_new_tokens=new))
-
-    calls: timing.Calls = {
-        "ours": partial(ours, True),
-        "ours, launched one by one": partial(ours, False),
-        "transformers, dynamic cache": partial(peer_answers, peer, on_device, new),
-        "transformers, static cache": partial(peer_answers, peer, on_device, new, "static"),
-    }
-    rates = timing.rates(timing.in_turns(calls, 2, device), batch * new)
-    allocated = torch.cuda.memory_allocated if device != "cpu" else lambda: 0
-    before = allocated()
-    cache = KVCache(decoder, batch, prompt + new)
-    cache_bytes = allocated() - before
-    del cache
-    weights = sum(parameter.nbytes for parameter in decoder.parameters())
-    planned = footprint.cache_of(decoder.config, "bfloat16", batch, prompt + new)
-    return {
-        "tokens_per_second": rates, "weights_bytes": weights,
-        "weights_bytes_per_second": rates["ours"] / batch * weights,
-        "cache_bytes": {"allocated": cache_bytes, "planned": planned},
-    }  # fmt: skip
 
 
 def int8(repeats: int = 5) -> dict[str, Any]:

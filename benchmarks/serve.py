@@ -34,21 +34,13 @@ PAIRS = 7
 
 def small_model(directory: Path) -> str:
     """Four layers of width 128 with random weights and 512 words: a million parameters, as the demo's."""
-    import torch
-
     from penstock.data.toyland import save_tokenizer
-    from penstock.models import pretrained
-    from penstock.models.config import DecoderConfig
-    from penstock.models.decoder import Decoder
+    from tests.conftest import save_tiny
 
-    config = DecoderConfig(
-        family="gpt2", vocab_size=512, d_model=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512,
-        max_length=256, hf={"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
-    )  # fmt: skip
-    path = directory / "small"
-    pretrained.save(Decoder(config, generator=torch.Generator().manual_seed(0)), path)
-    save_tokenizer(path, ["What is a penstock? The gated pipe that feeds a turbine."], vocab_size=512)
-    return str(path)
+    shape = {"vocab_size": 512, "d_model": 128, "num_layers": 4, "d_ff": 512, "max_length": 256}
+    path = save_tiny(directory / "small", **shape, num_heads=4, num_kv_heads=4, head_dim=32)
+    save_tokenizer(Path(path), ["What is a penstock? The gated pipe that feeds a turbine."], vocab_size=512)
+    return path
 
 
 @dataclass
@@ -59,12 +51,17 @@ class Server:
     address: str
     port: int
 
-    def metrics(self) -> dict[str, float]:
-        """What /metrics says, by name."""
+    def answers_by_status(self) -> Counter[str]:
+        """Requests that it has answered so far, as its own /metrics have it."""
         request = urllib.request.Request(f"{self.address}/metrics", headers={"authorization": f"Bearer {KEY}"})
+        counts: Counter[str] = Counter()
         with urllib.request.urlopen(request) as answer:
-            lines = answer.read().decode().splitlines()
-        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+            text = answer.read().decode()
+        for status, count in re.findall(
+            r'^penstock_serve_requests_total\{.*status="(\d+)"\} (\S+)$', text, re.MULTILINE
+        ):
+            counts[status] += int(float(count))
+        return counts
 
     def rss_gb(self) -> float:
         """Resident memory now, in GB."""
@@ -304,25 +301,16 @@ def fuzzing(address: str, key: str, *, examples: int, phases: str, seed: int = S
     ]  # fmt: skip
 
 
-def answers_by_status(server: Server) -> Counter[str]:
-    """Requests that the server has answered so far, as its own metrics have it."""
-    counts: Counter[str] = Counter()
-    for label, count in server.metrics().items():
-        if match := re.fullmatch(r'penstock_serve_requests_total\{.*status="(\d+)"\}', label):
-            counts[match[1]] += int(count)
-    return counts
-
-
 def fuzz(examples: int = 300) -> dict[str, Any]:
     """`examples` requests per operation and phase, with a fixed seed. 5xx counts every answer from 500 on."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         # Short answers: what is tried here is the requests.
         with serving(directory, small_model(directory), "--threads", "1", "--max-length", "48") as server:
-            before = answers_by_status(server)
+            before = server.answers_by_status()
             command = fuzzing(server.address, KEY, examples=examples, phases="examples,coverage,fuzzing")
             done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-            made = answers_by_status(server) - before
+            made = server.answers_by_status() - before
     print(done.stdout[-6000:])
     return {
         "seed": SEED, "checks": CHECKS, "requests": made.total(), "answers_by_status": dict(sorted(made.items())),

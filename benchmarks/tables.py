@@ -328,14 +328,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-OLD_NAMES = {"record": "bench", "peers.run": "peers", "fewer": "engine"}
-"""Benchmarks that had another name when a result was measured."""
+OLD_WORDS = {"record": "bench", "peers.run": "peers", "fewer": "engine", "streamed": ""}
+"""Benchmarks that had another name when a result was measured, and those that are gone."""
 
 
 def command_of(result: Result) -> str:
     """The command that measures the same today: results of before the runner name a module."""
-    match = re.fullmatch(r"python -m benchmarks\.([\w.]+)(.*)", result["command"])
-    return f"python -m benchmarks {OLD_NAMES.get(match[1], match[1])}{match[2]}" if match else result["command"]
+    words = result["command"].replace("-m benchmarks.", "-m benchmarks ").split(" ")
+    return " ".join(filter(None, (OLD_WORDS.get(word, word) for word in words)))
 
 
 def section(claim: Claim, results: Results, out: Path) -> list[str]:
