@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 from typing import Any
 
 from benchmarks.facts import flags, write
@@ -30,7 +31,7 @@ SERIES = {"sizes": "parameters", "lengths": "length", "depths": "layers"}
 def point(size: str, length: int, layers: int | None, options: argparse.Namespace) -> dict[str, Any]:
     """One run: seconds, bytes, and what they may depend on. Raises RuntimeError with its last words when it fails."""
     config = BenchConfig(
-        size, options.strategy, experience_batch_size=1, train_batch_size=1, update_timesteps=1, max_epochs=1,
+        size, strategy=options.strategy, experience_batch_size=1, train_batch_size=1, update_timesteps=1, max_epochs=1,
         top_k=0, dtype="bf16", prompt_length=length - options.new, max_length=length, iterations=1, layers=layers,
         disk=options.disk or None,
     )  # fmt: skip
@@ -75,12 +76,8 @@ def least_device_bytes(config: BenchConfig) -> int:
 
 def slope(points: list[dict[str, Any]], x: str, y: str) -> float | None:
     """Of the line of least squares through the logarithms of two columns; None for fewer than two points."""
-    pairs = [(math.log(point[x]), math.log(point[y])) for point in points]
-    if len({a for a, _ in pairs}) < 2:
-        return None
-    middle_x, middle_y = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-    above = sum((a - middle_x) * (b - middle_y) for a, b in pairs)
-    return above / sum((a - middle_x) ** 2 for a, _ in pairs)
+    xs, ys = ([math.log(point[key]) for point in points] for key in (x, y))
+    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else None
 
 
 def slopes(series: str, points: list[dict[str, Any]]) -> dict[str, float | None]:

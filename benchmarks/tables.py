@@ -42,10 +42,10 @@ class Claim:
     command: str
     runs: Callable[[Results], Iterable[Result]]
     """The rows of the table."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Heads, and templates of the cells; none: no table."""
-    plot: Callable[[Results, Any], None] | None = None
-    """Draws on axes."""
+    columns: dict[str, str]
+    """Heads, and templates of the cells."""
+    plots: dict[str, Callable[[Results, Any], None]] = field(default_factory=dict)
+    """By title, what draws on axes."""
 
 
 class Cells(Formatter):
@@ -69,9 +69,7 @@ def cell_of(templates: str, run: Result) -> str:
 
 
 def markdown(columns: dict[str, str], runs: Iterable[Result]) -> list[str]:
-    """A table's lines; none without columns."""
-    if not columns:
-        return []
+    """A table's lines."""
     rows = [[cell_of(template, run) for template in columns.values()] for run in runs]
     return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
 
@@ -133,20 +131,18 @@ def memory_plot(results: Results, axes: Any) -> None:
     bars(peers_runs(results), axes, label, ours_peak_rss_bytes=OURS, theirs_peak_rss_bytes=THEIRS)
 
 
-def races(results: str, processor: str, says: str) -> list[Claim]:
+def races(results: str, processor: str, says: str) -> Claim:
     """What one kind of processor makes of the races: seconds, and memory."""
-    command = f"python -m benchmarks peers --name {results}"
-    columns = {
-        "work and peer": "{name}", "ours, s": "{ours_seconds:.2f}", "theirs, s": "{theirs_seconds:.2f}",
-        "times faster": "{times_faster:.2f}|{why_not}", "our RSS": "{ours_peak_rss_bytes:bytes}",
-        "their RSS": "{theirs_peak_rss_bytes:bytes}", "share": "{share_of_their_rss:.2f}", "pairs": "{pairs}",
-    }  # fmt: skip
-    throughput, memory = (f"{subject} against other stacks{processor}" for subject in ("Throughput", "Memory"))
-    memory_says = "Peak RSS of both sides of these races."
-    return [
-        Claim(throughput, says, (results,), command, peers_runs, columns, throughput_plot),
-        Claim(memory, memory_says, (results,), command, peers_runs, plot=memory_plot),
-    ]
+    titles = [f"{subject} against other stacks{processor}" for subject in ("Throughput", "Memory")]
+    return Claim(
+        titles[0], says, (results,), f"python -m benchmarks peers --name {results}", peers_runs,
+        {
+            "work and peer": "{name}", "ours, s": "{ours_seconds:.2f}", "theirs, s": "{theirs_seconds:.2f}",
+            "times faster": "{times_faster:.2f}|{why_not}", "our RSS": "{ours_peak_rss_bytes:bytes}",
+            "their RSS": "{theirs_peak_rss_bytes:bytes}", "share": "{share_of_their_rss:.2f}", "pairs": "{pairs}",
+        },
+        dict(zip(titles, (throughput_plot, memory_plot), strict=True)),
+    )  # fmt: skip
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
@@ -234,14 +230,14 @@ CLAIMS = [
             "parameters per model": "{parameters_per_model:M}|none fits", "most device memory": "{peak:bytes}|-",
             "ours has": "{ratios:.1f} times as many",
         },
-        capacity_plot,
+        {"Capacity": capacity_plot},
     ),
-    *races(
-        "peers", "", "Each peer in an environment of its own, step by step in turns with ours; medians, and the median "
-        "of the paired ratios. Here on a processor without bf16 instructions.",
+    races(
+        "peers", "", "Each peer in an environment of its own, step by step in turns with ours; medians, the median "
+        "of the paired ratios, and the peak RSS of both sides. Here on a processor without bf16 instructions.",
     ),
-    *races("peers_avx512", " (AVX512-BF16)", "The same races on a processor that multiplies bf16 in its vectors."),
-    *races("peers_amx", " (AMX)", "And on one with a matrix unit."),
+    races("peers_avx512", " (AVX512-BF16)", "The same races on a processor that multiplies bf16 in its vectors."),
+    races("peers_amx", " (AMX)", "And on one with a matrix unit."),
     Claim(
         "The published benchmark", "`penstock bench` as it was recorded, run by run.",
         ("bench_*",),
@@ -263,7 +259,7 @@ CLAIMS = [
             "ms per token": "{seconds_per_token:ms}", "device, most in use": "{peak_device_bytes:bytes}",
             "largest block": "{block_bytes:bytes}",
         },
-        growth_plot,
+        {"How cost grows": growth_plot},
     ),
     Claim(
         "One GPU", "PPO of four models of one shape, 400 + 112 tokens, on an H100. `plain` is transformers with "
@@ -344,13 +340,13 @@ def section(claim: Claim, results: Results, out: Path) -> list[str]:
     lines = ["", f"## {claim.title}", "", claim.says, ""]
     if not sources:
         return [*lines, f"Not measured yet: `{claim.command}`"]
-    if claim.plot is not None:
-        name = re.sub("[^a-z0-9]+", "-", claim.title.lower()).strip("-")
+    for title, plot in claim.plots.items():
+        name = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
         figure, axes = plt.subplots(figsize=(7.2, 3.0), layout="constrained")
-        claim.plot(sources, axes)
+        plot(sources, axes)
         figure.savefig(out / "plots" / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
-        lines += [f"![{claim.title}](plots/{name}.svg)", ""]
+        lines += [f"![{title}](plots/{name}.svg)", ""]
     lines += markdown(claim.columns, claim.runs(sources))
     runs = [
         f"`{command_of(result)}` at {result['commit'][:12]} ([{name}](results/{name}.json))"
