@@ -18,6 +18,8 @@ KINDS: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts")
 """In the order in which they are tried: a line of each can be read as the next, but not the reverse."""
 
 PAIR = ("chosen", "rejected")
+QUESTIONS = ("messages", "conversations", "question", "query", "instruction", "input")
+"""Fields in which chosen and rejected texts may have a prompt of their own."""
 SAME = "is the same as chosen; a comparison needs two different answers."
 CHAT = ("system", "history", "tools", "functions")
 """What only a chat has: a text beside one of these is the user's turn of a chat, for every line that has the field."""
@@ -167,8 +169,8 @@ def _dialogues(item: Mapping[str, Any], where: str) -> Comparison:
     if isinstance(item["chosen"], list):
         chosen, rejected = (_turns(item, name) for name in PAIR)
         return _last_turns(where, chosen, rejected, _tools(item))
-    if name := next((name for name in CHAT if item.get(name)), None):
-        raise FieldError(name, "stands beside dialogues that are text; put it into the text, or give messages.")
+    if name := next((name for name in (*CHAT, *QUESTIONS) if item.get(name)), None):
+        raise FieldError(name, "stands beside chosen and rejected texts; is it their prompt? Give prompt, or messages.")
     liked, disliked = (field_checks.text(item[name], name, empty=False) for name in PAIR)
     if liked == disliked:
         raise FieldError("rejected", SAME)
