@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms.ppo import ppo
 from penstock.algorithms.sft import heldout_loss, micro_batches, prompt_of, response_logprobs, sft
 from penstock.commands.config import ExportConfig
 from penstock.commands.export import export
@@ -24,7 +25,7 @@ from penstock.models.roles import Actor
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 from penstock.run.session import Session
-from tests.conftest import CHATML, demonstrations, last_model
+from tests.conftest import CHATML, demonstrations, last_model, metrics, ppo_config
 
 CPU = torch.device("cpu")
 EXAMPLES = [
@@ -159,6 +160,21 @@ def test_what_was_trained_to_end_a_turn_ends_answers_of_all_that_comes_out(chat_
         assert ours.text == "Hello there"
         for name in ("config.json", "generation_config.json"):
             assert json.loads((directory / name).read_text())["eos_token_id"] == [1, 3]
+
+
+def test_a_turn_that_ends_as_its_template_ends_it_is_not_cut_for_ppo(chat_run, tmp_path, jsonl):
+    run = chat_run()
+    (tmp_path / "fn.py").write_text(
+        "def score(prompts, responses, **_):\n    return [float(len(r)) for r in responses]\n"
+    )
+    config = ppo_config(
+        actor=str(run), reward_fn=f"{tmp_path}/fn.py:score", run=RunFlags(out=str(tmp_path / "ppo")), samples=0,
+        data=DataFlags(data=(jsonl([{"messages": CHAT[0]["messages"][:1]}]),), max_length=32), max_new_tokens=12,
+        optim=OptimFlags(lr=1e-6, batch_size=4, steps=1, epochs=1),
+    )  # fmt: skip
+    (row,) = metrics(ppo(config))
+    assert row["val/missing_eos_rate"] == 0.0
+    assert row["objective/scores"] == len("Hello there")
 
 
 def test_an_adapter_and_what_is_merged_of_it_end_answers_as_trained(chat_run, tmp_path):

@@ -42,6 +42,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "a template that writes BOS": {"template": "{{ bos_token }}" + CHATML, "eos_token": "<|im_end|>", "bos": True},
     "a template that writes BOS, alone": {"template": "{{ bos_token }}" + CHATML, "eos_token": "<|im_end|>"},
     "a template without ends": {"template": "{% for m in messages %}{{ m.content }}\n{% endfor %}"},
+    "a template that closes conversations with EOS": {
+        "template": CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    },
     "one token for BOS and EOS": {"bos_token": "<eos>"},
 }
 

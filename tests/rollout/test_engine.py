@@ -236,7 +236,7 @@ class Letters:
     def decode(self, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
         return "".join(chr(97 + i) for i in ids if not (skip_special_tokens and i == EOS))
 
-    def __call__(self, text):
+    def __call__(self, text, add_special_tokens=True):
         return type("Encoded", (), {"input_ids": [ord(c) - 97 for c in text]})
 
 
@@ -252,3 +252,15 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_its_text(decoder, length
     assert answer.finish_reason == "stop"
     assert answer.text == free.text[:first]
     assert answer.response_ids == free.response_ids[: first + length]
+
+
+class Closing(Letters):
+    """Puts an end behind every text, as T5's and ByT5's tokenizers do."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return type("Encoded", (), {"input_ids": [ord(c) - 97 for c in text] + [EOS] * add_special_tokens})
+
+
+def test_a_prompt_does_not_end_with_the_end_that_its_tokenizer_puts_behind_every_text(decoder):
+    engine = Engine(decoder, eos_ids=(EOS,), tokenizer=Closing())
+    assert engine.generate(["bd"], Sampling(max_new_tokens=1))[0].prompt_ids == [1, 3]

@@ -271,13 +271,13 @@ class Encoder:
         """
         tokens: list[int] = []
         trained: list[bool] = []
-        shown, tail, end = "", "", ""  # text that is tokenized already; what follows the last end; that end
+        shown, end = "", ""  # text that is tokenized already, up to an answer's end; that end
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         for i in answers if answers[-1:] == [len(messages) - 1] else [*answers, len(messages)]:
             before = self._render(record, messages[:i], answer=True)
             if not before.startswith(shown):
                 return None
-            text = tail + before[len(shown) :]
+            text = before[len(shown) :]
             question = self._tokens(text, record.where, end)
             answer: list[int] = []
             if i < len(messages):
@@ -287,6 +287,9 @@ class Encoder:
                 written = shown[len(before) :]
                 self._check_answer(messages[i]["content"], written, record.where)
                 answer, end, tail = self._turn(written, record.where, end + text)
+                shown = shown[
+                    : len(shown) - len(tail)
+                ]  # some templates write more behind the last turn than behind others
             tokens += question + answer
             learned = i < len(messages) and bool(messages[i].get("weight", 1))
             trained += [False] * len(question) + [learned] * len(answer)

@@ -137,7 +137,7 @@ class Engine:
 
         A request that cannot be answered comes back with its `error` and takes no part; nothing is raised.
         """
-        ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) and self.tokenizer else prompt
+        ids = self._ids(prompt) if isinstance(prompt, str) and self.tokenizer else prompt
         wrong = self._wrong(ids, sampling)
         if wrong:
             return [Answer([], finish_reason="error", error=wrong) for _ in range(min(sampling.n, MOST_ANSWERS))]
@@ -148,6 +148,12 @@ class Engine:
             numbers = stream(sampling.seed, episode, limit).tolist()
             self._waiting.append(_Run(answer, shared, sampling, numbers, limit))
         return answers
+
+    def _ids(self, prompt: str) -> list[int]:
+        """A text's ids, without the end that some tokenizers (T5's) put behind every text."""
+        ids = list(self.tokenizer(prompt).input_ids)
+        spelled = ids[-1:] == list(self.tokenizer(prompt[-64:], add_special_tokens=False).input_ids)[-1:]
+        return ids[:-1] if ids and ids[-1] in self.eos_ids and not spelled else ids
 
     def _wrong(self, ids: Any, sampling: Sampling) -> str | None:
         if isinstance(ids, str):
