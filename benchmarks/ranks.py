@@ -44,7 +44,7 @@ def experience_of(rows: int, prompt: int, new: int, vocabulary: int) -> Experien
     advantages = torch.randn(rows, new, generator=generator)
     return Experience(
         tokens, torch.full((rows,), prompt), lengths, per_token - 10, per_token - 10, per_token, per_token, per_token,
-        torch.zeros(rows), torch.zeros(rows, dtype=torch.bool), advantages, advantages,
+        torch.zeros(rows), torch.zeros(rows, dtype=torch.bool), advantages, advantages, torch.zeros(rows),
     )  # fmt: skip
 
 

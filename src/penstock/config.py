@@ -1,4 +1,5 @@
-"""Every command's flags: one frozen dataclass per command; the docstring of a field is its --help line. No torch here.
+"""The flags of what trains, plans and answers: one frozen dataclass per command; the docstring of a field is its --help
+line. No torch here. Other commands' flags are in `commands/config.py` and `serve/config.py`.
 
 Flags that several commands share are a group: a dataclass that a config inherits, with other defaults where it declares
 a field again, or holds as a field. On the command line and in TOML files all names are flat (`--lr`, `lr = 1e-5`).
@@ -19,7 +20,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
      "early_stopping_patience"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef vf_coef temperature "
-     "margin lora_rank"),
+     "margin lora_rank missing_eos_penalty"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha adam_epsilon"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
@@ -331,10 +332,16 @@ class PPOFlags(Flags):
     """Nats per sequence that the adaptive controller steers to; 6 is common. Default: --kl-coef stays fixed."""
     kl_horizon: float = 10_000.0
     """Episodes over which the adaptive controller moves."""
-    missing_eos_score: float | None = -1.0
-    """Replaces the score of a response that did not end by itself; none turns it off."""
+    scale_rewards: Literal["auto", "running", "none"] = "auto"
+    """running: scores are normalised by mean and standard deviation of all scores so far; none: they are used as they
+    are; auto: running for a reward function, and for a reward model that brings no mean of its own."""
+    missing_eos_penalty: float | None = 1.0
+    """A response that did not end by itself gets this much less than the worst of the batch that did, on the used
+    scores' scale; none leaves it its own score."""
+    missing_eos_score: float | None = None
+    """Instead of --missing-eos-penalty: the used score of every response that did not end by itself."""
     reward_clip: float | None = None
-    """Clip scores to +- this; the clipped fraction is logged."""
+    """Clip scores, once normalised, to +- this; the clipped fraction is logged."""
     whiten_rewards: bool = False
     """Divide per-token rewards by their standard deviation."""
     gamma: float = 1.0
@@ -350,7 +357,8 @@ class PPOFlags(Flags):
     critic_lr: float | None = None
     """The critic's learning rate. Default: 5 times --lr."""
     target_kl: float | None = 0.1
-    """An epoch stops when a mini-batch's approximate KL passes 1.5 times this; none turns it off."""
+    """A step's updates stop, the critic's too and in all epochs left, when a mini-batch's approximate KL passes 1.5
+    times this; none turns it off."""
     ptx_coef: float = 0.0
     """Weight of the language-modelling loss on --ptx-data (PPO-ptx)."""
 
@@ -380,7 +388,8 @@ class PPOConfig(Flags):
     value_head: bool = False
     """No model as critic: a value head on the actor's own states, and one loss trains both."""
     value_warmup: bool = True
-    """With a zero-head critic: the actor does not move until the critic explains some variance."""
+    """With a zero-head critic: the actor does not move until the critic explains a tenth of the variance of returns,
+    or for a tenth of the steps."""
     ptx_data: tuple[str, ...] = ()
     """Demonstrations mixed into the actor's updates when --ptx-coef is above 0."""
     samples: int = 8
@@ -394,7 +403,7 @@ class PPOConfig(Flags):
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"max_eval_samples": "none", "truncate": "right"},
     "reward": {"max_eval_samples": "none", "truncate": "right"},
-    "ppo": {"truncate": "right"},
+    "ppo": {"truncate": "right", "missing_eos_penalty": "none", "scale_rewards": "none"},
 }
 """What a run did that was begun before a flag existed, by command: values for a config.toml that lacks the flag."""
 

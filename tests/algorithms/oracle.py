@@ -144,6 +144,15 @@ def replace_missing_eos(scores: Tensor, has_eos: Tensor, missing_eos_score: floa
     return torch.stack(result)
 
 
+def below_ended(scores: Tensor, has_eos: Tensor, margin: float | None) -> Tensor:
+    if margin is None:
+        return scores.double()
+    ended = [float(score) for score, end in zip(scores, has_eos.tolist(), strict=True) if end]
+    cut = min(ended, default=0.0) - margin
+    rows = [float(score) if end else cut for score, end in zip(scores, has_eos.tolist(), strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def gae(
     rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:

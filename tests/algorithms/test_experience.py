@@ -124,18 +124,26 @@ def test_lengths_scores_and_endings_are_kept(models):
     assert float(experience.engine_gap[0, 0]) == pytest.approx(gap, abs=1e-6)
 
 
+def used_by_oracle(experience, setting):
+    """Clipped, and then changed where there is no EOS: at once, or below those that have it."""
+    scores = torch.tensor(SCORES)
+    if setting.reward_clip:
+        scores = scores.clamp(-setting.reward_clip, setting.reward_clip)
+    if setting.missing_eos_score is not None:
+        return oracle.replace_missing_eos(scores, experience.ended, setting.missing_eos_score)
+    return oracle.below_ended(scores, experience.ended, setting.missing_eos_penalty)
+
+
 @pytest.mark.parametrize("changes", [
-    {}, {"gamma": 0.9, "lam": 0.5}, {"missing_eos_score": None}, {"reward_clip": 0.75}, {"whiten_rewards": True},
-    {"missing_eos_score": -3.0, "reward_clip": 2.0, "whiten_rewards": True},
+    {}, {"gamma": 0.9, "lam": 0.5}, {"missing_eos_penalty": None}, {"reward_clip": 0.75}, {"whiten_rewards": True},
+    {"missing_eos_score": -3.0, "reward_clip": 2.0, "whiten_rewards": True}, {"missing_eos_score": 0.0},
+    {"missing_eos_penalty": 0.5, "reward_clip": 1.5},
 ])  # fmt: skip
 def test_advantages_and_returns_step_by_step(models, changes):
     """Clip, replace without EOS, KL at every token, whiten if asked, GAE, returns, and only then whiten (7-14)."""
     setting, beta = config(**changes), 0.3
     experience = scored(models)
-    scores = torch.tensor(SCORES)
-    if setting.reward_clip:
-        scores = scores.clamp(-setting.reward_clip, setting.reward_clip)
-    scores = oracle.replace_missing_eos(scores, experience.ended, setting.missing_eos_score)
+    scores = used_by_oracle(experience, setting)
     rewards = oracle.shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, beta)
     if setting.whiten_rewards:
         rewards = oracle.whiten(rewards, experience.mask, shift_mean=False)
@@ -143,6 +151,28 @@ def test_advantages_and_returns_step_by_step(models, changes):
     ours = with_advantages(experience, beta, setting)
     assert torch.allclose(ours.returns.double(), returns, atol=1e-5)
     assert torch.allclose(ours.advantages.double(), oracle.whiten(advantages, experience.mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"missing_eos_penalty": None}])
+def test_scores_and_the_critic_that_predicts_them_get_one_scale(models, changes):
+    """The scale is that of the answers whose own score is used; what was predicted before moves with it."""
+    strategy = Strategy.named("naive", device="cpu")
+    streams = [strategy.prepare(copy.deepcopy(model)) for model in models[:3]]
+    roles, scale = Roles(*streams, scorer=lambda *_: SCORES), fn.Moments()
+    iteration = PPO(strategy, roles, OptimFlags(lr=1e-3), config(**changes), critic_scores=True)
+    raw, experience = scored(models), iteration.score(ANSWERS, [None] * 4, 0.1, scale)
+    counted = torch.tensor(SCORES if changes else [1.0, -2.0, 0.5])
+    mean, std = float(counted.mean()), float(counted.std())
+    assert experience.scores.tolist() == SCORES
+    assert torch.allclose(experience.scaled_scores, (torch.tensor(SCORES) - mean) / std, atol=1e-6)
+    expected = fn.clean((raw.values - mean) / std, raw.mask)
+    assert torch.allclose(fn.clean(experience.values, raw.mask), expected, atol=1e-5)
+    assert roles.critic.model.std == pytest.approx(2.0 * std)
+    again = score(strategy, roles, ANSWERS, [None] * 4, 0.7, 3)  # later it predicts on that scale by itself
+    assert torch.allclose(fn.clean(again.values, raw.mask), expected, atol=1e-5)
+    iteration.score(ANSWERS, [None] * 4, 0.1, scale)
+    assert roles.critic.model.std == pytest.approx(2.0 * std)  # once: from then on it learns
+    assert scale.count == 2 * len(counted)
 
 
 def test_padding_garbage_reaches_no_gradient(models):
@@ -229,12 +259,15 @@ def test_the_metrics_are_means_over_valid_tokens_and_sums_over_sequences(models)
         ("value", StepStats(True, 1.0, {"loss": 7.0, "clipfrac": 4.0, "tokens": 10.0})),
         ("policy", StepStats(True, 5.0, {**policy, "loss": 3.0, "policy": 3.0, "max_ratio_gap": 9.0})),
     ]
-    metrics = summary(experience, sums, 0.1, config(missing_eos_score=-1.0, reward_clip=1.5))
+    setting = config(missing_eos_score=-1.0, reward_clip=1.5)
+    metrics = summary(experience, sums, 0.1, setting)
     ours, reference = experience.logprobs, experience.ref_logprobs
     kl = sum(float(oracle.kl_k1(ours[i], reference[i])) for i in oracle.chosen(experience.mask))
     expected = {
         "objective/kl": kl / 4, "objective/non_score_reward": -0.1 * kl / 4, "objective/scores": sum(SCORES) / 4,
-        "objective/rlhf_reward": (1.0 - 2.0 - 1.0 + 0.5) / 4 - 0.1 * kl / 4, "objective/response_length": 2.5,
+        "objective/used_scores": (1.0 - 1.5 - 1.0 + 0.5) / 4,  # what it learns from: clipped, and replaced without EOS
+        "objective/used_scores_std": float(used_by_oracle(experience, setting).std()),
+        "objective/rlhf_reward": (1.0 - 1.5 - 1.0 + 0.5) / 4 - 0.1 * kl / 4, "objective/response_length": 2.5,
         "objective/entropy": -float(experience.logprobs.sum()) / 4, "objective/scores_clipfrac": 0.5,
         "val/num_eos_tokens": 3.0, "val/missing_eos_rate": 0.25, "policy/approxkl_avg": 0.2, "policy/clipfrac_avg": 0.5,
         "policy/entropy_avg": 2.0, "loss/policy_avg": 2.0, "val/ratio": 1.1, "val/ratio_var": 1.4 - 1.21,

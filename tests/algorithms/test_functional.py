@@ -310,6 +310,106 @@ def test_a_missing_eos_replaces_the_score():
     agree(functional.replace_missing_eos(scores, has_eos, -1.0), oracle.replace_missing_eos(scores, has_eos, -1.0))
 
 
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.booleans()), min_size=1, max_size=8), st.floats(0.01, 10))
+def test_no_answer_that_was_cut_is_better_than_one_that_ended(rows, margin):
+    scores, has_eos = torch.tensor([score for score, _ in rows]), torch.tensor([ended for _, ended in rows])
+    used = functional.below_ended(scores, has_eos, margin)
+    agree(used, oracle.below_ended(scores, has_eos, margin), tolerance=1e-4)
+    assert torch.equal(used[has_eos], scores[has_eos])
+    if has_eos.any() and not has_eos.all():
+        assert used[~has_eos].max() < used[has_eos].min()
+    elif not has_eos.any():
+        assert len(set(used.tolist())) == 1  # nothing to learn from, and `has_spread` says so
+        assert not functional.has_spread(used)
+
+
+def test_a_cut_answer_keeps_its_own_score_where_no_margin_is_asked_for():
+    scores, has_eos = torch.tensor([2.0, 30.0, -3.0]), torch.tensor([True, False, True])
+    assert functional.below_ended(scores, has_eos, None) is scores
+    assert functional.below_ended(scores, has_eos, 0.0).tolist() == [2, -3, -3]  # 0 is a margin, not "off"
+    assert functional.below_ended(scores, has_eos, 1.0).tolist() == [2, -4, -3]
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=5), min_size=1, max_size=5))
+@example([[1.0], [], [1.0, 4.0]])
+def test_moments_of_batches_are_those_of_all_scores_at_once(batches):
+    moments = functional.Moments()
+    for batch in batches:
+        moments.add(torch.tensor(batch))
+    scores = torch.tensor([score for batch in batches for score in batch]).double()
+    assert moments.count == len(scores)
+    if len(scores) > 1:
+        assert moments.mean == pytest.approx(float(scores.mean()), abs=1e-9)
+        assert moments.std == pytest.approx(float(scores.std()), rel=1e-6, abs=2e-3)
+
+
+@pytest.mark.parametrize("offset", [-50.0, 0.0, 50.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_normalised_scores_forget_offset_and_scale(offset, scale):
+    plain, other = functional.Moments(), functional.Moments()
+    for seed in range(3):
+        scores = torch.randn(16, generator=torch.Generator().manual_seed(seed))
+        plain.add(scores)
+        other.add(offset + scale * scores)
+        assert torch.allclose(plain.normalise(scores), other.normalise(offset + scale * scores), atol=1e-4)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0, -50.0, 1e-9])
+def test_scores_without_spread_are_normalised_to_zero(score):
+    """Rounding is no spread: dividing by it would make noise of unit size."""
+    moments = functional.Moments()
+    scores = torch.full((8,), score) * torch.tensor([1, 1 + 1e-7] * 4)
+    for _ in range(2):
+        moments.add(scores)
+        assert moments.normalise(scores).tolist() == [0.0] * 8
+
+
+def test_a_single_hit_after_many_zeros_stays_finite_and_its_scale_follows():
+    moments, hit = functional.Moments(), torch.tensor([1.0])
+    moments.add(torch.cat([torch.zeros(63), hit]))
+    assert float(moments.normalise(hit)) == pytest.approx(63 / 8, abs=0.1)
+    moments.add(torch.ones(64))
+    assert float(moments.normalise(hit)) == pytest.approx(0.98, abs=0.02)
+
+
+def test_scores_that_differ_have_spread_and_equal_ones_have_none():
+    for scores in ([1.0, 1.0], [5.0], [0.0, 0.0], [50.0, 50.0001], [0.0, 1e-6]):
+        assert not functional.has_spread(torch.tensor(scores))
+    for scores in ([0.0, 1.0], [-3.0, -3.01], [0.0] * 63 + [0.1]):
+        assert functional.has_spread(torch.tensor(scores))
+
+
+def warm_up(explained, limit=10):
+    """(whether the actor learns, what was said) at each step."""
+    gate = functional.ValueWarmUp(limit)
+    return [(gate.update(part), gate.over)[::-1] for part in explained]
+
+
+def test_the_warm_up_does_not_end_by_one_lucky_batch():
+    steps = warm_up([0.0007, 0.3, -0.2, 0.0, 0.05])
+    assert [over for over, _ in steps] == [False] * 5
+    assert "is held" in steps[0][1]
+    assert "at most 10 steps" in steps[0][1]
+    assert [text for _, text in steps[1:]] == [""] * 4
+
+
+def test_the_warm_up_ends_when_the_critic_explains_returns_and_stays_ended():
+    steps = warm_up([0.0, 0.2, 0.2, 0.2, 0.2, 0.2, -1.0, -1.0])
+    assert [over for over, _ in steps] == [False, False, True, True, True, True, True, True]
+    assert "learns from now on, after 2 steps: the critic explains 10%" in steps[2][1]
+    assert not any(text for _, text in steps[3:])
+
+
+def test_the_warm_up_ends_though_the_critic_never_explains_anything():
+    steps = warm_up([0.0] * 5, limit=3)
+    assert [over for over, _ in steps] == [False, False, False, True, True]
+    assert "the most that it may be held: the critic explains 0%" in steps[3][1]
+
+
+def test_without_a_warm_up_nothing_is_held_or_said():
+    assert warm_up([0.0, 0.0], limit=0) == [(True, "")] * 2
+
+
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.5, 0.9), (1.0, 0.0), (0.7, 1.0), (1.0, 1.0)])
 def test_generalised_advantages(gamma, lam):
     @on_ragged_batches

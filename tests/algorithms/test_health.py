@@ -47,7 +47,7 @@ def test_nothing_is_wrong_with_a_healthy_step():
 
 ILL = {
     "missing EOS": ({"ended": torch.arange(32) > 10}, {}),
-    "no spread": ({"scores": torch.full((32,), -1.0)}, {}),
+    "no spread": ({"scaled_scores": torch.full((32,), -1.0)}, {}),
     "same answers": ({"tokens": torch.full((32, 6), 5)}, {}),
     "advantage": ({"advantages": torch.arange(4.0).repeat(32, 1)}, {}),
     "KL jump": ({}, {"objective/kl": 7.0}),

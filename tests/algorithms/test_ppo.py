@@ -1,5 +1,7 @@
 """PPO as a whole: known optima, exactness of the ratio, invariance, and what it refuses."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ def score(prompts, responses, *, prompt_ids=None, response_ids=None, **_):
     table = {table}
     return [table.get(ids[0], 0.0) for ids in response_ids]
 """
-BANDIT = {"max_new_tokens": 1, "missing_eos_score": None, "samples": 0, "target_kl": None}
+BANDIT = {"max_new_tokens": 1, "scale_rewards": "none", "missing_eos_penalty": None, "samples": 0, "target_kl": None}
 
 
 def config(tmp_path, model, data, reward_fn, out="run", **changes):
@@ -120,12 +122,133 @@ def test_value_warmup_holds_the_actor_until_the_critic_explains_variance(task, t
     assert "policy/updates" not in rows[0]
 
 
+def log_of(run):
+    return (Path(run) / "log.txt").read_text()
+
+
+COUNT = "def score(prompts, responses, *, response_ids, **_):\n    return [{} for ids in response_ids]\n"
+
+
+def test_a_constant_or_a_factor_in_the_reward_changes_nothing(tmp_path, tiny_model, jsonl):
+    """Issue 19, 1: `50 + 2 * count` taught one-token answers, and `-50 + 2 * count` endless ones."""
+    model, data, curves = tiny_model(), jsonl([{"prompt_ids": [1, 3 + i]} for i in range(8)]), []
+    for i, score in enumerate(("2 * ids.count(5)", "50 + 2 * ids.count(5)", "-50 + 0.2 * ids.count(5)")):
+        reward_fn = write_reward_fn(tmp_path, COUNT.format(score), f"fn{i}.py")
+        run = ppo(config(tmp_path, model, data, reward_fn, f"run{i}", optim={"steps": 6, "batch_size": 32}))
+        curves.append([{k: v for k, v in row.items() if not k.startswith("objective/scores")} for row in metrics(run)])
+        assert log_of(run).count("scores are normalised by the mean and standard deviation") == 1
+    for curve in curves[1:]:
+        for row, plain in zip(curve, curves[0], strict=True):
+            assert row == pytest.approx(plain, rel=1e-2, abs=1e-3)
+    assert curves[0][-1]["policy/updates"] == 2
+
+
+def test_scores_that_bring_a_scale_or_are_asked_to_be_left_alone_are_used_as_they_are(task):
+    setup = task({3: 51.0, 5: 49.0})
+    run = ppo(config(*setup, scale_rewards="none", missing_eos_penalty=None, optim={"steps": 1}))
+    row = metrics(run)[0]
+    assert row["objective/used_scores"] == row["objective/scores"]
+    assert "normalised" not in log_of(run)
+
+
+def test_sparse_scores_from_none_to_few_stay_finite(tmp_path, tiny_model, jsonl):
+    """A first rollout without spread has no scale; the first hit gives one, and later ones change it."""
+    score = "def score(prompts, responses, *, response_ids, calls=[0], **_):\n    calls[0] += 1\n    return "
+    score += "[float(calls[0] > 3 and i % 64 < calls[0] - 3) for i, _ in enumerate(response_ids)]\n"
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, score)
+    optim = {"steps": 6, "batch_size": 64, "micro_batch_size": 64}
+    run = ppo(config(tmp_path, model, data, reward_fn, missing_eos_penalty=None, samples=0, optim=optim))
+    rows = metrics(run)
+    assert [row["policy/held"] for row in rows] == [1, 1, 1, 0, 0, 0]
+    assert "policy/updates" not in rows[2]
+    assert all(abs(value) < 1e3 for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_reward_model_without_a_scale_gets_one_and_so_does_the_critic_that_starts_from_it(
+    tmp_path, tiny_model, jsonl, normalised
+):
+    """A public reward model's scores are large. The critic starts as that model, and predicts on the used scale."""
+    torch.manual_seed(0)
+    model, reward = tiny_model(), RewardModel.from_pretrained(tiny_model("base", seed=1))
+    reward.score.data.mul_(50)
+    reward.mean = 3.0
+    reward.save_pretrained(tmp_path / "reward")
+    if not normalised:
+        file = tmp_path / "reward" / "config.json"
+        facts = {key: value for key, value in json.loads(file.read_text()).items() if "penstock" not in key}
+        file.write_text(json.dumps(facts))
+    setting = config(tmp_path, model, jsonl([{"prompt_ids": [1, 3]}] * 4), None, reward=str(tmp_path / "reward"),
+                     missing_eos_penalty=None, run={"checkpoint_every": 2, "keep": 9}, optim={"steps": 4})  # fmt: skip
+    run = ppo(setting)
+    rows = metrics(run)
+    saved = json.loads((last_model(run).parent / "critic" / "config.json").read_text())
+    if normalised:
+        assert rows[0]["objective/used_scores"] == rows[0]["objective/scores"]
+        assert (saved["penstock_score_mean"], saved["penstock_score_std"]) == (3.0, 1.0)
+    else:
+        assert abs(rows[0]["objective/used_scores"]) < 1e-5
+        assert rows[0]["objective/used_scores_std"] == pytest.approx(1.0)
+        assert saved["penstock_score_mean"] == pytest.approx(rows[0]["objective/scores"], rel=1e-5)
+        assert saved["penstock_score_std"] == pytest.approx(rows[0]["objective/scores_std"], rel=1e-5)
+        shutil.rmtree(run / "checkpoints" / "step-000004")
+        assert metrics(ppo(setting, resume=True)) == rows
+
+
+def test_a_held_actor_is_said_and_let_go(tmp_path, tiny_model, jsonl):
+    """Issue 19, 2: with lambda 1 and an offset, the critic never explained anything and all ten steps were held."""
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, COUNT.format("5 + 0.01 * ids.count(5)"))
+    run = ppo(config(tmp_path, model, data, reward_fn, value_warmup=True, lam=1.0, optim={"steps": 20}))
+    held = [row["policy/held"] for row in metrics(run)]
+    assert held == [1.0, 1.0, *[0.0] * 18]
+    lines = [line for line in log_of(run).splitlines() if "the actor" in line]
+    assert len(lines) == 2
+    assert "step 1: the actor is held until the critic explains 10% of the variance" in lines[0]
+    assert "step 3: the actor learns from now on, after 2 steps, the most that it may be held" in lines[1]
+
+
+def test_not_to_end_is_never_worth_more_than_to_end(tmp_path, tiny_model, jsonl):
+    """Issue 19, 3: with scores around -3 and -1 for cut answers, nothing ended any more after 40 steps."""
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, COUNT.format("-3 + 0.1 * ids.count(5)"))
+    optim = {"steps": 12, "batch_size": 64, "micro_batch_size": 64, "epochs": 4}
+    rates = []
+    for i, changes in enumerate(({}, {"missing_eos_score": -1.0})):
+        run = ppo(config(tmp_path, model, data, reward_fn, f"run{i}", scale_rewards="none", optim=optim, **changes))
+        rates.append([row["val/missing_eos_rate"] for row in metrics(run)])
+    assert rates[0][-1] < 0.5 * rates[0][0]
+    assert rates[1][-1] > rates[1][0]  # the negative control: an absolute score, on request
+
+
+def test_a_batch_without_spread_moves_no_policy_and_the_first_line_says_what_is_cut(tmp_path, tiny_model, jsonl):
+    """Issue 19, 4: all answers were cut, every used score was the same, and PPO went on by its KL penalty alone."""
+    model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
+    reward_fn = write_reward_fn(tmp_path, COUNT.format("ids.count(5)"))
+    run = ppo(config(tmp_path, model, data, reward_fn, max_new_tokens=1, optim={"steps": 2, "batch_size": 4}))
+    rows = metrics(run)
+    assert all(row["val/missing_eos_rate"] == 1.0 for row in rows)
+    assert all(row["policy/held"] == 1.0 and "policy/updates" not in row for row in rows)
+    assert rows[0]["objective/used_scores_std"] == 0
+    log = log_of(run)
+    assert "step 1: 4 of the starting model's 4 answers exceed --max-new-tokens 1" in log
+    assert "cut 100.0%" in log
+    assert "used" in log
+    before, after = (Actor.from_pretrained(str(path)) for path in (model, last_model(run)))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    report = (Path(run) / "report.html").read_text()
+    assert "cut answers" in report
+    assert "used score" in report
+
+
 def test_score_replaced_not_added_without_eos(tmp_path, tiny_model, jsonl):
     """Nothing ends within one token unless it is EOS itself, so nearly every score is the missing-EOS score."""
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}] * 4)
     reward_fn = write_reward_fn(tmp_path, "def score(prompts, responses, **_):\n    return [100.0] * len(prompts)\n")
     optim = {"steps": 1, "epochs": 1}
-    row = metrics(ppo(config(tmp_path, model, data, reward_fn, max_new_tokens=1, kl_coef=0.0, optim=optim)))[0]
+    changes = {"max_new_tokens": 1, "kl_coef": 0.0, "missing_eos_score": -1.0, "scale_rewards": "none"}
+    row = metrics(ppo(config(tmp_path, model, data, reward_fn, **changes, optim=optim)))[0]
     ended = row["val/num_eos_tokens"] / 16
     assert row["objective/rlhf_reward"] == pytest.approx(100 * ended - (1 - ended), abs=1e-4)
 
@@ -194,7 +317,7 @@ def experience(rows: int, width: int, responses: int, start: int = 0) -> Experie
     numbers = torch.arange(start, start + rows)
     return Experience(
         torch.ones(rows, width, dtype=torch.int64), numbers * 0 + width - responses, numbers * 0 + responses,
-        *per_token[:5], numbers.float(), numbers > 0, *per_token[5:],
+        *per_token[:5], numbers.float(), numbers > 0, *per_token[5:], numbers.float(),
     )  # fmt: skip
 
 

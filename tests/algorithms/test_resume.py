@@ -79,6 +79,24 @@ def test_a_run_without_a_checkpoint_starts_over(stage, stage_config):
     assert outcome(train(config, resume=True)) == whole
 
 
+def test_a_run_from_before_the_flags_of_the_scores_scale_goes_on_as_it_began(stage_config):
+    """Its config.toml has a missing_eos_score and neither of the two new flags, its checkpoint no scale."""
+    old = {"missing_eos_score": -1.0, "missing_eos_penalty": None, "scale_rewards": "none"}
+    configs = [stage_config("ppo", out) for out in ("whole", "old")]
+    configs = [dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, **old)) for config in configs]
+    whole = outcome(ppo(configs[0]))
+    run = Path(ppo(dataclasses.replace(configs[1], run=dataclasses.replace(configs[1].run, keep=9))))
+    cut_at(run, 3)
+    text = (run / "config.toml").read_text()
+    for line in ('missing_eos_penalty = "none"\n', 'scale_rewards = "none"\n'):
+        assert line in text
+        text = text.replace(line, "")
+    assert "missing_eos_score = -1.0" in text
+    (run / "config.toml").write_text(text)
+    assert conftest.cli("resume", run) == 0
+    assert outcome(run) == whole
+
+
 def test_sigterm_in_the_middle_of_a_ppo_step_keeps_the_experience_in_flight(stage_config, monkeypatch):
     """The signal arrives between two updates of one experience; nothing of the rollout is lost or done again."""
     import penstock.algorithms.ppo as module

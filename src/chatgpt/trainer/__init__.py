@@ -11,6 +11,7 @@ import torch
 from chatgpt.nn import RewardModel
 from chatgpt.trainer.strategies import Strategy
 from penstock.algorithms.experience import Experience, Roles, concatenate
+from penstock.algorithms.functional import Moments
 from penstock.algorithms.ppo import PPO, permutation
 from penstock.algorithms.ppo_metrics import summary
 from penstock.config import OptimFlags, PPOFlags
@@ -58,6 +59,8 @@ class PPOTrainer:
         self.max_epochs, self.tokenizer, self.callbacks = max_epochs, tokenizer, list(callbacks)
         self.metrics: list[dict[str, float]] = []
         """One row per learning phase, in the names of penstock's metrics.jsonl."""
+        self.scale = Moments()
+        """Of all scores so far: a constant or a factor in them changes nothing."""
         self.seed, self._episodes, self._updates = seed, 0, 0
         self._longest: int | None = generate_kwargs.get("max_length")
         eos_ids, sampling = _sampling(actor, generate_kwargs)
@@ -65,7 +68,7 @@ class PPOTrainer:
         critic_lr, _ = _settings(critic_optim, 5e-6)
         optim = OptimFlags(lr, micro_batch_size=train_batch_size)
         flags = PPOFlags(
-            critic_lr=critic_lr, kl_coef=kl_coef, clip=eps_clip, value_clip=value_clip, missing_eos_score=None,
+            critic_lr=critic_lr, kl_coef=kl_coef, clip=eps_clip, value_clip=value_clip, missing_eos_penalty=None,
             **sampling,
         )  # fmt: skip
         models = (actor, critic, reward_model.requires_grad_(False), initial_model.requires_grad_(False))
@@ -116,7 +119,7 @@ class PPOTrainer:
                 raise UserError(f"PPOTrainer: max_length={self._longest} leaves no room behind the longest prompt.")
         rollout = self.ppo.rollout(prompts, [self._episodes + i for i in episodes], max_new_tokens=new)
         self._episodes += count
-        return self.ppo.score(rollout, prompts, self.ppo.flags.kl_coef)
+        return self.ppo.score(rollout, prompts, self.ppo.flags.kl_coef, self.scale)
 
     def _learn(self, experience: Experience) -> None:
         size = self.train_batch_size * self.engine.world.size

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.reward_source import Scorer
+from penstock.config import PPOFlags
 from penstock.data.batching import pad
 from penstock.memory.strategy import Strategy, Work
 from penstock.memory.stream import Stream
@@ -41,13 +42,15 @@ class Experience:
     engine_gap: Tensor
     """[B, R] fp32, |engine's log-prob - trainer's|."""
     scores: Tensor
-    """[B] fp32, the reward model's."""
+    """[B] fp32, the reward model's or the reward function's."""
     ended: Tensor
     """[B] bool, the response ended with EOS."""
     advantages: Tensor
     """[B, R] fp32, whitened; zeros until `ppo.with_advantages`."""
     returns: Tensor
     """[B, R] fp32, before whitening; zeros until `ppo.with_advantages`."""
+    scaled_scores: Tensor
+    """[B] fp32, `scores` in the units in which the KL penalty is weighed: normalised where their source does not."""
 
     @property
     def mask(self) -> Tensor:
@@ -143,6 +146,7 @@ def score(
             ended=torch.tensor([answer.finish_reason == "stop" for answer in batch.answers]),
             advantages=zeros,
             returns=zeros,
+            scaled_scores=torch.zeros(len(batch.answers)),
         )
         parts.append(part.to("cpu"))
     if reward is not None:
@@ -150,7 +154,17 @@ def score(
     else:
         assert roles.scorer is not None
         scores = torch.tensor(roles.scorer(records, rollout), dtype=torch.float32)
-    return dataclasses.replace(concatenate(parts), scores=scores)
+    return dataclasses.replace(concatenate(parts), scores=scores, scaled_scores=scores)
+
+
+def used_scores(experience: Experience, flags: PPOFlags) -> Tensor:
+    """What rewards are made of, [B]: scaled and clipped scores, and the rule for answers that did not end (7, 10)."""
+    scores, ended = experience.scaled_scores, experience.ended
+    if flags.reward_clip is not None:
+        scores = scores.clamp(-flags.reward_clip, flags.reward_clip)
+    if flags.missing_eos_score is not None:
+        return fn.replace_missing_eos(scores, ended, flags.missing_eos_score)
+    return fn.below_ended(scores, ended, flags.missing_eos_penalty)
 
 
 def scoring_batches(rollout: Sequence[Answer], size: int, device: torch.device) -> list[Answered]:

@@ -8,7 +8,7 @@ row after row, V = vocabulary, D = width of a hidden state.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,6 +84,66 @@ def masked_mean(x: Tensor, mask: Tensor, count: Count = None) -> Tensor:
     return clean(x, mask).sum() / (mask.sum() if count is None else count)
 
 
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Moments:
+    """Mean and spread of all scores so far, whatever their batches (Chan et al. 1979), in fp64: equal on every rank."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of the squared distances from the mean."""
+    first: list[float] = field(default_factory=list)
+    """Mean and std after the first scores, which the scale of a critic is set by."""
+
+    @property
+    def std(self) -> float:
+        """Unbiased; 0 while the scores differ by rounding alone."""
+        std = math.sqrt(self.squares / max(self.count - 1, 1))
+        return std if std > 1e-6 * abs(self.mean) else 0.0
+
+    def add(self, scores: Tensor) -> None:
+        """Takes more scores [B] in."""
+        if not len(scores):
+            return
+        scores, total = scores.double(), self.count + len(scores)
+        mean = float(scores.mean())
+        between = (mean - self.mean) ** 2 * self.count * len(scores) / total
+        self.squares += float((scores - mean).square().sum()) + between
+        self.mean += (mean - self.mean) * len(scores) / total
+        self.count = total
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        """(scores - mean) / std in the dtype of scores; zeros where there is no spread to divide by."""
+        std = self.std
+        return ((scores.double() - self.mean) / std if std else scores * 0.0).to(scores.dtype)
+
+
+def replace_missing_eos(scores: Tensor, has_eos: Tensor, missing_eos_score: float | None) -> Tensor:
+    """Scores [B] where a response without EOS gets `missing_eos_score` *instead of* its score (PPO.md 7; N+ 4)."""
+    if missing_eos_score is None:
+        return scores
+    return torch.where(has_eos, scores, torch.full_like(scores, missing_eos_score))
+
+
+def below_ended(scores: Tensor, has_eos: Tensor, margin: float | None) -> Tensor:
+    """Scores [B] where a response without EOS gets the worst of those with EOS minus `margin` instead of its own.
+
+    So on no scale is it better not to end; where none ended, all get the same, and nothing is learned (PPO.md 7).
+    """
+    if margin is None:
+        return scores
+    worst = scores[has_eos].min() if bool(has_eos.any()) else scores.new_zeros(())
+    return torch.where(has_eos, scores, worst - margin)
+
+
+def has_spread(scores: Tensor) -> bool:
+    """Whether scores [B] differ by more than rounding and than `whiten` divides by: without it only KL is left."""
+    return bool((scores.max() - scores.min()) > 1e-5 * scores.abs().max().clamp(min=1.0))
+
+
 # --- KL and rewards -------------------------------------------------------------------------------------------------
 
 
@@ -106,13 +166,6 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Unbiased and never negative: r - 1 - log r with r = reference / actor (Schulman 2020)."""
     reverse = log_ratio(ref_logprobs, logprobs)
     return reverse.exp() - 1 - reverse
-
-
-def replace_missing_eos(scores: Tensor, has_eos: Tensor, missing_eos_score: float | None) -> Tensor:
-    """Scores [B] where a response without EOS gets `missing_eos_score` *instead of* its score (PPO.md 7; N+ 4)."""
-    if missing_eos_score is None:
-        return scores
-    return torch.where(has_eos, scores, torch.full_like(scores, missing_eos_score))
 
 
 def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float) -> Tensor:
@@ -186,6 +239,42 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     values, returns = values[mask].float(), returns[mask].float()
     variance = returns.var(unbiased=False)
     return torch.where(variance > 0, 1 - (returns - values).var(unbiased=False) / variance, torch.zeros_like(variance))
+
+
+@dataclass
+class ValueWarmUp:
+    """Holds the actor until the critic explains returns: one lucky batch does not open it, and it ends (PPO.md 19)."""
+
+    limit: int
+    """Steps that it holds at most; 0: the actor was never held."""
+    held: int = 0
+    """Steps that it has held."""
+    explained: float = 0.0
+    """Moving average of the explained variance; a batch weighs 0.3."""
+    over: bool = False
+
+    def update(self, explained: float) -> str:
+        """Takes in a batch's explained variance; returns what has changed, in words, or ""."""
+        if self.over:
+            return ""
+        self.explained += 0.3 * (explained - self.explained)
+        enough = self.explained > EXPLAINED
+        self.over = enough or self.held >= self.limit
+        if self.over:
+            why = "" if enough else ", the most that it may be held"
+            learns = f"after {self.held} steps{why}: the critic explains {self.explained:.0%} of the returns"
+            return f"the actor learns from now on, {learns}" if self.held else ""
+        self.held += 1
+        if self.held > 1:
+            return ""
+        return (
+            f"the actor is held until the critic explains {EXPLAINED:.0%} of the variance of returns, for at most "
+            f"{self.limit} steps (--no-value-warmup does not hold it)"
+        )
+
+
+EXPLAINED = 0.1
+"""The explained variance at which a new critic is better than none."""
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------

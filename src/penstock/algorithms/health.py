@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from penstock.algorithms.experience import Experience
+from penstock.algorithms import functional as fn
+from penstock.algorithms.experience import Experience, used_scores
 from penstock.config import PPOConfig
 
 Row = Mapping[str, float]
@@ -49,10 +50,13 @@ def _missing_eos(experience: Experience, config: PPOConfig, history: Sequence[Ro
 
 
 def _no_spread(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
-    scores = experience.scores
-    if len(scores) < 2 or float(scores.max() - scores.min()) > 1e-6 * float(scores.abs().max()):
+    used = used_scores(experience, config.ppo)
+    if fn.has_spread(used):
         return ""
-    return f"all {len(scores)} answers have the score {float(scores[0]):.4g}: there is nothing to learn from"
+    return (
+        f"all {len(used)} answers have the used score {float(used[0]):.4g}: there is nothing to learn from but the KL "
+        "penalty, and the policy's updates are skipped"
+    )
 
 
 def _same_answers(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:

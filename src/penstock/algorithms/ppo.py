@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience, Roles, in_order, logprobs_of, score, values_of
+from penstock.algorithms.experience import Experience, Roles, in_order, logprobs_of, score, used_scores, values_of
 from penstock.algorithms.health import Row, health, remember
 from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
 from penstock.algorithms.ppo_metrics import summary
@@ -46,28 +46,21 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     check_flags(config, world.size)
     session = Session("ppo", config, world, resume=resume)
     inputs = read_inputs(session.config, strategy, session)
-    records, prompts = inputs.records, inputs.prompts
-    total = optim.steps or math.ceil(len(prompts) / optim.batch_size)
+    total = optim.steps or math.ceil(len(inputs.prompts) / optim.batch_size)
     parts = math.ceil(optim.batch_size / mini_batch)  # mini-batches per epoch
     updates = optim.epochs * parts
 
     with session:
-        state = State.start(config, inputs)
+        state = State.start(config, inputs, total)
         iteration = prepare(config, strategy, inputs)
-        trained = restore(session, iteration.roles, state)
+        trained = restore(session, iteration, state)
         if state.step == 0 and state.experience is None:
             show(0, session, iteration, inputs, config.samples)
 
         for step in session.steps(state.step, total):
-            experience = state.experience  # not None: a checkpoint was taken inside this step
-            if experience is None:
-                drawn = world.share_of(list(enumerate(state.shuffle.next(optim.batch_size), start=session.episode)))
-                rollout = iteration.rollout([prompts[i] for _, i in drawn], [episode for episode, _ in drawn])
-                experience = iteration.score(rollout, [records[i] for _, i in drawn], state.kl.beta)
-                state.begin(experience)
-                scores = world.share_of(experience.scores.tolist())
-                session.sample(step, sample_rows(inputs.encoder, rollout[: config.samples], scores, kind="rollout"))
-                session.episode += optim.batch_size
+            # It is there already where a checkpoint was taken inside this step
+            experience = state.experience or gather(step, session, iteration, inputs, state, config)
+            held = state.holds_actor(experience, flags)
             while state.update < updates:
                 session.pause(state.step, trained, state.save)  # on SIGTERM; the experience is saved too
                 epoch, part = divmod(state.update, parts)
@@ -75,18 +68,18 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 index = order[part * mini_batch : (part + 1) * mini_batch]
                 done = (step - 1) * updates + state.update
                 lr = fn.lr_schedule(done, total * updates, optim.warmup, optim.lr_schedule)
-                use_ptx = inputs.demonstrations and state.critic_ready
+                use_ptx = inputs.demonstrations and not held
                 ptx = [inputs.demonstrations[i] for i in state.ptx_shuffle.next(mini_batch)] if use_ptx else []
-                steps = iteration.learn(experience, index, lr, ptx, hold_actor=not state.critic_ready)
+                steps = iteration.learn(experience, index, lr, ptx, hold_actor=held)
                 for name, stats in steps.items():
                     session.check(stats, name)
                 state.sums += steps.items()
                 state.update += 1
                 if passed_target_kl(steps, flags.target_kl):
-                    break  # (20) the experience is used up; the next one is fresh
+                    break  # (20) for actor and critic the experience is used up; the next one is fresh
 
             metrics = summary(experience, state.sums, state.kl.beta, flags)
-            metrics |= {"lr": optim.lr * lr, "episode": session.episode}
+            metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(held)}
             session.health(step, state.examine(config, metrics))
             state.kl.update(metrics["objective/kl"], optim.batch_size)
             state.end(step)
@@ -96,6 +89,22 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 show(step, session, iteration, inputs, config.samples)
             session.checkpoint(step, trained, state.save)
         return session.finish()
+
+
+def gather(
+    step: int, session: Session, iteration: "PPO", inputs: Inputs, state: "State", config: PPOConfig
+) -> Experience:
+    """The experience of a step that begins: answers to fresh prompts, scored."""
+    share_of, flags, first = iteration.strategy.world.share_of, config.ppo, session.episode
+    drawn = share_of(list(enumerate(state.shuffle.next(config.optim.batch_size), start=first)))
+    rollout = iteration.rollout([inputs.prompts[i] for _, i in drawn], [episode for episode, _ in drawn])
+    experience = iteration.score(rollout, [inputs.records[i] for _, i in drawn], state.kl.beta, state.scale)
+    for line in state.begin(experience, flags):
+        session.say(f"step {step}: {line}")
+    scores = share_of(experience.scores.tolist())
+    session.sample(step, sample_rows(inputs.encoder, rollout[: config.samples], scores, kind="rollout"))
+    session.episode += config.optim.batch_size
+    return experience
 
 
 def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
@@ -110,27 +119,36 @@ def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     source.stream = streams.get("reward")
     reward = source.stream if source.reads_actor_tokens else None
     roles = Roles(streams["actor"], streams["reference"], streams.get("critic"), reward, source.score)
-    return PPO(strategy, roles, optim, flags, config.run.seed, inputs.encoder.eos_ids, swap)
+    critic_scores = source.reads_actor_tokens and "critic" in models and config.critic in (None, config.reward)
+    return PPO(strategy, roles, optim, flags, config.run.seed, inputs.encoder.eos_ids, swap, critic_scores)
 
 
-def restore(session: Session, roles: Roles, state: "State") -> dict[str, Stream]:
+def restore(session: Session, iteration: "PPO", state: "State") -> dict[str, Stream]:
     """Reads the checkpoint of a resumed run. Returns the models that are trained, under their names in checkpoints."""
-    trained = {"model": roles.actor}
-    if roles.critic is not None:
-        trained["critic"] = roles.critic
+    trained = {"model": iteration.roles.actor}
+    if iteration.roles.critic is not None:
+        trained["critic"] = iteration.roles.critic
     session.restore(trained)
     if session.state:
         state.load(session.state)
+        if state.scale and state.scale.first:
+            iteration.rescale_critic(*state.scale.first)
     return trained
 
 
 def show(step: int, session: Session, iteration: "PPO", inputs: Inputs, count: int) -> None:
     """Greedy answers to the first `count` prompts and their scores, for the report."""
+    if not count:
+        return  # a reward function need not know what to do with no answers
     records, prompts = inputs.records[:count], inputs.prompts[:count]
     decoder, sampling = iteration.roles.actor.model.decoder, iteration.sampling(temperature=0.0)
     answers = generate(decoder, prompts, sampling, eos_ids=inputs.encoder.eos_ids, swap=iteration.swap)
     scores = inputs.source.score(records, answers)
     session.sample(step, sample_rows(inputs.encoder, answers, scores, kind="greedy"))
+
+
+HELD_SHARE = 0.1
+"""Of a run's steps, at most so many are spent with the actor held for the critic."""
 
 
 @dataclass
@@ -140,8 +158,10 @@ class State:
     shuffle: Shuffle
     ptx_shuffle: Shuffle
     kl: fn.KLController
-    critic_ready: bool
-    """False: the actor does not move until the critic explains some variance (19)."""
+    warm_up: fn.ValueWarmUp
+    """Holds the actor at the start (19)."""
+    scale: fn.Moments | None
+    """Of all scores so far; None where they are used as they are (10)."""
     step: int = 0
     """Steps that are complete."""
     update: int = 0
@@ -154,22 +174,37 @@ class State:
     """Metrics of earlier steps that `health` looks back on."""
 
     @staticmethod
-    def start(config: PPOConfig, inputs: "Inputs") -> "State":
+    def start(config: PPOConfig, inputs: "Inputs", steps: int) -> "State":
         """Before the first step, and before the models are prepared."""
         critic, seed = inputs.models.get("critic"), config.run.seed
+        starts_blank = config.value_warmup and not (critic and critic.score.any())
+        scaled = {"auto": not inputs.source.has_scale, "running": True, "none": False}[config.ppo.scale_rewards]
         return State(
             Shuffle(len(inputs.prompts), seed),
             Shuffle(max(len(inputs.demonstrations), 1), seed + 1),
             fn.KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon),
-            critic_ready=bool(critic and critic.score.any()) or not config.value_warmup,
+            fn.ValueWarmUp(math.ceil(steps * HELD_SHARE) if starts_blank else 0),
+            fn.Moments() if scaled else None,
         )
 
-    def begin(self, experience: Experience) -> None:
-        """A step begins: its experience has been scored."""
+    def begin(self, experience: Experience, flags: PPOFlags) -> list[str]:
+        """A step begins: its experience has been scored. Returns what a person must know of it."""
         self.experience, self.update, self.sums = experience, 0, []
-        if not self.critic_ready:
-            explained = fn.explained_variance(experience.values, experience.returns, experience.mask)
-            self.critic_ready = float(explained) > 0
+        explained = fn.explained_variance(experience.values, experience.returns, experience.mask)
+        lines = [self.warm_up.update(float(explained))]
+        if self.step == 0:
+            cut = f"{int((~experience.ended).sum())} of the starting model's {len(experience.ended)} answers"
+            lines.append(f"{cut} exceed --max-new-tokens {flags.max_new_tokens}")
+        if self.step == 0 and self.scale is not None:
+            lines.append(
+                f"scores are normalised by the mean and standard deviation of all so far, now {self.scale.mean:.4g} "
+                f"and {self.scale.std:.4g}; --scale-rewards none uses them as they are"
+            )
+        return [line for line in lines if line]
+
+    def holds_actor(self, experience: Experience, flags: PPOFlags) -> bool:
+        """Whether the actor does not learn from this experience: the critic is not ready, or only KL would teach it."""
+        return not self.warm_up.over or not fn.has_spread(used_scores(experience, flags))
 
     def examine(self, config: PPOConfig, metrics: dict[str, float]) -> list[str]:
         """What is wrong at this step, counted in its metrics."""
@@ -191,19 +226,25 @@ class State:
             "step": self.step,
             "update": self.update,
             "beta": self.kl.beta,
-            "critic_ready": self.critic_ready,
+            "critic_ready": self.warm_up.over,
+            "held": self.warm_up.held,
+            "explained": self.warm_up.explained,
+            "scale": self.scale and dataclasses.asdict(self.scale),
             "experience": vars(self.experience) if self.experience else None,
             "sums": [(name, dataclasses.asdict(stats)) for name, stats in self.sums],
             "history": self.history,
         }
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Inverse of `save`. A checkpoint without "sums" is one from between two steps."""
+        """Inverse of `save`, and of what earlier releases saved: "sums" only inside a step, no "scale"."""
         self.shuffle.load_state_dict(saved["shuffle"])
         self.ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
-        self.step, self.update, self.critic_ready = saved["step"], saved["update"], saved["critic_ready"]
-        self.kl.beta = saved["beta"]
-        self.experience = Experience(**saved["experience"]) if saved["experience"] else None
+        self.step, self.update, self.kl.beta = saved["step"], saved["update"], saved["beta"]
+        self.warm_up.over, self.warm_up.held = saved["critic_ready"], saved.get("held", 0)
+        self.warm_up.explained = saved.get("explained", 0.0)
+        self.scale = fn.Moments(**saved["scale"]) if saved.get("scale") else None
+        experience = saved["experience"]
+        self.experience = Experience(**{"scaled_scores": experience["scores"], **experience}) if experience else None
         self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
         self.history = saved.get("history", [])
 
@@ -228,6 +269,8 @@ class PPO:
     """Tokens that end an answer."""
     swap: Ram | None = None
     """The host tier that the KV cache is swapped to."""
+    critic_scores: bool = False
+    """The critic starts as the reward model: what it predicts are scores, and follows their scale."""
 
     def sampling(self, **changes: Any) -> Sampling:
         flags = self.flags
@@ -246,13 +289,39 @@ class PPO:
                 decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, batch_size=size, swap=self.swap
             )
 
-    def score(self, rollout: Sequence[Answer], records: Sequence, beta: float) -> Experience:
-        """The answers of all ranks, in the order of episodes, with advantages. records: this rank's prompts."""
+    def score(
+        self, rollout: Sequence[Answer], records: Sequence, beta: float, scale: fn.Moments | None = None
+    ) -> Experience:
+        """The answers of all ranks, in the order of episodes, with advantages. records: this rank's prompts.
+
+        `scale` first takes in the scores of the answers that ended, in place; then it normalises all (10).
+        """
         strategy, size = self.strategy, self.optim.micro_batch_size
         with strategy.phase("score"):
             share = score(strategy, self.roles, rollout, records, self.flags.temperature, size)
             # See [Note: whole experience on every rank]
-            return with_advantages(in_order(strategy.world.gather(share)), beta, self.flags)
+            experience = in_order(strategy.world.gather(share))
+            if scale is not None:
+                experience = self._normalise(experience, scale)
+            return with_advantages(experience, beta, self.flags)
+
+    def _normalise(self, experience: Experience, scale: fn.Moments) -> Experience:
+        flags, values = self.flags, experience.values
+        own_count = flags.missing_eos_penalty is None and flags.missing_eos_score is None
+        scale.add(experience.scores if own_count else experience.scores[experience.ended])
+        if scale.count and not scale.first:
+            scale.first = [scale.mean, scale.std or 1.0]
+            if self.critic_scores:
+                self.rescale_critic(*scale.first)
+                values = (values - scale.mean) / scale.first[1]
+        return dataclasses.replace(experience, scaled_scores=scale.normalise(experience.scores), values=values)
+
+    def rescale_critic(self, mean: float, std: float) -> None:
+        """From now on the critic predicts (what it predicted - mean) / std, without a change of its weights."""
+        critic = self.roles.critic
+        if self.critic_scores and critic is not None:
+            model = critic.model
+            model.mean, model.std = model.mean + model.std * mean, model.std * std
 
     def learn(
         self,
@@ -300,10 +369,7 @@ class PPO:
 
 def with_advantages(experience: Experience, beta: float, flags: PPOFlags) -> Experience:
     """Rewards shaped by the KL penalty, GAE, returns, whitening: all over the whole batch (7, 8, 10, 13, 14)."""
-    scores = experience.scores
-    if flags.reward_clip is not None:
-        scores = scores.clamp(-flags.reward_clip, flags.reward_clip)
-    scores = fn.replace_missing_eos(scores, experience.ended, flags.missing_eos_score)
+    scores = used_scores(experience, flags)
     rewards = fn.shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, beta)
     if flags.whiten_rewards:
         rewards = fn.whiten(rewards, experience.mask, shift_mean=False)

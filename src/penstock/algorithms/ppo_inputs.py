@@ -45,6 +45,8 @@ def check_flags(config: PPOConfig, ranks: int) -> None:
         raise UserError("--value-head and --critic: the critic is a head on the actor or a model; give one of the two.")
     if bool(config.ppo.ptx_coef) != bool(config.ptx_data):
         raise UserError("--ptx-coef and --ptx-data belong together: give both or neither.")
+    if config.ppo.missing_eos_score is not None and config.ppo.missing_eos_penalty not in (None, 1.0):
+        raise UserError("--missing-eos-score replaces --missing-eos-penalty: give one of the two.")
     if config.ppo.temperature <= 0:
         raise UserError("--temperature 0: PPO learns from sampled answers; give a temperature above 0, 1 is usual.")
     if config.optim.batch_size < ranks:

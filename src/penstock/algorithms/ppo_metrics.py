@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience
+from penstock.algorithms.experience import Experience, used_scores
 from penstock.config import PPOFlags
 from penstock.memory.strategy import StepStats
 
@@ -28,15 +28,17 @@ def _of_experience(experience: Experience, beta: float, flags: PPOFlags) -> dict
     mask, rows = experience.mask, len(experience.tokens)
     logprobs, ref_logprobs = experience.logprobs, experience.ref_logprobs
     kl = float(fn.clean(fn.kl_k1(logprobs, ref_logprobs), mask).sum()) / rows
-    scores = fn.replace_missing_eos(experience.scores, experience.ended, flags.missing_eos_score)
+    used = used_scores(experience, flags)
     metrics = {
         "objective/kl": kl,
         "objective/kl_k3": float(fn.clean(fn.kl_k3(logprobs, ref_logprobs), mask).sum()) / rows,
         "objective/entropy": float(fn.clean(-logprobs, mask).sum()) / rows,
         "objective/scores": float(experience.scores.mean()),
         "objective/scores_std": float(experience.scores.std()) if rows > 1 else 0.0,
+        "objective/used_scores": float(used.mean()),
+        "objective/used_scores_std": float(used.std()) if rows > 1 else 0.0,
         "objective/non_score_reward": -beta * kl,
-        "objective/rlhf_reward": float(scores.mean()) - beta * kl,
+        "objective/rlhf_reward": float(used.mean()) - beta * kl,
         "objective/kl_coef": beta,
         "objective/response_length": float(experience.lengths.float().mean()),
         "val/num_eos_tokens": float(experience.ended.sum()),
@@ -45,7 +47,8 @@ def _of_experience(experience: Experience, beta: float, flags: PPOFlags) -> dict
         "val/engine_logprob_gap": float(experience.engine_gap.max()),
     }
     if flags.reward_clip is not None:
-        metrics["objective/scores_clipfrac"] = float((experience.scores.abs() > flags.reward_clip).float().mean())
+        clipped = experience.scaled_scores.abs() > flags.reward_clip
+        metrics["objective/scores_clipfrac"] = float(clipped.float().mean())
     return metrics
 
 

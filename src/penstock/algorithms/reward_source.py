@@ -34,6 +34,8 @@ class RewardSource:
     stream: Stream | None = None
     reads_actor_tokens = False
     """True: `model` takes the actor's own rows, and may be scored together with the other models."""
+    has_scale = False
+    """True: scores have been centred and divided by their spread, as `penstock reward` does (10)."""
 
     def check(self, records: Sequence, say: Say) -> None:
         """Says before the first answer what it will make of these prompts."""
@@ -77,6 +79,7 @@ class ModelReward(RewardSource):
     ) -> None:
         self.model, self.strategy, self.encoder, self.model_encoder = model, strategy, encoder, model_encoder
         self.reads_actor_tokens, self.size = model_encoder.same_tokenizer(encoder), size
+        self.has_scale = "penstock_score_mean" in model.decoder.config.hf
 
     def check(self, records: Sequence, say: Say) -> None:
         """Prompts of token ids are the actor's: a reward model of another tokenizer reads their text."""
