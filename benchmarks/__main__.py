@@ -18,6 +18,7 @@ BENCHMARKS = {
     "ranks": ("ranks:main", "two ranks against two processes that do not communicate"),
     "serve": ("serve:main", "load, disconnects, drain, fuzz, clients: the chat service from outside"),
     "demo": ("demo:main", "what the demo takes and what it learns"),
+    "reward_scale": ("reward_scale:main", "PPO under offsets and scales of the reward: the same policy"),
     "kills": ("kills:main", "kill -9 and resume: the same bytes as an undisturbed run"),
     "planted_bugs": ("planted_bugs:main", "wrong lines planted in the source: the tests must fail"),
     "identity": ("identity:main", "two checkouts: the same bytes of metrics and weights"),
