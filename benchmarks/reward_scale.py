@@ -2,9 +2,9 @@
 
     python -m benchmarks reward_scale [--seeds 3] [--steps 25]
 
-A tiny model with random weights learns to write one token. Writes reward_scale.json: for each offset, scale and seed the
-score of the task itself (without offset and scale) and the answers' length, as means over the last 5 steps. Returns 1
-when a combination is further from offset 0, scale 1 than 2 standard errors of their difference, or its answers are
+A tiny model with random weights learns to write one token. Writes reward_scale.json: for each offset, scale and seed
+the score of the task itself (without offset and scale) and the answers' length, as means over the last 5 steps. Returns
+1 when a combination is further from offset 0, scale 1 than 2 standard errors of their difference, or its answers are
 longer or shorter by a fifth.
 """
 
@@ -22,7 +22,7 @@ import torch
 from benchmarks.facts import flags, write
 from penstock.algorithms.ppo import ppo
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RunFlags
-from penstock.models import pretrained, presets
+from penstock.models import presets, pretrained
 from penstock.models.decoder import Decoder
 from penstock.run.metrics import read_lines
 
