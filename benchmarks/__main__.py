@@ -9,11 +9,14 @@ from importlib import import_module
 BENCHMARKS = {
     # name: (module:function, help)
     "bench": ("bench:main", "runs `penstock bench` and keeps its result under a name"),
+    "capacity": ("capacity:main", "PPO of four GPT-2 models from a disk: peak memory and seconds against floors"),
     "growth": ("growth:main", "cost and memory against model size, row length and depth"),
-    "engine": ("engine:main", "adamw, tax, head: the memory engine against what it can be at best"),
+    "engine": ("engine:main", "adamw, tax, small: the memory engine against what it can be at best"),
+    "fewer": ("fewer:main", "head, hydra, merged, opt: what fewer bytes cost and allow"),
     "autochunk": ("autochunk:main", "blocks with and without slices: peak, seconds, longest sequence"),
     "planner": ("planner:main", "grid, 175b, one-card: the plan against the engine"),
-    "rollout": ("rollout:main", "speed, ragged, samples, int8: generation against transformers"),
+    "rollout": ("rollout:main", "speed, ragged, samples, int8, streamed: generation against transformers"),
+    "throughput": ("throughput:main", "an SFT and a PPO step against plain transformers"),
     "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),
     "ranks": ("ranks:main", "two ranks against two processes that do not communicate"),
     "serve": ("serve:main", "load, disconnects, drain, fuzz, clients: the chat service from outside"),

@@ -33,20 +33,16 @@ STAGES = {"sft": "ddp", "reward": "ddp", "ppo": "ddp", "sft on disk": "gemini_nv
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def outcome(run: str | Path) -> dict[str, str]:
-    """What must be equal: sha256 of metrics, samples, and every weight file of the last checkpoint."""
+def outcome(run: str | Path) -> tuple[dict[str, str], bytes, bytes]:
+    """What must be equal: sha256 of every weight file of the last checkpoint, metrics and samples byte by byte."""
     run = Path(run)
-    files = [run / "metrics.jsonl", run / "samples.jsonl", *sorted(last_checkpoint(run).rglob("*.safetensors"))]
-    return {
-        str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.exists() and file.name != "state.safetensors"  # random state of threads that no sample depends on
+    last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    weights = {
+        str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("model", "critic")
+        for path in sorted((last / name).glob("*.safetensors"))
     }
-
-
-def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint's directory."""
-    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    return weights, (run / "metrics.jsonl").read_bytes(), (run / "samples.jsonl").read_bytes()
 
 
 def campaign(stage: str, directory: Path, kills: int) -> list[dict[str, Any]]:

@@ -148,20 +148,19 @@ def test_disk_full_at_every_file_operation(scene, tmp_path):
         assert_promise_kept(parent, scene)
 
 
-def in_place(parent, step, write, meta):
+def in_place(final, step, write, meta):
     """The mistake that the tests above are for: writing under the final name."""
-    final = parent / f"step-{step:06d}"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     write(final)
     return final
 
 
-def old_first(parent, step, write, meta):
+def old_first(final, step, write, meta):
     """Another one: making room before the new one is there."""
-    for path in checkpoint._all(parent):
+    for path in checkpoint._all(final.parent):
         shutil.rmtree(path)
-    return real(parent, step, write, meta)
+    return real(final, step, write, meta)
 
 
 real = checkpoint._write

@@ -109,6 +109,8 @@ def base_of(source: str) -> str:
 def read_spec(directory: Path) -> tuple[LoraSpec, str]:
     """The settings in adapter_config.json, and the base that it names. Raises UserError for unsupported settings."""
     path = directory / CONFIG
+    if not path.exists():
+        raise UserError(f"{directory}: is no adapter, it has no {CONFIG}; a whole model is given as the model itself.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
@@ -306,6 +308,7 @@ def _open(directory: Path) -> Any:
     try:
         return safetensors.safe_open(directory / WEIGHTS, framework="pt")
     except (FileNotFoundError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{directory / WEIGHTS}: cannot be read ({error}); fetch or export the adapter again."
-        ) from error
+        way = "fetch or export the adapter again"
+        if (directory / "adapter_model.bin").exists():
+            way = "adapter_model.bin is a pickle, which is not read: load it with peft and save it again"
+        raise UserError(f"{directory / WEIGHTS}: cannot be read ({error}); {way}.") from error

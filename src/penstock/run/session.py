@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ class Session:
             else:
                 self.directory = RunDirectory.create(self.path, self._flags, self.command)
             for note in self._notes:
-                self.directory.say(note)
+                self.directory.note(note)
         self.world.broadcast(None)  # no rank reads the directory before it is made
         self._data = {
             path: checkpoint.digest(Path(path))
@@ -241,10 +242,11 @@ class Session:
             self._lines["health"].write({"step": step, **row})
 
     def say(self, text: str) -> None:
-        """A line for the user, on stderr and in log.txt; kept in memory until the run directory is open."""
+        """A line for the user, on stderr at once and in log.txt, as soon as the run directory is open."""
         if not self.world.first:
             return
         if self.directory is None:
+            print(text, file=sys.stderr, flush=True)
             self._notes.append(text)
         else:
             self.directory.say(text)
