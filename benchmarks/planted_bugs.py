@@ -36,7 +36,7 @@ LIMIT = 3600
 FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
-HEALTH = "algorithms/health.py"
+HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
 EIGHTBIT, PASSES = "memory/adamw_8bit.py", "planner/activations.py"
@@ -68,7 +68,7 @@ BUGS: list[Bug] = [
     (FN, "k2 without its half", "return 0.5 * log_ratio", "return log_ratio"),
     (FN, "k3 with the ratio upside down", "reverse = log_ratio(ref_logprobs, logprobs)", "reverse = log_ratio(logprobs, ref_logprobs)"),
     # rewards
-    (FN, "KL rewarded instead of penalised", "rewards = -kl_coef * kl_k1", "rewards = kl_coef * kl_k1"),
+    (FN, "KL rewarded instead of penalised", "rewards = -kl_coef * kl\n", "rewards = kl_coef * kl\n"),
     (FN, "score added at every token", "rewards[torch.arange(len(scores), device=scores.device), lengths - 1] += scores.float()", "rewards = rewards + scores[:, None] * mask"),
     (FN, "score added in the padding", "lengths - 1] += scores.float()", "-1 + 0 * lengths] += scores.float()"),
     (FN, "score replaces the last token's KL", "lengths - 1] += scores.float()", "lengths - 1] = scores.float()"),
@@ -229,6 +229,14 @@ BUGS: list[Bug] = [
     ("config.py", "an adapter learns at a whole model's rate", "if adapts else config.LR", "if False else config.LR"),
     ("data/batching.py", "held-out rows have no limit", "if filled <= most}", "if True}"),
     (RM, "a longer run learns in the scale of the finished one", "            if start == total:  # else", "            if True:  # else"),
+    ("algorithms/heldout.py", "rows of --eval-data are held out of --data too", "return (records, rows), (other, other_rows)", "return (records[1:], rows[1:]), (other, other_rows)"),
+    (PPO, "held-out answers are drawn from training's streams", "iteration.seed ^ HELDOUT_STREAMS", "iteration.seed + step"),
+    (PPO, "KL's term of the loss is not weighed", "loss + flags.kl_loss_coef * kl", "loss + kl"),
+    (PPO_INPUTS, "the reference is loaded at --kl-coef 0", "if config.ppo.kl_coef or config.ppo.kl_loss_coef:", "if True:"),
+    ("algorithms/reward_source.py", "a template that differs makes a zero critic", "room and model_encoder.same_ids(encoder)", "room and self.reads_actor_tokens"),
+    (PPO_INPUTS, "prompts that the reward model cannot hold are kept", "bad = [text for text in problems if text]", "bad: list[str] = []"),
+    (RM, "a spread is taken from any number of answers", "if count >= FEWEST:", "if count > 0:"),
+    ("models/tokenizer_files.py", "an end of answers pads", "if token is not None and token not in ends)", "if token is not None)"),
     (FN, "wsd falls from its middle", "min(left / 0.2, 1.0)", "min(left / 0.5, 1.0)"),
 ]  # fmt: skip
 

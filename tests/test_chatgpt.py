@@ -50,10 +50,10 @@ def tiny(strategy, **more):
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (actor, critic)]
     pairs = (actor, optimizers[0]), (critic, optimizers[1])
     (actor, one), (critic, two), reward, initial = strategy.prepare(*pairs, reward, initial)
-    more = {"max_new_tokens": 6, **more}
+    more = {"max_new_tokens": 6, "do_sample": True, **more}
     return PPOTrainer(
         strategy, actor, critic, reward, initial, one, two, experience_batch_size=4, train_batch_size=2, max_epochs=2,
-        do_sample=True, use_cache=True, **more,
+        use_cache=True, **more,
     )  # fmt: skip
 
 
@@ -146,6 +146,9 @@ def test_mistakes_are_said():
         ColossalAIStrategy(stage=2, placement_policy="auto")
     with pytest.raises(UserError, match="does not know num_beams"):
         tiny(strategies()["naive"](), num_beams=4)
+    for changes in ({"do_sample": False}, {"temperature": 0.0}):  # issue 19, item 17: it sampled all the same
+        with pytest.raises(UserError, match="PPO learns from sampled answers"):
+            tiny(strategies()["naive"](), **changes)
     with pytest.raises(UserError, match="give tokenizer="):
         tiny(strategies()["naive"]()).fit(["hello"])
     with pytest.raises(UserError, match="in the vocabulary"):

@@ -19,8 +19,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
      "early_stopping_patience"),
-    ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef weight_decay ptx_coef vf_coef temperature "
-     "margin lora_rank missing_eos_penalty"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef kl_loss_coef weight_decay ptx_coef vf_coef "
+     "temperature margin lora_rank missing_eos_penalty"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha adam_epsilon"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
@@ -327,7 +327,12 @@ class PPOFlags(Flags):
     rollout_batch_size: int | None = None
     """Answers that one process generates together. Fewer need a smaller KV cache. Default: all of its answers."""
     kl_coef: float = 0.05
-    """Weight of the per-token KL penalty in the reward."""
+    """Weight of the per-token KL penalty in the reward. At 0 no reference is loaded and KL is not measured, unless
+    --reference names one."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How KL is estimated from one token (Schulman 2020), in the penalty and in --kl-loss-coef."""
+    kl_loss_coef: float = 0.0
+    """Weight of KL as a term of the policy's loss (GRPO's place for it); needs --kl-estimator k2 or k3."""
     kl_target: float | None = None
     """Nats per sequence that the adaptive controller steers to; 6 is common. Default: --kl-coef stays fixed."""
     kl_horizon: float = 10_000.0
@@ -363,8 +368,8 @@ class PPOFlags(Flags):
     """Weight of the language-modelling loss on --ptx-data (PPO-ptx)."""
 
 
-@dataclass(frozen=True)
-class PPOConfig(Flags):
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(EvalFlags):
     """PPO: improve the actor against a score, staying near the reference."""
 
     LR: ClassVar[float] = 3e-6
@@ -380,7 +385,7 @@ class PPOConfig(Flags):
     critic: str | None = None
     """Where the critic starts. Default: the reward model; without one, the actor with a zero head."""
     reference: str | None = None
-    """The frozen model that KL is measured from. Default: the actor's start."""
+    """The frozen model that KL is measured from. Default: the actor's start; none at --kl-coef 0."""
     optim: OptimFlags = field(default_factory=lambda: OptimFlags(batch_size=64, epochs=4, steps=200))
     ppo: PPOFlags = field(default_factory=PPOFlags)
     mini_batch_size: int | None = None
@@ -392,6 +397,8 @@ class PPOConfig(Flags):
     or for a tenth of the steps."""
     ptx_data: tuple[str, ...] = ()
     """Demonstrations mixed into the actor's updates when --ptx-coef is above 0."""
+    max_eval_samples: int | None = 64
+    """Prompts that are held out or read from --eval-data at most; none is no limit."""
     samples: int = 8
     """Prompts answered before and after training, for the report."""
 
@@ -403,7 +410,13 @@ class PPOConfig(Flags):
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"max_eval_samples": "none", "truncate": "right"},
     "reward": {"max_eval_samples": "none", "truncate": "right"},
-    "ppo": {"truncate": "right", "missing_eos_penalty": "none", "scale_rewards": "none"},
+    "ppo": {
+        "heldout": 0.0,
+        "max_eval_samples": "none",
+        "truncate": "right",
+        "missing_eos_penalty": "none",
+        "scale_rewards": "none",
+    },
 }
 """What a run did that was begun before a flag existed, by command: values for a config.toml that lacks the flag."""
 

@@ -21,12 +21,14 @@ from penstock.algorithms.reward import (
     score_states,
 )  # fmt: skip
 from penstock.config import DataFlags, OptimFlags, RewardConfig, RunFlags
-from penstock.data.chat import Example
+from penstock.data.chat import Encoder
+from penstock.data.limits import Example
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import RewardModel
+from penstock.models.tokenizer_files import load_tokenizer, pad_of, write_ends
 from penstock.run.directory import resolve_model
 from tests.algorithms import oracle
-from tests.conftest import comparisons
+from tests.conftest import comparisons, save_tokenizer
 
 CPU = torch.device("cpu")
 RANKINGS = [
@@ -150,6 +152,63 @@ def test_it_learns_a_preference_and_transformers_reads_it(trained):
             raw = float(theirs(torch.tensor([row])).logits)
             mine = float(with_gradient(ours, [rows_of([row], CPU)]))
         assert mine == pytest.approx((raw - ours.mean) / ours.std, abs=1e-4)
+
+
+def test_a_batch_of_two_works_in_transformers(trained, make_tokenizer, tiny_model):
+    """Issue 19, item 22: no pad token was in the export; and one that ends answers moves the score by a token."""
+    address = resolve_model(str(trained))
+    rows = [[1, 3, 5, 5, 2], [1, 3, 6, 4, 7, 5, 2]]
+    theirs = AutoModelForSequenceClassification.from_pretrained(address)
+    pad = theirs.config.pad_token_id
+    padded = torch.tensor([[*row, *[pad] * (7 - len(row))] for row in rows])
+    with torch.no_grad():
+        together = theirs(padded, attention_mask=padded != pad).logits[:, 0]
+        alone = torch.stack([theirs(torch.tensor([row])).logits[0, 0] for row in rows])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(("named", "ends", "pad"), [
+    ({"pad_token_id": 0, "bos_token_id": 1}, [2], 0), ({"pad_token_id": 2, "bos_token_id": 1}, [2], 1),
+    ({"pad_token_id": 2, "bos_token_id": 2}, [2], 15), ({}, [15, 14], 13),
+])  # fmt: skip
+def test_what_pads_never_ends_an_answer(named, ends, pad):
+    assert pad_of({"vocab_size": 16, **named}, ends) == pad
+
+
+def test_a_pad_token_that_only_the_reward_model_has_makes_no_other_tokenizer(tmp_path, tiny_model):
+    """Its tokenizer names it, so that padding=True works; it is still the actor's."""
+    encoders = []
+    for name in ("actor", "reward"):
+        address = Path(tiny_model(name, vocab_size=320, hf={"eos_token_id": 1}))
+        save_tokenizer(address, bos_token="<eos>")
+        if name == "reward":
+            config = json.loads((address / "config.json").read_text()) | {"penstock_score_mean": 0.0}
+            (address / "config.json").write_text(json.dumps(config))
+            write_ends(address, [1], load_tokenizer(str(address)))
+            last = len(load_tokenizer(str(address))) - 1
+            assert json.loads((address / "config.json").read_text())["pad_token_id"] == last
+            batch = load_tokenizer(str(address))(["Hello there", "See"], padding=True).input_ids
+            assert batch[1][-1] == last
+        encoders.append(Encoder.for_model(str(address), eos_ids=[1], vocab_size=320, max_length=32))
+    assert encoders[0].same_tokenizer(encoders[1])
+    assert encoders[0].same_ids(encoders[1])
+
+
+def test_the_spread_of_scores_is_measured_on_enough_answers(tmp_path, tiny_model, jsonl):
+    """Issue 19, item 22: from one held-out pair it was 0.006, and PPO's scores were 180."""
+    data = DataFlags(data=(jsonl(comparisons(40)),), max_length=32)
+    run = RunFlags(out=str(tmp_path / "r"))
+    trained = Path(reward(RewardConfig(
+        model=tiny_model(), data=data, run=run, optim=OptimFlags(lr=5e-3, batch_size=8, steps=20), heldout=0.02
+    )))  # fmt: skip
+    assert (
+        "answers are held out, too few for the spread of scores: it is measured on "
+        in (trained / "log.txt").read_text()
+    )
+    model = RewardModel.from_pretrained(resolve_model(str(trained)))
+    rows = [[*row["prompt_ids"], *ids, 2] for row in comparisons(40) for ids in row["response_ids"]]
+    scores = torch.tensor(score_rows(*prepared(model), rows, 16))
+    assert 0.5 < float(scores.std()) < 2.0
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path, tiny_model, jsonl, monkeypatch):

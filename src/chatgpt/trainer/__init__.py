@@ -20,7 +20,7 @@ from penstock.memory.strategy import StepStats
 from penstock.models.roles import Actor, Critic
 from penstock.rollout.sampling import stream
 
-IGNORED = {"use_cache", "pad_token_id", "do_sample", "early_stopping", "bos_token_id"}
+IGNORED = {"use_cache", "pad_token_id", "early_stopping", "bos_token_id"}
 """Arguments of `generate` that change nothing here: there is always a cache, and rows need no pad token."""
 
 
@@ -161,7 +161,9 @@ def _settings(optimizer: torch.optim.Optimizer | None, lr: float) -> tuple[float
 def _sampling(actor: Actor, arguments: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
     """What stops an answer, and flags of its sampling, from generate's arguments. Raises UserError for unknown ones."""
     flags = ("max_new_tokens", "temperature", "top_k", "top_p")
-    names = {"max_length", "eos_token_id", *flags}
+    names = {"max_length", "eos_token_id", "do_sample", *flags}
+    if not arguments.get("do_sample", True) or arguments.get("temperature", 1.0) <= 0:
+        raise UserError("PPOTrainer: do_sample=False: PPO learns from sampled answers; leave it out, or give True.")
     if unknown := sorted(set(arguments) - names - IGNORED):
         raise UserError(f"PPOTrainer: does not know {', '.join(unknown)}; generation takes {', '.join(sorted(names))}.")
     eos = arguments.get("eos_token_id")

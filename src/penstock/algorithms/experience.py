@@ -78,7 +78,8 @@ class Roles:
     """The models of PPO, prepared."""
 
     actor: Stream
-    reference: Stream
+    reference: Stream | None = None
+    """None: KL is not measured, and `ref_logprobs` are the actor's own."""
     critic: Stream | None = None
     """None: the actor's value head is the critic, or there are no values (a plain actor)."""
     reward: Stream | None = None
@@ -120,7 +121,9 @@ def score(
 
     critic, reward = roles.critic, roles.reward
     # The actor first: if it streams, what fits of it is still on the device from the rollout.
-    works = {"actor": logprobs(roles.actor), "reference": logprobs(roles.reference)}
+    works = {"actor": logprobs(roles.actor)}
+    if roles.reference is not None:
+        works["reference"] = logprobs(roles.reference)
     if critic is not None:
         works["critic"] = critic, batches, lambda hidden, rows: values_of(critic.model, hidden, rows)
     if reward is not None:
@@ -129,7 +132,7 @@ def score(
     values = results["critic"] if critic is not None else [values for _, _, values in results["actor"]]
     parts: list[Experience] = []
     for batch, (batch_logprobs, entropy, _), (ref_logprobs, _, _), batch_values in zip(
-        batches, results["actor"], results["reference"], values, strict=True
+        batches, results["actor"], results.get("reference", results["actor"]), values, strict=True
     ):
         sampled = torch.tensor([p for answer in batch.answers for p in answer.logprobs], device=batch_logprobs.device)
         zeros = torch.zeros_like(batch_logprobs)

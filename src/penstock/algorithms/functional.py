@@ -168,13 +168,19 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return reverse.exp() - 1 - reverse
 
 
-def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float) -> Tensor:
-    """Per-token rewards [B, R]: -kl_coef * k1 at every token, plus the score once, at the last one.
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float, estimator: str = "k1"
+) -> Tensor:
+    """Per-token rewards [B, R]: -kl_coef * KL's estimate at every token, plus the score once, at the last one.
 
     scores: [B]; logprobs, ref_logprobs: [B, R]; lengths: [B] response lengths. (PPO.md 7, 8; Ziegler et al. 2019, 2.1)
     """
     mask = mask_of(lengths, logprobs.shape[1])
-    rewards = -kl_coef * kl_k1(clean(logprobs.float(), mask), clean(ref_logprobs.float(), mask))
+    kl = KL_ESTIMATORS[estimator](clean(logprobs.float(), mask), clean(ref_logprobs.float(), mask))
+    rewards = -kl_coef * kl
     rewards[torch.arange(len(scores), device=scores.device), lengths - 1] += scores.float()
     return rewards
 

@@ -15,10 +15,10 @@ Rows = tuple[list[Any], list[Any]]
 """Records, and the tokens of each."""
 
 
-def read_sides(session: Session, encoder: Encoder, kind: Kind, config: Any, *, least: int = 1) -> tuple[Rows, Rows]:
+def read_sides(session: Session, encoder: Encoder, kind: Kind, config: Any, *, fewest: int = 1) -> tuple[Rows, Rows]:
     """What is trained on, and what is held out of it or stands in --eval-data; never more than --max-eval-samples.
 
-    least: prompts that --heldout takes at least, where it is above 0. Says which prompts are repeated.
+    fewest: where --heldout is fewer prompts than that, none are held out. Says which prompts are repeated.
     """
     evaluation: EvalFlags = config
     records, rows = read(session.say, encoder, config.data.data, kind, config.data)
@@ -34,7 +34,8 @@ def read_sides(session: Session, encoder: Encoder, kind: Kind, config: Any, *, l
         if shared := sum(record.prompt_key in set(keys) for record in other):
             session.warn(f"duplicate prompts: {shared} of {len(other)} rows of --eval-data are trained on as well")
         return (records, rows), (other, other_rows)
-    train, heldout = split_by_prompt(keys, evaluation.heldout, config.run.seed, least=least, most=most)
+    fraction = evaluation.heldout if fewest == 1 or evaluation.heldout * len(set(keys)) >= fewest else 0.0
+    train, heldout = split_by_prompt(keys, fraction, config.run.seed, most=most)
     sides = [([records[i] for i in side], [rows[i] for i in side]) for side in (train, heldout)]
     return sides[0], sides[1]
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, Roles, in_order, logprobs_of, score, used_scores, values_of
 from penstock.algorithms.health import Row, health, remember
+from penstock.algorithms.heldout import Best, interval
 from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
-from penstock.algorithms.ppo_metrics import summary
+from penstock.algorithms.ppo_metrics import of_heldout, summary
 from penstock.algorithms.setup import reserve_activations, role_specs, sample_rows, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches, response_logprobs
 from penstock.config import OptimFlags, PPOConfig, PPOFlags
@@ -49,6 +50,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     total = optim.steps or math.ceil(len(inputs.prompts) / optim.batch_size)
     parts = math.ceil(optim.batch_size / mini_batch)  # mini-batches per epoch
     updates = optim.epochs * parts
+    every = interval(config, total, len(inputs.heldout[1]), optim.batch_size, session)
 
     with session:
         state = State.start(config, inputs, total)
@@ -78,16 +80,20 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 if passed_target_kl(steps, flags.target_kl):
                     break  # (20) for actor and critic the experience is used up; the next one is fresh
 
-            metrics = summary(experience, state.sums, state.kl.beta, flags)
+            metrics = summary(
+                experience, state.sums, state.kl.beta, flags, has_kl=iteration.roles.reference is not None
+            )
             metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(held)}
+            improved = (step % every == 0 or step == total) and evaluate(
+                step, session, iteration, inputs, state, metrics
+            )
             session.health(step, state.examine(config, metrics))
-            state.kl.update(metrics["objective/kl"], optim.batch_size)
+            state.kl.update(metrics.get("objective/kl", 0.0), optim.batch_size)
             state.end(step)
-            tokens = int(experience.lengths.sum())
-            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
-            if step == total:
+            session.log(step, metrics, tokens=int(experience.lengths.sum()), timing=strategy.take_seconds())
+            if step == session.total:
                 show(step, session, iteration, inputs, config.samples)
-            session.checkpoint(step, trained, state.save)
+            session.checkpoint(step, trained, state.save, best=bool(improved))
         return session.finish()
 
 
@@ -107,10 +113,34 @@ def gather(
     return experience
 
 
+def evaluate(
+    step: int, session: Session, iteration: "PPO", inputs: Inputs, state: "State", metrics: dict[str, float]
+) -> bool:
+    """Adds the held-out prompts' metrics; True if their score is the best so far. Their random streams are the same
+    at every evaluation, and no other answer's."""
+    share_of, (records, prompts) = iteration.strategy.world.share_of, inputs.heldout
+    if not prompts:
+        return False
+    drawn = share_of(list(enumerate(prompts)))
+    rollout = iteration.rollout([ids for _, ids in drawn], [i for i, _ in drawn], seed=iteration.seed ^ HELDOUT_STREAMS)
+    experience = iteration.score(rollout, share_of(records), 0.0)
+    metrics |= of_heldout(experience, has_kl=iteration.roles.reference is not None)
+    improved = state.best.better(metrics["heldout/scores"])
+    state.best.end_early(session, step)
+    return improved
+
+
+HELDOUT_STREAMS = 0xE7A1
+"""In the seed of held-out answers."""
+
+
 def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
     models, source, optim, flags = inputs.models, inputs.source, config.optim, config.ppo
-    longest, mini_batch = max(map(len, inputs.prompts)), config.mini_batch_size or optim.batch_size
+    longest, mini_batch = (
+        max(map(len, [*inputs.prompts, *inputs.heldout[1]])),
+        config.mini_batch_size or optim.batch_size,
+    )
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     work = Workload("ppo", role_specs(models), *batches, longest, flags.max_new_tokens, flags.rollout_batch_size)
     swap = reserve_activations(strategy, work)
@@ -118,8 +148,8 @@ def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     streams = dict(zip(models, prepared, strict=True))
     source.stream = streams.get("reward")
     reward = source.stream if source.reads_actor_tokens else None
-    roles = Roles(streams["actor"], streams["reference"], streams.get("critic"), reward, source.score)
-    critic_scores = source.reads_actor_tokens and "critic" in models and config.critic in (None, config.reward)
+    roles = Roles(streams["actor"], streams.get("reference"), streams.get("critic"), reward, source.score)
+    critic_scores = source.starts_critic and "critic" in models and config.critic in (None, config.reward)
     return PPO(strategy, roles, optim, flags, config.run.seed, inputs.encoder.eos_ids, swap, critic_scores)
 
 
@@ -172,6 +202,8 @@ class State:
     """("policy" or "value", statistics) of each of those updates."""
     history: list[Row] = field(default_factory=list)
     """Metrics of earlier steps that `health` looks back on."""
+    best: Best = field(default_factory=Best)
+    """Of the held-out score."""
 
     @staticmethod
     def start(config: PPOConfig, inputs: "Inputs", steps: int) -> "State":
@@ -185,6 +217,7 @@ class State:
             fn.KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon),
             fn.ValueWarmUp(math.ceil(steps * HELD_SHARE) if starts_blank else 0),
             fn.Moments() if scaled else None,
+            best=Best(config.early_stopping_patience),
         )
 
     def begin(self, experience: Experience, flags: PPOFlags) -> list[str]:
@@ -233,6 +266,8 @@ class State:
             "experience": vars(self.experience) if self.experience else None,
             "sums": [(name, dataclasses.asdict(stats)) for name, stats in self.sums],
             "history": self.history,
+            "best": self.best.value,
+            "stale": self.best.stale,
         }
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -247,6 +282,7 @@ class State:
         self.experience = Experience(**{"scaled_scores": experience["scores"], **experience}) if experience else None
         self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
         self.history = saved.get("history", [])
+        self.best.load(saved.get("best", -math.inf), saved)
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------
@@ -370,7 +406,9 @@ class PPO:
 def with_advantages(experience: Experience, beta: float, flags: PPOFlags) -> Experience:
     """Rewards shaped by the KL penalty, GAE, returns, whitening: all over the whole batch (7, 8, 10, 13, 14)."""
     scores = used_scores(experience, flags)
-    rewards = fn.shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, beta)
+    rewards = fn.shape_rewards(
+        scores, experience.logprobs, experience.ref_logprobs, experience.lengths, beta, flags.kl_estimator
+    )
     if flags.whiten_rewards:
         rewards = fn.whiten(rewards, experience.mask, shift_mean=False)
     advantages, returns = fn.gae(rewards, experience.values, experience.lengths, flags.gamma, flags.lam)
@@ -393,7 +431,11 @@ def actor_loss(actor: Actor, hidden: Tensor, part: Part, flags: PPOFlags, count:
         return flags.ptx_coef * loss, {"ptx": loss}
     logprobs, entropy = logprobs_of(actor, hidden, part, flags.temperature)
     loss, stats = fn.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, flags.clip, count)
-    return loss, {**stats, "policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
+    stats |= {"policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
+    if flags.kl_loss_coef:
+        kl = fn.masked_mean(fn.KL_ESTIMATORS[flags.kl_estimator](logprobs, part.ref_logprobs), part.mask, count)
+        loss, stats["kl_loss"] = loss + flags.kl_loss_coef * kl, kl
+    return loss, stats
 
 
 def critic_loss(critic: Critic | ActorCritic, hidden: Tensor, part: Experience, flags: PPOFlags, count: int) -> Losses:

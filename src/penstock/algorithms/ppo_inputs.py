@@ -4,19 +4,23 @@ It checks that they fit together, and prepares nothing.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penstock.algorithms.heldout import Rows, read_sides
 from penstock.algorithms.reward_source import RewardSource, check_room, reward_source
 from penstock.algorithms.setup import adapter_options, check_adapter_learns, encoder_of, read, read_model
 from penstock.config import PPOConfig
+from penstock.data import formats
 from penstock.data.chat import Encoder, Example
-from penstock.errors import UserError
+from penstock.data.records import Kind
+from penstock.errors import DataError, UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.adapter_files import is_adapter_directory
 from penstock.models.roles import Actor, ActorCritic, Critic
-from penstock.run.directory import resolve_model
+from penstock.run.directory import RunDirectory, resolve_model
 from penstock.run.session import Session
 
 
@@ -35,6 +39,8 @@ class Inputs:
     """Token ids of the records."""
     demonstrations: list[Example]
     """Of the ptx loss."""
+    heldout: Rows
+    """Records and token ids of the prompts that are evaluated."""
 
 
 def check_flags(config: PPOConfig, ranks: int) -> None:
@@ -47,6 +53,10 @@ def check_flags(config: PPOConfig, ranks: int) -> None:
         raise UserError("--ptx-coef and --ptx-data belong together: give both or neither.")
     if config.ppo.missing_eos_score is not None and config.ppo.missing_eos_penalty not in (None, 1.0):
         raise UserError("--missing-eos-score replaces --missing-eos-penalty: give one of the two.")
+    if config.ppo.kl_target is not None and not config.ppo.kl_coef:
+        raise UserError("--kl-target steers --kl-coef by factors, and 0 stays 0; give a --kl-coef above 0.")
+    if config.ppo.kl_loss_coef and config.ppo.kl_estimator == "k1":
+        raise UserError("--kl-loss-coef: k1's gradient in a loss is 0 on average; give --kl-estimator k2 or k3.")
     if config.ppo.temperature <= 0:
         raise UserError("--temperature 0: PPO learns from sampled answers; give a temperature above 0, 1 is usual.")
     if config.optim.batch_size < ranks:
@@ -58,27 +68,67 @@ def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inpu
     actor, encoder = read_model(Actor, config.actor, config, strategy, session, config.ppo.max_new_tokens)
     source = reward_source(config, encoder, strategy, config.data, config.optim.micro_batch_size, session.say)
     with strategy.init():
-        reference = read_reference(config, actor, encoder)
-        critic = None if config.value_head else read_critic(config, actor, encoder, source)
+        reference = read_reference(config, actor, encoder, session)
+        critic = None if config.value_head else read_critic(config, actor, encoder, source, session)
         if config.value_head:
             actor = ActorCritic(actor.decoder)
     models = {"actor": actor, "reference": reference, "critic": critic, "reward": source.model}
     models = {role: model for role, model in models.items() if model is not None}
-    records, prompts = read(session.say, encoder, config.data.data, "prompts", config.data)
-    source.check(records, session.say)
+    sides = read_sides(session, encoder, "prompts", config, fewest=max(FEWEST, strategy.world.size))
+    (records, prompts), heldout = (scorable(side, source, config, session) for side in sides)
+    compare_stages(records, config, session)
+    source.check([*records, *heldout[0]], session.say)
     demonstrations: list[Example] = []
     if config.ppo.ptx_coef:
         demonstrations = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
     if config.ppo.top_k or config.ppo.top_p < 1:
         truncation = f"top_k={config.ppo.top_k}, top_p={config.ppo.top_p}"
         session.say(f"rollouts are truncated ({truncation}): KL may turn negative")
-    return Inputs(models, source, encoder, records, prompts, demonstrations)
+    return Inputs(models, source, encoder, records, prompts, demonstrations, heldout)
 
 
-def read_reference(config: PPOConfig, actor: Actor, encoder: Encoder) -> Actor:
-    """The frozen model that KL is measured from: --reference, or a copy of the actor's start."""
+FEWEST = 4
+"""Prompts whose mean score says anything; where --heldout is fewer, nothing is evaluated."""
+
+
+def scorable(side: Rows, source: RewardSource, config: PPOConfig, session: Session) -> Rows:
+    """The prompts whose answers can be scored. Raises DataError for the others, unless --skip-bad leaves them out."""
+    problems = [source.refuses(record, ids) for record, ids in zip(*side, strict=True)]
+    bad = [text for text in problems if text]
+    if not bad:
+        return side
+    if not config.data.skip_bad:
+        raise DataError(formats.list_bad(bad))
+    session.say(f"--skip-bad left out {len(bad)} of {len(problems)} prompts, the first: {bad[0]}")
+    if len(bad) == len(problems):
+        raise DataError(f"--reward {config.reward}: holds none of the prompts; the first: {bad[0]}")
+    return tuple([row for row, text in zip(rows, problems, strict=True) if not text] for rows in side)  # type: ignore[return-value]
+
+
+def compare_stages(records: Sequence[Any], config: PPOConfig, session: Session) -> None:
+    """Says how many prompts the actor or the reward model were trained on: their data is in their run directories."""
+    keys = {record.prompt_key for record in records}
+    for flag, run in (("actor", config.actor), ("reward", config.reward)):
+        if run is None or not (Path(run) / "config.toml").exists():
+            continue
+        saved = RunDirectory.peek(run)
+        kind: Kind = "comparisons" if saved["command"] == "reward" else "demonstrations"
+        files = [file for file in saved.get("data", []) if Path(file).exists()] if saved["command"] != "ppo" else []
+        seen: set[str] = set()
+        if files:
+            pairs = formats.parse_keys(tuple(saved.get("keys", ())))
+            seen = {record.prompt_key for record in formats.read(files, kind, keys=pairs, skip_bad=True).records}
+        if shared := len(keys & seen):
+            session.warn(f"duplicate prompts: {shared} of {len(keys)} were in the data of --{flag} {run} as well")
+
+
+def read_reference(config: PPOConfig, actor: Actor, encoder: Encoder, session: Session) -> Actor | None:
+    """The frozen model that KL is measured from: --reference, or a copy of the actor's start where KL is used."""
     if not config.reference:
-        return actor.frozen()
+        if config.ppo.kl_coef or config.ppo.kl_loss_coef:
+            return actor.frozen()
+        session.say("--kl-coef 0: no reference is loaded, KL is not measured; --reference MODEL measures it")
+        return None
     address = resolve_model(config.reference)
     pickled, base_dtype = config.data.allow_pickle, config.peft.base_dtype
     reference = Actor.from_pretrained(address, allow_pickle=pickled, base_dtype=base_dtype)
@@ -87,11 +137,16 @@ def read_reference(config: PPOConfig, actor: Actor, encoder: Encoder) -> Actor:
     return reference
 
 
-def read_critic(config: PPOConfig, actor: Actor, encoder: Encoder, source: RewardSource) -> Critic:
-    """--critic, or the reward model where it reads the actor's tokens, or the actor with a zero head."""
-    address = config.critic or (config.reward if source.reads_actor_tokens else None)
+def read_critic(config: PPOConfig, actor: Actor, encoder: Encoder, source: RewardSource, session: Session) -> Critic:
+    """--critic, or the reward model where the actor's ids mean the same to it, or the actor with a zero head."""
+    address = config.critic or (config.reward if source.starts_critic else None)
     if address is None:
+        why = "there is no reward model"
+        if config.reward is not None:
+            why = f"{config.reward} has another vocabulary or fewer positions"
+        session.say(f"the critic starts as --actor with a zero head, because {why}; --critic names another")
         return Critic(copy.deepcopy(actor.decoder))
+    session.say(f"the critic starts as {address}")
     address = resolve_model(address, "critic")
     options = {**adapter_options(config.peft, config.run.seed + 1), "adapter": None}
     if is_adapter_directory(Path(address)):
@@ -106,5 +161,7 @@ def check_role(flag: str, address: str, role: Actor | Critic, encoder: Encoder, 
     """Raises UserError when a model does not read the actor's tokens, or not so many of them."""
     check_room(flag, address, role.decoder.config, encoder)
     role_encoder = encoder_of(address, role.decoder.config, config.data, task="judge")
-    if role.decoder.config.vocab_size < encoder.vocab_size or not role_encoder.same_tokenizer(encoder):
-        raise UserError(f"--{flag} {address}: has another tokenizer than the actor, and the two must share one.")
+    if role.decoder.config.vocab_size < encoder.vocab_size or not role_encoder.same_ids(encoder):
+        raise UserError(
+            f"--{flag} {address}: has another tokenizer than the actor, and the two must share one: it reads ids."
+        )

@@ -9,18 +9,41 @@ from penstock.memory.strategy import StepStats
 
 
 def summary(
-    experience: Experience, sums: Sequence[tuple[str, StepStats]], beta: float, flags: PPOFlags
+    experience: Experience, sums: Sequence[tuple[str, StepStats]], beta: float, flags: PPOFlags, *, has_kl: bool = True
 ) -> dict[str, float]:
-    """Metrics of the experience, and of the updates in `sums`, ("policy" or "value", statistics) each."""
+    """Metrics of the experience, and of the updates in `sums`, ("policy" or "value", statistics) each.
+
+    has_kl: False without a reference; then nothing that KL is in is a metric.
+    """
     policy = [stats for name, stats in sums if name == "policy"]
     value = [stats.sums for name, stats in sums if name == "value"]
     metrics = _of_experience(experience, beta, flags)
+    if not has_kl:
+        metrics = {name: value for name, value in metrics.items() if name not in OF_KL}
     if policy:
         metrics |= _of_policy([stats.sums for stats in policy])
         metrics["policy/grad_norm"] = sum(stats.grad_norm for stats in policy) / len(policy)
     if value:
         metrics["val/clipfrac_avg"] = _total(value, "clipfrac") / _total(value, "tokens")
         metrics["loss/value_avg"] = _total(value, "loss") / len(value)
+    return metrics
+
+
+OF_KL = ("objective/kl", "objective/kl_k3", "objective/non_score_reward", "objective/kl_coef")
+
+
+def of_heldout(experience: Experience, *, has_kl: bool) -> dict[str, float]:
+    """Metrics of an evaluation. An answer that did not end counts as the worst that did, on any scale (7)."""
+    scores, rows = fn.below_ended(experience.scores, experience.ended, 0.0), len(experience.tokens)
+    metrics = {
+        "heldout/scores": float(scores.mean()),
+        "heldout/scores_stderr": float(scores.std()) / rows**0.5 if rows > 1 else 0.0,
+        "heldout/response_length": float(experience.lengths.float().mean()),
+        "heldout/missing_eos_rate": 1.0 - float(experience.ended.float().mean()),
+    }
+    if has_kl:
+        kl = fn.clean(fn.kl_k1(experience.logprobs, experience.ref_logprobs), experience.mask)
+        metrics["heldout/kl"] = float(kl.sum()) / rows
     return metrics
 
 
@@ -65,6 +88,8 @@ def _of_policy(updates: Sequence[dict[str, float]]) -> dict[str, float]:
         "val/first_ratio_gap": updates[0]["max_ratio_gap"],
         "policy/updates": float(len(updates)),
     }
+    if "kl_loss" in updates[0]:
+        metrics["loss/kl_avg"] = _total(updates, "kl_loss") / len(updates)
     if "ptx" in updates[0]:
         metrics["loss/ptx_avg"] = _total(updates, "ptx") / len(updates)
     return metrics

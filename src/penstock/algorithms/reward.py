@@ -6,7 +6,7 @@ and scaled on held-out responses, and that normalisation is saved with the model
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,10 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
                 best.end_early(session, step)
             if step == session.total:
                 with strategy.phase("score"):
-                    normalize_score(strategy, stream, heldout or train, normalize, optim.micro_batch_size)
+                    scaled_on = enough_for_a_scale(heldout, train, session.say)
+                    normalize_score(strategy, stream, scaled_on, normalize, optim.micro_batch_size)
+                if model.std <= SMALL:
+                    session.warn(f"no spread: all scores are {model.mean:.4g}: it tells no answers apart")
                 if any(ranking.pairs for ranking in heldout):
                     accuracy, correlation = facts["accuracy"], facts["length_correlation"]
                     model.facts = {"pair_accuracy": accuracy, "length_correlation": correlation}
@@ -227,6 +230,23 @@ def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...])
     return Ranking(rows, ranks, tuple(len(responses[i]) for i in kept))
 
 
+FEWEST = 32
+"""Answers that a spread is measured on at least: of 32, its standard error is an eighth of it."""
+SMALL = 1e-6
+"""The least spread that scores are divided by."""
+
+
+def enough_for_a_scale(heldout: list[Ranking], train: list[Ranking], say: Callable[[str], None]) -> list[Ranking]:
+    """The rankings whose answers set the scale of scores: held-out ones, and as many others as are needed."""
+    count = sum(len(ranking.rows) for ranking in heldout)
+    if count >= FEWEST:
+        return heldout
+    added = train[: FEWEST - count]
+    total = count + sum(len(ranking.rows) for ranking in added)
+    say(f"{count} answers are held out, too few for the spread of scores: it is measured on {total}, training ones too")
+    return [*heldout, *added]
+
+
 def normalize_score(
     strategy: Strategy, stream: Stream, rankings: Sequence[Ranking], demonstrations: Sequence[Example], size: int
 ) -> None:
@@ -240,4 +260,4 @@ def normalize_score(
         rows = [example.tokens for example in demonstrations]
         mean = torch.tensor(score_rows(strategy, stream, rows, size)).mean()
     model.mean = float(mean)
-    model.std = max(float(flat.std()), 1e-6) if len(flat) > 1 else 1.0
+    model.std = max(float(flat.std()), SMALL) if len(flat) > 1 else 1.0

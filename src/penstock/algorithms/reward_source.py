@@ -14,7 +14,7 @@ from penstock.algorithms.setup import encoder_of
 from penstock.config import DataFlags, GenerateConfig, PPOConfig
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
-from penstock.errors import UserError
+from penstock.errors import DataError, UserError
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
 from penstock.models.config import DecoderConfig
@@ -34,11 +34,17 @@ class RewardSource:
     stream: Stream | None = None
     reads_actor_tokens = False
     """True: `model` takes the actor's own rows, and may be scored together with the other models."""
+    starts_critic = False
+    """True: a critic may start as `model`: the same ids mean the same to it, and it holds as many of them."""
     has_scale = False
     """True: scores have been centred and divided by their spread, as `penstock reward` does (10)."""
 
     def check(self, records: Sequence, say: Say) -> None:
         """Says before the first answer what it will make of these prompts."""
+
+    def refuses(self, record: Prompt, prompt_ids: list[int]) -> str:
+        """Why no answer to this prompt can be scored; empty where it can."""
+        return ""
 
     def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
         """One score per answer."""
@@ -59,7 +65,8 @@ def reward_source(
     model.eval().requires_grad_(False)
     _warn_if_weak(model, say, reward)
     unlimited = dataclasses.replace(flags, max_length=1 << 30)
-    model_encoder = encoder_of(source, model.decoder.config, unlimited, task="judge")
+    reserve = encoder.limits.reserve  # a prompt leaves room for as long an answer as the actor may give
+    model_encoder = encoder_of(source, model.decoder.config, unlimited, reserve=reserve, task="judge")
     scores = ModelReward(model, strategy, encoder, model_encoder, size)
     if not scores.reads_actor_tokens and None in (encoder.tokenizer, model_encoder.tokenizer):
         raise UserError(
@@ -68,6 +75,8 @@ def reward_source(
         )
     if scores.reads_actor_tokens:
         check_room("reward", reward, model.decoder.config, encoder)
+    else:
+        say(f"{reward}: has another tokenizer or chat template than the actor: answers go to it as text, in its own")
     return scores
 
 
@@ -79,6 +88,8 @@ class ModelReward(RewardSource):
     ) -> None:
         self.model, self.strategy, self.encoder, self.model_encoder = model, strategy, encoder, model_encoder
         self.reads_actor_tokens, self.size = model_encoder.same_tokenizer(encoder), size
+        room = model.decoder.config.max_length >= encoder.max_length
+        self.starts_critic = room and model_encoder.same_ids(encoder)
         self.has_scale = "penstock_score_mean" in model.decoder.config.hf
 
     def check(self, records: Sequence, say: Say) -> None:
@@ -87,6 +98,14 @@ class ModelReward(RewardSource):
         if count and not self.reads_actor_tokens:
             say(f"{count} prompts are token ids; the reward model has another tokenizer and reads their text")
 
+    def refuses(self, record: Prompt, prompt_ids: list[int]) -> str:
+        if not self.reads_actor_tokens:
+            try:
+                self._row(record, prompt_ids, ".", ended=True)
+            except DataError as error:
+                return f"{error} That is how the reward model reads it."
+        return ""
+
     def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
         assert self.stream is not None, "prepare the reward model first"
         if self.reads_actor_tokens:
@@ -94,11 +113,15 @@ class ModelReward(RewardSource):
         else:
             rows = []
             for record, answer in zip(records, answers, strict=True):
-                if record.prompt_ids is not None:
-                    record = Prompt(where=record.where, prompt=self.encoder.decode(answer.prompt_ids))
                 text, ended = self.encoder.decode(answer.response_ids), answer.finish_reason == "stop"
-                rows.append(self.model_encoder.encode_response(record, text, ended=ended))
+                rows.append(self._row(record, answer.prompt_ids, text, ended))
         return score_rows(self.strategy, self.stream, rows, self.size)
+
+    def _row(self, record: Prompt, prompt_ids: list[int], text: str, ended: bool) -> list[int]:
+        """An answer in its own tokens."""
+        if record.prompt_ids is not None:
+            record = Prompt(where=record.where, prompt=self.encoder.decode(prompt_ids))
+        return self.model_encoder.encode_response(record, text, ended=ended)
 
 
 class FunctionReward(RewardSource):

@@ -173,7 +173,7 @@ Phases = Callable[[Any], Any]
 def _ppo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases, swap: Ram | None) -> None:
     """One iteration as in algorithms.ppo.ppo."""
     optim = OptimFlags(1e-6, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size, epochs=work.epochs)
-    roles = Roles(streams["actor"], streams["reference"], streams["critic"], streams.get("reward"), _no_scores)
+    roles = Roles(streams["actor"], streams.get("reference"), streams["critic"], streams.get("reward"), _no_scores)
     iteration, decoder = PPO(strategy, roles, optim), streams["actor"].model.decoder
     count, response = math.ceil(work.batch_size / strategy.world.size), work.length - work.prompt_length
     rollout: list[Answer] = []

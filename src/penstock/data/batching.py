@@ -65,17 +65,17 @@ class Shuffle:
 
 
 def split_by_prompt(
-    prompts: Sequence[str], fraction: float, seed: int, *, least: int = 1, most: int | None = None
+    prompts: Sequence[str], fraction: float, seed: int, *, most: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Indices to train on and to hold out: about `fraction` of the prompts, each whole on one side (PPO.md 23).
 
-    Where fraction is above 0, at least `least` prompts are held out and one is trained on; never more rows than `most`.
+    At least one prompt stays on each side when fraction is above 0 and there are two; `most` rows at most are held out.
     """
     distinct = sorted(set(prompts))
     random.Random(seed).shuffle(distinct)
     count = round(len(distinct) * fraction)
     if fraction > 0:
-        count = min(max(count, least), len(distinct) - 1)
+        count = min(max(count, 1), len(distinct) - 1)
     rows, heldout = Counter(prompts), set(distinct[:count])
     if most is not None:
         room = itertools.accumulate(rows[prompt] for prompt in distinct[:count])

@@ -6,6 +6,7 @@ SFT was trained on (PPO.md 11).
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -143,6 +144,12 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without ends and the tokens of the template; empty when the model has no tokenizer."""
         return "" if self.tokenizer is None else words_of(self.tokenizer, ids, self.hidden)
+
+    def same_ids(self, encoder: "Encoder") -> bool:
+        """True when both mean the same by an id; how they cut a text into ids, and templates, may differ."""
+        if self.tokenizer is None or encoder.tokenizer is None:
+            return self.vocab_size == encoder.vocab_size
+        return self.tokenizer.get_vocab() == encoder.tokenizer.get_vocab()
 
     def same_tokenizer(self, encoder: "Encoder") -> bool:
         """True when both write the same ids, template included."""
@@ -449,8 +456,12 @@ class Encoder:
 def _fingerprint(encoder: Encoder) -> tuple[Any, ...]:
     tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
-    words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return words, encoder.template.sources, tokenizer.eos_token_id
+    if backend is None:
+        return sorted(tokenizer.get_vocab().items()), encoder.template.sources, tokenizer.eos_token_id
+    parts = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # how batches were made last
+    # A reward model's may have a pad token that its base has not; see `tokenizer_files.pad_of`
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] != tokenizer.pad_token_id]
+    return parts, encoder.template.sources, tokenizer.eos_token_id
 
 
 def _check_unicode(text: str, where: str) -> None:

@@ -28,7 +28,7 @@ from penstock.models.families.weights import Weight
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.safetensors_writer import Entry
 from penstock.models.surgery import add_adapters
-from penstock.models.tokenizer_files import read_ends, write_ends
+from penstock.models.tokenizer_files import pad_of, read_ends, write_ends
 from penstock.models.weight_files import (
     INDEX,
     NAMES_OF_DTYPES,
@@ -374,7 +374,10 @@ def _config_json(decoder: Decoder, family: ModuleType, score: Tensor | None, ext
     hf["architectures"] = [architecture[config.family] if isinstance(architecture, dict) else architecture]
     hf["dtype"] = str(decoder.embed.tokens.dtype).removeprefix("torch.")
     hf.pop("torch_dtype", None)  # the older name of dtype
-    return hf if score is None else hf | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    if score is None:
+        return hf
+    pad = pad_of({"vocab_size": config.vocab_size, **hf}, config.eos_ids)
+    return hf | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad}
 
 
 def _shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:

@@ -64,12 +64,28 @@ def write_ends(directory: Path, ids: Sequence[int], tokenizer: Any = None) -> No
     model = _read(directory / ENDS_FILES[0])
     kept = {name: model[name] for name in ("bos_token_id", "pad_token_id") if model.get(name) is not None}
     named = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
+    reads_last = "penstock_score_mean" in model
+    if reads_last:
+        named["pad_token_id"] = pad_of(model, ids, tokenizer)
     if model:
         _write(directory / ENDS_FILES[0], model | named)
     _write(directory / ENDS_FILES[1], (_read(directory / ENDS_FILES[1]) or kept) | named)
     path = directory / "tokenizer_config.json"
     if tokenizer is not None and tokenizer.eos_token is None and path.exists():
         _write(path, _read(path) | {"eos_token": tokenizer.convert_ids_to_tokens(ids[0])})
+    if reads_last and tokenizer is not None and tokenizer.pad_token_id != named["pad_token_id"] and path.exists():
+        _write(path, _read(path) | {"pad_token": tokenizer.convert_ids_to_tokens(named["pad_token_id"])})
+
+
+def pad_of(config: dict[str, Any], ends: Sequence[int], tokenizer: Any = None) -> int:
+    """What pads the rows of a reward model in transformers, which reads a score at the last token that is no pad: so
+    none that ends an answer. Without a token for it, the last of the vocabulary, which hardly ends a cut row."""
+    named = [config.get("pad_token_id"), config.get("bos_token_id")]
+    if tokenizer is not None:
+        named[1:1] = [tokenizer.pad_token_id]
+        named.append(tokenizer.unk_token_id)
+    size = len(tokenizer) if tokenizer is not None else config["vocab_size"]
+    return next(token for token in [*named, *range(size - 1, -1, -1)] if token is not None and token not in ends)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class PlanConfig(PlacementFlags):
     """ppo: passes over each experience."""
     rollout_batch_size: int | None = None
     """ppo: answers that one process generates together. Default: all of its answers."""
+    kl_coef: float = 0.05
+    """ppo: at 0 there is no reference."""
     prompt_length: int = 384
     """Tokens per prompt."""
     max_new_tokens: int = 128

@@ -147,7 +147,7 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
     batch_size = config.batch_size * (2 if config.stage == "reward" else 1)  # a pair is two rows
     return Workload(
         config.stage,
-        tuple(role(*row) for row in ROLES[config.stage]),
+        tuple(role(*row) for row in ROLES[config.stage] if config.kl_coef or row[0] != "reference"),
         batch_size,
         config.micro_batch_size,
         config.mini_batch_size or batch_size,

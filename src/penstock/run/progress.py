@@ -18,6 +18,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("heldout/accuracy", "held-out accuracy", "{:5.3f}".format),
     ("objective/scores", "score", "{:+7.3f}".format),
     ("objective/scores_std", "std", "{:6.3f}".format),
+    ("heldout/scores", "held-out score", "{:+7.3f}".format),
     ("objective/used_scores", "used", "{:+7.3f}".format),
     ("val/missing_eos_rate", "cut", "{:5.1%}".format),
     ("objective/kl", "kl", "{:7.3f}".format),

@@ -121,8 +121,9 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 HEADLINES = {
     "loss": "loss", "heldout/loss": "held-out loss", "accuracy": "accuracy", "heldout/accuracy": "held-out accuracy",
-    "objective/scores": "score", "objective/used_scores": "used score", "val/missing_eos_rate": "cut answers",
-    "objective/kl": "KL, nats", "objective/response_length": "answer length, tokens",
+    "objective/scores": "score", "heldout/scores": "held-out score", "objective/used_scores": "used score",
+    "val/missing_eos_rate": "cut answers", "objective/kl": "KL, nats",
+    "objective/response_length": "answer length, tokens",
     "val/explained_variance": "value explained", "episode": "answers sampled", "perf/tokens_per_second": "tokens/s",
     "perf/host_peak_bytes": "peak host memory", "perf/device_peak_bytes": "peak device memory",
 }  # fmt: skip

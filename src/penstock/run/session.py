@@ -220,9 +220,11 @@ class Session:
             )
 
     def warn(self, text: str) -> None:
-        """A warning before the first step: said, and in the report's band."""
+        """A warning that has no end: said, and in the report's band."""
         self.say(f"WARNING: {text}")
         self._warned.append(text)
+        if self.directory is not None:
+            self._lines["health"].write({"step": 0, "text": text})
 
     def health(self, step: int, warnings: Sequence[str]) -> None:
         """Says which warnings ("name: text") begin and which have ended; the report shows them with their steps."""
