@@ -210,3 +210,28 @@ def test_a_loaded_adapter_stays_in_the_reference(tmp_path, tiny_model):
     assert torch.equal(again.frozen().decoder(tokens), again.decoder(tokens))
     assert not lora.adapters_of(Actor.from_pretrained(base, lora=4).frozen().decoder)
     assert dataclasses.replace(lora.Adapted(again.decoder.adapted.spec, "", None, 1)).source != 0
+
+
+def test_whole_weights_that_came_with_an_adapter_stay_with_it(tmp_path, tiny_model, jsonl):
+    """modules_to_save of a tied model, through training where weights move: peft reads what comes out."""
+    base, tokens = tiny_model(), torch.arange(3, 12)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["c_attn"], modules_to_save=["wte", "lm_head"])
+    adapted = peft.get_peft_model(theirs, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape) * ("modules_to_save" in name))
+    adapted.save_pretrained(tmp_path / "first")
+    data = jsonl(demonstrations(12))
+    for strategy in ("naive", "gemini_cpu"):
+        flags = ["--steps", "2", "--batch-size", "4", "--lr", "1e-2", "--samples", "0", "--strategy", strategy]
+        out = tmp_path / strategy
+        assert cli("sft", "--model", base, "--adapter", tmp_path / "first", "--data", data, "--out", out, *flags) == 0
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+        again = peft.PeftModel.from_pretrained(theirs, last_model(out)).eval()
+        with torch.no_grad():
+            expected = again(tokens).logits
+            before = adapted.eval()(tokens).logits
+        assert (logits_of(last_model(out)) - expected).abs().max() <= 1e-5
+        assert 1e-3 < (expected - before).abs().max() < 1.0
+        assert torch.equal(again.base_model.model.lm_head.weight, adapted.base_model.model.lm_head.weight)
