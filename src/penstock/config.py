@@ -187,7 +187,8 @@ class OptimFlags(Flags):
     """Optimizer."""
 
     lr: float = None  # type: ignore[assignment]  # `settle_lr` gives it its value
-    """Peak learning rate, after a linear warm-up. Default: 1e-5 (ppo: 3e-6), and ten times that for an adapter."""
+    """Peak learning rate, after a linear warm-up. Default: 1e-5, and ten times that for an adapter; for ppo
+    from 1B parameters up 3e-6 is usual."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """After the warm-up: to 0 in a line or a half cosine, constant, or constant and to 0 in the last fifth (wsd)."""
     batch_size: int = 32
@@ -372,7 +373,7 @@ class PPOFlags(Flags):
 class PPOConfig(EvalFlags):
     """PPO: improve the actor against a score, staying near the reference."""
 
-    LR: ClassVar[float] = 3e-6
+    LR: ClassVar[float] = 1e-5
     actor: str
     """The SFT model: Hugging Face directory, hub id or run directory."""
     data: DataFlags
@@ -386,7 +387,7 @@ class PPOConfig(EvalFlags):
     """Where the critic starts. Default: the reward model; without one, the actor with a zero head."""
     reference: str | None = None
     """The frozen model that KL is measured from. Default: the actor's start; none at --kl-coef 0."""
-    optim: OptimFlags = field(default_factory=lambda: OptimFlags(batch_size=64, epochs=4, steps=200))
+    optim: OptimFlags = field(default_factory=lambda: OptimFlags(batch_size=64, epochs=4, steps=500))
     ppo: PPOFlags = field(default_factory=PPOFlags)
     mini_batch_size: int | None = None
     """Episodes per optimizer step. Default: the whole batch."""
