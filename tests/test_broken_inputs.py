@@ -24,6 +24,7 @@ Make = Callable[[Path], list[Any]]
 LLAMA = {"family": "llama", "position": "rotary", "rotary_dim": 8, "norm": "rms", "gated": True, "activation": "silu",
          "qkv_bias": False, "out_bias": False, "mlp_bias": False, "tied": False}  # fmt: skip
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+LONG = [{"prompt_ids": [1, 3, 4, 5, 6, 7 + i]} for i in range(6)]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 NO_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
 
@@ -57,10 +58,10 @@ def improve(path: Path, *flags: Any, rows: list[dict[str, Any]] | None = None, a
             "--max-new-tokens", 4, "--samples", 0, *flags]  # fmt: skip
 
 
-def score_with(path: Path, body: str) -> list[Any]:
+def score_with(path: Path, body: str, *flags: Any) -> list[Any]:
     """PPO against a --reward-fn with this body."""
     (path / "fn.py").write_text(f"def score(prompts, responses, **_):\n    {body}\n")
-    return improve(path, "--reward-fn", f"{path}/fn.py:score")
+    return improve(path, "--reward-fn", f"{path}/fn.py:score", *flags)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ BROKEN: list[tuple[str, Make, int, str]] = [
     ("a judge as the actor", lambda d: improve(d, "--reward", reward_model(d), actor=reward_model(d, "actor")), 2,
      "is a reward model, and a language model is needed"),
     ("a judge with fewer positions",
-     lambda d: improve(d, "--reward", reward_model(d, max_length=4)), 2, "holds rows of 4 tokens"),
+     lambda d: improve(d, "--reward", reward_model(d, max_length=8), rows=LONG), 2, "holds rows of 8 tokens"),
     ("a judge with fewer tokens",
      lambda d: improve(d, "--reward", reward_model(d, vocab_size=8)), 2, "does not read the actor's tokens"),
     ("a score that is no number",
@@ -278,7 +279,9 @@ BROKEN: list[tuple[str, Make, int, str]] = [
     ("a score that is not finite", lambda d: score_with(d, "return [float('nan')] * len(responses)"), 2, "nan"),
     ("too few scores", lambda d: score_with(d, "return [1.0] * (len(responses) // 2)"), 2, r"gave 2 scores for 4"),
     ("a score that fails", lambda d: score_with(d, "return 1 / 0"), 2, "ZeroDivisionError"),
-    ("a score without spread", lambda d: score_with(d, "return [1.0] * len(responses)"), 0, "WARNING: no spread"),
+    ("a score without spread",
+     lambda d: score_with(d, "return [1.0] * len(responses)", "--missing-eos-penalty", "none"), 0,
+     "WARNING: no spread"),
     ("pairs of equal answers",
      lambda d: rank(d, [{"prompt_ids": [1], "response_ids": [[4], [4]], "ranking": [[0], [1]]}] * 4), 4,
      "0 and 1 are the same"),
