@@ -26,6 +26,7 @@ BENCHMARKS = {
     "planted_bugs": ("planted_bugs:main", "wrong lines planted in the source: the tests must fail"),
     "identity": ("identity:main", "two checkouts: the same bytes of metrics and weights"),
     "speed": ("speed:main", "two checkouts: seconds of the same steps in turns"),
+    "gradients": ("gradients:main", "two checkouts: the error of bf16 gradients by micro-batch"),
     "gpu": ("gpu:main", "everything that only a GPU can tell, on small shapes without one"),
     "tables": ("tables:main", "writes benchmarks/README.md and its plots from the results"),
 }

@@ -183,6 +183,7 @@ BUGS: list[Bug] = [
     (STREAM, "a block passes its own slope on", "            wave.state_grads[j] = x.grad\n", "            wave.state_grads[j] = wave.state_grads[j]\n"),
     (SINK, "a second visit forgets the first", "            unrounded(grads, home.grads)  # a", "            grads.zero_()  # a"),
     (SINK, "each piece of a disk update starts at the beginning", "gradients[1][start:stop]", "gradients[1][: stop - start]"),
+    ("algorithms/setup.py", "a GPU trains under ddp by default", "(AUTO if accelerated else \"ddp\")", "\"ddp\""),
     (PLAN, "gradients of waves add up in bf16", "add_up=not recomputes(not resident(row, world), recompute)", "add_up=False"),
     (STREAM, "autograd rounds each gradient before it is added", "        parameter.grad_dtype = SUMS", "        pass"),
     (SINK, "weight decay falls on norms and biases", "in home.chunk.decaying:", "in [slice(0, home.chunk.numel)]:"),

@@ -75,12 +75,13 @@ class BudgetFlags(Flags):
 class PlacementFlags(BudgetFlags):
     """Placement of weights, gradients and optimizer states."""
 
-    strategy: str = "ddp"
+    strategy: str | None = None
     """Where weights, gradients and optimizer states are kept: naive, ddp, zero1, zero1_cpu, zero2, zero2_cpu, gemini,
     gemini_cpu, gemini_nvme, gemini_auto. Each next one needs less device memory and moves more bytes; gemini_auto
-    fills the device first, then host memory, then the disk."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the weights compute in; the optimizer keeps an fp32 master in both cases."""
+    fills the device first, then host memory, then the disk. Default: ddp on a CPU, gemini_auto on a GPU."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """What the weights compute in; the optimizer keeps an fp32 master in both cases. Default: fp32 on a CPU, bf16 on a
+    GPU that has it; products of fp32 weights are TF32 on a GPU."""
     chunk_size: str | None = None
     """Weights that move together at most: 64MB. Default: one block."""
     recompute: bool = False

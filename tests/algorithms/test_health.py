@@ -14,7 +14,9 @@ from penstock.run.report import warnings
 from tests.algorithms.test_ppo import config, experience, task  # noqa: F401
 from tests.conftest import metrics, ppo_config
 
-CONFIG = ppo_config(actor="-", data=DataFlags(data=()), run=RunFlags(out="-"), reward_clip=3.0, kl_target=6.0)
+CONFIG = ppo_config(
+    actor="-", data=DataFlags(data=()), run=RunFlags(out="-", dtype="fp32"), reward_clip=3.0, kl_target=6.0
+)
 GOOD = {
     "objective/kl": 1.0, "objective/scores": 0.5, "objective/response_length": 4.0, "objective/kl_coef": 0.05,
     "policy/entropy_avg": 2.0, "policy/clipfrac_avg": 0.1, "val/explained_variance": 0.5,

@@ -87,6 +87,15 @@ def test_clipping_is_by_the_global_norm(max_grad_norm):
     assert torch.allclose(net.weight, oracle.weight, atol=1e-6)
 
 
+def test_auto_on_a_gpu_has_its_free_memory_as_budget(monkeypatch):
+    """Else it would take the device for endless, and nothing would go elsewhere."""
+    monkeypatch.setattr(World, "join", lambda device: World(0, 1, torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 2 * 10**10))
+    assert Strategy.named("gemini_auto").tiers["device"].budget == 9 * 10**9
+    assert Strategy.named("gemini_auto", device_memory="4GB").tiers["device"].budget == 4 * 10**9
+    assert Strategy.named("ddp").tiers["device"].budget is None
+
+
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [*NAMES, "gemini_cpu_8bit"])

@@ -22,7 +22,7 @@ from penstock.algorithms.health import Row, health, remember
 from penstock.algorithms.heldout import Best, interval
 from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
 from penstock.algorithms.ppo_metrics import of_heldout, summary
-from penstock.algorithms.setup import reserve_activations, role_specs, sample_rows, strategy_of
+from penstock.algorithms.setup import placed, reserve_activations, role_specs, sample_rows, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches, response_logprobs
 from penstock.config import OptimFlags, PPOConfig, PPOFlags
 from penstock.data.batching import Shuffle
@@ -42,6 +42,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
     `--steps` counts rollout iterations; `--batch-size` episodes per iteration over all ranks.
     """
+    config = dataclasses.replace(config, run=placed(config.run))
     optim, flags, strategy = config.optim, config.ppo, strategy_of(config.run)
     world, mini_batch = strategy.world, config.mini_batch_size or optim.batch_size
     check_flags(config, world.size)

@@ -5,6 +5,7 @@ prompt's pairs, then over prompts (PPO.md 22). The split is by prompt (PPO.md 23
 and scaled on held-out responses, and that normalisation is saved with the model (PPO.md 10).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.heldout import Best, interval, read_sides
-from penstock.algorithms.setup import prepare, read, read_model, strategy_of
+from penstock.algorithms.setup import placed, prepare, read, read_model, strategy_of
 from penstock.config import OptimFlags, RewardConfig
 from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Example
@@ -47,6 +48,7 @@ class Ranking:
 
 def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint."""
+    config = dataclasses.replace(config, run=placed(config.run))
     optim, strategy = config.optim, strategy_of(config.run)
     session = Session("reward", config, strategy.world, resume=resume)
     model, train, heldout, normalize = read_inputs(session.config, strategy, session)

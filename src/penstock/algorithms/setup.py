@@ -1,16 +1,21 @@
 """What every training command sets up: strategy, model and encoder, records with their tokens, room for activations."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from penstock.config import ADAPTER_LR, DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder, Task
 from penstock.data.limits import TooLongError
 from penstock.data.records import Kind
+from penstock.distributed.world import device_types
 from penstock.errors import DataError, UserError
+from penstock.memory.placement import AUTO
 from penstock.memory.prepare import groups_of
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
@@ -26,10 +31,30 @@ from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+Flags = TypeVar("Flags", bound=EngineFlags)
+
+
+def placed(flags: Flags) -> Flags:
+    """With the strategy and the dtype that suit the device, where none is given: what config.toml holds, so that a run
+    resumes on another machine as it began."""
+    types = device_types()
+    kind = (flags.device or types[-1]).partition(":")[0]
+    accelerated = kind in types[1:]
+    has_bf16 = accelerated and (kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))
+    return dataclasses.replace(
+        flags,
+        strategy=flags.strategy or (AUTO if accelerated else "ddp"),
+        dtype=flags.dtype or ("bf16" if has_bf16 else "fp32"),
+    )
 
 
 def strategy_of(flags: EngineFlags) -> Strategy:
-    """The strategy that a command's flags name."""
+    """The strategy that a command's flags name. On a GPU fp32 products are TF32 from then on."""
+    flags = placed(flags)
+    assert flags.strategy is not None
+    assert flags.dtype is not None
+    if flags.dtype == "fp32" and (flags.device or device_types()[-1]).startswith("cuda"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     names = ("dtype", "device", "device_memory", "host_memory", "disk", "activation_budget")
     options: dict[str, Any] = {name: getattr(flags, name, None) for name in names}
     chunk_size = elements_of(flags.chunk_size, flags.dtype)
@@ -55,6 +80,9 @@ def read_model(role: Any, source: str, config: Any, strategy: Strategy, session:
     address, options = resolve_model(source), adapter_options(config.peft, config.run.seed)
     with strategy.init():
         model = role.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
+    if strategy.world.device.type != "cpu":
+        products = ", products in TF32" if strategy.dtype == torch.float32 else ""
+        session.say(f"{strategy.world.device}: --strategy {strategy.name} --dtype {NAME_OF[strategy.dtype]}{products}")
     check_adapter_learns(model, config.peft)
     encoder = encoder_of(address, model.decoder.config, config.data, reserve=reserve)
     session.finishing = functools.partial(

@@ -4,6 +4,7 @@ The loss is on response tokens only, EOS included; every conversation is its own
 another; the best checkpoint is the one with the lowest held-out loss (PPO.md 24).
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.heldout import Best, interval, read_sides
-from penstock.algorithms.setup import prepare, read_model, sample_rows, strategy_of
+from penstock.algorithms.setup import placed, prepare, read_model, sample_rows, strategy_of
 from penstock.config import OptimFlags, SFTConfig
 from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Encoder, Example
@@ -32,6 +33,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
 
     Raises UserError, DataError or ResourceError, each with the fix; the last checkpoint stays.
     """
+    config = dataclasses.replace(config, run=placed(config.run))
     optim, run, strategy = config.optim, config.run, strategy_of(config.run)
     session = Session("sft", config, strategy.world, resume=resume)
     actor, encoder, train, heldout = read_inputs(session.config, strategy, session)

@@ -172,7 +172,7 @@ def data_flags(path: Path) -> DataFlags:
 
 def run_flags(out: Path, seed: int) -> RunFlags:
     """A run that keeps its last checkpoint."""
-    return RunFlags(out=str(out), seed=seed, checkpoint_every=10_000, keep=1)
+    return RunFlags(out=str(out), seed=seed, checkpoint_every=10_000, keep=1, strategy="ddp", dtype="fp32")
 
 
 def save_untrained(directory: Path, texts: list[str], seed: int) -> None:

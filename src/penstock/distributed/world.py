@@ -31,6 +31,12 @@ _mailboxes: shared_memory.Mailboxes | None = None
 """Of the same group, where it computes on the CPUs of one machine."""
 
 
+def device_types() -> list[str]:
+    """Kinds of devices of this machine, the default one last: cpu, and an accelerator's if there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu", accelerator.type] if accelerator else ["cpu"]
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its peers. Example: World(rank=0, size=1, device=device("cpu"))."""
@@ -46,8 +52,7 @@ class World:
         Raises UserError for a device that this machine does not have.
         """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        types = ["cpu", accelerator.type] if accelerator else ["cpu"]
+        types = device_types()
         device_type, _, index = (device or types[-1]).partition(":")
         if device_type not in types or not (index or "0").isdecimal():
             raise UserError(f"--device {device}: this machine has {' and '.join(types)}; see penstock doctor.")

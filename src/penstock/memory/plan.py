@@ -276,9 +276,10 @@ def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]], ahead
     return largest_of_each(needs)
 
 
-def shard_bytes(chunk: Chunk, world: int) -> int:
-    """Bytes of the largest part of a chunk that one rank sends to the others: of its gradients, if it has any."""
-    return chunk.numel // world * ITEMSIZE[SUMS if chunk.trained else chunk.dtype]
+def shard_bytes(chunk: Chunk, row: Row, world: int) -> int:
+    """Bytes of two copies of this rank's part of a chunk: of gradients the sum over ranks, and what it is added to."""
+    sums = SUMS if chunk.trained else chunk.dtype
+    return chunk.numel // world * (ITEMSIZE[sums] + ITEMSIZE[gradient_dtype(chunk, row)])
 
 
 def gradient_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:

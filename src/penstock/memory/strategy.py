@@ -36,6 +36,8 @@ Phase = Literal["rollout", "score", "train"]
 
 SMALL = 2 * 10**9
 """Bytes of a device budget under which a GPU's libraries get workspaces of 4 MiB."""
+FREE = 0.9
+"""The share of a GPU's free memory that gemini_auto takes by default; the rest is for its libraries."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -103,6 +105,8 @@ class Strategy:
         if bits_of(name)[0] == "naive" and world.size > 1:
             raise UserError(f"--strategy naive is one process and torchrun started {world.size}; use --strategy ddp.")
         pins = world.device.type == "cuda"
+        if pins and device_bytes is None and bits_of(name)[0] == AUTO:  # it places what does not fit elsewhere
+            device_bytes = int(torch.cuda.mem_get_info(world.device)[0] * FREE)
         tiers: dict[str, Ram | Disk] = {
             "device": Ram("device", world.device, device_bytes),
             "host": Ram("host", torch.device("cpu"), limits.nbytes("host_memory"), pins=pins),

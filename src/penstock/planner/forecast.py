@@ -77,9 +77,9 @@ class Forecast:
 
 
 def with_slack(activations: int, shard: int) -> int:
-    """Bytes to keep free for these activations: SLACK and SHARE, and in training two copies of a shard: one on its way
-    and the sum that it is added to. On a CPU the latter is no copy, so a dry run may take less."""
-    return activations + int(activations * SHARE) + SLACK + 2 * shard
+    """Bytes to keep free for these activations: SLACK and SHARE, and plan.shard_bytes of the largest. On a CPU one of
+    its two copies is none, so a dry run may take less."""
+    return activations + int(activations * SHARE) + SLACK + shard
 
 
 def sharing_groups(passes: Sequence[Pass], keys: Mapping[str, set[Hashable]]) -> list[list[Pass]]:
@@ -187,11 +187,11 @@ def _updates_on_disk(model: Model) -> bool:
 
 
 def _largest_shard(model: Model, world: int) -> int:
-    """Bytes of the largest part of a chunk that one rank sends to the others or gets from them."""
+    """plan.shard_bytes of the largest chunk that ranks send to each other."""
     if world == 1:
         return 0
-    parts = [p.chunk for p in model.placed if p.row.params.sharded or p.row.grads.sharded]
-    return max((plan.shard_bytes(chunk, world) for chunk in parts), default=0)
+    parts = [p for p in model.placed if p.row.params.sharded or p.row.grads.sharded]
+    return max((plan.shard_bytes(p.chunk, p.row, world) for p in parts), default=0)
 
 
 def _objects(

@@ -17,7 +17,7 @@ from penstock.config import recompute_of
 from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
-from penstock.memory.placement import AUTO, TierName, bits_of, known
+from penstock.memory.placement import AUTO, SHARD, Row, TierName, bits_of, known
 from penstock.models import lora_targets, presets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import family_of
@@ -296,7 +296,8 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     work, world, recompute = setting.workload, setting.world, setting.recompute
     laid = [_laid(role, DTYPES[setting.dtype], world, setting.chunk_size) for role in work.roles]
     keys = {role.name: plan.shared_keys(chunks) for role, (chunks, _) in zip(work.roles, laid, strict=True)}
-    shard = max(plan.shard_bytes(chunk, world) for chunks, _ in laid for chunk in chunks) if world > 1 else 0
+    row = Row(SHARD, SHARD, SHARD, add_up=not plan.recomputes(moves, recompute))
+    shard = max(plan.shard_bytes(chunk, row, world) for chunks, _ in laid for chunk in chunks) if world > 1 else 0
     phases = passes(setting, swap=swap)
     groups = [group for in_phase in phases.values() for group in sharing_groups(in_phase, keys)]
     fullest = max(activations_of([(each, moves) for each in group], recompute) for group in groups)

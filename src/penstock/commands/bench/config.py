@@ -1,6 +1,6 @@
 """The flags of `penstock bench`: the docstring of a field is its --help line. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from penstock.config import DeviceFlags, EngineFlags, Flags
@@ -14,6 +14,8 @@ class BenchConfig(EngineFlags):
     penstock bench capacity --help.
     """
 
+    strategy: str = field(default="ddp", kw_only=True)
+    dtype: Literal["fp32", "bf16"] = field(default="fp32", kw_only=True)
     model: str = "s"
     """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json; all four models
     have its shape and random weights."""
