@@ -157,7 +157,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
         PPOConfig(
             actor=str(tuned), reward=str(judge),
             data=data_flags(data / "prompts.jsonl"),
-            run=run_flags(out / "ppo", seed),
+            run=run_flags(out / "ppo", seed), heldout=0.0,  # the world holds questions out by itself
             optim=OptimFlags(lr=3e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=28),
             ppo=PPOFlags(critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1), samples=64,
         )
