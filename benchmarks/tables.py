@@ -268,6 +268,16 @@ def races(results: str, processor: str, says: str) -> list[Claim]:
     ]  # fmt: skip
 
 
+def reward_scale_table(results: dict[str, Result]) -> Table:
+    """A row per offset and scale."""
+    rows = [["offset, scale", "score", "distance", "length", "relative"]]
+    for name, row in results["reward_scale"]["rows"].items():
+        score = f"{row['score']:.2f} +- {row['standard_error']:.2f}"
+        distance, relative = f"{row['from_plain_in_standard_errors']:.2f}", f"{row['length_of_plain']:.2f}"
+        rows.append([name, score, distance, f"{row['length']:.2f}", relative])
+    return rows
+
+
 CLAIMS = [
     Claim(
         "Capacity", "The deepest model, in steps of one block, that completes a PPO iteration in a device budget.",
@@ -310,6 +320,12 @@ CLAIMS = [
     Claim(
         "Two ranks", "Learning by two ranks over gloo against two single-threaded processes that do not communicate.",
         ("ranks", "ranks_*"), "python -m benchmarks ranks --layers 12", ranks_table,
+    ),
+    Claim(
+        "The reward's scale", "PPO on one task under nine rewards, offset + scale * the task's score, 3 seeds: "
+        "final score in units of the task with its standard error, its distance to that of offset 0, scale 1 in "
+        "standard errors, and the length of answers in tokens and relative to that one's.",
+        ("reward_scale",), "python -m benchmarks reward_scale", reward_scale_table,
     ),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience, Roles, score
+from penstock.algorithms.experience import Experience, Roles, score, used_scores
 from penstock.algorithms.ppo import PPO, actor_loss, critic_loss, with_advantages
 from penstock.algorithms.ppo_metrics import summary
 from penstock.algorithms.sft import rows_of
@@ -165,6 +165,8 @@ def test_scores_and_the_critic_that_predicts_them_get_one_scale(models, changes)
     mean, std = float(counted.mean()), float(counted.std())
     assert experience.scores.tolist() == SCORES
     assert torch.allclose(experience.scaled_scores, (torch.tensor(SCORES) - mean) / std, atol=1e-6)
+    used = used_scores(experience, config(**changes))
+    assert torch.equal(used[experience.ended], experience.scaled_scores[experience.ended])
     expected = fn.clean((raw.values - mean) / std, raw.mask)
     assert torch.allclose(fn.clean(experience.values, raw.mask), expected, atol=1e-5)
     assert roles.critic.model.std == pytest.approx(2.0 * std)

@@ -94,6 +94,8 @@ FACTS = {
 POINT = {"size": "s", "layers": 12, "length": 128, "parameters": 124e6, "seconds_per_token": 0.01, "block_bytes": 14e6,
          "seconds_per_iteration": 1.3, "peak_device_bytes": 2e8}  # fmt: skip
 MEASURED = {
+    "reward_scale": {"rows": {"50, 10": {"score": 3.3, "standard_error": 0.15, "from_plain_in_standard_errors": 0.35,
+                                         "length": 6.0, "length_of_plain": 1.01}}},
     "capacity_search": {
         "budget_bytes": 2 * 10**9, "layers": {"ours": 60, "published": 1, "fair": 0},
         "parameters_per_model": {"ours": 5.3e8, "published": 4.6e7, "fair": None},
@@ -136,7 +138,15 @@ def test_the_page_is_made_of_results_alone(tmp_path):
     page = (tmp_path / "README.md").read_text()
     for cell in ("| 11.5 times as many |", "| none fits |", "| 2.50 |", "| not installed |", "| killed |", "| 0.85 |"):
         assert cell in page
-    for cell in ("| 16.00 |", "| 74% |", "| 0.50 |", "| does not fit |", "| 80.0% |", "| 3.0% |"):
+    for cell in (
+        "| 3.30 +- 0.15 | 0.35 | 6.00 | 1.01 |",
+        "| 16.00 |",
+        "| 74% |",
+        "| 0.50 |",
+        "| does not fit |",
+        "| 80.0% |",
+        "| 3.0% |",
+    ):
         assert cell in page
     assert page.count("Not measured yet") == 6  # penstock bench, gradients, the races on two other processors
     for plot in ("capacity", "throughput-against-other-stacks", "memory-against-other-stacks", "how-cost-grows"):
