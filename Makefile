@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint format bench bench-peers gpu-check clean
+.PHONY: setup demo test test-slow lint format bench-peers gpu-check clean
 
 setup: $(STAMP)
 
@@ -29,9 +29,6 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks throughput
 
 bench-peers: $(STAMP)
 	$(BIN)/python -m benchmarks peers

@@ -50,26 +50,21 @@ class Layer(nn.Module):
     def __init__(self, kind: str, width: int, heads: int, attention: str, inner: int = 0) -> None:
         super().__init__()
         self.kind, self.heads = kind, heads
+        config: Any
         if kind == "gpt2":
-            config: Any = transformers.GPT2Config(
-                n_embd=width, n_head=heads, n_layer=1, n_positions=64, vocab_size=8, attn_implementation=attention,
-                bos_token_id=None, eos_token_id=None,
-            )  # fmt: skip
-            model: Any = transformers.GPT2Model(config)
-            self.layer = model.h[0]
-        elif kind == "bloom":
-            model = transformers.BloomModel(
-                transformers.BloomConfig(hidden_size=width, n_head=heads, n_layer=1, vocab_size=8)
+            config = transformers.GPT2Config(
+                n_embd=width, n_head=heads, n_layer=1, n_positions=64, bos_token_id=None, eos_token_id=None
             )
-            self.layer = model.h[0]
+        elif kind == "bloom":
+            config = transformers.BloomConfig(hidden_size=width, n_head=heads, n_layer=1)
         else:
             config = transformers.LlamaConfig(
-                hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=inner,
-                vocab_size=8, attn_implementation=attention,
-            )  # fmt: skip
-            model = transformers.LlamaModel(config)
-            self.layer = model.layers[0]
-            self.rotary = model.rotary_emb
+                hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=inner
+            )
+        config.vocab_size = 8
+        model: Any = transformers.AutoModel.from_config(config, attn_implementation=attention)
+        self.layer = (model.layers if kind == "llama" else model.h)[0]
+        self.rotary = model.rotary_emb if kind == "llama" else None
         self.eager = attention == "eager"
         self.eval()
 
@@ -109,12 +104,10 @@ def step(call: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, training: b
 
 
 def measure(
-    name: str, attention: str, length: int, training: bool, repeats: int, device: str = "cpu",
-    turn: contextlib.AbstractContextManager[Any] | None = None, *, frozen: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """One row: peaks, seconds, difference. Whatever takes memory or is timed happens inside `turn`. `frozen`: the
-    layer's weights do not learn, and gradients pass through them alone."""
-    turn, began = turn or contextlib.nullcontext(), time.perf_counter()
+    name: str, attention: str, length: int, training: bool, repeats: int, device: str = "cpu", *, frozen: bool = False
+) -> dict[str, Any]:
+    """One row: peaks, seconds, difference. Without repeats the peaks alone. `frozen`: the layer's weights do not learn,
+    and gradients pass through them alone."""
     torch.manual_seed(0)
     with torch.device(device):
         layer = Layer(**{**SHAPES[name], "attention": attention})
@@ -122,41 +115,36 @@ def measure(
             weight.grad = None if frozen else torch.zeros_like(weight)
         x, inputs = torch.randn(1, length, SHAPES[name]["width"]), layer.inputs(length)
         slope = torch.randn_like(x)
-    row: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
-    row |= {"frozen": True} if frozen else {}
 
-    def counted(call: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
+    def counted(call: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], int]:
         layer.zero_grad(set_to_none=frozen)
         results, peak = peak_of(lambda: step(call, x, slope, training), x.device)
         grads = [weight.grad.clone() for weight in layer.parameters() if weight.grad is not None]
-        return results, grads if training else [], peak
+        return [*results, *(grads if training else [])], peak
 
-    with turn:
-        plain, plain_grads, before = counted(lambda x: layer(x, inputs))
-    planning = time.perf_counter()
+    plain, before = counted(lambda x: layer(x, inputs))
+    began = time.perf_counter()
     slicer = slicer_for(layer, x, inputs, training, int(before * (1 - CUT)))
-    planned = time.perf_counter() - planning
-    with turn:
-        sliced, sliced_grads, after = counted(lambda x: slicer.run(layer, x, inputs))
-    errors = [
-        float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
-        for a, b in zip([*plain, *plain_grads], [*sliced, *sliced_grads], strict=True)
-    ]
-    del plain, plain_grads, sliced, sliced_grads
+    planned = time.perf_counter() - began
+    with contextlib.nullcontext() if repeats else in_brief():  # every slice holds what the first or last whole one does
+        sliced, after = counted(lambda x: slicer.run(layer, x, inputs))
+    row: dict[str, Any] = {"block": name, "attention": attention, "tokens": length, "training": training}
+    row |= {"peak_before": before, "peak_after": after, "cut": 1 - after / before}
+    row |= {"report": [str(report) for report in slicer.reports.values()], **({"frozen": True} if frozen else {})}
+    if not repeats:
+        return row
+    errors = [float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in zip(plain, sliced, strict=True)]
+    del plain, sliced
     calls = {
         "plain": lambda: step(lambda x: layer(x, inputs), x, slope, training),
         "sliced": lambda: step(lambda x: slicer.run(layer, x, inputs), x, slope, training),
     }
-    with turn:
-        seconds = timing.in_turns(calls, repeats, x.device, warm_ups=0)  # both have run already
+    seconds = timing.in_turns(calls, repeats, x.device, warm_ups=0)  # both have run already
     medians = timing.medians(seconds)
     return row | {
-        "peak_before": before, "peak_after": after, "cut": 1 - after / before,
-        "state_bytes": x.nbytes,
         "seconds": medians, "extra_time": medians["sliced"] / medians["plain"] - 1,
-        "ratios": timing.ratios(seconds, "sliced", "plain"),
-        "difference": max(errors), "seconds_to_plan": planned, "seconds_in_all": time.perf_counter() - began,
-        "report": [str(report) for report in slicer.reports.values()],
+        "ratios": timing.ratios(seconds, "sliced", "plain"), "state_bytes": x.nbytes,
+        "difference": max(errors), "seconds_to_plan": planned,
     }  # fmt: skip
 
 
@@ -187,30 +175,6 @@ def slicer_for(layer: Layer, x: Tensor, inputs: Any, training: bool, budget: int
             # 5 % above the least: the very least slices one token at a time, at twenty times the seconds
             budget = int(1.05 * max(report.after for report in slicer.reports.values()))
     raise AssertionError("the least that works does not")
-
-
-def counted_cut(name: str, attention: str, length: int, training: bool) -> dict[str, Any]:
-    """The cut of the peak at a length that this machine cannot hold: every tensor of the real step, without memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        layer = Layer(**{**SHAPES[name], "attention": attention})
-        for weight in layer.parameters():
-            weight.grad = torch.zeros_like(weight)
-        inputs = layer.inputs(length)
-        x, slope = (torch.empty(1, length, SHAPES[name]["width"]) for _ in range(2))
-
-        def counted(call: Callable[[Tensor], Tensor]) -> int:
-            with Meter() as meter:
-                step(call, x, slope, training)
-            return meter.peak
-
-        before = counted(lambda x: layer(x, inputs))
-        slicer = slicer_for(layer, x, inputs, training, int(before * (1 - CUT)))
-        with in_brief():  # every slice holds what the first or the last whole one does
-            after = counted(lambda x: slicer.run(layer, x, inputs))
-    return {
-        "block": name, "attention": attention, "tokens": length, "training": training, "peak_before": before,
-        "peak_after": after, "cut": 1 - after / before, "report": [str(report) for report in slicer.reports.values()],
-    }  # fmt: skip
 
 
 def longest(name: str, attention: str, training: bool, budget: int) -> dict[str, Any]:
@@ -273,4 +237,6 @@ def rows_of(name: str, options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield "rows", measure(name, attention, 512 if options.quick else tokens, training, options.repeats)
             yield "longest", longest(name, attention, training, options.budget)
             for length in options.counted_tokens:
-                yield "counted", counted_cut(name, attention, 1024 if options.quick else length, training)
+                with FakeTensorMode(allow_non_fake_inputs=True):  # what this machine cannot hold
+                    row = measure(name, attention, 1024 if options.quick else length, training, 0)
+                yield "counted", row

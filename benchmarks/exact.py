@@ -1,15 +1,15 @@
 """Whether every strategy and every arithmetic of the engine gives the numbers that it must, on any device."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from penstock.algorithms import functional as fn
-from penstock.algorithms.sft import Rows, response_logprobs
+from benchmarks.peers import ours
+from penstock.algorithms.sft import Rows
 from penstock.commands.bench.work import Four
 from penstock.memory.adamw import AdamW, states_of
 from penstock.memory.placement import NAMES
@@ -51,13 +51,9 @@ def trained(name: str, dtype: str, device: str, disk: str, steps: list[list[Rows
     actor = Actor(Decoder(SMALL)).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     strategy = Strategy.named(name, dtype=dtype, device=device, disk=disk, recompute=True)
     stream = strategy.prepare(actor)
+    step = ours.sft(strategy, stream, lr=1e-3)
     for batches in steps:
-        count = sum(int(batch.trained.sum()) for batch in batches)
-
-        def loss_of(hidden: Tensor, batch: Rows, count: int = count) -> tuple:
-            return fn.sft_loss(response_logprobs(actor, hidden, batch), count), {}
-
-        strategy.step(stream, batches, loss_of, lr=1e-3)
+        step(batches)
     return {
         weight.name: values[offset : offset + weight.numel].view(weight.shape).float()
         for home in stream.homes
@@ -98,21 +94,20 @@ def gap(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
 
 
 def features(device: str) -> dict[str, Any]:
-    """What else computes on the device: adapters streamed and resident, packed weights, the head's tiles, 8-bit
-    moments, answers by recorded steps; each against another way to the same numbers."""
+    """What else computes on the device: packed weights, the head's tiles and 8-bit moments against the CPU, where tests
+    hold them; adapters streamed against resident; answers by recorded steps against steps launched one by one."""
     shape = dataclasses.replace(SMALL, max_length=128, num_layers=3)
-    return {
-        "hydra, largest difference to naive": hydra_gaps(shape, device),
-        **{f"{bits}, logits against the CPU's": packed_gap(shape, bits, device) for bits in ("int8", "nf4")},
-        "head, log-probabilities and gradients against plain": head_gaps(device),
-        **{
-            f"AdamW with {bits}-bit moments, weights against the CPU's": float(
-                (updated(bits, "cpu") - updated(bits, device)).abs().max()
-            )
-            for bits in (32, 8)
-        },
-        **generation(shape, device),
-    }
+    ways = {
+        "int8, logits": partial(packed_logits, shape, "int8"), "nf4, logits": partial(packed_logits, shape, "nf4"),
+        "head, log-probabilities and gradients": head,
+        "AdamW with 32-bit moments, weights": partial(updated, 32),
+        "AdamW with 8-bit moments, weights": partial(updated, 8),
+    }  # fmt: skip
+    gaps = {}
+    for name, way in ways.items():
+        on_cpu, on_device = (way(each).float().cpu() for each in ("cpu", device))
+        gaps[f"{name} against the CPU's"] = float((on_cpu - on_device).abs().max())
+    return {**gaps, "hydra, largest difference to naive": hydra_gaps(shape, device), **generation(shape, device)}
 
 
 def hydra_gaps(shape: DecoderConfig, device: str) -> dict[str, float]:
@@ -131,40 +126,35 @@ def hydra_gaps(shape: DecoderConfig, device: str) -> dict[str, float]:
     return {name: float((weights - adapters["naive"]).abs().max()) for name, weights in adapters.items()}
 
 
-def packed_gap(shape: DecoderConfig, bits: Any, device: str) -> float:
-    """Logits of packed weights on the device against the CPU's."""
+def packed_logits(shape: DecoderConfig, bits: Any, device: str) -> Tensor:
+    """Logits of packed weights."""
     torch.manual_seed(0)
-    tokens = torch.randint(400, (3, 24))
-    on_cpu = Decoder(shape).requires_grad_(False)
-    on_device = copy.deepcopy(on_cpu).to(device)
-    for decoder in (on_cpu, on_device):
-        quantise_base(decoder, bits)
-    logits = on_device.logits(on_device(tokens.to(device))).cpu()
-    return float((on_cpu.logits(on_cpu(tokens)) - logits).abs().max())
+    tokens = torch.randint(400, (3, 24)).to(device)
+    decoder = Decoder(shape).requires_grad_(False).to(device)
+    quantise_base(decoder, bits)
+    return decoder.logits(decoder(tokens))
 
 
-def head_gaps(device: str) -> list[float]:
-    """Log-probabilities and gradients of states and head by tiles against plain PyTorch."""
-    states, weight = (torch.randn(rows, 64, device=device, requires_grad=True) for rows in (300, 5000))
-    targets = torch.randint(5000, (300,), device=device)
-    plain = (states @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    tiled = log_probs.logprobs([(states, weight)], targets)[0]
-    grads = [torch.autograd.grad(way.sum(), (states, weight)) for way in (plain, tiled)]
-    return [float((a - b).abs().max()) for a, b in zip((plain, *grads[0]), (tiled, *grads[1]), strict=True)]
+def head(device: str) -> Tensor:
+    """Log-probabilities by tiles, and gradients of states and head, one after the other."""
+    torch.manual_seed(0)
+    states, weight = (torch.randn(rows, 64).to(device).requires_grad_() for rows in (300, 5000))
+    tiled = log_probs.logprobs([(states, weight)], torch.randint(5000, (300,)).to(device))[0]
+    grads = torch.autograd.grad(tiled.sum(), (states, weight))
+    return torch.cat([part.detach().flatten() for part in (tiled, *grads)])
 
 
 def updated(bits: int, device: str) -> Tensor:
-    """Weights after three updates with moments of so many bits, fp32 on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(1 << 16, generator=generator).bfloat16().to(device)
+    """Weights after three updates with moments of so many bits."""
+    torch.manual_seed(0)
+    weights, *grads = (torch.randn(1 << 16).bfloat16().to(device) for _ in range(4))
     states = {
         key: torch.zeros(weights.numel() // per, dtype=dtype, device=device)
         for key, (dtype, per) in states_of(torch.bfloat16, bits).items()
     }
-    for step in range(3):
-        grads = torch.randn(1 << 16, generator=generator).bfloat16().to(device)
-        AdamW().update(weights, states, grads, lr=1e-3, scale=0.5, step=step + 1)
-    return weights.float().cpu()
+    for step, grad in enumerate(grads):
+        AdamW().update(weights, states, grad, lr=1e-3, scale=0.5, step=step + 1)
+    return weights
 
 
 def generation(shape: DecoderConfig, device: str) -> dict[str, Any]:

@@ -76,12 +76,6 @@ def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
     return path
 
 
-def last_words(code: int, output: str) -> str:
-    """Why a process failed: its exit code and the last line that it wrote."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    return f"exit code {code}: {lines[-1] if lines else 'killed, most likely for its memory'}"
-
-
 def commit_of(checkout: Path) -> str:
     """The commit that is checked out in a directory."""
     return _git("rev-parse", "HEAD", checkout=checkout)

@@ -1,60 +1,117 @@
 """Everything that only a GPU can tell, in one call under nine minutes: exactness first, then memory, then time.
 
-    make gpu-check        or: python -m benchmarks gpu [--only exact small ...] [--seconds 500]
+    make gpu-check        or: python -m benchmarks gpu [--only exact table ...] [--rows ROW ...] [--seconds 500]
 
-A list of the other benchmarks with `--device cuda`, each in a process of its own, forked from one that has imported
-everything. A result is added to benchmarks/results/gpu.json ($OUT/gpu.json where OUT is set) as soon as its check ends,
-so that running out of time loses nothing. `--device cpu --tiny` runs the same code on small shapes without a GPU: that
-tests the checks, and its figures mean nothing.
+Each check, and each row of one that is a table, is a process of its own, so that its memory is its own and its failure
+too, forked from one that has imported everything. A result is added to benchmarks/results/gpu.json ($OUT/gpu.json where
+OUT is set) as soon as its check ends, so that running out of time loses nothing. `--device cpu --tiny` runs the same
+code on small shapes without a GPU: that tests the checks, and its figures mean nothing.
 """
 
+import ctypes
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 
-from benchmarks import engine, exact, gpu_tables, rollout, timing
-from benchmarks.apart import THREADS, apart
-from benchmarks.facts import flags, write
-from benchmarks.gpu_tables import Target
-from penstock.commands.bench.capacity import capacity as search
-from penstock.commands.bench.config import CapacityConfig
-from penstock.memory.tiers import Ram
+from benchmarks import autochunk as blocks
+from benchmarks import engine, exact, rollout
+from benchmarks.facts import flags, result_path, write
+from benchmarks.peers import plain
+from benchmarks.timing import seconds_of
+from penstock.commands.bench import micro
+from penstock.commands.bench.config import BenchConfig
+from penstock.commands.bench.fit import shape_of
+from penstock.commands.bench.run import bench
+from penstock.errors import PenstockError
 
 SETTINGS = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Of the process that the checks are forked from. The last is Hopper's own default; torch requires it to be set where
 results must not vary."""
+THREADS = "PENSTOCK_BENCHMARK_THREADS"
+"""The variable with the threads that a forked process computes on; default: all cores."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device of the checks, when time is up, and whether shapes are cut down to test the checks themselves."""
+
+    device: str
+    tiny: bool
+    disk: str
+    end: float = float("inf")
+    """By time.monotonic."""
+    rows: tuple[str, ...] = ()
+    """The rows of tables to measure; none: all."""
+
+    @property
+    def gpu(self) -> bool:
+        """Whether there is memory to reset and to read."""
+        return self.device.startswith("cuda")
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def table(self, rows: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+        """The rows that are wanted, one after the other; each is added to gpu_rows.jsonl at once, so that a check that
+        is cut off keeps its earlier rows."""
+        results = {}
+        for name, row in rows.items():
+            if not self.rows or name in self.rows:
+                results[name] = row()
+                with result_path("gpu_rows").with_suffix(".jsonl").open("a", encoding="utf-8") as out:
+                    out.write(json.dumps({name: results[name]}) + "\n")
+        return {"rows": results}
+
+
+def apart(call: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What a call returns in a forked process, and `seconds_in_all`; an `error` where it fails or takes longer than
+    `seconds`. The parent must not have computed on several threads or asked a driver for anything before."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    began = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=_send_result, args=(call, sender))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv() if receiver.poll(max(seconds, 0)) else {"error": "no time left"}
+    except EOFError:
+        result = {"error": "the process ended without a result: killed, most likely for its memory"}
+    process.kill()
+    process.join()
+    return {**result, "seconds_in_all": time.monotonic() - began}
+
+
+def _send_result(call: Callable[[], dict[str, Any]], sender: Any) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with a check that ran out of time
+    torch.set_num_threads(int(os.environ.get(THREADS) or len(os.sched_getaffinity(0))))
+    try:
+        torch.manual_seed(0)
+        result = call()
+    except PenstockError as error:
+        result = {"error": f"{type(error).__name__}: {error}"[:400]}
+    except Exception:
+        result = {"error": traceback.format_exc()[-1500:]}
+    sender.send(result)
 
 
 def rates(target: Target) -> dict[str, Any]:
-    """What the machine can do: the link both ways, pinned and not, a device copy, a bf16 product; bytes and FLOP/s."""
-    nbytes, width = (1 << 20, 64) if target.tiny else (1 << 30, 8192)
-    on_device = torch.empty(nbytes, dtype=torch.uint8, device=target.device)
-    copy = torch.empty_like(on_device)
-    unpinned = torch.zeros(nbytes, dtype=torch.uint8)
-    pinned = unpinned.clone().pin_memory() if target.gpu else unpinned.clone()
-    a = torch.randn(width, width, device=target.device).bfloat16()
-    calls: dict[str, tuple[float, Callable[[], object]]] = {
-        "to_device_pinned": (nbytes, lambda: on_device.copy_(pinned, non_blocking=True)),
-        "to_host_pinned": (nbytes, lambda: pinned.copy_(on_device, non_blocking=True)),
-        "to_device_unpinned": (nbytes, lambda: on_device.copy_(unpinned)),
-        "device_copy": (2 * nbytes, lambda: copy.copy_(on_device)),
-        "bf16_flops": (2 * width**3, lambda: a @ a),
-    }
-    seconds = timing.in_turns({name: call for name, (_, call) in calls.items()}, 5, target.device)
-    workspace = _blas_workspace() if target.gpu else 0
-    began = time.perf_counter()
-    Ram("host", torch.device("cpu"), pins=target.gpu).home(4 * nbytes, torch.uint8, "a test", travels=True)
+    """What the machine can do, as `penstock bench micro` measures it: copies and the link, bytes/s, and FLOP/s."""
+    device = torch.device(target.device)
     return {
-        **{name: calls[name][0] / min(times) for name, times in seconds.items()},
-        "pinned": 4 * nbytes / (time.perf_counter() - began),
-        "blas_workspace": workspace,
-    }
+        **micro.copies(device, 5, target.tiny), "gemm_bf16": micro.gemm_peak(device, "bf16", 5, quick=target.tiny),
+        "blas_workspace": _blas_workspace() if target.gpu else 0,
+    }  # fmt: skip
 
 
 def _blas_workspace() -> int:
@@ -68,44 +125,139 @@ def _blas_workspace() -> int:
     return torch.cuda.memory_allocated() - before
 
 
-def small(target: Target) -> dict[str, Any]:
-    """`engine small`: 124M PPO, batch 1, 400 + 112 tokens, in 180 MB of device tier."""
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # a small budget sets its own
-    shape = {"layers": 2, "prompt": 24, "new": 8} if target.tiny else {}
-    return engine.small(device=target.device, **shape)
-
-
-def tax(target: Target, **settings: Any) -> dict[str, Any]:
-    """`engine tax`: an SFT step streamed from host memory against resident, in bf16."""
-    if target.tiny:
-        settings = {"layers": 1, "length": 16, "micro": 16, "repeats": 1}
+def tax(target: Target) -> dict[str, Any]:
+    """`engine tax`: an SFT step of XL streamed from host memory against resident, in bf16."""
+    tiny, large = {"layers": 1, "length": 16, "micro": 16, "repeats": 1}, {"size": "xl", "layers": 48, "length": 1024}
+    settings: Any = tiny if target.tiny else {**large, "repeats": 3, "device_memory": "12GB"}
     return engine.tax(device=target.device, dtype="bf16", **settings)
 
 
-def capacity(target: Target) -> dict[str, Any]:
-    """`penstock bench capacity` under a cap of 16 GB, blocks of 2b's width."""
-    return search(
-        CapacityConfig(
-            device_memory="3GB" if target.tiny else "16GB", model="s" if target.tiny else "2b", strategy="gemini_auto",
-            experience_batch_size=2, prompt_length=64, max_length=68 if target.tiny else 128, dtype="bf16",
-            disk=f"{target.disk}:{'1GB' if target.tiny else '45GB'}", layers=4 if target.tiny else 400,
-        )
-    )  # fmt: skip
+# --- PPO --------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = BenchConfig(model="s", iterations=1)
+"""1000 prompts of 400 tokens, rows to 512, 8 batches of 8, 3 epochs."""
+WIDE = BenchConfig(
+    dtype="bf16", experience_batch_size=64, train_batch_size=64, micro_batch_size=8, update_timesteps=1, max_epochs=1,
+    iterations=1, top_k=0,
+)  # fmt: skip
+"""One batch of 64 and one step on it."""
+GIANT = BenchConfig(
+    dtype="bf16", strategy="gemini_auto", experience_batch_size=4, train_batch_size=4, micro_batch_size=4,
+    update_timesteps=1, max_epochs=1, iterations=1, top_k=0, lora_rank=16, prompt_length=400, max_length=404,
+    device_memory="70GB", host_memory="100GB", prompts=16,
+)  # fmt: skip
+"""As many tokens as the published benchmark reads, and few that are generated: every one of them streams the model."""
+SMALL = replace(
+    WIDE, model="s", strategy="gemini_cpu", device_memory="250MB", experience_batch_size=1, train_batch_size=1,
+    micro_batch_size=1,
+)  # fmt: skip
+"""124M PPO of one row at a time; the reference system needed 1.62 GB."""
+ROWS: dict[str, BenchConfig] = {
+    "s, ddp, fp32, as published": PUBLISHED,
+    "s, gemini_cpu, bf16, as published": replace(
+        PUBLISHED, dtype="bf16", strategy="colossalai_gemini_cpu", device_memory="2GB"
+    ),
+    "s, ddp": replace(WIDE, model="s"),
+    "xl, ddp": replace(WIDE, model="xl", micro_batch_size=16, recompute=True),
+    "xl, gemini_cpu": replace(
+        WIDE, model="xl", strategy="gemini_cpu", device_memory="20GB", host_memory="100GB", micro_batch_size=16
+    ),
+    "xl, hydra": replace(WIDE, model="xl", lora_rank=16, micro_batch_size=16),
+    "6b, hydra": replace(WIDE, model="6b", lora_rank=16),
+    "6b, gemini_auto_8bit": replace(
+        WIDE, model="6b", strategy="gemini_auto_8bit", device_memory="70GB", host_memory="105GB", prompts=64,
+        recompute=True,
+    ),
+    "opt-66b, hydra": replace(GIANT, model="opt-66b"),
+    "175b, hydra on nf4": replace(GIANT, model="175b", base_dtype="nf4"),
+}  # fmt: skip
+PLAIN_ROWS = {
+    ("s", "published"): (128, 64, 32), ("s", "fair"): (128, 64, 32), ("xl", "published"): (4, 3, 2, 1),
+    ("xl", "fair"): (8, 6, 4, 2),
+}  # fmt: skip
+"""Where the search for the most rows begins."""
+
+
+def table(target: Target) -> dict[str, Any]:
+    """Rows of `penstock bench`, and the plain loop (transformers, AdamW) at the largest batch that it can hold."""
+    rows = {name: lambda config=config: _ours(config, target) for name, config in ROWS.items()}
+    rows |= {
+        f"{size}, plain, {kind}": lambda size=size, kind=kind: _plain(size, kind, target) for size, kind in PLAIN_ROWS
+    }
+    return target.table(rows)
+
+
+def _ours(config: BenchConfig, target: Target) -> dict[str, Any]:
+    if target.tiny:
+        config = replace(
+            config, model="s", layers=2, prompt_length=8, max_length=12, experience_batch_size=2, train_batch_size=2,
+            micro_batch_size=1, device_memory="2GB" if config.device_memory else None, prompts=4, max_epochs=1,
+            update_timesteps=1, host_memory="4GB" if config.host_memory else None,
+        )  # fmt: skip
+
+    def run() -> dict[str, Any]:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # a small budget sets its own
+        return bench(replace(config, device=target.device))
+
+    return {key: figure for key, figure in apart(run, target.left()).items() if key != "profile"}
+
+
+def _plain(size: str, kind: str, target: Target) -> dict[str, Any]:
+    """Samples per second at the most rows that it can hold, from above."""
+    shape = shape_of(BenchConfig(size))
+    length, new, layers = (8, 4, 2) if target.tiny else (400, 112, shape.num_layers)
+    width, heads = (64, 4) if target.tiny else (shape.d_model, shape.num_heads)
+
+    def timed(rows: int) -> dict[str, Any]:
+        with torch.device(target.device):
+            dtype = torch.float32 if kind == "published" else torch.bfloat16
+            peer = plain.PPO(dtype, kind, n_layer=layers, n_embd=width, n_head=heads)
+            prompts = torch.randint(1, shape.vocab_size, (rows, length))
+            seconds = [seconds_of(lambda: peer.step(prompts, new), target.device) for _ in range(2)]  # one warms up
+        peak = torch.cuda.max_memory_allocated() if target.gpu else None
+        return {"rows": rows, "samples_per_second": rows / seconds[-1], "seconds": seconds, "peak": peak}
+
+    tried = []
+    for rows in (2, 1) if target.tiny else PLAIN_ROWS[size, kind]:
+        tried.append(apart(lambda rows=rows: timed(rows), target.left()))
+        if "error" not in tried[-1]:
+            break
+    return {"tried": tried, "best": tried[-1] if "error" not in tried[-1] else None}
+
+
+# --- AutoChunk --------------------------------------------------------------------------------------------------------
+
+
+def autochunk(target: Target) -> dict[str, Any]:
+    """AutoChunk's table at its full lengths, or at half of one where the device cannot hold it without slices."""
+    transformers.logging.set_verbosity_error()
+    rows = {
+        f"{name}, {attention}, {'training' if training else 'forward'}": (name, attention, training)
+        for name, shape in blocks.SHAPES.items()
+        for attention in blocks.attentions(shape)
+        for training in (False, True)
+    }
+
+    def measured(name: str, attention: str, training: bool) -> dict[str, Any]:
+        tokens = 256 if target.tiny else 8192 if attention == "eager" else 32768
+        try:
+            return blocks.measure(name, attention, tokens, training, 2, target.device)
+        except torch.OutOfMemoryError:
+            return blocks.measure(name, attention, tokens // 2, training, 2, target.device)
+
+    wanted = list(rows.items())[:2] if target.tiny else rows.items()
+    return target.table({name: lambda row=row: apart(lambda: measured(*row), target.left()) for name, row in wanted})
 
 
 CHECKS: dict[str, Callable[[Target], dict[str, Any]]] = {
     "exact": lambda target: exact.strategies(target.device, target.disk, steps=2 if target.tiny else 10),
     "features": lambda target: exact.features(target.device),
     "rates": rates,
-    "small": small,
-    "table": gpu_tables.table,
-    "giants": gpu_tables.giants,
-    "autochunk": gpu_tables.autochunk,
-    "tax_xl": lambda target: tax(target, size="xl", layers=48, length=1024, micro=4, repeats=3, device_memory="12GB"),
+    "small": lambda target: _ours(SMALL, target),
+    "table": table,
+    "autochunk": autochunk,
+    "tax": tax,
     "rollout": lambda target: rollout.on_gpu(target.device, target.tiny),
-    "capacity": capacity,
-    # 72 GB of weights and states on either side
-    "tax_6b": lambda target: tax(target, size="6b", layers=30, length=1024, micro=2, repeats=2, device_memory="24GB"),
 }
 
 

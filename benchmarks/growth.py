@@ -12,11 +12,12 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 from typing import Any
 
 from benchmarks.facts import flags, write
 from penstock.algorithms.setup import strategy_of
-from penstock.commands.bench.capacity import run_apart
+from penstock.commands.bench.capacity import most_layers, run_apart
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.fit import check, shape_of
 from penstock.errors import ResourceError
@@ -30,7 +31,7 @@ SERIES = {"sizes": "parameters", "lengths": "length", "depths": "layers"}
 def point(size: str, length: int, layers: int | None, options: argparse.Namespace) -> dict[str, Any]:
     """One run: seconds, bytes, and what they may depend on. Raises RuntimeError with its last words when it fails."""
     config = BenchConfig(
-        size, options.strategy, experience_batch_size=1, train_batch_size=1, update_timesteps=1, max_epochs=1,
+        size, strategy=options.strategy, experience_batch_size=1, train_batch_size=1, update_timesteps=1, max_epochs=1,
         top_k=0, dtype="bf16", prompt_length=length - options.new, max_length=length, iterations=1, layers=layers,
         disk=options.disk or None,
     )  # fmt: skip
@@ -60,30 +61,23 @@ def least_device_bytes(config: BenchConfig) -> int:
     strategy = strategy_of(config)
     device = strategy.tiers["device"]
 
-    def fits(nbytes: int) -> bool:
-        device.budget = nbytes
+    most = check(config, shape_of(config), strategy)["device"]
+
+    def fits(steps: int) -> bool:
+        device.budget = int(most / 1.02**steps)
         try:
             check(config, shape_of(config), strategy)
         except ResourceError:
             return False
         return True
 
-    high = check(config, shape_of(config), strategy)["device"]
-    low = high // 1024
-    while high > low * 1.02:
-        middle = int((low * high) ** 0.5)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    return int(most / 1.02 ** most_layers(fits, 0, 350))
 
 
 def slope(points: list[dict[str, Any]], x: str, y: str) -> float | None:
     """Of the line of least squares through the logarithms of two columns; None for fewer than two points."""
-    pairs = [(math.log(point[x]), math.log(point[y])) for point in points]
-    if len({a for a, _ in pairs}) < 2:
-        return None
-    middle_x, middle_y = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-    above = sum((a - middle_x) * (b - middle_y) for a, b in pairs)
-    return above / sum((a - middle_x) ** 2 for a, _ in pairs)
+    xs, ys = ([math.log(point[key]) for point in points] for key in (x, y))
+    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else None
 
 
 def slopes(series: str, points: list[dict[str, Any]]) -> dict[str, float | None]:

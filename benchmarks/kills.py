@@ -33,16 +33,20 @@ STAGES = {"sft": "ddp", "reward": "ddp", "ppo": "ddp", "sft on disk": "gemini_nv
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def outcome(run: str | Path) -> tuple[dict[str, str], bytes, bytes]:
-    """What must be equal: sha256 of every weight file of the last checkpoint, metrics and samples byte by byte."""
+def outcome(run: str | Path) -> dict[str, str]:
+    """What must be equal: sha256 of metrics, samples, and every weight file of the last checkpoint."""
     run = Path(run)
-    last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    weights = {
-        str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in ("model", "critic")
-        for path in sorted((last / name).glob("*.safetensors"))
+    files = [run / "metrics.jsonl", run / "samples.jsonl", *sorted(last_checkpoint(run).rglob("*.safetensors"))]
+    return {
+        str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.exists() and file.name != "state.safetensors"  # random state of threads that no sample depends on
     }
-    return weights, (run / "metrics.jsonl").read_bytes(), (run / "samples.jsonl").read_bytes()
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The newest checkpoint's directory."""
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
 
 
 def campaign(stage: str, directory: Path, kills: int) -> list[dict[str, Any]]:

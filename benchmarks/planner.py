@@ -7,6 +7,7 @@ python -m benchmarks planner one-card  the same of 66B, and of 175B on nf4, with
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -112,16 +113,14 @@ def dry_runs(name: str, settings: list[str]) -> None:
     for setting in settings:
         command = [sys.executable, "-m", "penstock", "plan", *setting.split(), "--dry-run", "--json"]
         began = time.perf_counter()
-        code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE);"
-        code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.stdout.flush();"
-        code += "sys.stdout.buffer.write(done.stdout)"
-        out = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True).stdout
-        rss, _, plan = out.partition("\n")
-        result = json.loads(plan)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        result = json.loads(process.stdout.read())
+        _, code, used = os.wait4(process.pid, 0)
+        assert code == 0
         rows.append(
             {
                 "command": " ".join(command[2:]), "wall_seconds": time.perf_counter() - began,
-                "peak_rss_bytes": int(rss),
+                "peak_rss_bytes": used.ru_maxrss * 1024,
                 **{key: result[key] for key in ("fits", "predicted", "measured", "budgets")},
             }
         )  # fmt: skip

@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.facts import RESULTS, ROOT, flags, write
@@ -315,34 +317,17 @@ def verdict(copy: Path, file: str, recorded: str | None) -> dict[str, str]:
     return {"by": ""}
 
 
-def start(pristine: Path, directory: Path, bug: Bug, recorded: str | None) -> int:
-    """A process that plants the bug in a copy and writes its verdict; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        copy = shutil.copytree(pristine, directory / "copy")
-        if bug[0]:
-            plant(copy, *(bug[i] for i in (0, 2, 3)))
-        result = verdict(copy, bug[0], recorded)
-    except BaseException:
-        result = {"by": "", "error": traceback.format_exc()}
-    (directory / "verdict").write_text(json.dumps(result), encoding="utf-8")
-    os._exit(0)
-
-
-def campaign(pristine: Path, bugs: list[Bug], jobs: int) -> Iterator[tuple[Bug, dict[str, str]]]:
-    """Each bug and its verdict, `jobs` at a time, as they end."""
-    waiting, running, recorded = list(bugs), {}, recorded_tests()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            bug = waiting.pop(0)
-            directory = Path(tempfile.mkdtemp())
-            running[start(pristine, directory, bug, recorded.get(bug[1]))] = bug, directory
-        bug, directory = running.pop(os.wait()[0])
-        result = directory / "verdict"
-        yield bug, json.loads(result.read_text()) if result.exists() else {"by": "", "error": "killed"}
-        shutil.rmtree(directory)
+def judged(pristine: Path, recorded: dict[str, str], bug: Bug) -> dict[str, str]:
+    """The verdict on a copy with the bug."""
+    file, name, right, wrong = bug
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            copy = shutil.copytree(pristine, Path(directory) / "copy")
+            if file:
+                plant(copy, file, right, wrong)
+            return verdict(copy, file, recorded.get(name))
+        except Exception:
+            return {"by": "", "error": traceback.format_exc()}
 
 
 def main(arguments: list[str]) -> int:
@@ -356,25 +341,23 @@ def main(arguments: list[str]) -> int:
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
     began = time.time()
-    bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}"]
     control: Bug = ("", "nothing: the control", "", "")
-    verdicts = {}
-    with tempfile.TemporaryDirectory() as directory:
-        pristine = Path(directory)
+    bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}"]
+    every, verdicts = bugs if options.only else [control, *bugs], {}
+    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(options.jobs, get_context("fork")) as pool:
         for tree in ("src", "tests"):
-            shutil.copytree(ROOT / tree, pristine / tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        shutil.copy(ROOT / "pyproject.toml", pristine)
-        for bug, result in campaign(pristine, bugs if options.only else [control, *bugs], options.jobs):
-            state = "caught" if result["by"] else "MISSED"
-            if bug == control:
-                state = "FAILED" if any(result.values()) else "passed"
-            print(f"{state:7} {bug[0]:28} {bug[1]}  {result['by']} {result.get('error', '')}", flush=True)
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(ROOT / tree, Path(directory) / tree, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", directory)
+        for bug, result in zip(every, pool.map(partial(judged, Path(directory), recorded_tests()), every), strict=True):
+            state = "caught" if result["by"] else "passed" if bug == control else "MISSED"
+            print(f"{state} {bug[0]:28} {bug[1]}  {result['by']} {result.get('error', '')}", flush=True)
             verdicts[bug] = result
-    control_result = verdicts.get(control, {"by": ""})
-    results = []
-    for bug in bugs:
-        by = verdicts[bug]["by"]
-        results.append({"file": bug[0], "bug": bug[1], "caught": by not in ("", control_result["by"]), **verdicts[bug]})
+    control_result = verdicts.pop(control, {"by": ""})
+    results = [
+        {"file": bug[0], "bug": bug[1], "caught": result["by"] not in ("", control_result["by"]), **result}
+        for bug, result in verdicts.items()
+    ]
     caught = sum(record["caught"] for record in results)
     print(f"{caught} of {len(results)} planted bugs were caught, {time.time() - began:.0f} s")
     if not options.only:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.facts import flags, last_words, write
+from benchmarks.facts import flags, write
+from benchmarks.peers.turns import last_words
 from penstock.algorithms.experience import Experience, Roles
 from penstock.algorithms.ppo import PPO
 from penstock.commands.bench.work import fill_quickly
@@ -77,15 +78,12 @@ def learn(options: argparse.Namespace) -> None:
 
 def side(name: str, options: argparse.Namespace) -> list[float]:
     """Samples per second of both processes together, step by step. Raises RuntimeError when a process fails."""
-    arguments = ["-m", "benchmarks", "ranks", "--side", name]
-    for flag in ("model", "layers", "dtype", "rows", "prompt", "new", "steps"):
-        if (value := getattr(options, flag)) is not None:
-            arguments += [f"--{flag}", str(value)]
+    command = ["-m", "benchmarks", "ranks", *sys.argv[2:], "--side", name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [] if name == IDEAL else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     processes = [
         subprocess.Popen(
-            [sys.executable, *launch, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *launch, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=environment,
         )
         for _ in range(2 if name == IDEAL else 1)

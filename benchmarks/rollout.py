@@ -1,6 +1,6 @@
 """The engine against transformers' `generate`: the same weights, in one process, in turns; medians.
 
-    python -m benchmarks rollout [speed ragged samples int8 streamed] [--repeats 5]
+    python -m benchmarks rollout [speed ragged samples int8] [--repeats 5]
 
 GPT2-s shapes with random weights, bf16. `speed`: prompt 64, 128 new tokens, batch 1, 8 and 32, with the share of the
 machine's floor; `ragged`: 64 prompts of 16 to 256 tokens with responses of 8 to 256, their ends forced by a fixed
@@ -10,10 +10,8 @@ table, against padded batches of 16; `samples`: 8 answers to one prompt of 256 t
 
 import copy
 import dataclasses
-import json
-import statistics
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,20 +20,16 @@ import transformers
 from benchmarks import timing
 from benchmarks.facts import run_measures
 from benchmarks.peers.plain import gpt2
+from penstock.commands.bench.micro import copies
 from penstock.kernels import cpu_ops
-from penstock.memory.strategy import Strategy
 from penstock.models import linear, presets, pretrained
 from penstock.models.decoder import Decoder
-from penstock.models.roles import Actor
 from penstock.models.surgery import quantise
-from penstock.planner import footprint
-from penstock.rollout.cache import KVCache
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 
 PROMPT, NEW = 64, 128
 EOS = 50256
-GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW)
 
 
 def both() -> tuple[Decoder, Any]:
@@ -46,6 +40,11 @@ def both() -> tuple[Decoder, Any]:
         pretrained.save(decoder, directory)
         peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     return decoder, peer
+
+
+def answers(decoder: Decoder, prompts: torch.Tensor) -> object:
+    """Our greedy answers."""
+    return generate(decoder, prompts.tolist(), Sampling(temperature=0.0, max_new_tokens=NEW), eos_ids=())
 
 
 def peer_answers(model: Any, prompts: torch.Tensor, new: int = NEW, cache: str | None = None) -> object:
@@ -67,13 +66,10 @@ def speed(repeats: int = 5) -> dict[str, Any]:
     for batch in (1, 8, 32):
         prompts = torch.randint(EOS, (batch, PROMPT))
         calls: timing.Calls = {
-            "ours": lambda prompts=prompts: generate(decoder, prompts.tolist(), GREEDY, eos_ids=()),
-            "transformers fp32": lambda prompts=prompts: peer_answers(wide, prompts),
-        }
+            "ours": partial(answers, decoder, prompts), "transformers fp32": partial(peer_answers, wide, prompts)
+        }  # fmt: skip
         narrow: timing.Calls = {
-            f"transformers bf16, {cache or 'dynamic'} cache": lambda cache=cache, prompts=prompts: peer_answers(
-                peer, prompts, cache=cache
-            )
+            f"transformers bf16, {cache or 'dynamic'} cache": partial(peer_answers, peer, prompts, cache=cache)
             for cache in ((None, "static") if batch == 1 else (None,))
         }
         if linear.slow_in_bf16("cpu"):
@@ -90,13 +86,12 @@ def speed(repeats: int = 5) -> dict[str, Any]:
             "floor": floor, "share_of_floor": rates["ours"] / floor["tokens_per_second"],
             "runs": {name: len(times) for name, times in seconds.items()},
         }  # fmt: skip
-        print(json.dumps({batch: rows[batch]}), flush=True)
     return {"batches": rows}
 
 
 def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
-    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64; and the
-    bytes of the KV cache against those of the plan."""
+    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64."""
+    prompt, new = (8, 4) if tiny else (PROMPT, NEW)
     rows: dict[str, Any] = {}
     for size in ("s",) if tiny else ("xl", "8b"):
         shape = dataclasses.replace(presets.named(size), num_layers=2) if tiny else presets.named(size)
@@ -105,39 +100,22 @@ def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
             config = gpt2(torch.bfloat16, n_layer=shape.num_layers, n_embd=shape.d_model, n_head=shape.num_heads)
             peer = transformers.GPT2LMHeadModel(config).to(torch.bfloat16).eval()
         for batch in (1, 2) if tiny else (1, 64):
-            rows[f"{size}, batch {batch}"] = on_gpu_row(decoder, peer, batch, device, tiny)
+            prompts = torch.randint(10, 50000, (batch, prompt))
+
+            def ours(fixed: bool, decoder: Decoder = decoder, prompts: torch.Tensor = prompts) -> None:
+                engine = Engine(decoder, eos_ids=(), rows=len(prompts), length=prompt + new, fixed=fixed)
+                engine.generate(prompts.tolist(), Sampling(temperature=0.0, max_new_tokens=new))
+
+            calls: timing.Calls = {
+                "ours": partial(ours, True),
+                "ours, launched one by one": partial(ours, False),
+                "transformers, dynamic cache": partial(peer_answers, peer, prompts.to(device), new),
+                "transformers, static cache": partial(peer_answers, peer, prompts.to(device), new, "static"),
+            }
+            rates = timing.rates(timing.in_turns(calls, 2, device), batch * new)
+            read = rates["ours"] / batch * sum(parameter.nbytes for parameter in decoder.parameters())
+            rows[f"{size}, batch {batch}"] = {"tokens_per_second": rates, "weights_bytes_per_second": read}
     return {"rows": rows}
-
-
-def on_gpu_row(decoder: Decoder, peer: Any, batch: int, device: str, tiny: bool) -> dict[str, Any]:
-    """One size and batch: tokens per second of every way, bytes of weights and cache."""
-    prompt, new, repeats = (8, 4, 1) if tiny else (PROMPT, NEW, 2)
-    prompts = torch.randint(10, 50000, (batch, prompt))
-    on_device = prompts.to(device)
-
-    def ours(fixed: bool) -> None:
-        engine = Engine(decoder, eos_ids=(), rows=batch, length=prompt + new, fixed=fixed)
-        engine.generate(prompts.tolist(), Sampling(temperature=0.0, max_new_tokens=new))
-
-    calls: timing.Calls = {
-        "ours": lambda: ours(True),
-        "ours, launched one by one": lambda: ours(False),
-        "transformers, dynamic cache": lambda: peer_answers(peer, on_device, new),
-        "transformers, static cache": lambda: peer_answers(peer, on_device, new, "static"),
-    }
-    rates = timing.rates(timing.in_turns(calls, repeats, device), batch * new)
-    before = torch.cuda.memory_allocated() if device != "cpu" else None
-    cache = KVCache(decoder, batch, prompt + new)
-    allocated = torch.cuda.memory_allocated() - before if before is not None else None
-    del cache
-    weights = sum(parameter.nbytes for parameter in decoder.parameters())
-    planned = footprint.cache_of(decoder.config, "bfloat16", batch, prompt + new)
-    return {
-        "tokens_per_second": rates,
-        "weights_bytes": weights,
-        "weights_bytes_per_second": rates["ours"] / batch * weights,
-        "cache_bytes": {"allocated": allocated, "planned": planned},
-    }
 
 
 def int8(repeats: int = 5) -> dict[str, Any]:
@@ -147,60 +125,12 @@ def int8(repeats: int = 5) -> dict[str, Any]:
     quantise(packed)
     prompts = torch.randint(EOS, (1, PROMPT))
     calls: timing.Calls = {
-        "int8": lambda: generate(packed, prompts.tolist(), GREEDY, eos_ids=()),
-        "bf16": lambda: generate(decoder, prompts.tolist(), GREEDY, eos_ids=()),
-        "transformers bf16": lambda: peer_answers(peer, prompts),
-    }
-    rates = timing.rates(timing.in_turns(calls, repeats), NEW)
-    return {
-        "tokens_per_second": rates,
-        "ratio": rates["int8"] / rates["transformers bf16"],
-        "ratio_to_bf16": rates["int8"] / rates["bf16"],
-    }
-
-
-def streamed(repeats: int = 5, layers: int = 12) -> dict[str, Any]:
-    """gemini_cpu with a device budget of half the model against resident, batch 8: the same tokens, and the speed that
-    the link (here a copy in memory by the same cores that compute) leaves."""
-    shape = dataclasses.replace(presets.named("s"), num_layers=layers)
-    prompts = torch.randint(EOS, (8, PROMPT)).tolist()
-    greedy = Sampling(temperature=0.0, max_new_tokens=32)
-    plain = Decoder(shape, dtype=torch.bfloat16)
-    nbytes = sum(p.nbytes for p in plain.parameters())
-    actor = Actor(copy.deepcopy(plain)).requires_grad_(False)
-    strategy = Strategy.named("gemini_cpu", dtype="bf16", device="cpu", device_memory=str(nbytes // 2))
-    strategy.reserve = 0
-    strategy.prepare(actor)
-    tokens = [
-        [answer.response_ids for answer in generate(decoder, prompts, greedy, eos_ids=())]
-        for decoder in (plain, actor.decoder)
-    ]
-    assert tokens[0] == tokens[1]
-    before = strategy.tiers["host"].bytes_read
-    generate(actor.decoder, prompts, greedy, eos_ids=())
-    moved = (strategy.tiers["host"].bytes_read - before) / greedy.max_new_tokens
-    seconds = timing.in_turns(
-        {
-            "streamed": lambda: generate(actor.decoder, prompts, greedy, eos_ids=()),
-            "resident": lambda: generate(plain, prompts, greedy, eos_ids=()),
-        },
-        repeats,
-    )
-    link = copy_rate()
-    rates = timing.rates(seconds, 8 * greedy.max_new_tokens)
-    resident = statistics.median(seconds["resident"]) / greedy.max_new_tokens
-    floor = 8 / (resident + moved / link)  # copy and computation share the cores: one after the other
-    return {
-        "same_tokens": True, "model_bytes": nbytes, "moved_bytes_per_step": moved, "link_bytes_per_second": link,
-        "tokens_per_second": rates, "link_floor": 8 / (moved / link), "floor": floor,
-        "share_of_floor": rates["streamed"] / floor, "ratio_to_resident": rates["streamed"] / rates["resident"],
+        "int8": partial(answers, packed, prompts), "bf16": partial(answers, decoder, prompts),
+        "transformers bf16": partial(peer_answers, peer, prompts),
     }  # fmt: skip
-
-
-def copy_rate() -> float:
-    """Bytes per second that a plain copy in memory reads."""
-    source, target = torch.zeros(1 << 28, dtype=torch.uint8), torch.ones(1 << 28, dtype=torch.uint8)
-    return len(source) / min(timing.in_turns({"copy": lambda: target.copy_(source)}, 9)["copy"])
+    rates = timing.rates(timing.in_turns(calls, repeats), NEW)
+    ratio, ratio_to_bf16 = (rates["int8"] / rates[name] for name in ("transformers bf16", "bf16"))
+    return {"tokens_per_second": rates, "ratio": ratio, "ratio_to_bf16": ratio_to_bf16}
 
 
 def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
@@ -213,15 +143,14 @@ def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
     broad = x.float()
     wide = [torch.randn(768, 3072) for _ in range(16)]
     narrow = [weight.bfloat16() for weight in wide]
-    flops = 2 * batch * 768 * 3072 * 16
     products: timing.Calls = {
         "own": lambda: [cpu_ops.product(x, weight) for weight in narrow],
         "torch": lambda: [torch.nn.functional.linear(broad, weight) for weight in wide],
     }
     if not linear.slow_in_bf16("cpu"):
         products["torch bf16"] = lambda: [torch.nn.functional.linear(x, weight) for weight in narrow]
-    copied = 2 * copy_rate()
-    gemm = flops / min(min(times) for times in timing.in_turns(products, 9).values())
+    fastest = min(min(times) for times in timing.in_turns(products, 9).values())
+    copied, gemm = copies(torch.device("cpu"), 9, False)["copy"], 2 * batch * 768 * 3072 * 16 / fastest
     step = max(nbytes / copied, 2 * batch * count / gemm)
     return {
         "copy_bytes_per_second": copied, "gemm_flops": gemm, "weights_bytes": nbytes, "step_seconds": step,
@@ -229,12 +158,26 @@ def floor_of(decoder: Decoder, batch: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+class Ends(transformers.LogitsProcessor):
+    """EOS alone from the step that ends a row, never EOS before it."""
+
+    def __init__(self, ends: list[int], width: int) -> None:
+        self.ends, self.width = torch.tensor(ends), width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores [B, V]."""
+        over = input_ids.shape[1] - self.width >= self.ends - 1
+        scores[~over, EOS] = -torch.inf
+        scores[over] = -torch.inf
+        scores[over, EOS] = 0.0
+        return scores
+
+
 def ragged(repeats: int = 5) -> dict[str, Any]:
     """A table ends each answer of both. transformers in bf16 where the processor has instructions for
     it, else in fp32: in bf16 it would take an hour."""
     decoder, peer = both()
-    slow = linear.slow_in_bf16("cpu")
-    dtype, peer = ("fp32", peer.float()) if slow else ("bf16", peer)
+    dtype, peer = ("fp32", peer.float()) if linear.slow_in_bf16("cpu") else ("bf16", peer)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(16, 257, (64,), generator=generator).tolist()
     news = torch.randint(8, 257, (64,), generator=generator).tolist()
@@ -243,43 +186,25 @@ def ragged(repeats: int = 5) -> dict[str, Any]:
     def ours() -> None:
         engine = Engine(decoder, eos_ids=(), rows=16, length=512)
         order = sorted(range(64), key=lambda i: lengths[i])  # the engine does not know when an answer ends
-        answers = [engine.submit(prompts[i], Sampling(temperature=0.0, max_new_tokens=news[i])) for i in order]
+        made = [engine.submit(prompts[i], Sampling(temperature=0.0, max_new_tokens=news[i])) for i in order]
         engine.run()
-        assert [len(answer.response_ids) for (answer,) in answers] == [news[i] for i in order]
-
-    class Table(transformers.LogitsProcessor):
-        """EOS alone from the step that ends a row, never EOS before it."""
-
-        def __init__(self, ends: list[int], width: int) -> None:
-            self.ends, self.width = torch.tensor(ends), width
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            """scores [B, V]."""
-            over = input_ids.shape[1] - self.width >= self.ends - 1
-            scores[~over, EOS] = -torch.inf
-            scores[over] = -torch.inf
-            scores[over, EOS] = 0.0
-            return scores
+        assert [len(answer.response_ids) for (answer,) in made] == [news[i] for i in order]
 
     def hf() -> None:
         for start in range(0, 64, 16):  # by arrival, padded on the left
             part, ends = prompts[start : start + 16], news[start : start + 16]
             width = max(map(len, part))
-            ids = torch.full((16, width), EOS)
-            mask = torch.zeros(16, width, dtype=torch.int64)
-            for row, prompt in enumerate(part):
-                ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
+            ids = torch.tensor([[EOS] * (width - len(prompt)) + prompt for prompt in part])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part])
             peer.generate(
                 ids, attention_mask=mask, do_sample=False, max_new_tokens=max(ends), pad_token_id=EOS,
-                eos_token_id=EOS, logits_processor=[Table(ends, width)],
+                eos_token_id=EOS, logits_processor=[Ends(ends, width)],
             )  # fmt: skip
 
     seconds = timing.in_turns({"ours": ours, f"transformers {dtype}": hf}, repeats)
     rates = timing.rates(seconds, sum(news))
-    return {
-        "tokens_per_second": rates, f"ratio_to_{dtype}": rates["ours"] / rates[f"transformers {dtype}"], "rows": 16,
-        "seconds": seconds,
-    }  # fmt: skip
+    ratio = rates["ours"] / rates[f"transformers {dtype}"]
+    return {"tokens_per_second": rates, f"ratio_to_{dtype}": ratio, "rows": 16, "seconds": seconds}
 
 
 def samples(repeats: int = 5) -> dict[str, Any]:
@@ -296,7 +221,7 @@ def samples(repeats: int = 5) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     for new in (16, 64, 128):
-        calls = {"n=8": lambda new=new: run([single], 8, new), "8 prompts": lambda new=new: run(eight, 1, new)}
+        calls = {"n=8": partial(run, [single], 8, new), "8 prompts": partial(run, eight, 1, new)}
         medians = timing.medians(timing.in_turns(calls, repeats))
         result[f"{new} new"] = {"seconds": medians, "ratio": medians["8 prompts"] / medians["n=8"]}
     return {**result, "prompts_read": read}
@@ -305,7 +230,5 @@ def samples(repeats: int = 5) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Writes rollout_NAME.json."""
     transformers.logging.set_verbosity_error()
-    measures: dict[str, Callable[..., dict]] = {
-        "speed": speed, "ragged": ragged, "samples": samples, "int8": int8, "streamed": streamed
-    }  # fmt: skip
+    measures = {"speed": speed, "ragged": ragged, "samples": samples, "int8": int8}
     return run_measures(arguments, __doc__, measures, "rollout", "transformers")

@@ -1,8 +1,6 @@
 """The chat service measured from outside: the real command in a process of its own, real sockets, a small model.
 
     python -m benchmarks serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
-    python -m benchmarks serve disconnects   1,000 clients that leave at random moments
-    python -m benchmarks serve drain         SIGTERM with 32 live streams
     python -m benchmarks serve fuzz          5,000 requests made from the OpenAPI document
     python -m benchmarks serve clients       the same cases with three generations of the openai client
 
@@ -13,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -37,21 +34,13 @@ PAIRS = 7
 
 def small_model(directory: Path) -> str:
     """Four layers of width 128 with random weights and 512 words: a million parameters, as the demo's."""
-    import torch
-
     from penstock.data.toyland import save_tokenizer
-    from penstock.models import pretrained
-    from penstock.models.config import DecoderConfig
-    from penstock.models.decoder import Decoder
+    from tests.conftest import save_tiny
 
-    config = DecoderConfig(
-        family="gpt2", vocab_size=512, d_model=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512,
-        max_length=256, hf={"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
-    )  # fmt: skip
-    path = directory / "small"
-    pretrained.save(Decoder(config, generator=torch.Generator().manual_seed(0)), path)
-    save_tokenizer(path, ["What is a penstock? The gated pipe that feeds a turbine."], vocab_size=512)
-    return str(path)
+    shape = {"vocab_size": 512, "d_model": 128, "num_layers": 4, "d_ff": 512, "max_length": 256}
+    path = save_tiny(directory / "small", **shape, num_heads=4, num_kv_heads=4, head_dim=32)
+    save_tokenizer(Path(path), ["What is a penstock? The gated pipe that feeds a turbine."], vocab_size=512)
+    return path
 
 
 @dataclass
@@ -62,12 +51,17 @@ class Server:
     address: str
     port: int
 
-    def metrics(self) -> dict[str, float]:
-        """What /metrics says, by name."""
+    def answers_by_status(self) -> Counter[str]:
+        """Requests that it has answered so far, as its own /metrics have it."""
         request = urllib.request.Request(f"{self.address}/metrics", headers={"authorization": f"Bearer {KEY}"})
+        counts: Counter[str] = Counter()
         with urllib.request.urlopen(request) as answer:
-            lines = answer.read().decode().splitlines()
-        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+            text = answer.read().decode()
+        for status, count in re.findall(
+            r'^penstock_serve_requests_total\{.*status="(\d+)"\} (\S+)$', text, re.MULTILINE
+        ):
+            counts[status] += int(float(count))
+        return counts
 
     def rss_gb(self) -> float:
         """Resident memory now, in GB."""
@@ -133,8 +127,8 @@ def chat_body(seed: int, **more: Any) -> dict[str, Any]:
     return {"model": "small", "messages": messages, "max_tokens": NEW_TOKENS, "seed": seed, **usage, **more}
 
 
-async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream], bool] | None = None) -> Stream:
-    """Sends one request on a connection of its own and reads its events as they come; `leave` may hang up."""
+async def stream_once(port: int, body: dict[str, Any]) -> Stream:
+    """Sends one request on a connection of its own and reads its events as they come."""
     stream = Stream()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = last = time.perf_counter()
@@ -156,8 +150,6 @@ async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream],
                 last = now
             if b"data: [DONE]" in chunk:
                 break
-            if leave is not None and leave(stream):
-                break
     except ConnectionError:
         pass
     finally:
@@ -168,15 +160,19 @@ async def stream_once(port: int, body: dict[str, Any], leave: Callable[[Stream],
     return stream
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The value below which that share lies."""
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else float("nan")
+def percentiles(name: str, values: list[float]) -> dict[str, float]:
+    """The middle and the 99th of a hundred, in ms."""
+    ordered = sorted(values) or [float("nan")]
+    return {f"{name}_ms_p{part}": round(1000 * ordered[len(ordered) * part // 100], 2) for part in (50, 99)}
 
 
-def milliseconds(values: list[float], share: float) -> float:
-    """A percentile in ms."""
-    return round(percentile(values, share) * 1000, 2)
+def latencies(streams: list[Stream]) -> dict[str, Any]:
+    """How many came to their end, and what they waited for."""
+    return {
+        "requests": len(streams), "errors": sum(stream.ended != "done" for stream in streams),
+        **percentiles("first_token", [stream.first for stream in streams]),
+        **percentiles("gap", [gap for stream in streams for gap in stream.gaps]),
+    }  # fmt: skip
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
@@ -210,91 +206,62 @@ def engine_rate(model: str, seconds: float, *, staggered: bool) -> float:
     return made / spent
 
 
-async def closed_loop(port: int, count: int, seconds: float) -> tuple[list[Stream], float]:
-    """`count` clients, each asking again as soon as it was answered. What they saw, and the seconds it took."""
+async def client(port: int, stop: float, first: int, pause: float = 0.0) -> list[Stream]:
+    """Asks again as soon as it was answered, or after a pause where it was refused, until `stop`."""
     streams: list[Stream] = []
+    while time.perf_counter() < stop:
+        streams.append(await stream_once(port, chat_body(first + len(streams))))
+        if streams[-1].status != 200:
+            await asyncio.sleep(pause)
+    return streams
+
+
+def closed_loop(port: int, count: int, seconds: float, *, visitors: bool = False) -> tuple[list[Stream], float]:
+    """What `count` clients saw, and the seconds. With visitors, one more that asks again 20 ms after it is refused."""
     started = time.perf_counter()
+    stop = started + seconds
 
-    async def client(number: int) -> None:
-        turn = 0
-        while time.perf_counter() - started < seconds:
-            streams.append(await stream_once(port, chat_body(number * 10_000 + turn)))
-            turn += 1
+    async def crowd() -> list[list[Stream]]:
+        clients = [client(port, stop, number * 10_000, pause=0.2) for number in range(count)]
+        return await asyncio.gather(*clients, *([client(port, stop, 90_000_000, pause=0.02)] if visitors else []))
 
-    await asyncio.gather(*(client(number) for number in range(count)))
+    streams = [stream for streams in asyncio.run(crowd()) for stream in streams]
     return streams, time.perf_counter() - started
 
 
-def row_of(streams: list[Stream], spent: float, server: Server, count: int) -> dict[str, Any]:
+def row_of(server: Server, count: int, seconds: float) -> dict[str, Any]:
     """A row of the table."""
-    gaps = [gap for stream in streams for gap in stream.gaps]
+    streams, spent = closed_loop(server.port, count, seconds)
     return {
-        "streams": count, "requests": len(streams), "errors": sum(stream.ended != "done" for stream in streams),
-        "first_token_ms_p50": milliseconds([stream.first for stream in streams], 0.5),
-        "first_token_ms_p99": milliseconds([stream.first for stream in streams], 0.99),
-        "gap_ms_p50": milliseconds(gaps, 0.5), "gap_ms_p99": milliseconds(gaps, 0.99),
+        "streams": count, **latencies(streams),
         "tokens_per_second": round(sum(stream.tokens for stream in streams) / spent, 1),
         "rss_gb": round(server.rss_gb(), 3),
     }  # fmt: skip
 
 
-async def overload(port: int, seconds: float) -> tuple[list[Stream], list[Stream]]:
-    """Clients that ask again and again fill rows and queue; a new one comes every 20 ms. (accepted, refused)."""
-    stop = time.perf_counter() + seconds
-    accepted: list[Stream] = []
-    refused: list[Stream] = []
-
-    async def resident(number: int) -> None:
-        turn = 0
-        while time.perf_counter() < stop:
-            stream = await stream_once(port, chat_body(number * 10_000 + turn))
-            (accepted if stream.status == 200 else refused).append(stream)
-            if stream.status != 200:
-                await asyncio.sleep(0.2)
-            turn += 1
-
-    async def visitors() -> None:
-        number = 0
-        await asyncio.sleep(1.0)
-        while time.perf_counter() < stop:
-            stream = await stream_once(port, chat_body(90_000_000 + number))
-            (accepted if stream.status == 200 else refused).append(stream)
-            number += 1
-            await asyncio.sleep(0.02)
-
-    await asyncio.gather(*(resident(number) for number in range(ROWS + QUEUE)), visitors())
-    return accepted, refused
-
-
 def load(seconds: float = 20.0) -> dict[str, Any]:
-    """The table, `seconds` per row, and what overload does."""
+    """The table, `seconds` per row, and what overload does: clients that fill rows and queue, and one that comes."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = small_model(directory)
-        table = []
         with serving(directory, model, "--rows", str(ROWS), "--queue", str(QUEUE), "--threads", "1") as server:
-            asyncio.run(closed_loop(server.port, 8, 2.0))  # warm
-            for count in STREAMS:
-                table.append(row_of(*asyncio.run(closed_loop(server.port, count, seconds)), server, count))
-                print(table[-1], flush=True)
+            closed_loop(server.port, 8, 2.0)  # warm
+            table = [row_of(server, count, seconds) for count in STREAMS]
             rates = rates_in_turns(server, model, seconds / 4)
-            full, _ = asyncio.run(closed_loop(server.port, ROWS + QUEUE, seconds))
-            accepted, refused = asyncio.run(overload(server.port, seconds))
+            full, _ = closed_loop(server.port, ROWS + QUEUE, seconds)
+            streams, _ = closed_loop(server.port, ROWS + QUEUE, seconds, visitors=True)
+    refused = [stream for stream in streams if stream.status != 200]
     return {
         "model": "gpt2, 4 layers of 128, 1M weights, fp32, random", "rows": ROWS, "queue": QUEUE,
         "new_tokens": NEW_TOKENS, "table": table,
         "tokens_per_second_at_32": rates,
         "share_of_the_engine": round(timing.ratio(rates, "served", "engine"), 3),
         "share_of_the_engine_staggered": round(timing.ratio(rates, "served", "engine_staggered"), 3),
-        "overload": {
-            "accepted": len(accepted), "accepted_errors": sum(stream.ended != "done" for stream in accepted),
-            "refused": len(refused), "refused_statuses": sorted({stream.status for stream in refused}),
-            "refused_ms_p50": milliseconds([stream.head for stream in refused], 0.5),
-            "refused_ms_p99": milliseconds([stream.head for stream in refused], 0.99),
-            "gap_ms_p99_full": milliseconds([gap for stream in full for gap in stream.gaps], 0.99),
-            "gap_ms_p99_overloaded": milliseconds([gap for stream in accepted for gap in stream.gaps], 0.99),
-            "first_token_ms_p99_full": milliseconds([stream.first for stream in full], 0.99),
-            "first_token_ms_p99_overloaded": milliseconds([stream.first for stream in accepted], 0.99),
+        "full": latencies(full),
+        "overloaded": latencies([stream for stream in streams if stream.status == 200]),
+        "refused": {
+            "requests": len(refused), "statuses": sorted({stream.status for stream in refused}),
+            **percentiles("answered", [stream.head for stream in refused]),
         },
     }  # fmt: skip
 
@@ -308,77 +275,11 @@ def rates_in_turns(server: Server, model: str, seconds: float) -> dict[str, list
         os.kill(server.process.pid, signal.SIGCONT)
         return rate
 
-    def served() -> float:
-        return row_of(*asyncio.run(closed_loop(server.port, ROWS, seconds)), server, ROWS)["tokens_per_second"]
-
-    calls = {"engine": lambda: alone(False), "engine_staggered": lambda: alone(True), "served": served}
+    calls: dict[str, Callable[[], float]] = {
+        "engine": lambda: alone(False), "engine_staggered": lambda: alone(True),
+        "served": lambda: row_of(server, ROWS, seconds)["tokens_per_second"],
+    }  # fmt: skip
     return timing.alternate(calls, PAIRS)
-
-
-# --- disconnects and draining -----------------------------------------------------------------------------------------
-
-
-def disconnects(clients: int = 1000) -> dict[str, Any]:
-    """Clients that leave at random moments, streamed and not; then nothing may be left running."""
-    rng = random.Random(0)
-
-    async def leave_soon(port: int, number: int) -> str:
-        body = chat_body(number, max_tokens=200)
-        if number % 2:
-            body = {**body, "stream": False}
-            del body["stream_options"]
-        task = asyncio.create_task(stream_once(port, body))
-        await asyncio.sleep(rng.random() * 0.5)
-        if task.done():
-            return task.result().ended
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        return "left"
-
-    async def crowd(port: int) -> list[str]:
-        gate = asyncio.Semaphore(64)
-
-        async def client(number: int) -> str:
-            async with gate:
-                return await leave_soon(port, number)
-
-        return await asyncio.gather(*(client(number) for number in range(clients)))
-
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        with serving(directory, small_model(directory)) as server:
-            ends = asyncio.run(crowd(server.port))
-            waited = time.perf_counter()
-            while (now := server.metrics())["penstock_serve_outstanding_answers"] and time.perf_counter() - waited < 30:
-                time.sleep(0.01)
-            idle = time.perf_counter() - waited
-            after = asyncio.run(stream_once(server.port, chat_body(1)))
-            return {
-                "clients": clients, "left": ends.count("left"),
-                "outstanding_after": now["penstock_serve_outstanding_answers"],
-                "rows_used_after": now["penstock_serve_rows_used"], "seconds_until_idle": round(idle, 3),
-                "next_request": after.ended,
-            }  # fmt: skip
-
-
-def drain(streams: int = 32) -> dict[str, Any]:
-    """SIGTERM while streams run: each must end by itself or with an error event, and the exit code be 0."""
-
-    async def crowd(server: Server) -> list[Stream]:
-        tasks = [asyncio.create_task(stream_once(server.port, chat_body(i, max_tokens=200))) for i in range(streams)]
-        while server.metrics()["penstock_serve_answer_tokens_total"] < streams * 4:
-            await asyncio.sleep(0.01)
-        server.process.send_signal(signal.SIGTERM)
-        return await asyncio.gather(*tasks)
-
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        with serving(directory, small_model(directory)) as server:
-            ended = asyncio.run(crowd(server))
-            code = server.process.wait(60)
-    ends = [stream.ended for stream in ended]
-    return {"streams": streams, "exit_code": code, "ends": {end: ends.count(end) for end in sorted(set(ends))}}
 
 
 # --- requests from the document, and openai's clients -----------------------------------------------------------
@@ -400,25 +301,16 @@ def fuzzing(address: str, key: str, *, examples: int, phases: str, seed: int = S
     ]  # fmt: skip
 
 
-def answers_by_status(server: Server) -> Counter[str]:
-    """Requests that the server has answered so far, as its own metrics have it."""
-    counts: Counter[str] = Counter()
-    for label, count in server.metrics().items():
-        if match := re.fullmatch(r'penstock_serve_requests_total\{.*status="(\d+)"\}', label):
-            counts[match[1]] += int(count)
-    return counts
-
-
 def fuzz(examples: int = 300) -> dict[str, Any]:
     """`examples` requests per operation and phase, with a fixed seed. 5xx counts every answer from 500 on."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         # Short answers: what is tried here is the requests.
         with serving(directory, small_model(directory), "--threads", "1", "--max-length", "48") as server:
-            before = answers_by_status(server)
+            before = server.answers_by_status()
             command = fuzzing(server.address, KEY, examples=examples, phases="examples,coverage,fuzzing")
             done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-            made = answers_by_status(server) - before
+            made = server.answers_by_status() - before
     print(done.stdout[-6000:])
     return {
         "seed": SEED, "checks": CHECKS, "requests": made.total(), "answers_by_status": dict(sorted(made.items())),
@@ -455,7 +347,5 @@ def clients() -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Writes serve_NAME.json."""
-    measures: dict[str, Callable[..., dict]] = {
-        "load": load, "disconnects": disconnects, "drain": drain, "fuzz": fuzz, "clients": clients
-    }  # fmt: skip
+    measures = {"load": load, "fuzz": fuzz, "clients": clients}
     return facts.run_measures(arguments, __doc__, measures, "serve", "fastapi", "uvicorn")

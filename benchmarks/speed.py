@@ -2,45 +2,29 @@
 
     python -m benchmarks speed OLD_CHECKOUT [NEW_CHECKOUT] [--only ROW ...] [--rounds 7] [--tiny]
 
-Each side of a row is a process that imports its checkout and does a step when it is told (speed_steps.py). After a
-warm-up of each, the medians of both sides and the ratio new/old of each round go to benchmarks/results/speed.json; a
-ratio below 1 says the new version is faster. The new checkout is this one by default.
+Each side of a row is a process that imports its checkout and does a step when it is told (peers/ours.py). After a
+warm-up of each, the medians of both sides and of the ratios new/old go to benchmarks/results/speed.json; a ratio below
+1 says the new version is faster. The new checkout is this one by default; the old one must have the names that
+peers/ours.py imports (for one that has others, run this from a checkout of the commit in its result).
 """
 
-import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks import timing
 from benchmarks.facts import ROOT, commit_of, flags, write
+from benchmarks.peers.run import OURS, TINY, figures_of
 from benchmarks.peers.turns import Side
 
-SCRIPT = Path(__file__).parent / "speed_steps.py"
-ROWS = ("sft", "ppo", "generate 1", "generate 8", "generate 32", "streamed")
-
-
-def row_of(checkouts: dict[str, Path], row: str, rounds: int, tiny: bool) -> dict:
-    """Seconds of both sides, and new over old."""
-    arguments = [*row.split(), *(["--tiny"] if tiny else [])]
-    with contextlib.ExitStack() as ending:
-        sides = {}
-        for name, checkout in checkouts.items():
-            environment = {"PYTHONPATH": str(checkout.resolve() / "src")}
-            sides[name] = Side([sys.executable, str(SCRIPT), *arguments], environment)
-            ending.callback(sides[name].end)
-        steps = timing.alternate({name: side.step for name, side in sides.items()}, rounds, warm_ups=1)
-    seconds = {name: [step["seconds"] for step in steps[name]] for name in steps}
-    medians = timing.medians(seconds)
-    return {
-        "old_seconds": medians["old"],
-        "new_seconds": medians["new"],
-        "ratio": medians["new"] / medians["old"],
-        "median_of_ratios": timing.ratio(seconds, "new", "old"),
-        "rounds": rounds,
-        "seconds": seconds,
-        "peak_rss_bytes": {name: steps[name][-1]["peak_rss_bytes"] for name in steps},
-    }
+ROWS = {
+    # few blocks and seconds per step: all rows take minutes together
+    "sft": "--work sft --layers 3",
+    "ppo": "--work ppo --layers 3",
+    **{f"generate {rows}": f"--work generate --layers 3 --rows {rows}" for rows in (1, 8, 32)},
+    "streamed": "--work sft --strategy gemini_cpu --device-memory 500MB --layers 4 --width 1600 --vocab 8192",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -50,16 +34,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("new", type=Path, nargs="?", default=ROOT)
     parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--tiny", action="store_true", help="small shapes: tests the rows, and the figures mean nothing"
-    )
+    parser.add_argument("--tiny", action="store_true", help="small shapes: tests the rows; the figures mean nothing")
     parser.add_argument("--name", default="speed", help="of the file in benchmarks/results/")
     options = parser.parse_args(arguments)
     checkouts = {"old": options.old, "new": options.new}
     rows = {}
     for row in options.only:
-        rows[row] = row_of(checkouts, row, options.rounds, options.tiny)
-        print(row, json.dumps({key: rows[row][key] for key in ("old_seconds", "new_seconds", "ratio")}), flush=True)
+        command = [sys.executable, OURS, *ROWS[row].split(), *(TINY if options.tiny else [])]
+        sides = {
+            name: partial(Side, command, {"PYTHONPATH": str(checkout.resolve() / "src")})
+            for name, checkout in checkouts.items()
+        }
+        seconds, figures = figures_of(sides, options.rounds, 1)
+        rows[row] = {"ratio": timing.ratio(seconds, "new", "old"), "rounds": options.rounds, **figures}
+        print(row, json.dumps(rows[row]), flush=True)
         commits = {name: commit_of(checkout) for name, checkout in checkouts.items()}
         write(options.name, {"commits": commits, "rows": rows})
     return 0

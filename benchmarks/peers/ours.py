@@ -1,4 +1,7 @@
-"""The other side of every race: the same work by penstock's engine, all weights or an adapter's."""
+"""The other side of every race: the same work by penstock's engine, all weights or an adapter's.
+
+`benchmarks speed` runs it on two versions of penstock: it uses names that versions share.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,41 +10,60 @@ from typing import Any
 import torch
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.sft import response_logprobs, rows_of
-from penstock.commands.bench.work import Four
-from penstock.data.chat import Example
+from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.commands.bench.work import Four, fill_quickly
 from penstock.memory.strategy import Strategy
 from penstock.models import presets, surgery
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor
+from penstock.rollout.engine import Engine
+from penstock.rollout.sampling import Sampling
 
 
-def sft(strategy: Strategy, shape: DecoderConfig, rank: int = 0) -> Callable[[torch.Tensor], object]:
-    """One call is one supervised step on tokens [B, T], all trained; with a rank through adapters of that rank."""
+def actor_of(strategy: Strategy, shape: DecoderConfig, rank: int = 0) -> Actor:
+    """The recipe of an actor with random weights; with a rank, adapters of that rank learn."""
     with strategy.init():
         actor = Actor(Decoder(shape))
         if rank:
             surgery.add_adapters(actor.decoder, LoraSpec(rank))
-    stream = strategy.prepare(actor)
+    actor.fill = fill_quickly
+    return actor
 
-    def step(tokens: torch.Tensor) -> object:
-        rows = [Example(row, [False] + [True] * (len(row) - 1)) for row in tokens.tolist()]
-        count = sum(sum(row.trained) for row in rows)
 
-        def loss_of(hidden: torch.Tensor, part: Any) -> tuple:
-            return fn.sft_loss(response_logprobs(actor, hidden, part), count), {}
+def sft(strategy: Strategy, stream: Any, lr: float = 1e-5) -> Callable[[list[Rows]], object]:
+    """One call is one supervised step on micro-batches."""
 
-        return strategy.step(stream, [rows_of(rows, strategy.world.device)], loss_of, lr=1e-5)
+    def step(batches: list[Rows]) -> object:
+        count = sum(int(batch.trained.sum()) for batch in batches)
+
+        def loss_of(hidden: torch.Tensor, batch: Rows) -> tuple:
+            return fn.sft_loss(response_logprobs(stream.model, hidden, batch), count), {}
+
+        return strategy.step(stream, batches, loss_of, lr=lr)
 
     return step
 
 
-def ppo(strategy: Strategy, shape: DecoderConfig, rows: int) -> Callable[[torch.Tensor, int], object]:
-    """One call is one PPO iteration on prompts [B, P] with so many new tokens: all rows in one micro-batch."""
-    four = Four(strategy, shape, rows)
-    return lambda prompts, new: list(four.iteration(prompts.tolist(), new))
+def step_of(options: Any, shape: DecoderConfig) -> Callable[[], object]:
+    """One step of the work that the flags ask for."""
+    prompts = torch.randint(1, options.vocab, (options.rows, options.prompt)).tolist()
+    if options.work == "generate":
+        decoder = Decoder(shape, dtype=torch.bfloat16).requires_grad_(False)
+        engine = Engine(decoder, eos_ids=(), rows=options.rows, length=options.prompt + options.new)
+        return lambda: engine.generate(prompts, Sampling(max_new_tokens=options.new, seed=1))
+    recompute = options.recompute == "yes" or None
+    budget = options.device_memory or None
+    strategy = Strategy.named(options.strategy, dtype=options.dtype, device_memory=budget, recompute=recompute)
+    if options.work == "ppo":  # all rows in one micro-batch
+        four = Four(strategy, shape, options.rows)
+        return lambda: list(four.iteration(prompts, options.new))
+    actor = actor_of(strategy, shape, options.rank if options.work == "lora" else 0)
+    step = sft(strategy, strategy.prepare(actor))
+    tokens = torch.randint(1, options.vocab, (options.rows, options.prompt + options.new)).to(strategy.world.device)
+    trained = (torch.arange(tokens.shape[1], device=tokens.device) > 0).expand_as(tokens)
+    return lambda: step([Rows(tokens, trained)])
 
 
 def main() -> None:
@@ -49,8 +71,8 @@ def main() -> None:
     from turns import Turns, flags  # of this folder
 
     options = flags(
-        __doc__ or "", work=["ppo", "sft", "lora"], strategy=["ddp", "ddp_8bit", "zero2_cpu", "gemini_cpu"],
-        recompute=["no", "yes"],
+        __doc__ or "", work=["ppo", "sft", "lora", "generate"], recompute=["no", "yes"], device_memory=None,
+        strategy=["ddp", "ddp_8bit", "zero2_cpu", "gemini_cpu"],
     )  # fmt: skip
     turns = Turns()
     torch.manual_seed(0)
@@ -59,15 +81,7 @@ def main() -> None:
         presets.named("s"), num_layers=options.layers, d_model=options.width, d_ff=4 * options.width, num_heads=heads,
         num_kv_heads=heads, head_dim=options.width // heads, vocab_size=options.vocab,
     )  # fmt: skip
-    strategy = Strategy.named(options.strategy, dtype=options.dtype, recompute=options.recompute == "yes" or None)
-    if options.work == "ppo":
-        prompts = torch.randint(1, options.vocab, (options.rows, options.prompt))
-        iterate = ppo(strategy, shape, options.rows)
-        turns.take(lambda: iterate(prompts, options.new))
-    else:
-        tokens = torch.randint(1, options.vocab, (options.rows, options.prompt + options.new))
-        step = sft(strategy, shape, options.rank if options.work == "lora" else 0)
-        turns.take(lambda: step(tokens.to(strategy.world.device)))
+    turns.take(step_of(options, shape))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The same work in plain transformers and PyTorch, as one side of a race, and to be timed in one process with ours.
+"""PPO in plain transformers and PyTorch, as one side of a race.
 
     published   what the 2023 benchmark compared with: four fp32 models, generate, Adam, no autocast, no checkpointing
     fair        bf16 weights, frozen models in bf16, an fp32 master of what is trained, fused AdamW
-    usual       what a careful user writes first: one dtype for all, fused AdamW on it, no master
 
 No packing, no clever kernels: transformers' models with SDPA, `generate` with its KV cache.
 """
@@ -55,22 +54,10 @@ class Optimizer:
                     weight.copy_(master)
 
 
-class SFT:
-    """One supervised step on rows [B, T] whose every token is trained."""
-
-    def __init__(self, dtype: torch.dtype, **shape: int) -> None:
-        self.model = transformers.GPT2LMHeadModel(gpt2(dtype, **shape)).to(dtype).train()
-        self.optimizer = Optimizer(self.model)
-
-    def step(self, tokens: Tensor) -> None:
-        """tokens: [B, T] int64."""
-        self.optimizer.update(self.model(tokens, labels=tokens, use_cache=False).loss)
-
-
 class PPO:
     """One PPO step: rollout, four models score, GAE, one update of actor and critic."""
 
-    def __init__(self, dtype: torch.dtype, kind: str = "usual", **shape: int) -> None:
+    def __init__(self, dtype: torch.dtype, kind: str, **shape: int) -> None:
         token, number = transformers.GPT2LMHeadModel, transformers.GPT2ForTokenClassification
         self.actor = token(gpt2(dtype, **shape)).to(dtype)
         self.reference = token(gpt2(dtype, **shape)).to(dtype).eval().requires_grad_(False)
@@ -122,7 +109,7 @@ def main() -> None:
     """One side of a race."""
     from turns import Turns, flags  # of this folder
 
-    options = flags(__doc__ or "", kind=["published", "fair", "usual"])
+    options = flags(__doc__ or "", kind=["published", "fair"])
     turns = Turns()
     torch.manual_seed(0)
     shape = shape_of(options)

@@ -14,17 +14,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from benchmarks.facts import ROOT, flags, last_words, result_path, write
-from benchmarks.peers.turns import Side
+from benchmarks.facts import ROOT, flags, result_path, write
+from benchmarks.peers.turns import Side, last_words
 from penstock.models.linear import slow_in_bf16
 
 HERE = Path(__file__).parent
-OURS = "ours.py"
+OURS = str(HERE / "ours.py")
 ENVIRONMENTS = ROOT / ".peers"
 TINY = ["--layers", "1", "--width", "32", "--vocab", "64", "--prompt", "6", "--new", "6", "--rank", "4"]
 
@@ -34,45 +36,31 @@ class Race:
     """One row: a peer's script and flags, and ours."""
 
     environment: str
-    script: str
     theirs: str
     ours: str
     narrow: bool = False
     """Theirs is in bf16. On a processor without bf16 instructions a step takes minutes: one of each, and no warm-up."""
 
-    @property
-    def once(self) -> bool:
-        """Whether this processor is one of those."""
-        return self.narrow and slow_in_bf16("cpu")
 
-
+TRL, BF16, AUTOCAST = "trl_ppo.py", "--dtype bf16", "trl_ppo.py --autocast bf16"
+EIGHT_BIT, STREAMED = "--strategy ddp_8bit", "--work sft --strategy gemini_cpu"
 RACES = {
-    "ppo, TRL, bf16": Race("trl", "trl_ppo.py", "--dtype bf16", "--dtype bf16", narrow=True),
-    "ppo, TRL, bf16, ours with 8-bit moments": Race(
-        "trl", "trl_ppo.py", "--dtype bf16", "--dtype bf16 --strategy ddp_8bit", narrow=True
-    ),
-    "ppo, TRL, bf16 by autocast": Race("trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16", narrow=True),
-    "ppo, TRL, bf16 by autocast, ours recomputing": Race(
-        "trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16 --recompute yes", narrow=True
-    ),
-    "ppo, TRL, bf16 by autocast, ours with 8-bit moments": Race(
-        "trl", "trl_ppo.py", "--autocast bf16", "--dtype bf16 --strategy ddp_8bit", narrow=True
-    ),
-    "ppo, TRL, fp32": Race("trl", "trl_ppo.py", "", ""),
-    "ppo, TRL in fp32, ours in bf16": Race("trl", "trl_ppo.py", "", "--dtype bf16"),
-    "ppo, plain as published, fp32": Race("plain", "plain.py", "--kind published", ""),
-    "ppo, plain and fair, bf16": Race("plain", "plain.py", "--kind fair --dtype bf16", "--dtype bf16", narrow=True),
-    "sft through LoRA, peft, fp32": Race("peft", "peft_lora.py", "", "--work lora"),
-    "sft through LoRA, peft, bf16": Race(
-        "peft", "peft_lora.py", "--dtype bf16", "--work lora --dtype bf16", narrow=True
-    ),
+    "ppo, TRL, bf16": Race("trl", f"{TRL} {BF16}", BF16, narrow=True),
+    "ppo, TRL, bf16, ours with 8-bit moments": Race("trl", f"{TRL} {BF16}", f"{BF16} {EIGHT_BIT}", narrow=True),
+    "ppo, TRL, bf16 by autocast": Race("trl", AUTOCAST, BF16, narrow=True),
+    "ppo, TRL, bf16 by autocast, ours recomputing": Race("trl", AUTOCAST, f"{BF16} --recompute yes", narrow=True),
+    "ppo, TRL, bf16 by autocast, ours with 8-bit moments": Race("trl", AUTOCAST, f"{BF16} {EIGHT_BIT}", narrow=True),
+    "ppo, TRL, fp32": Race("trl", TRL, ""),
+    "ppo, TRL in fp32, ours in bf16": Race("trl", TRL, BF16),
+    "ppo, plain as published, fp32": Race("plain", "plain.py --kind published", ""),
+    "ppo, plain and fair, bf16": Race("plain", f"plain.py --kind fair {BF16}", BF16, narrow=True),
+    "sft through LoRA, peft, fp32": Race("peft", "supervised.py --by peft", "--work lora"),
+    "sft through LoRA, peft, bf16": Race("peft", f"supervised.py --by peft {BF16}", f"--work lora {BF16}", narrow=True),
     "sft, DeepSpeed ZeRO-3 offload, bf16": Race(
-        "deepspeed", "deepspeed_zero3.py", "--dtype bf16", "--work sft --strategy gemini_cpu --dtype bf16", narrow=True
+        "deepspeed", f"supervised.py --by deepspeed {BF16}", f"{STREAMED} {BF16}", narrow=True
     ),
-    "sft, DeepSpeed ZeRO-3 offload, fp32": Race(
-        "deepspeed", "deepspeed_zero3.py", "", "--work sft --strategy gemini_cpu"
-    ),
-    "sft, FSDP2, fp32": Race("fsdp2", "fsdp2_offload.py", "", "--work sft --strategy gemini_cpu"),
+    "sft, DeepSpeed ZeRO-3 offload, fp32": Race("deepspeed", "supervised.py --by deepspeed", STREAMED),
+    "sft, FSDP2, fp32": Race("fsdp2", "supervised.py --by fsdp2", STREAMED),
 }
 
 
@@ -99,25 +87,34 @@ def environment_of(name: str) -> Path:
 
 def race(contest: Race, python: Path | str, repeats: int, shape: list[str]) -> dict[str, Any]:
     """A B A B ..., ours first. Raises RuntimeError when a side stops."""
-    with contextlib.ExitStack() as ending:
-        own_packages = {"PYTHONPATH": None} if str(python) != sys.executable else {}
-        peer = Side([str(python), str(HERE / contest.script), *contest.theirs.split(), *shape], own_packages)
-        ending.callback(peer.end)
-        ours = Side([sys.executable, str(HERE / OURS), *contest.ours.split(), *shape])
-        ending.callback(ours.end)
-        rounds, warm_ups = (1, 0) if contest.once else (repeats, 1)
-        steps = timing.alternate({"ours": ours.step, "theirs": peer.step}, rounds, warm_ups)
-    seconds = {side: [step["seconds"] for step in steps[side]] for side in steps}
-    peaks = {side: steps[side][-1]["peak_rss_bytes"] for side in steps}
+    script, *their_flags = contest.theirs.split()
+    own_packages = {"PYTHONPATH": None} if str(python) != sys.executable else {}
+    sides = {
+        "ours": partial(Side, [sys.executable, OURS, *contest.ours.split(), *shape]),
+        "theirs": partial(Side, [str(python), str(HERE / script), *their_flags, *shape], own_packages),
+    }
+    once = contest.narrow and slow_in_bf16("cpu")
+    seconds, figures = figures_of(sides, *((1, 0) if once else (repeats, 1)))
     return {
-        **{f"{side}_seconds": median for side, median in timing.medians(seconds).items()},
+        **figures,
         "times_faster": timing.ratio(seconds, "theirs", "ours"),
-        **{f"{side}_seconds_each": times for side, times in seconds.items()},
-        **{f"{side}_peak_rss_bytes": peak for side, peak in peaks.items()},
-        "share_of_their_rss": peaks["ours"] / peaks["theirs"],
+        "share_of_their_rss": figures["ours_peak_rss_bytes"] / figures["theirs_peak_rss_bytes"],
         "ours": f"ours.py {contest.ours}".strip(),
-        "theirs": f"{contest.script} {contest.theirs}".strip(),
+        "theirs": contest.theirs,
         "requirements": requirements_of(contest.environment),
+    }
+
+
+def figures_of(sides: dict[str, Callable[[], Side]], rounds: int, warm_ups: int) -> tuple[timing.Seconds, dict]:
+    """Starts the sides and takes their steps in turns: the seconds of each step, and the figures of each side."""
+    with contextlib.ExitStack() as ending:
+        running = {name: ending.enter_context(contextlib.closing(start())) for name, start in sides.items()}
+        steps = timing.alternate({name: side.step for name, side in running.items()}, rounds, warm_ups)
+    seconds = {name: [step["seconds"] for step in steps[name]] for name in steps}
+    return seconds, {
+        **{f"{name}_seconds": median for name, median in timing.medians(seconds).items()},
+        **{f"{name}_seconds_each": times for name, times in seconds.items()},
+        **{f"{name}_peak_rss_bytes": steps[name][-1]["peak_rss_bytes"] for name in steps},
     }
 
 

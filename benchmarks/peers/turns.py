@@ -66,7 +66,7 @@ class Side:
         try:
             self._receive()
         except RuntimeError:
-            self.end()
+            self.close()
             raise
 
     def step(self) -> dict[str, float]:
@@ -89,11 +89,10 @@ class Side:
         if not line:
             code = self._process.wait()
             self._output.seek(0)
-            lines = [text for text in self._output.read().splitlines() if text.strip()]
-            raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'killed, most likely for its memory'}")
+            raise RuntimeError(last_words(code, self._output.read()))
         return json.loads(line.removeprefix(MARK))
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Closes its input, which ends it; kills it if it goes on."""
         assert self._process.stdin is not None
         try:
@@ -105,7 +104,13 @@ class Side:
         self._output.close()
 
 
-def flags(doc: str, **choices: list[str]) -> argparse.Namespace:
+def last_words(code: int, output: str) -> str:
+    """Why a process failed: its exit code and the last line that it wrote."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return f"exit code {code}: {lines[-1] if lines else 'killed, most likely for its memory'}"
+
+
+def flags(doc: str, **choices: list[str] | None) -> argparse.Namespace:
     """The flags of every side: shape, rows and tokens. `choices` adds flags by name, the first choice the default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -117,5 +122,5 @@ def flags(doc: str, **choices: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--rank", type=int, default=16, help="of adapters")
     for name, values in choices.items():
-        parser.add_argument(f"--{name}", default=values[0], choices=values)
+        parser.add_argument(f"--{name.replace('_', '-')}", default=values[0] if values else None, choices=values)
     return parser.parse_args()

@@ -33,12 +33,12 @@ def test_a_side_steps_when_it_is_asked_and_ends_when_it_is_not(peer):
     steps = [side.step() for _ in range(3)]
     assert all(0.01 <= step["seconds"] < PATIENCE for step in steps)
     assert all(step["peak_rss_bytes"] > 1 << 20 for step in steps)
-    side.end()
+    side.close()
     assert side._process.returncode == 0
 
 
 def test_a_race_pairs_the_steps_and_leaves_the_warm_up_out(peer, monkeypatch):
-    race = Race("plain", peer, "", "--work sft")
+    race = Race("plain", peer, "--work sft")
     found = run.race(race, sys.executable, 2, TINY)
     assert len(found["ours_seconds_each"]) == len(found["theirs_seconds_each"]) == 2
     ratios = sorted(b / a for a, b in zip(found["ours_seconds_each"], found["theirs_seconds_each"], strict=True))
@@ -52,8 +52,8 @@ def test_a_peer_that_cannot_be_installed_has_a_row_that_says_why_and_the_rest_go
     monkeypatch.setattr(run, "ENVIRONMENTS", tmp_path / "peers")
     gone = tmp_path / "gone.py"
     gone.write_text("raise ImportError('no such operator')\n")
-    races = {"a": Race("nowhere", peer, "", ""), "b": Race("here", str(gone), "", "--work sft"),
-             "c": Race("here", peer, "", "--work sft", narrow=True)}  # fmt: skip
+    races = {"a": Race("nowhere", peer, ""), "b": Race("here", str(gone), "--work sft"),
+             "c": Race("here", peer, "--work sft", narrow=True)}  # fmt: skip
     monkeypatch.setattr(run, "RACES", races)
     monkeypatch.setattr(run, "OURS", peer)
     monkeypatch.setattr(run, "slow_in_bf16", lambda device_type: True)  # one of each where theirs is in bf16
@@ -74,7 +74,7 @@ def test_a_peer_that_cannot_be_installed_has_a_row_that_says_why_and_the_rest_go
 
 def test_every_race_has_a_script_and_pinned_requirements():
     for race in RACES.values():
-        assert (run.HERE / race.script).is_file()
+        assert (run.HERE / race.theirs.split()[0]).is_file()
         lines = run.requirements_of(race.environment)
         assert lines[0] == "torch==2.13.0"
         assert all("==" in line for line in lines)
@@ -148,7 +148,7 @@ def test_the_page_is_made_of_results_alone(tmp_path):
         "| 3.0% |",
     ):
         assert cell in page
-    assert page.count("Not measured yet") == 6  # penstock bench, gradients, the races on two other processors
+    assert page.count("Not measured yet") == 4  # penstock bench, gradients, the races on two other processors
     for plot in ("capacity", "throughput-against-other-stacks", "memory-against-other-stacks", "how-cost-grows"):
         assert (tmp_path / "plots" / f"{plot}.svg").stat().st_size > 1000
         assert f"(plots/{plot}.svg)" in page
