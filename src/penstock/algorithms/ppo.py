@@ -63,7 +63,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
         for step in session.steps(state.step, total):
             # It is there already where a checkpoint was taken inside this step
             experience = state.experience or gather(step, session, iteration, inputs, state, config)
-            held = state.holds_actor(experience, flags)
+            hold_actor = state.holds_actor(experience, flags)
             while state.update < updates:
                 session.pause(state.step, trained, state.save)  # on SIGTERM; the experience is saved too
                 epoch, part = divmod(state.update, parts)
@@ -71,9 +71,9 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 index = order[part * mini_batch : (part + 1) * mini_batch]
                 done = (step - 1) * updates + state.update
                 lr = fn.lr_schedule(done, total * updates, optim.warmup, optim.lr_schedule)
-                use_ptx = inputs.demonstrations and not held
+                use_ptx = inputs.demonstrations and not hold_actor
                 ptx = [inputs.demonstrations[i] for i in state.ptx_shuffle.next(mini_batch)] if use_ptx else []
-                steps = iteration.learn(experience, index, lr, ptx, hold_actor=held)
+                steps = iteration.learn(experience, index, lr, ptx, hold_actor=hold_actor)
                 for name, stats in steps.items():
                     session.check(stats, name)
                 state.sums += steps.items()
@@ -84,7 +84,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             metrics = summary(
                 experience, state.sums, state.kl.beta, flags, has_kl=iteration.roles.reference is not None
             )
-            metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(held)}
+            metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(hold_actor)}
             improved = (step % every == 0 or step == total) and evaluate(
                 step, session, iteration, inputs, state, metrics
             )
@@ -138,10 +138,8 @@ HELDOUT_STREAMS = 0xE7A1
 def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
     models, source, optim, flags = inputs.models, inputs.source, config.optim, config.ppo
-    longest, mini_batch = (
-        max(map(len, [*inputs.prompts, *inputs.heldout[1]])),
-        config.mini_batch_size or optim.batch_size,
-    )
+    longest = max(map(len, [*inputs.prompts, *inputs.heldout[1]]))
+    mini_batch = config.mini_batch_size or optim.batch_size
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     work = Workload("ppo", role_specs(models), *batches, longest, flags.max_new_tokens, flags.rollout_batch_size)
     swap = reserve_activations(strategy, work)
@@ -316,15 +314,10 @@ class PPO:
 
     def rollout(self, prompts: Sequence[list[int]], episodes: Sequence[int], **changes: Any) -> list[Answer]:
         """This rank's answers. `episodes` number their random streams; `changes` are those of the sampling."""
-        decoder, sampling, size = (
-            self.roles.actor.model.decoder,
-            self.sampling(**changes),
-            self.flags.rollout_batch_size,
-        )
+        decoder, sampling = self.roles.actor.model.decoder, self.sampling(**changes)
+        options: Any = {"eos_ids": self.eos_ids, "batch_size": self.flags.rollout_batch_size, "swap": self.swap}
         with self.strategy.phase("rollout"):
-            return generate(
-                decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, batch_size=size, swap=self.swap
-            )
+            return generate(decoder, prompts, sampling, episodes=episodes, **options)
 
     def score(
         self, rollout: Sequence[Answer], records: Sequence, beta: float, scale: fn.Moments | None = None

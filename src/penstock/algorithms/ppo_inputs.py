@@ -76,6 +76,8 @@ def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inpu
     models = {role: model for role, model in models.items() if model is not None}
     sides = read_sides(session, encoder, "prompts", config, fewest=max(FEWEST, strategy.world.size))
     (records, prompts), heldout = (scorable(side, source, config, session) for side in sides)
+    if 0 < len(heldout[1]) < strategy.world.size:
+        raise UserError(f"held-out prompts: {len(heldout[1])} for {strategy.world.size} ranks; give each rank one.")
     compare_stages(records, config, session)
     source.check([*records, *heldout[0]], session.say)
     demonstrations: list[Example] = []
