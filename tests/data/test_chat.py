@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
@@ -137,6 +137,7 @@ TURNS = st.lists(st.text("aH: \n.", min_size=1, max_size=6), min_size=1, max_siz
 
 
 @settings(max_examples=60)
+@example(turns=[":"], answer="\n")
 @given(turns=TURNS, answer=st.text("aH: \n.", min_size=1, max_size=6))
 def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_same_ids(encoder, turns, answer):
     turns = turns if len(turns) % 2 else turns[:-1]

@@ -550,10 +550,13 @@ def test_export_writes_json_lines_of_every_branch(open_page, served, tmp_path):
         page.get_by_role("link", name="Export all").click()
     lines = [json.loads(line) for line in Path(single.value.path()).read_text().splitlines()]
     texts = [message["content"] for message in conversation_of(page, served) if message["role"] == "assistant"]
-    assert [line["messages"][-1] for line in lines] == [{"role": "assistant", "content": text} for text in texts]
+    answers = [line["messages"][-1] for line in lines]
+    for answer in answers:
+        assert answer.pop("weight", 0) == 0  # an answer that max_tokens cut is not to be learned
+    assert answers == [{"role": "assistant", "content": text} for text in texts]
     assert all(line["messages"][0] == {"role": "user", "content": "What does the crow eat?"} for line in lines)
     both = Path(everything.value.path()).read_text()
-    assert all(json.dumps(line, ensure_ascii=False) in both for line in lines)
+    assert all(line in both for line in Path(single.value.path()).read_text().splitlines())
     assert single.value.suggested_filename.endswith(".jsonl")
 
 

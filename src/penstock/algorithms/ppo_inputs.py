@@ -115,11 +115,17 @@ def compare_stages(records: Sequence[Any], config: PPOConfig, session: Session) 
             continue
         saved = RunDirectory.peek(run)
         kind: Kind = "comparisons" if saved["command"] == "reward" else "demonstrations"
-        files = [file for file in saved.get("data", []) if Path(file).exists()] if saved["command"] != "ppo" else []
-        seen: set[str] = set()
-        if files:
-            pairs = formats.parse_keys(tuple(saved.get("keys", ())))
-            seen = {record.prompt_key for record in formats.read(files, kind, keys=pairs, skip_bad=True).records}
+        if saved["command"] == "ppo":
+            continue  # on prompts, and on these perhaps for the second time
+        pairs = formats.parse_keys(tuple(saved.get("keys", ())))
+        try:
+            seen = {
+                record.prompt_key
+                for record in formats.read(saved.get("data", []), kind, keys=pairs, skip_bad=True).records
+            }
+        except (DataError, UserError):
+            session.say(f"--{flag} {run}: its data cannot be read any more, and is not compared with these prompts")
+            continue
         if shared := len(keys & seen):
             session.warn(f"duplicate prompts: {shared} of {len(keys)} were in the data of --{flag} {run} as well")
 

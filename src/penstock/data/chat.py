@@ -257,11 +257,13 @@ class Encoder:
         turn = self._quoted({"role": "assistant", "content": text})
         before, written = self._split(record, [*record.messages, turn])
         self._check_answer(turn["content"], written, record.where)
-        if not ended:  # up to the text's own end: what the template writes behind it closes the turn
-            content = next((text for text in (turn["content"], turn["content"].strip()) if text in written), "")
-            written = written[: written.rindex(content) + len(content)] if content else ""
-            return self._tokens(written, record.where, before)
-        return self._turn(written, record.where, before)[0]
+        ids, end, tail = self._turn(written, record.where, before)
+        if ended:
+            return ids
+        # Up to the text's own end: what the template writes behind it closes the turn
+        body = written.removesuffix(tail).removesuffix(end)
+        content = next((text for text in (turn["content"], turn["content"].strip()) if text in body), "")
+        return self._tokens(body[: body.rindex(content) + len(content)] if content else "", record.where, before)
 
     def _prompt_of(self, record: Prompt, messages: Sequence[Message]) -> list[int]:
         row = self._dialogue(record, messages)
@@ -294,9 +296,7 @@ class Encoder:
                 written = shown[len(before) :]
                 self._check_answer(messages[i]["content"], written, record.where)
                 answer, end, tail = self._turn(written, record.where, end + text)
-                shown = shown[
-                    : len(shown) - len(tail)
-                ]  # some templates write more behind the last turn than behind others
+                shown = shown[: len(shown) - len(tail)]  # some templates write more behind the last turn than others
             tokens += question + answer
             learned = i < len(messages) and bool(messages[i].get("weight", 1))
             trained += [False] * len(question) + [learned] * len(answer)
