@@ -124,7 +124,7 @@ BUGS: list[Bug] = [
     ("models/tokenizer_files.py", "generation_config.json is not asked for ends", "for name in ENDS_FILES:", "for name in ENDS_FILES[:1]:"),
     ("data/pieces.py", "each answer begins with a space of its own", 'for context in (behind[start:], "\\n"):', "for context in ():"),
     ("data/pieces.py", "a quoted token opens or ends a turn", "if token in self.words.values() and next(quoted, False):", "if False:"),
-    ("data/chat.py", "a cut answer is closed by its template", "        if not ended:  # up", "        if False:  # up"),
+    ("data/chat.py", "a cut answer is closed by its template", "        if ended:\n            return ids\n", "        return ids\n"),
     ("algorithms/reward_source.py", "a reward model reads the ids of another tokenizer", "if record.prompt_ids is not None:\n", "if False:\n"),
     ("data/chat.py", "--system is ignored", "if self.flags.system is not None and messages[0]", "if False and messages[0]"),
     ("data/chat.py", "tool calls that the template does not write vanish", "        if missing:\n", "        if False:\n"),
