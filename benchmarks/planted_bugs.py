@@ -3,7 +3,7 @@
     python -m benchmarks planted_bugs [--only WORD] [--jobs 2]
 
 Each line of BUGS is one wrong line in a copy of src/ (the tree itself is not touched). A bug is caught when a test of
-DIRECTORIES fails on it; the unchanged copy must pass. A bug meets first the test that caught it last time (results/
+DIRECTORIES fails on it that passes on the unchanged copy. A bug meets first the test that caught it last time (results/
 planted_bugs.json), and the others only if that test passes. The ideas are from the war stories of docs/ppo.md (TRL,
 trlX, DeepSpeed-Chat and the 2023 reference system had several of these in releases).
 """
@@ -333,34 +333,36 @@ def judged(pristine: Path, recorded: dict[str, str], bug: Bug) -> dict[str, str]
 def main(arguments: list[str]) -> int:
     """Returns 1 when a bug was missed, or a test fails without any."""
     parser = flags(__doc__)
-    parser.add_argument("--only", default="", help="a word of the file or of the bug; no control, writes no result")
+    parser.add_argument("--only", default="", help="a word of the file or of the bug; writes no result")
     parser.add_argument("--jobs", type=int, default=1, help="bugs at a time")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch  # noqa: F401  (before the forks: seconds each)
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
-    began = time.time()
-    control: Bug = ("", "nothing: the control", "", "")
+    began, verdicts = time.time(), {}
     bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}"]
-    every, verdicts = bugs if options.only else [control, *bugs], {}
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(options.jobs, get_context("fork")) as pool:
         for tree in ("src", "tests"):
             ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
             shutil.copytree(ROOT / tree, Path(directory) / tree, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", directory)
-        for bug, result in zip(every, pool.map(partial(judged, Path(directory), recorded_tests()), every), strict=True):
-            state = "caught" if result["by"] else "passed" if bug == control else "MISSED"
-            print(f"{state} {bug[0]:28} {bug[1]}  {result['by']} {result.get('error', '')}", flush=True)
+        for bug, result in zip(bugs, pool.map(partial(judged, Path(directory), recorded_tests()), bugs), strict=True):
+            print(
+                f"{'caught' if result['by'] else 'MISSED'} {bug[0]:28} {bug[1]}  {' '.join(result.values())}",
+                flush=True,
+            )
             verdicts[bug] = result
-    control_result = verdicts.pop(control, {"by": ""})
+        tests = sorted({result["by"] for result in verdicts.values()} - {""})
+        code, text = run_tests(Path(directory), tests) if tests else (0, "")
+    control = "passed" if code == 0 else text[-2000:]
+    print(f"the {len(tests)} tests that caught them, without any bug: {control}")
     results = [
-        {"file": bug[0], "bug": bug[1], "caught": result["by"] not in ("", control_result["by"]), **result}
-        for bug, result in verdicts.items()
+        {"file": bug[0], "bug": bug[1], "caught": bool(result["by"]), **result} for bug, result in verdicts.items()
     ]
     caught = sum(record["caught"] for record in results)
     print(f"{caught} of {len(results)} planted bugs were caught, {time.time() - began:.0f} s")
     if not options.only:
-        summary = {"planted": len(results), "caught": caught, "control": control_result}
+        summary = {"planted": len(results), "caught": caught, "control": control}
         write("planted_bugs", {**summary, "seconds": time.time() - began, "bugs": results})
-    return int(caught < len(results) or any(control_result.values()))
+    return int(caught < len(results) or code != 0)
