@@ -28,8 +28,11 @@ DIRECTORIES = (
     "algorithms", "data", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk",
 )  # fmt: skip
 FIRST = (
-    "algorithms/test_functional.py", "algorithms/test_experience.py", "planner/test_planning.py",
-    "algorithms/test_sft.py", "algorithms/test_reward.py", "algorithms/test_ppo.py",
+    "algorithms/test_functional.py", "algorithms/test_experience.py", "algorithms/test_reading.py",
+    "algorithms/test_setup.py", "algorithms/test_health.py", "algorithms/test_reward_source.py",
+    "algorithms/test_length.py", "algorithms/test_ppo_inputs.py", "data/test_chat.py", "data/test_formats.py",
+    "models/test_chat_template.py", "planner/test_planning.py", "algorithms/test_sft.py",
+    "algorithms/test_reward.py", "algorithms/test_ppo.py",
 )  # fmt: skip
 """The files of tests that run before the others: they are fast and catch most."""
 LIMIT = 3600
@@ -257,11 +260,13 @@ def plant(copy: Path, file: str, right: str, wrong: str) -> None:
 
 
 def files_in_order(file: str = "") -> list[str]:
-    """Every file of tests: those of a source file first, then those of its folder, then FIRST."""
+    """Every file of tests: those of a source file first, then FIRST and the others of its folder, then FIRST."""
     mirror = ROOT / "tests" / file
-    globs = [(mirror.parent, f"test_{mirror.stem}*.py"), (mirror.parent, "test_*.py")] if file else []
-    paths = [path for directory, glob in globs for path in sorted(directory.glob(glob))]
-    paths += [ROOT / "tests" / path for path in FIRST]
+    first = [ROOT / "tests" / path for path in FIRST]
+    paths = sorted(mirror.parent.glob(f"test_{mirror.stem}*.py")) if file else []
+    paths += [path for path in first if path.parent == mirror.parent]
+    paths += sorted(mirror.parent.glob("test_*.py")) if file else []
+    paths += first
     for directory in DIRECTORIES:
         paths += sorted((ROOT / "tests" / directory).glob("test_*.py"))
     return [str(path) for path in dict.fromkeys(path.relative_to(ROOT) for path in paths)]
