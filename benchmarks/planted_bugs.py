@@ -201,7 +201,7 @@ BUGS: list[Bug] = [
     (SHAPES, "relu's result is counted once", "inner * (2 if c.activation == \"relu\" else 1)", "inner"),
     (STREAM, "statistics keep their graph", "{key: value.detach() for key, value in stats.items()}", "stats"),
     (STREAM, "weights of another visit are used", "        if slot.bound_for != bound_for:\n", "        if slot.bound_for is None:\n"),
-    (STRATEGY, "gradients never cleared", "        sink.clear()\n", ""),
+    (STRATEGY, "gradients never cleared", "            sink.clear()\n", ""),
     (STRATEGY, "gradients scaled up to the norm", "max_grad_norm / (norm + 1e-6), max=1.0)", "max_grad_norm / (norm + 1e-6), min=1.0)"),
     (STRATEGY, "a NaN loss is stepped on", "        if finite:\n", "        if True:\n"),
     (SAMPLING, "log-prob at temperature 1", "return tokens, logprobs.gather", "return tokens, torch.log_softmax(logits * (sampling.temperature or 1.0), -1).gather"),
