@@ -20,7 +20,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
      "early_stopping_patience"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef kl_loss_coef weight_decay ptx_coef vf_coef "
-     "temperature margin lora_rank missing_eos_penalty"),
+     "temperature margin lora_rank min_new_tokens missing_eos_penalty"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip value_clip tflops lora_alpha adam_epsilon"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
@@ -326,6 +326,10 @@ class PPOFlags(Flags):
     """Truncated sampling in rollouts; 0 is off, and off is what PPO assumes."""
     top_p: float = 1.0
     """Nucleus sampling in rollouts; 1 is off, and off is what PPO assumes."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response as EOS does; they stay in it."""
+    min_new_tokens: int = 0
+    """No response ends by EOS before so many tokens. PPO assumes 0."""
     rollout_batch_size: int | None = None
     """Answers that one process generates together. Fewer need a smaller KV cache. Default: all of its answers."""
     kl_coef: float = 0.05

@@ -162,19 +162,42 @@ def test_what_was_trained_to_end_a_turn_ends_answers_of_all_that_comes_out(chat_
             assert json.loads((directory / name).read_text())["eos_token_id"] == [1, 3]
 
 
-def test_a_turn_that_ends_as_its_template_ends_it_is_not_cut_for_ppo(chat_run, tmp_path, jsonl):
-    run = chat_run()
-    (tmp_path / "fn.py").write_text(
-        "def score(prompts, responses, **_):\n    return [float(len(r)) for r in responses]\n"
-    )
-    config = ppo_config(
-        actor=str(run), reward_fn=f"{tmp_path}/fn.py:score", run=RunFlags(out=str(tmp_path / "ppo")), samples=0,
-        data=DataFlags(data=(jsonl([{"messages": CHAT[0]["messages"][:1]}]),), max_length=32), max_new_tokens=12,
-        optim=OptimFlags(lr=1e-6, batch_size=4, steps=1, epochs=1),
-    )  # fmt: skip
-    (row,) = metrics(ppo(config))
+@pytest.fixture
+def ppo_step(chat_run, tmp_path, jsonl):
+    """ppo_step(**flags): the metrics of one step of PPO from `chat_run`; a score is an answer's length in letters."""
+
+    def step(**flags):
+        (tmp_path / "fn.py").write_text(
+            "def score(prompts, responses, **_):\n    return [float(len(r)) for r in responses]\n"
+        )
+        config = ppo_config(
+            actor=str(chat_run()), reward_fn=f"{tmp_path}/fn.py:score", run=RunFlags(out=str(tmp_path / "ppo")),
+            data=DataFlags(data=(jsonl([{"messages": CHAT[0]["messages"][:1]}]),), max_length=32), samples=2,
+            optim=OptimFlags(lr=1e-6, batch_size=4, steps=1, epochs=1), **{"max_new_tokens": 12} | flags,
+        )  # fmt: skip
+        (row,) = metrics(ppo(config))
+        return row
+
+    return step
+
+
+def test_a_turn_that_ends_as_its_template_ends_it_is_not_cut_for_ppo(ppo_step):
+    row = ppo_step()
     assert row["val/missing_eos_rate"] == 0.0
     assert row["objective/scores"] == len("Hello there")
+
+
+def test_a_text_ends_the_answers_of_ppo_and_stays_in_them(ppo_step):
+    """Issue 19, item 16: --stop. The answers of `show` end at it too."""
+    row = ppo_step(stop=("lo",))
+    assert row["val/missing_eos_rate"] == 0.0
+    assert row["objective/scores"] == len("Hello")
+
+
+def test_no_answer_of_ppo_ends_before_min_new_tokens(ppo_step, tmp_path):
+    row = ppo_step(min_new_tokens=10)
+    assert row["objective/response_length"] >= 10
+    assert "truncated (min_new_tokens=10): KL may turn negative" in (tmp_path / "ppo" / "log.txt").read_text()
 
 
 def test_an_adapter_and_what_is_merged_of_it_end_answers_as_trained(chat_run, tmp_path):

@@ -71,6 +71,16 @@ def test_an_answer_ends_at_its_first_eos_which_belongs_to_it(decoder):
         assert answer.finish_reason == "stop" or len(answer.response_ids) == 12
 
 
+def test_no_answer_ends_at_eos_before_min_new_tokens(decoder):
+    eager = Sampling(max_new_tokens=6, logit_bias={EOS: 100.0})
+    for fewest, length in ((0, 1), (1, 1), (2, 2), (5, 5)):
+        (answer,) = Engine(decoder, eos_ids=[EOS]).generate(
+            [[1, 5, 6]], dataclasses.replace(eager, min_new_tokens=fewest)
+        )
+        assert len(answer.response_ids) == length
+        assert answer.response_ids.index(EOS) == length - 1
+
+
 def test_rows_that_leave_do_not_disturb_those_that_stay(decoder):
     """60 rows end at different steps, so the batch is halved several times on the way."""
     many = generate(decoder, [[1, 3]] * 60, Sampling(max_new_tokens=12, seed=1), eos_ids=(EOS,))

@@ -149,7 +149,8 @@ def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     reward = source.stream if source.reads_actor_tokens else None
     roles = Roles(streams["actor"], streams.get("reference"), streams.get("critic"), reward, source.score)
     critic_scores = source.starts_critic and "critic" in models and config.critic in (None, config.reward)
-    return PPO(strategy, roles, optim, flags, config.run.seed, inputs.encoder.eos_ids, swap, critic_scores)
+    encoder, seed = inputs.encoder, config.run.seed
+    return PPO(strategy, roles, optim, flags, seed, encoder.eos_ids, swap, critic_scores, encoder.tokenizer)
 
 
 def restore(session: Session, iteration: "PPO", state: "State") -> dict[str, Stream]:
@@ -170,8 +171,7 @@ def show(step: int, session: Session, iteration: "PPO", inputs: Inputs, count: i
     if not count:
         return  # a reward function need not know what to do with no answers
     records, prompts = inputs.records[:count], inputs.prompts[:count]
-    decoder, sampling = iteration.roles.actor.model.decoder, iteration.sampling(temperature=0.0)
-    answers = generate(decoder, prompts, sampling, eos_ids=inputs.encoder.eos_ids, swap=iteration.swap)
+    answers = iteration.rollout(prompts, range(len(prompts)), temperature=0.0)
     scores = inputs.source.score(records, answers)
     session.sample(step, sample_rows(inputs.encoder, answers, scores, kind="greedy"))
 
@@ -306,18 +306,20 @@ class PPO:
     """The host tier that the KV cache is swapped to."""
     critic_scores: bool = False
     """The critic starts as the reward model: what it predicts are scores, and follows their scale."""
+    tokenizer: Any = None
+    """Of the actor; finds --stop in answers."""
 
     def sampling(self, **changes: Any) -> Sampling:
         flags = self.flags
-        sampling = Sampling(flags.temperature, flags.max_new_tokens, 1, flags.top_k, flags.top_p, self.seed)
-        return dataclasses.replace(sampling, **changes)
+        names = ("temperature", "max_new_tokens", "top_k", "top_p", "stop", "min_new_tokens")
+        return Sampling(**{name: getattr(flags, name) for name in names} | {"seed": self.seed} | changes)
 
     def rollout(self, prompts: Sequence[list[int]], episodes: Sequence[int], **changes: Any) -> list[Answer]:
         """This rank's answers. `episodes` number their random streams; `changes` are those of the sampling."""
         decoder, sampling = self.roles.actor.model.decoder, self.sampling(**changes)
-        options: Any = {"eos_ids": self.eos_ids, "batch_size": self.flags.rollout_batch_size, "swap": self.swap}
+        options: Any = {"batch_size": self.flags.rollout_batch_size, "swap": self.swap, "tokenizer": self.tokenizer}
         with self.strategy.phase("rollout"):
-            return generate(decoder, prompts, sampling, episodes=episodes, **options)
+            return generate(decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, **options)
 
     def score(
         self, rollout: Sequence[Answer], records: Sequence, beta: float, scale: fn.Moments | None = None

@@ -57,6 +57,8 @@ def check_flags(config: PPOConfig, ranks: int) -> None:
         raise UserError("--kl-target steers --kl-coef by factors, and 0 stays 0; give a --kl-coef above 0.")
     if config.ppo.kl_loss_coef and config.ppo.kl_estimator == "k1":
         raise UserError("--kl-loss-coef: k1's gradient in a loss is 0 on average; give --kl-estimator k2 or k3.")
+    if config.ppo.min_new_tokens > config.ppo.max_new_tokens:
+        raise UserError(f"--min-new-tokens {config.ppo.min_new_tokens}: more than --max-new-tokens allows.")
     if config.ppo.temperature <= 0:
         raise UserError("--temperature 0: PPO learns from sampled answers; give a temperature above 0, 1 is usual.")
     if config.optim.batch_size < ranks:
@@ -83,12 +85,16 @@ def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inpu
     demonstrations: list[Example] = []
     if config.ppo.ptx_coef:
         demonstrations = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
-    if config.ppo.top_k or config.ppo.top_p < 1:
-        truncation = f"top_k={config.ppo.top_k}, top_p={config.ppo.top_p}"
-        session.say(f"rollouts are truncated ({truncation}): KL may turn negative")
+    if config.ppo.stop and encoder.tokenizer is None:
+        raise UserError(f"--stop {config.ppo.stop[0]}: is a text, and the actor has no tokenizer to find it with.")
+    given = [f"{name}={getattr(config.ppo, name)}" for name, off in PLAIN.items() if getattr(config.ppo, name) != off]
+    if given:
+        session.say(f"rollouts are truncated ({', '.join(given)}): KL may turn negative")
     return Inputs(models, source, encoder, records, prompts, demonstrations, heldout)
 
 
+PLAIN = {"top_k": 0, "top_p": 1.0, "min_new_tokens": 0}
+"""Of the flags that sample from less than the model: the values that do not."""
 FEWEST = 4
 """Prompts whose mean score says anything; where --heldout is fewer, nothing is evaluated."""
 

@@ -270,6 +270,8 @@ class Engine:
         for row, run in enumerate(runs):
             rules.setdefault(run.sampling.rule, []).append(row)
             adjust(logits[row], run.sampling, run.prompt.ids, run.answer.response_ids)
+            if len(run.answer.response_ids) + 1 < run.sampling.min_new_tokens:
+                logits[row, sorted(self.eos_ids)] = -math.inf
         numbers = torch.tensor([run.numbers[len(run.answer.response_ids)] for run in runs], device=logits.device)
         tokens: list[int] = [0] * len(runs)
         logprobs: list[float] = [0.0] * len(runs)
@@ -402,20 +404,20 @@ def generate(
     eos_ids: Sequence[int],
     episodes: Sequence[int] | None = None,
     batch_size: int | None = None,
-    swap: Ram | None = None,
+    **options: Any,
 ) -> Rollout:
     """`sampling.n` answers per prompt, those of one prompt side by side.
 
     `episodes` numbers the answers' random streams (0, 1, 2 ... by default). An answer ends at the first of `eos_ids`,
     at `max_new_tokens`, or where the model's positions end. `batch_size` answers are decoded together, all by default.
-    `swap` as in `Engine`.
+    options: as in `Engine` (tokenizer, swap).
     Raises ValueError for prompts that cannot be answered.
     """
     if not prompts and not decoder.feed.collective:
         return []
     longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
     count = len(prompts) * sampling.n
-    engine = Engine(decoder, eos_ids=eos_ids, rows=min(batch_size or count, count) or 1, length=longest, swap=swap)
+    engine = Engine(decoder, eos_ids=eos_ids, rows=min(batch_size or count, count) or 1, length=longest, **options)
     answers = []
     for i, prompt in enumerate(prompts):
         own = slice(i * sampling.n, (i + 1) * sampling.n)

@@ -46,6 +46,8 @@ class Sampling:
     """Texts that end an answer; needs a tokenizer."""
     top_logprobs: int = 0
     """The number of likeliest tokens that are returned with each token."""
+    min_new_tokens: int = 0
+    """No EOS before so many tokens, which it counts among: 2 forbids it as the first."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -61,6 +63,10 @@ class Sampling:
             (0 <= self.top_logprobs <= 1000, f"top_logprobs={self.top_logprobs} is not in 0 .. 1000"),
             (self.temperature >= 0, f"temperature={self.temperature} is below 0; 0 is greedy, 1 is the model's own"),
             (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} leaves no room for an answer; give >= 1"),
+            (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"min_new_tokens={self.min_new_tokens} is not in 0 .. max_new_tokens={self.max_new_tokens}",
+            ),
             (self.n >= 1, f"n={self.n} answers per prompt; give >= 1"),
             (self.top_k >= 0, f"top_k={self.top_k} is below 0; 0 turns it off"),
             (0 < self.top_p <= 1, f"top_p={self.top_p} is not in (0, 1]; 1 turns it off"),
