@@ -54,7 +54,7 @@ def test_held_out_prompts_are_evaluated_never_trained_on_and_the_best_is_kept(ev
     real = module.PPO.rollout
     monkeypatch.setattr(
         module.PPO, "rollout",
-        lambda self, prompts, episodes, **changes: asked.append(({tuple(p) for p in prompts}, bool(changes)))
+        lambda self, prompts, episodes, **changes: asked.append(({tuple(p) for p in prompts}, "seed" in changes))
         or real(self, prompts, episodes, **changes),
     )  # fmt: skip
     run = evaluated()
