@@ -31,6 +31,17 @@ def test_over_optimisation_is_said_aloud():
     assert "over-optimisation" not in page_of([result()])
 
 
+def test_scatter_is_no_over_optimisation():
+    """The second half of a demo in which gold ended at 2.63, from 1.34: its last three steps alone are lower."""
+    gold = [2.41, 2.74, 2.47, 2.48, 2.32, 2.52, 2.51, 2.57, 2.31, 2.36, 2.66, 2.53, 2.64, 2.09]
+    proxy = [1.03, 0.86, 0.95, 1.05, 1.18, 1.05, 1.11, 1.12, 1.02, 1.16, 0.94, 0.95, 1.02, 1.07]
+    steps = list(range(28))
+    assert not over_optimised({"gold": (steps, [1.0] * 14 + gold), "proxy": (steps, [0.1] * 14 + proxy)})
+    falling = [y - 0.06 * step for step, y in enumerate(gold)]
+    rising = [y + 0.02 * step for step, y in enumerate(proxy)]
+    assert over_optimised({"gold": (steps, [1.0] * 14 + falling), "proxy": (steps, [0.1] * 14 + rising)})
+
+
 def test_the_page_shows_every_seed_and_needs_nothing_from_outside():
     page = page_of([result(0), result(1)])
     assert "+10.0" in page  # PPO above SFT in standard errors

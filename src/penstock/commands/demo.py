@@ -331,12 +331,14 @@ def page_of(results: list[SeedResult]) -> str:
 
 
 def over_optimised(scores: dict[str, Curve]) -> bool:
-    """True when, over the second half of PPO, the proxy rose and gold fell by more than a tenth of its spread."""
+    """True when, over the second half of PPO, the proxy rose and gold fell: by more than two standard errors each."""
+    return trend(scores["proxy"]) > 2 and trend(scores["gold"]) < -2
 
-    def rise(curve: Curve) -> float:
-        ys = list(curve[1])
-        half, quarter = ys[len(ys) // 2 :], max(len(ys) // 8, 1)
-        spread = statistics.pstdev(ys) or 1.0
-        return (statistics.mean(half[-quarter:]) - statistics.mean(half[:quarter])) / spread
 
-    return rise(scores["proxy"]) > 0.1 and rise(scores["gold"]) < -0.1
+def trend(curve: Curve) -> float:
+    """The slope of a curve's second half in standard errors, which the scatter around the line gives."""
+    xs, ys = (list(values)[len(values) // 2 :] for values in curve)
+    slope, intercept = statistics.linear_regression(xs, ys)
+    around = [y - slope * x - intercept for x, y in zip(xs, ys, strict=True)]
+    error = math.sqrt(sum(y * y for y in around) / (len(xs) - 2) / (len(xs) * statistics.pvariance(xs)))
+    return slope / max(error, 1e-12)
