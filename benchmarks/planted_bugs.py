@@ -172,7 +172,7 @@ BUGS: list[Bug] = [
     (PPO, "ptx coefficient forgotten", "return flags.ptx_coef * loss,", "return loss,"),
     (PPO, "every epoch in the same order", "(step << 16) + epoch", "step << 16"),
     (EXPERIENCE, "trimmed rows lose their last token", "[:, :responses] for name", "[:, :max(responses - 1, 1)] for name"),
-    (PPO_METRICS, "KL of the batch, not per sequence", "mask).sum()) / rows\n    used", "mask).sum())\n    used"),
+    (PPO_METRICS, "KL of the batch, not per sequence", "experience.mask).sum()) / len(experience.tokens)", "experience.mask).sum())"),
     (EXPERIENCE, "an answer cut short counts as ended", 'answer.finish_reason == "stop" for answer', 'answer.finish_reason != "" for answer'),
     # what stands around
     (SFT, "prompts are trained on", "[int(flag) for flag in example.trained]", "[int(i > 0) for i in range(len(example.trained))]"),

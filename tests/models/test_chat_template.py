@@ -66,6 +66,9 @@ def test_what_opens_and_ends_an_answer_is_read_off(template_of):
 def test_a_template_has_the_day_that_it_is_given(template_of):
     template = template_of("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", date="2024-02-29")
     assert template.render([USER]) == "29 Feb 2024 Hi"
+    assert template.notes == []
+    any_form = template_of("{% set form = '%d' %}{{ strftime_now(form) }}{{ messages[0].content }}", date="2024-02-29")
+    assert any_form.notes == ["the chat template reads today's date in a form that --date 2024-02-29 does not reach"]
     with pytest.raises(UserError, match=r"--date 2024-02-31: .*; write it as 2026-01-31"):
         template_of("x", date="2024-02-31")
 

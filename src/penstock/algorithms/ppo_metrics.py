@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, used_scores
 from penstock.config import PPOFlags
@@ -42,20 +44,19 @@ def of_heldout(experience: Experience, *, has_kl: bool) -> dict[str, float]:
         "heldout/missing_eos_rate": 1.0 - float(experience.ended.float().mean()),
     }
     if has_kl:
-        kl = fn.clean(fn.kl_k1(experience.logprobs, experience.ref_logprobs), experience.mask)
-        metrics["heldout/kl"] = float(kl.sum()) / rows
+        metrics["heldout/kl"] = _per_answer(fn.kl_k1(experience.logprobs, experience.ref_logprobs), experience)
     return metrics
 
 
 def _of_experience(experience: Experience, beta: float, flags: PPOFlags) -> dict[str, float]:
     mask, rows = experience.mask, len(experience.tokens)
     logprobs, ref_logprobs = experience.logprobs, experience.ref_logprobs
-    kl = float(fn.clean(fn.kl_k1(logprobs, ref_logprobs), mask).sum()) / rows
+    kl = _per_answer(fn.kl_k1(logprobs, ref_logprobs), experience)
     used = used_scores(experience, flags)
     metrics = {
         "objective/kl": kl,
-        "objective/kl_k3": float(fn.clean(fn.kl_k3(logprobs, ref_logprobs), mask).sum()) / rows,
-        "objective/entropy": float(fn.clean(-logprobs, mask).sum()) / rows,
+        "objective/kl_k3": _per_answer(fn.kl_k3(logprobs, ref_logprobs), experience),
+        "objective/entropy": _per_answer(-logprobs, experience),
         "objective/scores": float(experience.scores.mean()),
         "objective/scores_std": float(experience.scores.std()) if rows > 1 else 0.0,
         "objective/used_scores": float(used.mean()),
@@ -73,6 +74,11 @@ def _of_experience(experience: Experience, beta: float, flags: PPOFlags) -> dict
         clipped = experience.scaled_scores.abs() > flags.reward_clip
         metrics["objective/scores_clipfrac"] = float(clipped.float().mean())
     return metrics
+
+
+def _per_answer(x: Tensor, experience: Experience) -> float:
+    """The sum of x [B, R] over an answer's tokens, mean over answers."""
+    return float(fn.clean(x, experience.mask).sum()) / len(experience.tokens)
 
 
 def _of_policy(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -68,6 +68,8 @@ class ChatTemplate:
         self._probe()
         self.notes: list[str] = []
         """Lines for the user."""
+        if date is not None and any("strftime_now(" in source for source in self.sources.values()):
+            self.notes.append(f"the chat template reads today's date in a form that --date {date} does not reach")
         if self.opening:
             self.notes.append(
                 f"the chat template has no branch for add_generation_prompt; {self.opening!r}, which it writes before "
@@ -211,6 +213,7 @@ def arguments_of(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _dated(source: str, date: str | None) -> str:
+    """The template with a day of its own in it: transformers lets no function of ours stand in for its clock."""
     if date is None:
         return source
     try:
