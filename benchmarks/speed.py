@@ -22,6 +22,8 @@ ROWS = {
     # few blocks and seconds per step: all rows take minutes together
     "sft": "--work sft --layers 3",
     "ppo": "--work ppo --layers 3",
+    "sft bf16": "--work sft --layers 3 --dtype bf16",
+    "ppo bf16": "--work ppo --layers 3 --dtype bf16",
     **{f"generate {rows}": f"--work generate --layers 3 --rows {rows}" for rows in (1, 8, 32)},
     "streamed": "--work sft --strategy gemini_cpu --device-memory 500MB --layers 4 --width 1600 --vocab 8192",
 }

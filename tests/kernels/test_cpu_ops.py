@@ -161,6 +161,17 @@ def test_gelu_and_its_slope_are_those_of_torch(dtype, count):
     assert again.data_ptr() == x.data_ptr()
 
 
+@pytest.mark.parametrize("count", [1, 17, 4096, 9_999])
+def test_bf16_terms_are_added_to_fp32_sums_as_torch_adds_them(count):
+    sums, terms = torch.randn(count), torch.randn(count).bfloat16()
+    wanted = sums + terms
+    cpu_ops.add(sums, terms)
+    assert torch.equal(sums, wanted)
+    every_other = torch.zeros(2 * count)[::2]  # with gaps, torch does it
+    cpu_ops.add(every_other, terms)
+    assert torch.equal(every_other, terms.float())
+
+
 def test_gelu_by_torch_where_c_cannot(monkeypatch):
     apart = torch.randn(6, 4, 5).transpose(0, 2)
     assert torch.equal(cpu_ops.gelu_tanh(apart), F.gelu(apart, approximate="tanh"))

@@ -149,22 +149,24 @@ SPLIT_MASTER_8(adamw8_bf16_fp32, float, from_fp32)
 #define SPAN 65536
 
 /* Sums of squares, one per SPAN of gradients: the same bits however many threads there are. */
-void squares_bf16(const uint16_t *restrict gradients, int64_t count, double *sums, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t start = 0; start < count; start += SPAN) {
-        int64_t end = start + SPAN < count ? start + SPAN : count;
-        double total = 0;
-        for (int64_t at = start; at < end; at += 1024) {
-            int64_t stop = at + 1024 < end ? at + 1024 : end;
-            float some = 0;
-#pragma omp simd reduction(+ : some)
-            for (int64_t i = at; i < stop; i++) {
-                float gradient = as_float((uint32_t)gradients[i] << 16);
-                some += gradient * gradient;
-            }
-            total += some;
-        }
-        sums[start / SPAN] = total;
+#define SQUARES(NAME, STORED, WIDEN)                                                                                   \
+    void NAME(const STORED *restrict gradients, int64_t count, double *sums, int threads)                              \
+    {                                                                                                                  \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t start = 0; start < count; start += SPAN) {                                                        \
+            int64_t end = start + SPAN < count ? start + SPAN : count;                                                 \
+            double total = 0;                                                                                          \
+            for (int64_t at = start; at < end; at += 1024) {                                                           \
+                int64_t stop = at + 1024 < end ? at + 1024 : end;                                                      \
+                float some = 0;                                                                                        \
+                _Pragma("omp simd reduction(+ : some)")                                                                \
+                for (int64_t i = at; i < stop; i++)                                                                    \
+                    some += WIDEN(gradients[i]) * WIDEN(gradients[i]);                                                 \
+                total += some;                                                                                         \
+            }                                                                                                          \
+            sums[start / SPAN] = total;                                                                                \
+        }                                                                                                              \
     }
-}
+
+SQUARES(squares_bf16, uint16_t, from_bf16)
+SQUARES(squares_fp32, float, from_fp32)

@@ -153,6 +153,18 @@ def _gelu(x: Tensor, grad: Tensor | None, y: Tensor) -> Tensor:
     return y
 
 
+def add(sums: Tensor, terms: Tensor) -> None:
+    """sums += terms, in place, on tensors of one shape; bf16 terms of fp32 sums are widened on the way, on a CPU in one
+    pass: torch makes a copy of them first."""
+    library = _library() if sums.device.type == "cpu" and compiler.real() else ""
+    plain = (sums.dtype, terms.dtype) == (torch.float32, torch.bfloat16) and terms.is_contiguous()
+    if isinstance(library, str) or not plain or not sums.is_contiguous():
+        sums.add_(terms)
+        return
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (sums, terms))
+    library.add_bf16(*pointers, ctypes.c_int64(terms.numel()), torch.get_num_threads())
+
+
 def choose(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor] | None:
     """A token per row by its softmax, as `rollout.sampling.pick` says: logits [B, V], uniforms [B] -> tokens, logprobs
     [B]. None where there is no compiler, or logits are not fp32 on a CPU.

@@ -169,6 +169,19 @@ void gelu_tanh(const void *x, const void *grad, void *y, int64_t count, int32_t 
     }
 }
 
+/* sums += terms. */
+void add_bf16(float *restrict sums, const uint16_t *restrict terms, int64_t count, int32_t threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < count; at += PART) {
+        int64_t end = at + PART < count ? at + PART : count, i = at;
+        for (; i + LANES <= end; i += LANES)
+            *(vec *)(sums + i) += load(terms, BF16, i);
+        for (; i < end; i++)
+            sums[i] += load_one(terms, BF16, i);
+    }
+}
+
 /* --- choosing a token ---------------------------------------------------------------------------------------------- */
 
 typedef struct {

@@ -145,12 +145,13 @@ def _tile_on(device: torch.device) -> int:
 def sum_of_squares(grads: Tensor) -> Tensor:
     """Of gradients [n], summed in fp32 in parts and in fp64 over them: fp64 scalar. No copy of them is made."""
     compiled = compiler.compiled(SOURCE) if grads.device.type == "cpu" and compiler.real() else "another device"
-    if isinstance(compiled, str) or grads.dtype != torch.bfloat16 or not grads.is_contiguous():
+    name = {torch.bfloat16: "squares_bf16", torch.float32: "squares_fp32"}.get(grads.dtype)
+    if isinstance(compiled, str) or name is None or not grads.is_contiguous():
         norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grads.split(_tile_on(grads.device))]
         return torch.stack(norms).double().square().sum()
     sums = torch.empty(-(-grads.numel() // SPAN), dtype=torch.float64)
     arguments = (ctypes.c_void_p(grads.data_ptr()), ctypes.c_int64(grads.numel()), ctypes.c_void_p(sums.data_ptr()))
-    compiled.squares_bf16(*arguments, torch.get_num_threads())
+    getattr(compiled, name)(*arguments, torch.get_num_threads())
     return sums.sum()
 
 

@@ -254,7 +254,7 @@ def add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
     else:
         x = x.float() if widen else x
         for rows in _tiles(place):
-            place[rows].add_(grad[:, rows].to(x.dtype).t() @ x)
+            cpu_ops.add(place[rows], grad[:, rows].to(x.dtype).t() @ x)
 
 
 def _tiles(weight: Tensor) -> Iterator[slice]:
