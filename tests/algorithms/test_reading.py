@@ -27,6 +27,10 @@ ROWS = {
         {"messages": [ASKED], "chosen": "A", "rejected": "A"},
         {"prompt": [ASKED], "chosen": "It is", "rejected": "It is "}, {"prompt": "Q", "chosen": "is", "rejected": "so"},
     ],
+    "votes": [
+        GOOD | {"label": True}, GOOD | {"label": False, "response": "It is so. " * 9}, GOOD | {"label": "yes"}, GOOD,
+        {"messages": [ASKED, {"role": "assistant", "content": "So."}], "label": False, "source": "web"},
+    ],
     "prompts": [{"prompt": "Question:"}, {"prompt": "Question: what is it? " * 9}, {"prompt": 3}],
 }  # fmt: skip
 

@@ -14,8 +14,8 @@ from transformers import ByT5Tokenizer
 from penstock.config import DataFlags
 from penstock.data.chat import REWRITTEN, Encoder
 from penstock.data.field_checks import Message
-from penstock.data.limits import CUT, TooLongError
-from penstock.data.records import Comparison, Demonstration, Prompt
+from penstock.data.limits import CUT, Example, TooLongError
+from penstock.data.records import Comparison, Demonstration, Prompt, Vote
 from penstock.errors import DataError, UserError
 from penstock.models.tokenizer_files import check_fit, load_tokenizer
 from tests.conftest import CHATML
@@ -146,6 +146,8 @@ def test_prompts_comparisons_and_demonstrations_of_one_dialogue_begin_with_the_s
     row = encoder.encode_demonstration(Demonstration(where="f:1", messages=(*asked, assistant(answer))))
     compared = Comparison(where="f:1", messages=asked, responses=(answer, "x"), ranks=(0, 1))
     again, (response, _) = encoder.encode_comparison(compared)
+    vote = encoder.encode_vote(Vote(where="f:1", messages=asked, response=answer, label=False))
+    assert (vote.tokens, sum(vote.trained)) == (again + response, len(response))
     assert prompt == again
     assert row.tokens == prompt + response
     assert row.trained[len(prompt) :] == [True] * len(response)
@@ -164,6 +166,8 @@ ORDINARY = st.text(min_size=1, max_size=9).filter(lambda text: "<" not in text)
 def test_text_prompts_too(encoder, prompt, answer):
     record = Comparison(where="f:1", prompt=prompt, responses=(answer, "x"), ranks=(0, 1))
     ids, (response, _) = encoder.encode_comparison(record)
+    vote = encoder.encode_vote(Vote(where="f:1", prompt=prompt, response=answer, label=True))
+    assert vote == Example(ids + response, [False] * len(ids) + [True] * len(response))
     row = encoder.encode_demonstration(Demonstration(where="f:1", prompt=prompt, response=answer))
     assert row.tokens == ids + response == encoder.encode_response(record, answer, ended=True)
     assert encoder.encode_prompt(Prompt(where="f:1", prompt=prompt)) == ids
@@ -381,6 +385,22 @@ def test_what_does_not_fit_whole_is_dropped_an_answer_at_a_time(tmp_path):
     }
     with pytest.raises(TooLongError, match="f:1: responses: a prompt of 2 tokens, answers of up to 4"):
         encoder_of(tmp_path, max_length=3).encode_comparison(RANKED)
+
+
+@pytest.mark.parametrize(("truncate", "tokens"), [("drop", None), ("right", [4, 5, 6, 7]), ("left", [6, 7, 8, EOS])])
+def test_a_judged_answer_that_does_not_fit_follows_truncate(tmp_path, truncate, tokens):
+    encoder = encoder_of(tmp_path, max_length=4 if truncate == "right" else 5, truncate=truncate)
+    vote = Vote(where="f:1", prompt_ids=(4, 5), response_ids=(6, 7, 8), label=True)
+    if tokens is None:
+        with pytest.raises(TooLongError, match="f:1: response: 6 tokens with the prompt, and a row has 5"):
+            encoder.encode_vote(vote)
+    else:
+        row = encoder.encode_vote(vote)
+        assert row.tokens[-4:] == tokens
+        assert row.trained == [False] * (len(row.tokens) - sum(row.trained)) + [True] * (
+            2 if truncate == "right" else 4
+        )
+        assert sum(encoder.notes.values()) == 1
 
 
 def test_a_response_that_is_cut_right_has_no_eos_and_is_counted(tmp_path):
@@ -652,6 +672,8 @@ def test_plain_prompts_of_a_chat_model_are_counted_or_become_turns(make_tokenize
     ]
     flags = DataFlags(data=(), apply_chat_template=True, system="Be kind.")
     turned = encoder_of(directory, flags=flags)
+    vote = turned.encode_vote(Vote(where="f:1", prompt="Hi", response="Hello", label=False))
+    assert vote == turned.encode_demonstration(Demonstration(where="f:1", messages=TALK[:3]))
     for record, messages in (
         (Demonstration(where="f:1", prompt="Hi", response="Hello"), TALK[:3]),
         (Prompt(where="f:1", prompt="Hi"), TALK[:2]),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from penstock.commands.config import CheckConfig
 from penstock.commands.data import check
 from penstock.data import formats
-from penstock.data.records import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt
+from penstock.data.records import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt, Vote
 from penstock.errors import DataError, PenstockError, UserError
 
 Write = Callable[..., str]
@@ -144,6 +144,33 @@ READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
         ({"prompt_ids": [1], "response_ids": [[2], [3, 4]], "ranking": [1, 0]}, "ranked token ids",
          {"prompt_ids": (1,), "response_ids": ((2,), (3, 4)), "ranks": (1, 0)}),
     ],
+    "votes": [
+        ({"prompt": "Q", "response": "A", "label": True}, "prompt/response",
+         {"prompt": "Q", "response": "A", "label": True}),
+        ({"prompt": "Q", "completion": "A", "label": False, "id": 7, "weight": 1}, "prompt/completion",
+         {"prompt": "Q", "response": "A", "label": False}),
+        ({"prompt": [user("Q")], "completion": [assistant("A")], "label": False}, "prompt/completion",
+         {"messages": (user("Q"),), "response": "A", "label": False}),
+        ({"prompt": [SYSTEM, *TALK[:3]], "response": "A", "label": True}, "prompt/response",
+         {"messages": (SYSTEM, *TALK[:3]), "response": "A", "label": True}),
+        ({"system": "Be kind.", "prompt": "Q", "response": "A", "label": True}, "prompt/response as a chat",
+         {"messages": (SYSTEM, user("Q")), "response": "A", "label": True}),
+        # the vote is on the last answer; what precedes it is the prompt
+        ({"messages": TALK, "label": False}, "messages",
+         {"messages": TALK[:3], "response": "See you.", "label": False}),
+        ({"messages": CALLED, "tools": TOOLS, "label": True}, "messages",
+         {"messages": CALLED[:3], "tools": tuple(TOOLS), "response": "Two.", "label": True}),
+        ({"conversations": SHAREGPT, "label": True}, "sharegpt",
+         {"messages": TALK[:3], "response": "See you.", "label": True}),
+        ({"instruction": "Add.", "input": "1 2", "output": "4", "label": False}, "alpaca",
+         {"prompt": ALPACA, "response": "4", "label": False}),
+        ({"instruction": "Add.", "context": "1 2", "response": "3", "label": True}, "instruction/response",
+         {"prompt": ALPACA, "response": "3", "label": True}),
+        ({"prompt_ids": [1, 2], "response_ids": [3], "label": False}, "token ids",
+         {"prompt_ids": (1, 2), "response_ids": (3,), "label": False}),
+        ({"prompt": "Q", "response": "A", "messages": None, "label": True}, "prompt/response",
+         {"prompt": "Q", "response": "A", "label": True}),
+    ],
     "prompts": [
         ({"prompt": "Q"}, "prompt", {"prompt": "Q"}),
         ({"prompt": ""}, "prompt", {"prompt": ""}),
@@ -165,6 +192,7 @@ READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
          "chosen/rejected dialogues", {"prompt": "\n\nHuman: Hi\n\nAssistant:"}),
     ],
 }  # fmt: skip
+RECORDS = {"demonstrations": Demonstration, "comparisons": Comparison, "votes": Vote, "prompts": Prompt}
 READ = [(kind, *row) for kind, rows in READ_BY_KIND.items() for row in rows]
 
 
@@ -175,7 +203,7 @@ def test_each_format_is_told_from_its_fields_and_the_decision_is_said(write, kin
     assert dataset.decision == f"{path}: 1 {kind} ({form})."
     assert [bare(row) for row in dataset.records] == [record]
     assert dataset.records[0].where == f"{path}:1"
-    assert type(dataset.records[0]) is {"demonstrations": Demonstration, "comparisons": Comparison}.get(kind, Prompt)
+    assert type(dataset.records[0]) is RECORDS[kind]
 
 
 @pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
@@ -245,7 +273,7 @@ BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
         ({"conversations": [{"from": "x" * 99, "value": "1"}]},
          f"conversations[0].from: '{'x' * 39}... is no role; use system, user, assistant or tool."),
         ({"messages": [user("x"), assistant("")]}, "messages[1].content: is empty; write a text or remove the line."),
-        ({"messages": [user("x")]}, "messages: has no assistant turn; a demonstration needs an answer to learn."),
+        ({"messages": [user("x")]}, "messages: has no assistant turn, so there is no answer to learn from."),
         ({"messages": [user("x"), {"role": "system", "content": "y"}]},
          "messages[1].role: a system message belongs at the start; move it there."),
         ({"messages": [user("x"), assistant("y") | {"weight": 0.5}]},
@@ -345,6 +373,47 @@ BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
         ({"prompt": "Q", "responses": ["a", "a"], "ranking": [0, 1]},
          "responses: 0 and 1 are the same, so neither is better; give different answers."),
     ],
+    "votes": [
+        *[({"prompt": "Q", "response": "A", "label": label},
+           f"label: {shown}; give true for a liked answer, false for another.")
+          for label, shown in [(None, "None"), (1, "1"), (0, "0"), ("true", "'true'"), ("good", "'good'"), (0.5, "0.5"),
+                               ([True], "a list"), ({"liked": True}, "an object")]],
+        ({"prompt": "Q", "response": "A"}, "fields: found 'prompt', 'response' (it looks like demonstrations); votes "
+         "need prompt_ids+response_ids+label or prompt+response+label or prompt+completion+label or messages+label or "
+         "conversations+label or instruction+output+label or instruction+response+label, or name them with --keys "
+         "ours=theirs."),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "label": True},
+         "fields: found 'prompt', 'chosen', 'rejected', 'label' (it looks like comparisons); votes need "
+         "prompt_ids+response_ids+label or prompt+response+label or prompt+completion+label or messages+label or "
+         "conversations+label or instruction+output+label or instruction+response+label, or name them with --keys "
+         "ours=theirs."),
+        ({"prompt": "Q", "response": "", "label": True}, "response: is empty; write a text or remove the line."),
+        ({"prompt": "Q", "response": None, "label": True}, "response: null, and text is expected; put it in quotes."),
+        ({"prompt": [assistant("x")], "response": "y", "label": True},
+         "prompt: must end with a user turn, the one to answer."),
+        ({"messages": [user("Q"), assistant("A"), user("R")], "label": True},
+         "messages: must end with an assistant turn, the one that was judged."),
+        ({"messages": [user("Q")], "label": True},
+         "messages: has no assistant turn, so there is no answer to learn from."),
+        ({"messages": [assistant("A")], "label": True},
+         "messages: must judge an answer to a user turn; a vote is on the last answer alone."),
+        ({"messages": [user("Q"), assistant("A"), assistant("B")], "label": True},
+         "messages: must judge an answer to a user turn; a vote is on the last answer alone."),
+        ({"prompt": [CALLED[0]], "completion": list(CALLED[1:]), "label": True},
+         "completion: 3 turns; a vote is on one answer: move the others to the prompt."),
+        ({"prompt": [user("Q")], "completion": [CALLED[1]], "label": True},
+         "completion: ends with tool calls or reasoning; the answers that are judged must be text."),
+        ({"messages": [user("Q"), assistant("A") | {"reasoning_content": "Hm."}], "label": True},
+         "messages: ends with tool calls or reasoning; the answers that are judged must be text."),
+        ({"messages": [user("Q"), assistant("A") | {"weight": 0}], "label": False},
+         "messages: its last turn is not to be learned, and has a label; take one of the two out."),
+        ({"prompt": "Q", "response": "A", "label": True, "weight": 0.5},
+         "weight: 0.5; give 0 or 1: a record is learned or it is not."),
+        ({"prompt": "Q", "response": "A", "label": True, "image": "a.jpg"},
+         "image: would change what the record means, and prompt/response has no place for it; take it out."),
+        ({"prompt_ids": [1], "response_ids": [], "label": True},
+         "response_ids: is empty; give at least one token id (a BOS, say)."),
+    ],
     "prompts": [
         ({"prompt": {"text": "Q"}}, "prompt: an object, and text is expected; put it in quotes."),
         ({"prompt": False}, "prompt: true or false, and text is expected; put it in quotes."),
@@ -380,6 +449,32 @@ def test_disliked_and_weightless_records_are_left_out_and_counted(write):
     disliked = write(pair | {"label": False}, name="disliked")
     with pytest.raises(DataError, match=r"No good line is left: .*0 demonstrations .*1 with label false left out"):
         formats.read(disliked, "demonstrations")
+
+
+def test_votes_without_weight_are_left_out_and_what_the_service_adds_is_ignored_and_counted(write):
+    vote = {"prompt": "Q", "response": "A", "label": False, "shown": [{"model": "m"}], "kind": "thumb"}
+    path = write(vote, vote | {"weight": 0}, vote | {"label": True})
+    dataset = formats.read(path, "votes")
+    assert [record.label for record in dataset.records] == [False, True]
+    how = "prompt/response; 1 with weight 0 left out; ignored fields: shown (2), kind (2)"
+    assert dataset.decision == f"{path}: 2 votes ({how})."
+
+
+def test_a_vote_is_told_by_a_label_that_is_true_or_false(write, capsys):
+    """Any other label is a class, say: the line is a demonstration, as it always was."""
+    pair = {"prompt": "Q", "completion": "A"}
+    lines = checked(capsys, write(pair | {"label": False}, pair | {"label": True}, pair | {"label": True}))[1]
+    assert lines[0].endswith(": 3 votes (prompt/completion)")
+    assert lines[2] == "  liked: 2; disliked: 1"
+    for label in (1, 0, "sports", None):
+        assert " demonstrations (" in checked(capsys, write(pair | {"label": label}))[1][0]
+    assert formats.read(write(pair | {"label": True}), "demonstrations").records[0].response == "A"
+
+
+def test_keys_name_the_fields_of_votes(write):
+    path = write({"question": "Q", "answer": "A", "thumbs_up": True})
+    keys = {"prompt": "question", "response": "answer", "label": "thumbs_up"}
+    assert bare(formats.read(path, "votes", keys=keys).records[0]) == {"prompt": "Q", "response": "A", "label": True}
 
 
 def test_every_ignored_field_is_named_with_its_count(write):
@@ -539,8 +634,8 @@ def test_check_says_what_a_file_is_and_names_each_bad_line(write, capsys):
 def test_check_works_out_the_kind(write, capsys, kind, row, form, record):
     code, (line, *_) = checked(capsys, write(row))
     assert code == 0
-    if kind == "prompts":  # a richer line is taken for the most that it can be
-        assert ": 1 " in line
+    if kind == "prompts" or isinstance(row.get("label"), bool):  # a richer line is taken for the most that it can be
+        assert ": 1 votes (" in line if isinstance(row.get("label"), bool) else ": 1 " in line
     else:
         assert f": 1 {kind} ({form}" in line
 

@@ -1,6 +1,7 @@
 """The page's routes, as the page uses them: conversations, answers that stream into them, votes, their export."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -214,6 +215,32 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
     digests = {name: model.digest for name, model in server.service.catalogue.models.items()}
     shown = [(answer["model"], answer["digest"], answer["sampling"]["seed"]) for answer in line["shown"]]
     assert shown == [("other", digests["other"], 1), ("tiny", digests["tiny"], 1)]
+
+
+def test_votes_are_exported_one_by_one_as_kto_reads_them(server, tmp_path, capsys):
+    """A thumb is one vote, without its opposite too; a pair is a liked and a disliked answer; a tie says nothing."""
+    pair, (a, b) = two_answers(server, "Why is water wet?")
+    server.ask("POST", "/api/votes", {"kind": "pair", "shown": [b, a], "chosen_id": a})
+    _tie, (c, d) = two_answers(server, "Why is ice cold?")
+    server.ask("POST", "/api/votes", {"kind": "pair", "shown": [c, d], "chosen_id": None})
+    thumbs, (e, f) = two_answers(server, "Why is steam hot?")
+    server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": e, "value": -1})
+    server.ask("POST", "/api/votes", {"kind": "thumb", "message_id": f, "value": 1})
+    out = tmp_path / "votes.jsonl"
+    folder = server.service.config.data_dir
+    cli.main(["data", "export", "--votes", "--kind", "votes", "--data-dir", folder, "--out", str(out)])
+    assert re.search(r"\d+ votes \(\d+ liked, \d+ disliked\) from \d+ votes of the page", capsys.readouterr().out)
+    texts = {row["id"]: row["content"] for conversation in (pair, thumbs) for row in tree(server, conversation)}
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    places = {line["shown"][0]["message_id"]: i for i, line in enumerate(lines)}
+    assert {name: lines[places[name]]["label"] for name in (a, b, e, f)} == {a: True, b: False, e: False, f: True}
+    assert not {c, d} & set(places)
+    assert len({line["id"] for line in lines}) == len(lines)
+    records = read(str(out), "votes").records
+    assert [records[places[name]].response for name in (a, b, e, f)] == [texts[name] for name in (a, b, e, f)]
+    system = {"role": "system", "content": "Be brief."}
+    assert records[places[e]].messages == (system, {"role": "user", "content": "Why is steam hot?"})
+    assert lines[places[a]]["shown"][0]["model"] == "tiny"
 
 
 def test_disliked_and_cut_answers_are_exported_as_not_to_be_learned(server, tmp_path):

@@ -171,8 +171,8 @@ def read(
     """The records of the files and the tokens of each; `say` gets which format was detected, what was left out, what
     was cut and what was not read.
 
-    The tokens of a record are an Example, a prompt's ids, or a prompt's and its responses' ids, by `kind`; a record of
-    several rows stands there several times.
+    The tokens of a record are an Example (demonstrations, votes), a prompt's ids, or a prompt's and its responses' ids,
+    by `kind`; a record of several rows stands there several times.
     Raises DataError for records that do not fit the model, unless `--skip-bad` leaves them out.
     """
     records, encoded, bad = read_all(say, encoder, files, kind, flags)
@@ -195,6 +195,7 @@ def read_all(
     encoders: dict[Kind, Callable[[Any], list[Any]]] = {
         "demonstrations": encoder.encode_rows,
         "comparisons": lambda record: [encoder.encode_comparison(record)],
+        "votes": lambda record: [encoder.encode_vote(record)],
         "prompts": lambda record: [encoder.encode_prompt(record)],
     }
     records, encoded, bad, long = [], [], list(dataset.bad), list[str]()

@@ -28,20 +28,24 @@ class CheckConfig(DataFlags):
 
     model: str | None = None
     """The model to be trained: Hugging Face directory, hub id or run directory. Default: only the files are checked."""
-    kind: Literal["demonstrations", "comparisons", "prompts"] | None = None
-    """What the files are read as: for sft, reward or ppo. Default: the most that the first line can be."""
+    kind: Literal["demonstrations", "comparisons", "votes", "prompts"] | None = None
+    """What the files are read as: for sft, reward, kto or ppo. Default: the most that the first line can be."""
     max_new_tokens: int = 128
     """Of prompts: tokens kept free for the answer, as in ppo."""
 
 
 @dataclass(frozen=True)
 class VotesConfig(Flags):
-    """Write the votes of the chat page as comparisons, which penstock reward reads."""
+    """Write the votes of the chat page as comparisons, which penstock reward reads, or each by itself, which penstock
+    kto reads."""
 
     votes: bool
     """Votes are all that can be exported so far."""
     out: str
     """JSON-lines file to write; must not exist yet."""
+    kind: Literal["comparisons", "votes"] = "comparisons"
+    """What is written. comparisons: answers to one message against each other; votes: each judged answer alone, liked
+    or disliked."""
     data_dir: str = "runs/serve"
     """Directory in which penstock serve kept the votes."""
     database: str | None = None

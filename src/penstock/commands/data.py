@@ -1,7 +1,9 @@
-"""`penstock data`: what data files are, and the votes of the chat page as comparisons for `penstock reward`.
+"""`penstock data`: what data files are, and the votes of the chat page for `penstock reward` and `penstock kto`.
 
-A vote on a pair is one line. Thumbs are lines where answers to one message were liked and disliked: each liked one
-against each disliked one. A thumb without its opposite, two equal answers and an empty answer are left out and counted.
+As comparisons a vote on a pair is one line, and thumbs are lines where answers to one message were liked and disliked:
+each liked one against each disliked one. As votes a thumb is one line, and a pair two: the better answer was liked, the
+other disliked. What says nothing is left out: two equal answers, an empty one, and of comparisons a thumb without its
+opposite, of votes a tie.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ from typing import Any
 
 from penstock.commands.config import CheckConfig, VotesConfig
 from penstock.data import formats
-from penstock.data.records import Comparison, Demonstration, Kind, Prompt
+from penstock.data.records import Comparison, Demonstration, Kind, Prompt, Vote
 from penstock.errors import DataError, UserError
 from penstock.run.directory import refused
 from penstock.serve.store import Row, open_store
@@ -49,7 +51,8 @@ def _check_with(model: str, config: CheckConfig, kinds: dict[Kind, list[str]]) -
         encoder = encoder_of(address, decoder.config, config, reserve=reserve)
         flags = dataclasses.replace(config, skip_bad=True)
         records, rows, problems = read_all(print, encoder, files, kind, flags)
-        lengths = [len(row.tokens) if kind == "demonstrations" else len(row) for row in rows if kind != "comparisons"]
+        whole = kind in ("demonstrations", "votes")
+        lengths = [len(row.tokens) if whole else len(row) for row in rows if kind != "comparisons"]
         lengths += [len(row[0]) + len(ids) for row in rows if kind == "comparisons" for ids in row[1] if ids]
         tokens = f"; tokens of a row: {_spread(lengths)}" if lengths else ""
         print("\n".join([f"{model}: {len(records)} {kind}{tokens}", *problems]))
@@ -58,11 +61,14 @@ def _check_with(model: str, config: CheckConfig, kinds: dict[Kind, list[str]]) -
 
 
 def _facts(records: Sequence[Prompt]) -> Iterator[str]:
-    """Lines on distinct prompts and lengths."""
+    """Lines on distinct prompts, labels and lengths."""
     if not records:
         return
     prompts = Counter(record.prompt_key for record in records)
     yield f"  distinct prompts: {len(prompts)}; most frequent: {prompts.most_common(1)[0][1]} times"
+    labels = Counter(record.label for record in records if isinstance(record, Vote))
+    if labels:
+        yield f"  liked: {labels[True]}; disliked: {labels[False]}"
     for name, lengths in _lengths(records).items():
         yield f"  {name}: {_spread(lengths)}"
 
@@ -80,7 +86,7 @@ def _lengths(records: Sequence[Prompt]) -> dict[str, list[int]]:
         parts: list[tuple[str, Any]] = [("prompt characters", record.prompt), ("prompt tokens", record.prompt_ids)]
         if record.messages is not None:
             parts += [(f"{message['role']} characters", message["content"]) for message in record.messages]
-        if isinstance(record, Demonstration):
+        if isinstance(record, Demonstration | Vote):
             parts += [("response characters", record.response), ("response tokens", record.response_ids)]
         elif isinstance(record, Comparison):
             parts += [("response characters", text) for text in record.responses or ()]
@@ -101,15 +107,18 @@ def export(config: VotesConfig) -> None:
         votes = store.votes()
     finally:
         store.close()
-    lines = list(comparisons(votes))
+    write, needs = EXPORTS[config.kind]
+    lines = list(write(votes))
     if not lines:
-        raise DataError(f"{len(votes)} votes, and no comparison among them; vote on two answers to one message first.")
+        raise DataError(f"{len(votes)} votes, and nothing to write from them; {needs}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise refused(f"--out {out}", error) from error
-    print(f"wrote {out}: {len(lines)} comparisons from {len(votes)} votes")
+    liked = sum(line.get("label", False) for line in lines)
+    how = f" ({liked} liked, {len(lines) - liked} disliked)" if config.kind == "votes" else ""
+    print(f"wrote {out}: {len(lines)} {config.kind}{how} from {len(votes)} votes of the page")
 
 
 def comparisons(votes: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -131,17 +140,37 @@ def comparisons(votes: Sequence[Row]) -> Iterator[dict[str, Any]]:
                 yield from _line(liked, name, [liked["shown"][0], disliked["shown"][0]], [0, 1])
 
 
+def single_votes(votes: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """The lines: prompt, response and label for `penstock kto`, and the answer's model, digest and sampling."""
+    for vote in votes:
+        texts = [answer["content"] for answer in vote["shown"]]
+        is_thumb = vote["kind"] == "thumb"
+        if not is_thumb and (vote["chosen_id"] is None or texts[0] == texts[1]):
+            continue
+        for answer in vote["shown"]:
+            if answer["content"].strip():
+                liked = vote["value"] > 0 if is_thumb else answer["message_id"] == vote["chosen_id"]
+                name = vote["id"] if is_thumb else f"{vote['id']}+{answer['message_id']}"
+                judged = {"prompt": vote["prompt"], "response": answer["content"], "label": liked}
+                yield {"id": name, **judged, **_origin(vote, [answer])}
+
+
+EXPORTS = {
+    "comparisons": (comparisons, "a comparison needs votes on two answers to one message."),
+    "votes": (single_votes, "a vote needs an answer that was liked or disliked."),
+}
+"""Of each --kind: what makes the lines, and what it takes."""
+
+
 def _line(vote: Row, name: str, shown: list[Row], ranking: list[Any]) -> Iterator[dict[str, Any]]:
     texts = [answer["content"] for answer in shown]
     if not all(text.strip() for text in texts) or texts[0] == texts[1]:
         return
+    yield {"id": name, "prompt": vote["prompt"], "responses": texts, "ranking": ranking, **_origin(vote, shown)}
+
+
+def _origin(vote: Row, shown: Sequence[Row]) -> dict[str, Any]:
+    """Where a line comes from: the kind of vote, each answer's model and sampling, and when it was."""
     details = ("message_id", "model", "digest", "sampling", "finish_reason")
-    yield {
-        "id": name,
-        "prompt": vote["prompt"],
-        "responses": texts,
-        "ranking": ranking,
-        "kind": vote["kind"],
-        "shown": [{key: answer[key] for key in details} for answer in shown],
-        "created_at": vote["created_at"],
-    }
+    answers = [{key: answer[key] for key in details} for answer in shown]
+    return {"kind": vote["kind"], "shown": answers, "created_at": vote["created_at"]}

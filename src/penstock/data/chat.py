@@ -15,7 +15,7 @@ from penstock.config import DataFlags
 from penstock.data.field_checks import REASONING, Message
 from penstock.data.limits import Example, Limits, TooLongError
 from penstock.data.pieces import Pieces
-from penstock.data.records import Comparison, Demonstration, Prompt
+from penstock.data.records import Comparison, Demonstration, Prompt, Vote
 from penstock.errors import DataError, UserError
 from penstock.models.chat_template import ChatTemplate, arguments_of, ends_of, word_of, words_of
 from penstock.models.tokenizer_files import check_fit, load_tokenizer, one_line
@@ -113,9 +113,7 @@ class Encoder:
         answer as it is sampled only at the end, a row for each answer."""
         record = self._prepared(record)
         if record.messages is None:
-            prompt, response = self._prompt(record), self._response(record)
-            plain = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
-            return [self.limits.cut(plain, record.where)]
+            return [self._answered(record)]
         row = self._marked(record) or self._dialogue(record, record.messages)
         if row is None:
             return self._row_per_answer(record)
@@ -134,6 +132,10 @@ class Encoder:
         else:
             responses = [self._answer(record, text) for text in record.responses or ()]
         return self.limits.compared(prompt, responses, record.ranks, record.where)
+
+    def encode_vote(self, record: Vote) -> Example:
+        """The row with the judged answer's tokens marked."""
+        return self._answered(self._prepared(record))
 
     def encode_response(self, record: Prompt, text: str, *, ended: bool) -> list[int]:
         """Prompt and response as one row; nothing closes a response that has not `ended` by itself."""
@@ -240,10 +242,15 @@ class Encoder:
             )
         return ids
 
-    def _response(self, record: Demonstration) -> list[int]:
+    def _answered(self, record: Demonstration | Vote) -> Example:
+        """A prompt and the one answer to it as a row that fits."""
+        prompt = self._prompt(record)
         if record.response_ids is not None:
-            return self._end(self._checked(record.response_ids, record.where, "response_ids"))
-        return self._answer(record, record.response or "")
+            response = self._end(self._checked(record.response_ids, record.where, "response_ids"))
+        else:
+            response = self._answer(record, record.response or "")
+        row = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
+        return self.limits.cut(row, record.where)
 
     def _answer(self, record: Prompt, text: str, ended: bool = True) -> list[int]:
         """A response to the record's prompt, as its template would write it; without its end if it has not `ended`."""

@@ -1,4 +1,4 @@
-"""Files of demonstrations, comparisons and prompts: what a line means, and what is wrong with it.
+"""Files of demonstrations, comparisons, votes and prompts: what a line means, and what is wrong with it.
 
 The fields of a line show its format, and the result says which was chosen; explicit keys override it. Every bad line is
 listed as `file:line: field: what is wrong and how to fix it`. A field that changes what a record means is read, or the
@@ -28,6 +28,7 @@ MEANING = (
 READ_TOO: dict[Kind, set[str]] = {
     "demonstrations": {"id", "label", "weight"},
     "comparisons": {"id", "weight"},
+    "votes": {"id", "weight"},
     "prompts": {"id", "response", "completion", "output", "responses", "ranking", "chosen", "rejected", "response_ids"},
 }
 """Beside the fields of its format; answers say nothing about a prompt."""
@@ -197,7 +198,7 @@ def _form_of(item: Mapping[str, Any], kind: Kind, candidates: Sequence[Form]) ->
                 return form
     wanted = " or ".join("+".join(form.needs) for form in candidates)
     names = ", ".join(field_checks.shown(name) for name in list(item)[:8]) or "no fields"
-    likely = next((likely for likely in KINDS if any(form.fits(filled) for form in FORMS[likely])), kind)
+    likely = _likely_kind(item) or kind
     looks = f" (it looks like {likely})" if likely != kind else ""
     raise FieldError("fields", f"found {names}{looks}; {kind} need {wanted}, or name them with --keys ours=theirs.")
 
@@ -211,9 +212,16 @@ def kind_of(path: Path) -> Kind:
     """The first of KINDS that the first good line can be read as."""
     for _, value in objects(path):
         if not isinstance(value, FieldError):
-            item = _filled(value)
-            return next((kind for kind in KINDS if any(form.fits(item) for form in FORMS[kind])), "prompts")
+            return _likely_kind(value) or "prompts"
     return "prompts"
+
+
+def _likely_kind(item: Mapping[str, Any]) -> Kind | None:
+    """The first of KINDS that has a format with these fields; a label that is true or false is a vote's."""
+    filled = _filled(item)
+    if not isinstance(filled.get("label"), bool):
+        filled.pop("label", None)
+    return next((kind for kind in KINDS if any(form.fits(filled) for form in FORMS[kind])), None)
 
 
 def list_bad(bad: Sequence[str]) -> str:

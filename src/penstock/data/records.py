@@ -1,4 +1,4 @@
-"""Records: a prompt, a demonstration, a comparison; and the formats in which people write them, as a table.
+"""Records: a prompt, a demonstration, a comparison, a vote; and the formats in which people write them, as a table.
 
 A format is known by its fields. What it reads, how it reads it and what is wrong with a value is here; files, lines and
 the choice between formats are not.
@@ -13,9 +13,9 @@ from penstock.data import field_checks
 from penstock.data.field_checks import Message
 from penstock.data.jsonl import FieldError
 
-Kind = Literal["demonstrations", "comparisons", "prompts"]
-KINDS: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts")
-"""In the order in which they are tried: a line of each can be read as the next, but not the reverse."""
+Kind = Literal["demonstrations", "comparisons", "votes", "prompts"]
+KINDS: tuple[Kind, ...] = ("comparisons", "votes", "demonstrations", "prompts")
+"""In the order in which they are tried: a line that can be read as several is the first of them."""
 
 PAIR = ("chosen", "rejected")
 QUESTIONS = ("messages", "conversations", "question", "query", "instruction", "input")
@@ -70,6 +70,15 @@ class Comparison(Prompt):
     ranks: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Vote(Prompt):
+    """A prompt, one answer to it, and whether it was liked."""
+
+    response: str | None = None
+    response_ids: tuple[int, ...] | None = None
+    label: bool
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to write a record: its name, the fields that identify it, and the function that reads it."""
@@ -112,7 +121,7 @@ def _conversation(
     where: str, messages: list[Message], name: str, tools: tuple[dict[str, Any], ...] | None
 ) -> Demonstration:
     if not any(message["role"] == "assistant" for message in messages):
-        raise FieldError(name, "has no assistant turn; a demonstration needs an answer to learn.")
+        raise FieldError(name, "has no assistant turn, so there is no answer to learn from.")
     while messages[-1]["role"] != "assistant":  # no answer follows a question at the end
         messages = messages[:-1]
     return Demonstration(where=where, messages=tuple(messages), tools=tools)
@@ -216,6 +225,38 @@ def _two(where: str, prompt: Prompt, chosen: str, rejected: str) -> Comparison:
     return Comparison(where=where, **_prompt_fields(prompt), responses=(chosen, rejected), ranks=(0, 1))
 
 
+def _voted(form: Form) -> Form:
+    """The same format with a label: the answer is judged, and not learned as it is."""
+
+    def read(item: Mapping[str, Any], where: str) -> Vote:
+        label, answer = item["label"], form.needs[-1]
+        if not isinstance(label, bool):
+            raise FieldError("label", f"{field_checks.shown(label)}; give true for a liked answer, false for another.")
+        record = form.read(item, where)
+        fields, response = _prompt_fields(record), record.response
+        if record.messages is not None:
+            fields["messages"], response = _judged(record.messages, item, answer)
+        return Vote(where=where, **fields, response=response, response_ids=record.response_ids, label=label)
+
+    return Form(form.name, (*form.needs, "label"), read, form.may)
+
+
+def _judged(turns: tuple[Message, ...], item: Mapping[str, Any], answer: str) -> tuple[tuple[Message, ...], str]:
+    """What precedes the last answer of a dialogue, and that answer's text."""
+    *before, last = turns
+    if isinstance(item[answer], list) and field_checks.messages(item[answer], answer)[-1]["role"] != "assistant":
+        raise FieldError(answer, "must end with an assistant turn, the one that was judged.")
+    if not before or before[-1]["role"] not in ("user", "tool"):
+        raise FieldError(answer, "must judge an answer to a user turn; a vote is on the last answer alone.")
+    if answer in ("response", "completion") and isinstance(item[answer], list) and len(item[answer]) > 1:
+        raise FieldError(answer, f"{len(item[answer])} turns; a vote is on one answer: move the others to the prompt.")
+    if set(last) & {"tool_calls", *field_checks.REASONING}:
+        raise FieldError(answer, "ends with tool calls or reasoning; the answers that are judged must be text.")
+    if not last.get("weight", 1):
+        raise FieldError(answer, "its last turn is not to be learned, and has a label; take one of the two out.")
+    return tuple(before), last["content"]
+
+
 def _ids_prompt(item: Mapping[str, Any], where: str) -> Prompt:
     return Prompt(where=where, prompt_ids=field_checks.token_ids(item["prompt_ids"], "prompt_ids"))
 
@@ -288,16 +329,18 @@ def _prompt_fields(record: Prompt) -> dict[str, Any]:
 ALPACA = ("input", "context", *CHAT)
 TURNS = ("system", "tools", "functions")
 """What may stand beside messages."""
+ANSWERED = (
+    Form("token ids", ("prompt_ids", "response_ids"), _ids_pair),
+    Form("prompt/response", ("prompt", "response"), _pair, CHAT),
+    Form("prompt/completion", ("prompt", "completion"), _named(_pair, "completion"), CHAT),
+    Form("messages", ("messages",), _dialogue, TURNS),
+    Form("sharegpt", ("conversations",), _named(_dialogue, "conversations"), TURNS),
+    Form("alpaca", ("instruction", "output"), _alpaca, ALPACA),
+    Form("instruction/response", ("instruction", "response"), _named(_alpaca, "response"), ALPACA),
+)
 FORMS: dict[Kind, tuple[Form, ...]] = {
-    "demonstrations": (
-        Form("token ids", ("prompt_ids", "response_ids"), _ids_pair),
-        Form("prompt/response", ("prompt", "response"), _pair, CHAT),
-        Form("prompt/completion", ("prompt", "completion"), _named(_pair, "completion"), CHAT),
-        Form("messages", ("messages",), _dialogue, TURNS),
-        Form("sharegpt", ("conversations",), _named(_dialogue, "conversations"), TURNS),
-        Form("alpaca", ("instruction", "output"), _alpaca, ALPACA),
-        Form("instruction/response", ("instruction", "response"), _named(_alpaca, "response"), ALPACA),
-    ),
+    "demonstrations": ANSWERED,
+    "votes": tuple(_voted(form) for form in ANSWERED),
     "comparisons": (
         Form("ranked responses", ("prompt", "responses", "ranking"), _ranked, CHAT),
         Form("ranked token ids", ("prompt_ids", "response_ids", "ranking"), _ranked_ids),
