@@ -10,32 +10,12 @@ import tempfile
 import torch
 import transformers
 from plain import DTYPES, gpt2, scalar, shape_of
-from tokenizers import Tokenizer, models
+from trainer import StepInTurn, tokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from turns import Turns, flags
 
 STEPS = 10_000
 """Steps that the trainer is configured for; the race ends before."""
-
-
-class StepInTurn(transformers.TrainerCallback):
-    """A step of the trainer is a turn: from the request to its last callback."""
-
-    def __init__(self, turns: Turns) -> None:
-        self.turns = turns
-
-    def on_train_begin(self, *_: object, **__: object) -> None:
-        """Before the first step."""
-        self._next()
-
-    def on_step_end(self, *_: object, **__: object) -> None:
-        """After each one."""
-        self.turns.done()
-        self._next()
-
-    def _next(self) -> None:
-        if not self.turns.wait():
-            raise SystemExit(0)
 
 
 def main() -> None:
@@ -44,10 +24,6 @@ def main() -> None:
     turns = Turns()
     torch.manual_seed(0)
     dtype, shape = DTYPES[options.dtype], shape_of(options)
-    words = {"<pad>": 0, "<eos>": 1}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
-    )
 
     def language() -> transformers.GPT2LMHeadModel:
         return transformers.GPT2LMHeadModel(gpt2(dtype, **shape, pad_token_id=0, eos_token_id=1)).to(dtype)
@@ -67,7 +43,8 @@ def main() -> None:
                 bf16=options.autocast == "bf16", learning_rate=1e-5, gradient_checkpointing=False, temperature=1.0,
                 disable_tqdm=True,
             ),
-            tokenizer, language(), language(), numbers(), [{"input_ids": prompt} for prompt in prompts], numbers(),
+            tokenizer(options.vocab), language(), language(), numbers(),
+            [{"input_ids": prompt} for prompt in prompts], numbers(),
             data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
             eval_dataset=[{"input_ids": prompt} for prompt in prompts[: options.rows]], callbacks=[StepInTurn(turns)],
         )  # fmt: skip

@@ -104,6 +104,11 @@ class Side:
         self._output.close()
 
 
+def reward_of(ids: list[int]) -> float:
+    """The reward of an answer in races of GRPO: answers of a group differ in it."""
+    return sum(ids) % 7 / 7
+
+
 def last_words(code: int, output: str) -> str:
     """Why a process failed: its exit code and the last line that it wrote."""
     lines = [line for line in output.splitlines() if line.strip()]
@@ -121,6 +126,8 @@ def flags(doc: str, **choices: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--rank", type=int, default=16, help="of adapters")
+    parser.add_argument("--group", type=int, default=8, help="answers per prompt, of GRPO")
+    parser.add_argument("--micro", type=int, default=8, help="rows per forward pass, of GRPO")
     for name, values in choices.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=values[0] if values else None, choices=values)
     return parser.parse_args()
