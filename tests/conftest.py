@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from penstock.algorithms.config import DPOConfig, DPOFlags
 from penstock.cli import main
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
 from penstock.kernels import compile as compiler
@@ -150,7 +151,7 @@ def score(prompts, responses, *, response_ids=None, **_):
 
 def stage_config(
     directory: Path, stage: str, out: str, *, steps: int = 8, checkpoint_every: int = 3
-) -> SFTConfig | RewardConfig | PPOConfig:
+) -> SFTConfig | RewardConfig | PPOConfig | DPOConfig:
     """A run of a stage that takes a second, with every kind of state in it: `directory`/`out` is its run directory."""
     model = save_tiny(directory / "model")
     optim = OptimFlags(lr=1e-2, batch_size=8, micro_batch_size=4, epochs=2 if stage == "ppo" else 1, steps=steps)
@@ -167,6 +168,9 @@ def stage_config(
         files = DataFlags(data=(data,), max_length=32)
         return SFTConfig(model=model, data=files, run=run, optim=optim, eval_every=2, samples=2)
     files = DataFlags(data=(write_jsonl(directory / "rankings.jsonl", comparisons(30)),), max_length=32)
+    if stage == "dpo":
+        flags = DPOFlags(sft_coef=0.1)
+        return DPOConfig(model=model, data=files, run=run, optim=optim, dpo=flags, eval_every=4)
     return RewardConfig(model=model, data=files, run=run, optim=optim, eval_every=4)
 
 

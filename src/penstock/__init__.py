@@ -6,7 +6,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from penstock import autochunk as autochunk
+    from penstock.algorithms.config import DPOConfig as DPOConfig
     from penstock.algorithms.ppo import ppo as ppo
+    from penstock.algorithms.preference import dpo as dpo
     from penstock.algorithms.reward import reward as reward
     from penstock.algorithms.sft import sft as sft
     from penstock.config import PPOConfig as PPOConfig
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "sft": "algorithms.sft", "reward": "algorithms.reward", "ppo": "algorithms.ppo",
+    "dpo": "algorithms.preference", "DPOConfig": "algorithms.config",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
     "Strategy": "memory.strategy", "Decoder": "models.decoder",
     "Engine": "rollout.engine", "Rollout": "rollout.engine", "Sampling": "rollout.sampling",

@@ -38,6 +38,11 @@ COMMANDS: dict[str, Command] = {
         "improve the actor against a score, near the reference", "config:PPOConfig", "algorithms.ppo:ppo",
         example="penstock ppo --actor runs/sft --reward runs/reward --data prompts.jsonl --out runs/ppo",
     ),
+    "dpo": Command(
+        "learn from comparisons of answers, without a reward model (DPO, IPO, SimPO, ORPO, ...)",
+        "algorithms.config:DPOConfig", "algorithms.preference:dpo",
+        example="penstock dpo --model runs/sft --data rankings.jsonl --out runs/dpo",
+    ),
     "chat": Command(
         "talk with a model or a run in the terminal", "commands.config:ChatConfig", "commands.chat:chat", "model",
         "penstock chat runs/ppo",
@@ -203,7 +208,7 @@ def resume(config: Any) -> None:
     path = overrides.pop("run")
     saved = RunDirectory.peek(path)
     name = str(saved.pop("command"))
-    stages = ("sft", "reward", "ppo")
+    stages = ("sft", "reward", "ppo", "dpo")
     if name not in stages:
         raise UserError(f"{path}/config.toml: no command {name!r} can be resumed; there are {', '.join(stages)}.")
     if "epochs" in overrides:
@@ -211,7 +216,7 @@ def resume(config: Any) -> None:
             raise UserError("--epochs: ppo makes these over each experience; --steps is the length of the run.")
         overrides.setdefault("steps", "none")
     command = COMMANDS[name]
-    run_config = from_dict(load(command.config), {**OLD_DEFAULTS[name], **saved, "out": path, **overrides})
+    run_config = from_dict(load(command.config), {**OLD_DEFAULTS.get(name, {}), **saved, "out": path, **overrides})
     load(command.function)(run_config, resume=True)
 
 

@@ -20,13 +20,14 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
      "early_stopping_patience"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef kl_loss_coef weight_decay ptx_coef vf_coef "
-     "temperature margin lora_rank min_new_tokens missing_eos_penalty"),
+     "temperature margin lora_rank min_new_tokens missing_eos_penalty sft_coef simpo_gamma"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
-     "clip value_clip tflops lora_alpha adam_epsilon"),
+     "clip value_clip tflops lora_alpha adam_epsilon beta"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout adam_beta1 adam_beta2"),
+    ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5, "label_smoothing"),
     ("a finite number", math.isfinite, "missing_eos_score"),
 ]  # fmt: skip
 
@@ -188,7 +189,7 @@ class OptimFlags(Flags):
     """Optimizer."""
 
     lr: float = None  # type: ignore[assignment]  # `settle_lr` gives it its value
-    """Peak learning rate, after a linear warm-up. Default: 1e-5, and ten times that for an adapter; for ppo
+    """Peak learning rate, after a linear warm-up. Default: 1e-5 (dpo: 1e-6), and ten times that for an adapter; for ppo
     from 1B parameters up 3e-6 is usual."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """After the warm-up: to 0 in a line or a half cosine, constant, or constant and to 0 in the last fifth (wsd)."""
@@ -437,7 +438,7 @@ class ResumeConfig(BudgetFlags, DeviceFlags):
     steps: int | None = None
     """Steps of the whole run, with those that are made. Default: as before."""
     epochs: int | None = None
-    """sft, reward: passes over the data in the whole run, with those that are made. Default: as before."""
+    """sft, reward, dpo: passes over the data in the whole run, with those that are made. Default: as before."""
     strategy: str | None = None
     """Where weights, gradients and optimizer states are kept. Default: as before."""
 

@@ -40,7 +40,7 @@ PATHS = (
 """Flags that may name something on this machine."""
 COMMON = {
     "reward", "reward_fn", "critic", "lr", "steps", "epochs", "batch_size", "max_length", "max_new_tokens", "strategy",
-    "device_memory", "device", "dtype", "lora",
+    "device_memory", "device", "dtype", "lora", "loss", "beta",
 }  # fmt: skip
 """Where a command's flags come in groups, --help shows these first."""
 METAVARS = {

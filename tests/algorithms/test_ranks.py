@@ -31,7 +31,7 @@ def curves(arguments, out, ranks):
     return metrics(out)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
     model = tiny_model()
     shared = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]

@@ -108,7 +108,7 @@ def test_answers_with_equal_tokens_are_not_compared_and_rankings_keep_their_othe
         "2 pairs of answers not compared: their tokens are the same",
         "1 rankings left out: no answer in them is better than another",
     ]
-    first, second = (reward._ranking(e, r.ranks) for e, r in zip(encoded, records, strict=True))
+    first, second = (reward.ranking_of(e, r.ranks) for e, r in zip(encoded, records, strict=True))
     assert first.rows[0] == first.rows[1]
     assert first.pairs == [(0, 2), (1, 2)]
     assert second.pairs == []

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import campaign, outcome
+from penstock.algorithms.config import DPOConfig
 from penstock.algorithms.ppo import ppo
+from penstock.algorithms.preference import dpo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
 from penstock.config import PPOConfig, RewardConfig, SFTConfig
@@ -20,7 +22,7 @@ from penstock.run import checkpoint
 from penstock.run.session import StoppedError
 from tests import conftest
 
-STAGES = {"sft": (sft, SFTConfig), "reward": (reward, RewardConfig), "ppo": (ppo, PPOConfig)}
+STAGES = {"sft": (sft, SFTConfig), "reward": (reward, RewardConfig), "ppo": (ppo, PPOConfig), "dpo": (dpo, DPOConfig)}
 STEPS = 8
 
 

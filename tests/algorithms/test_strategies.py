@@ -38,7 +38,7 @@ def command(stage, folder, model, jsonl):
 
 
 @pytest.mark.parametrize("name", ["zero2_cpu", "gemini", "gemini_cpu", "gemini_nvme"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_a_stage_is_the_same_run_wherever_its_weights_live(stage, name, tmp_path, tiny_model, jsonl):
     arguments = command(stage, tmp_path, tiny_model(), jsonl)
     for other in ("naive", name):

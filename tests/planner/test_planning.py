@@ -235,6 +235,56 @@ def test_other_stages_are_foretold(stage, scalar):
     assert_near(forecast(of, "gemini_cpu"), dry(of, "gemini_cpu"))
 
 
+def preference(config=BASE, spec=None, reference=True, **changes):
+    """dpo: pairs of rows, of which 24 tokens are answers; under adapters the reference stands on the same base."""
+    base = "base" if spec else None
+    roles = [RoleSpec("model", config, trained=True, scalar=False, spec=spec, base=base)]
+    roles += [RoleSpec("reference", config, trained=False, scalar=False, base=base)] * reference
+    return dataclasses.replace(work(config, **changes), stage="dpo", roles=tuple(roles))
+
+
+@pytest.mark.parametrize(("strategy", "dtype", "world"), [
+    ("naive", "fp32", 1), ("ddp", "bf16", 1), ("gemini_cpu", "fp32", 1), ("gemini_cpu", "bf16", 4),
+    ("gemini", "bf16", 1), ("gemini_nvme", "bf16", 1),
+])  # fmt: skip
+@pytest.mark.parametrize("spec", [None, LoraSpec(4)], ids=["full", "lora"])
+def test_preference_learning_is_foretold(spec, strategy, dtype, world):
+    of = preference(spec=spec, batch_size=16, mini_batch_size=16, prompt_length=100)
+    planned, measured = forecast(of, strategy, dtype, world), dry(of, strategy, dtype, world)
+    assert_near(planned, measured, 1.15 if world == 1 else 1.3)
+    assert set(planned.phases) == {"score", "train"} == set(measured["traffic"])
+
+
+@pytest.mark.parametrize("spec", [None, LoraSpec(4)], ids=["full", "lora"])
+def test_the_traffic_of_preference_learning_is_foretold(tmp_path, spec):
+    of = preference(spec=spec)
+    device = forecast(of, "gemini_nvme", device=1).peak["device"] + 100_000
+    planned, moved = forecast(of, "gemini_nvme", device=device), real(of, "gemini_nvme", tmp_path, device)["traffic"]
+    for key in ("host_written", "disk_read", "disk_written"):
+        expected, measured = (sum(phase[key] for phase in run.values()) for run in (planned.traffic, moved))
+        assert expected == pytest.approx(measured, rel=0.15), key  # the first iteration fills the slots, too
+
+
+def test_a_reference_under_adapters_takes_no_weights_and_without_any_no_pass():
+    alone, beside = (preference(spec=LoraSpec(4), reference=reference) for reference in (False, True))
+    planned = [forecast(of, "gemini_cpu", "bf16") for of in (alone, beside)]
+    assert planned[0].peak["host"] == planned[1].peak["host"]
+    assert set(planned[0].phases) == {"train"}
+    full = (
+        forecast(preference(), "gemini_cpu", "bf16").peak["host"]
+        - forecast(preference(reference=False), "gemini_cpu", "bf16").peak["host"]
+    )
+    assert full == pytest.approx(2 * weight_shapes.count_of(BASE, scalar=False), rel=0.05)
+    assert_near(forecast(alone, "gemini_cpu", "bf16"), dry(alone, "gemini_cpu", "bf16"))
+
+
+def test_the_plan_of_the_command_knows_pairs_and_the_reference(capsys):
+    base = ["--model", "s", "--stage", "dpo", "--lora", "8", "--strategy", "gemini_cpu", "--json"]
+    for flags, phases in ([], {"score", "train"}), (["--precompute-reference"], {"train"}):
+        code, out = plan_of(capsys, *base, *flags)
+        assert (code, set(json.loads(out)["phases"])) == (0, phases)
+
+
 def test_a_device_budget_holds_activations_too():
     of = work(prompt_length=100)
     least = forecast(of, "gemini_cpu", device=1).peak["device"]

@@ -120,7 +120,7 @@ def compare_stages(records: Sequence[Any], config: PPOConfig, session: Session) 
         if run is None or not (Path(run) / "config.toml").exists():
             continue
         saved = RunDirectory.peek(run)
-        kind: Kind = "comparisons" if saved["command"] == "reward" else "demonstrations"
+        kind: Kind = "comparisons" if saved["command"] in ("reward", "dpo") else "demonstrations"
         if saved["command"] == "ppo":
             continue  # on prompts, and on these perhaps for the second time
         pairs = formats.parse_keys(tuple(saved.get("keys", ())))

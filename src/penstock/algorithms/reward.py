@@ -37,6 +37,8 @@ class Ranking:
     ranks: tuple[int, ...]
     """0 is the best; equal ranks are ties."""
     response_lengths: tuple[int, ...]
+    ref_logprobs: tuple[float, ...] = ()
+    """What preference learning compares with: each response's log-probability under a reference, once it is known."""
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -108,7 +110,7 @@ def read_inputs(
     torch.manual_seed(config.run.seed)  # the head's random start
     model, encoder = read_model(RewardModel, config.model, config, strategy, session)
     train, heldout = (
-        [_ranking(tokens, record.ranks) for record, tokens in zip(*side, strict=True)]
+        [ranking_of(tokens, record.ranks) for record, tokens in zip(*side, strict=True)]
         for side in read_sides(session, encoder, "comparisons", config)
     )
     normalize: list[Example] = []
@@ -213,7 +215,7 @@ def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> 
 
 def micro_batches(rankings: Sequence[Ranking], rows: int, device: torch.device) -> list[Rankings]:
     """Whole rankings in groups of about `rows` responses: a prompt's responses stay together."""
-    ordered = sorted(rankings, key=lambda ranking: max(map(len, ranking.rows)))
+    ordered = sorted(rankings, key=longest_row)
     groups: list[list[Ranking]] = []
     filled = rows
     for ranking in ordered:
@@ -225,7 +227,12 @@ def micro_batches(rankings: Sequence[Ranking], rows: int, device: torch.device) 
     return [rows_of([row for ranking in group for row in ranking.rows], device, group) for group in groups]
 
 
-def _ranking(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...]) -> Ranking:
+def longest_row(ranking: Ranking) -> int:
+    return max(map(len, ranking.rows))
+
+
+def ranking_of(encoded: tuple[list[int], list[list[int]]], ranks: tuple[int, ...]) -> Ranking:
+    """A comparison's tokens, from the encoder, and its ranks; without the answers that did not fit."""
     prompt, responses = encoded
     kept = [i for i, response in enumerate(responses) if response]  # the others were too long
     rows, ranks = [prompt + responses[i] for i in kept], tuple(ranks[i] for i in kept)

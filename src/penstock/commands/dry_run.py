@@ -25,9 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penstock.algorithms import reward, sft
+from penstock.algorithms import preference, reward, sft
+from penstock.algorithms.config import DPOFlags
 from penstock.algorithms.experience import Roles
 from penstock.algorithms.ppo import PPO, permutation
+from penstock.algorithms.reference import with_reference
 from penstock.autochunk.meter import Meter
 from penstock.config import OptimFlags
 from penstock.data.chat import Example
@@ -97,7 +99,7 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
             host = strategy.tiers["host"]
             _ppo(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
         else:
-            {"sft": _sft, "reward": _reward}[work.stage](work, strategy, streams["model"], phase)
+            {"sft": _sft, "reward": _reward, "dpo": _dpo}[work.stage](work, strategy, streams, phase)
     return {**peaks, "traffic": traffic}
 
 
@@ -195,19 +197,35 @@ def _no_scores(records: Sequence[Any], answers: Sequence[Answer]) -> list[float]
     return [0.0] * len(answers)
 
 
-def _sft(work: Workload, strategy: Strategy, stream: Stream, phase: Phases) -> None:
+def _sft(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
     """One optimizer step on whole rows."""
     rows = [Example([1] * work.length, [False] + [True] * (work.length - 1))] * work.batch_size
     with phase("train"):
-        sft.learn(strategy, stream, rows, OptimFlags(1e-5, micro_batch_size=work.micro_batch_size), 1e-5)
+        sft.learn(strategy, streams["model"], rows, OptimFlags(1e-5, micro_batch_size=work.micro_batch_size), 1e-5)
 
 
-def _reward(work: Workload, strategy: Strategy, stream: Stream, phase: Phases) -> None:
+def _reward(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
     """One optimizer step on pairs of whole rows."""
-    rows = [[1] * (work.length - 1) + [last] for last in (1, 2)]  # equal rows would not be compared
-    pairs = [reward.Ranking(rows, (0, 1), (1, 1))] * (work.batch_size // 2)
+    optim = OptimFlags(1e-5, micro_batch_size=work.micro_batch_size)
     with phase("train"):
-        reward.learn(strategy, stream, pairs, OptimFlags(1e-5, micro_batch_size=work.micro_batch_size), 1e-5, 0.0)
+        reward.learn(strategy, streams["model"], _pairs(work), optim, 1e-5, 0.0)
+
+
+def _dpo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
+    """The reference on pairs of whole rows, and one optimizer step on them."""
+    pairs, flags = _pairs(work), DPOFlags(loss="sigmoid" if "reference" in streams else "cpo")
+    optim = OptimFlags(1e-6, batch_size=len(pairs), micro_batch_size=work.micro_batch_size)
+    if "reference" in streams:
+        with phase("score"):
+            pairs = with_reference(strategy, streams["reference"], pairs, optim)
+    with phase("train"):
+        preference.learn(strategy, streams["model"], pairs, optim, flags, 1e-6)
+
+
+def _pairs(work: Workload) -> list[reward.Ranking]:
+    rows = [[1] * (work.length - 1) + [last] for last in (1, 2)]  # equal rows would not be compared
+    response = work.length - work.prompt_length
+    return [reward.Ranking(rows, (0, 1), (response, response))] * (work.batch_size // 2)
 
 
 @contextmanager

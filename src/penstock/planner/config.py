@@ -14,7 +14,7 @@ class PlanConfig(PlacementFlags):
     """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json."""
     critic_model: str | None = None
     """Size of critic and reward model. Default: --model."""
-    stage: Literal["ppo", "sft", "reward"] = "ppo"
+    stage: Literal["ppo", "sft", "reward", "dpo"] = "ppo"
     """The command to plan."""
     strategy: str = "gemini_auto"
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -27,7 +27,7 @@ class PlanConfig(PlacementFlags):
     base_dtype: Literal["int8", "nf4"] | None = None
     """With --lora: what the weights of the frozen blocks are kept in."""
     batch_size: int = 64
-    """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward: pairs)."""
+    """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward, dpo: pairs)."""
     micro_batch_size: int = 8
     """Rows per forward pass."""
     mini_batch_size: int | None = None
@@ -38,6 +38,8 @@ class PlanConfig(PlacementFlags):
     """ppo: answers that one process generates together. Default: all of its answers."""
     kl_coef: float = 0.05
     """ppo: at 0 there is no reference."""
+    precompute_reference: bool = False
+    """dpo: no reference beside the model that learns: with this flag of the command, or a loss that has none."""
     prompt_length: int = 384
     """Tokens per prompt."""
     max_new_tokens: int = 128

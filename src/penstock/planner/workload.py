@@ -123,6 +123,7 @@ ROLES = {  # of each stage: name, whether it is trained, whether it has a scalar
     "ppo": (("actor", True, False), ("critic", True, True), ("reference", False, False), ("reward", False, True)),
     "sft": (("model", True, False),),
     "reward": (("model", True, True),),
+    "dpo": (("model", True, False), ("reference", False, False)),
 }
 
 
@@ -144,10 +145,11 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
             f"--prompt-length {config.prompt_length}: leaves no room for a response in {config.model}, which holds "
             f"rows of {model.max_length} tokens."
         )
-    batch_size = config.batch_size * (2 if config.stage == "reward" else 1)  # a pair is two rows
+    has_reference = not config.precompute_reference if config.stage == "dpo" else bool(config.kl_coef)
+    batch_size = config.batch_size * (2 if config.stage in ("reward", "dpo") else 1)  # a pair is two rows
     return Workload(
         config.stage,
-        tuple(role(*row) for row in ROLES[config.stage] if config.kl_coef or row[0] != "reference"),
+        tuple(role(*row) for row in ROLES[config.stage] if has_reference or row[0] != "reference"),
         batch_size,
         config.micro_batch_size,
         config.mini_batch_size or batch_size,
@@ -186,6 +188,8 @@ def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
         roles = {role.name: role for role in work.roles}  # without "reward" where a --reward-fn scores
         phases["rollout"] = [_generation(setting, rows, swap)]
         phases["score"] = [_pass(setting, roles[name], rows, "evaluate") for name in SCORED if name in roles]
+    elif reference := next((role for role in work.roles if role.name == "reference"), None):
+        phases["score"] = [_pass(setting, reference, rows, "evaluate")]  # dpo
     updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.stage == "ppo" else 1)
     rows = math.ceil(work.mini_batch_size / world)
     trained = [role for role in work.roles if role.trained]
@@ -239,7 +243,7 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         role.spec,
         Batch(micro, work.length, micro * states),
         scalar=role.scalar,
-        entropy=work.stage != "sft",
+        entropy=work.stage not in ("sft", "dpo"),
         packed=role.base_dtype,
         arithmetic=setting.arithmetic,
     )

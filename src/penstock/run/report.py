@@ -121,6 +121,8 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 HEADLINES = {
     "loss": "loss", "heldout/loss": "held-out loss", "accuracy": "accuracy", "heldout/accuracy": "held-out accuracy",
+    "rewards/accuracies": "pairs ordered right", "heldout/rewards/accuracies": "held-out pairs ordered right",
+    "rewards/margins": "margin", "heldout/rewards/margins": "held-out margin",
     "objective/scores": "score", "heldout/scores": "held-out score", "objective/used_scores": "used score",
     "val/missing_eos_rate": "cut answers", "objective/kl": "KL, nats",
     "objective/response_length": "answer length, tokens",
@@ -130,7 +132,8 @@ HEADLINES = {
 
 GROUPS = {
     # a metric's name or its first part -> the heading of its pictures, in the page's order
-    "": "Learning", "heldout/": "Learning", "objective/": "Objective", "policy/": "Policy", "val/": "Critic",
+    "": "Learning", "rewards/": "Comparisons", "logps/": "Comparisons", "objective/": "Objective", "policy/": "Policy",
+    "val/": "Critic",
     "loss/": "Losses", "lr": "Schedule", "epoch": "Schedule", "episode": "Schedule", "perf/": "Speed and memory",
     "timing/": "Seconds",
 }  # fmt: skip
@@ -191,11 +194,12 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     for name, curve in points.items():
         if len(set(curve[1])) == 1:
             continue
-        prefix, _, plain_name = name.rpartition("/")
-        twin = plain_name if prefix == "heldout" and plain_name in points else name
-        heading = GROUPS.get(name) or GROUPS.get(f"{prefix}/" if prefix else "", prefix)
-        lines = groups.setdefault(heading, {}).setdefault(twin, {})
-        lines["held-out" if prefix == "heldout" else "training" if f"heldout/{name}" in points else name] = curve
+        plain_name = name.removeprefix("heldout/")
+        prefix = plain_name.rpartition("/")[0]
+        held_out = plain_name != name
+        heading = GROUPS.get(plain_name) or GROUPS.get(f"{prefix}/" if prefix else "", prefix)
+        lines = groups.setdefault(heading, {}).setdefault(plain_name if plain_name in points else name, {})
+        lines["held-out" if held_out else "training" if f"heldout/{name}" in points else name] = curve
     return {heading: pictures for heading, pictures in groups.items() if pictures}
 
 

@@ -1,0 +1,143 @@
+"""The frozen model that preference learning compares with: which it is, and the log-probabilities that it gives.
+
+They are read beside the training, batch by batch, or once before it and kept in the run directory.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from penstock.algorithms import functional as fn
+from penstock.algorithms.ppo_inputs import check_role
+from penstock.algorithms.reward import Ranking, Rankings, longest_row, micro_batches
+from penstock.algorithms.setup import reserve_activations, role_specs, strategy_of
+from penstock.config import OptimFlags
+from penstock.data.chat import Encoder
+from penstock.errors import UserError
+from penstock.memory.strategy import Strategy
+from penstock.memory.stream import Stream
+from penstock.memory.tiers import Disk
+from penstock.models.adapter_files import AdapterFile
+from penstock.models.roles import Actor
+from penstock.planner.workload import Workload
+from penstock.run import checkpoint
+from penstock.run.directory import resolve_model
+from penstock.run.session import Session
+
+
+def read_reference(config: Any, model: Actor, encoder: Encoder) -> Actor:
+    """--reference, or a frozen copy of the model's start; call it in `Strategy.init`."""
+    if config.reference is None:
+        return model.frozen()
+    address = resolve_model(config.reference)
+    options: Any = {"allow_pickle": config.data.allow_pickle, "base_dtype": config.peft.base_dtype}
+    reference = Actor.from_pretrained(address, **options)
+    reference.eval().requires_grad_(False)
+    check_role("reference", address, reference, encoder, config)
+    return reference
+
+
+def answer_logprobs(model: Actor, hidden: Tensor, batch: Rankings) -> Tensor:
+    """The log-probability of each answer, its tokens' summed, end included: hidden [B, T, D] -> [B] fp32."""
+    answered = [n for ranking in batch.rankings for n in ranking.response_lengths]
+    lengths = torch.tensor(answered, device=batch.tokens.device)
+    mask = fn.response_mask(batch.lengths - lengths, lengths, batch.tokens.shape[1])
+    states = fn.states_before(hidden, mask)
+    logprobs, _ = model.decoder.logprobs(states, batch.tokens[mask], entropy=False)
+    return fn.unpack(logprobs, lengths).sum(dim=1)
+
+
+def with_reference(
+    strategy: Strategy, reference: Stream, rankings: Sequence[Ranking], optim: OptimFlags
+) -> list[Ranking]:
+    """The same rankings, on every rank, with the log-probabilities of their answers under the reference.
+
+    No more rankings are read at a time than an optimizer step has, for all micro-batches share a visit.
+    """
+    world = strategy.world
+    known: list[Ranking] = []
+    for start in range(0, len(rankings), optim.batch_size):
+        batch = rankings[start : start + optim.batch_size]
+        share = world.share_of(list(enumerate(batch)))
+        share.sort(key=lambda pair: longest_row(pair[1]))  # the order in which micro_batches has them
+        batches = micro_batches([ranking for _, ranking in share], optim.micro_batch_size, world.device)
+        with strategy.phase("score"):
+            sums = strategy.evaluate(
+                reference, batches, lambda hidden, part: answer_logprobs(reference.model, hidden, part)
+            )
+        values = iter([float(value) for part in sums for value in part.cpu()])
+        own = sorted((i, tuple(next(values) for _ in ranking.rows)) for i, ranking in share)
+        ranks = world.gather([logprobs for _, logprobs in own])  # the inverse of share_of
+        of_prompt = [ranks[i % world.size][i // world.size] for i in range(len(batch))]
+        known += [dataclasses.replace(pair[0], ref_logprobs=pair[1]) for pair in zip(batch, of_prompt, strict=True)]
+    return known
+
+
+def workload(models: dict[str, Actor], rankings: Sequence[Ranking], optim: OptimFlags) -> Workload:
+    """What a step on these rankings is, at most: their longest rows, and the most answers to a prompt."""
+    most, longest = max(len(ranking.rows) for ranking in rankings), max(map(longest_row, rankings))
+    answer = max(max(ranking.response_lengths) for ranking in rankings)
+    rows, micro = optim.batch_size * most, max(optim.micro_batch_size, most)
+    return Workload("dpo", role_specs(models), rows, micro, rows, 1, longest - answer, answer)
+
+
+# --- once, before training ------------------------------------------------------------------------------------------
+
+FILE = "reference.safetensors"
+"""In the run directory: the log-probability of every answer, in the order of the data."""
+
+
+def precomputed(session: Session, models: dict[str, Actor], rankings: Sequence[Ranking]) -> list[Ranking]:
+    """The rankings with log-probabilities under the reference: from the run directory, or computed and kept there.
+
+    Takes the reference out of the models; its memory is free again afterwards. Raises UserError for a file of another
+    reference or of other data.
+    """
+    reference = models.pop("reference")
+    path, digest = session.path / FILE, digest_of(reference, rankings)
+    if path.exists():
+        with safetensors.safe_open(path, framework="pt") as file:
+            saved, values = (file.metadata() or {}).get("digest"), iter(file.get_tensor("logprobs").tolist())
+        if saved != digest:
+            raise UserError(
+                f"{path}: is of another reference or of other data than this run has; put those back, or remove the "
+                "file, and it is computed again."
+            )
+        return [
+            dataclasses.replace(ranking, ref_logprobs=tuple(next(values) for _ in ranking.rows)) for ranking in rankings
+        ]
+    config, strategy = session.config, strategy_of(session.config.run)
+    session.say(f"--precompute-reference: {sum(len(ranking.rows) for ranking in rankings)} answers are read once")
+    reserve_activations(strategy, workload({"reference": reference}, rankings, config.optim))
+    known = with_reference(strategy, strategy.prepare(reference), rankings, config.optim)
+    if session.world.first:
+        logprobs = torch.tensor([value for ranking in known for value in ranking.ref_logprobs])
+        unfinished = path.with_name(f"{path.name}.tmp")
+        save_file({"logprobs": logprobs}, unfinished, {"digest": digest})
+        unfinished.rename(path)
+    for tier in strategy.tiers.values():
+        if isinstance(tier, Disk):
+            tier.close()
+    del strategy, reference
+    gc.collect()  # a model and its stream know each other; their memory goes before that of the model that learns
+    return known
+
+
+def digest_of(reference: Actor, rankings: Sequence[Ranking]) -> str:
+    """A hash of the reference's weights and of every answer's tokens."""
+    decoder = reference.decoder
+    parts: list[Any] = [decoder.source.digest() if decoder.source else decoder.seed, decoder.base_dtype]
+    saved = decoder.adapted.saved if decoder.adapted else None
+    if isinstance(saved, AdapterFile):
+        parts += [checkpoint.digest(file) for file in sorted(Path(saved.directory).glob("adapter_model.*"))]
+    parts += [[ranking.rows, ranking.response_lengths] for ranking in rankings]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
