@@ -241,7 +241,7 @@ BUGS: list[Bug] = [
     (PPO, "KL's term of the loss is not weighed", "loss + flags.kl_loss_coef * kl", "loss + kl"),
     (PPO_INPUTS, "the reference is loaded at --kl-coef 0", "if config.ppo.kl_coef or config.ppo.kl_loss_coef:", "if True:"),
     ("algorithms/reward_source.py", "a template that differs makes a zero critic", "room and model_encoder.same_ids(encoder)", "room and self.reads_actor_tokens"),
-    (PPO_INPUTS, "prompts that the reward model cannot hold are kept", "bad = [text for text in problems if text]", "bad: list[str] = []"),
+    ("algorithms/reward_source.py", "prompts that the reward model cannot hold are kept", "bad = [text for text in problems if text]", "bad: list[str] = []"),
     (RM, "a spread is taken from any number of answers", "if count >= FEWEST:", "if count > 0:"),
     ("models/tokenizer_files.py", "an end of answers pads", "if token is not None and token not in ends)", "if token is not None)"),
     (FN, "wsd falls from its middle", "min(left / 0.2, 1.0)", "min(left / 0.5, 1.0)"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from penstock import cli
-from penstock.commands.config import ChatConfig
-from penstock.config import GenerateConfig, PPOConfig, SFTConfig
+from penstock.commands.config import ChatConfig, GenerateConfig
+from penstock.config import PPOConfig, SFTConfig
 from penstock.data.toyland import save_tokenizer
 from penstock.flags import flags_of, from_dict, parse, to_dict
 from penstock.serve.config import ServeConfig

@@ -47,7 +47,7 @@ def setup(tmp_path: Path, refused: str, system: str = "Linux", gpu: bool = False
 def test_without_a_gpu_the_cpu_build_comes_first_and_the_default_build_last(tmp_path, refused, attempts, last_message):
     printed, asked = setup(tmp_path, refused)
     order = [f"--no-deps {TORCH}+cpu", f"--no-deps --timeout 30 --retries 1 {FROM_PYTORCH} {TORCH}+cpu", TORCH]
-    assert asked == [*order[:attempts], "--editable .[dev,serve]"]
+    assert asked == [*order[:attempts], "--editable .[dev,serve,verify]"]
     assert last_message.format(venv=tmp_path / "venv") in printed.splitlines()[-2]
     assert "no matching distribution" not in printed
     assert ("no matching distribution" in (tmp_path / "venv" / "setup.log").read_text()) == (attempts > 1)
@@ -56,7 +56,7 @@ def test_without_a_gpu_the_cpu_build_comes_first_and_the_default_build_last(tmp_
 @pytest.mark.parametrize(("system", "gpu"), [("Linux", True), ("Darwin", False)])
 def test_with_a_gpu_or_on_macos_the_default_build_comes_at_once(tmp_path, system, gpu):
     printed, asked = setup(tmp_path, "nothing", system, gpu)
-    assert asked == [TORCH, "--editable .[dev,serve]"]
+    assert asked == [TORCH, "--editable .[dev,serve,verify]"]
     assert "the default build for this machine" in printed
 
 

@@ -35,4 +35,4 @@ else
     fi
 fi
 say "penstock and its other packages"
-install --editable ".[dev,serve]"
+install --editable ".[dev,serve,verify]"

@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command] = {
         "serve.server:serve", "model", "penstock serve runs/ppo runs/sft --port 8000",
     ),
     "generate": Command(
-        "answer prompts from a file", "config:GenerateConfig", "commands.generate:generate",
+        "answer prompts from a file", "commands.config:GenerateConfig", "commands.generate:generate",
         example="penstock generate --model runs/ppo --data prompts.jsonl --out answers.jsonl",
     ),
     "export": Command(

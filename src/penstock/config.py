@@ -18,11 +18,11 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
-     "early_stopping_patience"),
+     "early_stopping_patience reward_workers"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef kl_loss_coef weight_decay ptx_coef vf_coef "
      "temperature margin lora_rank min_new_tokens missing_eos_penalty sft_coef simpo_gamma"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
-     "clip value_clip tflops lora_alpha adam_epsilon beta"),
+     "clip value_clip tflops lora_alpha adam_epsilon beta reward_timeout"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
@@ -258,6 +258,40 @@ class EvalFlags(Flags):
     """End the run after this many evaluations in a row that are not better than the best. Default: off."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardFlags(Flags):
+    """Rewards."""
+
+    reward: str | None = None
+    """A reward model: a run of penstock reward, or any AutoModelForSequenceClassification with one label."""
+    reward_fn: tuple[str, ...] = ()
+    """Functions score(prompts, responses, **_) -> list[float], as file.py:name, or built-in verifiers: exact_match,
+    number, math, regex, format, json_schema, length. The sum of all rewards is the score."""
+    reward_weights: tuple[float, ...] = ()
+    """A weight per reward, that of --reward first. Default: 1 each."""
+    reward_timeout: float | None = None
+    """Seconds that a reward function may take for a batch; it then runs in a process of its own. Default: no limit."""
+    reward_workers: int | None = None
+    """Processes that reward functions run in, each on its part of a batch. Default: none but the command's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward_fn is None or isinstance(self.reward_fn, str):  # from Python
+            object.__setattr__(self, "reward_fn", (self.reward_fn,) if self.reward_fn else ())
+        count = bool(self.reward) + len(self.reward_fn)
+        if self.reward_weights and len(self.reward_weights) != count:
+            raise UserError(f"--reward-weights: {len(self.reward_weights)} for {count} rewards; give one each.")
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise UserError("--reward-weights: must be finite numbers.")
+
+    def need_score(self, command: str) -> None:
+        """Raises UserError where nothing gives a score."""
+        if not (self.reward or self.reward_fn):
+            raise UserError(
+                f"{command} needs a score: give --reward MODEL, --reward-fn file.py:name or a verifier's name, or both."
+            )
+
+
 ADAPTER_LR = 10
 """How much larger the default learning rate is where only an adapter learns (Schulman et al. 2025, "LoRA Without
 Regret": 10 times, whatever the model and task)."""
@@ -376,7 +410,7 @@ class PPOFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(EvalFlags):
+class PPOConfig(EvalFlags, RewardFlags):
     """PPO: improve the actor against a score, staying near the reference."""
 
     LR: ClassVar[float] = 1e-5
@@ -385,10 +419,6 @@ class PPOConfig(EvalFlags):
     data: DataFlags
     run: RunFlags
     peft: LoraFlags = field(default_factory=LoraFlags)
-    reward: str | None = None
-    """Reward model: a directory or run made by `penstock reward`."""
-    reward_fn: str | None = None
-    """Instead of a reward model: file.py:name, a function score(prompts, responses, **_) -> list[float]."""
     critic: str | None = None
     """Where the critic starts. Default: the reward model; without one, the actor with a zero head."""
     reference: str | None = None
@@ -441,43 +471,3 @@ class ResumeConfig(BudgetFlags, DeviceFlags):
     """sft, reward, dpo: passes over the data in the whole run, with those that are made. Default: as before."""
     strategy: str | None = None
     """Where weights, gradients and optimizer states are kept. Default: as before."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig(TemplateFlags, SamplingFlags, InferenceFlags):
-    """Answer prompts from a file, or one prompt from the command line."""
-
-    model: str
-    """Hugging Face directory, hub id or run directory."""
-    adapter: str | None = None
-    """An adapter for that model: a run, or a directory in peft's format."""
-    prompt: str | None = None
-    """One prompt; the answer is printed."""
-    data: str | None = None
-    """File of prompts, JSON lines: {"prompt"}, {"messages"} or {"prompt_ids"}."""
-    out: str | None = None
-    """Answers to write, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason, score."""
-    n: int = 1
-    """Answers per prompt."""
-    min_p: float = 0.0
-    """Keep only tokens at least this many times as likely as the likeliest; 0 is off."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens of prompt and answer become less likely; 1 is off."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer; they are not part of it."""
-    top_logprobs: int = 0
-    """Also write this many likeliest tokens at each position, with their log-probabilities."""
-    best_of: int = 0
-    """Sample this many answers per prompt, score them, and keep the best --n; 0 is off."""
-    reward: str | None = None
-    """The reward model that scores answers: a run of penstock reward."""
-    reward_fn: str | None = None
-    """A function that scores answers, instead of a reward model: file.py:name."""
-    batch_size: int = 32
-    """Answers that are decoded together."""
-    skip_bad: bool = False
-    """Leave bad prompts out, instead of stopping at them."""
-    apply_chat_template: bool = False
-    """Read plain prompts as a user's turn, through the chat template."""
-    json: bool = False
-    """Print answers as JSON lines."""

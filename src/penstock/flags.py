@@ -126,15 +126,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """The same flags, so that they mean the same from any directory; text that names no file (a hub id) stays."""
 
-    def absolute(text: str) -> str:
+    def absolute(text: str, flag: str) -> str:
+        if flag != "reward_fn":
+            return str(Path(text).absolute()) if Path(text).exists() else text
         path, colon, name = text.rpartition(":")
         if colon and Path(path).is_file():  # file.py:name
             return f"{Path(path).absolute()}:{name}"
-        return str(Path(text).absolute()) if Path(text).exists() else text
+        return f"{path}:{Path(name).absolute()}" if colon and Path(name).is_file() else text  # verifier:file
 
     paths = {name: flat[name] for name in PATHS if name in flat}
     return flat | {
-        name: absolute(value) if isinstance(value, str) else [absolute(path) for path in value]
+        name: absolute(value, name) if isinstance(value, str) else [absolute(path, name) for path in value]
         for name, value in paths.items()
     }
 
@@ -211,7 +213,7 @@ def _flags_of(config_class: type, template: Any, group: str) -> Iterator[Flag]:
         if optional:
             value = next(part for part in get_args(value) if part is not types.NoneType)
         several, choices = get_origin(value) is tuple, get_args(value) if get_origin(value) is Literal else ()
-        plain = str if several or choices else value
+        plain = str if choices else get_args(value)[0] if several else value
         owner = next(base for base in config_class.__mro__ if field.name in _docstrings(base))
         title = group if owner is config_class else _title(owner)
         yield Flag(field.name, plain, choices, several, optional, default, _docstrings(owner)[field.name], title)

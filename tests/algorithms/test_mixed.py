@@ -153,6 +153,6 @@ def test_a_value_head_learns_and_a_stopped_run_goes_on(config, strategy, capsys)
     (run.parent / "again" / "checkpoints" / "latest").write_text("step-000001\n")
     ppo(again, resume=True)
     assert metrics(run.parent / "again") == found
-    assert cli("ppo", "--actor", one.actor, "--reward-fn", one.reward_fn, "--data", *one.data.data, "--out",
+    assert cli("ppo", "--actor", one.actor, "--reward-fn", *one.reward_fn, "--data", *one.data.data, "--out",
                run.parent / "no", "--value-head", "--critic", one.actor) == 2  # fmt: skip
     assert "give one of the two" in capsys.readouterr().err

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.algorithms import reward_source
 from penstock.algorithms.experience import Experience, concatenate, in_order
 from penstock.algorithms.ppo import permutation, ppo
+from penstock.algorithms.reward_functions import RewardFunction
+from penstock.algorithms.reward_source import RewardSum
 from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.data.chat import Encoder
+from penstock.data.records import Prompt
 from penstock.errors import ResourceError, UserError
 from penstock.models.roles import Actor, RewardModel
 from penstock.rollout.engine import Answer
@@ -255,7 +257,7 @@ def test_score_replaced_not_added_without_eos(tmp_path, tiny_model, jsonl):
 
 def test_one_score_is_needed(tmp_path, tiny_model, jsonl):
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3]}])
-    with pytest.raises(UserError, match="either --reward"):
+    with pytest.raises(UserError, match="ppo needs a score: give --reward MODEL"):
         ppo(config(tmp_path, model, data, None))
 
 
@@ -283,8 +285,8 @@ def test_a_bad_reward_function_is_named(tmp_path, tiny_model, jsonl, text, messa
 def test_a_reward_function_takes_what_it_wants(tmp_path, text, scores):
     address = write_reward_fn(tmp_path, text)
     encoder = Encoder(None, eos_ids=[2], vocab_size=16, max_length=32)
-    source = reward_source.FunctionReward(reward_source.load_reward_fn(address), encoder, address)
-    assert source.score([None] * 2, [Answer([1], [3], [0.0]), Answer([1], [4, 5], [0.0, 0.0])]) == scores
+    source = RewardSum([RewardFunction.load(address)], encoder)
+    assert source.score([Prompt(where="f:1")] * 2, [Answer([1], [3], [0.0]), Answer([1], [4, 5], [0.0, 0.0])]) == scores
 
 
 @pytest.mark.parametrize("role", ["reference", "critic"])

@@ -3,8 +3,9 @@
 import pytest
 
 from penstock.algorithms import reward_source
-from penstock.algorithms.reward_source import FunctionReward, ModelReward
-from penstock.config import DataFlags, GenerateConfig
+from penstock.algorithms.reward_functions import RewardFunction
+from penstock.algorithms.reward_source import ModelReward, RewardSum
+from penstock.config import DataFlags, RewardFlags
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
 from penstock.errors import UserError
@@ -80,7 +81,7 @@ def test_plain_prompts_become_turns_of_its_template_as_they_do_for_the_actor(rea
 
 def test_without_a_tokenizer_it_is_refused_at_the_start(make_tokenizer, tiny_model, tmp_path):
     RewardModel.from_pretrained(tiny_model("base", vocab_size=330)).save_pretrained(tmp_path / "reward")
-    config = GenerateConfig(model="-", reward=str(tmp_path / "reward"))
+    config = RewardFlags(reward=str(tmp_path / "reward"))
     actor = Encoder.for_model(str(make_tokenizer("actor")), eos_ids=[1], vocab_size=320, max_length=100)
     with pytest.raises(UserError, match="does not read the actor's tokens, and texts cannot go between them"):
         reward_source.reward_source(config, actor, Strategy.named("naive", device="cpu"), DataFlags(data=()), 4, print)
@@ -90,7 +91,8 @@ def test_a_function_reads_special_tokens_that_are_text(make_tokenizer):
     directory = make_tokenizer(template=CHATML, eos_token="<|im_end|>", extra_special_tokens=["<think>"])
     actor = Encoder.for_model(str(directory), eos_ids=[1], vocab_size=330, max_length=100)
     texts = []
-    source = FunctionReward(lambda prompts, responses: texts.extend(prompts + responses) or [0.0], actor, "f.py:score")
+    function = RewardFunction("f.py:score", lambda prompts, responses: texts.extend(prompts + responses) or [0.0])
     ids = actor.tokenizer("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n").input_ids
-    source.score([None], [Answer(ids, actor.tokenizer("<think>Hm<|im_end|>").input_ids)])
+    answer = Answer(ids, actor.tokenizer("<think>Hm<|im_end|>").input_ids)
+    RewardSum([function], actor).score([Prompt(where="f:1")], [answer])
     assert texts == ["user\nHi\nassistant\n", "<think>Hm"]

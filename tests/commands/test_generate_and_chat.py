@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from penstock.commands.config import GenerateConfig
 from penstock.commands.generate import generate
-from penstock.config import GenerateConfig
 from penstock.errors import UserError
 from tests.conftest import CHATML
 
@@ -59,7 +59,7 @@ def test_what_was_asked_for_besides_is_told(ask):
 
 
 @pytest.mark.parametrize(("flags", "why"), [
-    ({"best_of": 4, "n": 8}, "keeps the best --n 8"), ({"best_of": 4, "reward": "x"}, "not both"),
+    ({"best_of": 4, "n": 8}, "keeps the best --n 8"), ({"best_of": 4, "reward_weights": (1.0, 2.0)}, "2 for 1 rewards"),
     ({"min_p": 2.0}, "not in"), ({"repetition_penalty": 0.0}, "not above 0"), ({"stop": ("",)}, "empty one"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_are_refused(ask, flags, why):

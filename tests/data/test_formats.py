@@ -43,8 +43,9 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def bare(record: Prompt) -> dict[str, Any]:
-    """A record's fields that are there, without its address."""
-    return {name: value for name, value in vars(record).items() if value is not None and name != "where"}
+    """What a record was read as, without its address and what else its line had."""
+    absent = ("where", "fields")
+    return {name: value for name, value in vars(record).items() if value is not None and name not in absent}
 
 
 SYSTEM = {"role": "system", "content": "Be kind."}

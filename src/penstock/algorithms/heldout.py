@@ -8,6 +8,7 @@ from penstock.algorithms.setup import read
 from penstock.config import EvalFlags
 from penstock.data.batching import split_by_prompt
 from penstock.data.chat import Encoder
+from penstock.data.formats import Reads, reads_none
 from penstock.data.records import Kind
 from penstock.run.session import Session
 
@@ -15,19 +16,22 @@ Rows = tuple[list[Any], list[Any]]
 """Records, and the tokens of each."""
 
 
-def read_sides(session: Session, encoder: Encoder, kind: Kind, config: Any, *, fewest: int = 1) -> tuple[Rows, Rows]:
+def read_sides(
+    session: Session, encoder: Encoder, kind: Kind, config: Any, *, fewest: int = 1, reads: Reads = reads_none
+) -> tuple[Rows, Rows]:
     """What is trained on, and what is held out of it or stands in --eval-data; never more than --max-eval-samples.
 
-    fewest: where --heldout is fewer prompts than that, none are held out. Says which prompts are repeated.
+    fewest: where --heldout is fewer prompts than that, none are held out. reads: as in `setup.read`. Says which prompts
+    are repeated.
     """
     evaluation: EvalFlags = config
-    records, rows = read(session.say, encoder, config.data.data, kind, config.data)
+    records, rows = read(session.say, encoder, config.data.data, kind, config.data, reads)
     keys = [record.prompt_key for record in records]
     if repeated := len(keys) - len(set(keys)):
         session.say(f"{repeated} of {len(keys)} rows repeat the prompt of another row")
     most = evaluation.max_eval_samples
     if evaluation.eval_data:
-        other, other_rows = read(session.say, encoder, evaluation.eval_data, kind, config.data)
+        other, other_rows = read(session.say, encoder, evaluation.eval_data, kind, config.data, reads)
         if most is not None and len(other) > most:
             session.say(f"--eval-data: the first {most} of {len(other)} rows are evaluated (--max-eval-samples)")
             other, other_rows = other[:most], other_rows[:most]

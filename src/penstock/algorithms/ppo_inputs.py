@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.algorithms.heldout import Rows, read_sides
-from penstock.algorithms.reward_source import RewardSource, check_room, reward_source
+from penstock.algorithms.reward_source import RewardSource, check_room, reward_source, scorable
 from penstock.algorithms.setup import adapter_options, check_adapter_learns, encoder_of, read, read_model
 from penstock.config import PPOConfig
 from penstock.data import formats
@@ -45,8 +45,7 @@ class Inputs:
 
 def check_flags(config: PPOConfig, ranks: int) -> None:
     """Raises UserError for flags that do not fit together."""
-    if (config.reward is None) == (config.reward_fn is None):
-        raise UserError("ppo needs one score: give either --reward (a reward model) or --reward-fn file.py:name.")
+    config.need_score("ppo")
     if config.value_head and config.critic:
         raise UserError("--value-head and --critic: the critic is a head on the actor or a model; give one of the two.")
     if bool(config.ppo.ptx_coef) != bool(config.ptx_data):
@@ -68,7 +67,8 @@ def check_flags(config: PPOConfig, ranks: int) -> None:
 def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inputs:
     """Models, prompts and demonstrations. Raises UserError or DataError for what does not fit."""
     actor, encoder = read_model(Actor, config.actor, config, strategy, session, config.ppo.max_new_tokens)
-    source = reward_source(config, encoder, strategy, config.data, config.optim.micro_batch_size, session.say)
+    size, base_dtype = config.optim.micro_batch_size, config.peft.base_dtype
+    source = reward_source(config, encoder, strategy, config.data, size, session.say, base_dtype)
     with strategy.init():
         reference = read_reference(config, actor, encoder, session)
         critic = None if config.value_head else read_critic(config, actor, encoder, source, session)
@@ -76,12 +76,13 @@ def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inpu
             actor = ActorCritic(actor.decoder)
     models = {"actor": actor, "reference": reference, "critic": critic, "reward": source.model}
     models = {role: model for role, model in models.items() if model is not None}
-    sides = read_sides(session, encoder, "prompts", config, fewest=max(FEWEST, strategy.world.size))
-    (records, prompts), heldout = (scorable(side, source, config, session) for side in sides)
+    fewest = max(FEWEST, strategy.world.size)
+    sides = read_sides(session, encoder, "prompts", config, fewest=fewest, reads=source.reads_field)
+    source.check([record for side, _ in sides for record in side], session.say)
+    (records, prompts), heldout = (scorable(side, source, config.data, session.say) for side in sides)
     if 0 < len(heldout[1]) < strategy.world.size:
         raise UserError(f"held-out prompts: {len(heldout[1])} for {strategy.world.size} ranks; give each rank one.")
     compare_stages(records, config, session)
-    source.check([*records, *heldout[0]], session.say)
     demonstrations: list[Example] = []
     if config.ppo.ptx_coef:
         demonstrations = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
@@ -97,20 +98,6 @@ PLAIN = {"top_k": 0, "top_p": 1.0, "min_new_tokens": 0}
 """Of the flags that sample from less than the model: the values that do not."""
 FEWEST = 4
 """Prompts whose mean score says anything; where --heldout is fewer, nothing is evaluated."""
-
-
-def scorable(side: Rows, source: RewardSource, config: PPOConfig, session: Session) -> Rows:
-    """The prompts whose answers can be scored. Raises DataError for the others, unless --skip-bad leaves them out."""
-    problems = [source.refuses(record, ids) for record, ids in zip(*side, strict=True)]
-    bad = [text for text in problems if text]
-    if not bad:
-        return side
-    if not config.data.skip_bad:
-        raise DataError(formats.list_bad(bad))
-    session.say(f"--skip-bad left out {len(bad)} of {len(problems)} prompts, the first: {bad[0]}")
-    if len(bad) == len(problems):
-        raise DataError(f"--reward {config.reward}: holds none of the prompts; the first: {bad[0]}")
-    return tuple([row for row, text in zip(rows, problems, strict=True) if not text] for rows in side)  # type: ignore[return-value]
 
 
 def compare_stages(records: Sequence[Any], config: PPOConfig, session: Session) -> None:
@@ -157,7 +144,7 @@ def read_critic(config: PPOConfig, actor: Actor, encoder: Encoder, source: Rewar
     if address is None:
         why = "there is no reward model"
         if config.reward is not None:
-            why = f"{config.reward} has another vocabulary or fewer positions"
+            why = f"{config.reward} has another vocabulary or fewer positions, or is not the only reward"
         session.say(f"the critic starts as --actor with a zero head, because {why}; --critic names another")
         return Critic(copy.deepcopy(actor.decoder))
     session.say(f"the critic starts as {address}")

@@ -1,24 +1,26 @@
-"""What gives a response its score: a reward model, or any Python function of prompts and responses (PPO.md 11, 12)."""
+"""What gives a response its score: a reward model, Python functions, or the sum of several (PPO.md 11, 12)."""
 
+import asyncio
 import dataclasses
-import importlib.util
-import inspect
 import math
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from penstock.algorithms.heldout import Rows
 from penstock.algorithms.reward import score_rows
+from penstock.algorithms.reward_functions import GIVEN, Failure, RewardFunction, Sample, Scores, Workers
 from penstock.algorithms.setup import encoder_of
-from penstock.config import DataFlags, GenerateConfig, PPOConfig
+from penstock.config import DataFlags, RewardFlags
+from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
+from penstock.distributed.world import World
 from penstock.errors import DataError, UserError
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
 from penstock.models.config import DecoderConfig
 from penstock.models.roles import RewardModel
+from penstock.models.weight_shapes import BaseDtype
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 
@@ -38,28 +40,51 @@ class RewardSource:
     """True: a critic may start as `model`: the same ids mean the same to it, and it holds as many of them."""
     has_scale = False
     """True: scores have been centred and divided by their spread, as `penstock reward` does (10)."""
+    step = 0
+    """The loop's, for reward functions that change with it."""
 
-    def check(self, records: Sequence, say: Say) -> None:
-        """Says before the first answer what it will make of these prompts."""
+    def reads_field(self, name: str) -> bool:
+        """Whether it reads this field of the records, beside the prompt."""
+        return False
+
+    def check(self, records: Sequence[Prompt], say: Say) -> None:
+        """Says before the first answer what it will make of these prompts. Raises UserError where it can score none."""
 
     def refuses(self, record: Prompt, prompt_ids: list[int]) -> str:
         """Why no answer to this prompt can be scored; empty where it can."""
         return ""
 
-    def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
+    def score(self, records: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
         """One score per answer."""
         raise NotImplementedError
 
+    def metrics(self, world: World) -> dict[str, float]:
+        """What is to be known of the last `score`, beside the scores."""
+        return {}
+
 
 def reward_source(
-    config: PPOConfig | GenerateConfig, encoder: Encoder, strategy: Strategy, flags: DataFlags, size: int, say: Say
-) -> RewardSource:
-    """What `--reward` or `--reward-fn` names. `encoder`: the actor's; `size`: rows per forward pass."""
-    reward, reward_fn = config.reward, config.reward_fn
-    if reward_fn:
-        return FunctionReward(load_reward_fn(reward_fn), encoder, reward_fn)
-    assert reward is not None
-    source, base_dtype = resolve_model(reward), config.peft.base_dtype if isinstance(config, PPOConfig) else None
+    config: RewardFlags, encoder: Encoder, strategy: Strategy, flags: DataFlags, size: int, say: Say,
+    base_dtype: BaseDtype | None = None,
+) -> RewardSource:  # fmt: skip
+    """What `--reward` and `--reward-fn` name. `encoder`: the actor's; `size`: rows per forward pass; `base_dtype`: of
+    the reward model's frozen weights."""
+    functions = [RewardFunction.load(address) for address in config.reward_fn]
+    judge = _model_reward(config.reward, encoder, strategy, flags, size, say, base_dtype) if config.reward else None
+    if judge and not functions and not config.reward_weights:
+        return judge
+    workers = None
+    if functions and (config.reward_workers or config.reward_timeout):
+        workers = Workers(config.reward_fn, config.reward_workers or 1, config.reward_timeout)
+    name, weights = config.reward or "", config.reward_weights
+    return RewardSum(functions, encoder, judge=judge, judge_name=name, weights=weights, workers=workers)
+
+
+def _model_reward(
+    reward: str, encoder: Encoder, strategy: Strategy, flags: DataFlags, size: int, say: Say,
+    base_dtype: BaseDtype | None,
+) -> "ModelReward":  # fmt: skip
+    source = resolve_model(reward)
     with strategy.init():
         model = RewardModel.trained(source, base_dtype=base_dtype, allow_pickle=flags.allow_pickle)
     model.eval().requires_grad_(False)
@@ -92,7 +117,7 @@ class ModelReward(RewardSource):
         self.starts_critic = room and model_encoder.same_ids(encoder)
         self.has_scale = "penstock_score_mean" in model.decoder.config.hf
 
-    def check(self, records: Sequence, say: Say) -> None:
+    def check(self, records: Sequence[Prompt], say: Say) -> None:
         """Prompts of token ids are the actor's: a reward model of another tokenizer reads their text."""
         count = sum(record.prompt_ids is not None for record in records)
         if count and not self.reads_actor_tokens:
@@ -106,7 +131,7 @@ class ModelReward(RewardSource):
                 return f"{error} That is how the reward model reads it."
         return ""
 
-    def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
+    def score(self, records: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
         assert self.stream is not None, "prepare the reward model first"
         if self.reads_actor_tokens:
             rows = [answer.prompt_ids + answer.response_ids for answer in answers]
@@ -124,36 +149,127 @@ class ModelReward(RewardSource):
         return self.model_encoder.encode_response(record, text, ended=ended)
 
 
-class FunctionReward(RewardSource):
-    """A Python function score(prompts, responses, **_); `address` is its file.py:name for error messages."""
+class RewardSum(RewardSource):
+    """The weighted sum of what a reward model and functions give: what a single function gives, too.
 
-    def __init__(self, function: Callable[..., list[float]], encoder: Encoder, address: str) -> None:
-        self.function, self.encoder, self.address = function, encoder, address
-        parameters = inspect.signature(function).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.takes = {name for name in ("prompt_ids", "response_ids") if takes_any or name in parameters}
+    None from a function is left out of that answer's sum; an answer that has no score at all is an error.
+    """
 
-    def score(self, records: Sequence, answers: Sequence[Answer]) -> list[float]:
-        """The function's scores. Raises UserError when it fails, or gives too few scores or one that is not finite."""
-        ids = {name: [getattr(answer, name) for answer in answers] for name in ("prompt_ids", "response_ids")}
-        prompts, responses = (self._texts(rows) for rows in ids.values())
-        extras = {name: rows for name, rows in ids.items() if name in self.takes}
-        try:
-            scores = [float(x) for x in self.function(prompts, responses, **extras)]
-        except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"--reward-fn {self.address}: raised {type(error).__name__}: {error} ({line.filename}:{line.lineno})."
-            ) from error
-        if len(scores) != len(answers):
-            raise UserError(f"--reward-fn {self.address}: gave {len(scores)} scores for {len(answers)} responses.")
-        for value, response in zip(scores, responses, strict=True):
-            if not math.isfinite(value):
-                raise UserError(f"--reward-fn {self.address}: gave {value} for {response!r}; scores must be finite.")
-        return scores
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        encoder: Encoder,
+        *,
+        judge: ModelReward | None = None,
+        judge_name: str = "",
+        weights: Sequence[float] = (),
+        workers: Workers | None = None,
+    ) -> None:
+        """encoder: the actor's. weights: the judge's first; 1 each by default."""
+        self.functions, self.encoder, self.judge, self.workers = functions, encoder, judge, workers
+        self.model = judge.model if judge else None
+        names = [Path(judge_name).name] * bool(judge) + [function.name for function in functions]
+        earlier = [names[:i].count(name) for i, name in enumerate(names)]
+        self.names = [f"{name}_{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
+        self.weights = [*weights] or [1.0] * len(names)
+        self.runner = asyncio.Runner()
+        self.parts: list[Scores] = []
+        """By name, what each answer of the last `score` got."""
 
-    def _texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return [self.encoder.decode([*ids]) if self.encoder.tokenizer else "" for ids in rows]
+    def reads_field(self, name: str) -> bool:
+        return any(function.reads(name) for function in self.functions)
+
+    def check(self, records: Sequence[Prompt], say: Say) -> None:
+        """Raises UserError when a function requires a field that no record has; says which fields are read."""
+        if self.judge:
+            self.judge.check(records, say)
+        names = dict.fromkeys(name for record in records for name in record.fields if record.fields[name] is not None)
+        for function in self.functions:
+            if missing := [name for name, need in function.fields.items() if need and name not in names]:
+                others = ", ".join(name for name in names if name not in GIVEN)
+                raise UserError(
+                    f"--reward-fn {function.address}: requires a field {missing[0]}, and no record has it; they have "
+                    f"{others or 'no others'}. --keys {missing[0]}=NAME takes another for it."
+                )
+            if used := [name for name in function.fields if name in names]:
+                say(f"--reward-fn {function.address}: reads the records' {', '.join(used)}")
+
+    def refuses(self, record: Prompt, prompt_ids: list[int]) -> str:
+        for function in self.functions:
+            for name, need in function.fields.items():
+                if need and record.fields.get(name) is None:
+                    return f"{record.where}: {name}: is missing; --reward-fn {function.address} requires it."
+        return self.judge.refuses(record, prompt_ids) if self.judge else ""
+
+    def score(self, records: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+        self.parts = []
+        if self.judge:
+            self.judge.stream = self.stream
+            self.parts.append([*self.judge.score(records, answers)])
+        samples = [self._sample(record, answer) for record, answer in zip(records, answers, strict=True)]
+        for i, function in enumerate(self.functions):
+            try:
+                if self.workers:
+                    scores = self.workers.scores(i, samples, self.step)
+                else:
+                    scores = function.scores(samples, self.step, self.runner)
+            except Failure as failure:
+                place = _place(samples, failure.index)
+                raise UserError(f"--reward-fn {function.address}: {failure.problem}; {place}.") from failure
+            self.parts.append(scores)
+        totals = []
+        for sample, parts in zip(samples, zip(*self.parts, strict=True), strict=True):
+            given = [weight * part for weight, part in zip(self.weights, parts, strict=True) if part is not None]
+            if not given:
+                raise UserError(
+                    f"--reward-fn {' '.join(function.address for function in self.functions)}: none gives a score (all "
+                    f"None); {_place([sample], 0)}. Leave the record out, or add a reward that applies to it."
+                )
+            totals.append(math.fsum(given))
+        return totals
+
+    def metrics(self, world: World) -> dict[str, float]:
+        """rewards/NAME/mean and rewards/NAME/std of each reward, over the answers of the last `score` on all ranks."""
+        metrics = {}
+        for name, *shares in zip(self.names, *world.gather(self.parts), strict=True):
+            scores = [score for share in shares for score in share if score is not None]
+            if scores:
+                mean = math.fsum(scores) / len(scores)
+                squares = math.fsum((score - mean) ** 2 for score in scores)
+                metrics[f"rewards/{name}/mean"] = mean
+                metrics[f"rewards/{name}/std"] = (squares / max(len(scores) - 1, 1)) ** 0.5
+        return metrics
+
+    def _sample(self, record: Prompt, answer: Answer) -> Sample:
+        decode = self.encoder.decode if self.encoder.tokenizer else lambda _: ""
+        return Sample(
+            record.where, decode(answer.prompt_ids), decode(answer.response_ids), record.messages, answer.prompt_ids,
+            answer.response_ids, answer.finish_reason, record.fields,
+        )  # fmt: skip
+
+
+def _place(samples: Sequence[Sample], index: int | None) -> str:
+    """Which answer an error is about, for people: the record's file and line, and how the prompt starts."""
+    sample = samples[index or 0]
+    start = ascii(sample.prompt or [*sample.prompt_ids])
+    start = start if len(start) <= 60 else f"{start[:60]}..."
+    answer = f"the answer to {sample.where} {start}"
+    return answer if index is not None or len(samples) == 1 else f"{len(samples)} answers, the first is {answer}"
+
+
+def scorable(side: Rows, source: RewardSource, flags: DataFlags, say: Say) -> Rows:
+    """The prompts whose answers can be scored. Raises DataError for the others, unless --skip-bad leaves them out."""
+    problems = [source.refuses(record, ids) for record, ids in zip(*side, strict=True)]
+    bad = [text for text in problems if text]
+    if not bad:
+        return side
+    if not flags.skip_bad:
+        raise DataError(formats.list_bad(bad))
+    say(f"--skip-bad left out {len(bad)} of {len(problems)} prompts, the first: {bad[0]}")
+    if len(bad) == len(problems):
+        raise DataError(f"no prompt is left whose answers can be scored; the first: {bad[0]}")
+    records, prompts = ([row for row, text in zip(rows, problems, strict=True) if not text] for rows in side)
+    return records, prompts
 
 
 def check_room(flag: str, source: str, config: DecoderConfig, encoder: Encoder) -> None:
@@ -163,27 +279,6 @@ def check_room(flag: str, source: str, config: DecoderConfig, encoder: Encoder) 
             f"--{flag} {source}: holds rows of {config.max_length} tokens, and the actor's may have "
             f"{encoder.max_length}; give --max-length {config.max_length}."
         )
-
-
-def load_reward_fn(address: str) -> Callable[..., list[float]]:
-    """The function at `file.py:name`. Raises UserError when there is no such file or function."""
-    path, _, name = address.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise UserError(f"--reward-fn {address}: no such file; give file.py:name, a path and a function in it.")
-    spec = importlib.util.spec_from_file_location("penstock_reward_fn", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--reward-fn {path}: is no Python file; its name must end in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look it up by name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--reward-fn {path}: the file cannot be run: {type(error).__name__}: {error}.") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"--reward-fn {path}: has no function {name!r}; it has {', '.join(names) or 'none'}.")
-    return function
 
 
 def _warn_if_weak(model: RewardModel, say: Say, name: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from penstock.config import ADAPTER_LR, DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder, Task
+from penstock.data.formats import Reads, reads_none
 from penstock.data.limits import TooLongError
 from penstock.data.records import Kind
 from penstock.distributed.world import device_types
@@ -166,16 +167,17 @@ def encoder_of(
 
 
 def read(
-    say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
-) -> tuple[list[Any], list[Any]]:
+    say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags,
+    reads: Reads = reads_none,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """The records of the files and the tokens of each; `say` gets which format was detected, what was left out, what
-    was cut and what was not read.
+    was cut and what was not read. `reads`: which other fields of prompts are read, by a reward function.
 
     The tokens of a record are an Example (demonstrations, votes), a prompt's ids, or a prompt's and its responses' ids,
     by `kind`; a record of several rows stands there several times.
     Raises DataError for records that do not fit the model, unless `--skip-bad` leaves them out.
     """
-    records, encoded, bad = read_all(say, encoder, files, kind, flags)
+    records, encoded, bad = read_all(say, encoder, files, kind, flags, reads)
     if bad and not flags.skip_bad:
         raise DataError(formats.list_bad(bad))
     if not records:
@@ -187,10 +189,12 @@ def read(
 
 
 def read_all(
-    say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags
-) -> tuple[list[Any], list[Any], list[str]]:
+    say: Callable[[str], None], encoder: Encoder, files: Sequence[str], kind: Kind, flags: DataFlags,
+    reads: Reads = reads_none,
+) -> tuple[list[Any], list[Any], list[str]]:  # fmt: skip
     """As `read`; and each bad line, whether it is one of the file or does not fit the model."""
-    dataset = formats.read(files, kind, keys=formats.parse_keys(flags.keys), skip_bad=flags.skip_bad)
+    keys = formats.parse_keys(flags.keys)
+    dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad, reads=reads)
     say(dataset.decision)
     encoders: dict[Kind, Callable[[Any], list[Any]]] = {
         "demonstrations": encoder.encode_rows,

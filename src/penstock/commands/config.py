@@ -1,9 +1,45 @@
-"""The flags of commands that no other floor reads: chat, export, demo, doctor, data. No torch in here."""
+"""The flags of commands that no other floor reads: generate, chat, export, demo, doctor, data. No torch in here."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.config import DataFlags, Flags, InferenceFlags, SamplingFlags, TemplateFlags
+from penstock.config import DataFlags, Flags, InferenceFlags, RewardFlags, SamplingFlags, TemplateFlags
+
+
+@dataclass(frozen=True)
+class GenerateConfig(TemplateFlags, SamplingFlags, InferenceFlags, RewardFlags):
+    """Answer prompts from a file, or one prompt from the command line."""
+
+    model: str
+    """Hugging Face directory, hub id or run directory."""
+    adapter: str | None = None
+    """An adapter for that model: a run, or a directory in peft's format."""
+    prompt: str | None = None
+    """One prompt; the answer is printed."""
+    data: str | None = None
+    """File of prompts, JSON lines: {"prompt"}, {"messages"} or {"prompt_ids"}."""
+    out: str | None = None
+    """Answers to write, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason, score."""
+    n: int = 1
+    """Answers per prompt."""
+    min_p: float = 0.0
+    """Keep only tokens at least this many times as likely as the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and answer become less likely; 1 is off."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
+    top_logprobs: int = 0
+    """Also write this many likeliest tokens at each position, with their log-probabilities."""
+    best_of: int = 0
+    """Sample this many answers per prompt, score them, and keep the best --n; 0 is off."""
+    batch_size: int = 32
+    """Answers that are decoded together."""
+    skip_bad: bool = False
+    """Leave bad prompts out, instead of stopping at them."""
+    apply_chat_template: bool = False
+    """Read plain prompts as a user's turn, through the chat template."""
+    json: bool = False
+    """Print answers as JSON lines."""
 
 
 @dataclass(frozen=True, kw_only=True)

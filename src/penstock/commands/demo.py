@@ -21,11 +21,10 @@ from penstock.algorithms.ppo import ppo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.setup import encoder_of
 from penstock.algorithms.sft import sft
-from penstock.commands.config import DemoConfig
+from penstock.commands.config import DemoConfig, GenerateConfig
 from penstock.commands.generate import generate as answer_file
 from penstock.config import (
     DataFlags,
-    GenerateConfig,
     OptimFlags,
     PPOConfig,
     PPOFlags,

@@ -4,15 +4,16 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from penstock.algorithms.reward_source import RewardSource, reward_source
+from penstock.algorithms.reward_source import RewardSource, reward_source, scorable
 from penstock.algorithms.setup import encoder_of, read
-from penstock.commands.config import ChatConfig
-from penstock.config import DataFlags, GenerateConfig, as_data_flags
+from penstock.commands.config import ChatConfig, GenerateConfig
+from penstock.config import DataFlags, as_data_flags
 from penstock.data.chat import Encoder
+from penstock.data.formats import reads_none
 from penstock.data.records import Prompt
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
@@ -29,8 +30,6 @@ def generate(config: GenerateConfig) -> None:
         raise UserError("generate needs prompts: give either --prompt TEXT or --data FILE.")
     if config.out and Path(config.out).exists():
         raise UserError(f"--out {config.out}: exists already; choose another name or remove it.")
-    if bool(config.reward) + bool(config.reward_fn) > 1:
-        raise UserError("give --reward or --reward-fn, not both.")
     if config.best_of and not (config.reward or config.reward_fn):
         raise UserError("--best-of needs a judge: give --reward RUN or --reward-fn file.py:name.")
     if config.best_of and config.best_of < config.n:
@@ -38,15 +37,18 @@ def generate(config: GenerateConfig) -> None:
     sampling = sampling_of(config, n=max(config.n, config.best_of))
     strategy, actor, encoder = load(config)
     flags = as_data_flags(config, data=(config.data or "",), truncate="right")  # a long prompt is an error
+    say = functools.partial(print, file=sys.stderr)
+    source = _source(config, strategy, encoder, flags, say) if config.reward or config.reward_fn else None
     if config.prompt is not None:
         records: list[Any] = [Prompt(prompt=config.prompt, where="--prompt")]
         prompts = [encoder.encode_prompt(records[0])]
         print_notes(encoder)
     else:
-        records, prompts = read(functools.partial(print, file=sys.stderr), encoder, flags.data, "prompts", flags)
-    source = _source(config, strategy, encoder, flags) if config.reward or config.reward_fn else None
+        reads = source.reads_field if source else reads_none
+        records, prompts = read(say, encoder, flags.data, "prompts", flags, reads)
     if source is not None:
-        source.check(records, functools.partial(print, file=sys.stderr))
+        source.check(records, say)
+        records, prompts = scorable((records, prompts), source, flags, say)
     lines = _answers(config, actor, encoder, records, prompts, sampling, source)
     if config.out is None:
         for line in lines:
@@ -106,8 +108,9 @@ def _line(encoder: Encoder, answer: Answer, score: float | None) -> dict[str, An
     return line | {key: value for key, value in extra.items() if value not in (None, [])}
 
 
-def _source(config: GenerateConfig, strategy: Strategy, encoder: Encoder, flags: DataFlags) -> RewardSource:
-    say = functools.partial(print, file=sys.stderr)
+def _source(
+    config: GenerateConfig, strategy: Strategy, encoder: Encoder, flags: DataFlags, say: Callable[[str], None]
+) -> RewardSource:
     source = reward_source(config, encoder, strategy, flags, config.batch_size, say)
     source.stream = None if source.model is None else strategy.prepare(source.model)
     return source

@@ -6,8 +6,8 @@ line is bad; all others are counted as ignored.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,27 @@ class Dataset:
     """file:line: field: problem, for every line left out."""
 
 
+Reads = Callable[[str], bool]
+"""Whether a field of prompts is read by somebody else than the format: a reward function."""
+
+
+def reads_none(name: str) -> bool:
+    """Where no reward function does."""
+    return False
+
+
 def read(
-    paths: str | Sequence[str], kind: Kind, *, keys: Mapping[str, str] | None = None, skip_bad: bool = False
+    paths: str | Sequence[str],
+    kind: Kind,
+    *,
+    keys: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    reads: Reads = reads_none,
 ) -> Dataset:
     """The records of all files, in order.
 
-    `keys` maps our field names to those in the files, and wins over fields with our names. Raises UserError for files
+    `keys` maps our field names to those in the files, and wins over fields with our names. Fields that `reads`
+    knows are not ignored. Raises UserError for files
     that cannot be opened, and DataError for bad lines or when no line is good; with `skip_bad` bad lines are only
     listed.
     """
@@ -60,7 +75,7 @@ def read(
     bad: list[str] = []
     decisions = []
     for path in [paths] if isinstance(paths, str) else paths:
-        lines = read_file(Path(path), kind, keys or {})
+        lines = read_file(Path(path), kind, keys or {}, reads)
         good += lines.records
         bad += lines.bad
         decisions.append(f"{path}: {len(lines.records)} {kind} ({lines.how})")
@@ -103,10 +118,10 @@ class Lines:
         return "; ".join(parts)
 
 
-def read_file(path: Path, kind: Kind, keys: Mapping[str, str]) -> Lines:
+def read_file(path: Path, kind: Kind, keys: Mapping[str, str], reads: Reads = reads_none) -> Lines:
     """The records of one file, its bad lines, and how it was read."""
     lines, ids = Lines(), set[str]()
-    candidates = _candidates(kind, keys)
+    candidates = _candidates(kind, keys, reads)
     for number, value in objects(path):
         where = f"{path}:{number}"
         try:
@@ -114,8 +129,10 @@ def read_file(path: Path, kind: Kind, keys: Mapping[str, str]) -> Lines:
                 raise value
             item = _renamed(value, keys)
             form = _form_of(item, kind, candidates)
-            ignored = _ignored(item, form, kind)
+            ignored = [name for name in _ignored(item, form, kind) if not reads(name)]
             record = form.read(item, where)
+            if kind == "prompts":
+                record = replace(record, fields=item)
             unwanted = _unwanted(item, kind, record)
         except FieldError as problem:
             lines.bad.append(f"{where}: {problem.name}: {problem.problem}")
@@ -181,9 +198,10 @@ def parse_keys(pairs: Sequence[str]) -> dict[str, str]:
     return keys
 
 
-def _candidates(kind: Kind, keys: Mapping[str, str]) -> tuple[Form, ...]:
-    """The formats that read all the fields that --keys names."""
-    forms = tuple(form for form in FORMS[kind] if set(keys) <= {*form.needs, *form.may, "id", "label", "weight"})
+def _candidates(kind: Kind, keys: Mapping[str, str], reads: Reads) -> tuple[Form, ...]:
+    """The formats that read all the fields that --keys names, but those that a reward function reads."""
+    names = {name for name in keys if not reads(name)}
+    forms = tuple(form for form in FORMS[kind] if names <= {*form.needs, *form.may, "id", "label", "weight"})
     if not forms:
         ours = "; ".join(", ".join(form.needs) for form in FORMS[kind])
         raise UserError(f"--keys {' '.join(keys)}: no format of {kind} has these fields; the formats have {ours}.")

@@ -6,7 +6,7 @@ the choice between formats are not.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from penstock.data import field_checks
@@ -37,6 +37,8 @@ class Prompt:
     prompt_ids: tuple[int, ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     """Descriptions of tools, for the chat template."""
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Of a prompt: all fields of its line, by our names, for reward functions."""
 
     @property
     def prompt_key(self) -> str:
