@@ -30,6 +30,7 @@ DIRECTORIES = (
 FIRST = (
     "algorithms/test_functional.py", "algorithms/test_experience.py", "algorithms/test_reading.py",
     "algorithms/test_setup.py", "algorithms/test_health.py", "algorithms/test_reward_source.py",
+    "algorithms/test_reward_functions.py", "algorithms/test_verifiers.py",
     "algorithms/test_length.py", "algorithms/test_ppo_inputs.py", "data/test_chat.py", "data/test_formats.py",
     "models/test_chat_template.py", "planner/test_planning.py", "algorithms/test_sft.py",
     "algorithms/test_reward.py", "algorithms/test_ppo.py",
@@ -42,6 +43,7 @@ FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
 HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
+REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
 EIGHTBIT, PASSES = "memory/adamw_8bit.py", "planner/activations.py"
@@ -242,6 +244,14 @@ BUGS: list[Bug] = [
     (PPO_INPUTS, "the reference is loaded at --kl-coef 0", "if config.ppo.kl_coef or config.ppo.kl_loss_coef:", "if True:"),
     ("algorithms/reward_source.py", "a template that differs makes a zero critic", "room and model_encoder.same_ids(encoder)", "room and self.reads_actor_tokens"),
     ("algorithms/reward_source.py", "prompts that the reward model cannot hold are kept", "bad = [text for text in problems if text]", "bad: list[str] = []"),
+    # rewards
+    (REWARD_FUNCTIONS, "a record's field replaces the step", "columns.setdefault(name, [sample.fields.get(name) for sample in samples])", "columns[name] = [sample.fields.get(name) for sample in samples]"),
+    (REWARD_FUNCTIONS, "a worker's own index names the record", "else i + reply.index * len(self.connections)", "else reply.index"),
+    (REWARD_FUNCTIONS, "scores come back in the order of the processes", "scores[i::count] = self._receive(i)", "scores[i * len(samples) // count :] = self._receive(i)"),
+    ("algorithms/reward_source.py", "a part of 0 does not count as a score", "strict=True) if part is not None]", "strict=True) if part]"),
+    ("algorithms/reward_source.py", "a null in a record is an answer", "if need and record.fields.get(name) is None:", "if need and name not in record.fields:"),
+    ("algorithms/verifiers.py", "the minus of 5-3 is a sign", r"(?:(?<!\))[-+])?\$?", r"[-+]?\$?"),
+    ("data/formats.py", "--keys does not name fields for reward functions", "record = replace(record, fields=item)", "record = replace(record, fields=value)"),
     (RM, "a spread is taken from any number of answers", "if count >= FEWEST:", "if count > 0:"),
     ("models/tokenizer_files.py", "an end of answers pads", "if token is not None and token not in ends)", "if token is not None)"),
     (FN, "wsd falls from its middle", "min(left / 0.2, 1.0)", "min(left / 0.5, 1.0)"),

@@ -25,6 +25,9 @@ LLAMA = {"family": "llama", "position": "rotary", "rotary_dim": 8, "norm": "rms"
          "qkv_bias": False, "out_bias": False, "mlp_bias": False, "tied": False}  # fmt: skip
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 LONG = [{"prompt_ids": [1, 3, 4, 5, 6, 7 + i]} for i in range(6)]
+GRADED = [{"prompt_ids": [1, 3 + i], "answer": "4"} for i in range(4)]
+GRADED[1] |= {"mood": "good"}
+GRADED[2] |= {"answer": None}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 NO_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
 
@@ -278,7 +281,27 @@ BROKEN: list[tuple[str, Make, int, str]] = [
      lambda d: score_with(d, "return ['good'] * len(responses)"), 2, "could not convert string to float: 'good'"),
     ("a score that is not finite", lambda d: score_with(d, "return [float('nan')] * len(responses)"), 2, "nan"),
     ("too few scores", lambda d: score_with(d, "return [1.0] * (len(responses) // 2)"), 2, r"gave 2 scores for 4"),
-    ("a score that fails", lambda d: score_with(d, "return 1 / 0"), 2, "ZeroDivisionError"),
+    ("a score that fails", lambda d: score_with(d, "return 1 / 0"), 2, r"ZeroDivisionError.*prompts.jsonl:\d"),
+    ("a score of nothing", lambda d: score_with(d, "return [None] * len(responses)"), 2, "none gives a score"),
+    ("no list of scores", lambda d: score_with(d, "return 0.5"), 2, "gave a float and no list of scores"),
+    ("a function that hangs",
+     lambda d: score_with(d, "__import__('time').sleep(600)", "--reward-timeout", 0.5), 2,
+     r"fn.py:score: gave no scores within 0.5 seconds .*; 4 answers, the first is the answer to .*prompts.jsonl:\d"),
+    ("a worker that dies", lambda d: score_with(d, "__import__('os')._exit(3)", "--reward-workers", 2), 2,
+     r"fn.py:score: its process died \(exit code 3\)"),
+    ("a field that no record has", lambda d: improve(d, "--reward-fn", "number"), 2,
+     "number: requires a field answer, and no record has it; they have no others"),
+    ("a field that a record has not", lambda d: improve(d, "--reward-fn", "number", rows=GRADED), 4,
+     "prompts.jsonl:3: answer: is missing"),
+    ("a field that a record has not, left out",
+     lambda d: improve(d, "--reward-fn", "number", "--skip-bad", rows=GRADED), 0, "left out 1 of 4 prompts"),
+    ("a field that the function does not read", lambda d: improve(d, "--reward-fn", "number", rows=GRADED[:2]), 0,
+     r"ignored fields: mood \(1\)"),
+    ("a verifier that is none", lambda d: improve(d, "--reward-fn", "numbers"), 2, "or one of exact_match, number"),
+    ("more weights than rewards", lambda d: improve(d, "--reward-fn", "number", "--reward-weights", 1, 2), 2,
+     "2 for 1 rewards"),
+    ("a reward's weight that is not finite",
+     lambda d: improve(d, "--reward-fn", "number", "--reward-weights", "nan"), 2, "finite"),
     ("a score without spread",
      lambda d: score_with(d, "return [1.0] * len(responses)", "--missing-eos-penalty", "none"), 0,
      "WARNING: no spread"),

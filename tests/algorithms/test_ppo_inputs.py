@@ -215,3 +215,19 @@ def test_prompts_that_the_reward_model_cannot_hold_are_named_before_training(jud
     assert "--skip-bad left out 1 of 3 prompts" in log_of(run)
     assert len(metrics(run)) == 2
     assert all(math.isfinite(row["objective/scores"]) for row in metrics(run))
+
+
+def test_reward_functions_read_the_records_of_the_answers_that_they_score(tmp_path, tiny_model, jsonl):
+    """Of a shuffled batch, of the held-out prompts and of the report's: each answer with its own record's fields."""
+    rows = [{"prompt_ids": [1, 3 + i], "last": 3 + i, "mood": "good"} for i in range(8)]
+    text = (
+        "def score(prompts, responses, *, prompt_ids, last, **_):\n"
+        "    assert [ids[-1] for ids in prompt_ids] == last, (prompt_ids, last)\n    return [1.0 * x for x in last]\n"
+    )
+    functions = (write_reward_fn(tmp_path, text), "length:4")
+    optim = {"steps": 2, "batch_size": 8}
+    settings = {"reward_weights": (1.0, 2.0), "heldout": 0.5, "eval_every": 1, "samples": 2, "optim": optim}
+    run = Path(ppo(config(tmp_path, tiny_model(), jsonl(rows), functions, **settings)))
+    said = (run / "log.txt").read_text()
+    assert "score: reads the records' last" in said
+    assert "ignored fields: mood (8)" in said

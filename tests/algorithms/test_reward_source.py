@@ -1,14 +1,17 @@
-"""What a reward model of another tokenizer reads: the actor's text, never its ids, and no more than was answered."""
+"""What a reward model of another tokenizer reads: the actor's text, never its ids, and no more than was answered; and
+what several rewards add up to."""
 
 import pytest
+import torch
 
 from penstock.algorithms import reward_source
 from penstock.algorithms.reward_functions import RewardFunction
-from penstock.algorithms.reward_source import ModelReward, RewardSum
+from penstock.algorithms.reward_source import ModelReward, RewardSum, scorable
 from penstock.config import DataFlags, RewardFlags
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
-from penstock.errors import UserError
+from penstock.distributed.world import World
+from penstock.errors import DataError, UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import RewardModel
 from penstock.rollout.engine import Answer
@@ -96,3 +99,104 @@ def test_a_function_reads_special_tokens_that_are_text(make_tokenizer):
     answer = Answer(ids, actor.tokenizer("<think>Hm<|im_end|>").input_ids)
     RewardSum([function], actor).score([Prompt(where="f:1")], [answer])
     assert texts == ["user\nHi\nassistant\n", "<think>Hm"]
+
+
+# --- several rewards --------------------------------------------------------------------------------------------------
+ALONE = World(0, 1, torch.device("cpu"))
+PLAIN = Encoder(None, eos_ids=[2], vocab_size=16, max_length=32)
+ANSWERS = [Answer([1], [3]), Answer([1, 4], [4, 5]), Answer([1], [6, 6, 6])]
+RECORDS = [Prompt(where=f"data.jsonl:{i + 1}", prompt_ids=(1,), fields={"answer": i}) for i in range(3)]
+
+
+def functions(tmp_path, **bodies):
+    """Functions of a file, by name, each a line of code that gives the scores."""
+    lines = [
+        f"def {name}(prompts, responses, *, response_ids, **_):\n    return {body}\n" for name, body in bodies.items()
+    ]
+    (tmp_path / "fn.py").write_text("".join(lines))
+    return [RewardFunction.load(f"{tmp_path / 'fn.py'}:{name}") for name in bodies]
+
+
+def test_scores_are_the_weighted_sum_of_the_parts_that_apply(tmp_path):
+    tokens, odd = "[len(ids) for ids in response_ids]", "[1.0 if len(ids) % 2 else None for ids in response_ids]"
+    parts = functions(tmp_path, tokens=tokens, odd=odd)
+    assert RewardSum(parts, PLAIN).score(RECORDS, ANSWERS) == [2.0, 2.0, 4.0]
+    source = RewardSum(parts, PLAIN, weights=(0.5, -2.0))
+    assert source.score(RECORDS, ANSWERS) == [0.5 - 2.0, 1.0, 1.5 - 2.0]
+    expected = {"rewards/tokens/mean": 2.0, "rewards/tokens/std": 1.0, "rewards/odd/mean": 1.0, "rewards/odd/std": 0.0}
+    assert source.metrics(ALONE) == expected  # of the parts themselves, over the answers that they apply to
+
+
+def test_an_answer_that_nothing_scores_is_an_error(tmp_path):
+    parts = functions(tmp_path, first="[0.0, None, 1.0]", second="[1.0, None, None]")
+    with pytest.raises(UserError, match=r"none gives a score \(all None\); the answer to data.jsonl:2 \[1, 4\]"):
+        RewardSum(parts, PLAIN).score(RECORDS, ANSWERS)
+
+
+@pytest.mark.parametrize(("body", "why"), [
+    ("[0.0, float('nan'), 1.0]", r"fn.py:score: gave nan; scores must be finite; the answer to data.jsonl:2 \[1, 4\]"),
+    ("[0.0]", r"gave 1 scores for 3 responses; 3 answers, the first is the answer to data.jsonl:1 \[1\]"),
+    ("[1 / (len(ids) - 3) for ids in response_ids]", r"ZeroDivisionError.*; the answer to data.jsonl:3 \[1\]"),
+])  # fmt: skip
+def test_errors_name_the_function_and_the_record(tmp_path, body, why):
+    with pytest.raises(UserError, match=why):
+        RewardSum(functions(tmp_path, score=body), PLAIN).score(RECORDS, ANSWERS)
+
+
+def test_functions_of_one_name_have_metrics_of_their_own(tmp_path):
+    source = RewardSum([RewardFunction.load("regex:a"), RewardFunction.load("regex:b")], PLAIN)
+    source.score(RECORDS, ANSWERS)
+    assert [*source.metrics(ALONE)] == [
+        f"rewards/{name}/{kind}" for name in ("regex", "regex_2") for kind in ("mean", "std")
+    ]
+
+
+def test_a_reward_model_and_functions_are_summed_and_the_model_reads_the_actors_tokens(
+    tiny_model, tmp_path, monkeypatch
+):
+    RewardModel.from_pretrained(tiny_model()).save_pretrained(tmp_path / "judge")
+    rows = []
+    monkeypatch.setattr(reward_source, "score_rows", lambda *args: rows.extend(args[2]) or [10.0, 20.0, 30.0])
+    (function,) = functions(tmp_path, tokens="[len(ids) for ids in response_ids]")
+    flags = RewardFlags(reward=str(tmp_path / "judge"), reward_fn=(function.address,), reward_weights=(0.1, 1.0))
+    strategy, lines = Strategy.named("naive", device="cpu"), []
+    source = reward_source.reward_source(flags, PLAIN, strategy, DataFlags(data=()), 4, lines.append)
+    source.stream = object()
+    assert source.score(RECORDS, ANSWERS) == pytest.approx([1.0 + 1, 2.0 + 2, 3.0 + 3])
+    assert rows == [[1, 3], [1, 4, 4, 5], [1, 6, 6, 6]]
+    assert [*source.metrics(ALONE)][::2] == ["rewards/judge/mean", "rewards/tokens/mean"]
+    assert not source.reads_actor_tokens  # it is not scored beside the other models, or the functions would not count
+    assert not source.starts_critic
+
+
+def test_a_field_that_no_record_has_is_refused_and_those_that_are_read_are_named(tmp_path):
+    (tmp_path / "fn.py").write_text("def score(prompts, responses, *, answr, level=1, **_):\n    return []\n")
+    source = RewardSum([RewardFunction.load(f"{tmp_path / 'fn.py'}:score")], PLAIN)
+    with pytest.raises(
+        UserError, match=r"requires a field answr, and no record has it; they have answer. --keys answr="
+    ):
+        source.check(RECORDS, print)
+    source, lines = RewardSum([RewardFunction.load("number")], PLAIN), []
+    source.check(RECORDS, lines.append)
+    assert lines == ["--reward-fn number: reads the records' answer"]
+
+
+def test_a_record_without_the_field_is_refused_with_its_line_or_left_out():
+    source, lines = RewardSum([RewardFunction.load("number")], PLAIN), []
+    records = [*RECORDS[:2], Prompt(where="data.jsonl:3", prompt_ids=(1,), fields={"answer": None})]
+    side = records, [[1]] * 3
+    with pytest.raises(DataError, match=r"data.jsonl:3: answer: is missing; --reward-fn number requires it"):
+        scorable(side, source, DataFlags(data=()), print)
+    assert scorable(side, source, DataFlags(data=(), skip_bad=True), lines.append) == (records[:2], [[1]] * 2)
+    assert lines[0].startswith("--skip-bad left out 1 of 3 prompts, the first: data.jsonl:3: answer")
+
+
+def test_time_outs_and_processes_give_the_same_scores(tmp_path):
+    (function,) = functions(tmp_path, tokens="[len(ids) for ids in response_ids]")
+    strategy = Strategy.named("naive", device="cpu")
+    for changes in ({"reward_timeout": 600.0}, {"reward_workers": 2}):
+        flags = RewardFlags(reward_fn=(function.address, "regex:x"), **changes)
+        source = reward_source.reward_source(flags, PLAIN, strategy, DataFlags(data=()), 4, print)
+        assert source.score(RECORDS, ANSWERS) == [1.0, 2.0, 3.0]
+        assert len(source.workers.processes) == changes.get("reward_workers", 1)
+        source.workers.close()

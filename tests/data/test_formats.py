@@ -679,3 +679,16 @@ def test_no_bytes_raise_anything_but_a_penstock_error(tmp_path_factory, data, ki
     path.write_bytes(data)
     with pytest.raises(PenstockError):
         formats.read(str(path), kind, skip_bad=True)
+
+
+def test_prompts_keep_their_fields_and_what_a_reward_function_reads_is_not_ignored(write):
+    row = {"question": "2 + 2?", "solution": "#### 4", "level": 3, "source": "web"}
+    path, keys = write(row), {"prompt": "question", "answer": "solution"}
+    read = formats.read(path, "prompts", keys=keys, reads={"answer", "level"}.__contains__)
+    assert read.decision == f"{path}: 1 prompts (prompt; ignored fields: source (1))."
+    record = read.records[0]
+    assert record.fields == {"prompt": "2 + 2?", "answer": "#### 4", "level": 3, "source": "web"}
+    assert record == formats.read(path, "prompts", keys={"prompt": "question"}).records[0]  # they are not its identity
+    with pytest.raises(UserError, match="no format of prompts has these fields"):
+        formats.read(path, "prompts", keys=keys)
+    assert formats.read(write({"prompt": "Q", "response": "A", "mood": 1}), "demonstrations").records[0].fields == {}

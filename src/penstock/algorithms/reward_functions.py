@@ -159,7 +159,7 @@ class RewardFunction:
         if inspect.iscoroutine(result):
             result = runner.run(result)
         if not isinstance(result, Iterable):
-            raise TypeError(f"it gave a {type(result).__name__} and no list of scores")
+            raise TypeError(f"gave a {type(result).__name__} and no list of scores")
         return [None if score is None else float(score) for score in result]
 
     def _culprit(self, samples: Sequence[Sample], step: int, runner: asyncio.Runner) -> int | None:
