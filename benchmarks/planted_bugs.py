@@ -42,6 +42,7 @@ LIMIT = 3600
 FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
+POLICY, GRPO, ADV = (f"algorithms/{name}.py" for name in ("policy", "grpo", "advantages"))
 HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
@@ -100,16 +101,16 @@ BUGS: list[Bug] = [
     (FN, "divided by the variance", "torch.rsqrt(variance + eps)", "1 / (variance + eps)"),
     (FN, "explained variance upside down", "1 - (returns - values).var(unbiased=False) / variance", "(returns - values).var(unbiased=False) / variance"),
     # losses
-    (FN, "policy gradient with the wrong sign", "unclipped = -advantages * ratio\n    clipped = -advantages", "unclipped = advantages * ratio\n    clipped = advantages"),
-    (FN, "the better of the two instead of the worse", "torch.maximum(unclipped, clipped), mask, count)", "torch.minimum(unclipped, clipped), mask, count)"),
-    (FN, "never clipped", "torch.maximum(unclipped, clipped), mask, count)", "unclipped, mask, count)"),
-    (FN, "always clipped", "torch.maximum(unclipped, clipped), mask, count)", "clipped, mask, count)"),
-    (FN, "clipped on one side only", "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(max=1 + clip)"),
-    (FN, "ratio upside down", "ratio = log_ratio(logprobs, old_logprobs).exp()", "ratio = log_ratio(old_logprobs, logprobs).exp()"),
+    (FN, "policy gradient with the wrong sign", "unclipped = -advantages * ratios\n    clipped = -advantages", "unclipped = advantages * ratios\n    clipped = advantages"),
+    (FN, "the better of the two instead of the worse", "return torch.maximum(unclipped, clipped), clipped", "return torch.minimum(unclipped, clipped), clipped"),
+    (FN, "never clipped", "return torch.maximum(unclipped, clipped), clipped", "return unclipped, clipped"),
+    (FN, "always clipped", "return torch.maximum(unclipped, clipped), clipped", "return clipped, clipped"),
+    (FN, "clipped on one side only", "-advantages * ratios.clamp(1 - low, 1 + high)", "-advantages * ratios.clamp(max=1 + high)"),
+    (FN, "ratio upside down", "log_ratios = log_ratio(logprobs, old_logprobs)", "log_ratios = log_ratio(old_logprobs, logprobs)"),
     (FN, "old log-probs not detached", "clean(old_logprobs.float().detach(), mask)", "clean(old_logprobs.float(), mask)"),
     (FN, "advantages not detached", "clean(advantages.detach(), mask)", "clean(advantages, mask)"),
-    (FN, "policy loss is a mean of this micro-batch", "loss = masked_mean(torch.maximum(unclipped, clipped), mask, count)\n    with", "loss = masked_mean(torch.maximum(unclipped, clipped), mask)\n    with"),
-    (FN, "mean of sequence means", "loss = masked_mean(torch.maximum(unclipped, clipped), mask, count)\n    with", "loss = (clean(torch.maximum(unclipped, clipped), mask).sum(1) / mask.sum(1)).mean()\n    with"),
+    (FN, "policy loss is a mean of this micro-batch", "loss = masked_mean(per_token, mask, count) if weights is None", "loss = masked_mean(per_token, mask) if weights is None"),
+    (FN, "mean of sequence means", "loss = masked_mean(per_token, mask, count) if weights is None", "loss = (clean(per_token, mask).sum(1) / mask.sum(1)).mean() if weights is None"),
     (FN, "mean over the padding too", "mask.sum() if count is None else count)", "mask.numel() if count is None else count)"),
     (FN, "value loss without its half", "loss = 0.5 * masked_mean(torch.maximum(squared", "loss = masked_mean(torch.maximum(squared"),
     (FN, "the smaller value error", "torch.maximum(squared, squared_clipped)", "torch.minimum(squared, squared_clipped)"),
@@ -172,7 +173,7 @@ BUGS: list[Bug] = [
     (PPO, "values clipped around themselves", "fn.value_loss(values, part.values,", "fn.value_loss(values, values.detach(),"),
     (PPO, "ratio against the reference", "fn.policy_loss(logprobs, part.logprobs,", "fn.policy_loss(logprobs, part.ref_logprobs,"),
     (PPO, "ptx coefficient forgotten", "return flags.ptx_coef * loss,", "return loss,"),
-    (PPO, "every epoch in the same order", "(step << 16) + epoch", "step << 16"),
+    (POLICY, "every epoch in the same order", "(step << 16) + epoch", "step << 16"),
     (EXPERIENCE, "trimmed rows lose their last token", "[:, :responses] for name", "[:, :max(responses - 1, 1)] for name"),
     (PPO_METRICS, "KL of the batch, not per sequence", "experience.mask).sum()) / len(experience.tokens)", "experience.mask).sum())"),
     (EXPERIENCE, "an answer cut short counts as ended", 'answer.finish_reason == "stop" for answer', 'answer.finish_reason != "" for answer'),
@@ -239,9 +240,9 @@ BUGS: list[Bug] = [
     ("data/batching.py", "held-out rows have no limit", "if filled <= most}", "if True}"),
     (RM, "a longer run learns in the scale of the finished one", "            if start == total:  # else", "            if True:  # else"),
     ("algorithms/heldout.py", "rows of --eval-data are held out of --data too", "return (records, rows), (other, other_rows)", "return (records[1:], rows[1:]), (other, other_rows)"),
-    (PPO, "held-out answers are drawn from training's streams", "iteration.seed ^ HELDOUT_STREAMS", "iteration.seed + step"),
+    (POLICY, "held-out answers are drawn from training's streams", "policy.seed ^ HELDOUT_STREAMS", "policy.seed + step"),
     (PPO, "KL's term of the loss is not weighed", "loss + flags.kl_loss_coef * kl", "loss + kl"),
-    (PPO_INPUTS, "the reference is loaded at --kl-coef 0", "if config.ppo.kl_coef or config.ppo.kl_loss_coef:", "if True:"),
+    (PPO_INPUTS, "the reference is loaded at --kl-coef 0", 'if config.rollout.kl_coef or getattr(config.rollout, "kl_loss_coef", 0.0):', "if True:"),
     ("algorithms/reward_source.py", "a template that differs makes a zero critic", "room and model_encoder.same_ids(encoder)", "room and self.reads_actor_tokens"),
     ("algorithms/reward_source.py", "prompts that the reward model cannot hold are kept", "bad = [text for text in problems if text]", "bad: list[str] = []"),
     # rewards
@@ -255,6 +256,23 @@ BUGS: list[Bug] = [
     (RM, "a spread is taken from any number of answers", "if count >= FEWEST:", "if count > 0:"),
     ("models/tokenizer_files.py", "an end of answers pads", "if token is not None and token not in ends)", "if token is not None)"),
     (FN, "wsd falls from its middle", "min(left / 0.2, 1.0)", "min(left / 0.5, 1.0)"),
+    # groups
+    (ADV, "leave-one-out divides by the whole group", "/ (size - 1)", "/ size"),
+    (ADV, "an answer's own reward is in its baseline", "(rewards.sum(dim=1, keepdim=True) - rewards)", "rewards.sum(dim=1, keepdim=True)"),
+    (ADV, "groups are answers of different prompts", "rewards.float().view(-1, group)).view(-1, 1)", "rewards.float().view(group, -1).t()).t().reshape(-1, 1)"),
+    (ADV, "Dr. GRPO divides by the deviation", '"dr_grpo": less_group_mean', '"dr_grpo": over_group_std'),
+    (ADV, "a token answers for the KL before it", "penalties.flip(1).cumsum(1).flip(1)", "penalties.cumsum(1)"),
+    (ADV, "KL is rewarded", "rewards.float() - penalties.sum(dim=1)", "rewards.float() + penalties.sum(dim=1)"),
+    (ADV, "the length is punished from the first token", "(lengths - (limit - buffer)) / buffer", "lengths / limit"),
+    (GRPO, "the upper clip is the lower one", "flags.clip if flags.clip_high is None else flags.clip_high", "flags.clip"),
+    (FN, "GSPO takes the sum of log ratios", "log_ratios.sum(dim=1) / mask.sum(dim=1)", "log_ratios.sum(dim=1)"),
+    (FN, "CISPO's weights are not detached", "ratios.detach().clamp(1 - low, 1 + high)", "ratios.clamp(1 - low, 1 + high)"),
+    (FN, "a sequence mean forgets the answer's length", '"sequence": rows * lengths}', '"sequence": rows * lengths.float().mean().expand_as(lengths)}'),
+    (GRPO, "KL's term of GRPO's loss is not weighed", "loss + flags.kl_coef * stats", "loss + stats"),
+    (GRPO, "resampling keeps the groups that teach nothing", "i if teaches[i] or not spare else", "i if not teaches[i] or not spare else"),
+    (GRPO, "all ranks draw the same random streams", "(i * world.size + world.rank) * group + j", "i * group + j"),
+    (GRPO, "Dr. GRPO's mean is over tokens", '"constant" if flags.advantage == "dr_grpo" else "token"', '"token"'),
+    ("algorithms/experience.py", "groups of ranks are mixed up", "(row // group * ranks + rank) * group + row % group", "row * ranks + rank"),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from penstock.algorithms.config import DPOConfig, DPOFlags
+from penstock.algorithms.config import DPOConfig, DPOFlags, GRPOConfig, GRPOFlags
 from penstock.cli import main
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
 from penstock.kernels import compile as compiler
@@ -149,12 +149,11 @@ def score(prompts, responses, *, response_ids=None, **_):
 """
 
 
-def stage_config(
-    directory: Path, stage: str, out: str, *, steps: int = 8, checkpoint_every: int = 3
-) -> SFTConfig | RewardConfig | PPOConfig | DPOConfig:
+def stage_config(directory: Path, stage: str, out: str, *, steps: int = 8, checkpoint_every: int = 3) -> Any:
     """A run of a stage that takes a second, with every kind of state in it: `directory`/`out` is its run directory."""
     model = save_tiny(directory / "model")
-    optim = OptimFlags(lr=1e-2, batch_size=8, micro_batch_size=4, epochs=2 if stage == "ppo" else 1, steps=steps)
+    epochs = 2 if stage in ("ppo", "grpo") else 1
+    optim = OptimFlags(lr=1e-2, batch_size=8, micro_batch_size=4, epochs=epochs, steps=steps)
     run = RunFlags(out=str(directory / out), checkpoint_every=checkpoint_every)
     if stage == "ppo":
         (directory / "fn.py").write_text(REWARD_FN)
@@ -163,6 +162,20 @@ def stage_config(
             actor=model, reward_fn=f"{directory}/fn.py:score", data=DataFlags(data=(data,), max_length=32), run=run,
             optim=optim, max_new_tokens=6, kl_target=2.0, mini_batch_size=4, value_warmup=False, samples=2,
         )  # fmt: skip
+    if stage == "grpo":
+        (directory / "fn.py").write_text(REWARD_FN)
+        data = write_jsonl(directory / "prompts.jsonl", [{"prompt_ids": [1, 3 + i]} for i in range(12)])
+        flags = GRPOFlags(group_size=4, max_new_tokens=6, dynamic_sampling=True)
+        return GRPOConfig(
+            model=model,
+            reward_fn=f"{directory}/fn.py:score",
+            data=DataFlags(data=(data,), max_length=32),
+            run=run,
+            optim=optim,
+            grpo=flags,
+            mini_batch_size=4,
+            samples=2,
+        )
     if stage == "sft":
         data = write_jsonl(directory / "sft.jsonl", demonstrations(30))
         files = DataFlags(data=(data,), max_length=32)

@@ -43,6 +43,11 @@ COMMANDS: dict[str, Command] = {
         "algorithms.config:DPOConfig", "algorithms.preference:dpo",
         example="penstock dpo --model runs/sft --data rankings.jsonl --out runs/dpo",
     ),
+    "grpo": Command(
+        "improve a model against a score by comparing answers, without a critic", "algorithms.config:GRPOConfig",
+        "algorithms.grpo:grpo",
+        example="penstock grpo --model runs/sft --reward-fn grade.py:score --data prompts.jsonl --out runs/grpo",
+    ),
     "chat": Command(
         "talk with a model or a run in the terminal", "commands.config:ChatConfig", "commands.chat:chat", "model",
         "penstock chat runs/ppo",
@@ -208,12 +213,12 @@ def resume(config: Any) -> None:
     path = overrides.pop("run")
     saved = RunDirectory.peek(path)
     name = str(saved.pop("command"))
-    stages = ("sft", "reward", "ppo", "dpo")
+    stages = [name for name, command in COMMANDS.items() if command.function.startswith("algorithms.")]
     if name not in stages:
         raise UserError(f"{path}/config.toml: no command {name!r} can be resumed; there are {', '.join(stages)}.")
     if "epochs" in overrides:
-        if name == "ppo":
-            raise UserError("--epochs: ppo makes these over each experience; --steps is the length of the run.")
+        if name in ("ppo", "grpo"):
+            raise UserError(f"--epochs: {name} makes these over each experience; --steps is the length of the run.")
         overrides.setdefault("steps", "none")
     command = COMMANDS[name]
     run_config = from_dict(load(command.config), {**OLD_DEFAULTS.get(name, {}), **saved, "out": path, **overrides})

@@ -1,5 +1,5 @@
 """The flags of what trains, plans and answers: one frozen dataclass per command; the docstring of a field is its --help
-line. No torch here. Other commands' flags are in `commands/config.py` and `serve/config.py`.
+line. No torch here. Other commands' flags are in `algorithms/config.py`, `commands/config.py`, `serve/config.py`.
 
 Flags that several commands share are a group: a dataclass that a config inherits, with other defaults where it declares
 a field again, or holds as a field. On the command line and in TOML files all names are flat (`--lr`, `lr = 1e-5`).
@@ -19,10 +19,12 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
      "early_stopping_patience reward_workers"),
+    ("at least 2: answers are compared within their group", lambda x: x >= 2, "group_size"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef kl_loss_coef weight_decay ptx_coef vf_coef "
-     "temperature margin lora_rank min_new_tokens missing_eos_penalty sft_coef simpo_gamma"),
+     "temperature margin lora_rank min_new_tokens missing_eos_penalty sft_coef simpo_gamma max_resamples "
+     "overlong_buffer"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
-     "clip value_clip tflops lora_alpha adam_epsilon beta reward_timeout"),
+     "clip clip_high value_clip tflops lora_alpha adam_epsilon beta reward_timeout"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
@@ -349,24 +351,42 @@ class RewardConfig(EvalFlags):
         settle_lr(self)
 
 
-@dataclass(frozen=True)
-class PPOFlags(Flags):
-    """PPO: rollout, rewards and losses."""
+@dataclass(frozen=True, kw_only=True)
+class RolloutFlags(Flags):
+    """Rollouts and what is learned from them."""
 
     max_new_tokens: int = 128
     """Tokens per response."""
     temperature: float = 1.0
     """Divides the logits in rollout, reference and training alike."""
     top_k: int = 0
-    """Truncated sampling in rollouts; 0 is off, and off is what PPO assumes."""
+    """Truncated sampling in rollouts; 0 is off, and off is what the losses assume."""
     top_p: float = 1.0
-    """Nucleus sampling in rollouts; 1 is off, and off is what PPO assumes."""
+    """Nucleus sampling in rollouts; 1 is off, and off is what the losses assume."""
     stop: tuple[str, ...] = ()
     """Texts that end a response as EOS does; they stay in it."""
     min_new_tokens: int = 0
-    """No response ends by EOS before so many tokens. PPO assumes 0."""
+    """No response ends by EOS before so many tokens. The losses assume 0."""
     rollout_batch_size: int | None = None
     """Answers that one process generates together. Fewer need a smaller KV cache. Default: all of its answers."""
+    missing_eos_penalty: float | None = 1.0
+    """A response that did not end by itself gets this much less than the worst of the batch that did, on the used
+    scores' scale; none leaves it its own score."""
+    missing_eos_score: float | None = None
+    """Instead of --missing-eos-penalty: the used score of every response that did not end by itself."""
+    reward_clip: float | None = None
+    """Clip scores, once normalised, to +- this; the clipped fraction is logged."""
+    clip: float = 0.2
+    """Clip of the probability ratio."""
+    target_kl: float | None = 0.1
+    """A step's updates stop, the critic's too and in all epochs left, when a mini-batch's approximate KL passes 1.5
+    times this; none turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOFlags(RolloutFlags):
+    """PPO: KL, values and losses."""
+
     kl_coef: float = 0.05
     """Weight of the per-token KL penalty in the reward. At 0 no reference is loaded and KL is not measured, unless
     --reference names one."""
@@ -381,30 +401,18 @@ class PPOFlags(Flags):
     scale_rewards: Literal["auto", "running", "none"] = "auto"
     """running: scores are normalised by mean and standard deviation of all scores so far; none: they are used as they
     are; auto: running for a reward function, and for a reward model that brings no mean of its own."""
-    missing_eos_penalty: float | None = 1.0
-    """A response that did not end by itself gets this much less than the worst of the batch that did, on the used
-    scores' scale; none leaves it its own score."""
-    missing_eos_score: float | None = None
-    """Instead of --missing-eos-penalty: the used score of every response that did not end by itself."""
-    reward_clip: float | None = None
-    """Clip scores, once normalised, to +- this; the clipped fraction is logged."""
     whiten_rewards: bool = False
     """Divide per-token rewards by their standard deviation."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation."""
-    clip: float = 0.2
-    """PPO's clip of the probability ratio."""
     value_clip: float | None = 0.2
     """Clip of the value around the old value; none turns it off."""
     vf_coef: float = 0.1
     """With --value-head: weight of the value loss beside the policy's."""
     critic_lr: float | None = None
     """The critic's learning rate. Default: 5 times --lr."""
-    target_kl: float | None = 0.1
-    """A step's updates stop, the critic's too and in all epochs left, when a mini-batch's approximate KL passes 1.5
-    times this; none turns it off."""
     ptx_coef: float = 0.0
     """Weight of the language-modelling loss on --ptx-data (PPO-ptx)."""
 
@@ -442,6 +450,11 @@ class PPOConfig(EvalFlags, RewardFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         settle_lr(self)
+
+    @property
+    def rollout(self) -> PPOFlags:
+        """What algorithms share: each config names its own flags."""
+        return self.ppo
 
 
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -38,6 +38,8 @@ PATHS = (
     "eval_data",
 )
 """Flags that may name something on this machine."""
+ALIASES = {"model": "actor"}
+"""Another name of a flag, in commands that have no flag of that name."""
 COMMON = {
     "reward", "reward_fn", "critic", "lr", "steps", "epochs", "batch_size", "max_length", "max_new_tokens", "strategy",
     "device_memory", "device", "dtype", "lora", "loss", "beta",
@@ -329,7 +331,9 @@ def _parser(config_class: type, command: str, positional: str) -> _Parser:
         else:
             options |= {"metavar": flag.metavar.split(" [")[0], "type": functools.partial(_converted, flag)}
             options |= {"nargs": "+" if flag.default is MISSING else "*"} if flag.several else {}
-        section.add_argument(flag.spelling, **options)
+        names = {flag.name for flag in flags}
+        other = [f"--{alias}" for alias, name in ALIASES.items() if name == flag.name and alias not in names]
+        section.add_argument(flag.spelling, *other, **options)
     parser.add_argument("--config", help=HIDDEN)
     return parser
 
@@ -344,6 +348,7 @@ def _from_table(config_class: type, table: Mapping[str, Any], file: str) -> dict
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        name = name if name in known else ALIASES.get(name, name)
         if isinstance(value, dict) and name in sections:
             values |= _from_table(config_class, value, file)
             continue

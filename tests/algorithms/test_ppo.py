@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from penstock.algorithms.experience import Experience, concatenate, in_order
-from penstock.algorithms.ppo import permutation, ppo
+from penstock.algorithms.policy import permutation
+from penstock.algorithms.ppo import ppo
 from penstock.algorithms.reward_functions import RewardFunction
 from penstock.algorithms.reward_source import RewardSum
 from penstock.config import DataFlags, OptimFlags, RunFlags

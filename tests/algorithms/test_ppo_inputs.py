@@ -114,7 +114,8 @@ def test_without_a_kl_penalty_there_is_no_reference(task, monkeypatch):  # noqa:
     works = []
     real = module.score
     monkeypatch.setattr(
-        "penstock.algorithms.ppo.score", lambda s, roles, *more: works.append(roles.reference) or real(s, roles, *more)
+        "penstock.algorithms.policy.score",
+        lambda s, roles, *more: works.append(roles.reference) or real(s, roles, *more),
     )
     setup = task({3: 1.0})
     row = metrics(run := ppo(config(*setup, kl_coef=0.0, optim={"steps": 1})))[0]

@@ -31,7 +31,7 @@ def curves(arguments, out, ranks):
     return metrics(out)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "dpo"])
 def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
     model = tiny_model()
     shared = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
@@ -40,6 +40,11 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
         data = jsonl([{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
         arguments = ["ppo", "--actor", model, "--reward-fn", f"{tmp_path}/fn.py:score", "--data", data, *shared,
                      "--max-new-tokens", "6", "--no-value-warmup", "--mini-batch-size", "3"]  # fmt: skip
+    elif stage == "grpo":
+        (tmp_path / "fn.py").write_text(SCORE)
+        data = jsonl([{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
+        arguments = ["grpo", "--model", model, "--reward-fn", f"{tmp_path}/fn.py:score", "--data", data, *shared,
+                     "--max-new-tokens", "6", "--mini-batch-size", "3", "--group-size", "2"]  # fmt: skip
     else:
         data = jsonl(demonstrations(20) if stage == "sft" else comparisons(20))
         arguments = [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]

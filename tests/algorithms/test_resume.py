@@ -1,4 +1,4 @@
-"""A killed run goes on exactly: same weights (sha256), same metrics.jsonl, for all three stages (DESIGN 9)."""
+"""A killed run goes on exactly: same weights (sha256), same metrics.jsonl, for all stages (DESIGN 9)."""
 
 import dataclasses
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import campaign, outcome
-from penstock.algorithms.config import DPOConfig
+from penstock.algorithms.config import DPOConfig, GRPOConfig
+from penstock.algorithms.grpo import grpo
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.preference import dpo
 from penstock.algorithms.reward import reward
@@ -22,7 +23,13 @@ from penstock.run import checkpoint
 from penstock.run.session import StoppedError
 from tests import conftest
 
-STAGES = {"sft": (sft, SFTConfig), "reward": (reward, RewardConfig), "ppo": (ppo, PPOConfig), "dpo": (dpo, DPOConfig)}
+STAGES = {
+    "sft": (sft, SFTConfig),
+    "reward": (reward, RewardConfig),
+    "ppo": (ppo, PPOConfig),
+    "grpo": (grpo, GRPOConfig),
+    "dpo": (dpo, DPOConfig),
+}
 STEPS = 8
 
 

@@ -12,7 +12,8 @@ from chatgpt.nn import RewardModel
 from chatgpt.trainer.strategies import Strategy
 from penstock.algorithms.experience import Experience, Roles, concatenate
 from penstock.algorithms.functional import Moments
-from penstock.algorithms.ppo import PPO, permutation
+from penstock.algorithms.policy import permutation
+from penstock.algorithms.ppo import PPO
 from penstock.algorithms.ppo_metrics import summary
 from penstock.config import OptimFlags, PPOFlags
 from penstock.errors import UserError

@@ -3,7 +3,17 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from penstock.config import DataFlags, EvalFlags, Flags, LoraFlags, OptimFlags, RunFlags, settle_lr
+from penstock.config import (
+    DataFlags,
+    EvalFlags,
+    Flags,
+    LoraFlags,
+    OptimFlags,
+    RewardFlags,
+    RolloutFlags,
+    RunFlags,
+    settle_lr,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +75,73 @@ class DPOConfig(EvalFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         settle_lr(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOFlags(RolloutFlags):
+    """GRPO: groups, advantages, KL and losses."""
+
+    group_size: int = 8
+    """Answers per prompt, which are compared with each other."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"] = "grpo"
+    """What an answer's reward is compared with: the group's mean in units of its standard deviation (grpo), the mean
+    alone (dr_grpo), the mean of the other answers (rloo), the batch (reinforce++), the group's mean in units of the
+    batch's deviation (reinforce++_baseline)."""
+    loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """clip: PPO's, of each token's ratio; gspo: of the answer's; cispo: the token's ratio is clipped and every token's
+    gradient kept."""
+    clip_high: float | None = None
+    """Clip of ratios above 1, which lets rare tokens rise (DAPO: 0.28). Default: --clip."""
+    normalization: Literal["token", "sequence", "constant"] | None = None
+    """What the loss is a mean over: all tokens of the batch; each answer's, then answers (the GRPO paper's);
+    --max-new-tokens and answers (no bias by length). Default: constant for dr_grpo, else token."""
+    kl_coef: float = 0.04
+    """Weight of KL from the reference. At 0 no reference is loaded and KL is not measured, unless --reference names
+    one."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where KL counts: as a term of the loss, or taken off the rewards."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How KL is estimated from one token (Schulman 2020); k1 is for rewards alone."""
+    dynamic_sampling: bool = False
+    """Draw new prompts for groups whose answers all score alike: they teach nothing (DAPO)."""
+    max_resamples: int = 4
+    """Rounds of new prompts per step at most, under --dynamic-sampling."""
+    overlong_buffer: int = 0
+    """The last so many of --max-new-tokens cost reward, 0 to 1 over their length (DAPO's soft punishment), instead of
+    --missing-eos-penalty; 0 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(RewardFlags, EvalFlags):
+    """GRPO: improve a model against a score by comparing several answers to each prompt; there is no critic."""
+
+    LR: ClassVar[float] = 5e-6
+    model: str
+    """The SFT model: Hugging Face directory, hub id or run directory."""
+    data: DataFlags
+    run: RunFlags
+    peft: LoraFlags = field(default_factory=LoraFlags)
+    reference: str | None = None
+    """The frozen model that KL is measured from. Default: the model's start; none at --kl-coef 0."""
+    optim: OptimFlags = field(default_factory=lambda: OptimFlags(batch_size=64, steps=500))
+    grpo: GRPOFlags = field(default_factory=GRPOFlags)
+    mini_batch_size: int | None = None
+    """Answers per optimizer step. Default: the whole batch."""
+    max_eval_samples: int | None = 64
+    """Prompts that are held out or read from --eval-data at most; none is no limit."""
+    samples: int = 8
+    """Prompts answered before and after training, for the report."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_lr(self)
+
+    @property
+    def actor(self) -> str:
+        """PPO's word for the model that answers."""
+        return self.model
+
+    @property
+    def rollout(self) -> GRPOFlags:
+        """What algorithms share: each config names its own flags."""
+        return self.grpo

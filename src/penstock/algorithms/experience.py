@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.reward_source import Scorer
-from penstock.config import PPOFlags
+from penstock.config import RolloutFlags
 from penstock.data.batching import pad
 from penstock.memory.strategy import Strategy, Work
 from penstock.memory.stream import Stream
@@ -160,7 +160,7 @@ def score(
     return dataclasses.replace(concatenate(parts), scores=scores, scaled_scores=scores)
 
 
-def used_scores(experience: Experience, flags: PPOFlags) -> Tensor:
+def used_scores(experience: Experience, flags: RolloutFlags) -> Tensor:
     """What rewards are made of, [B]: scaled and clipped scores, and the rule for answers that did not end (7, 10)."""
     scores, ended = experience.scaled_scores, experience.ended
     if flags.reward_clip is not None:
@@ -213,8 +213,15 @@ def concatenate(parts: Sequence[Experience]) -> Experience:
     return Experience(**columns)
 
 
-def in_order(shares: Sequence[Experience]) -> Experience:
-    """The ranks' shares as one batch, in the order of episodes: inverse of `World.share_of`, rank by rank."""
-    whole = concatenate(shares)
-    origin = [row * len(shares) + rank for rank, part in enumerate(shares) for row in range(len(part.tokens))]
+def in_order(shares: Sequence[Experience], group: int = 1) -> Experience:
+    """The ranks' shares as one batch, in the order of episodes: inverse of `World.share_of`, rank by rank.
+
+    group: how many answers side by side, those of one prompt, went to one rank.
+    """
+    whole, ranks = concatenate(shares), len(shares)
+    origin = [
+        (row // group * ranks + rank) * group + row % group
+        for rank, part in enumerate(shares)
+        for row in range(len(part.tokens))
+    ]
     return whole.rows(torch.tensor(origin).argsort())

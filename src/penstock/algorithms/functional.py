@@ -286,24 +286,66 @@ EXPLAINED = 0.1
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2, count: Count = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a token mean over `count` (PPO.md 15, 16).
+def clip_tokens(logprobs: Tensor, ratios: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """PPO's surrogate of each token (Schulman et al. 2017, eq. 7); low and high apart as in DAPO (Yu et al. 2025)."""
+    unclipped = -advantages * ratios
+    clipped = -advantages * ratios.clamp(1 - low, 1 + high)
+    return torch.maximum(unclipped, clipped), clipped > unclipped
 
-    All inputs [B, R]. Returns the loss and sums over valid tokens, detached: approxkl (k2 of old against new),
-    clipfrac, ratio, ratio_sq; and max_ratio_gap = max|ratio - 1|.
+
+def clip_weights(
+    logprobs: Tensor, ratios: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE with clipped importance weights: every token keeps a gradient (MiniMax 2025, "CISPO", eq. 4)."""
+    weights = ratios.detach().clamp(1 - low, 1 + high)
+    return -weights * advantages * logprobs, weights != ratios
+
+
+def sequence_log_ratios(log_ratios: Tensor, mask: Tensor) -> Tensor:
+    """Of an answer's tokens the mean log ratio, for each of them, [B, R] (Zheng et al. 2025, "GSPO", eq. 7)."""
+    means = log_ratios.sum(dim=1) / mask.sum(dim=1)
+    return means[:, None].expand_as(log_ratios)
+
+
+def token_weights(lengths: Tensor, how: str, tokens: int, rows: int, constant: int) -> Tensor:
+    """What a token of each answer weighs in the loss, [B, 1], from the *global* counts of tokens and rows.
+
+    token: 1 / tokens (Yu et al. 2025); sequence: 1 / (rows * its answer's length) (Shao et al. 2024); constant: 1 /
+    (rows * constant) (Liu et al. 2025).
+    """
+    per_row = {"token": lengths.new_full(lengths.shape, tokens), "sequence": rows * lengths}
+    return 1.0 / per_row.get(how, lengths.new_full(lengths.shape, rows * constant))[:, None].float()
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float | tuple[float, float] = 0.2,
+    count: Count = None,
+    *,
+    kind: str = "clip",
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """PPO's clipped surrogate, or another `kind` of --loss: a token mean over `count`, or a sum by `weights` [B, 1]
+    (PPO.md 15, 16).
+
+    All other inputs [B, R]; clip: of ratios below and above 1, or of both. Returns the loss and sums over valid tokens,
+    detached: approxkl (k2 of old against new), clipfrac, ratio, ratio_sq; and max_ratio_gap = max|ratio - 1|.
     """
     logprobs, old_logprobs = clean(logprobs.float(), mask), clean(old_logprobs.float().detach(), mask)
     advantages = clean(advantages.detach(), mask)
-    ratio = log_ratio(logprobs, old_logprobs).exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = masked_mean(torch.maximum(unclipped, clipped), mask, count)
+    log_ratios = log_ratio(logprobs, old_logprobs)
+    ratio = (sequence_log_ratios(log_ratios, mask) if kind == "gspo" else log_ratios).exp()
+    surrogate = clip_weights if kind == "cispo" else clip_tokens
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    per_token, clipped = surrogate(logprobs, ratio, advantages, low, high)
+    loss = masked_mean(per_token, mask, count) if weights is None else (clean(per_token, mask) * weights).sum()
     with torch.no_grad():
         stats = {
             "approxkl": clean(kl_k2(logprobs, old_logprobs), mask).sum(),
-            "clipfrac": ((clipped > unclipped) & mask).sum().float(),
+            "clipfrac": (clipped & mask).sum().float(),
             "ratio": clean(ratio, mask).sum(),
             "ratio_sq": clean(ratio.square(), mask).sum(),
             "max_ratio_gap": clean((ratio - 1).abs(), mask).max(),

@@ -6,12 +6,12 @@ all is well. Who says it, when it begins and when it ends, is `Session.health`. 
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, used_scores
-from penstock.config import PPOConfig
 
 Row = Mapping[str, float]
 """A step's metrics."""
@@ -24,10 +24,10 @@ WATCHED = (
 """The metrics that are looked back on."""
 
 
-def health(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> list[str]:
+def health(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> list[str]:
     """What is wrong at this step, one line each: "name: text". The part before the colon is the warning's identity.
 
-    history: the steps before, from `remember`; row: this step's metrics.
+    config: of PPO or GRPO; history: the steps before, from `remember`; row: this step's metrics.
     """
     texts = {name: check(experience, config, history, row) for name, check in CHECKS.items()}
     return [f"{name}: {text}" for name, text in texts.items() if text]
@@ -39,18 +39,18 @@ def remember(history: Sequence[Row], row: Row) -> list[Row]:
     return kept if len(kept) <= KEPT + 1 else [kept[0], *kept[-KEPT:]]
 
 
-def _missing_eos(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _missing_eos(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     rate = 1.0 - float(experience.ended.float().mean())
     if rate <= 0.3:
         return ""
     return (
-        f"{rate:.0%} of the answers did not end within --max-new-tokens {config.ppo.max_new_tokens}, so their scores "
-        "are not the ones that are learned from; give more tokens, or a model that ends its answers"
+        f"{rate:.0%} of the answers did not end within --max-new-tokens {config.rollout.max_new_tokens}, so their "
+        "scores are not the ones that are learned from; give more tokens, or a model that ends its answers"
     )
 
 
-def _no_spread(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
-    used = used_scores(experience, config.ppo)
+def _no_spread(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
+    used = used_scores(experience, config.rollout)
     if fn.has_spread(used):
         return ""
     return (
@@ -59,7 +59,18 @@ def _no_spread(experience: Experience, config: PPOConfig, history: Sequence[Row]
     )
 
 
-def _same_answers(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _same_scores(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
+    """Of GRPO's groups."""
+    rate = row.get("frac_reward_zero_std", 0.0)
+    if rate <= 0.8:
+        return ""
+    return (
+        f"in {rate:.0%} of the groups all answers score alike, and teach nothing; --dynamic-sampling draws others, or "
+        "give harder or easier prompts, a larger --group-size or a higher --temperature"
+    )
+
+
+def _same_answers(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     responses = [
         tuple(tokens[start : start + count].tolist())
         for tokens, start, count in zip(experience.tokens, experience.prompt_lengths, experience.lengths, strict=True)
@@ -70,7 +81,7 @@ def _same_answers(experience: Experience, config: PPOConfig, history: Sequence[R
     return f"only {different} of {len(responses)} answers differ: the policy has collapsed; raise --kl-coef"
 
 
-def _kl_jump(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _kl_jump(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     before = max((past["objective/kl"] for past in history if "objective/kl" in past), default=None)
     kl = row.get("objective/kl")
     if before is None or kl is None or kl < before + 5 or kl < 2 * before:
@@ -78,14 +89,14 @@ def _kl_jump(experience: Experience, config: PPOConfig, history: Sequence[Row], 
     return f"{kl:.1f} nats per answer after at most {before:.1f}: a step was too large; lower --lr or raise --kl-coef"
 
 
-def _negative_kl(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _negative_kl(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     kl = row.get("objective/kl", 0.0)
     if kl >= -1:  # TRL's threshold
         return ""
     return f"{kl:.1f} nats per answer: answers are not drawn from the policy that learns (top_k, top_p, temperature?)"
 
 
-def _entropy_collapse(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _entropy_collapse(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     first, entropy = next((past[ENTROPY] for past in history if ENTROPY in past), None), row.get(ENTROPY)
     if first is None or entropy is None or entropy > 0.2 * first:
         return ""
@@ -95,7 +106,7 @@ def _entropy_collapse(experience: Experience, config: PPOConfig, history: Sequen
 ENTROPY = "policy/entropy_avg"
 
 
-def _length_drift(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _length_drift(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     lengths = experience.lengths.float()
     first, now = (history[0] if history else row)["objective/response_length"], float(lengths.mean())
     if abs(now - first) < 4 or first / 2 < now < first * 2:
@@ -108,7 +119,7 @@ def _length_drift(experience: Experience, config: PPOConfig, history: Sequence[R
     return f"answers have {now:.0f} tokens on average, from {first:.0f}{why}"
 
 
-def _over_optimisation(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _over_optimisation(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     """Gao et al. 2023: the proxy's score rises while the true score falls; here, that of prompts never trained on."""
     evaluated = [past for past in [*history, row] if "heldout/scores" in past]
     if len(evaluated) < 2:
@@ -124,14 +135,14 @@ def _over_optimisation(experience: Experience, config: PPOConfig, history: Seque
     )
 
 
-def _clipping(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _clipping(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     clipped = row.get("policy/clipfrac_avg", 0.0)
     if clipped <= 0.3:
         return ""
     return f"{clipped:.0%} of the ratios are clipped: updates are too large; lower --lr or --epochs"
 
 
-def _critic(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _critic(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     explained = [past.get("val/explained_variance", 0.0) for past in [*history, row]][-KEPT // 2 :]
     if len(explained) < KEPT // 2 or max(explained) >= 0:
         return ""
@@ -139,7 +150,7 @@ def _critic(experience: Experience, config: PPOConfig, history: Sequence[Row], r
     return f"for {len(explained)} steps it predicts worse than a constant ({middle:.2f} of the variance explained)"
 
 
-def _position(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _position(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     """The share of the advantages' variance that lies between token positions, where 8 answers or more reach."""
     mask, advantages = experience.mask, experience.advantages
     reached = mask.sum(0) >= 8
@@ -154,37 +165,39 @@ def _position(experience: Experience, config: PPOConfig, history: Sequence[Row],
     return f"{share:.0%} of the advantage is the position in the answer, and not what was answered"
 
 
-def _first_ratio(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _first_ratio(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     gap = row.get("val/first_ratio_gap", 0.0)
     if config.run.dtype != "fp32" or gap <= 1e-3:
         return ""
     return f"is off by {gap:.2g}; it should be 1"
 
 
-def _engine_gap(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _engine_gap(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     gap = row.get("val/engine_logprob_gap", 0.0)
     if gap <= (0.05 if config.run.dtype == "fp32" else 1.0):
         return ""
     return f"the sampler's log-probability of a token is off by {gap:.2g} nats from the trainer's"
 
 
-def _reward_clip(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
+def _reward_clip(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     clipped = row.get("objective/scores_clipfrac", 0.0)
     if clipped <= 0.3:
         return ""
-    return f"{clipped:.0%} of the scores are cut by --reward-clip {config.ppo.reward_clip:g}"
+    return f"{clipped:.0%} of the scores are cut by --reward-clip {config.rollout.reward_clip:g}"
 
 
-def _kl_controller(experience: Experience, config: PPOConfig, history: Sequence[Row], row: Row) -> str:
-    beta, start = row.get("objective/kl_coef", 0.0), config.ppo.kl_coef
-    if config.ppo.kl_target is None or start / 20 < beta < start * 20:
+def _kl_controller(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
+    target, start = getattr(config.rollout, "kl_target", None), config.rollout.kl_coef
+    beta = row.get("objective/kl_coef", 0.0)
+    if target is None or start / 20 < beta < start * 20:
         return ""
-    return f"the coefficient is {beta:.2g} after {start:g} and KL still not at --kl-target {config.ppo.kl_target:g}"
+    return f"the coefficient is {beta:.2g} after {start:g} and KL still not at --kl-target {target:g}"
 
 
-CHECKS: dict[str, Callable[[Experience, PPOConfig, Sequence[Row], Row], str]] = {
+CHECKS: dict[str, Callable[[Experience, Any, Sequence[Row], Row], str]] = {
     "missing EOS": _missing_eos,
     "no spread": _no_spread,
+    "same scores": _same_scores,
     "same answers": _same_answers,
     "KL jump": _kl_jump,
     "negative KL": _negative_kl,

@@ -17,23 +17,29 @@ from typing import Any
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience, Roles, in_order, logprobs_of, score, used_scores, values_of
-from penstock.algorithms.health import Row, health, remember
+from penstock.algorithms.experience import Experience, logprobs_of, used_scores, values_of
 from penstock.algorithms.heldout import Best, interval
+from penstock.algorithms.policy import (
+    Policy,
+    PolicyState,
+    evaluate,
+    passed_target_kl,
+    permutation,
+    prepare_roles,
+    show,
+    trained_streams,
+)
 from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
-from penstock.algorithms.ppo_metrics import of_heldout, summary
-from penstock.algorithms.setup import placed, reserve_activations, role_specs, sample_rows, strategy_of
+from penstock.algorithms.ppo_metrics import summary
+from penstock.algorithms.setup import placed, sample_rows, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches, response_logprobs
-from penstock.config import OptimFlags, PPOConfig, PPOFlags
+from penstock.config import PPOConfig, PPOFlags
 from penstock.data.batching import Shuffle
 from penstock.data.chat import Example
 from penstock.memory.strategy import Step, StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
-from penstock.memory.tiers import Ram
 from penstock.models.roles import Actor, ActorCritic, Critic
-from penstock.planner.workload import Workload
-from penstock.rollout.engine import Answer, generate
-from penstock.rollout.sampling import Sampling, stream
+from penstock.rollout.engine import Answer
 from penstock.run.session import Session
 
 
@@ -78,7 +84,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                     session.check(stats, name)
                 state.sums += steps.items()
                 state.update += 1
-                if passed_target_kl(steps, flags.target_kl):
+                if passed_target_kl(steps.get("policy"), flags.target_kl):
                     break  # (20) for actor and critic the experience is used up; the next one is fresh
 
             metrics = summary(
@@ -86,7 +92,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             )
             metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(hold_actor)}
             improved = (step % every == 0 or step == total) and evaluate(
-                step, session, iteration, inputs, state, metrics
+                step, session, iteration, inputs, state.best, metrics
             )
             session.health(step, state.examine(config, metrics))
             state.kl.update(metrics.get("objective/kl", 0.0), optim.batch_size)
@@ -102,8 +108,9 @@ def gather(
     step: int, session: Session, iteration: "PPO", inputs: Inputs, state: "State", config: PPOConfig
 ) -> Experience:
     """The experience of a step that begins: answers to fresh prompts, scored."""
-    share_of, flags, first = iteration.strategy.world.share_of, config.ppo, session.episode
-    drawn = share_of(list(enumerate(state.shuffle.next(config.optim.batch_size), start=first)))
+    share_of, flags = iteration.strategy.world.share_of, config.ppo
+    inputs.source.step = step
+    drawn = share_of(list(enumerate(state.shuffle.next(config.optim.batch_size), start=session.episode)))
     rollout = iteration.rollout([inputs.prompts[i] for _, i in drawn], [episode for episode, _ in drawn])
     experience = iteration.score(rollout, [inputs.records[i] for _, i in drawn], state.kl.beta, state.scale)
     for line in state.begin(experience, flags):
@@ -114,50 +121,18 @@ def gather(
     return experience
 
 
-def evaluate(
-    step: int, session: Session, iteration: "PPO", inputs: Inputs, state: "State", metrics: dict[str, float]
-) -> bool:
-    """Adds the held-out prompts' metrics; True if their score is the best so far. Their random streams are the same
-    at every evaluation, and no other answer's."""
-    share_of, (records, prompts) = iteration.strategy.world.share_of, inputs.heldout
-    if not prompts:
-        return False
-    drawn = share_of(list(enumerate(prompts)))
-    rollout = iteration.rollout([ids for _, ids in drawn], [i for i, _ in drawn], seed=iteration.seed ^ HELDOUT_STREAMS)
-    experience = iteration.score(rollout, share_of(records), 0.0)
-    metrics |= of_heldout(experience, has_kl=iteration.roles.reference is not None)
-    improved = state.best.better(metrics["heldout/scores"])
-    state.best.end_early(session, step)
-    return improved
-
-
-HELDOUT_STREAMS = 0xE7A1
-"""In the seed of held-out answers."""
-
-
 def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
-    models, source, optim, flags = inputs.models, inputs.source, config.optim, config.ppo
-    longest = max(map(len, [*inputs.prompts, *inputs.heldout[1]]))
-    mini_batch = config.mini_batch_size or optim.batch_size
-    batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
-    work = Workload("ppo", role_specs(models), *batches, longest, flags.max_new_tokens, flags.rollout_batch_size)
-    swap = reserve_activations(strategy, work)
-    prepared = strategy.prepare_all(*models.values(), **optim.adamw)
-    streams = dict(zip(models, prepared, strict=True))
-    source.stream = streams.get("reward")
-    reward = source.stream if source.reads_actor_tokens else None
-    roles = Roles(streams["actor"], streams.get("reference"), streams.get("critic"), reward, source.score)
-    critic_scores = source.starts_critic and "critic" in models and config.critic in (None, config.reward)
-    encoder, seed = inputs.encoder, config.run.seed
-    return PPO(strategy, roles, optim, flags, seed, encoder.eos_ids, swap, critic_scores, encoder.tokenizer)
+    roles, swap = prepare_roles(config, strategy, inputs, {"stage": "ppo"})
+    source, encoder = inputs.source, inputs.encoder
+    critic_scores = source.starts_critic and "critic" in inputs.models and config.critic in (None, config.reward)
+    sampling = (config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
+    return PPO(strategy, roles, config.optim, config.ppo, *sampling, critic_scores=critic_scores)
 
 
 def restore(session: Session, iteration: "PPO", state: "State") -> dict[str, Stream]:
     """Reads the checkpoint of a resumed run. Returns the models that are trained, under their names in checkpoints."""
-    trained = {"model": iteration.roles.actor}
-    if iteration.roles.critic is not None:
-        trained["critic"] = iteration.roles.critic
+    trained = trained_streams(iteration.roles)
     session.restore(trained)
     if session.state:
         state.load(session.state)
@@ -166,43 +141,20 @@ def restore(session: Session, iteration: "PPO", state: "State") -> dict[str, Str
     return trained
 
 
-def show(step: int, session: Session, iteration: "PPO", inputs: Inputs, count: int) -> None:
-    """Greedy answers to the first `count` prompts and their scores, for the report."""
-    if not count:
-        return  # a reward function need not know what to do with no answers
-    records, prompts = inputs.records[:count], inputs.prompts[:count]
-    answers = iteration.rollout(prompts, range(len(prompts)), temperature=0.0)
-    scores = inputs.source.score(records, answers)
-    session.sample(step, sample_rows(inputs.encoder, answers, scores, kind="greedy"))
-
-
 HELD_SHARE = 0.1
 """Of a run's steps, at most so many are spent with the actor held for the critic."""
 
 
-@dataclass
-class State:
+@dataclass(kw_only=True)
+class State(PolicyState):
     """What PPO keeps from one update to the next. A checkpoint holds all of it."""
 
-    shuffle: Shuffle
     ptx_shuffle: Shuffle
     kl: fn.KLController
     warm_up: fn.ValueWarmUp
     """Holds the actor at the start (19)."""
     scale: fn.Moments | None
     """Of all scores so far; None where they are used as they are (10)."""
-    step: int = 0
-    """Steps that are complete."""
-    update: int = 0
-    """Updates on `experience` that are complete."""
-    experience: Experience | None = None
-    """None between two steps."""
-    sums: list[tuple[str, StepStats]] = field(default_factory=list)
-    """("policy" or "value", statistics) of each of those updates."""
-    history: list[Row] = field(default_factory=list)
-    """Metrics of earlier steps that `health` looks back on."""
-    best: Best = field(default_factory=Best)
-    """Of the held-out score."""
 
     @staticmethod
     def start(config: PPOConfig, inputs: "Inputs", steps: int) -> "State":
@@ -211,11 +163,11 @@ class State:
         starts_blank = config.value_warmup and not (critic and critic.score.any())
         scaled = {"auto": not inputs.source.has_scale, "running": True, "none": False}[config.ppo.scale_rewards]
         return State(
-            Shuffle(len(inputs.prompts), seed),
-            Shuffle(max(len(inputs.demonstrations), 1), seed + 1),
-            fn.KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon),
-            fn.ValueWarmUp(math.ceil(steps * HELD_SHARE) if starts_blank else 0),
-            fn.Moments() if scaled else None,
+            shuffle=Shuffle(len(inputs.prompts), seed),
+            ptx_shuffle=Shuffle(max(len(inputs.demonstrations), 1), seed + 1),
+            kl=fn.KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon),
+            warm_up=fn.ValueWarmUp(math.ceil(steps * HELD_SHARE) if starts_blank else 0),
+            scale=fn.Moments() if scaled else None,
             best=Best(config.early_stopping_patience),
         )
 
@@ -238,88 +190,39 @@ class State:
         """Whether the actor does not learn from this experience: the critic is not ready, or only KL would teach it."""
         return not self.warm_up.over or not fn.has_spread(used_scores(experience, flags))
 
-    def examine(self, config: PPOConfig, metrics: dict[str, float]) -> list[str]:
-        """What is wrong at this step, counted in its metrics."""
-        assert self.experience is not None
-        warnings = health(self.experience, config, self.history, metrics)
-        metrics["health/warnings"] = float(len(warnings))
-        self.history = remember(self.history, metrics)
-        return warnings
-
-    def end(self, step: int) -> None:
-        """A step is complete."""
-        self.step, self.update, self.experience, self.sums = step, 0, None, []
-
     def save(self) -> dict[str, Any]:
-        """For a checkpoint's state.json."""
-        return {
-            "shuffle": self.shuffle.state_dict(),
+        return super().save() | {
             "ptx_shuffle": self.ptx_shuffle.state_dict(),
-            "step": self.step,
-            "update": self.update,
             "beta": self.kl.beta,
             "critic_ready": self.warm_up.over,
             "held": self.warm_up.held,
             "explained": self.warm_up.explained,
             "scale": self.scale and dataclasses.asdict(self.scale),
-            "experience": vars(self.experience) if self.experience else None,
-            "sums": [(name, dataclasses.asdict(stats)) for name, stats in self.sums],
-            "history": self.history,
-            "best": self.best.value,
-            "stale": self.best.stale,
         }
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Inverse of `save`, and of what earlier releases saved: "sums" only inside a step, no "scale"."""
-        self.shuffle.load_state_dict(saved["shuffle"])
+        """Inverse of `save`; earlier releases saved no "scale"."""
+        super().load(saved)
         self.ptx_shuffle.load_state_dict(saved["ptx_shuffle"])
-        self.step, self.update, self.kl.beta = saved["step"], saved["update"], saved["beta"]
+        self.kl.beta = saved["beta"]
         self.warm_up.over, self.warm_up.held = saved["critic_ready"], saved.get("held", 0)
         self.warm_up.explained = saved.get("explained", 0.0)
         self.scale = fn.Moments(**saved["scale"]) if saved.get("scale") else None
-        experience = saved["experience"]
-        self.experience = Experience(**{"scaled_scores": experience["scores"], **experience}) if experience else None
-        self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
-        self.history = saved.get("history", [])
-        self.best.load(saved.get("best", -math.inf), saved)
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class PPO:
+class PPO(Policy):
     """One iteration over prepared models: `rollout`, `score`, `learn`, each in its phase. It keeps no state.
 
     Without a critic (`Roles.critic` None and a plain actor) values are zeros and `learn` updates the actor alone.
     """
 
-    strategy: Strategy
-    roles: Roles
-    optim: OptimFlags
     flags: PPOFlags = field(default_factory=PPOFlags)
-    seed: int = 0
-    """Of the sampled tokens."""
-    eos_ids: Sequence[int] = ()
-    """Tokens that end an answer."""
-    swap: Ram | None = None
-    """The host tier that the KV cache is swapped to."""
-    critic_scores: bool = False
+    critic_scores: bool = field(default=False, kw_only=True)
     """The critic starts as the reward model: what it predicts are scores, and follows their scale."""
-    tokenizer: Any = None
-    """Of the actor; finds --stop in answers."""
-
-    def sampling(self, **changes: Any) -> Sampling:
-        flags = self.flags
-        names = ("temperature", "max_new_tokens", "top_k", "top_p", "stop", "min_new_tokens")
-        return Sampling(**{name: getattr(flags, name) for name in names} | {"seed": self.seed} | changes)
-
-    def rollout(self, prompts: Sequence[list[int]], episodes: Sequence[int], **changes: Any) -> list[Answer]:
-        """This rank's answers. `episodes` number their random streams; `changes` are those of the sampling."""
-        decoder, sampling = self.roles.actor.model.decoder, self.sampling(**changes)
-        options: Any = {"batch_size": self.flags.rollout_batch_size, "swap": self.swap, "tokenizer": self.tokenizer}
-        with self.strategy.phase("rollout"):
-            return generate(decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, **options)
 
     def score(
         self, rollout: Sequence[Answer], records: Sequence, beta: float, scale: fn.Moments | None = None
@@ -328,11 +231,8 @@ class PPO:
 
         `scale` first takes in the scores of the answers that ended, in place; then it normalises all (10).
         """
-        strategy, size = self.strategy, self.optim.micro_batch_size
-        with strategy.phase("score"):
-            share = score(strategy, self.roles, rollout, records, self.flags.temperature, size)
-            # See [Note: whole experience on every rank]
-            experience = in_order(strategy.world.gather(share))
+        with self.strategy.phase("score"):
+            experience = self.read(rollout, records)
             if scale is not None:
                 experience = self._normalise(experience, scale)
             return with_advantages(experience, beta, self.flags)
@@ -411,11 +311,6 @@ def with_advantages(experience: Experience, beta: float, flags: PPOFlags) -> Exp
     return dataclasses.replace(experience, advantages=fn.whiten(advantages, experience.mask), returns=returns)
 
 
-def permutation(count: int, seed: int, step: int, epoch: int) -> Tensor:
-    """The order of the episodes in one epoch over one experience, keyed, so that a resumed epoch goes on in it."""
-    return stream(seed ^ 0x5EED, (step << 16) + epoch, count).argsort()
-
-
 Part = Experience | Rows
 """A micro-batch of episodes, or of demonstrations for the ptx loss."""
 
@@ -464,11 +359,3 @@ def two_sets(stats: StepStats, hold_actor: bool) -> dict[str, StepStats]:
     value = {name: sums.pop(f"value_{name}") for name in ("clipfrac", "tokens", "loss")}
     steps = {} if hold_actor else {"policy": dataclasses.replace(stats, sums=sums)}
     return {**steps, "value": dataclasses.replace(stats, sums=value)}
-
-
-def passed_target_kl(steps: dict[str, StepStats], target_kl: float | None) -> bool:
-    """Whether the policy's mean approximate KL in this update is above 1.5 times the target (20)."""
-    if not target_kl or "policy" not in steps:
-        return False
-    sums = steps["policy"].sums
-    return sums["approxkl"] > 1.5 * target_kl * sums["tokens"]

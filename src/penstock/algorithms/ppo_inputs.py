@@ -1,4 +1,4 @@
-"""What `penstock ppo` reads before it trains: four models, their tokenizers, prompts, demonstrations.
+"""What PPO and GRPO read before they train: models, their tokenizers, prompts, demonstrations.
 
 It checks that they fit together, and prepares nothing.
 """
@@ -29,8 +29,8 @@ class Inputs:
     """What a run reads before it writes anything."""
 
     models: dict[str, Any]
-    """actor, reference, critic and reward, not yet prepared; without a critic where the actor has a value head,
-    without a reward model where a function gives the scores."""
+    """actor, reference, critic and reward, not yet prepared; without a critic where the actor has a value head or the
+    algorithm none, without a reward model where a function gives the scores."""
     source: RewardSource
     encoder: Encoder
     """The actor's."""
@@ -44,36 +44,48 @@ class Inputs:
 
 
 def check_flags(config: PPOConfig, ranks: int) -> None:
-    """Raises UserError for flags that do not fit together."""
-    config.need_score("ppo")
+    """Raises UserError for flags of PPO that do not fit together."""
+    check_rollout("ppo", config, ranks)
     if config.value_head and config.critic:
         raise UserError("--value-head and --critic: the critic is a head on the actor or a model; give one of the two.")
     if bool(config.ppo.ptx_coef) != bool(config.ptx_data):
         raise UserError("--ptx-coef and --ptx-data belong together: give both or neither.")
-    if config.ppo.missing_eos_score is not None and config.ppo.missing_eos_penalty not in (None, 1.0):
-        raise UserError("--missing-eos-score replaces --missing-eos-penalty: give one of the two.")
     if config.ppo.kl_target is not None and not config.ppo.kl_coef:
         raise UserError("--kl-target steers --kl-coef by factors, and 0 stays 0; give a --kl-coef above 0.")
     if config.ppo.kl_loss_coef and config.ppo.kl_estimator == "k1":
-        raise UserError("--kl-loss-coef: k1's gradient in a loss is 0 on average; give --kl-estimator k2 or k3.")
-    if config.ppo.min_new_tokens > config.ppo.max_new_tokens:
-        raise UserError(f"--min-new-tokens {config.ppo.min_new_tokens}: more than --max-new-tokens allows.")
-    if config.ppo.temperature <= 0:
-        raise UserError("--temperature 0: PPO learns from sampled answers; give a temperature above 0, 1 is usual.")
+        raise UserError(K1_IN_LOSS.format(flag="--kl-loss-coef"))
+
+
+K1_IN_LOSS = "{flag}: k1's gradient in a loss is 0 on average; give --kl-estimator k2 or k3."
+
+
+def check_rollout(command: str, config: Any, ranks: int) -> None:
+    """Raises UserError for flags of what samples and scores answers that do not fit together."""
+    flags = config.rollout
+    config.need_score(command)
+    if flags.missing_eos_score is not None and flags.missing_eos_penalty not in (None, 1.0):
+        raise UserError("--missing-eos-score replaces --missing-eos-penalty: give one of the two.")
+    if flags.min_new_tokens > flags.max_new_tokens:
+        raise UserError(f"--min-new-tokens {flags.min_new_tokens}: more than --max-new-tokens allows.")
+    if flags.temperature <= 0:
+        raise UserError("--temperature 0: it learns from sampled answers; give a temperature above 0, 1 is usual.")
     if config.optim.batch_size < ranks:
         raise UserError(f"--batch-size {config.optim.batch_size}: fewer episodes than the {ranks} ranks; give more.")
 
 
-def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inputs:
-    """Models, prompts and demonstrations. Raises UserError or DataError for what does not fit."""
-    actor, encoder = read_model(Actor, config.actor, config, strategy, session, config.ppo.max_new_tokens)
+def read_inputs(config: Any, strategy: Strategy, session: Session) -> Inputs:
+    """Models, prompts and demonstrations; a critic for PPO alone. Raises UserError or DataError for what is wrong."""
+    flags, value_head = config.rollout, getattr(config, "value_head", False)
+    actor, encoder = read_model(Actor, config.actor, config, strategy, session, flags.max_new_tokens)
     size, base_dtype = config.optim.micro_batch_size, config.peft.base_dtype
     source = reward_source(config, encoder, strategy, config.data, size, session.say, base_dtype)
     with strategy.init():
         reference = read_reference(config, actor, encoder, session)
-        critic = None if config.value_head else read_critic(config, actor, encoder, source, session)
-        if config.value_head:
+        critic = None
+        if value_head:
             actor = ActorCritic(actor.decoder)
+        elif isinstance(config, PPOConfig):
+            critic = read_critic(config, actor, encoder, source, session)
     models = {"actor": actor, "reference": reference, "critic": critic, "reward": source.model}
     models = {role: model for role, model in models.items() if model is not None}
     fewest = max(FEWEST, strategy.world.size)
@@ -84,11 +96,11 @@ def read_inputs(config: PPOConfig, strategy: Strategy, session: Session) -> Inpu
         raise UserError(f"held-out prompts: {len(heldout[1])} for {strategy.world.size} ranks; give each rank one.")
     compare_stages(records, config, session)
     demonstrations: list[Example] = []
-    if config.ppo.ptx_coef:
-        demonstrations = read(session.say, encoder, config.ptx_data, "demonstrations", config.data)[1]
-    if config.ppo.stop and encoder.tokenizer is None:
-        raise UserError(f"--stop {config.ppo.stop[0]}: is a text, and the actor has no tokenizer to find it with.")
-    given = [f"{name}={getattr(config.ppo, name)}" for name, off in PLAIN.items() if getattr(config.ppo, name) != off]
+    if ptx_data := getattr(config, "ptx_data", ()):
+        demonstrations = read(session.say, encoder, ptx_data, "demonstrations", config.data)[1]
+    if flags.stop and encoder.tokenizer is None:
+        raise UserError(f"--stop {flags.stop[0]}: is a text, and the actor has no tokenizer to find it with.")
+    given = [f"{name}={getattr(flags, name)}" for name, off in PLAIN.items() if getattr(flags, name) != off]
     if given:
         session.say(f"rollouts are truncated ({', '.join(given)}): KL may turn negative")
     return Inputs(models, source, encoder, records, prompts, demonstrations, heldout)
@@ -100,7 +112,7 @@ FEWEST = 4
 """Prompts whose mean score says anything; where --heldout is fewer, nothing is evaluated."""
 
 
-def compare_stages(records: Sequence[Any], config: PPOConfig, session: Session) -> None:
+def compare_stages(records: Sequence[Any], config: Any, session: Session) -> None:
     """Says how many prompts the actor or the reward model were trained on: their data is in their run directories."""
     keys = {record.prompt_key for record in records}
     for flag, run in (("actor", config.actor), ("reward", config.reward)):
@@ -108,7 +120,7 @@ def compare_stages(records: Sequence[Any], config: PPOConfig, session: Session) 
             continue
         saved = RunDirectory.peek(run)
         kind: Kind = "comparisons" if saved["command"] in ("reward", "dpo") else "demonstrations"
-        if saved["command"] == "ppo":
+        if saved["command"] in ("ppo", "grpo"):
             continue  # on prompts, and on these perhaps for the second time
         pairs = formats.parse_keys(tuple(saved.get("keys", ())))
         try:
@@ -123,10 +135,10 @@ def compare_stages(records: Sequence[Any], config: PPOConfig, session: Session) 
             session.warn(f"duplicate prompts: {shared} of {len(keys)} were in the data of --{flag} {run} as well")
 
 
-def read_reference(config: PPOConfig, actor: Actor, encoder: Encoder, session: Session) -> Actor | None:
+def read_reference(config: Any, actor: Actor, encoder: Encoder, session: Session) -> Actor | None:
     """The frozen model that KL is measured from: --reference, or a copy of the actor's start where KL is used."""
     if not config.reference:
-        if config.ppo.kl_coef or config.ppo.kl_loss_coef:
+        if config.rollout.kl_coef or getattr(config.rollout, "kl_loss_coef", 0.0):
             return actor.frozen()
         session.say("--kl-coef 0: no reference is loaded, KL is not measured; --reference MODEL measures it")
         return None
@@ -158,7 +170,7 @@ def read_critic(config: PPOConfig, actor: Actor, encoder: Encoder, source: Rewar
     return critic
 
 
-def check_role(flag: str, address: str, role: Actor | Critic, encoder: Encoder, config: PPOConfig) -> None:
+def check_role(flag: str, address: str, role: Actor | Critic, encoder: Encoder, config: Any) -> None:
     """Raises UserError when a model does not read the actor's tokens, or not so many of them."""
     check_room(flag, address, role.decoder.config, encoder)
     role_encoder = encoder_of(address, role.decoder.config, config.data, task="judge")

@@ -6,12 +6,17 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, used_scores
-from penstock.config import PPOFlags
+from penstock.config import RolloutFlags
 from penstock.memory.strategy import StepStats
 
 
 def summary(
-    experience: Experience, sums: Sequence[tuple[str, StepStats]], beta: float, flags: PPOFlags, *, has_kl: bool = True
+    experience: Experience,
+    sums: Sequence[tuple[str, StepStats]],
+    beta: float,
+    flags: RolloutFlags,
+    *,
+    has_kl: bool = True,
 ) -> dict[str, float]:
     """Metrics of the experience, and of the updates in `sums`, ("policy" or "value", statistics) each.
 
@@ -48,7 +53,7 @@ def of_heldout(experience: Experience, *, has_kl: bool) -> dict[str, float]:
     return metrics
 
 
-def _of_experience(experience: Experience, beta: float, flags: PPOFlags) -> dict[str, float]:
+def _of_experience(experience: Experience, beta: float, flags: RolloutFlags) -> dict[str, float]:
     mask, rows = experience.mask, len(experience.tokens)
     logprobs, ref_logprobs = experience.logprobs, experience.ref_logprobs
     kl = _per_answer(fn.kl_k1(logprobs, ref_logprobs), experience)

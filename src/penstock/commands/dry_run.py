@@ -26,9 +26,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.algorithms import preference, reward, sft
-from penstock.algorithms.config import DPOFlags
+from penstock.algorithms.config import DPOFlags, GRPOFlags
 from penstock.algorithms.experience import Roles
-from penstock.algorithms.ppo import PPO, permutation
+from penstock.algorithms.grpo import GRPO, with_advantages
+from penstock.algorithms.policy import permutation
+from penstock.algorithms.ppo import PPO
 from penstock.algorithms.reference import with_reference
 from penstock.autochunk.meter import Meter
 from penstock.config import OptimFlags
@@ -95,9 +97,9 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
             meter.peaks = Counter(meter.used)
             traffic[name] = {key: count - before[key] for key, count in moved(strategy).items()}
 
-        if work.stage == "ppo":
+        if work.rolls_out:
             host = strategy.tiers["host"]
-            _ppo(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
+            _policy(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
         else:
             {"sft": _sft, "reward": _reward, "dpo": _dpo}[work.stage](work, strategy, streams, phase)
     return {**peaks, "traffic": traffic}
@@ -141,14 +143,14 @@ def moved(strategy: Strategy) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _generate(
-    strategy: Strategy, decoder: Decoder, rows: int, prompt: int, sampling: Sampling, swap: Ram | None
-) -> list[Answer]:
+def _generate(strategy: Strategy, decoder: Decoder, rows: int, work: Workload, swap: Ram | None) -> list[Answer]:
     """The prefill and the first decoding steps. The rest are like the last of these: counted, and not run."""
-    engine = Engine(decoder, eos_ids=(), rows=rows, length=prompt + sampling.max_new_tokens, swap=swap)
+    prompt, sampling = work.prompt_length, Sampling(max_new_tokens=work.length - work.prompt_length)
+    engine = Engine(decoder, eos_ids=(), rows=rows, length=work.length, swap=swap)
     answers = []
-    for row in range(rows):  # all different: equal prompts share one prefill
-        digits = [row // 10**i % 10 for i in range(min(prompt, 9))]
+    for row in range(rows):
+        number = row // work.group_size  # equal prompts share one prefill
+        digits = [number // 10**i % 10 for i in range(min(prompt, 9))]
         answers += engine.submit([1] * (prompt - len(digits)) + digits, sampling)
     before = after = moved(strategy)
     steps = min(STEPS, sampling.max_new_tokens)
@@ -172,20 +174,26 @@ STEPS = 6
 Phases = Callable[[Any], Any]
 
 
-def _ppo(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases, swap: Ram | None) -> None:
-    """One iteration as in algorithms.ppo.ppo."""
+def _policy(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases, swap: Ram | None) -> None:
+    """One iteration as in algorithms.ppo.ppo or algorithms.grpo.grpo."""
     optim = OptimFlags(1e-6, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size, epochs=work.epochs)
-    roles = Roles(streams["actor"], streams.get("reference"), streams["critic"], streams.get("reward"), _no_scores)
-    iteration, decoder = PPO(strategy, roles, optim), streams["actor"].model.decoder
-    count, response = math.ceil(work.batch_size / strategy.world.size), work.length - work.prompt_length
+    roles = Roles(streams["actor"], streams.get("reference"), streams.get("critic"), streams.get("reward"), _no_scores)
+    decoder = streams["actor"].model.decoder
+    count = math.ceil(work.batch_size / strategy.world.size)
     rollout: list[Answer] = []
-    sampling, rows = Sampling(max_new_tokens=response), work.rollout_batch_size or count
+    rows = work.rollout_batch_size or count
     with phase("rollout"):
         for start in range(0, count, rows):
-            answers = min(rows, count - start)
-            rollout += _generate(strategy, decoder, answers, work.prompt_length, sampling, swap)
-    with phase("score"):
-        experience = iteration.score(rollout, [None] * len(rollout), 0.1)
+            rollout += _generate(strategy, decoder, min(rows, count - start), work, swap)
+    if work.stage == "ppo":
+        iteration: Any = PPO(strategy, roles, optim)
+        with phase("score"):
+            experience = iteration.score(rollout, [None] * len(rollout), 0.1)
+    else:
+        flags = GRPOFlags(group_size=work.group_size, max_new_tokens=work.length - work.prompt_length)
+        iteration = GRPO(strategy, roles, optim, flags)
+        with phase("score"):
+            experience = with_advantages(iteration.read(rollout, [None] * len(rollout), work.group_size), flags)
     with phase("train"):
         for epoch in range(work.epochs):
             order = permutation(work.batch_size, 0, 1, epoch)

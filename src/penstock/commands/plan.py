@@ -116,10 +116,10 @@ MOST = 3
 def on_this_machine(setting: Setting) -> Iterator[Setting]:
     """Changes that need no more hardware: another strategy, smaller batches in memory, recomputation."""
     work = setting.workload
-    micro, answers = work.micro_batch_size, math.ceil(work.batch_size / setting.world) if work.stage == "ppo" else 1
+    micro, answers = work.micro_batch_size, math.ceil(work.batch_size / setting.world) if work.rolls_out else 1
     for name in _strategies(setting):
         for halvings in range(max(micro, answers).bit_length()):
-            rollout = max(answers >> halvings, 1) if halvings and work.stage == "ppo" else work.rollout_batch_size
+            rollout = max(answers >> halvings, 1) if halvings and work.rolls_out else work.rollout_batch_size
             smaller = dataclasses.replace(work, micro_batch_size=max(micro >> halvings, 1), rollout_batch_size=rollout)
             yield dataclasses.replace(setting, strategy=name, workload=smaller)
     if setting.recompute is not True:

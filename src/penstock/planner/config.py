@@ -14,7 +14,7 @@ class PlanConfig(PlacementFlags):
     """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json."""
     critic_model: str | None = None
     """Size of critic and reward model. Default: --model."""
-    stage: Literal["ppo", "sft", "reward", "dpo"] = "ppo"
+    stage: Literal["ppo", "grpo", "sft", "reward", "dpo"] = "ppo"
     """The command to plan."""
     strategy: str = "gemini_auto"
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -36,8 +36,10 @@ class PlanConfig(PlacementFlags):
     """ppo: passes over each experience."""
     rollout_batch_size: int | None = None
     """ppo: answers that one process generates together. Default: all of its answers."""
+    group_size: int = 8
+    """grpo: answers per prompt."""
     kl_coef: float = 0.05
-    """ppo: at 0 there is no reference."""
+    """ppo, grpo: at 0 there is no reference."""
     precompute_reference: bool = False
     """dpo: no reference beside the model that learns: with this flag of the command, or a loss that has none."""
     prompt_length: int = 384

@@ -63,6 +63,13 @@ class Workload:
     max_new_tokens: int
     rollout_batch_size: int | None = None
     """Answers that one process generates together. None: all answers of the process."""
+    group_size: int = 1
+    """Answers to one prompt, which is read once for all of them."""
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether the model answers prompts to learn from."""
+        return self.stage in ("ppo", "grpo")
 
     @property
     def length(self) -> int:
@@ -121,6 +128,7 @@ def _rates(config: PlanConfig) -> Rates:
 
 ROLES = {  # of each stage: name, whether it is trained, whether it has a scalar head
     "ppo": (("actor", True, False), ("critic", True, True), ("reference", False, False), ("reward", False, True)),
+    "grpo": (("actor", True, False), ("reference", False, False), ("reward", False, True)),
     "sft": (("model", True, False),),
     "reward": (("model", True, True),),
     "dpo": (("model", True, False), ("reference", False, False)),
@@ -157,6 +165,7 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
         config.prompt_length,
         config.max_new_tokens,
         config.rollout_batch_size,
+        config.group_size if config.stage == "grpo" else 1,
     )
 
 
@@ -184,13 +193,13 @@ def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
     work, world = setting.workload, setting.world
     rows = math.ceil(work.batch_size / world)
     phases: dict[str, list[Pass]] = {}
-    if work.stage == "ppo":
+    if work.rolls_out:
         roles = {role.name: role for role in work.roles}  # without "reward" where a --reward-fn scores
         phases["rollout"] = [_generation(setting, rows, swap)]
         phases["score"] = [_pass(setting, roles[name], rows, "evaluate") for name in SCORED if name in roles]
     elif reference := next((role for role in work.roles if role.name == "reference"), None):
         phases["score"] = [_pass(setting, reference, rows, "evaluate")]  # dpo
-    updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.stage == "ppo" else 1)
+    updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.rolls_out else 1)
     rows = math.ceil(work.mini_batch_size / world)
     trained = [role for role in work.roles if role.trained]
     if trained:
@@ -204,8 +213,9 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
     role, response = work.roles[0], work.length - work.prompt_length
     actor = role.config
     rows = min(work.rollout_batch_size or answers, answers)
-    groups = tiling.prefills([work.prompt_length] * rows)
-    batch = Batch(groups[0].stop, work.prompt_length, rows)
+    prompts = math.ceil(rows / work.group_size)
+    groups = tiling.prefills([work.prompt_length] * prompts)
+    batch = Batch(groups[0].stop, work.prompt_length, prompts)
     prefill = footprint.work_of(
         actor, dtype, role.spec, batch, scalar=False, packed=role.base_dtype, arithmetic=setting.arithmetic
     )
@@ -220,7 +230,7 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
         prefill,
         times=math.ceil(answers / rows),
         tokens=response - 1,
-        flops=_flops(actor, rows, work.prompt_length, rows),
+        flops=_flops(actor, prompts, work.prompt_length, prompts),
         decode_flops=decode_flops * rows,
         cache_bytes=2 * cache // actor.num_layers if swap else cache,
         sampling=footprint.sampling_of(actor, dtype, rows),
@@ -289,7 +299,7 @@ def forecast_of(setting: Setting, *, timed: bool = True) -> Forecast:
     device = setting.budgets.get("device")
     moves = bits_of(setting.strategy)[0] != AUTO or bool(setting.recompute)
     on_device = _forecast(setting, timed, moves)
-    if setting.workload.stage != "ppo" or device is None or on_device.peak["device"] <= device:
+    if not setting.workload.rolls_out or device is None or on_device.peak["device"] <= device:
         return on_device
     swapped = _forecast(setting, timed, moves, swap=True)
     return min(on_device, swapped, key=lambda forecast: forecast.peak["device"])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from penstock.algorithms.experience import Experience, concatenate
-from penstock.algorithms.ppo import permutation
+from penstock.algorithms.policy import permutation
 from penstock.algorithms.setup import strategy_of
 from penstock.commands.bench import count
 from penstock.commands.bench.clock import Clock, largest
