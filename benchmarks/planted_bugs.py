@@ -43,6 +43,7 @@ FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
     f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
 )
 POLICY, GRPO, ADV = (f"algorithms/{name}.py" for name in ("policy", "grpo", "advantages"))
+PAIRS, REFERENCE = "algorithms/preference_losses.py", "algorithms/reference.py"
 HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
@@ -255,6 +256,16 @@ BUGS: list[Bug] = [
     ("data/formats.py", "--keys does not name fields for reward functions", "record = replace(record, fields=item)", "record = replace(record, fields=value)"),
     (RM, "a spread is taken from any number of answers", "if count >= FEWEST:", "if count > 0:"),
     ("models/tokenizer_files.py", "an end of answers pads", "if token is not None and token not in ends)", "if token is not None)"),
+    # preference learning
+    (PAIRS, "the reference is forgotten", "ratios = logprobs - of_answers(", "ratios = logprobs - 0 * of_answers("),
+    (PAIRS, "a prompt weighs as much as it has pairs", "[1 / len(pairs)] * len(pairs)", "[1.0] * len(pairs)"),
+    (PAIRS, "pairs are averaged over the micro-batch", "* weights).sum() / counts.prompts", "* weights).sum() / len(rankings)"),
+    (PAIRS, "likelihood over the micro-batch's tokens", ".sum() / counts.best_tokens", ".sum() / (lengths * best).sum()"),
+    (PAIRS, "IPO's target without its factor", "- 1 / (2 * flags.beta)", "- 1 / flags.beta"),
+    (PAIRS, "likelihood of all answers and not of the best", "n if rank == best else 0 for n", "n for n"),
+    (REFERENCE, "the reference's values go to other answers", "        share.sort(key=lambda pair: longest_row(pair[1]))", "        pass"),
+    (REFERENCE, "a stored reference fits any data", "    parts += [[ranking.rows, ranking.response_lengths] for ranking in rankings]\n", ""),
+    (REFERENCE, "the prompt's last token is an answer's", "fn.response_mask(batch.lengths - lengths, lengths,", "fn.response_mask(batch.lengths - lengths - 1, lengths + 1,"),
     (FN, "wsd falls from its middle", "min(left / 0.2, 1.0)", "min(left / 0.5, 1.0)"),
     # groups
     (ADV, "leave-one-out divides by the whole group", "/ (size - 1)", "/ size"),

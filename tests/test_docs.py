@@ -62,7 +62,9 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, model):
     assert run_page(ROOT / "docs" / "train.md", tmp_path, model) >= 9
 
 
-@pytest.mark.parametrize("name", ["memory.md", "distributed.md", "python.md", "benchmark.md", "../README.md"])
+@pytest.mark.parametrize(
+    "name", ["memory.md", "distributed.md", "python.md", "benchmark.md", "align.md", "../README.md"]
+)
 def test_the_other_pages_run_too(name, tmp_path, model):
     write_data(tmp_path)
     page = ROOT / "docs" / name
