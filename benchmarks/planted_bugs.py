@@ -247,6 +247,7 @@ BUGS: list[Bug] = [
     ("algorithms/reward_source.py", "a template that differs makes a zero critic", "room and model_encoder.same_ids(encoder)", "room and self.reads_actor_tokens"),
     ("algorithms/reward_source.py", "prompts that the reward model cannot hold are kept", "bad = [text for text in problems if text]", "bad: list[str] = []"),
     # rewards
+    (ROLES, "the bias of a foreign reward model counts the wrong way", 'mean -= float(extras.get("score.bias", 0.0))', 'mean += float(extras.get("score.bias", 0.0))'),
     (REWARD_FUNCTIONS, "a record's field replaces the step", "columns.setdefault(name, [sample.fields.get(name) for sample in samples])", "columns[name] = [sample.fields.get(name) for sample in samples]"),
     (REWARD_FUNCTIONS, "a worker's own index names the record", "else i + reply.index * len(self.connections)", "else reply.index"),
     (REWARD_FUNCTIONS, "scores come back in the order of the processes", "scores[i::count] = self._receive(i)", "scores[i * len(samples) // count :] = self._receive(i)"),

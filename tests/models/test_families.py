@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from penstock.data.batching import pad
 from penstock.models import pretrained
 from penstock.models.decoder import Decoder
+from penstock.models.roles import RewardModel
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from tests.algorithms.oracle import token_logprobs
@@ -177,3 +179,32 @@ def test_a_reward_model_is_a_sequence_classifier_for_transformers(both, tmp_path
         last = again(tokens, lengths)[torch.arange(len(lengths)), lengths - 1]
     assert ((last @ extras["score.weight"][0]) - expected).abs().max() <= 1e-4
     assert again.config.hf["penstock_score_mean"] == 0.5
+
+
+HEADS = {"score": "score.", "classifier": "classifier.", "TRL's": "v_head.summary.", "DeepSpeed-Chat's": "v_head."}
+
+
+JUDGES = ["gpt2", "opt, untied", "bloom, 4 heads", "gpt_neox", "llama, grouped queries", "qwen3, tied"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_of_reward_models_that_others_made_are_those_of_transformers(tmp_path, head, name, bias):
+    model_type, settings = CASES[name]
+    config = transformers.AutoConfig.for_model(model_type, **(settings | NO_SPECIAL), num_labels=1)
+    config.pad_token_id = 0
+    torch.manual_seed(11)
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config).float().eval()
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{HEADS[head]}weight"] = tensors.pop("score.weight")
+    tensors |= {f"{HEADS[head]}bias": torch.tensor([0.75])} if bias else {}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = RewardModel.trained(str(tmp_path))
+    tokens, lengths = ragged_batch(ours.decoder.config.vocab_size)
+    tokens = tokens.clamp(min=1).masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], 0)
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=(tokens != 0).long()).logits[:, 0] + 0.75 * bias
+        scores = ours.read(ours(tokens, lengths)[torch.arange(len(lengths)), lengths - 1])
+    assert (scores - expected).abs().max() <= 1e-5

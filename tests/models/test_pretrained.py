@@ -239,6 +239,9 @@ WPE = "transformer.wpe.weight"
         ({"transformer.h.1.attn.c_attn.weight": torch.zeros(16, 16)}, r"c_attn.weight' has shape \(16, 16\)"),
         ({"transformer.h.2.ln_1.bias": torch.zeros(16)}, r"1 weights belong to no gpt2 model .*: transformer\.h\.2"),
         ({"score.weight": torch.zeros(2, 16)}, r"score.weight has shape \(2, 16\); a reward model gives one score"),
+        ({"v_head.weight": torch.zeros(1, 16), "score.weight": torch.zeros(1, 16)}, "and the only one"),
+        ({"classifier.bias": torch.zeros(1)}, "classifier.bias stands without the head's weight"),
+        ({"score.0.weight": torch.zeros(16, 16)}, "Of score heads, single linear ones are read: score, classifier"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(saved, changes, complaint):

@@ -43,6 +43,8 @@ def export(config: ExportConfig) -> None:
             if config.merge:
                 merge_adapters(decoder, keep=False)
             extra_config = {key: value for key, value in decoder.config.hf.items() if key.startswith("penstock_")}
+            if "score.bias" in extras:
+                raise UserError(f"{config.run}: its score head has a bias, which is not written; keep its own files.")
             pretrained.save(decoder, unfinished, score=extras.get("score.weight"), extra_config=extra_config)
         tokenizer = load_tokenizer(str(source))
         template = None if tokenizer is None else ChatTemplate(tokenizer)

@@ -40,6 +40,8 @@ from penstock.models.weight_files import (
 )
 
 CLASSIFIER_HEAD = "score.weight"
+SCORE_HEADS = ("score", "classifier", "v_head", "v_head.summary", "value_head")
+"""What others call the linear head of a reward model: transformers, old checkpoints, DeepSpeed-Chat, TRL, OpenRLHF."""
 IGNORED = (
     ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq",
     "decoder.version",
@@ -60,7 +62,7 @@ def load(
     adapter: str | Path | None = None,
 ) -> tuple[Decoder, dict[str, Tensor]]:
     """A decoder from a directory or hub id, and the checkpoint's extra weights, which are no decoder's: `score.weight`
-    [1, D] of a *ForSequenceClassification checkpoint, else none.
+    [1, D] of a reward model, whatever it is called there, and `score.bias` [1] if it has one; else none.
 
     `adapter`, in peft's format, is added to it. If `source` is an adapter, the base that it names is loaded.
     Raises UserError for an unknown family, missing files, and missing, unexpected or mis-shaped weights, by name.
@@ -234,7 +236,9 @@ class Checkpoint:
         """Compares names and shapes with the decoder's, and reads no weights. Returns the extras, see `load`."""
         weights = self._open()
         parameters: dict[str, Tensor] = dict(decoder.named_parameters())
-        if CLASSIFIER_HEAD in weights.names and self.family.HEAD not in weights.names and "head" in parameters:
+        heads = {f"{head}.{part}": f"score.{part}" for head in SCORE_HEADS for part in ("weight", "bias")}
+        has_score = not heads.keys().isdisjoint(weights.names)
+        if has_score and self.family.HEAD not in weights.names and "head" in parameters:
             self.headless = True
             parameters.pop("head")
         used = self._fill(parameters, weights.names, lambda name: torch.empty(weights.shape(name), device="meta"))
@@ -251,18 +255,25 @@ class Checkpoint:
                 stacklevel=2,
             )
         unused -= set(buffers)
-        extras = {name: weights.get(name) for name in unused if name == CLASSIFIER_HEAD}
-        if unexpected := sorted(unused - set(extras)):
+        if unexpected := sorted(unused - heads.keys()):
+            is_head = any(name.split(".")[0] in SCORE_HEADS for name in unexpected)
+            known = f" Of score heads, single linear ones are read: {', '.join(SCORE_HEADS)}." if is_head else ""
             raise UserError(
                 f"{self.directory}: {len(unexpected)} weights belong to no {self.config.family} model of this "
-                f"config.json: {_first(unexpected)}."
+                f"config.json: {_first(unexpected)}.{known}"
             )
-        for name, tensor in extras.items():
-            if tensor.shape != (1, decoder.head_weight.shape[1]):
+        extras: dict[str, Tensor] = {}
+        for name in sorted(unused):
+            tensor, width = weights.get(name), decoder.head_weight.shape[1]
+            shape = (1, width) if name.endswith("weight") else (1,)
+            if tensor.shape != shape or heads[name] in extras:
                 raise UserError(
-                    f"{self.directory}: {name} has shape {tuple(tensor.shape)}; a reward model gives one score, "
-                    f"so it must be {(1, decoder.head_weight.shape[1])}."
+                    f"{self.directory}: {name} has shape {tuple(tensor.shape)}; a reward model gives one score and has "
+                    f"one head, so it must be {shape} and the only one."
                 )
+            extras[heads[name]] = tensor
+        if extras and CLASSIFIER_HEAD not in extras:
+            raise UserError(f"{self.directory}: {', '.join(sorted(unused))} stands without the head's weight.")
         return extras
 
     def digest(self) -> str:

@@ -98,7 +98,10 @@ class Actor(Role):
         """
         decoder, extras = _load(source, **options)
         if extras:
-            raise UserError(f"{source}: is a reward model, and a language model is needed; give the one it came from.")
+            raise UserError(
+                f"{source}: is a reward model, and a language model is needed (it has a head score, classifier or "
+                "v_head); give the one it came from."
+            )
         return Actor(decoder)
 
     def frozen(self) -> "Actor":
@@ -157,11 +160,12 @@ class ScalarModel(Role):
     @classmethod
     def from_pretrained(cls, source: str, **options: Unpack[LoadOptions]) -> Self:
         """From a language model (a new head) or from a saved scalar model (its head and scale). The score head always
-        learns in full."""
+        learns in full; a bias of it becomes part of the mean."""
         decoder, extras = _load(source, **options)
         weight = extras.get("score.weight", cls.new_head(decoder))
         config = decoder.config.hf
         mean, std = float(config.get("penstock_score_mean", 0.0)), float(config.get("penstock_score_std", 1.0))
+        mean -= float(extras.get("score.bias", 0.0))
         model = cls(decoder, weight, mean, std)
         model.facts = config.get("penstock_facts", {})
         return model
