@@ -164,3 +164,99 @@ def test_logits_exist_a_tile_at_a_time(monkeypatch):
     tile, states_bytes = 64 * vocabulary * 4, rows * width * 4
     assert meter.peak <= 1.25 * tile + 4 * states_bytes  # one of them, never the next beside it
     assert meter.peak < 0.1 * rows * vocabulary * 4
+
+
+def of_several(logits, ids):
+    """The plain formula in float64: log-probabilities of k tokens, and of all others together."""
+    logprobs = logits.double().log_softmax(-1)
+    rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([logprobs.gather(1, ids), rest], dim=1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("tile", [1, 40, 1 << 23])
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_several_tokens_of_a_state_and_all_others_together(k, tile, temperature, monkeypatch):
+    """Values and gradients, of states, head and adapter, in tiles of any size."""
+    monkeypatch.setattr(tiling, "HEAD_TILE", tile)
+    rng = torch.Generator().manual_seed(0)
+    given = [torch.randn(*shape, generator=rng) for shape in ((9, 6), (13, 6), (9, 2), (13, 2))]
+    ids = torch.stack([torch.randperm(13, generator=rng)[:k] for _ in range(9)])
+    upstream = torch.randn(9, k + 1, generator=rng)
+    ours = [tensor.clone().requires_grad_() for tensor in given]
+    plain = [tensor.double().requires_grad_() for tensor in given]
+    result, _ = log_probs.logprobs(
+        [(ours[0], ours[1]), (ours[2], ours[3])], ids, temperature, entropy=False, others=True
+    )
+    expected = of_several((plain[0] @ plain[1].t() + plain[2] @ plain[3].t()) / temperature, ids)
+    agree(result, expected.float(), 2e-6)
+    (result * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for tensor, other in zip(ours, plain, strict=True):
+        assert (tensor.grad - other.grad).abs().max() <= 1e-5
+
+
+def test_one_token_of_several_is_the_one_token_bit_by_bit():
+    rng = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 16, generator=rng) for n in (40, 3000))
+    targets, upstream = torch.randint(3000, (40,), generator=rng), torch.randn(40, generator=rng)
+    results = []
+    for shape in ((40,), (40, 1)):
+        leaves = [states.clone().requires_grad_(), weight.clone().requires_grad_()]
+        result, entropy = log_probs.logprobs([(leaves[0], leaves[1])], targets.view(shape), 0.7)
+        assert result.shape == shape
+        (result.view(40) * upstream).sum().backward()
+        results.append([result.view(40), entropy, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_is_left_beside_the_likeliest_is_never_one_minus_the_rest():
+    """A student that is sure has 1e-20 for all others: their gradient must not drown in the rounding of 1 - p."""
+    logits = torch.tensor([[50.0, 2.0, 1.0, 0.0]], requires_grad=True)
+    plain = logits.detach().double().requires_grad_()
+    result = of_logits(logits, torch.tensor([[0]]), entropy=False, others=True)[0]
+    expected = of_several(plain, torch.tensor([[0]]))
+    agree(result, expected.float(), 2e-6)
+    result[0, 1].backward()
+    expected[0, 1].backward()
+    agree(logits.grad, plain.grad.float(), 2e-6)
+
+
+def test_nothing_is_left_beside_the_whole_vocabulary():
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    result = of_logits(logits, torch.arange(5).expand(3, 5), entropy=False, others=True)[0]
+    agree(result[:, :5], logits.double().log_softmax(-1).float(), 2e-6)
+    assert (result[:, 5] <= -1e29).all()
+    (result.exp() * result).sum().backward()  # minus the entropy
+    wanted = logits.detach().double().requires_grad_()
+    (wanted.softmax(-1) * wanted.log_softmax(-1)).sum().backward()
+    agree(logits.grad, wanted.grad.float(), 2e-6)
+
+
+@pytest.mark.parametrize("tile", [1, 40, 130, 1 << 23])
+@pytest.mark.parametrize(("k", "vocabulary"), [(1, None), (4, None), (13, None), (4, 9), (9, 9)])
+def test_the_likeliest_tokens_are_those_of_a_sort(k, vocabulary, tile, monkeypatch):
+    monkeypatch.setattr(tiling, "HEAD_TILE", tile)
+    rng = torch.Generator().manual_seed(1)
+    states, weight = torch.randn(9, 6, generator=rng), torch.randn(13, 6, generator=rng)
+    ids, logprobs = log_probs.top_logprobs([(states, weight)], k, 0.7, vocabulary=vocabulary)
+    logits = states.double() @ weight.double().t() / 0.7
+    assert torch.equal(ids, logits[:, :vocabulary].argsort(dim=1, descending=True)[:, :k])
+    agree(logprobs, of_several(logits, ids).float().clamp(min=log_probs.NEVER), 2e-6)
+
+
+def test_the_likeliest_tokens_of_a_decoder_have_the_log_probs_that_it_gives_them(tiny_model):
+    actor = Actor.from_pretrained(tiny_model(), lora=LoraSpec(3, targets=("lm_head", "wte")))
+    hidden = actor(torch.arange(3, 13)[None], None)[0].detach()
+    ids, logprobs = actor.decoder.top_logprobs(hidden, 5, 1.3)
+    agree(logprobs, actor.decoder.logprobs(hidden, ids, 1.3, entropy=False, others=True)[0], 2e-6)
+
+
+def test_the_likeliest_tokens_are_sought_a_tile_at_a_time(monkeypatch):
+    rows, vocabulary, width, k = 2048, 2000, 8, 4
+    monkeypatch.setattr(tiling, "HEAD_TILE", 64 * vocabulary)
+    states, weight = torch.randn(rows, width), torch.randn(vocabulary, width)
+    with Meter() as meter:
+        log_probs.top_logprobs([(states, weight)], k)
+    assert meter.peak <= 1.25 * 64 * vocabulary * 4 + 3 * rows * k * 12
+    assert meter.peak < 0.1 * rows * vocabulary * 4

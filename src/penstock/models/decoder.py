@@ -321,16 +321,28 @@ class Decoder(nn.Module):
             return logits if self.lora is None else add_to(logits, hidden, self.lora)
 
     def logprobs(
-        self, states: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = True
+        self, states: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = True, others: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of tokens `targets` [N] after states [N, D], and entropies; see `log_probs.logprobs`."""
+        """Log-probabilities of tokens `targets`, [N] or [N, k], after states [N, D], and entropies [N]; see
+        `log_probs.logprobs`."""
         with self.feed.visit(*self.reads()):
-            states = precise(states)
-            products = [(states, self.head_weight)]
-            adapter: Any
-            for adapter in self.lora or ():
-                products.append((linear(states, adapter.a) * adapter.scale, adapter.b))
-            return log_probs.logprobs(products, targets, temperature, entropy=entropy)
+            return log_probs.logprobs(self._products(states), targets, temperature, entropy=entropy, others=others)
+
+    def top_logprobs(
+        self, states: Tensor, k: int, temperature: float = 1.0, *, vocabulary: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens after states [N, D] and their log-probabilities; see `log_probs.top_logprobs`."""
+        with self.feed.visit(*self.reads()):
+            return log_probs.top_logprobs(self._products(states), k, temperature, vocabulary=vocabulary)
+
+    def _products(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The pairs (x, weight) whose products are the logits' summands."""
+        states = precise(states)
+        products = [(states, self.head_weight)]
+        adapter: Any
+        for adapter in self.lora or ():
+            products.append((linear(states, adapter.a) * adapter.scale, adapter.b))
+        return products
 
     def _run(self, tokens: Tensor, context: Context) -> Tensor:
         x = tokens
