@@ -69,7 +69,7 @@ BUGS: list[Bug] = [
     (HEAD, "temperature multiplies", "logits.float().div_(temperature)", "logits.float().mul_(temperature)"),
     (HEAD, "softmax in bf16", "else logits.float()", "else logits.bfloat16()"),
     (HEAD, "gradient of the log-prob upside down", "exp_().mul_(-falling[rows, None])", "exp_().mul_(falling[rows, None])"),
-    (HEAD, "gradient without the target's own", "slope.scatter_add_(1, column, torch.where(inside, grad[rows], 0.0)[:, None])", "pass"),
+    (HEAD, "gradient without the target's own", "slope.scatter_add_(1, column, torch.where(inside, grad[rows], 0.0))", "pass"),
     (HEAD, "entropy with the wrong sign", "torch.special.entr(every)", "-torch.special.entr(every)"),
     (HEAD, "the last tile of rows is left out", "for start in range(0, count, height))", "for start in range(0, count - height + 1, height))"),
     (FN, "log-ratio not clamped", "(logprobs - base_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "logprobs - base_logprobs"),

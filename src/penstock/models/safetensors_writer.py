@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32"}
 
 
 @dataclass(frozen=True)
