@@ -6,8 +6,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from penstock import autochunk as autochunk
+    from penstock.algorithms.config import DistillConfig as DistillConfig
     from penstock.algorithms.config import DPOConfig as DPOConfig
     from penstock.algorithms.config import GRPOConfig as GRPOConfig
+    from penstock.algorithms.distillation.distill import distill as distill
     from penstock.algorithms.grpo import grpo as grpo
     from penstock.algorithms.ppo import ppo as ppo
     from penstock.algorithms.preference import dpo as dpo
@@ -29,6 +31,7 @@ _HOMES = {
     "sft": "algorithms.sft", "reward": "algorithms.reward", "ppo": "algorithms.ppo",
     "dpo": "algorithms.preference", "DPOConfig": "algorithms.config",
     "grpo": "algorithms.grpo", "GRPOConfig": "algorithms.config",
+    "distill": "algorithms.distillation.distill", "DistillConfig": "algorithms.config",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
     "Strategy": "memory.strategy", "Decoder": "models.decoder",
     "Engine": "rollout.engine", "Rollout": "rollout.engine", "Sampling": "rollout.sampling",

@@ -48,6 +48,11 @@ COMMANDS: dict[str, Command] = {
         "algorithms.grpo:grpo",
         example="penstock grpo --model runs/sft --reward-fn grade.py:score --data prompts.jsonl --out runs/grpo",
     ),
+    "distill": Command(
+        "teach a student what a larger model would say", "algorithms.config:DistillConfig",
+        "algorithms.distillation.distill:distill",
+        example="penstock distill --model gpt2 --teacher gpt2-xl --data demonstrations.jsonl --out runs/distill",
+    ),
     "chat": Command(
         "talk with a model or a run in the terminal", "commands.config:ChatConfig", "commands.chat:chat", "model",
         "penstock chat runs/ppo",

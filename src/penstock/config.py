@@ -18,7 +18,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
-     "early_stopping_patience reward_workers"),
+     "early_stopping_patience reward_workers teacher_top_k"),
     ("at least 2: answers are compared within their group", lambda x: x >= 2, "group_size"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef kl_loss_coef weight_decay ptx_coef vf_coef "
      "temperature margin lora_rank min_new_tokens missing_eos_penalty sft_coef simpo_gamma max_resamples "
@@ -26,7 +26,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip clip_high value_clip tflops lora_alpha adam_epsilon beta reward_timeout"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
-    ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup jsd_beta on_policy"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "heldout adam_beta1 adam_beta2"),
     ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5, "label_smoothing"),
@@ -481,6 +481,6 @@ class ResumeConfig(BudgetFlags, DeviceFlags):
     steps: int | None = None
     """Steps of the whole run, with those that are made. Default: as before."""
     epochs: int | None = None
-    """sft, reward, dpo: passes over the data in the whole run, with those that are made. Default: as before."""
+    """Not ppo: passes over the data in the whole run, with those that are made. Default: as before."""
     strategy: str | None = None
     """Where weights, gradients and optimizer states are kept. Default: as before."""

@@ -30,6 +30,7 @@ PATHS = (
     "reward",
     "critic",
     "reference",
+    "teacher",
     "data",
     "ptx_data",
     "normalize",
@@ -41,12 +42,12 @@ PATHS = (
 ALIASES = {"model": "actor"}
 """Another name of a flag, in commands that have no flag of that name."""
 COMMON = {
-    "reward", "reward_fn", "critic", "lr", "steps", "epochs", "batch_size", "max_length", "max_new_tokens", "strategy",
-    "device_memory", "device", "dtype", "lora", "loss", "beta",
+    "reward", "reward_fn", "critic", "teacher", "lr", "steps", "epochs", "batch_size", "max_length", "max_new_tokens",
+    "strategy", "device_memory", "device", "dtype", "lora", "loss", "beta",
 }  # fmt: skip
 """Where a command's flags come in groups, --help shows these first."""
 METAVARS = {
-    "MODEL": ("model", "actor", "critic", "reference", "critic_model"),
+    "MODEL": ("model", "actor", "critic", "reference", "critic_model", "teacher", "teacher_model"),
     "RUN": ("run", "reward", "adapter"),
     "FILE": ("data", "files", "ptx_data", "normalize", "eval_data", "profile", "json"),
     "NAME": ("strategy",),

@@ -145,3 +145,54 @@ class GRPOConfig(RewardFlags, EvalFlags):
     def rollout(self) -> GRPOFlags:
         """What algorithms share: each config names its own flags."""
         return self.grpo
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillFlags(Flags):
+    """Distillation: what is learned from the teacher, and on which answers."""
+
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """The divergence per token: forward_kl covers all that the teacher says, reverse_kl keeps to what it says most, jsd
+    is between the two."""
+    jsd_beta: float = 0.5
+    """jsd: the teacher's weight in the mixture; 0 is forward_kl and 1 reverse_kl, as in TRL's GKD."""
+    temperature: float = 1.0
+    """Divides the logits of both models, in the loss and in sampling."""
+    teacher_top_k: int = 64
+    """The teacher's likeliest tokens that are compared one by one; all others are compared as one."""
+    sft_coef: float = 0.0
+    """Weight of the negative log-likelihood per token of given answers beside the divergence."""
+    on_policy: float = 0.0
+    """Share of the steps that learn on the student's own samples instead of the given answers (GKD's lambda). At 1 only
+    prompts are read, and the samples for held-out prompts are what is evaluated."""
+    max_new_tokens: int = 128
+    """Tokens per sampled answer."""
+    rollout_batch_size: int | None = None
+    """Answers that one process generates together. Fewer need a smaller KV cache. Default: all of its answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(EvalFlags):
+    """Distillation: a student learns a teacher's probabilities of the next token."""
+
+    LR: ClassVar[float] = 1e-5
+    model: str
+    """The student: Hugging Face directory, hub id or run directory."""
+    teacher: str
+    """The frozen model that is learned from; its token ids mean what the student's mean."""
+    data: DataFlags
+    run: RunFlags
+    peft: LoraFlags = field(default_factory=LoraFlags)
+    optim: OptimFlags = field(default_factory=OptimFlags)
+    distill: DistillFlags = field(default_factory=DistillFlags)
+    teacher_dtype: Literal["int8", "nf4"] | None = None
+    """Keep the weights of the teacher's blocks in 8 bits, or in 4 (QLoRA's NF4)."""
+    precompute_teacher: bool = False
+    """Have the teacher read all given answers once, before training, and keep its likeliest tokens in the run
+    directory: teacher and student are never in memory together."""
+    samples: int = 8
+    """Held-out prompts answered before and after training, for the report."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_lr(self)

@@ -13,7 +13,7 @@ counted and not run: they are all alike.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from zlib import crc32
 
@@ -26,7 +26,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.algorithms import preference, reward, sft
-from penstock.algorithms.config import DPOFlags, GRPOFlags
+from penstock.algorithms.config import DistillFlags, DPOFlags, GRPOFlags
+from penstock.algorithms.distillation.distill import Distillation
+from penstock.algorithms.distillation.inputs import Row
+from penstock.algorithms.distillation.teacher import TeacherStore, read_teacher
 from penstock.algorithms.experience import Roles
 from penstock.algorithms.grpo import GRPO, with_advantages
 from penstock.algorithms.policy import permutation
@@ -42,7 +45,7 @@ from penstock.memory.tiers import PAGE, Disk, DiskHome, Ram, Tier
 from penstock.models import linear, surgery
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, Critic, RewardModel
-from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, one_by_one
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
 
@@ -55,6 +58,10 @@ def dry_run(setting: Setting) -> dict[str, Any]:
 
     Raises ResourceError where a budget does not suffice.
     """
+    if setting.workload.stored:
+        parts = [dry_run(part) for part in one_by_one(setting)]
+        traffic = {phase: moved for part in parts for phase, moved in part.pop("traffic").items()}
+        return {**{tier: max(part[tier] for part in parts) for tier in parts[0]}, "traffic": traffic}
     planned = forecast_of(setting, timed=False)
     budgets, ranks = setting.budgets, PretendWorld(0, setting.world, CPU)
     tiers: dict[str, Any] = {
@@ -97,9 +104,9 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
             meter.peaks = Counter(meter.used)
             traffic[name] = {key: count - before[key] for key, count in moved(strategy).items()}
 
-        if work.rolls_out:
-            host = strategy.tiers["host"]
-            _policy(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
+        if work.rolls_out or work.stage == "distill":
+            host, run = strategy.tiers["host"], _distill if work.stage == "distill" else _policy
+            run(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
         else:
             {"sft": _sft, "reward": _reward, "dpo": _dpo}[work.stage](work, strategy, streams, phase)
     return {**peaks, "traffic": traffic}
@@ -179,12 +186,7 @@ def _policy(work: Workload, strategy: Strategy, streams: dict[str, Stream], phas
     optim = OptimFlags(1e-6, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size, epochs=work.epochs)
     roles = Roles(streams["actor"], streams.get("reference"), streams.get("critic"), streams.get("reward"), _no_scores)
     decoder = streams["actor"].model.decoder
-    count = math.ceil(work.batch_size / strategy.world.size)
-    rollout: list[Answer] = []
-    rows = work.rollout_batch_size or count
-    with phase("rollout"):
-        for start in range(0, count, rows):
-            rollout += _generate(strategy, decoder, min(rows, count - start), work, swap)
+    rollout = _rollout(work, strategy, decoder, phase, swap)
     if work.stage == "ppo":
         iteration: Any = PPO(strategy, roles, optim)
         with phase("score"):
@@ -201,8 +203,50 @@ def _policy(work: Workload, strategy: Strategy, streams: dict[str, Stream], phas
                 iteration.learn(experience, index)
 
 
+def _rollout(work: Workload, strategy: Strategy, decoder: Decoder, phase: Phases, swap: Ram | None) -> list[Answer]:
+    """All answers of this rank."""
+    count, rollout = math.ceil(work.batch_size / strategy.world.size), list[Answer]()
+    rows = work.rollout_batch_size or count
+    with phase("rollout"):
+        for start in range(0, count, rows):
+            rollout += _generate(strategy, decoder, min(rows, count - start), work, swap)
+    return rollout
+
+
 def _no_scores(records: Sequence[Any], answers: Sequence[Answer]) -> list[float]:
     return [0.0] * len(answers)
+
+
+def _distill(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases, swap: Ram | None) -> None:
+    """One optimizer step as in algorithms.distillation.distill.distill; of a teacher or a student alone, its part."""
+    optim = OptimFlags(1e-5, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size)
+    answer = work.length - work.prompt_length
+    rows = [Row([1] * work.length, [False] * work.prompt_length + [True] * answer)] * work.batch_size
+    flags, teacher = DistillFlags(teacher_top_k=work.top_k), streams.get("teacher")
+    if "model" not in streams:
+        assert teacher is not None
+        with phase("score"):
+            batches = sft.micro_batches(strategy.world.share_of(rows), work.micro_batch_size, CPU)
+            read_teacher(strategy, teacher, batches, flags, work.roles[0].config.vocab_size)
+        return
+    if work.samples:
+        _rollout(work, strategy, streams["model"].model.decoder, phase, swap)
+    iteration = Distillation(strategy, streams["model"], teacher or _Store(answer, work.top_k), optim, flags)
+    with phase("score") if teacher else nullcontext():
+        taught = iteration.teach(rows)
+    with phase("train"):
+        iteration.learn(taught, answer * len(rows), 1e-5)
+
+
+class _Store(TeacherStore):
+    """What a teacher would have said of answers that all have the same length."""
+
+    def __init__(self, answer: int, k: int) -> None:
+        self.answer, self.k = answer, k
+
+    def read(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        count = self.answer * len(numbers)
+        return torch.arange(self.k).repeat(count, 1), torch.empty(count, self.k + 1)
 
 
 def _sft(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:

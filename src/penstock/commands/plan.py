@@ -157,6 +157,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
     lines = [
         f"{config.stage} of {config.model}"
         + (f" with critic and reward model {config.critic_model}" if config.critic_model else "")
+        + (f" with teacher {config.teacher_model}" if config.teacher_model else "")
         + f", {config.dtype}, --strategy {setting.strategy}, {setting.world} process{'es' * (setting.world > 1)}, "
         f"{config.batch_size} rows an iteration in micro-batches of {config.micro_batch_size}. Per process:",
         "",

@@ -14,7 +14,9 @@ class PlanConfig(PlacementFlags):
     """A size (s, xl, 8b, 175b, opt-6.7b, bloom-7b1, llama-3-8b, ...) or a directory with a config.json."""
     critic_model: str | None = None
     """Size of critic and reward model. Default: --model."""
-    stage: Literal["ppo", "grpo", "sft", "reward", "dpo"] = "ppo"
+    teacher_model: str | None = None
+    """distill: size of the teacher. Default: --model."""
+    stage: Literal["ppo", "grpo", "sft", "reward", "dpo", "distill"] = "ppo"
     """The command to plan."""
     strategy: str = "gemini_auto"
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -42,6 +44,14 @@ class PlanConfig(PlacementFlags):
     """ppo, grpo: at 0 there is no reference."""
     precompute_reference: bool = False
     """dpo: no reference beside the model that learns: with this flag of the command, or a loss that has none."""
+    teacher_top_k: int = 64
+    """distill: the teacher's likeliest tokens that are compared one by one."""
+    teacher_dtype: Literal["int8", "nf4"] | None = None
+    """distill: what the weights of the teacher's blocks are kept in."""
+    on_policy: float = 0.0
+    """distill: above 0 the student's own samples are learned too."""
+    precompute_teacher: bool = False
+    """distill: the teacher reads all answers before the student is in memory."""
     prompt_length: int = 384
     """Tokens per prompt."""
     max_new_tokens: int = 128

@@ -225,6 +225,27 @@ def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entrop
     return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s)
 
 
+def with_top_k(work: Work, config: DecoderConfig, read: int, k: int) -> Work:
+    """The same where k tokens are read of each state, or sought (models.log_probs), and compared."""
+    rows, _ = head_tile(read, config.vocab_size)
+    column, indices = read * (k + 1) * FP32, rows * k * (2 * INDEX + 1)
+    sought = top_k_bytes(read, k) + 3 * rows * k * 2 * INDEX
+    return dataclasses.replace(
+        work,
+        forward_head=work.forward_head + max(sought, 2 * column + indices),
+        backward_head=work.backward_head + DIVERGENCE * column + indices,
+    )
+
+
+DIVERGENCE = 11
+"""Tensors of k + 1 numbers per state: five of log_probs' backward, and what the graph of the JSD keeps."""
+
+
+def top_k_bytes(read: int, k: int) -> int:
+    """What a teacher says of `read` states: k ids, and log-probabilities of these and the rest."""
+    return read * (k * INDEX + (k + 1) * FP32) if k else 0
+
+
 def cache_of(config: DecoderConfig, dtype: str, rows: int, slots: int) -> int:
     """Bytes of a KV cache: rollout.cache.KVCache."""
     c = config

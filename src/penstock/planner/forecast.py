@@ -4,10 +4,12 @@ It runs the engine's own decisions (`memory/plan.py`) on ids and byte counts: 17
 comes to what a run measures is itself measured (benchmarks/planner). See [Note: one arithmetic for plan and engine].
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk
@@ -74,6 +76,20 @@ class Forecast:
     def peak(self) -> dict[TierName, int]:
         """Per tier, over all phases."""
         return {tier: max(phase[tier] for phase in self.phases.values()) for tier in TIERS}
+
+
+def one_after_the_other(forecasts: Sequence[Forecast]) -> Forecast:
+    """Of runs that never hold anything at the same time."""
+    merged: dict[str, Any] = {
+        field: {name: value for forecast in forecasts for name, value in getattr(forecast, field).items()}
+        for field in ("phases", "worst", "traffic", "seconds")
+    }
+    objects: dict[str, dict[TierName, int]] = {}
+    for name, sizes in ((name, sizes) for forecast in forecasts for name, sizes in forecast.objects.items()):
+        before = objects.get(name, {})
+        objects[name] = {tier: max(before.get(tier, 0), sizes.get(tier, 0)) for tier in TIERS}
+    largest = max(forecasts, key=lambda forecast: forecast.slots.nbytes)
+    return dataclasses.replace(largest, objects=objects, **merged)
 
 
 def with_slack(activations: int, shard: int) -> int:

@@ -25,7 +25,15 @@ from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.planner import footprint, machine
 from penstock.planner.activations import Batch, Pass, Work, activations_of
 from penstock.planner.config import PlanConfig
-from penstock.planner.forecast import TIERS, Forecast, Rates, forecast, sharing_groups, with_slack
+from penstock.planner.forecast import (
+    TIERS,
+    Forecast,
+    Rates,
+    forecast,
+    one_after_the_other,
+    sharing_groups,
+    with_slack,
+)  # fmt: skip
 from penstock.units import parse_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -65,11 +73,17 @@ class Workload:
     """Answers that one process generates together. None: all answers of the process."""
     group_size: int = 1
     """Answers to one prompt, which is read once for all of them."""
+    top_k: int = 0
+    """distill: the teacher's tokens that are compared one by one."""
+    samples: bool = False
+    """distill: whether the student's own answers are learned, and not only given ones."""
+    stored: bool = False
+    """distill: the teacher reads all answers before the student is in memory."""
 
     @property
     def rolls_out(self) -> bool:
         """Whether the model answers prompts to learn from."""
-        return self.stage in ("ppo", "grpo")
+        return self.stage in ("ppo", "grpo") or self.samples
 
     @property
     def length(self) -> int:
@@ -132,6 +146,7 @@ ROLES = {  # of each stage: name, whether it is trained, whether it has a scalar
     "sft": (("model", True, False),),
     "reward": (("model", True, True),),
     "dpo": (("model", True, False), ("reference", False, False)),
+    "distill": (("model", True, False), ("teacher", False, False)),
 }
 
 
@@ -145,8 +160,11 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
 
     def role(name: str, trained: bool, scalar: bool) -> RoleSpec:
         decoder, source = (scalar_model, config.critic_model or config.model) if scalar else (model, config.model)
-        spec = None if name == "reference" else adapters
-        return RoleSpec(name, decoder, trained, scalar, spec, source if adapters else None, config.base_dtype)
+        spec, base_dtype = None if name == "reference" else adapters, config.base_dtype
+        if name == "teacher":
+            source, spec, base_dtype = config.teacher_model or config.model, None, config.teacher_dtype
+            decoder = config_of(source, "--teacher-model")
+        return RoleSpec(name, decoder, trained, scalar, spec, source if adapters else None, base_dtype)
 
     if config.prompt_length >= model.max_length:
         raise UserError(
@@ -166,6 +184,9 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
         config.max_new_tokens,
         config.rollout_batch_size,
         config.group_size if config.stage == "grpo" else 1,
+        top_k=config.teacher_top_k if config.stage == "distill" else 0,
+        samples=config.stage == "distill" and config.on_policy > 0,
+        stored=config.stage == "distill" and config.precompute_teacher,
     )
 
 
@@ -184,8 +205,8 @@ def config_of(name: str, flag: str) -> DecoderConfig:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
 
-SCORED = ("actor", "reference", "critic", "reward")
-"""Roles in the order in which algorithms.experience.score runs them."""
+SCORED = ("actor", "reference", "critic", "reward", "teacher")
+"""Roles that read answers before they are learned, in the order in which algorithms.experience.score runs them."""
 
 
 def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
@@ -194,11 +215,10 @@ def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
     rows = math.ceil(work.batch_size / world)
     phases: dict[str, list[Pass]] = {}
     if work.rolls_out:
-        roles = {role.name: role for role in work.roles}  # without "reward" where a --reward-fn scores
         phases["rollout"] = [_generation(setting, rows, swap)]
-        phases["score"] = [_pass(setting, roles[name], rows, "evaluate") for name in SCORED if name in roles]
-    elif reference := next((role for role in work.roles if role.name == "reference"), None):
-        phases["score"] = [_pass(setting, reference, rows, "evaluate")]  # dpo
+    roles = {role.name: role for role in work.roles}  # without "reward" where a --reward-fn scores
+    if scored := [_pass(setting, roles[name], rows, "evaluate") for name in SCORED if name in roles]:
+        phases["score"] = scored
     updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.rolls_out else 1)
     rows = math.ceil(work.mini_batch_size / world)
     trained = [role for role in work.roles if role.trained]
@@ -225,7 +245,7 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
     )
     cache, token = (footprint.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
     return Pass(
-        "actor",
+        role.name,
         "generate",
         prefill,
         times=math.ceil(answers / rows),
@@ -253,12 +273,14 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         role.spec,
         Batch(micro, work.length, micro * states),
         scalar=role.scalar,
-        entropy=work.stage not in ("sft", "dpo"),
+        entropy=work.stage not in ("sft", "dpo", "distill"),
         packed=role.base_dtype,
         arithmetic=setting.arithmetic,
     )
     if setting.activation_budget is not None:
         activations = _in_slices(activations, setting, role, micro)
+    if work.top_k:
+        activations = footprint.with_top_k(activations, role.config, micro * states, work.top_k)
     flops = _flops(role.config, rows, work.length, 0 if role.scalar else rows * states)
     return Pass(
         role.name,
@@ -267,6 +289,7 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         count=math.ceil(rows / micro),
         times=times,
         flops=flops * (3 if kind == "step" else 1),
+        held=footprint.top_k_bytes(rows * states, work.top_k),
     )
 
 
@@ -294,6 +317,9 @@ def _flops(config: DecoderConfig, rows: int, length: int, states: int) -> float:
 
 def forecast_of(setting: Setting, *, timed: bool = True) -> Forecast:
     """The forecast of one iteration. Without `timed` it has no traffic and no seconds."""
+    if setting.workload.stored:
+        parts = [forecast_of(part, timed=timed) for part in one_by_one(setting)]
+        return one_after_the_other(parts)
     if setting.activation_budget is not None:
         setting = dataclasses.replace(setting, recompute=True)
     device = setting.budgets.get("device")
@@ -303,6 +329,13 @@ def forecast_of(setting: Setting, *, timed: bool = True) -> Forecast:
         return on_device
     swapped = _forecast(setting, timed, moves, swap=True)
     return min(on_device, swapped, key=lambda forecast: forecast.peak["device"])
+
+
+def one_by_one(setting: Setting) -> list[Setting]:
+    """Of a stored teacher: what it takes alone, and then the student."""
+    work = dataclasses.replace(setting.workload, stored=False)
+    alone = [dataclasses.replace(work, roles=(role,)) for role in sorted(work.roles, key=lambda role: role.trained)]
+    return [dataclasses.replace(setting, workload=part) for part in alone]
 
 
 def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) -> Forecast:
@@ -337,7 +370,7 @@ def _laid(role: RoleSpec, dtype: str, world: int, chunk_size: int | None) -> tup
     groups: Iterable[tuple[str, Sequence[Weight]]]
     if role.groups is not None:
         groups = role.groups
-    elif role.spec or role.base:
+    elif role.spec or role.base or role.base_dtype:
         groups = lora_targets.groups_of(
             role.config, dtype, role.spec, trained=role.trained, scalar=role.scalar, base=role.base,
             packed=role.base_dtype

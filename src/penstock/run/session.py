@@ -33,7 +33,7 @@ from penstock.run.metrics import Lines, peak_rss_bytes
 from penstock.run.progress import Progress
 
 STREAMS = ("metrics", "perf", "samples", "health")
-MODEL_FLAG = {"sft": "model", "reward": "model", "ppo": "actor", "dpo": "model"}
+MODEL_FLAG = {"sft": "model", "reward": "model", "ppo": "actor", "dpo": "model", "distill": "model"}
 SKIPS_IN_A_ROW = 3
 """Non-finite updates before a run stops itself (PPO.md 20)."""
 QUIET = 3
