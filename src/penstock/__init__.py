@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from penstock.algorithms.config import DistillConfig as DistillConfig
     from penstock.algorithms.config import DPOConfig as DPOConfig
     from penstock.algorithms.config import GRPOConfig as GRPOConfig
+    from penstock.algorithms.config import KTOConfig as KTOConfig
     from penstock.algorithms.distillation.distill import distill as distill
     from penstock.algorithms.grpo import grpo as grpo
+    from penstock.algorithms.kto import kto as kto
     from penstock.algorithms.ppo import ppo as ppo
     from penstock.algorithms.preference import dpo as dpo
     from penstock.algorithms.reward import reward as reward
@@ -32,6 +34,7 @@ _HOMES = {
     "dpo": "algorithms.preference", "DPOConfig": "algorithms.config",
     "grpo": "algorithms.grpo", "GRPOConfig": "algorithms.config",
     "distill": "algorithms.distillation.distill", "DistillConfig": "algorithms.config",
+    "kto": "algorithms.kto", "KTOConfig": "algorithms.config",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
     "Strategy": "memory.strategy", "Decoder": "models.decoder",
     "Engine": "rollout.engine", "Rollout": "rollout.engine", "Sampling": "rollout.sampling",

@@ -34,6 +34,10 @@ COMMANDS: dict[str, Command] = {
         "learn a score from rankings", "config:RewardConfig", "algorithms.reward:reward",
         example="penstock reward --model runs/sft --data rankings.jsonl --out runs/reward",
     ),
+    "kto": Command(
+        "learn from single votes, answers that were liked or disliked", "algorithms.config:KTOConfig",
+        "algorithms.kto:kto", example="penstock kto --model runs/sft --data votes.jsonl --out runs/kto",
+    ),
     "ppo": Command(
         "improve the actor against a score, near the reference", "config:PPOConfig", "algorithms.ppo:ppo",
         example="penstock ppo --actor runs/sft --reward runs/reward --data prompts.jsonl --out runs/ppo",

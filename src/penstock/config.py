@@ -24,7 +24,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "temperature margin lora_rank min_new_tokens missing_eos_penalty sft_coef simpo_gamma max_resamples "
      "overlong_buffer"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
-     "clip clip_high value_clip tflops lora_alpha adam_epsilon beta reward_timeout"),
+     "clip clip_high value_clip tflops lora_alpha adam_epsilon beta reward_timeout desirable_weight "
+     "undesirable_weight"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup jsd_beta on_policy"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
@@ -191,8 +192,8 @@ class OptimFlags(Flags):
     """Optimizer."""
 
     lr: float = None  # type: ignore[assignment]  # `settle_lr` gives it its value
-    """Peak learning rate, after a linear warm-up. Default: 1e-5 (dpo: 1e-6), and ten times that for an adapter; for ppo
-    from 1B parameters up 3e-6 is usual."""
+    """Peak learning rate, after a linear warm-up. Default: 1e-5 (dpo, kto: 1e-6), and ten times that for an adapter;
+    for ppo from 1B parameters up 3e-6 is usual."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """After the warm-up: to 0 in a line or a half cosine, constant, or constant and to 0 in the last fifth (wsd)."""
     batch_size: int = 32

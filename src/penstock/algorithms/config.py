@@ -77,6 +77,41 @@ class DPOConfig(EvalFlags):
         settle_lr(self)
 
 
+@dataclass(frozen=True)
+class KTOFlags(Flags):
+    """KTO: the loss."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """kto measures rewards from the KL of mismatched pairs (Ethayarajh et al. 2024); apo_zero_unpaired from 0,
+    for liked answers that are better than the model's own (D'Oosterlinck et al. 2024)."""
+    beta: float = 0.1
+    """How near the policy stays to the reference: a larger beta is nearer."""
+    desirable_weight: float = 1.0
+    """Weight of liked answers in the loss."""
+    undesirable_weight: float = 1.0
+    """Weight of disliked answers in the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(EvalFlags):
+    """KTO: learn from single votes, each an answer that was liked or disliked."""
+
+    LR: ClassVar[float] = 1e-6
+    model: str
+    """The SFT model to start from: Hugging Face directory, hub id or run directory."""
+    data: DataFlags
+    run: RunFlags
+    peft: LoraFlags = field(default_factory=LoraFlags)
+    reference: str | None = None
+    """The frozen model that the policy is measured from. Default: the start of --model."""
+    optim: OptimFlags = field(default_factory=OptimFlags)
+    kto: KTOFlags = field(default_factory=KTOFlags)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_lr(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GRPOFlags(RolloutFlags):
     """GRPO: groups, advantages, KL and losses."""

@@ -20,6 +20,7 @@ from penstock.algorithms import functional as fn
 from penstock.algorithms.ppo_inputs import check_role
 from penstock.algorithms.reward import Ranking, Rankings, longest_row, micro_batches
 from penstock.algorithms.setup import reserve_activations, role_specs, strategy_of
+from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.config import OptimFlags
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
@@ -51,9 +52,12 @@ def answer_logprobs(model: Actor, hidden: Tensor, batch: Rankings) -> Tensor:
     answered = [n for ranking in batch.rankings for n in ranking.response_lengths]
     lengths = torch.tensor(answered, device=batch.tokens.device)
     mask = fn.response_mask(batch.lengths - lengths, lengths, batch.tokens.shape[1])
-    states = fn.states_before(hidden, mask)
-    logprobs, _ = model.decoder.logprobs(states, batch.tokens[mask], entropy=False)
-    return fn.unpack(logprobs, lengths).sum(dim=1)
+    return row_logprobs(model, hidden, Rows(batch.tokens, mask))
+
+
+def row_logprobs(model: Actor, hidden: Tensor, rows: Rows) -> Tensor:
+    """The log-probability of each row's trained tokens, summed: hidden [B, T, D] -> [B] fp32."""
+    return fn.unpack(response_logprobs(model, hidden, rows), rows.trained.sum(dim=1)).sum(dim=1)
 
 
 def with_reference(

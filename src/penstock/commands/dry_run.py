@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penstock.algorithms import preference, reward, sft
+from penstock.algorithms import kto, preference, reward, sft
 from penstock.algorithms.config import DistillFlags, DPOFlags, GRPOFlags
 from penstock.algorithms.distillation.distill import Distillation
 from penstock.algorithms.distillation.inputs import Row
@@ -108,7 +108,8 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
             host, run = strategy.tiers["host"], _distill if work.stage == "distill" else _policy
             run(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
         else:
-            {"sft": _sft, "reward": _reward, "dpo": _dpo}[work.stage](work, strategy, streams, phase)
+            stages = {"sft": _sft, "reward": _reward, "dpo": _dpo, "kto": _kto}
+            stages[work.stage](work, strategy, streams, phase)
     return {**peaks, "traffic": traffic}
 
 
@@ -278,6 +279,18 @@ def _pairs(work: Workload) -> list[reward.Ranking]:
     rows = [[1] * (work.length - 1) + [last] for last in (1, 2)]  # equal rows would not be compared
     response = work.length - work.prompt_length
     return [reward.Ranking(rows, (0, 1), (response, response))] * (work.batch_size // 2)
+
+
+def _kto(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: Phases) -> None:
+    """One optimizer step on whole rows, half of them liked."""
+    trained = [i >= work.prompt_length for i in range(work.length)]
+    votes = [kto.Judged([1] * work.length, trained, liked=i % 2 == 0) for i in range(work.batch_size)]
+    optim = OptimFlags(1e-6, batch_size=work.batch_size, micro_batch_size=work.micro_batch_size)
+    iteration = kto.KTO(strategy, streams["model"], streams["reference"], optim)
+    with phase("score"):
+        batch = iteration.score(votes)
+    with phase("train"):
+        iteration.learn(batch, 1e-6)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class PlanConfig(PlacementFlags):
     """Size of critic and reward model. Default: --model."""
     teacher_model: str | None = None
     """distill: size of the teacher. Default: --model."""
-    stage: Literal["ppo", "grpo", "sft", "reward", "dpo", "distill"] = "ppo"
+    stage: Literal["ppo", "grpo", "sft", "reward", "dpo", "kto", "distill"] = "ppo"
     """The command to plan."""
     strategy: str = "gemini_auto"
     dtype: Literal["fp32", "bf16"] = "bf16"

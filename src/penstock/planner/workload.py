@@ -146,6 +146,7 @@ ROLES = {  # of each stage: name, whether it is trained, whether it has a scalar
     "sft": (("model", True, False),),
     "reward": (("model", True, True),),
     "dpo": (("model", True, False), ("reference", False, False)),
+    "kto": (("model", True, False), ("reference", False, False)),
     "distill": (("model", True, False), ("teacher", False, False)),
 }
 
@@ -171,7 +172,7 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
             f"--prompt-length {config.prompt_length}: leaves no room for a response in {config.model}, which holds "
             f"rows of {model.max_length} tokens."
         )
-    has_reference = not config.precompute_reference if config.stage == "dpo" else bool(config.kl_coef)
+    has_reference = {"dpo": not config.precompute_reference, "kto": True}.get(config.stage, bool(config.kl_coef))
     batch_size = config.batch_size * (2 if config.stage in ("reward", "dpo") else 1)  # a pair is two rows
     return Workload(
         config.stage,
@@ -219,6 +220,9 @@ def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
     roles = {role.name: role for role in work.roles}  # without "reward" where a --reward-fn scores
     if scored := [_pass(setting, roles[name], rows, "evaluate") for name in SCORED if name in roles]:
         phases["score"] = scored
+    if work.stage == "kto":  # the policy reads mismatched pairs, the reference these and the answers
+        policy, answers = _pass(setting, roles["model"], rows, "evaluate"), scored[0]
+        phases["score"] = [dataclasses.replace(answers, count=2 * answers.count, flops=2 * answers.flops), policy]
     updates = math.ceil(work.batch_size / work.mini_batch_size) * (work.epochs if work.rolls_out else 1)
     rows = math.ceil(work.mini_batch_size / world)
     trained = [role for role in work.roles if role.trained]
@@ -273,7 +277,7 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         role.spec,
         Batch(micro, work.length, micro * states),
         scalar=role.scalar,
-        entropy=work.stage not in ("sft", "dpo", "distill"),
+        entropy=work.stage not in ("sft", "dpo", "kto", "distill"),
         packed=role.base_dtype,
         arithmetic=setting.arithmetic,
     )

@@ -33,7 +33,8 @@ from penstock.run.metrics import Lines, peak_rss_bytes
 from penstock.run.progress import Progress
 
 STREAMS = ("metrics", "perf", "samples", "health")
-MODEL_FLAG = {"sft": "model", "reward": "model", "ppo": "actor", "dpo": "model", "distill": "model"}
+MODEL_FLAG = {"ppo": "actor"}
+"""Where the flag that names the model to start from is not --model."""
 SKIPS_IN_A_ROW = 3
 """Non-finite updates before a run stops itself (PPO.md 20)."""
 QUIET = 3
@@ -149,9 +150,10 @@ class Session:
         self._warnings = self.state.get("warnings", {})
         for path, digest in self.state["data"].items():
             if self._data.get(path, digest) != digest:
+                flag = MODEL_FLAG.get(self.command, "model")
                 raise UserError(
                     f"{path}: has changed since {newest.name} was written, and a resumed run must see the same rows. "
-                    f"Put it back, or start a new run from this one's model: --{MODEL_FLAG[self.command]} {self.path}"
+                    f"Put it back, or start a new run from this one's model: --{flag} {self.path}"
                 )
         self.say(f"resumed from {newest.name}")
 
