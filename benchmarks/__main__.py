@@ -15,6 +15,7 @@ BENCHMARKS = {
     "planner": ("planner:main", "grid, 175b, one-card: the plan against the engine"),
     "rollout": ("rollout:main", "speed, ragged, samples, int8: generation against transformers"),
     "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),
+    "losses": ("losses:main", "losses, advantages and gradients against TRL on the same rows"),
     "ranks": ("ranks:main", "two ranks against two processes that do not communicate"),
     "serve": ("serve:main", "load, fuzz, clients: the chat service from outside"),
     "demo": ("demo:main", "what the demo takes and what it learns"),

@@ -229,6 +229,12 @@ def gradients_runs(results: Results) -> Iterator[Result]:
             yield {**run, "shape": shape, "strategy": strategy, "rows": rows}
 
 
+def losses_runs(results: Results) -> Iterator[Result]:
+    """One per loss."""
+    for name, row in results["losses"]["rows"].items():
+        yield {"note": "", **row, "name": name}
+
+
 def reward_scale_runs(results: Results) -> Iterator[Result]:
     """One per offset and scale."""
     for name, run in results["reward_scale"]["rows"].items():
@@ -313,6 +319,16 @@ CLAIMS = [
         {
             "two processes on two cores": "{cpu}", "": "{name}", "samples per second, both": "{rate:.3f}",
             "share of the ideal": "{share:.2f}",
+        },
+    ),
+    Claim(
+        "Losses, advantages and gradients against TRL", "The largest differences between a step of ours and TRL's own "
+        "trainers on the same rows, tiny models of GPT-2's and Llama's kind in fp32: of an answer's log-probability, "
+        "KL (KTO) or advantage, loss, and as a share the gradient's norm.",
+        ("losses",), "python -m benchmarks losses", losses_runs,
+        {
+            "loss": "{name}", "log-probability": "{logps:.0e}", "KL, advantage": "{kl:.0e}|{advantages:.0e}",
+            "loss's value": "{loss:.0e}", "gradient": "{grad_norm:.0e}", "what differs by definition": "{note}",
         },
     ),
     Claim(

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.commands.bench.work import Four, fill_quickly
+from penstock.config import OptimFlags
 from penstock.memory.strategy import Strategy
 from penstock.models import presets, surgery
 from penstock.models.config import DecoderConfig
@@ -46,6 +48,33 @@ def sft(strategy: Strategy, stream: Any, lr: float = 1e-5) -> Callable[[list[Row
     return step
 
 
+def grpo(strategy: Strategy, shape: DecoderConfig, options: Any, prompts: list[list[int]]) -> Callable[[], object]:
+    """One call is one step on a group of answers to each prompt: KL to a reference in the loss, one update on all."""
+    from turns import reward_of  # of this folder
+
+    from penstock.algorithms.config import GRPOFlags
+    from penstock.algorithms.experience import Roles
+    from penstock.algorithms.grpo import GRPO, with_advantages
+
+    actor, reference = actor_of(strategy, shape), actor_of(strategy, shape)
+    reference.eval().requires_grad_(False)
+    streams = strategy.prepare_all(actor, reference)
+    roles = Roles(*streams, scorer=lambda records, answers: [reward_of(answer.response_ids) for answer in answers])
+    optim, flags = OptimFlags(lr=1e-6, micro_batch_size=options.micro), GRPOFlags(group_size=options.group)
+    policy, steps = GRPO(strategy, roles, optim, flags), itertools.count()
+
+    def step() -> object:
+        first = next(steps) * options.rows
+        rollout = policy.rollout(
+            prompts, range(first, first + options.rows), n=options.group, max_new_tokens=options.new
+        )
+        with strategy.phase("score"):
+            experience = policy.read(rollout, [None] * options.rows, options.group)
+        return policy.learn(with_advantages(experience, flags), torch.arange(options.rows))
+
+    return step
+
+
 def step_of(options: Any, shape: DecoderConfig) -> Callable[[], object]:
     """One step of the work that the flags ask for."""
     prompts = torch.randint(1, options.vocab, (options.rows, options.prompt)).tolist()
@@ -59,6 +88,8 @@ def step_of(options: Any, shape: DecoderConfig) -> Callable[[], object]:
     if options.work == "ppo":  # all rows in one micro-batch
         four = Four(strategy, shape, options.rows)
         return lambda: list(four.iteration(prompts, options.new))
+    if options.work == "grpo":
+        return grpo(strategy, shape, options, prompts[: options.rows // options.group])
     actor = actor_of(strategy, shape, options.rank if options.work == "lora" else 0)
     step = sft(strategy, strategy.prepare(actor))
     tokens = torch.randint(1, options.vocab, (options.rows, options.prompt + options.new)).to(strategy.world.device)
@@ -71,7 +102,7 @@ def main() -> None:
     from turns import Turns, flags  # of this folder
 
     options = flags(
-        __doc__ or "", work=["ppo", "sft", "lora", "generate"], recompute=["no", "yes"], device_memory=None,
+        __doc__ or "", work=["ppo", "grpo", "sft", "lora", "generate"], recompute=["no", "yes"], device_memory=None,
         strategy=["ddp", "ddp_8bit", "zero2_cpu", "gemini_cpu"],
     )  # fmt: skip
     turns = Turns()

@@ -42,6 +42,7 @@ class Race:
     """Theirs is in bf16. On a processor without bf16 instructions a step takes minutes: one of each, and no warm-up."""
 
 
+GRPO, OUR_GRPO = "trl_grpo.py --rows 64", "--work grpo --rows 64"
 TRL, BF16, AUTOCAST = "trl_ppo.py", "--dtype bf16", "trl_ppo.py --autocast bf16"
 EIGHT_BIT, STREAMED = "--strategy ddp_8bit", "--work sft --strategy gemini_cpu"
 RACES = {
@@ -52,6 +53,12 @@ RACES = {
     "ppo, TRL, bf16 by autocast, ours with 8-bit moments": Race("trl", AUTOCAST, f"{BF16} {EIGHT_BIT}", narrow=True),
     "ppo, TRL, fp32": Race("trl", TRL, ""),
     "ppo, TRL in fp32, ours in bf16": Race("trl", TRL, BF16),
+    "grpo, TRL, bf16 by autocast": Race("trl_newest", f"{GRPO} --autocast bf16", f"{OUR_GRPO} {BF16}", narrow=True),
+    "grpo, TRL recomputing, bf16 by autocast": Race(
+        "trl_newest", f"{GRPO} --autocast bf16 --recompute yes", f"{OUR_GRPO} {BF16}", narrow=True
+    ),
+    "grpo, TRL, fp32": Race("trl_newest", GRPO, OUR_GRPO),
+    "grpo, TRL recomputing, fp32": Race("trl_newest", f"{GRPO} --recompute yes", OUR_GRPO),
     "ppo, plain as published, fp32": Race("plain", "plain.py --kind published", ""),
     "ppo, plain and fair, bf16": Race("plain", f"plain.py --kind fair {BF16}", BF16, narrow=True),
     "sft through LoRA, peft, fp32": Race("peft", "supervised.py --by peft", "--work lora"),

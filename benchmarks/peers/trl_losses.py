@@ -31,12 +31,13 @@ PAIRS = [  # words of prompt, chosen and rejected; the tokenizer ends every answ
     ("12 3", "3 4 5 6 7 8", "9 9 9"),
 ]
 VOTES = [(*pair[:2], True) for pair in PAIRS] + [(pair[0], pair[2], False) for pair in PAIRS[:2]]
-PROMPTS = ["4 5 6", "5 5", "6 7 8 9 10"]
+PROMPTS = ["4 5 6", "5 5 7", "6 7 8"]
+RAGGED = ["4 5 6", "5 5", "6 7 8 9 10"]
 GROUP, NEW = 6, 10
 MODELS = {"policy": 0.0, "behaviour": 0.02, "reference": 0.04}
 """Random distance of their weights from those of the policy, which learns; behaviour wrote the answers of groups."""
 
-PREFERENCE: dict[str, tuple[type, type, dict[str, Any]]] = {
+PREFERENCE: dict[str, tuple] = {
     "dpo": (DPOTrainer, DPOConfig, {"loss_type": ["sigmoid"], "beta": 0.3}),
     "dpo, robust": (DPOTrainer, DPOConfig, {"loss_type": ["robust"], "beta": 0.3, "label_smoothing": 0.1}),
     "dpo, ipo": (DPOTrainer, DPOConfig, {"loss_type": ["ipo"], "beta": 0.3}),
@@ -51,12 +52,13 @@ PREFERENCE: dict[str, tuple[type, type, dict[str, Any]]] = {
         CPOTrainer, CPOConfig, {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.1, "cpo_alpha": 0.0},
     ),
     "orpo": (ORPOTrainer, ORPOConfig, {"beta": 0.3}),
+    "orpo, prompts of one token": (ORPOTrainer, ORPOConfig, {"beta": 0.3}, 1),
 }  # fmt: skip
 KTO = {
     "kto": {"beta": 0.3},
     "kto, weighted": {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.8},
 }
-GROUPS: dict[str, tuple[type, type, dict[str, Any]]] = {
+GROUPS: dict[str, tuple] = {
     name: (GRPOTrainer, GRPOConfig, {"beta": 0.0, **settings})
     for name, settings in {
         "grpo": {"loss_type": "grpo"},
@@ -71,6 +73,7 @@ GROUPS: dict[str, tuple[type, type, dict[str, Any]]] = {
         "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03},
     }.items()
 } | {
+    "grpo, ragged prompts": (GRPOTrainer, GRPOConfig, {"beta": 0.0, "loss_type": "grpo"}, RAGGED),
     "rloo": (RLOOTrainer, RLOOConfig, {"beta": 0.0}),
     "rloo, KL": (RLOOTrainer, RLOOConfig, {"beta": 0.05}),
     "rloo, on its own policy": (RLOOTrainer, RLOOConfig, {"beta": 0.05, "num_iterations": 1}),
@@ -92,7 +95,7 @@ def main(directory: Path) -> None:
 
 def shapes() -> dict[str, transformers.PretrainedConfig]:
     """Tiny models of two families. Weights large enough that log-probabilities differ."""
-    common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+    common = {"vocab_size": VOCABULARY, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 1,
               "initializer_range": 0.2, "dtype": "float32"}  # fmt: skip
     return {
         "gpt2": transformers.GPT2Config(
@@ -139,18 +142,17 @@ def trainer_of(kind: type, config: type, model: Any, settings: dict[str, Any], r
 
 
 def learned(trainer: Any, batch: Any) -> dict[str, float]:
-    """The loss of a batch, and the norm of its gradient in the first layer."""
+    """The loss of a batch, and the norm of its gradient."""
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    layer = trainer.model.transformer.h[0] if hasattr(trainer.model, "transformer") else trainer.model.model.layers[0]
-    norm = torch.stack([weight.grad.norm() for weight in layer.parameters()]).norm()
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in trainer.model.parameters()])
     return {"loss": loss.item(), "grad_norm": norm.item()}
 
 
 def answers_of(directory: Path, rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
     """Rows of prompt and answer, and the answers' log-probabilities by each model's plain forward."""
-    return {"rows": rows, "logps": {name: logprobs(load(directory, name), rows) for name in MODELS}}
+    return {"rows": rows, "logps": [logprobs(load(directory, name), rows) for name in MODELS]}
 
 
 def logprobs(model: Any, rows: list[tuple[list[int], list[int]]]) -> list[float]:
@@ -166,11 +168,14 @@ def logprobs(model: Any, rows: list[tuple[list[int], list[int]]]) -> list[float]
 # --- pairs and votes --------------------------------------------------------------------------------------------------
 
 
-def preference(directory: Path, kind: type, config: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """The batch's loss, and that of each pair alone."""
-    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in PAIRS]
-    for row in rows:
-        row["chosen"], row["rejected"] = f" {row['chosen']}", f" {row['rejected']}"
+def preference(
+    directory: Path, kind: type, config: type, settings: dict[str, Any], words: int | None = None
+) -> dict[str, Any]:
+    """The batch's loss, and that of each pair alone. words: of a prompt at most."""
+    rows = [
+        {"prompt": " ".join(prompt.split()[:words]), "chosen": f" {chosen}", "rejected": f" {rejected}"}
+        for prompt, chosen, rejected in PAIRS
+    ]
     more = {"ref_model": load(directory, "reference")} if kind is DPOTrainer else {}
     trainer = trainer_of(kind, config, load(directory, "policy"), settings, rows, **more)
     read = [trainer.train_dataset[i] for i in range(len(rows))]
@@ -206,7 +211,9 @@ def kto(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
-def group(directory: Path, kind: type, config: type, settings: dict[str, Any]) -> dict[str, Any]:
+def group(
+    directory: Path, kind: type, config: type, settings: dict[str, Any], prompts: list[str] = PROMPTS
+) -> dict[str, Any]:
     """A rollout and its advantages, then the loss of the policy on it."""
     rewards: list[float] = []
     settings = {"num_iterations": 2, **settings}  # 2: the trainer keeps the log-probabilities of the rollout
@@ -214,17 +221,17 @@ def group(directory: Path, kind: type, config: type, settings: dict[str, Any]) -
     trainer = trainer_of(
         kind, config, load(directory, behaviour),
         {**settings, "num_generations": GROUP, "max_completion_length": NEW, "seed": 3},
-        [{"prompt": prompt} for prompt in PROMPTS], batch=GROUP * len(PROMPTS), reward_funcs=reward_into(rewards),
+        [{"prompt": prompt} for prompt in prompts], batch=GROUP * len(prompts), reward_funcs=reward_into(rewards),
     )  # fmt: skip
     if trainer.ref_model is not None:  # it was read from the directory of `behaviour`
         trainer.ref_model.load_state_dict(load(directory, "reference").state_dict())
-    batch = trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS for _ in range(GROUP)])
+    batch = trainer._generate_and_score_completions([{"prompt": p} for p in prompts for _ in range(GROUP)])
     trainer.model.load_state_dict(load(directory, "policy").state_dict())  # as if updates came between
-    prompts, answers = (ragged(batch[f"{side}_ids"], batch[f"{side}_mask"]) for side in ("prompt", "completion"))
+    sides = (ragged(batch[f"{side}_ids"], batch[f"{side}_mask"]) for side in ("prompt", "completion"))
     return {
         "settings": settings, "behaviour": behaviour, "rewards": rewards, "advantages": batch["advantages"].tolist(),
         "group": GROUP, "new": NEW, **learned(trainer, batch),
-        **answers_of(directory, list(zip(prompts, answers, strict=True))),
+        **answers_of(directory, list(zip(*sides, strict=True))),
     }  # fmt: skip
 
 

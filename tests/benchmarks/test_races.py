@@ -37,8 +37,9 @@ def test_a_side_steps_when_it_is_asked_and_ends_when_it_is_not(peer):
     assert side._process.returncode == 0
 
 
-def test_a_race_pairs_the_steps_and_leaves_the_warm_up_out(peer, monkeypatch):
-    race = Race("plain", peer, "--work sft")
+@pytest.mark.parametrize("work", ["sft", "grpo --rows 4 --group 2 --micro 2"])
+def test_a_race_pairs_the_steps_and_leaves_the_warm_up_out(peer, work):
+    race = Race("plain", peer, f"--work {work}")
     found = run.race(race, sys.executable, 2, TINY)
     assert len(found["ours_seconds_each"]) == len(found["theirs_seconds_each"]) == 2
     ratios = sorted(b / a for a, b in zip(found["ours_seconds_each"], found["theirs_seconds_each"], strict=True))
@@ -94,6 +95,8 @@ FACTS = {
 POINT = {"size": "s", "layers": 12, "length": 128, "parameters": 124e6, "seconds_per_token": 0.01, "block_bytes": 14e6,
          "seconds_per_iteration": 1.3, "peak_device_bytes": 2e8}  # fmt: skip
 MEASURED = {
+    "losses": {"rows": {"dpo": {"logps": 2e-6, "loss": 6e-7, "grad_norm": 3e-7},
+                        "rloo": {"logps": 2e-6, "advantages": 0.0, "loss": 0.1, "grad_norm": 0.9, "note": "a ratio"}}},
     "reward_scale": {"rows": {"50, 10": {"score": 3.3, "standard_error": 0.15, "from_plain_in_standard_errors": 0.35,
                                          "length": 6.0, "length_of_plain": 1.01}}},
     "capacity_search": {
@@ -139,6 +142,8 @@ def test_the_page_is_made_of_results_alone(tmp_path):
     for cell in ("| 11.5 times as many |", "| none fits |", "| 2.50 |", "| not installed |", "| killed |", "| 0.85 |"):
         assert cell in page
     for cell in (
+        "| dpo | 2e-06 |  | 6e-07 | 3e-07 |  |",
+        "| rloo | 2e-06 | 0e+00 | 1e-01 | 9e-01 | a ratio |",
         "| 3.30 +- 0.15 | 0.35 | 6.00 | 1.01 |",
         "| 16.00 |",
         "| 74% |",
