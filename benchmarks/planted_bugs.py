@@ -252,6 +252,7 @@ BUGS: list[Bug] = [
     (REWARD_FUNCTIONS, "a worker's own index names the record", "else i + reply.index * len(self.connections)", "else reply.index"),
     (REWARD_FUNCTIONS, "scores come back in the order of the processes", "scores[i::count] = self._receive(i)", "scores[i * len(samples) // count :] = self._receive(i)"),
     ("algorithms/reward_source.py", "a part of 0 does not count as a score", "strict=True) if part is not None]", "strict=True) if part]"),
+    ("algorithms/reward_source.py", "parts are measured with those that do not apply", "scores = column[~column.isnan()]", "scores = column.nan_to_num()"),
     ("algorithms/reward_source.py", "a null in a record is an answer", "if need and record.fields.get(name) is None:", "if need and name not in record.fields:"),
     ("algorithms/verifiers.py", "the minus of 5-3 is a sign", r"(?:(?<!\))[-+])?\$?", r"[-+]?\$?"),
     ("data/formats.py", "--keys does not name fields for reward functions", "record = replace(record, fields=item)", "record = replace(record, fields=value)"),

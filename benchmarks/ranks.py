@@ -45,6 +45,7 @@ def experience_of(rows: int, prompt: int, new: int, vocabulary: int) -> Experien
     return Experience(
         tokens, torch.full((rows,), prompt), lengths, per_token - 10, per_token - 10, per_token, per_token, per_token,
         torch.zeros(rows), torch.zeros(rows, dtype=torch.bool), advantages, advantages, torch.zeros(rows),
+        torch.zeros(rows, 0),
     )  # fmt: skip
 
 

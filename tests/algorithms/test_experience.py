@@ -185,7 +185,7 @@ def test_padding_garbage_reaches_no_gradient(models):
     dirty = {
         field.name: torch.where(mask, value, torch.nan)
         for field in dataclasses.fields(Experience)
-        if (value := getattr(clean, field.name)).dtype == torch.float32 and value.dim() == 2
+        if (value := getattr(clean, field.name)).dtype == torch.float32 and value.shape == mask.shape
     }
     dirty = dataclasses.replace(clean, tokens=torch.where(whole, clean.tokens, 13), **dirty)
     for model, loss_of in losses_of(models, 10):

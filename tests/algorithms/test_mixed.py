@@ -122,7 +122,7 @@ def test_both_losses_reach_one_trunk(config, hold_actor):
     numbers = [torch.randn(6, 6, generator=generator) * 0.1 for _ in range(7)]
     experience = Experience(
         tokens, torch.full((6,), 3), torch.full((6,), 6), numbers[0] - 2.7, *numbers[1:5], torch.zeros(6),
-        torch.ones(6, dtype=torch.bool), *numbers[5:], torch.zeros(6),
+        torch.ones(6, dtype=torch.bool), *numbers[5:], torch.zeros(6), torch.zeros(6, 0),
     )  # fmt: skip
     strategy = Strategy.named("naive", device="cpu")
     with strategy.init():

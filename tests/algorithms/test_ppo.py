@@ -320,7 +320,7 @@ def experience(rows: int, width: int, responses: int, start: int = 0) -> Experie
     numbers = torch.arange(start, start + rows)
     return Experience(
         torch.ones(rows, width, dtype=torch.int64), numbers * 0 + width - responses, numbers * 0 + responses,
-        *per_token[:5], numbers.float(), numbers > 0, *per_token[5:], numbers.float(),
+        *per_token[:5], numbers.float(), numbers > 0, *per_token[5:], numbers.float(), numbers.float()[:, None],
     )  # fmt: skip
 
 

@@ -232,3 +232,6 @@ def test_reward_functions_read_the_records_of_the_answers_that_they_score(tmp_pa
     said = (run / "log.txt").read_text()
     assert "score: reads the records' last" in said
     assert "ignored fields: mood (8)" in said
+    row = metrics(run)[-1]
+    assert row["objective/scores"] == pytest.approx(row["rewards/score/mean"] + 2 * row["rewards/length/mean"])
+    assert row["rewards/score/std"] > 0

@@ -10,7 +10,6 @@ from penstock.algorithms.reward_source import ModelReward, RewardSum, scorable
 from penstock.config import DataFlags, RewardFlags
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
-from penstock.distributed.world import World
 from penstock.errors import DataError, UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import RewardModel
@@ -102,7 +101,6 @@ def test_a_function_reads_special_tokens_that_are_text(make_tokenizer):
 
 
 # --- several rewards --------------------------------------------------------------------------------------------------
-ALONE = World(0, 1, torch.device("cpu"))
 PLAIN = Encoder(None, eos_ids=[2], vocab_size=16, max_length=32)
 ANSWERS = [Answer([1], [3]), Answer([1, 4], [4, 5]), Answer([1], [6, 6, 6])]
 RECORDS = [Prompt(where=f"data.jsonl:{i + 1}", prompt_ids=(1,), fields={"answer": i}) for i in range(3)]
@@ -124,7 +122,8 @@ def test_scores_are_the_weighted_sum_of_the_parts_that_apply(tmp_path):
     source = RewardSum(parts, PLAIN, weights=(0.5, -2.0))
     assert source.score(RECORDS, ANSWERS) == [0.5 - 2.0, 1.0, 1.5 - 2.0]
     expected = {"rewards/tokens/mean": 2.0, "rewards/tokens/std": 1.0, "rewards/odd/mean": 1.0, "rewards/odd/std": 0.0}
-    assert source.metrics(ALONE) == expected  # of the parts themselves, over the answers that they apply to
+    parts = torch.tensor(source.score_parts(RECORDS, ANSWERS))[:, 1:]
+    assert source.metrics(parts) == expected  # of the parts themselves, over the answers that they apply to
 
 
 def test_an_answer_that_nothing_scores_is_an_error(tmp_path):
@@ -145,8 +144,8 @@ def test_errors_name_the_function_and_the_record(tmp_path, body, why):
 
 def test_functions_of_one_name_have_metrics_of_their_own(tmp_path):
     source = RewardSum([RewardFunction.load("regex:a"), RewardFunction.load("regex:b")], PLAIN)
-    source.score(RECORDS, ANSWERS)
-    assert [*source.metrics(ALONE)] == [
+    parts = torch.tensor(source.score_parts(RECORDS, ANSWERS))[:, 1:]
+    assert [*source.metrics(parts)] == [
         f"rewards/{name}/{kind}" for name in ("regex", "regex_2") for kind in ("mean", "std")
     ]
 
@@ -164,7 +163,7 @@ def test_a_reward_model_and_functions_are_summed_and_the_model_reads_the_actors_
     source.stream = object()
     assert source.score(RECORDS, ANSWERS) == pytest.approx([1.0 + 1, 2.0 + 2, 3.0 + 3])
     assert rows == [[1, 3], [1, 4, 4, 5], [1, 6, 6, 6]]
-    assert [*source.metrics(ALONE)][::2] == ["rewards/judge/mean", "rewards/tokens/mean"]
+    assert [*source.metrics(torch.zeros(3, 2))][::2] == ["rewards/judge/mean", "rewards/tokens/mean"]
     assert not source.reads_actor_tokens  # it is not scored beside the other models, or the functions would not count
     assert not source.starts_critic
 

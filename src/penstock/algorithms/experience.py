@@ -51,6 +51,8 @@ class Experience:
     """[B, R] fp32, before whitening; zeros until `ppo.with_advantages`."""
     scaled_scores: Tensor
     """[B] fp32, `scores` in the units in which the KL penalty is weighed: normalised where their source does not."""
+    part_scores: Tensor
+    """[B, F] fp32, what each of F summed rewards gave, NaN where one does not apply; F = 0 without a sum."""
 
     @property
     def mask(self) -> Tensor:
@@ -150,14 +152,16 @@ def score(
             advantages=zeros,
             returns=zeros,
             scaled_scores=torch.zeros(len(batch.answers)),
+            part_scores=torch.zeros(len(batch.answers), 0),
         )
         parts.append(part.to("cpu"))
     if reward is not None:
-        scores = torch.cat(results["reward"]).float().cpu()
+        rows = torch.cat(results["reward"]).float().cpu()[:, None]
     else:
         assert roles.scorer is not None
-        scores = torch.tensor(roles.scorer(records, rollout), dtype=torch.float32)
-    return dataclasses.replace(concatenate(parts), scores=scores, scaled_scores=scores)
+        rows = torch.tensor(roles.scorer(records, rollout), dtype=torch.float32).view(len(rollout), -1)
+    scores, part_scores = rows[:, 0], rows[:, 1:]
+    return dataclasses.replace(concatenate(parts), scores=scores, scaled_scores=scores, part_scores=part_scores)
 
 
 def used_scores(experience: Experience, flags: RolloutFlags) -> Tensor:

@@ -89,6 +89,7 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
                     break
 
             metrics = metrics_of(experience, state, flags, has_kl=iteration.roles.reference is not None)
+            metrics |= inputs.source.metrics(experience.part_scores)
             metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(not teaches)}
             improved = (step % every == 0 or step == total) and evaluate(
                 step, session, iteration, inputs, state.best, metrics

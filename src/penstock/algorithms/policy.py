@@ -85,7 +85,7 @@ def prepare_roles(config: Any, strategy: Strategy, inputs: Inputs, work: dict[st
     streams = dict(zip(models, strategy.prepare_all(*models.values(), **optim.adamw), strict=True))
     source.stream = streams.get("reward")
     reward = source.stream if source.reads_actor_tokens else None
-    return Roles(streams["actor"], streams.get("reference"), streams.get("critic"), reward, source.score), swap
+    return Roles(streams["actor"], streams.get("reference"), streams.get("critic"), reward, source.score_parts), swap
 
 
 def show(step: int, session: Session, policy: Policy, inputs: Inputs, count: int) -> None:
@@ -176,11 +176,14 @@ class PolicyState:
         }
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Inverse of `save`, and of what earlier releases saved: "sums" only inside a step."""
+        """Inverse of `save`, and of what earlier releases saved: "sums" only inside a step, fewer columns."""
         self.shuffle.load_state_dict(saved["shuffle"])
         self.step, self.update = saved["step"], saved["update"]
         experience = saved["experience"]
-        self.experience = Experience(**{"scaled_scores": experience["scores"], **experience}) if experience else None
+        if experience:
+            scores = experience["scores"]
+            later = {"scaled_scores": scores, "part_scores": scores.new_zeros(len(scores), 0)}
+            self.experience = Experience(**later | experience)
         self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
         self.history = saved.get("history", [])
         self.best.load(saved.get("best", -math.inf), saved)

@@ -90,6 +90,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             metrics = summary(
                 experience, state.sums, state.kl.beta, flags, has_kl=iteration.roles.reference is not None
             )
+            metrics |= inputs.source.metrics(experience.part_scores)
             metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(hold_actor)}
             improved = (step % every == 0 or step == total) and evaluate(
                 step, session, iteration, inputs, state.best, metrics

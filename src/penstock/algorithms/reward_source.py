@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from penstock.algorithms.heldout import Rows
 from penstock.algorithms.reward import score_rows
 from penstock.algorithms.reward_functions import GIVEN, Failure, RewardFunction, Sample, Scores, Workers
@@ -14,7 +16,6 @@ from penstock.config import DataFlags, RewardFlags
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
-from penstock.distributed.world import World
 from penstock.errors import DataError, UserError
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
@@ -24,8 +25,8 @@ from penstock.models.weight_shapes import BaseDtype
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 
-Scorer = Callable[[Sequence, Sequence[Answer]], list[float]]
-"""(prompt records, answers) -> one score per answer."""
+Scorer = Callable[[Sequence, Sequence[Answer]], Sequence[float] | Sequence[Sequence[float]]]
+"""(prompt records, answers) -> one score per answer, or a row of it and its parts, see `RewardSource.score_parts`."""
 Say = Callable[[str], None]
 
 
@@ -58,8 +59,12 @@ class RewardSource:
         """One score per answer."""
         raise NotImplementedError
 
-    def metrics(self, world: World) -> dict[str, float]:
-        """What is to be known of the last `score`, beside the scores."""
+    def score_parts(self, records: Sequence[Prompt], answers: Sequence[Answer]) -> list[list[float]]:
+        """Per answer its score, and behind it, where that is a sum, the parts, NaN where one does not apply."""
+        return [[score] for score in self.score(records, answers)]
+
+    def metrics(self, part_scores: Tensor) -> dict[str, float]:
+        """What a step's parts [B, F], see `score_parts`, are called."""
         return {}
 
 
@@ -173,8 +178,6 @@ class RewardSum(RewardSource):
         self.names = [f"{name}_{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
         self.weights = [*weights] or [1.0] * len(names)
         self.runner = asyncio.Runner()
-        self.parts: list[Scores] = []
-        """By name, what each answer of the last `score` got."""
 
     def reads_field(self, name: str) -> bool:
         return any(function.reads(name) for function in self.functions)
@@ -202,42 +205,42 @@ class RewardSum(RewardSource):
         return self.judge.refuses(record, prompt_ids) if self.judge else ""
 
     def score(self, records: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
-        self.parts = []
+        return [scores[0] for scores in self.score_parts(records, answers)]
+
+    def score_parts(self, records: Sequence[Prompt], answers: Sequence[Answer]) -> list[list[float]]:
+        columns: list[Scores] = []
         if self.judge:
             self.judge.stream = self.stream
-            self.parts.append([*self.judge.score(records, answers)])
+            columns.append([*self.judge.score(records, answers)])
         samples = [self._sample(record, answer) for record, answer in zip(records, answers, strict=True)]
         for i, function in enumerate(self.functions):
             try:
                 if self.workers:
-                    scores = self.workers.scores(i, samples, self.step)
+                    columns.append(self.workers.scores(i, samples, self.step))
                 else:
-                    scores = function.scores(samples, self.step, self.runner)
+                    columns.append(function.scores(samples, self.step, self.runner))
             except Failure as failure:
                 place = _place(samples, failure.index)
                 raise UserError(f"--reward-fn {function.address}: {failure.problem}; {place}.") from failure
-            self.parts.append(scores)
-        totals = []
-        for sample, parts in zip(samples, zip(*self.parts, strict=True), strict=True):
+        rows = []
+        for sample, parts in zip(samples, zip(*columns, strict=True), strict=True):
             given = [weight * part for weight, part in zip(self.weights, parts, strict=True) if part is not None]
             if not given:
                 raise UserError(
                     f"--reward-fn {' '.join(function.address for function in self.functions)}: none gives a score (all "
                     f"None); {_place([sample], 0)}. Leave the record out, or add a reward that applies to it."
                 )
-            totals.append(math.fsum(given))
-        return totals
+            rows.append([math.fsum(given), *(math.nan if part is None else part for part in parts)])
+        return rows
 
-    def metrics(self, world: World) -> dict[str, float]:
-        """rewards/NAME/mean and rewards/NAME/std of each reward, over the answers of the last `score` on all ranks."""
+    def metrics(self, part_scores: Tensor) -> dict[str, float]:
+        """rewards/NAME/mean and rewards/NAME/std (TRL's names), over the answers that the reward applies to."""
         metrics = {}
-        for name, *shares in zip(self.names, *world.gather(self.parts), strict=True):
-            scores = [score for share in shares for score in share if score is not None]
-            if scores:
-                mean = math.fsum(scores) / len(scores)
-                squares = math.fsum((score - mean) ** 2 for score in scores)
-                metrics[f"rewards/{name}/mean"] = mean
-                metrics[f"rewards/{name}/std"] = (squares / max(len(scores) - 1, 1)) ** 0.5
+        for name, column in zip(self.names, part_scores.T, strict=True):
+            scores = column[~column.isnan()]
+            if len(scores):
+                metrics[f"rewards/{name}/mean"] = float(scores.mean())
+                metrics[f"rewards/{name}/std"] = float(scores.std()) if len(scores) > 1 else 0.0
         return metrics
 
     def _sample(self, record: Prompt, answer: Answer) -> Sample:
