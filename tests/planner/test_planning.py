@@ -27,7 +27,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic
 from penstock.planner import footprint
-from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of, passes
 from penstock.rollout.sampling import Sampling, pick
 
 CPU = torch.device("cpu")
@@ -233,6 +233,31 @@ def test_auto_stays_within_its_budget_when_roles_step_side_by_side():
 def test_other_stages_are_foretold(stage, scalar):
     of = one_model(stage, scalar=scalar)
     assert_near(forecast(of, "gemini_cpu"), dry(of, "gemini_cpu"))
+
+
+def groups(spec=None, **changes):
+    """grpo: actor and reference, and no reward model; four answers to each prompt."""
+    base = "base" if spec else None
+    roles = [RoleSpec("actor", BASE, trained=True, scalar=False, spec=spec, base=base)]
+    roles.append(RoleSpec("reference", BASE, trained=False, scalar=False, base=base))
+    return dataclasses.replace(work(**changes), stage="grpo", roles=tuple(roles), group_size=4)
+
+
+@pytest.mark.parametrize(("strategy", "dtype", "world"), [
+    ("naive", "fp32", 1), ("ddp", "bf16", 1), ("gemini_cpu", "bf16", 4), ("gemini_nvme", "bf16", 1),
+])  # fmt: skip
+@pytest.mark.parametrize("spec", [None, LoraSpec(4)], ids=["full", "lora"])
+def test_groups_are_foretold(spec, strategy, dtype, world):
+    of = groups(spec, batch_size=16, mini_batch_size=16)
+    planned, measured = forecast(of, strategy, dtype, world), dry(of, strategy, dtype, world)
+    assert_near(planned, measured, 1.15 if world == 1 else 1.3)
+    assert set(planned.phases) == {"rollout", "score", "train"} == set(measured["traffic"])
+
+
+def test_a_group_reads_its_prompt_once():
+    alone = dataclasses.replace(groups(), group_size=1)
+    flops = [passes(Setting(of, "ddp", "fp32"))["rollout"][0].flops for of in (groups(), alone)]
+    assert flops[0] == flops[1] / 4
 
 
 def preference(config=BASE, spec=None, reference=True, **changes):

@@ -42,6 +42,8 @@ class PlanConfig(PlacementFlags):
     """grpo: answers per prompt."""
     kl_coef: float = 0.05
     """ppo, grpo: at 0 there is no reference."""
+    reward_model: bool = True
+    """ppo, grpo: a reward model scores; with --no-reward-model a function does."""
     precompute_reference: bool = False
     """dpo: no reference beside the model that learns: with this flag of the command, or a loss that has none."""
     teacher_top_k: int = 64

@@ -173,10 +173,11 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
             f"rows of {model.max_length} tokens."
         )
     has_reference = {"dpo": not config.precompute_reference, "kto": True}.get(config.stage, bool(config.kl_coef))
+    exists = {"reference": has_reference, "reward": config.reward_model}
     batch_size = config.batch_size * (2 if config.stage in ("reward", "dpo") else 1)  # a pair is two rows
     return Workload(
         config.stage,
-        tuple(role(*row) for row in ROLES[config.stage] if has_reference or row[0] != "reference"),
+        tuple(role(*row) for row in ROLES[config.stage] if exists.get(row[0], True)),
         batch_size,
         config.micro_batch_size,
         config.mini_batch_size or batch_size,
