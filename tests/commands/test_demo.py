@@ -69,7 +69,7 @@ def test_a_directory_that_no_demo_made_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_reports_of_all_seeds_are_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "one_seed", lambda out, seed: result(seed))
+    monkeypatch.setattr(demo, "one_seed", lambda out, seed, algorithms: result(seed))
     for _ in range(2):  # the second replaces what the first made
         demo.demo(DemoConfig(out=str(tmp_path / "demo"), seeds=3, seed=5))
     report = json.loads((tmp_path / "demo" / "report.json").read_text())

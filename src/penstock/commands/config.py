@@ -119,5 +119,7 @@ class DemoConfig(Flags):
     """Independent repetitions, one after the other."""
     seed: int = 0
     """The first seed."""
+    algorithms: bool = False
+    """Also GRPO, RLOO, DPO and KTO from the same SFT model, in one table."""
     json: bool = False
     """Print report.json at the end."""

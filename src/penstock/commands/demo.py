@@ -19,28 +19,25 @@ import torch
 
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.reward import reward
-from penstock.algorithms.setup import encoder_of
 from penstock.algorithms.sft import sft
-from penstock.commands.config import DemoConfig, GenerateConfig
-from penstock.commands.generate import generate as answer_file
-from penstock.config import (
-    DataFlags,
-    OptimFlags,
-    PPOConfig,
-    PPOFlags,
-    RewardConfig,
-    RunFlags,
-    SFTConfig,
+from penstock.commands.config import DemoConfig
+from penstock.commands.demo_algorithms import compare
+from penstock.commands.demo_runs import (
+    BEST_OF,
+    RESPONSE_TOKENS,
+    answer,
+    best_of,
+    data_flags,
+    run_flags,
+    write_lines,
 )
-from penstock.data.records import Prompt
+from penstock.config import OptimFlags, PPOConfig, PPOFlags, RewardConfig, SFTConfig
 from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
 from penstock.errors import UserError
 from penstock.models import presets, pretrained
 from penstock.models.decoder import Decoder
-from penstock.models.roles import Actor
-from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
-from penstock.run.directory import refused, resolve_model
+from penstock.run.directory import refused
 from penstock.run.metrics import peak_rss_bytes, read_lines
 from penstock.run.report import Curve, Curves, Samples, Section, Table, Text, page
 
@@ -48,9 +45,6 @@ HELDOUT = 256
 """Questions that nothing is trained on."""
 LABEL_NOISE = 0.7
 """Standard deviation of a labeller's judgement, in units of gold."""
-RESPONSE_TOKENS = 40
-BEST_OF = 8
-"""Answers of the SFT model from which the reward model takes one: what PPO has to beat at an eighth of the price."""
 MARK = ".penstock-demo"
 """Only a directory that holds this file is ever replaced."""
 
@@ -69,7 +63,7 @@ def demo(config: DemoConfig) -> Path:
         raise refused(f"--out {out}", error) from error
     results = []
     for seed in range(config.seed, config.seed + config.seeds):
-        results.append(one_seed(out if config.seeds == 1 else out / f"seed-{seed}", seed))
+        results.append(one_seed(out if config.seeds == 1 else out / f"seed-{seed}", seed, config.algorithms))
         result = results[-1].facts
         print(
             f"seed {seed}: gold base {result['base_gold']:+.2f}, sft {result['sft_gold']:+.2f}, "
@@ -100,9 +94,11 @@ class SeedResult:
     """Title of a picture -> name of a line -> its points; also in report.json, for those who draw their own."""
     answers: list[tuple[str, dict[str, tuple[str, float | None]]]]
     """Per held-out question, what base, sft and ppo answered, with gold."""
+    golds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """By model, of each held-out question."""
 
 
-def one_seed(out: Path, seed: int) -> SeedResult:
+def one_seed(out: Path, seed: int, algorithms: bool = False) -> SeedResult:
     """The whole way once."""
     started = time.perf_counter()
     world, rng = Toyland(seed), random.Random(f"demo {seed}")
@@ -117,11 +113,8 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
     base = sft(
         SFTConfig(
-            model=str(untrained),
-            data=data_flags(data / "corpus.jsonl"),
-            run=run_flags(out / "base", seed),
-            optim=OptimFlags(lr=5e-3, batch_size=32, micro_batch_size=32),
-            heldout=0.02, samples=0,
+            model=str(untrained), data=data_flags(data / "corpus.jsonl"), run=run_flags(out / "base", seed),
+            optim=OptimFlags(lr=5e-3, batch_size=32, micro_batch_size=32), heldout=0.02, samples=0,
         )
     )  # fmt: skip
 
@@ -142,9 +135,7 @@ def one_seed(out: Path, seed: int) -> SeedResult:
     write_lines(data / "comparisons.jsonl", comparisons)
     judge = reward(
         RewardConfig(
-            model=str(tuned),
-            data=data_flags(data / "comparisons.jsonl"),
-            run=run_flags(out / "reward", seed),
+            model=str(tuned), data=data_flags(data / "comparisons.jsonl"), run=run_flags(out / "reward", seed),
             optim=OptimFlags(lr=3e-4, batch_size=16, micro_batch_size=64, epochs=1),
             heldout=0.15, eval_every=40,
         )
@@ -161,17 +152,12 @@ def one_seed(out: Path, seed: int) -> SeedResult:
             ppo=PPOFlags(critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1), samples=64,
         )
     )  # fmt: skip
-    return measure(out, seed, world, heldout, {"base": base, "sft": tuned, "ppo": aligned}, judge, started)
-
-
-def data_flags(path: Path) -> DataFlags:
-    """A file of rows of at most 64 tokens."""
-    return DataFlags(data=(str(path),), max_length=64)
-
-
-def run_flags(out: Path, seed: int) -> RunFlags:
-    """A run that keeps its last checkpoint."""
-    return RunFlags(out=str(out), seed=seed, checkpoint_every=10_000, keep=1, strategy="ddp", dtype="fp32")
+    runs = {"base": base, "sft": tuned, "ppo": aligned}
+    result = measure(out, seed, world, heldout, runs, judge, started)
+    if algorithms:
+        best = result.golds[f"best of {BEST_OF}"]
+        result.facts["algorithms"] = compare(out, seed, world, heldout, best)
+    return result
 
 
 def save_untrained(directory: Path, texts: list[str], seed: int) -> None:
@@ -188,8 +174,9 @@ def save_untrained(directory: Path, texts: list[str], seed: int) -> None:
 def label(world: Toyland, run: Path, questions: list[Question], seed: int, rng: random.Random) -> list[dict[str, Any]]:
     """Rankings of four answers of the run's model to each question, by gold plus a labeller's noise."""
     comparisons = []
-    answers = answer(run, questions, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed))
-    for question, four in zip(questions, answers, strict=True):
+    _, texts_and_ends = answer(run, questions, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed))
+    for i, question in enumerate(questions):
+        four = texts_and_ends[4 * i : 4 * i + 4]
         endings = dict(four)  # text -> whether it ended; an answer that occurs twice is judged once, a tie with itself
         if "" in endings:
             continue  # an empty answer cannot be judged
@@ -207,7 +194,7 @@ def measure(
     """Gold of base, SFT, the best of 8 of SFT and PPO on the held-out questions, one answer each, and what the runs
     logged."""
     sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
-    answers = {name: [text_and_end for (text_and_end,) in answer(run, heldout, sampling)] for name, run in runs.items()}
+    answers = {name: answer(run, heldout, sampling)[1] for name, run in runs.items()}
     best = best_of(out, runs["sft"], heldout, judge, seed + 2)
     answers = {"base": answers["base"], "sft": answers["sft"], f"best of {BEST_OF}": best, "ppo": answers["ppo"]}
     golds: dict[str, list[float]] = {}
@@ -251,7 +238,7 @@ def measure(
         (q.prompt.strip(), {name: (texts[name][i], golds[name][i]) for name in answers})
         for i, q in enumerate(heldout[:10])
     ]
-    return SeedResult(facts, curves, shown)
+    return SeedResult(facts, curves, shown, golds)
 
 
 def noise_ceiling(world: Toyland, comparisons: Path) -> float:
@@ -267,35 +254,6 @@ def noise_ceiling(world: Toyland, comparisons: Path) -> float:
                     right += 1.0 if a > b else 0.5 if a == b else 0.0
                     pairs += 1
     return right / pairs
-
-
-def answer(run: Path, questions: list[Question], sampling: Sampling) -> list[list[tuple[str, bool]]]:
-    """Sampled answers of a run's model to each question: (text, ended by itself)."""
-    source = resolve_model(str(run))
-    actor = Actor.from_pretrained(source).eval()
-    config = actor.decoder.config
-    encoder = encoder_of(source, config, DataFlags(data=(), max_length=64), reserve=RESPONSE_TOKENS)
-    prompts = [encoder.encode_prompt(Prompt(prompt=q.prompt, where="toyland")) for q in questions]
-    answers = generate(actor.decoder, prompts, sampling, eos_ids=encoder.eos_ids, batch_size=256)
-    texts = [(encoder.decode(a.response_ids), a.finish_reason == "stop") for a in answers]
-    return [texts[i : i + sampling.n] for i in range(0, len(texts), sampling.n)]
-
-
-def best_of(out: Path, run: Path, questions: list[Question], judge: Path, seed: int) -> list[tuple[str, bool]]:
-    """Per question the answer, of `BEST_OF`, that the reward model likes most: (text, ended by itself)."""
-    asked, answered = out / "data" / "heldout.jsonl", out / "data" / "best-of.jsonl"
-    write_lines(asked, [{"prompt": question.prompt} for question in questions])
-    answer_file(
-        GenerateConfig(
-            model=str(run), data=str(asked), out=str(answered), reward=str(judge), best_of=BEST_OF, seed=seed,
-            max_new_tokens=RESPONSE_TOKENS, batch_size=256,
-        )
-    )  # fmt: skip
-    return [(row["response"], row["finish_reason"] == "stop") for row in read_lines(answered)]
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def page_of(results: list[SeedResult]) -> str:
@@ -319,6 +277,15 @@ def page_of(results: list[SeedResult]) -> str:
              f"{facts['rm_ceiling']:.3f}", f"{facts['kl']:.1f}", f"{facts['seconds']:.0f}")
         )  # fmt: skip
     sections.append(Table(f"Gold scores on {HELDOUT} held-out questions", header, rows))
+    for facts in (result.facts for result in results if "algorithms" in result.facts):
+        title = f"Algorithms, seed {facts['seed']}: as many answers as PPO, or the reward model's own labels"
+        names = ("algorithm", "gold", "above sft in se", "KL from sft, nats", "seconds")
+        lines = [
+            (row["name"], f"{row['gold']:+.2f}", f"{row['se_above_sft']:+.1f}", f"{row['kl']:.1f}",
+             "" if row["seconds"] is None else f"{row['seconds']:.0f}")
+            for row in facts["algorithms"]
+        ]  # fmt: skip
+        sections.append(Table(title, names, lines))
     for result in results:
         seed = result.facts["seed"]
         scores = result.curves["gold (hidden) and proxy scores"]
