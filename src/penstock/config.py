@@ -353,8 +353,8 @@ class RewardConfig(EvalFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutFlags(Flags):
-    """Rollouts and what is learned from them."""
+class AnswerFlags(Flags):
+    """Sampled answers."""
 
     max_new_tokens: int = 128
     """Tokens per response."""
@@ -375,6 +375,12 @@ class RolloutFlags(Flags):
     scores' scale; none leaves it its own score."""
     missing_eos_score: float | None = None
     """Instead of --missing-eos-penalty: the used score of every response that did not end by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutFlags(AnswerFlags):
+    """Rollouts and what is learned from them."""
+
     reward_clip: float | None = None
     """Clip scores, once normalised, to +- this; the clipped fraction is logged."""
     clip: float = 0.2

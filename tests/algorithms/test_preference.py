@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from penstock.algorithms.config import DPOConfig, DPOFlags
-from penstock.algorithms.preference import best_and_worst, dpo, learn
+from penstock.algorithms.preference import dpo, learn
 from penstock.algorithms.reference import with_reference
 from penstock.algorithms.reward import Ranking
 from penstock.config import DataFlags, LoraFlags, OptimFlags, RunFlags
@@ -230,10 +230,10 @@ def test_a_signal_stops_after_a_checkpoint(tmp_path, tiny_model, jsonl, monkeypa
 
 def test_best_and_worst_are_never_equal_answers():
     ranking = Ranking([[1, 5], [1, 6], [1, 7], [1, 5]], (0, 1, 2, 2), (1, 1, 1, 1))
-    pair = best_and_worst(ranking)
+    pair = ranking.best_and_worst()
     assert pair.rows == [[1, 5], [1, 7]]
     assert pair.pairs == [(0, 1)]
-    assert best_and_worst(Ranking([[1, 5], [1, 6], [1, 7]], (1, 0, 1), (1, 1, 1))).rows == [[1, 6], [1, 7]]
+    assert Ranking([[1, 5], [1, 6], [1, 7]], (1, 0, 1), (1, 1, 1)).best_and_worst().rows == [[1, 6], [1, 7]]
 
 
 def test_best_and_worst_alone_are_read(tmp_path, tiny_model, jsonl):

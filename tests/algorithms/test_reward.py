@@ -13,6 +13,7 @@ from penstock.algorithms.reward import (
     evaluate,
     micro_batches,
     normalize_score,
+    ranked,
     ranking_loss,
     reward,
     rows_of,
@@ -26,6 +27,7 @@ from penstock.data.limits import Example
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import RewardModel
 from penstock.models.tokenizer_files import load_tokenizer, pad_of, write_ends
+from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 from tests.algorithms import oracle
 from tests.conftest import comparisons, save_tokenizer
@@ -127,6 +129,15 @@ def test_normalised_scores_are_centred_on_demonstrations_with_unit_spread_on_res
     normalize_score(*here, RANKINGS, [], 3)
     every = torch.tensor([value for values in score_rankings(*here, RANKINGS, 3) for value in values])
     assert float(every.mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_equal_answers_and_equal_scores_are_ties():
+    answers = [Answer([1, 3], ids, [0.0], "stop") for ids in ([5, 2], [6, 2], [5, 2], [7, 2])]
+    ranking = ranked(answers, [1.0, 0.5, 1.0, 0.5])
+    assert ranking.ranks == (0, 1, 0, 1)
+    assert ranking.pairs == [(0, 1), (0, 3), (2, 1), (2, 3)]
+    assert ranking.response_lengths == (2, 2, 2, 2)
+    assert ranked(answers[::2], [2.0, 1.0]).pairs == []  # the same tokens
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from penstock.config import (
+    AnswerFlags,
     DataFlags,
     EvalFlags,
     Flags,
@@ -17,7 +18,7 @@ from penstock.config import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOFlags(Flags):
+class DPOFlags(AnswerFlags):
     """DPO: comparisons and losses."""
 
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "cpo"] = "sigmoid"
@@ -37,6 +38,8 @@ class DPOFlags(Flags):
     """Margin that simpo asks for between the two rewards. Default: 1."""
     pairs: Literal["all", "best-worst"] = "all"
     """Of a ranking of more than two answers: compare all pairs, or the best with the worst alone."""
+    group_size: int = 2
+    """--online: answers per prompt, which are ranked."""
 
     def __post_init__(self) -> None:
         defaults = {
@@ -49,16 +52,17 @@ class DPOFlags(Flags):
                 object.__setattr__(self, name, value)
         super().__post_init__()
 
+    @property
+    def kl_coef(self) -> float | None:
+        """What holds the model near a reference; None where the loss knows none."""
+        return None if self.loss in ("simpo", "orpo", "cpo") else self.beta
+
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(EvalFlags):
-    """DPO and its kin: learn from comparisons of answers, without a reward model.
+class DPOConfig(RewardFlags, EvalFlags):
+    """DPO and its kin: learn from comparisons of answers, those of --data or, with --online, of its own."""
 
-    The learning rate's default is TRL's; DPO moves every answer's probability at once, and 1e-5 is known to break it
-    (Rafailov et al. 2023 take 1e-6; Tunstall et al. 2023, Zephyr, and Lambert et al. 2024, Tulu 3, 5e-7).
-    """
-
-    LR: ClassVar[float] = 1e-6
+    LR: ClassVar[float] = 1e-6  # TRL's; Rafailov et al. 2023 too; Zephyr (Tunstall et al. 2023) and Tulu 3 take 5e-7
     model: str
     """The SFT model to start from: Hugging Face directory, hub id or run directory."""
     data: DataFlags
@@ -71,10 +75,25 @@ class DPOConfig(EvalFlags):
     precompute_reference: bool = False
     """Read all answers with the reference once, before training, and keep what it says in the run directory: no
     reference is in memory then."""
+    online: bool = False
+    """--data are prompts: in each step the model answers --batch-size of them, --group-size times each, and learns from
+    the order in which --reward or --reward-fn put the answers."""
+    samples: int = 8
+    """--online: prompts answered before and after training, for the report."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         settle_lr(self)
+
+    @property
+    def actor(self) -> str:
+        """PPO's word for the model that answers."""
+        return self.model
+
+    @property
+    def rollout(self) -> DPOFlags:
+        """What algorithms share: each config names its own flags."""
+        return self.dpo
 
 
 @dataclass(frozen=True)

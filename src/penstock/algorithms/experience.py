@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.reward_source import Scorer
-from penstock.config import RolloutFlags
+from penstock.config import AnswerFlags, RolloutFlags
 from penstock.data.batching import pad
 from penstock.memory.strategy import Strategy, Work
 from penstock.memory.stream import Stream
@@ -169,6 +169,11 @@ def used_scores(experience: Experience, flags: RolloutFlags) -> Tensor:
     scores, ended = experience.scaled_scores, experience.ended
     if flags.reward_clip is not None:
         scores = scores.clamp(-flags.reward_clip, flags.reward_clip)
+    return with_ends(scores, ended, flags)
+
+
+def with_ends(scores: Tensor, ended: Tensor, flags: AnswerFlags) -> Tensor:
+    """Scores [B] after the rule for answers that did not end, ended [B] bool (7)."""
     if flags.missing_eos_score is not None:
         return fn.replace_missing_eos(scores, ended, flags.missing_eos_score)
     return fn.below_ended(scores, ended, flags.missing_eos_penalty)

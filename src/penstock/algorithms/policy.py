@@ -78,7 +78,7 @@ def prepare_roles(config: Any, strategy: Strategy, inputs: Inputs, work: dict[st
     """
     models, source, optim, flags = inputs.models, inputs.source, config.optim, config.rollout
     longest = max(map(len, [*inputs.prompts, *inputs.heldout[1]]))
-    mini_batch = config.mini_batch_size or optim.batch_size
+    mini_batch = getattr(config, "mini_batch_size", None) or optim.batch_size
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     lengths = (longest, flags.max_new_tokens, flags.rollout_batch_size)
     swap = reserve_activations(strategy, Workload(work.pop("stage"), role_specs(models), *batches, *lengths, **work))

@@ -120,7 +120,7 @@ def compare_stages(records: Sequence[Any], config: Any, session: Session) -> Non
             continue
         saved = RunDirectory.peek(run)
         kind: Kind = "comparisons" if saved["command"] in ("reward", "dpo") else "demonstrations"
-        if saved["command"] in ("ppo", "grpo"):
+        if saved["command"] in ("ppo", "grpo") or saved.get("online"):
             continue  # on prompts, and on these perhaps for the second time
         pairs = formats.parse_keys(tuple(saved.get("keys", ())))
         try:
@@ -140,8 +140,15 @@ def read_reference(config: Any, actor: Actor, encoder: Encoder, session: Session
     if not config.reference:
         if config.rollout.kl_coef or getattr(config.rollout, "kl_loss_coef", 0.0):
             return actor.frozen()
+        if config.rollout.kl_coef is None:
+            return None  # a loss that knows no reference
         session.say("--kl-coef 0: no reference is loaded, KL is not measured; --reference MODEL measures it")
         return None
+    return load_reference(config, encoder)
+
+
+def load_reference(config: Any, encoder: Encoder) -> Actor:
+    """The model that --reference names, frozen."""
     address = resolve_model(config.reference)
     pickled, base_dtype = config.data.allow_pickle, config.peft.base_dtype
     reference = Actor.from_pretrained(address, allow_pickle=pickled, base_dtype=base_dtype)

@@ -1,28 +1,30 @@
-"""Preference learning: a policy learns from comparisons of answers, without a reward model in between (Rafailov et al.
-2023, "Direct Preference Optimization", and its kin; the losses are a table in `preference_losses`).
+"""Preference learning: a policy learns from comparisons of answers (Rafailov et al. 2023, "Direct Preference
+Optimization", and its kin; the losses are a table in `preference_losses`).
 
-All answers to one prompt are in one micro-batch and each is encoded once. The loss is the mean over the prompt's pairs,
-then over the prompts of the whole batch, so neither micro-batches nor ranks change it. The reference is the model's
-frozen start: under LoRA it stands on the same weights, and costs a forward pass.
+Comparisons are those of the data, or of its own answers, ranked by a reward (Guo et al. 2024, OAIF). All answers to one
+prompt are in one micro-batch. The loss is the mean over the prompt's pairs, then over the prompts of the whole batch,
+so neither micro-batches nor ranks change it. The reference is the frozen start; under LoRA it costs a forward pass.
 """
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms import policy, ppo_inputs
 from penstock.algorithms.config import DPOConfig, DPOFlags
+from penstock.algorithms.experience import with_ends
 from penstock.algorithms.heldout import Best, interval, read_sides
-from penstock.algorithms.preference_losses import LOSSES, counts_of, health, preference_loss, summary
-from penstock.algorithms.reference import answer_logprobs, precomputed, read_reference, with_reference, workload
-from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranking_of
-from penstock.algorithms.setup import placed, read_model, reserve_activations, strategy_of
-from penstock.config import OptimFlags
+from penstock.algorithms.preference_losses import check_loss, counts_of, health, preference_loss, summary
+from penstock.algorithms.reference import answer_logprobs, evaluate_rankings, precomputed, with_reference, workload
+from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranked, ranking_of
+from penstock.algorithms.setup import placed, read_model, reserve_activations, sample_rows, strategy_of
+from penstock.config import AnswerFlags, OptimFlags, RewardFlags
 from penstock.data.batching import Shuffle
 from penstock.errors import DataError, UserError
 from penstock.memory.strategy import StepStats, Strategy
@@ -32,106 +34,206 @@ from penstock.run.session import Session
 
 
 def dpo(config: DPOConfig, *, resume: bool = False) -> Path:
-    """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint."""
+    """Trains as `config` says and returns the run directory. With `resume`, goes on from its newest checkpoint.
+
+    `--batch-size` counts prompts, with all their answers.
+    """
     config = dataclasses.replace(config, run=placed(config.run))
     optim, flags, strategy = config.optim, config.dpo, strategy_of(config.run)
-    check_flags(config)
+    check_flags(config, strategy.world.size)
     session = Session("dpo", config, strategy.world, resume=resume)
-    models, train, heldout = read_inputs(session.config, strategy, session)
-    total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
-    every = interval(config, total, len(heldout), optim.batch_size, session)
+    source = (Fresh if config.online else Given)(session.config, strategy, session)
+    total = optim.steps or math.ceil(optim.epochs * source.count / optim.batch_size)
+    every = interval(config, total, source.heldout_count, optim.batch_size, session)
 
     with session:
-        if config.precompute_reference:
-            known = precomputed(session, models, [*train, *heldout])
-            train, heldout = known[: len(train)], known[len(train) :]
-        reserve_activations(strategy, workload(models, [*train, *heldout], optim))
-        streams = dict(zip(models, strategy.prepare_all(*models.values(), **optim.adamw), strict=True))
-        stream, reference = streams["model"], streams.get("reference")
-        shuffle, start, best = Shuffle(len(train), config.run.seed), 0, Best(config.early_stopping_patience)
+        stream, reference = source.prepare()
+        shuffle, start, best = Shuffle(source.count, config.run.seed), 0, Best(config.early_stopping_patience)
         session.restore({"model": stream})
         if session.state:
             shuffle.load_state_dict(session.state["shuffle"])
             start = session.state["step"]
             best.load(session.state["best"], session.state)
-        if reference is not None:
-            heldout = with_reference(strategy, reference, heldout, optim)
+        source.begin(start)
 
         def state() -> dict[str, Any]:
             return {"shuffle": shuffle.state_dict(), "step": step, "best": best.value, "stale": best.stale}
 
         for step in session.steps(start, total):
-            rankings = [train[i] for i in shuffle.next(optim.batch_size)]
+            rankings, metrics = source.rankings(step, shuffle.next(optim.batch_size))
             if reference is not None:
                 rankings = with_reference(strategy, reference, rankings, optim)
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup, optim.lr_schedule)
-            stats = learn(strategy, stream, rankings, optim, flags, lr)
-            session.check(stats)
-            metrics = {**summary(stats.sums), "grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
-            improved = False
-            if heldout and (step % every == 0 or step == total):
-                facts = evaluate(strategy, stream, heldout, optim, flags)
-                metrics |= {f"heldout/{name}": value for name, value in facts.items()}
-                improved = best.better(-facts["loss"])
-                best.end_early(session, step)
+            if rankings:
+                stats = learn(strategy, stream, rankings, optim, flags, lr)
+                session.check(stats)
+                metrics |= {**summary(stats.sums), "grad_norm": stats.grad_norm}
+            metrics |= {"lr": lr, "epoch": shuffle.epochs}
+            improved = (step % every == 0 or step == total) and source.evaluate(step, best, metrics)
             session.health(step, health(metrics, flags))
             tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
             session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
-            session.checkpoint(step, {"model": stream}, state, best=improved)
+            if step == session.total:
+                source.end(step)
+            session.checkpoint(step, {"model": stream}, state, best=bool(improved))
         return session.finish()
 
 
-def check_flags(config: DPOConfig) -> None:
-    """Raises UserError for flags that do not fit together, or that the loss would not read."""
-    flags, loss = config.dpo, LOSSES[config.dpo.loss]
-    without = [name for name, row in LOSSES.items() if not row.reference]
-    if not loss.reference and (config.reference or config.precompute_reference):
-        flag = "--reference" if config.reference else "--precompute-reference"
-        raise UserError(f"{flag}: --loss {flags.loss} has no reference ({', '.join(without)} have none); leave it out.")
-    if flags.label_smoothing and not loss.smooths:
-        names = ", ".join(name for name, row in LOSSES.items() if row.smooths)
-        raise UserError(f"--label-smoothing: --loss {flags.loss} has none; {names} have.")
-    if flags.length_normalize and loss.averages:
-        raise UserError(f"--length-normalize: --loss {flags.loss} always divides by tokens; leave the flag out.")
-    if flags.simpo_gamma is not None and flags.loss != "simpo":
-        raise UserError(f"--simpo-gamma: --loss {flags.loss} has no margin; it is simpo's.")
+def check_flags(config: DPOConfig, ranks: int) -> None:
+    """Raises UserError for flags that do not fit together, or that nothing would read."""
+    named = {"--reference": config.reference, "--precompute-reference": config.precompute_reference}
+    check_loss(config.dpo, [flag for flag, value in named.items() if value])
+    if config.online:
+        ppo_inputs.check_rollout("dpo --online", config, ranks)
+        if config.precompute_reference:
+            raise UserError("--precompute-reference: answers of --online are new in each step; leave it out.")
+        return
+    own = {field.name for group in (AnswerFlags, RewardFlags) for field in dataclasses.fields(group)} | {"group_size"}
+    for part in (config, config.dpo):
+        for field in dataclasses.fields(part):
+            if field.name in own and getattr(part, field.name) != field.default:
+                raise UserError(f"--{field.name.replace('_', '-')}: is for answers of --online; give that flag too.")
 
 
-def read_inputs(
-    config: DPOConfig, strategy: Strategy, session: Session
-) -> tuple[dict[str, Actor], list[Ranking], list[Ranking]]:
-    """The model and its reference, if the loss has one; the rankings to train on, and those held out."""
-    model, encoder = read_model(Actor, config.model, config, strategy, session)
-    models = {"model": model}
-    if LOSSES[config.dpo.loss].reference:
+# --- comparisons of the data ----------------------------------------------------------------------------------------
+
+
+class Given:
+    """Comparisons that the data holds."""
+
+    def __init__(self, config: DPOConfig, strategy: Strategy, session: Session) -> None:
+        self.config, self.strategy, self.session = config, strategy, session
+        model, encoder = read_model(Actor, config.model, config, strategy, session)
         with strategy.init():
-            models["reference"] = read_reference(config, model, encoder)
-    sides = [
-        [ranking_of(tokens, record.ranks) for record, tokens in zip(*side, strict=True)]
-        for side in read_sides(session, encoder, "comparisons", config)
-    ]
-    train, heldout = ([ranking for ranking in side if ranking.pairs] for side in sides)
-    if not train:
-        raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
-    rows = [row for ranking in [*train, *heldout] for row in ranking.rows]
-    cut = sum(row[-1] not in encoder.eos_ids for row in rows)
-    if cut > CUT_SHARE * len(rows):
-        session.warn(f"cut answers: {cut} of {len(rows)} have no end, and what does not end is preferred too")
-    if config.dpo.pairs == "best-worst":
-        train, heldout = ([best_and_worst(ranking) for ranking in side] for side in (train, heldout))
-        session.say(f"--pairs best-worst: {len(rows) - 2 * (len(train) + len(heldout))} answers between are not read")
-    return models, train, heldout
+            reference = ppo_inputs.read_reference(config, model, encoder, session)
+        self.models = {"model": model} if reference is None else {"model": model, "reference": reference}
+        sides = [
+            [ranking_of(tokens, record.ranks) for record, tokens in zip(*side, strict=True)]
+            for side in read_sides(session, encoder, "comparisons", config)
+        ]
+        self.train, self.heldout = ([ranking for ranking in side if ranking.pairs] for side in sides)
+        if not self.train:
+            raise DataError(f"{', '.join(config.data.data)}: every ranking is a tie; nothing can be learned from ties.")
+        rows = [row for ranking in [*self.train, *self.heldout] for row in ranking.rows]
+        cut = sum(row[-1] not in encoder.eos_ids for row in rows)
+        if cut > CUT_SHARE * len(rows):
+            session.warn(f"cut answers: {cut} of {len(rows)} have no end, and what does not end is preferred too")
+        if config.dpo.pairs == "best-worst":
+            self.train, self.heldout = (
+                [ranking.best_and_worst() for ranking in side] for side in (self.train, self.heldout)
+            )
+            read = 2 * (len(self.train) + len(self.heldout))
+            session.say(f"--pairs best-worst: {len(rows) - read} answers between are not read")
+        self.count, self.heldout_count = len(self.train), len(self.heldout)
+
+    def prepare(self) -> tuple[Stream, Stream | None]:
+        """Gives the models their homes: the one that learns, and its reference unless that has been read before."""
+        optim, rankings = self.config.optim, [*self.train, *self.heldout]
+        if self.config.precompute_reference:
+            rankings = precomputed(self.session, self.models, rankings)
+            self.train, self.heldout = rankings[: self.count], rankings[self.count :]
+        reserve_activations(self.strategy, workload(self.models, rankings, optim))
+        streams = self.strategy.prepare_all(*self.models.values(), **optim.adamw)
+        self.stream, self.reference = streams[0], streams[1] if len(streams) > 1 else None
+        return self.stream, self.reference
+
+    def begin(self, step: int) -> None:
+        if self.reference is not None:
+            self.heldout = with_reference(self.strategy, self.reference, self.heldout, self.config.optim)
+
+    def rankings(self, step: int, indices: Sequence[int]) -> tuple[list[Ranking], dict[str, float]]:
+        """The rankings of a step, on every rank, and what is to be known of them."""
+        return [self.train[i] for i in indices], {}
+
+    def evaluate(self, step: int, best: Best, metrics: dict[str, float]) -> bool:
+        """Adds the metrics of the held-out rankings; True if their loss is the lowest so far."""
+        if not self.heldout:
+            return False
+        facts = evaluate_rankings(self.strategy, self.stream, self.heldout, self.config.optim, self.config.dpo)
+        metrics |= {f"heldout/{name}": value for name, value in facts.items()}
+        improved = best.better(-facts["loss"])
+        best.end_early(self.session, step)
+        return improved
+
+    def end(self, step: int) -> None:
+        """The last step is made."""
 
 
 CUT_SHARE = 0.1
 """Of all answers, so many may be cut before it is a warning."""
 
 
-def best_and_worst(ranking: Ranking) -> Ranking:
-    """The first of the best answers and the last of the worst, which are not equal."""
-    chosen, rejected = max(ranking.pairs, key=lambda pair: (ranking.ranks[pair[1]] - ranking.ranks[pair[0]], pair[1]))
-    kept = (chosen, rejected)
-    return Ranking([ranking.rows[i] for i in kept], (0, 1), tuple(ranking.response_lengths[i] for i in kept))
+# --- comparisons of its own answers ---------------------------------------------------------------------------------
+
+
+class Fresh:
+    """Answers of the model as it is, ranked by a reward."""
+
+    def __init__(self, config: DPOConfig, strategy: Strategy, session: Session) -> None:
+        self.config, self.strategy, self.session = config, strategy, session
+        self.inputs = ppo_inputs.read_inputs(config, strategy, session)
+        self.count, self.heldout_count = len(self.inputs.prompts), len(self.inputs.heldout[1])
+
+    def prepare(self) -> tuple[Stream, Stream | None]:
+        """As `Given.prepare`, and the reward model."""
+        optim, group = self.config.optim, self.config.dpo.group_size
+        answers, micro = optim.batch_size * group, max(optim.micro_batch_size, group)
+        of_answers = dataclasses.replace(optim, batch_size=answers, micro_batch_size=micro)
+        config = dataclasses.replace(self.config, optim=of_answers)
+        roles, swap = policy.prepare_roles(config, self.strategy, self.inputs, {"stage": "grpo", "group_size": group})
+        encoder = self.inputs.encoder
+        sampling = (self.config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
+        self.policy = policy.Policy(self.strategy, roles, optim, self.config.dpo, *sampling)
+        return roles.actor, roles.reference
+
+    def begin(self, step: int) -> None:
+        if step == 0:
+            self.end(0)
+
+    def rankings(self, step: int, indices: Sequence[int]) -> tuple[list[Ranking], dict[str, float]]:
+        """As `Given.rankings`; prompts whose answers are alike or score alike are counted, and are no rankings."""
+        flags, world, inputs, first = self.config.dpo, self.strategy.world, self.inputs, self.session.episode
+        group, own = flags.group_size, world.share_of(list(indices))
+        offsets = [(i * world.size + world.rank) * group for i in range(len(own))]
+        episodes = [first + offset + j for offset in offsets for j in range(group)]
+        rollout = self.policy.rollout([inputs.prompts[i] for i in own], episodes, n=group)
+        self.session.episode += len(indices) * group
+        inputs.source.step = step
+        with self.strategy.phase("score"):
+            scores = inputs.source.score([inputs.records[i] for i in own for _ in range(group)], rollout)
+        shown = rollout[: self.config.samples]
+        self.session.sample(step, sample_rows(inputs.encoder, shown, scores, kind="rollout"))
+        judged = [(rollout[i : i + group], scores[i : i + group]) for i in range(0, len(rollout), group)]
+        ranks = world.gather(judged)
+        groups = [ranks[i % world.size][i // world.size] for i in range(len(indices))]  # the inverse of share_of
+        raw = torch.tensor([values for _, values in groups])
+        ended = torch.tensor([[answer.finish_reason == "stop" for answer in answers] for answers, _ in groups])
+        used = with_ends(raw.flatten(), ended.flatten(), flags).view_as(raw)
+        compared = [ranked(answers, row) for (answers, _), row in zip(groups, used.tolist(), strict=True)]
+        kept = [ranking for ranking in compared if ranking.pairs]
+        if flags.pairs == "best-worst":
+            kept = [ranking.best_and_worst() for ranking in kept]
+        lengths = [n for ranking in compared for n in ranking.response_lengths]
+        metrics = {
+            "objective/scores": float(raw.mean()),
+            "objective/scores_std": float(raw.std()),
+            "objective/response_length": sum(lengths) / len(lengths),
+            "val/missing_eos_rate": 1 - float(ended.float().mean()),
+            "frac_ties": 1 - len(kept) / len(compared),
+            "episode": float(self.session.episode),
+        }
+        return kept, metrics | inputs.source.metrics(world)
+
+    def evaluate(self, step: int, best: Best, metrics: dict[str, float]) -> bool:
+        """Adds the metrics of answers to held-out prompts; True if their score is the best so far."""
+        return policy.evaluate(step, self.session, self.policy, self.inputs, best, metrics)
+
+    def end(self, step: int) -> None:
+        """Greedy answers for the report."""
+        policy.show(step, self.session, self.policy, self.inputs, self.config.samples)
+
+
+# --- an update ------------------------------------------------------------------------------------------------------
 
 
 def learn(
@@ -146,25 +248,3 @@ def learn(
     batches = micro_batches(world.share_of(list(rankings)), optim.micro_batch_size, world.device)
     with strategy.phase("train"):
         return strategy.step(stream, batches, loss_of, lr=lr, max_grad_norm=optim.max_grad_norm)
-
-
-def evaluate(
-    strategy: Strategy, stream: Stream, rankings: Sequence[Ranking], optim: OptimFlags, flags: DPOFlags
-) -> dict[str, float]:
-    """The metrics of rankings that are not learned from; as many of them are read at a time as a step has."""
-    world, counts = strategy.world, counts_of(rankings)
-    sums: Counter[str] = Counter()
-
-    def read(hidden: Tensor, batch: Rankings) -> None:
-        sums_of_answers = answer_logprobs(stream.model, hidden, batch)
-        loss, stats = preference_loss(sums_of_answers, batch.rankings, flags, counts)
-        sums.update({name: float(value) for name, value in {"loss": loss, **stats}.items()})
-
-    with strategy.phase("score"):
-        for start in range(0, len(rankings), optim.batch_size):
-            share = world.share_of(list(rankings[start : start + optim.batch_size]))
-            strategy.evaluate(stream, micro_batches(share, optim.micro_batch_size, world.device), read)
-    total: Counter[str] = Counter()
-    for part in world.gather(dict(sums)):
-        total.update(part)
-    return summary(total)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from penstock.algorithms.config import DPOFlags
 from penstock.algorithms.reward import Ranking
+from penstock.errors import UserError
 from penstock.memory.stream import Losses
 
 PairLoss = Callable[[Tensor, Tensor, DPOFlags], Tensor]
@@ -76,6 +77,21 @@ LOSSES: dict[str, Loss] = {
     "orpo": Loss(orpo, reference=False, averages=True),
     "cpo": Loss(sigmoid, reference=False, smooths=True),
 }
+
+
+def check_loss(flags: DPOFlags, reference: Sequence[str]) -> None:
+    """Raises UserError for flags that the loss would not read; `reference`: those that were given for a reference."""
+    loss, name = LOSSES[flags.loss], flags.loss
+    if not loss.reference and reference:
+        without = ", ".join(name for name, row in LOSSES.items() if not row.reference)
+        raise UserError(f"{reference[0]}: --loss {name} has no reference ({without} have none); leave it out.")
+    if flags.label_smoothing and not loss.smooths:
+        names = ", ".join(name for name, row in LOSSES.items() if row.smooths)
+        raise UserError(f"--label-smoothing: --loss {name} has none; {names} have.")
+    if flags.length_normalize and loss.averages:
+        raise UserError(f"--length-normalize: --loss {name} always divides by tokens; leave the flag out.")
+    if flags.simpo_gamma is not None and name != "simpo":
+        raise UserError(f"--simpo-gamma: --loss {name} has no margin; it is simpo's.")
 
 
 def _smoothed(gaps: Tensor, smoothing: float) -> Tensor:
@@ -183,8 +199,15 @@ SATURATED = 20.0
 
 def health(metrics: Mapping[str, float], flags: DPOFlags) -> list[str]:
     """What is wrong at this step, one line each: "name: text"."""
+    if "rewards/margins" not in metrics:
+        return ["ties: all answers of this step are alike or score alike, and nothing is learned from them"]
     chosen, rejected = metrics["rewards/chosen"] / flags.beta, metrics["rewards/rejected"] / flags.beta
     lines = []
+    if (cut := metrics.get("val/missing_eos_rate", 0.0)) > 0.3:  # as in PPO
+        lines.append(
+            f"missing EOS: {cut:.0%} of the answers did not end within --max-new-tokens {flags.max_new_tokens}; give "
+            "more tokens, or a model that ends its answers"
+        )
     if LOSSES[flags.loss].reference and chosen < -DISPLACED and rejected < -DISPLACED:
         # Razin et al. 2024, "Unintentional Unalignment": probability goes to answers that are in no comparison
         lines.append(

@@ -1,6 +1,6 @@
-"""The frozen model that preference learning compares with: which it is, and the log-probabilities that it gives.
+"""The log-probabilities of answers, and those that the frozen model gives that preference learning compares with.
 
-They are read beside the training, batch by batch, or once before it and kept in the run directory.
+The reference's are read beside the training, batch by batch, or once before it and kept in the run directory.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.ppo_inputs import check_role
+from penstock.algorithms.config import DPOFlags
+from penstock.algorithms.ppo_inputs import load_reference
+from penstock.algorithms.preference_losses import counts_of, preference_loss, summary
 from penstock.algorithms.reward import Ranking, Rankings, longest_row, micro_batches
 from penstock.algorithms.setup import reserve_activations, role_specs, strategy_of
 from penstock.algorithms.sft import Rows, response_logprobs
@@ -31,20 +34,12 @@ from penstock.models.adapter_files import AdapterFile
 from penstock.models.roles import Actor
 from penstock.planner.workload import Workload
 from penstock.run import checkpoint
-from penstock.run.directory import resolve_model
 from penstock.run.session import Session
 
 
 def read_reference(config: Any, model: Actor, encoder: Encoder) -> Actor:
     """--reference, or a frozen copy of the model's start; call it in `Strategy.init`."""
-    if config.reference is None:
-        return model.frozen()
-    address = resolve_model(config.reference)
-    options: Any = {"allow_pickle": config.data.allow_pickle, "base_dtype": config.peft.base_dtype}
-    reference = Actor.from_pretrained(address, **options)
-    reference.eval().requires_grad_(False)
-    check_role("reference", address, reference, encoder, config)
-    return reference
+    return model.frozen() if config.reference is None else load_reference(config, encoder)
 
 
 def answer_logprobs(model: Actor, hidden: Tensor, batch: Rankings) -> Tensor:
@@ -92,6 +87,27 @@ def workload(models: dict[str, Actor], rankings: Sequence[Ranking], optim: Optim
     answer = max(max(ranking.response_lengths) for ranking in rankings)
     rows, micro = optim.batch_size * most, max(optim.micro_batch_size, most)
     return Workload("dpo", role_specs(models), rows, micro, rows, 1, longest - answer, answer)
+
+
+def evaluate_rankings(
+    strategy: Strategy, stream: Stream, rankings: Sequence[Ranking], optim: OptimFlags, flags: DPOFlags
+) -> dict[str, float]:
+    """The metrics of rankings that are not learned from; as many of them are read at a time as a step has."""
+    world, counts = strategy.world, counts_of(rankings)
+    sums: dict[str, float] = {}
+
+    def read(hidden: Tensor, batch: Rankings) -> None:
+        logprobs = answer_logprobs(stream.model, hidden, batch)
+        loss, stats = preference_loss(logprobs, batch.rankings, flags, counts)
+        for name, value in {"loss": loss, **stats}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+
+    with strategy.phase("score"):
+        for start in range(0, len(rankings), optim.batch_size):
+            share = world.share_of(list(rankings[start : start + optim.batch_size]))
+            strategy.evaluate(stream, micro_batches(share, optim.micro_batch_size, world.device), read)
+    parts = world.gather(sums)
+    return summary({name: sum(part.get(name, 0.0) for part in parts) for name in sorted({*chain(*parts)})})
 
 
 # --- once, before training ------------------------------------------------------------------------------------------

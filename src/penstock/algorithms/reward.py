@@ -25,6 +25,7 @@ from penstock.errors import DataError
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import RewardModel
+from penstock.rollout.engine import Answer
 from penstock.run.session import Session
 
 
@@ -46,6 +47,18 @@ class Ranking:
         ranks, rows = self.ranks, self.rows
         indices = range(len(ranks))
         return [(i, j) for i in indices for j in indices if ranks[i] < ranks[j] and rows[i] != rows[j]]
+
+    def best_and_worst(self) -> "Ranking":
+        """The first of the best responses and the last of the worst, which are not equal."""
+        pair = max(self.pairs, key=lambda pair: (self.ranks[pair[1]] - self.ranks[pair[0]], pair[1]))
+        return Ranking([self.rows[i] for i in pair], (0, 1), tuple(self.response_lengths[i] for i in pair))
+
+
+def ranked(answers: Sequence[Answer], scores: Sequence[float]) -> Ranking:
+    """Answers to one prompt in the order of their scores; equal scores are ties."""
+    levels = sorted(set(scores), reverse=True)
+    rows = [answer.prompt_ids + answer.response_ids for answer in answers]
+    return Ranking(rows, tuple(map(levels.index, scores)), tuple(len(answer.response_ids) for answer in answers))
 
 
 def reward(config: RewardConfig, *, resume: bool = False) -> Path:
