@@ -200,13 +200,13 @@ class Fresh:
         self.session.episode += len(indices) * group
         inputs.source.step = step
         with self.strategy.phase("score"):
-            scores = inputs.source.score([inputs.records[i] for i in own for _ in range(group)], rollout)
+            scores = inputs.source.score_parts([inputs.records[i] for i in own for _ in range(group)], rollout)
         shown = rollout[: self.config.samples]
-        self.session.sample(step, sample_rows(inputs.encoder, shown, scores, kind="rollout"))
-        judged = [(rollout[i : i + group], scores[i : i + group]) for i in range(0, len(rollout), group)]
-        ranks = world.gather(judged)
+        self.session.sample(step, sample_rows(inputs.encoder, shown, [row[0] for row in scores], kind="rollout"))
+        ranks = world.gather([(rollout[i : i + group], scores[i : i + group]) for i in range(0, len(rollout), group)])
         groups = [ranks[i % world.size][i // world.size] for i in range(len(indices))]  # the inverse of share_of
-        raw = torch.tensor([values for _, values in groups])
+        given = torch.tensor([rows for _, rows in groups])  # [prompts, group, the score and its parts]
+        raw = given[:, :, 0]
         ended = torch.tensor([[answer.finish_reason == "stop" for answer in answers] for answers, _ in groups])
         used = with_ends(raw.flatten(), ended.flatten(), flags).view_as(raw)
         compared = [ranked(answers, row) for (answers, _), row in zip(groups, used.tolist(), strict=True)]
@@ -222,7 +222,7 @@ class Fresh:
             "frac_ties": 1 - len(kept) / len(compared),
             "episode": float(self.session.episode),
         }
-        return kept, metrics | inputs.source.metrics(world)
+        return kept, metrics | inputs.source.metrics(given[:, :, 1:].flatten(0, 1))
 
     def evaluate(self, step: int, best: Best, metrics: dict[str, float]) -> bool:
         """Adds the metrics of answers to held-out prompts; True if their score is the best so far."""
