@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from penstock.algorithms.config import DPOConfig, DPOFlags, GRPOConfig, GRPOFlags
+from penstock.algorithms.config import DistillConfig, DistillFlags, DPOConfig, DPOFlags, GRPOConfig, GRPOFlags
 from penstock.cli import main
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
 from penstock.kernels import compile as compiler
@@ -180,6 +180,13 @@ def stage_config(directory: Path, stage: str, out: str, *, steps: int = 8, check
         data = write_jsonl(directory / "sft.jsonl", demonstrations(30))
         files = DataFlags(data=(data,), max_length=32)
         return SFTConfig(model=model, data=files, run=run, optim=optim, eval_every=2, samples=2)
+    if stage == "distill":
+        teacher = save_tiny(directory / "teacher", seed=1, num_layers=3)
+        files = DataFlags(data=(write_jsonl(directory / "sft.jsonl", demonstrations(30)),), max_length=32)
+        distill = DistillFlags(on_policy=0.5, max_new_tokens=6, loss="jsd", teacher_top_k=5, sft_coef=0.1)
+        return DistillConfig(
+            model=model, teacher=teacher, data=files, run=run, optim=optim, distill=distill, eval_every=2, samples=2
+        )
     files = DataFlags(data=(write_jsonl(directory / "rankings.jsonl", comparisons(30)),), max_length=32)
     if stage == "dpo":
         flags = DPOFlags(sft_coef=0.1)

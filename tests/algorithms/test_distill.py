@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.kills import outcome
 from penstock.algorithms.config import DistillConfig, DistillFlags
 from penstock.algorithms.distillation import distill as module
 from penstock.algorithms.distillation.distill import Distillation, distill, generalized_jsd
@@ -142,7 +143,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_model):
 
 def test_heldout_loss_is_a_mean_over_trained_tokens(tiny_model):
     work, student, teacher = of(tiny_model, loss="jsd", jsd_beta=0.3, teacher_top_k=5)
-    assert work.heldout_loss(ROWS) == pytest.approx(float(theirs(student, teacher, 1.0, "jsd", 5)), abs=1e-6)
+    assert work.heldout_loss(ROWS) == pytest.approx(theirs(student, teacher, 1.0, "jsd", 5).item(), abs=1e-6)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -245,6 +246,21 @@ def test_a_store_of_another_teacher_or_other_rows_is_refused(config, tiny_model,
         wanted = "is damaged"
     with pytest.raises(UserError, match=wanted):
         distill(flags, resume=True)
+
+
+def test_a_resumed_run_reads_the_store_and_goes_on_exactly(config, monkeypatch):
+    whole = distill(config("whole", precompute_teacher=True, steps=6))
+    run = distill(flags := config(precompute_teacher=True, steps=6, run={"checkpoint_every": 2, "keep": 9}))
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
+    written = (run / "teacher.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(Strategy, "prepare", lambda *_: pytest.fail("the teacher was loaded"))
+    distill(flags, resume=True)
+    assert outcome(run)["metrics.jsonl"] == outcome(whole)["metrics.jsonl"]
+    assert (last_model(run) / "model.safetensors").read_bytes() == (
+        last_model(whole) / "model.safetensors"
+    ).read_bytes()
+    assert (run / "teacher.safetensors").stat().st_mtime_ns == written
 
 
 def test_steps_on_samples_learn_what_the_student_wrote(config, monkeypatch):

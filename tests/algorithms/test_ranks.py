@@ -31,7 +31,7 @@ def curves(arguments, out, ranks):
     return metrics(out)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "dpo", "distill", "distill stored"])
 def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
     model = tiny_model()
     shared = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
@@ -45,6 +45,11 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
         data = jsonl([{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
         arguments = ["grpo", "--model", model, "--reward-fn", f"{tmp_path}/fn.py:score", "--data", data, *shared,
                      "--max-new-tokens", "6", "--mini-batch-size", "3", "--group-size", "2"]  # fmt: skip
+    elif stage.startswith("distill"):
+        teacher = tiny_model("teacher", 1, num_layers=3)
+        more = "--precompute-teacher" if stage == "distill stored" else "--on-policy 0.5 --max-new-tokens 6"
+        arguments = ["distill", "--model", model, "--teacher", teacher, "--data", jsonl(demonstrations(20)), *shared,
+                     "--teacher-top-k", "5", "--eval-every", "2", "--seed", "1", *more.split()]  # fmt: skip
     else:
         data = jsonl(demonstrations(20) if stage == "sft" else comparisons(20))
         arguments = [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import campaign, outcome
-from penstock.algorithms.config import DPOConfig, GRPOConfig
+from penstock.algorithms.config import DistillConfig, DPOConfig, GRPOConfig
+from penstock.algorithms.distillation.distill import distill
 from penstock.algorithms.grpo import grpo
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.preference import dpo
@@ -29,6 +30,7 @@ STAGES = {
     "ppo": (ppo, PPOConfig),
     "grpo": (grpo, GRPOConfig),
     "dpo": (dpo, DPOConfig),
+    "distill": (distill, DistillConfig),
 }
 STEPS = 8
 

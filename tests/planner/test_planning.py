@@ -310,6 +310,57 @@ def test_the_plan_of_the_command_knows_pairs_and_the_reference(capsys):
         assert (code, set(json.loads(out)["phases"])) == (0, phases)
 
 
+def teaching(config=BASE, spec=None, **changes):
+    """distill: a student, and a teacher of more and wider layers."""
+    larger = dataclasses.replace(config, num_layers=5, d_model=2 * config.d_model, head_dim=2 * config.head_dim)
+    roles = (
+        RoleSpec("model", config, trained=True, scalar=False, spec=spec, base="base" if spec else None),
+        RoleSpec("teacher", larger, trained=False, scalar=False),
+    )
+    return dataclasses.replace(work(config), stage="distill", roles=roles, top_k=64, **changes)
+
+
+@pytest.mark.parametrize(("strategy", "dtype", "world"), [
+    ("naive", "fp32", 1), ("gemini_cpu", "fp32", 1), ("gemini_cpu", "bf16", 1), ("gemini", "bf16", 4),
+    ("gemini_nvme", "bf16", 1),
+])  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"samples": True}, {"stored": True}, {"spec": LoraSpec(4)}], ids=str)
+def test_distillation_is_foretold(changes, strategy, dtype, world):
+    of = teaching(**changes)
+    planned, measured = forecast(of, strategy, dtype, world), dry(of, strategy, dtype, world)
+    assert_near(planned, measured, 1.15 if world == 1 else 1.3)
+    phases = {"score", "train"} | ({"rollout"} if of.samples else set())
+    assert phases == set(planned.phases) == set(measured["traffic"])
+
+
+def test_the_dry_run_of_distillation_takes_what_the_real_one_takes(tmp_path):
+    of = teaching(micro_batch_size=2)
+    device = forecast(of, "gemini_cpu", device=1).peak["device"]
+    pretended, measured = dry(of, "gemini_cpu", device=device), real(of, "gemini_cpu", tmp_path, device=device)
+    assert pretended["traffic"] == measured["traffic"]
+    assert pretended["device"] == pytest.approx(measured["device"], rel=0.01)
+
+
+XL_FOR_S = """
+    --stage distill --model s --teacher-model xl --strategy gemini_cpu --device-memory 300MB --batch-size 8
+    --micro-batch-size 1 --prompt-length 64 --max-new-tokens 64
+"""
+
+
+@pytest.mark.parametrize("flags", [["--lora", "8"], ["--lora", "8", "--on-policy", "0.5"], ["--precompute-teacher"]])
+def test_gpt2_xl_teaches_gpt2_in_300_mb(capsys, flags):
+    code, out = plan_of(capsys, *XL_FOR_S.split(), *flags, "--json")
+    assert code == 0
+    assert json.loads(out)["parameters"] == {"model": 124_439_808, "teacher": 1_557_611_200}
+    assert json.loads(out)["predicted"]["device"] <= 300_000_000
+
+
+def test_where_both_do_not_fit_a_teacher_that_reads_first_is_advised(capsys):
+    code, out = plan_of(capsys, *XL_FOR_S.split(), "--json")
+    assert code == 3
+    assert "--precompute-teacher fits" in json.loads(out)["advice"]
+
+
 def test_a_device_budget_holds_activations_too():
     of = work(prompt_length=100)
     least = forecast(of, "gemini_cpu", device=1).peak["device"]

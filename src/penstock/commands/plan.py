@@ -122,6 +122,9 @@ def on_this_machine(setting: Setting) -> Iterator[Setting]:
             rollout = max(answers >> halvings, 1) if halvings and work.rolls_out else work.rollout_batch_size
             smaller = dataclasses.replace(work, micro_batch_size=max(micro >> halvings, 1), rollout_batch_size=rollout)
             yield dataclasses.replace(setting, strategy=name, workload=smaller)
+            if work.stage == "distill" and not (work.samples or work.stored):
+                stored = dataclasses.replace(smaller, stored=True)
+                yield dataclasses.replace(setting, strategy=name, workload=stored)
     if setting.recompute is not True:
         yield dataclasses.replace(setting, recompute=None if setting.recompute is False else True)
 
@@ -144,6 +147,8 @@ def difference(setting: Setting, change: Setting) -> str:
         rows = getattr(change.workload, name)
         if rows != getattr(setting.workload, name):
             flags.append(f"{flag} {rows}")
+    if change.workload.stored != setting.workload.stored:
+        flags.append("--precompute-teacher")
     if change.recompute != setting.recompute:
         flags.append("--recompute" if change.recompute else "without --keep-activations")
     return " ".join(flags)
