@@ -32,7 +32,7 @@ FIRST = (
     "algorithms/test_setup.py", "algorithms/test_health.py", "algorithms/test_reward_source.py",
     "algorithms/test_reward_functions.py", "algorithms/test_verifiers.py",
     "algorithms/test_length.py", "algorithms/test_ppo_inputs.py", "data/test_chat.py", "data/test_formats.py",
-    "models/test_chat_template.py", "planner/test_planning.py", "algorithms/test_sft.py",
+    "algorithms/test_distill.py", "models/test_log_probs.py", "models/test_chat_template.py", "planner/test_planning.py", "algorithms/test_sft.py",
     "algorithms/test_reward.py", "algorithms/test_ppo.py",
 )  # fmt: skip
 """The files of tests that run before the others: they are fast and catch most."""
@@ -44,6 +44,7 @@ FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
 )
 POLICY, GRPO, ADV = (f"algorithms/{name}.py" for name in ("policy", "grpo", "advantages"))
 PAIRS, REFERENCE = "algorithms/preference_losses.py", "algorithms/reference.py"
+DISTILL, TEACHER = (f"algorithms/distillation/{name}.py" for name in ("distill", "teacher"))
 HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
@@ -289,6 +290,16 @@ BUGS: list[Bug] = [
     (GRPO, "all ranks draw the same random streams", "(i * world.size + world.rank) * group + j", "i * group + j"),
     (GRPO, "Dr. GRPO's mean is over tokens", '"constant" if flags.advantage == "dr_grpo" else "token"', '"token"'),
     ("algorithms/experience.py", "groups of ranks are mixed up", "(row // group * ranks + rank) * group + row % group", "row * ranks + rank"),
+    (HEAD, "the chosen tokens count among the others", "if others:\n                    logits.scatter_add_(1, column, inside.float() * NEVER)\n                higher", "higher"),
+    (HEAD, "gradient of the others without their own rise", "fallen[:, -1] - grad[:, -1], (grad", "fallen[:, -1], (grad"),
+    (HEAD, "what is no longer among the likeliest is forgotten", "values.scatter_(1, kept, NEVER)", "values.fill_(NEVER)"),
+    (DISTILL, "JSD's beta the wrong way round", "teacher + math.log(beta), student + math.log1p(-beta)", "student + math.log(beta), teacher + math.log1p(-beta)"),
+    (DISTILL, "forward KL is reverse", "kl(student, teacher) if beta else kl(teacher, student)", "kl(teacher, student) if beta else kl(student, teacher)"),
+    (DISTILL, "samples are learned by heart too", "if not (given and flags.sft_coef):", "if not flags.sft_coef:"),
+    (DISTILL, "held-out samples are those of training", "seed=self.seed ^ HELDOUT) if", "seed=self.seed) if"),
+    (TEACHER, "the teacher has no temperature", "top_logprobs(states, k, temperature, vocabulary", "top_logprobs(states, k, vocabulary"),
+    (TEACHER, "the store is read from its pieces' first rows", "self._starts[number] - first, self._starts[number + 1] - first", "0, self._starts[number + 1] - self._starts[number]"),
+    (TEACHER, "the teacher may choose tokens that the student has not", "temperature, vocabulary=vocabulary)", "temperature)"),
 ]  # fmt: skip
 
 

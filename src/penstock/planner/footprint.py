@@ -233,7 +233,8 @@ def with_top_k(work: Work, config: DecoderConfig, read: int, k: int) -> Work:
     return dataclasses.replace(
         work,
         forward_head=work.forward_head + max(sought, 2 * column + indices),
-        backward_head=work.backward_head + DIVERGENCE * column + indices,
+        # the last: of --sft-coef, which reads the states once more
+        backward_head=work.backward_head + DIVERGENCE * column + indices + read * config.d_model * FP32,
     )
 
 
