@@ -47,8 +47,9 @@ COMMON = {
 }  # fmt: skip
 """Where a command's flags come in groups, --help shows these first."""
 METAVARS = {
-    "MODEL": ("model", "actor", "critic", "reference", "critic_model", "teacher", "teacher_model"),
-    "RUN": ("run", "reward", "adapter"),
+    "MODEL": ("model", "actor", "critic", "reference", "critic_model", "teacher", "teacher_model",
+              "reward"),
+    "RUN": ("run", "adapter"),
     "FILE": ("data", "files", "ptx_data", "normalize", "eval_data", "profile", "json"),
     "NAME": ("strategy",),
     "FILE.py:NAME": ("reward_fn",),
