@@ -30,7 +30,7 @@ from tests.conftest import stage_config
 STEPS = 60
 PENSTOCK = [sys.executable, "-m", "penstock"]
 STAGES = {
-    "sft": "ddp", "reward": "ddp", "ppo": "ddp", "grpo": "ddp", "dpo": "ddp", "distill": "ddp",
+    "sft": "ddp", "reward": "ddp", "ppo": "ddp", "grpo": "ddp", "dpo": "ddp", "kto": "ddp", "distill": "ddp",
     "sft on disk": "gemini_nvme", "ppo on disk": "gemini_nvme",
 }  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

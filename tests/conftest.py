@@ -14,7 +14,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from penstock.algorithms.config import DistillConfig, DistillFlags, DPOConfig, DPOFlags, GRPOConfig, GRPOFlags
+from penstock.algorithms.config import (
+    DistillConfig,
+    DistillFlags,
+    DPOConfig,
+    DPOFlags,
+    GRPOConfig,
+    GRPOFlags,
+    KTOConfig,
+    KTOFlags,
+)
 from penstock.cli import main
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
 from penstock.kernels import compile as compiler
@@ -136,6 +145,11 @@ def comparisons(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def votes(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Ragged token-id votes, every second one that of a liked answer."""
+    return [row | {"label": i % 2 == 0} for i, row in enumerate(demonstrations(count, seed))]
+
+
 def ppo_config(**flags: Any) -> PPOConfig:
     """PPOConfig from flat names, as on the command line."""
     group = {field.name: flags.pop(field.name) for field in dataclasses.fields(PPOFlags) if field.name in flags}
@@ -187,6 +201,9 @@ def stage_config(directory: Path, stage: str, out: str, *, steps: int = 8, check
         return DistillConfig(
             model=model, teacher=teacher, data=files, run=run, optim=optim, distill=distill, eval_every=2, samples=2
         )
+    if stage == "kto":
+        files = DataFlags(data=(write_jsonl(directory / "votes.jsonl", votes(30)),), max_length=20)
+        return KTOConfig(model=model, data=files, run=run, optim=optim, kto=KTOFlags(beta=0.5), eval_every=4)
     files = DataFlags(data=(write_jsonl(directory / "rankings.jsonl", comparisons(30)),), max_length=32)
     if stage == "dpo":
         flags = DPOFlags(sft_coef=0.1)

@@ -61,6 +61,15 @@ def improve(path: Path, *flags: Any, rows: list[dict[str, Any]] | None = None, a
             "--max-new-tokens", 4, "--samples", 0, *flags]  # fmt: skip
 
 
+def judge(path: Path, labels: list[Any], *flags: Any, **more: Any) -> list[Any]:
+    """`penstock kto` for a step, on votes with these labels."""
+    rows = [{"prompt_ids": [1, 3 + i], "response_ids": [4], "label": label} | more for i, label in enumerate(labels)]
+    data = write_jsonl(path / "votes.jsonl", rows)
+    model = save_tiny(path / "model")
+    return ["kto", "--model", model, "--data", data, "--out", path / "kto", "--steps", 1, "--batch-size", 4,
+            "--heldout", 0, *flags]  # fmt: skip
+
+
 def score_with(path: Path, body: str, *flags: Any) -> list[Any]:
     """PPO against a --reward-fn with this body."""
     (path / "fn.py").write_text(f"def score(prompts, responses, **_):\n    {body}\n")
@@ -346,6 +355,19 @@ BROKEN: list[tuple[str, Make, int, str]] = [
      lambda d: rank(d, [{"prompt_ids": [1], "response_ids": [[4], [5]], "ranking": [[0], [2]]}]), 4, "ranking"),
     ("a prompt that leaves no room",
      lambda d: improve(d, "--reward-fn", length_of(d), rows=[{"prompt_ids": [1] * 40}]), 4, "1:.*prompt.*tokens"),
+    # votes
+    ("a vote that is a number", lambda d: judge(d, [True, False, 1]), 4, "votes.jsonl:3: label: 1; give true"),
+    ("a vote that is a word", lambda d: judge(d, [True, "bad"]), 4, "votes.jsonl:2: label: 'bad'; give true"),
+    ("a vote on nothing", lambda d: judge(d, [True, None]), 4, "votes.jsonl:2: label: None; give true"),
+    ("a vote without an answer", lambda d: judge(d, [True], response_ids=[]), 4, "response_ids: is empty"),
+    ("a vote beside an image", lambda d: judge(d, [True, False], image="a.png"), 4, "image: would change what"),
+    ("votes that are all up", lambda d: judge(d, [True] * 4), 0, "WARNING: votes of one kind: all answers were liked"),
+    ("votes that are all down", lambda d: judge(d, [False] * 4), 0, "WARNING: votes of one kind: .* disliked"),
+    ("comparisons as votes", lambda d: [*judge(d, [True])[:4], write_jsonl(d / "pairs.jsonl", comparisons(4)),
+                                        *judge(d, [True])[5:]], 4, "it looks like comparisons.; votes need"),
+    ("votes longer than the limit", lambda d: judge(d, [True, False], "--max-length", 2), 4, "no record is left"),
+    ("a batch of one vote", lambda d: judge(d, [True, False], "--batch-size", 1), 2, "--batch-size 1: KTO pairs"),
+    ("a weight of nothing", lambda d: judge(d, [True], "--desirable-weight", 0), 2, "--desirable-weight 0.*above 0"),
     # flags that shape nothing
     ("an adapter of no rank", lambda d: train(d, None, None, "--lora", 0), 2, "--lora"),
     ("an adapter of no module", lambda d: train(d, None, None, "--lora", 2, "--lora-targets", "q_proj"), 2, "c_attn"),

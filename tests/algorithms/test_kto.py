@@ -15,7 +15,7 @@ from penstock.memory.strategy import Strategy
 from penstock.models import pretrained
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
-from tests.conftest import TINY, torchrun
+from tests.conftest import EOS, TINY, cli, metrics, torchrun, votes, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(3, 4), (1, 2), (5, 1), (2, 6), (4, 3), (1, 5), (6, 2), (2, 2)]  # tokens of prompt and answer, ragged
@@ -47,8 +47,9 @@ def models(tmp_path):
 
 def iteration(models, name="naive", flags=None, micro=4, optim=None, **peft):
     strategy = Strategy.named(name, device="cpu")
-    policy = Actor.from_pretrained(models[0], **peft)
-    reference = Actor.from_pretrained(models[1]).frozen() if models[1] != models[0] else policy.frozen()
+    with strategy.init():
+        policy = Actor.from_pretrained(models[0], **peft)
+        reference = (policy if models[1] == models[0] else Actor.from_pretrained(models[1])).frozen()
     optim = optim or OptimFlags(1e-2, batch_size=8, micro_batch_size=micro, max_grad_norm=1e9)
     policy, reference = strategy.prepare_all(policy, reference, **optim.adamw)
     return KTO(strategy, policy, reference, optim, flags or KTOFlags(), max_length=32)
@@ -263,3 +264,126 @@ def test_it_ends_at_the_distribution_that_maximises_its_expected_value(world, se
     end = logits(ours, tokens)[0, -1].double().softmax(-1)
     assert 0.5 * float((start - optimum).abs().sum()) > 0.08  # it had somewhere to go
     assert 0.5 * float((end - optimum).abs().sum()) <= 0.03, (end, optimum)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+def command(folder, model, rows, *flags, out="run"):
+    data = write_jsonl(folder / "votes.jsonl", rows)
+    fixed = ["--steps", 3, "--batch-size", 6, "--micro-batch-size", 4, "--lr", 1e-2, "--max-length", 20]
+    return cli("kto", "--model", model, "--data", data, "--out", folder / out, *fixed, *flags)
+
+
+def test_every_row_is_a_prompt_and_an_answer_with_its_end(tmp_path, tiny_model, monkeypatch):
+    from penstock.algorithms import kto as module
+
+    seen = []
+    real = module.KTO.score
+    monkeypatch.setattr(module.KTO, "score", lambda self, batch: seen.extend(batch) or real(self, batch))
+    rows = [{"prompt_ids": [1, 3 + i], "response_ids": [5, 6][: 1 + i % 2], "label": i % 2 == 0} for i in range(6)]
+    assert command(tmp_path, tiny_model(), rows, "--heldout", 0) == 0
+    assert {(tuple(vote.tokens), vote.start, vote.liked) for vote in seen} == {
+        ((1, 3 + i, *[5, 6][: 1 + i % 2], EOS), 2, i % 2 == 0) for i in range(6)
+    }
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(8, 1), (5, 2)])
+def test_held_out_votes_are_read_in_parts_of_a_batch_each_with_its_own_z0(models, batch_size, parts):
+    optim = OptimFlags(1e-2, batch_size=batch_size, micro_batch_size=2)
+    facts, batch = iteration(models, optim=optim).evaluate(ragged()), ragged()
+    policy, reference = theirs(models[0]), theirs(models[1])
+    losses, kl = [], 0.0
+    with torch.no_grad():
+        for part in (batch[i::parts] for i in range(parts)):
+            z0 = oracle_z0(policy, reference, part)
+            ratios = [float(oracle_logp(policy, p, a) - oracle_logp(reference, p, a)) for p, a, _ in parts_of(part)]
+            losses += [oracle_loss([r], [v.liked], z0, 0.1, 1, 1) for r, v in zip(ratios, part, strict=True)]
+            kl += z0 * len(part) / len(batch)
+    assert facts["loss"] == pytest.approx(sum(losses) / len(batch), abs=1e-6)
+    assert facts["kl"] == pytest.approx(kl, abs=1e-6)
+    assert facts["count/chosen"] == sum(vote.liked for vote in batch)
+
+
+def test_metrics_have_trls_names_and_the_lowest_held_out_loss_is_the_best(tmp_path, tiny_model):
+    assert (
+        command(tmp_path, tiny_model(), votes(40), "--heldout", 0.3, "--eval-every", 1, "--early-stopping-patience", 2)
+        == 0
+    )
+    row = metrics(tmp_path / "run")[0]
+    sums = {f"{name}/{side}" for name in ("count", "rewards", "logps") for side in ("chosen", "rejected")}
+    names = {"loss", "kl", "rewards/margins", *sums}
+    assert names | {f"heldout/{name}" for name in names} <= set(row)
+    assert (tmp_path / "run" / "checkpoints" / "best").exists()
+    assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"])
+    assert "<b>rewards/margins</b>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_batch_without_one_kind_has_no_means_of_it():
+    sums = {"loss": 0.5, "count/chosen": 2.0, "rewards/chosen": 1.0, "logps/chosen": -4.0, "count/rejected": 0.0,
+            "rewards/rejected": 0.0, "logps/rejected": 0.0}  # fmt: skip
+    assert summary(sums, 0.25) == {
+        "loss": 0.5, "kl": 0.25, "count/chosen": 2.0, "rewards/chosen": 0.5, "logps/chosen": -2.0, "count/rejected": 0.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("liked", "disliked", "flags", "says"), [
+    (5, 5, [], "5 liked and 5 disliked answers"),
+    (6, 2, [], "weigh 3.00 times the disliked; 1 to 1.33 is advised: --desirable-weight 0.33 to 0.44 or "
+     "--undesirable-weight 2.25 to 3.00"),
+    (2, 8, ["--undesirable-weight", 0.5], "weigh 0.50 times the disliked; 1 to 1.33 is advised: --desirable-weight "
+     "2.00 to 2.67 or --undesirable-weight 0.19 to 0.25"),
+    (4, 0, [], "WARNING: votes of one kind: all answers were liked, and penstock sft learns from them better"),
+    (0, 4, [], "WARNING: votes of one kind: all answers were disliked, and none says what is good"),
+])  # fmt: skip
+def test_the_balance_of_votes_is_said(tmp_path, tiny_model, capfd, liked, disliked, flags, says):
+    labels = [True] * liked + [False] * disliked
+    rows = [{"prompt_ids": [1, 3 + i], "response_ids": [5], "label": label} for i, label in enumerate(labels)]
+    assert command(tmp_path, tiny_model(), rows, "--heldout", 0, *flags) == 0
+    err = capfd.readouterr().err
+    assert says in err
+    assert f"{liked} liked and {disliked} disliked answers" in err
+    assert ("is advised" in err) == ("is advised" in says)
+
+
+@pytest.mark.parametrize(("liked", "disliked", "weight"), [(4, 3, 1.0), (3, 4, 4 / 3), (3, 4, 16 / 9), (1, 3, 3.0)])
+def test_weights_at_the_ends_of_the_advised_range_are_silent(tmp_path, tiny_model, capfd, liked, disliked, weight):
+    labels = [True] * liked + [False] * disliked
+    rows = [{"prompt_ids": [1, 3 + i], "response_ids": [5], "label": label} for i, label in enumerate(labels)]
+    assert command(tmp_path, tiny_model(), rows, "--heldout", 0, "--desirable-weight", weight) == 0
+    assert "is advised" not in capfd.readouterr().err
+
+
+def test_pairs_beyond_the_limit_are_cut_and_said(tmp_path, tiny_model, capfd):
+    long = [{"prompt_ids": [1] * 16, "response_ids": [5], "label": True},
+            {"prompt_ids": [1], "response_ids": [5] * 12, "label": False}] * 3  # fmt: skip
+    assert command(tmp_path, tiny_model(), long, "--heldout", 0) == 0
+    assert "mismatched pairs of up to 29 tokens are cut at 20 (--max-length)" in capfd.readouterr().err
+    assert command(tmp_path, tiny_model(), long, "--heldout", 0, "--loss", "apo_zero_unpaired", out="apo") == 0
+    assert "mismatched" not in capfd.readouterr().err
+    assert {row["kl"] for row in metrics(tmp_path / "apo")} == {0.0}
+
+
+def test_the_reference_under_an_adapter_stands_on_the_models_base(tiny_model):
+    address = tiny_model()
+    ours = iteration((address, address), "gemini_cpu", lora=4)
+    assert ours.policy.shares(ours.reference)
+    full = iteration((address, address), "gemini_cpu")
+    assert not full.policy.shares(full.reference)
+
+
+def test_another_reference_is_read_and_must_read_the_same_tokens(tmp_path, tiny_model, capfd):
+    model, other, stranger = tiny_model(), tiny_model("other", 7), tiny_model("stranger", vocab_size=8)
+    assert command(tmp_path, model, votes(12)) == 0
+    assert command(tmp_path, model, votes(12), "--reference", other, out="run2") == 0
+    first, second = (metrics(tmp_path / name)[0] for name in ("run", "run2"))
+    assert (first["rewards/chosen"], first["kl"]) == (0.0, 0.0)
+    assert second["rewards/chosen"] != 0.0
+    assert command(tmp_path, model, votes(12), "--reference", stranger, out="run3") == 2
+    assert "--reference" in capfd.readouterr().err
+
+
+def test_packed_bases_learn_through_adapters(tmp_path, tiny_model):
+    flags = ["--lora", 4, "--base-dtype", "int8", "--strategy", "gemini_cpu"]
+    assert command(tmp_path, tiny_model(), votes(12), *flags) == 0
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[-1]["rewards/chosen"] != 0.0

@@ -14,7 +14,7 @@ from penstock.algorithms.ppo import ppo
 from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.distributed.world import World
 from penstock.errors import UserError
-from tests.conftest import PATIENCE, cli, comparisons, demonstrations, metrics, ppo_config, torchrun
+from tests.conftest import PATIENCE, cli, comparisons, demonstrations, metrics, ppo_config, torchrun, votes
 
 SCORE = """
 def score(prompts, responses, *, response_ids=None, **_):
@@ -31,7 +31,7 @@ def curves(arguments, out, ranks):
     return metrics(out)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "dpo", "distill", "distill stored"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "dpo", "kto", "distill", "distill stored"])
 def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
     model = tiny_model()
     shared = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
@@ -51,7 +51,8 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
         arguments = ["distill", "--model", model, "--teacher", teacher, "--data", jsonl(demonstrations(20)), *shared,
                      "--teacher-top-k", "5", "--eval-every", "2", "--seed", "1", *more.split()]  # fmt: skip
     else:
-        data = jsonl(demonstrations(20) if stage == "sft" else comparisons(20))
+        rows = {"sft": demonstrations, "kto": votes}.get(stage, comparisons)
+        data = jsonl(rows(20))
         arguments = [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]
     alone, together = (curves(arguments, tmp_path / f"{ranks}", ranks) for ranks in (1, 2))
     assert len(alone) == len(together) == 4

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import campaign, outcome
-from penstock.algorithms.config import DistillConfig, DPOConfig, GRPOConfig
+from penstock.algorithms.config import DistillConfig, DPOConfig, GRPOConfig, KTOConfig
 from penstock.algorithms.distillation.distill import distill
 from penstock.algorithms.grpo import grpo
+from penstock.algorithms.kto import kto
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.preference import dpo
 from penstock.algorithms.reward import reward
@@ -31,6 +32,7 @@ STAGES = {
     "grpo": (grpo, GRPOConfig),
     "dpo": (dpo, DPOConfig),
     "distill": (distill, DistillConfig),
+    "kto": (kto, KTOConfig),
 }
 STEPS = 8
 

@@ -12,7 +12,7 @@ from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.run.session import read_optimizer, write_optimizer
-from tests.conftest import comparisons, demonstrations, last_model, metrics, save_tiny, torchrun
+from tests.conftest import comparisons, demonstrations, last_model, metrics, save_tiny, torchrun, votes
 
 SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
 SCORE = """
@@ -36,13 +36,13 @@ def command(stage, folder, model, jsonl):
         more = ["--model", model, "--teacher", teacher, "--teacher-top-k", "5", "--on-policy", "0.5"]
         more += ["--max-new-tokens", "6", "--samples", "2"]
     else:
-        data = jsonl(demonstrations(12) if stage == "sft" else comparisons(12))
+        data = jsonl({"sft": demonstrations, "kto": votes}.get(stage, comparisons)(12))
         more = ["--model", model]
     return [stage, *more, "--data", data, *SHARED]
 
 
 @pytest.mark.parametrize("name", ["zero2_cpu", "gemini", "gemini_cpu", "gemini_nvme"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "distill"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "kto", "distill"])
 def test_a_stage_is_the_same_run_wherever_its_weights_live(stage, name, tmp_path, tiny_model, jsonl):
     arguments = command(stage, tmp_path, tiny_model(), jsonl)
     for other in ("naive", name):

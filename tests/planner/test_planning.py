@@ -260,12 +260,12 @@ def test_a_group_reads_its_prompt_once():
     assert flops[0] == flops[1] / 4
 
 
-def preference(config=BASE, spec=None, reference=True, **changes):
-    """dpo: pairs of rows, of which 24 tokens are answers; under adapters the reference stands on the same base."""
+def preference(config=BASE, spec=None, reference=True, stage="dpo", **changes):
+    """dpo, kto: rows of which 24 tokens are answers; under adapters the reference stands on the same base."""
     base = "base" if spec else None
     roles = [RoleSpec("model", config, trained=True, scalar=False, spec=spec, base=base)]
     roles += [RoleSpec("reference", config, trained=False, scalar=False, base=base)] * reference
-    return dataclasses.replace(work(config, **changes), stage="dpo", roles=tuple(roles))
+    return dataclasses.replace(work(config, **changes), stage=stage, roles=tuple(roles))
 
 
 @pytest.mark.parametrize(("strategy", "dtype", "world"), [
@@ -273,16 +273,18 @@ def preference(config=BASE, spec=None, reference=True, **changes):
     ("gemini", "bf16", 1), ("gemini_nvme", "bf16", 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("spec", [None, LoraSpec(4)], ids=["full", "lora"])
-def test_preference_learning_is_foretold(spec, strategy, dtype, world):
-    of = preference(spec=spec, batch_size=16, mini_batch_size=16, prompt_length=100)
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_preference_learning_is_foretold(stage, spec, strategy, dtype, world):
+    of = preference(spec=spec, stage=stage, batch_size=16, mini_batch_size=16, prompt_length=100)
     planned, measured = forecast(of, strategy, dtype, world), dry(of, strategy, dtype, world)
     assert_near(planned, measured, 1.15 if world == 1 else 1.3)
     assert set(planned.phases) == {"score", "train"} == set(measured["traffic"])
 
 
 @pytest.mark.parametrize("spec", [None, LoraSpec(4)], ids=["full", "lora"])
-def test_the_traffic_of_preference_learning_is_foretold(tmp_path, spec):
-    of = preference(spec=spec)
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_traffic_of_preference_learning_is_foretold(tmp_path, stage, spec):
+    of = preference(spec=spec, stage=stage)
     device = forecast(of, "gemini_nvme", device=1).peak["device"] + 100_000
     planned, moved = forecast(of, "gemini_nvme", device=device), real(of, "gemini_nvme", tmp_path, device)["traffic"]
     for key in ("host_written", "disk_read", "disk_written"):
@@ -359,6 +361,15 @@ def test_where_both_do_not_fit_a_teacher_that_reads_first_is_advised(capsys):
     code, out = plan_of(capsys, *XL_FOR_S.split(), "--json")
     assert code == 3
     assert "--precompute-teacher fits" in json.loads(out)["advice"]
+
+
+def test_kto_reads_mismatched_pairs_before_it_learns():
+    """The reference reads the answers and the pairs, the policy the pairs: three forwards, and one step."""
+    of = preference(stage="kto", micro_batch_size=3)
+    reference, policy = passes(Setting(of, "ddp", "fp32"))["score"]
+    assert (reference.model, reference.count, policy.model, policy.count) == ("reference", 6, "model", 3)
+    assert reference.flops == 2 * policy.flops
+    assert dry(of, "gemini_cpu", device=forecast(of, "gemini_cpu", device=1).peak["device"])
 
 
 def test_a_device_budget_holds_activations_too():

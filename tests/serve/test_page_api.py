@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -241,6 +242,10 @@ def test_votes_are_exported_one_by_one_as_kto_reads_them(server, tmp_path, capsy
     system = {"role": "system", "content": "Be brief."}
     assert records[places[e]].messages == (system, {"role": "user", "content": "Why is steam hot?"})
     assert lines[places[a]]["shown"][0]["model"] == "tiny"
+    tiny, run = str(Path(folder).parent / "tiny"), tmp_path / "kto"
+    cli.main(["kto", "--model", tiny, "--data", str(out), "--out", str(run), "--steps", "2", "--batch-size", "4"])
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["count/chosen"] + row["count/rejected"] == 4
 
 
 def test_disliked_and_cut_answers_are_exported_as_not_to_be_learned(server, tmp_path):

@@ -119,7 +119,8 @@ def compare_stages(records: Sequence[Any], config: Any, session: Session) -> Non
         if run is None or not (Path(run) / "config.toml").exists():
             continue
         saved = RunDirectory.peek(run)
-        kind: Kind = "comparisons" if saved["command"] in ("reward", "dpo") else "demonstrations"
+        kinds: dict[str, Kind] = {"reward": "comparisons", "dpo": "comparisons", "kto": "votes"}
+        kind = kinds.get(saved["command"], "demonstrations")
         if saved["command"] in ("ppo", "grpo") or saved.get("online"):
             continue  # on prompts, and on these perhaps for the second time
         pairs = formats.parse_keys(tuple(saved.get("keys", ())))

@@ -133,7 +133,7 @@ HEADLINES = {
 GROUPS = {
     # a metric's name or its first part -> the heading of its pictures, in the page's order
     "": "Learning", "teacher/": "Learning", "student/": "Learning", "rewards/": "Comparisons", "logps/": "Comparisons",
-    "objective/": "Objective", "policy/": "Policy", "val/": "Critic",
+    "count/": "Comparisons", "objective/": "Objective", "policy/": "Policy", "val/": "Critic",
     "loss/": "Losses", "lr": "Schedule", "epoch": "Schedule", "episode": "Schedule", "perf/": "Speed and memory",
     "timing/": "Seconds",
 }  # fmt: skip
