@@ -45,6 +45,7 @@ FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
 POLICY, GRPO, ADV = (f"algorithms/{name}.py" for name in ("policy", "grpo", "advantages"))
 PAIRS, REFERENCE = "algorithms/preference_losses.py", "algorithms/reference.py"
 DISTILL, TEACHER = (f"algorithms/distillation/{name}.py" for name in ("distill", "teacher"))
+KTO = "algorithms/kto.py"
 HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
@@ -273,6 +274,16 @@ BUGS: list[Bug] = [
     (REFERENCE, "a stored reference fits any data", "    parts += [[ranking.rows, ranking.response_lengths] for ranking in rankings]\n", ""),
     (REFERENCE, "the prompt's last token is an answer's", "fn.response_mask(batch.lengths - lengths, lengths,", "fn.response_mask(batch.lengths - lengths - 1, lengths + 1,"),
     (FN, "wsd falls from its middle", "min(left / 0.2, 1.0)", "min(left / 0.5, 1.0)"),
+    # votes
+    (KTO, "disliked answers are drawn nearer", "torch.where(liked, kl - log_ratios, log_ratios - kl)", "torch.where(liked, kl - log_ratios, kl - log_ratios)"),
+    (KTO, "each prompt is paired with its own answer", "[*votes[-1:], *votes[:-1]]", "votes"),
+    (KTO, "z0 may be below 0", "max(float(world.sum(kl)) / len(votes), 0.0)", "float(world.sum(kl)) / len(votes)"),
+    (KTO, "z0 is a rank's own", "float(world.sum(kl)) / len(votes)", "float(kl) / max(len(share), 1)"),
+    (KTO, "votes stand beside other rows where they are sorted", "share = sorted(world.share_of(list(votes)), key=lambda vote: len(vote.tokens))", "share = world.share_of(list(votes))"),
+    (KTO, "liked and disliked weights are swapped", "torch.where(rows.liked, flags.desirable_weight, flags.undesirable_weight)", "torch.where(rows.liked, flags.undesirable_weight, flags.desirable_weight)"),
+    (KTO, "the loss is a mean over the micro-batch", "kl, flags.beta)).sum() / count", "kl, flags.beta)).mean()"),
+    ("data/records.py", "a label of 1 is a vote", "if not isinstance(label, bool):", "if label not in (0, 1):"),
+    ("planner/workload.py", "the plan forgets that the reference reads mismatched pairs", "count=2 * answers.count, flops=2 * answers.flops", "count=answers.count, flops=answers.flops"),
     # groups
     (ADV, "leave-one-out divides by the whole group", "/ (size - 1)", "/ size"),
     (ADV, "an answer's own reward is in its baseline", "(rewards.sum(dim=1, keepdim=True) - rewards)", "rewards.sum(dim=1, keepdim=True)"),
