@@ -309,6 +309,8 @@ BROKEN: list[tuple[str, Make, int, str]] = [
     ("a verifier that is none", lambda d: improve(d, "--reward-fn", "numbers"), 2, "or one of exact_match, number"),
     ("more weights than rewards", lambda d: improve(d, "--reward-fn", "number", "--reward-weights", 1, 2), 2,
      "2 for 1 rewards"),
+    ("a time-out of no function", lambda d: improve(d, "--reward", reward_model(d), "--reward-timeout", 5), 2,
+     "are for functions, and there is no --reward-fn"),
     ("a reward's weight that is not finite",
      lambda d: improve(d, "--reward-fn", "number", "--reward-weights", "nan"), 2, "finite"),
     ("a score without spread",

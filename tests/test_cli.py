@@ -11,7 +11,7 @@ from penstock import cli
 from penstock.commands.config import ChatConfig, GenerateConfig
 from penstock.config import PPOConfig, SFTConfig
 from penstock.data.toyland import save_tokenizer
-from penstock.flags import flags_of, from_dict, parse, to_dict
+from penstock.flags import flags_of, from_dict, parse, to_dict, with_absolute_paths
 from penstock.serve.config import ServeConfig
 from tests.conftest import PATIENCE, comparisons, demonstrations, last_model
 
@@ -147,6 +147,25 @@ def test_a_runs_own_config_repeats_it_from_anywhere(capsys, tmp_path, tiny_model
     assert (tmp_path / "first/metrics.jsonl").read_bytes() == (tmp_path / "again/metrics.jsonl").read_bytes()
     assert exit_of(capsys, "resume", tmp_path / "first")[0] == 0
     refused(capsys, 2, "is of penstock sft", "reward", *again[1:-1], tmp_path / "other")
+
+
+def test_reward_functions_mean_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("fn.py", "schema.json", "number"):
+        (tmp_path / name).write_text("")
+    addresses = ["fn.py:score", "json_schema:schema.json", "number", "regex:number|fn.py"]
+    expected = [f"{tmp_path}/fn.py:score", f"json_schema:{tmp_path}/schema.json", *addresses[2:]]
+    assert with_absolute_paths({"reward_fn": addresses})["reward_fn"] == expected
+
+
+def test_weights_are_numbers_on_the_command_line_and_in_a_file(tmp_path):
+    words = ["--actor", "m", "--data", "d", "--out", "o", "--reward-fn", "number", "f.py:g"]
+    config = parse(PPOConfig, [*words, "--reward-weights", "1", "0.5"])
+    assert config.reward_weights == (1.0, 0.5)
+    assert from_dict(PPOConfig, to_dict(config)) == config
+    assert from_dict(PPOConfig, to_dict(config) | {"reward_fn": "f.py:g", "reward_weights": []}).reward_fn == (
+        "f.py:g",
+    )
 
 
 def test_a_run_whose_data_has_changed_is_not_resumed(capsys, tmp_path, tiny_model, jsonl):

@@ -286,6 +286,8 @@ class RewardFlags(Flags):
             raise UserError(f"--reward-weights: {len(self.reward_weights)} for {count} rewards; give one each.")
         if not all(map(math.isfinite, self.reward_weights)):
             raise UserError("--reward-weights: must be finite numbers.")
+        if (self.reward_timeout or self.reward_workers) and not self.reward_fn:
+            raise UserError("--reward-timeout and --reward-workers are for functions, and there is no --reward-fn.")
 
     def need_score(self, command: str) -> None:
         """Raises UserError where nothing gives a score."""

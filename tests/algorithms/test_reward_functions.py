@@ -182,6 +182,8 @@ def test_scores_come_back_in_order_whatever_the_number_of_processes(workers, cou
     processes = workers(BY_FIELD.format("os.getpid()"), count).scores(0, [sample(i, x=i) for i in range(samples)], 0)
     assert len(set(processes)) == min(count, samples)
     assert os.getpid() not in processes
+    has_torch = BY_FIELD.format("'torch' in __import__('sys').modules")
+    assert workers(has_torch).scores(0, [sample(x=0)], 0) == [0.0]  # a process is there at once, and small
 
 
 def test_what_a_function_draws_in_a_process_depends_on_the_step_and_the_samples_alone(workers):
