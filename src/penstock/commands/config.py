@@ -120,6 +120,6 @@ class DemoConfig(Flags):
     seed: int = 0
     """The first seed."""
     algorithms: bool = False
-    """Also GRPO, RLOO, DPO and KTO from the same SFT model, in one table."""
+    """Also GRPO, RLOO, DPO, online DPO and KTO from the same SFT model, in one table."""
     json: bool = False
     """Print report.json at the end."""

@@ -81,6 +81,14 @@ def algorithms(out: Path, seed: int) -> dict[str, tuple[Callable[[Any], Path], A
                 dpo=DPOFlags(beta=0.1),
             ),
         ),
+        "online dpo": (
+            dpo,
+            DPOConfig(
+                model=str(sft), reward=str(judge), data=prompts, online=True, run=run_flags(out / "online-dpo", seed),
+                optim=OptimFlags(lr=1e-4, batch_size=ANSWERS // 2, micro_batch_size=ANSWERS // 2, steps=STEPS),
+                dpo=DPOFlags(beta=0.1, max_new_tokens=RESPONSE_TOKENS), heldout=0.0,
+            ),
+        ),
         "kto": (
             kto,
             KTOConfig(
