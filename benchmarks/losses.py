@@ -23,9 +23,10 @@ from benchmarks.facts import flags, write
 from benchmarks.peers.run import ENVIRONMENTS, HERE, environment_of, requirements_of
 from penstock.algorithms import functional as fn
 from penstock.algorithms import preference
-from penstock.algorithms.config import DPOFlags, GRPOFlags
+from penstock.algorithms.config import DPOFlags, GRPOFlags, KTOFlags
 from penstock.algorithms.experience import Roles
 from penstock.algorithms.grpo import GRPO, with_advantages
+from penstock.algorithms.kto import KTO, Judged
 from penstock.algorithms.preference_losses import LOSSES
 from penstock.algorithms.reference import with_reference
 from penstock.algorithms.reward import Ranking
@@ -53,6 +54,10 @@ PAIRS = {
     "cpo, smoothed": DPOFlags(loss="cpo", beta=0.3, sft_coef=0.0, label_smoothing=0.1),
     "orpo": DPOFlags(loss="orpo", beta=0.3),
     "orpo, prompts of one token": DPOFlags(loss="orpo", beta=0.3),
+}
+VOTES = {
+    "kto": KTOFlags(beta=0.3),
+    "kto, weighted": KTOFlags(beta=0.3, desirable_weight=1.5, undesirable_weight=0.8),
 }
 PLAIN: Any = {"kl_coef": 0.0, "missing_eos_penalty": None, "max_new_tokens": 10}
 BY_ROWS: Any = {**PLAIN, "normalization": "sequence"}
@@ -124,8 +129,6 @@ def compare(directory: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for family, cases in json.loads((directory / "trl.json").read_text()).items():
         for name, case in cases.items():
-            if name.startswith("kto"):
-                continue
             for key, difference in differences(case, ours_of(name, directory / family, case)).items():
                 row = rows.setdefault(name, {})
                 row[key] = max(difference, row.get(key, 0.0))
@@ -144,7 +147,7 @@ def differences(theirs: Case, ours: Case) -> dict[str, float]:
 
 def ours_of(name: str, directory: Path, case: Case) -> Case:
     """What we make of a case."""
-    tables: tuple[tuple[dict[str, Any], Callable], ...] = ((PAIRS, of_pairs), (GROUPS, of_groups))
+    tables: tuple[tuple[dict[str, Any], Callable], ...] = ((PAIRS, of_pairs), (VOTES, of_votes), (GROUPS, of_groups))
     table, run = next((table, run) for table, run in tables if name in table)
     logps = [logprobs(directory / model, case["rows"]) for model in ("policy", "behaviour", "reference")]
     return {"logps": logps, **run(directory, case, table[name])}
@@ -164,6 +167,19 @@ def of_pairs(directory: Path, case: Case, pair_flags: DPOFlags) -> Case:
     each = [preference.learn(strategy, policy, [ranking], OPTIM, pair_flags, 0.0) for ranking in rankings]
     stats = preference.learn(strategy, policy, rankings, OPTIM, pair_flags, 0.0)
     return {"loss": stats.sums["loss"], "each": [step.sums["loss"] for step in each], "grad_norm": stats.grad_norm}
+
+
+def of_votes(directory: Path, case: Case, vote_flags: KTOFlags) -> Case:
+    """`penstock kto`'s step; it pairs prompts and answers for its KL itself."""
+    strategy, (policy, reference) = prepared(directory, "policy", "reference")
+    votes = [
+        Judged(prompt + answer, [False] * len(prompt) + [True] * len(answer), label)
+        for (prompt, answer), label in zip(case["rows"], case["labels"], strict=False)
+    ]
+    iteration = KTO(strategy, policy, reference, OPTIM, vote_flags)
+    batch = iteration.score(votes)
+    stats = iteration.learn(batch, 0.0)
+    return {"loss": stats.sums["loss"], "kl": batch.kl, "grad_norm": stats.grad_norm}
 
 
 def of_groups(directory: Path, case: Case, group_flags: GRPOFlags) -> Case:

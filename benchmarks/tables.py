@@ -322,9 +322,9 @@ CLAIMS = [
         },
     ),
     Claim(
-        "Losses, advantages and gradients against TRL", "The largest differences between a step of ours and TRL's own "
-        "trainers on the same rows, tiny models of GPT-2's and Llama's kind in fp32: of an answer's log-probability, "
-        "KL (KTO) or advantage, loss, and as a share the gradient's norm.",
+        "Losses, advantages and gradients against TRL", "The largest differences between a step of ours and the "
+        "trainers of TRL 1.16.0 on the same rows, tiny models of GPT-2's and Llama's kind in fp32: of an answer's "
+        "log-probability, KL (KTO) or advantage, loss, and as a share the gradient's norm.",
         ("losses",), "python -m benchmarks losses", losses_runs,
         {
             "loss": "{name}", "log-probability": "{logps:.0e}", "KL, advantage": "{kl:.0e}|{advantages:.0e}",
