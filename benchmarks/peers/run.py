@@ -57,8 +57,12 @@ RACES = {
     "grpo, TRL recomputing, bf16 by autocast": Race(
         "trl_newest", f"{GRPO} --autocast bf16 --recompute yes", f"{OUR_GRPO} {BF16}", narrow=True
     ),
+    "grpo, TRL, bf16 by autocast, ours with 8-bit moments": Race(
+        "trl_newest", f"{GRPO} --autocast bf16", f"{OUR_GRPO} {BF16} {EIGHT_BIT}", narrow=True
+    ),
     "grpo, TRL, fp32": Race("trl_newest", GRPO, OUR_GRPO),
     "grpo, TRL recomputing, fp32": Race("trl_newest", f"{GRPO} --recompute yes", OUR_GRPO),
+    "grpo, TRL, fp32, ours with 8-bit moments": Race("trl_newest", GRPO, f"{OUR_GRPO} {EIGHT_BIT}"),
     "ppo, plain as published, fp32": Race("plain", "plain.py --kind published", ""),
     "ppo, plain and fair, bf16": Race("plain", f"plain.py --kind fair {BF16}", BF16, narrow=True),
     "sft through LoRA, peft, fp32": Race("peft", "supervised.py --by peft", "--work lora"),
