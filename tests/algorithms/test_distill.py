@@ -282,11 +282,18 @@ def test_steps_on_samples_learn_what_the_student_wrote(config, monkeypatch):
     assert episodes == [8 * int(sum(sampled[: i + 1])) for i in range(12)]
 
 
-def test_prompts_alone_suffice_where_all_answers_are_samples(config):
+def test_prompts_alone_suffice_where_all_answers_are_samples(config, monkeypatch):
+    seeds = []
+    real = Distillation.answer
+    monkeypatch.setattr(
+        Distillation, "answer", lambda self, *more, **changes: seeds.append(changes) or real(self, *more, **changes)
+    )
     rows = [{"prompt_ids": [1, 3 + i % 13, 3 + i // 13]} for i in range(30)]
     run = distill(config(rows=rows, on_policy=1.0, max_new_tokens=4, loss="reverse_kl", eval_every=2))
     losses = [row["heldout/loss"] for row in metrics(run) if "heldout/loss" in row]
     assert len(losses) == 2
+    greedy, trained, heldout = {"temperature": 0.0}, {}, {"seed": 0 ^ module.HELDOUT}
+    assert seeds == [greedy, trained, trained, heldout, trained, trained, heldout, greedy]
     still = distill(config("still", rows=rows, on_policy=1.0, max_new_tokens=4, eval_every=1, lr=1e-12))
     assert len({round(row["heldout/loss"], 9) for row in metrics(still)}) == 1  # the same streams at every evaluation
 
@@ -368,7 +375,7 @@ def test_another_vocabulary_is_refused_and_a_token_named(config, make_tokenizer,
         distill(config(**flags))
 
 
-def test_a_table_that_is_padded_further_is_the_same_vocabulary(config, make_tokenizer, tiny_model):
+def test_a_table_that_is_padded_further_is_the_same_vocabulary(config, make_tokenizer, tiny_model, monkeypatch):
     """Qwen2.5-7B has 152,064 rows of embeddings and 0.5B 151,936: no token's name is in between."""
     addresses = {}
     for name, words in (("student", 320), ("teacher", 352)):
@@ -376,7 +383,15 @@ def test_a_table_that_is_padded_further_is_the_same_vocabulary(config, make_toke
         tiny_model(name, vocab_size=words, hf={"eos_token_id": 1})
     rows = [{"prompt": f"Hello {i}", "response": "fine"} for i in range(8)]
     flags = {"rows": rows, "model": addresses["student"], "teacher": addresses["teacher"], "steps": 1}
+    ids = []
+    real = Distillation.learn
+    monkeypatch.setattr(
+        Distillation,
+        "learn",
+        lambda self, taught, *more, **flags: ids.append(taught[0].ids) or real(self, taught, *more, **flags),
+    )
     (row,) = metrics(distill(config(**flags, teacher_top_k=1000)))
+    assert ids[0].max() == 319  # its other 32 rows count among the rest
     assert 0.85 < row["teacher/top_k_mass"] < 0.95  # 320 of 352
     with pytest.raises(UserError, match="knows 320 token ids, and the student 352"):
         distill(config("other", **flags | {"model": addresses["teacher"], "teacher": addresses["student"]}))
