@@ -182,3 +182,9 @@ def test_what_goes_wrong_is_named():
     assert health({**falling, "rewards/chosen": 0.1}, DPOFlags()) == []
     (line,) = health({"rewards/chosen": 15.0, "rewards/rejected": -15.0, "rewards/margins": 30.0}, DPOFlags())
     assert line.startswith("margins: 30")
+    far = {"rewards/chosen": 15.0, "rewards/rejected": -15.0, "rewards/margins": 30.0}
+    assert health(far, DPOFlags(loss="ipo")) == []  # its own target, times an answer's tokens
+    (line,) = health({"objective/scores": 1.0}, DPOFlags())
+    assert line.startswith("ties: ")
+    (line,) = health({**fine, "val/missing_eos_rate": 0.5}, DPOFlags())
+    assert line.startswith("missing EOS: 50%")

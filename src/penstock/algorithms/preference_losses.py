@@ -1,7 +1,7 @@
 """Losses of pairs of answers: DPO and its kin, a table of pure functions; and what a batch of rankings makes of them.
 
 An answer's value is its log-ratio log p(y|x) - log p_ref(y|x), or log p(y|x) where a loss has no reference: summed over
-the answer's tokens, or divided by their number. Names and formulas are TRL's (1.9: DPOTrainer, experimental CPOTrainer
+the answer's tokens, or divided by their number. Names and formulas are TRL's (DPOTrainer, experimental CPOTrainer
 and ORPOTrainer); see docs/align.md for the two differences.
 """
 
@@ -215,7 +215,8 @@ def health(metrics: Mapping[str, float], flags: DPOFlags) -> list[str]:
             f"{-rejected:.0f}: their probability went to answers nobody compared; lower --lr, raise --beta, or give "
             "--sft-coef 1"
         )
-    if metrics["rewards/margins"] > SATURATED:
+    logistic = LOSSES[flags.loss].smooths and not flags.length_normalize  # in the units of the metrics
+    if logistic and metrics["rewards/margins"] > SATURATED:
         lines.append(
             f"margins: {metrics['rewards/margins']:.0f} on average: these pairs teach nothing more; fewer steps, a "
             "lower --lr or a lower --beta"
