@@ -1,8 +1,11 @@
 """What a reward model of another tokenizer reads: the actor's text, never its ids, and no more than was answered; and
 what several rewards add up to."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from penstock.algorithms import reward_source
 from penstock.algorithms.reward_functions import RewardFunction
@@ -98,6 +101,21 @@ def test_a_function_reads_special_tokens_that_are_text(make_tokenizer):
     answer = Answer(ids, actor.tokenizer("<think>Hm<|im_end|>").input_ids)
     RewardSum([function], actor).score([Prompt(where="f:1")], [answer])
     assert texts == ["user\nHi\nassistant\n", "<think>Hm"]
+
+
+def test_the_bias_of_a_head_is_added_to_the_score_and_no_scale_is_claimed(tiny_model, tmp_path):
+    RewardModel.from_pretrained(tiny_model()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("penstock_")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    states, plain = torch.randn(4, 16), RewardModel.trained(str(tmp_path))
+    save_file(
+        {**load_file(tmp_path / "model.safetensors"), "score.bias": torch.ones(1)}, tmp_path / "model.safetensors"
+    )
+    biased = RewardModel.trained(str(tmp_path))
+    assert torch.allclose(biased.read(states), plain.read(states) + 1.0)
+    encoder = Encoder(None, eos_ids=[2], vocab_size=16, max_length=32)
+    assert not ModelReward(biased, Strategy.named("naive", device="cpu"), encoder, encoder, 4).has_scale
 
 
 # --- several rewards --------------------------------------------------------------------------------------------------
