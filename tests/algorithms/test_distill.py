@@ -1,6 +1,7 @@
 """Distillation: divergences against the plain formula over the whole vocabulary, and runs on tiny models."""
 
 import json
+import re
 import shutil
 import weakref
 from dataclasses import fields
@@ -311,9 +312,13 @@ def test_a_teacher_larger_than_the_device_gives_the_same_losses_bit_by_bit(confi
     assert metrics(distill(config("streamed", **flags, run=run))) == metrics(resident)
 
 
-def test_a_teacher_that_does_not_fit_is_refused_with_what_would_do(config):
-    with pytest.raises(ResourceError, match=r"--device-memory .*give .*strategy"):
-        distill(config(run={"strategy": "ddp", "device_memory": "100KB"}))
+@pytest.mark.parametrize("strategy", ["ddp", "gemini_cpu"])
+def test_a_teacher_that_does_not_fit_is_refused_with_what_would_do(config, strategy):
+    """Where weights stay, when they get their homes; where they move, when they are first needed."""
+    with pytest.raises(ResourceError, match=r"--device-memory .*give "):
+        distill(flags := config(run={"strategy": strategy, "device_memory": "100KB"}))
+    log = log_of(flags.run.out)
+    assert re.search(r"together need .* of device by the plan. Less: --precompute-teacher", log)
 
 
 def test_an_adapter_learns_from_a_packed_teacher(config):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.config import DistillConfig, DistillFlags
-from penstock.algorithms.distillation.inputs import Inputs, Row, check_flags, read_inputs, workload
+from penstock.algorithms.distillation.inputs import Inputs, Row, check_flags, read_inputs, say_what_fits, workload
 from penstock.algorithms.distillation.teacher import Taught, TeacherStore, read_teacher, stored_teacher
 from penstock.algorithms.heldout import Best, interval
 from penstock.algorithms.setup import placed, reserve_activations, sample_rows, strategy_of
@@ -49,7 +49,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
 
     with session:
         store = stored_teacher(config, session, inputs) if config.precompute_teacher else None
-        work = prepare(config, strategy, inputs, store)
+        work = prepare(config, session, strategy, inputs, store)
         shuffle, start, best = Shuffle(len(inputs.train), work.seed), 0, Best(config.early_stopping_patience)
         session.restore({"model": work.student})
         if session.state:
@@ -75,18 +75,16 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
                 session.episode += len(rows)
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup, optim.lr_schedule)
             count = trained_tokens(rows)  # of the whole batch, all ranks (PPO.md 15)
-            stats = work.learn(work.teach(rows), count, lr, given=not on_policy)
+            stats, improved = work.learn(work.teach(rows), count, lr, given=not on_policy), False
             session.check(stats)
             metrics = summary(stats, count)
             metrics |= {"lr": lr, "epoch": shuffle.epochs, "episode": session.episode, "on_policy": float(on_policy)}
-            improved = False
             if inputs.heldout and (step % every == 0 or step == total):
                 metrics["heldout/loss"] = work.heldout_loss(inputs.heldout)
                 improved = best.better(-metrics["heldout/loss"])
                 best.end_early(session, step)
             session.health(step, health(metrics, inputs.flags))
-            tokens = sum(len(row.tokens) for row in rows)
-            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), timing=strategy.take_seconds())
             if step == session.total:
                 show(step)
             session.checkpoint(step, {"model": work.student}, state, best=improved)
@@ -119,12 +117,16 @@ def summary(stats: StepStats, count: int) -> dict[str, float]:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(config: DistillConfig, strategy: Strategy, inputs: Inputs, store: TeacherStore | None) -> "Distillation":
+def prepare(
+    config: DistillConfig, session: Session, strategy: Strategy, inputs: Inputs, store: TeacherStore | None
+) -> "Distillation":
     """Gives the student its home, and the teacher where no store speaks for it, beside what activations need."""
     models = {"model": inputs.student} if store else {"model": inputs.student, "teacher": inputs.teacher}
-    swap = reserve_activations(strategy, workload(config, inputs, models))
+    work, seed, eos_ids = workload(config, inputs, models), config.run.seed, inputs.encoder.eos_ids
+    if store is None:
+        say_what_fits(strategy, work, session)
+    swap = reserve_activations(strategy, work)
     student, *teacher = strategy.prepare_all(*models.values(), **config.optim.adamw)
-    seed, eos_ids = config.run.seed, inputs.encoder.eos_ids
     return Distillation(strategy, student, store or teacher[0], config.optim, inputs.flags, seed, eos_ids, swap)
 
 

@@ -5,16 +5,17 @@ from typing import Any
 
 from penstock.algorithms.config import DistillConfig, DistillFlags
 from penstock.algorithms.heldout import read_sides
-from penstock.algorithms.setup import encoder_of, read_model, role_specs
+from penstock.algorithms.setup import encoder_of, read_model, role_specs, setting_of
 from penstock.algorithms.sft import prompt_of
 from penstock.data.chat import Encoder, Example
 from penstock.data.records import Kind
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
-from penstock.planner.workload import Workload
+from penstock.planner.workload import Workload, forecast_of
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
+from penstock.units import show_bytes
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,15 @@ def workload(config: DistillConfig, inputs: Inputs, models: dict[str, Any]) -> W
     batches = (optim.batch_size, optim.micro_batch_size, optim.batch_size, 1)
     lengths = (prompt, answer, flags.rollout_batch_size)
     return Workload("distill", role_specs(models), *batches, *lengths, flags.teacher_top_k, flags.on_policy > 0)
+
+
+def say_what_fits(strategy: Strategy, work: Workload, session: Session) -> None:
+    """Says what takes less where the plan of student and teacher is over a budget; preparing them raises then."""
+    setting = setting_of(strategy, work)
+    peak, budgets = forecast_of(setting, timed=False).peak, setting.budgets
+    over = [f"{show_bytes(peak[tier])} of {tier}" for tier, most in budgets.items() if most and most < peak[tier]]
+    if over:
+        session.say(
+            f"student and teacher together need {' and '.join(over)} by the plan. Less: --precompute-teacher, which "
+            "has them in memory one after the other; --teacher-dtype nf4; --lora. To try: penstock plan --stage distill"
+        )
