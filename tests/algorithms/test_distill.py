@@ -321,6 +321,21 @@ def test_a_teacher_that_does_not_fit_is_refused_with_what_would_do(config, strat
     assert re.search(r"together need .* of device by the plan. Less: --precompute-teacher", log)
 
 
+@pytest.mark.parametrize("on_policy", [0.0, 0.5])
+def test_the_run_is_planned_as_what_it_is(config, monkeypatch, on_policy):
+    planned = []
+    real = module.reserve_activations
+    monkeypatch.setattr(module, "reserve_activations", lambda s, work: planned.append(work) or real(s, work))
+    distill(config(teacher_top_k=5, on_policy=on_policy, max_new_tokens=12, rollout_batch_size=3))
+    (work,) = planned
+    assert (work.stage, work.batch_size, work.micro_batch_size, work.mini_batch_size) == ("distill", 8, 4, 8)
+    assert (work.top_k, work.samples, work.group_size, work.rollout_batch_size) == (5, on_policy > 0, 1, 3)
+    rows = demonstrations(30)
+    answer, prompt = (max(len(row[name]) for row in rows) for name in ("response_ids", "prompt_ids"))
+    assert (work.prompt_length, work.max_new_tokens) == (prompt, 12 if on_policy else answer + 1)
+    assert [(role.name, role.trained) for role in work.roles] == [("model", True), ("teacher", False)]
+
+
 def test_an_adapter_learns_from_a_packed_teacher(config):
     run = distill(config(peft=LoraFlags(lora=2), teacher_dtype="nf4", steps=8))
     rows = metrics(run)

@@ -126,7 +126,8 @@ def workload(config: DistillConfig, inputs: Inputs, models: dict[str, Any]) -> W
         answer = max(answer, flags.max_new_tokens)
     batches = (optim.batch_size, optim.micro_batch_size, optim.batch_size, 1)
     lengths = (prompt, answer, flags.rollout_batch_size)
-    return Workload("distill", role_specs(models), *batches, *lengths, flags.teacher_top_k, flags.on_policy > 0)
+    k, samples = flags.teacher_top_k, flags.on_policy > 0
+    return Workload("distill", role_specs(models), *batches, *lengths, top_k=k, samples=samples)
 
 
 def say_what_fits(strategy: Strategy, work: Workload, session: Session) -> None:
