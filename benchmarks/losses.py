@@ -64,8 +64,8 @@ BY_ROWS: Any = {**PLAIN, "normalization": "sequence"}
 RLOO: Any = {**PLAIN, "advantage": "rloo", "kl_in": "reward", "kl_estimator": "k1"}
 GROUPS = {
     "grpo": GRPOFlags(**BY_ROWS),
+    "grpo, KL as published": GRPOFlags(**{**BY_ROWS, "kl_coef": 0.1}),
     "grpo, KL": GRPOFlags(**{**BY_ROWS, "kl_coef": 0.1}),
-    "grpo, KL times the ratio": GRPOFlags(**{**BY_ROWS, "kl_coef": 0.1}),
     "grpo, scaled by the batch": GRPOFlags(**BY_ROWS, advantage="reinforce++_baseline"),
     "grpo, ragged prompts": GRPOFlags(**BY_ROWS),
     "dapo": GRPOFlags(**PLAIN, clip_high=0.28),
@@ -86,8 +86,8 @@ ANSWERS_RATIO = (
 NOTES = {
     "orpo": "TRL's likelihood is that of prompt and answer (experimental/orpo/orpo_trainer.py:799), ours, as the "
     "paper's, of the answer: equal where a prompt has one token, which nothing predicts",
-    "grpo, KL times the ratio": "TRL's default multiplies KL by the ratio, gradient and all "
-    "(use_bias_correction_kl, grpo_trainer.py:3104); ours does not",
+    "grpo, KL as published": "TRL without use_bias_correction_kl (grpo_trainer.py:3104); ours multiplies KL by the "
+    "ratio as TRL's default does, which gives it the gradient of KL(policy, reference)",
     "grpo, scaled by the batch": "TRL divides by the deviation of all rewards + 1e-4 (grpo_trainer.py:2787); our "
     "reinforce++_baseline by that of the differences, over tokens",
     "grpo, ragged prompts": "TRL pads prompts on the left and gives no positions (grpo_trainer.py:1450), so a GPT-2 "

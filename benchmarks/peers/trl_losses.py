@@ -63,8 +63,8 @@ GROUPS: dict[str, tuple] = {
     for name, settings in {
         "grpo": {"loss_type": "grpo"},
         "grpo, scaled by the batch": {"loss_type": "grpo", "scale_rewards": "batch"},
-        "grpo, KL": {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False},
-        "grpo, KL times the ratio": {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True},
+        "grpo, KL as published": {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False},
+        "grpo, KL": {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True},
         "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
         "dapo, on its own policy": {"loss_type": "dapo", "num_iterations": 1},
         "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},

@@ -54,7 +54,7 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
     inputs = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(len(inputs.prompts) * flags.group_size / optim.batch_size)
     mini_batch = config.mini_batch_size or optim.batch_size
-    parts = math.ceil(optim.batch_size / mini_batch)
+    parts = math.ceil(optim.batch_size / mini_batch)  # mini-batches per epoch
     updates = optim.epochs * parts
     if flags.loss == "gspo" and flags.clip > 0.01:
         session.say(f"--loss gspo: answers' ratios stay near 1, and --clip {flags.clip:g} clips few; 3e-4 is usual")
@@ -71,7 +71,6 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
             show(0, session, iteration, inputs, config.samples)
 
         for step in session.steps(state.step, total):
-            # It is there already where a checkpoint was taken inside this step
             experience = state.experience or gather(step, session, iteration, inputs, state, config)
             teaches = bool(informative(experience, flags).any())
             lr = 0.0
@@ -149,8 +148,8 @@ def gather(
         session.episode += wanted * group
         experience, rounds = refilled(experience, more, flags), rounds + 1
     if step == 1:
-        cut = f"{int((~experience.ended).sum())} of the starting model's {len(experience.ended)} answers"
-        session.say(f"step {step}: {cut} exceed --max-new-tokens {flags.max_new_tokens}")
+        cut = int((~experience.ended).sum())
+        session.say(f"{cut} of the starting model's {len(experience.ended)} answers exceed --max-new-tokens")
     state.experience, state.update, state.sums = with_advantages(experience, flags), 0, []
     return state.experience
 
@@ -172,14 +171,11 @@ class GRPO(Policy):
     flags: GRPOFlags = field(default_factory=GRPOFlags)
 
     def answer(self, prompts: Sequence[int], inputs: Inputs, first: int) -> tuple[Experience, list[Answer]]:
-        """A group of answers to each of this rank's prompts: those of all ranks as the models see them, and its own.
-
-        prompts: indices of `inputs`; first: the number of the first episode of all ranks.
-        """
+        """Groups of answers to this rank's prompts, indices of `inputs`: those of all ranks as the models see them, and
+        its own. first: the number of the first episode of all ranks."""
         world, group = self.strategy.world, self.flags.group_size
-        episodes = [
-            first + (i * world.size + world.rank) * group + j for i in range(len(prompts)) for j in range(group)
-        ]
+        starts = [first + (i * world.size + world.rank) * group for i in range(len(prompts))]
+        episodes = [start + j for start in starts for j in range(group)]
         rollout = self.rollout([inputs.prompts[i] for i in prompts], episodes, n=group)
         with self.strategy.phase("score"):
             records = [inputs.records[i] for i in prompts for _ in range(group)]
@@ -234,6 +230,8 @@ def group_loss(actor: Actor, hidden: Tensor, part: Experience, flags: GRPOFlags,
     stats |= {"policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
     if flags.kl_coef and flags.kl_in == "loss":
         kl = fn.KL_ESTIMATORS[flags.kl_estimator](logprobs, part.ref_logprobs)
+        if flags.kl_estimator == "k3":  # whose own gradient is that of KL(reference, policy): docs/align.md
+            kl = kl * fn.log_ratio(logprobs, part.logprobs).exp()
         stats["kl_loss"] = (fn.clean(kl, part.mask) * weights).sum()
         loss = loss + flags.kl_coef * stats["kl_loss"]
     return loss, stats
