@@ -28,7 +28,8 @@ FLAGS = [
 
 
 def name_of(flags):
-    return " ".join([flags.loss, *(f"{key}={value}" for key, value in vars(flags).items() if key != "loss")])
+    plain = vars(DPOFlags(loss=flags.loss))
+    return " ".join([flags.loss, *(f"{key}={value}" for key, value in vars(flags).items() if value != plain[key])])
 
 
 def random_rankings(seed):
