@@ -120,7 +120,9 @@ def test_parts_of_a_batch_add_up_to_it(flags):
         part.backward()
         sums = {name: sums[name] + float({"loss": part.detach(), **own}[name]) for name in sums}
     assert torch.allclose(together.grad, torch.cat([values.grad for values in parts]), atol=1e-9)
-    assert sums == pytest.approx({name: float(value) for name, value in {"loss": loss, **stats}.items()}, abs=1e-6)
+    assert sums == pytest.approx(
+        {name: float(value) for name, value in {"loss": loss.detach(), **stats}.items()}, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=name_of)
