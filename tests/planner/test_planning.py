@@ -319,7 +319,7 @@ def teaching(config=BASE, spec=None, **changes):
         RoleSpec("model", config, trained=True, scalar=False, spec=spec, base="base" if spec else None),
         RoleSpec("teacher", larger, trained=False, scalar=False),
     )
-    return dataclasses.replace(work(config), stage="distill", roles=roles, top_k=64, **changes)
+    return dataclasses.replace(work(config), **{"stage": "distill", "roles": roles, "top_k": 64, **changes})
 
 
 @pytest.mark.parametrize(("strategy", "dtype", "world"), [
@@ -333,6 +333,13 @@ def test_distillation_is_foretold(changes, strategy, dtype, world):
     assert_near(planned, measured, 1.15 if world == 1 else 1.3)
     phases = {"score", "train"} | ({"rollout"} if of.samples else set())
     assert phases == set(planned.phases) == set(measured["traffic"])
+
+
+def test_large_layers_of_a_packed_teacher_are_foretold():
+    wide = dataclasses.replace(BASE, d_model=1600, num_heads=25, num_kv_heads=25, head_dim=64, d_ff=6400, num_layers=2)
+    roles = (RoleSpec("teacher", wide, trained=False, scalar=False, base_dtype="nf4"),)
+    of = dataclasses.replace(teaching(batch_size=1), roles=roles, micro_batch_size=1)
+    assert_near(forecast(of, "gemini_cpu", "bf16"), dry(of, "gemini_cpu", "bf16"))
 
 
 def test_the_dry_run_of_distillation_takes_what_the_real_one_takes(tmp_path):

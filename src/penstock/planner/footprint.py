@@ -52,8 +52,11 @@ def work_of(
             max(backward, max(high, low) + 2 * narrow),
         )
     parts, frozen = [], tokens * _unkept(config)
-    tile = min(config.d_model * config.d_ff * (2 if config.gated else 1), PRODUCT_TILE) * s
-    unpacked = (3 if packed == "nf4" else 2) * tile if packed else 0
+    largest = config.d_model * config.d_ff * (2 if config.gated else 1)
+    tile = min(largest, PRODUCT_TILE) * s
+    unpacked = 2 * tile if packed else 0
+    if packed == "nf4":  # two weights a byte: linear._tiles takes twice as many rows at once
+        unpacked = max(3 * tile, 2 * min(largest, 2 * PRODUCT_TILE) * s)
     for part in work.parts:
         saved, forward, backward = extra.get(part.groups[-1], (0, 0, 0))
         saved -= frozen if part.groups[-1] != "embed" else 0
