@@ -34,7 +34,7 @@ def main() -> None:
             GRPOConfig(
                 output_dir=directory, per_device_train_batch_size=options.micro, num_generations=options.group,
                 gradient_accumulation_steps=options.rows // options.micro, max_completion_length=options.new,
-                beta=0.04, use_bias_correction_kl=False, max_steps=STEPS, learning_rate=1e-6, report_to="none",
+                beta=0.04, max_steps=STEPS, learning_rate=1e-6, report_to="none",
                 save_strategy="no", logging_strategy="no", use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
                 bf16=options.autocast == "bf16", gradient_checkpointing=options.recompute == "yes",
                 model_init_kwargs={"dtype": DTYPES[options.dtype]},
