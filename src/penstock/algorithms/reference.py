@@ -30,7 +30,7 @@ from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Disk
-from penstock.models.adapter_files import AdapterFile
+from penstock.models.adapter_files import WEIGHTS, AdapterFile
 from penstock.models.roles import Actor
 from penstock.planner.workload import Workload
 from penstock.run import checkpoint
@@ -154,10 +154,16 @@ def precomputed(session: Session, models: dict[str, Actor], rankings: Sequence[R
 
 def digest_of(reference: Actor, rankings: Sequence[Ranking]) -> str:
     """A hash of the reference's weights and of every answer's tokens."""
-    decoder = reference.decoder
-    parts: list[Any] = [decoder.source.digest() if decoder.source else decoder.seed, decoder.base_dtype]
-    saved = decoder.adapted.saved if decoder.adapted else None
-    if isinstance(saved, AdapterFile):
-        parts += [checkpoint.digest(file) for file in sorted(Path(saved.directory).glob("adapter_model.*"))]
+    parts: list[Any] = [weights_digest(reference)]
     parts += [[ranking.rows, ranking.response_lengths] for ranking in rankings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def weights_digest(model: Actor) -> str:
+    """What differs between models of different weights, before they are prepared."""
+    decoder = model.decoder
+    parts = [decoder.source.digest() if decoder.source else f"seed {decoder.seed}", str(decoder.base_dtype)]
+    saved = decoder.adapted.saved if decoder.adapted else None
+    if isinstance(saved, AdapterFile):
+        parts.append(checkpoint.digest(Path(saved.directory) / WEIGHTS))
+    return " ".join(parts)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from penstock.algorithms import functional as fn
 from penstock.algorithms.config import DistillConfig, DistillFlags
 from penstock.algorithms.distillation.inputs import Inputs, workload
+from penstock.algorithms.reference import weights_digest
 from penstock.algorithms.setup import reserve_activations, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches, trained_tokens
 from penstock.data.chat import Example
@@ -28,9 +28,7 @@ from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Disk
 from penstock.models import safetensors_writer
-from penstock.models.adapter_files import WEIGHTS
 from penstock.models.safetensors_writer import Entry
-from penstock.run import checkpoint
 from penstock.run.session import Session
 
 Read = tuple[Tensor, Tensor]
@@ -83,7 +81,7 @@ def stored_teacher(config: DistillConfig, session: Session, inputs: Inputs) -> "
     rows, flags, path = [*inputs.train, *inputs.heldout], inputs.flags, session.path / NAME
     size, settings = config.optim.batch_size, {"top_k": flags.teacher_top_k, "temperature": flags.temperature}
     dtypes = {"dtype": config.run.dtype, "teacher_dtype": config.teacher_dtype}
-    facts = facts_of(digest_of(inputs.teacher), rows, batch_size=size, **settings, **dtypes)
+    facts = facts_of(weights_digest(inputs.teacher), rows, batch_size=size, **settings, **dtypes)
     if not path.exists():
         session.say(f"the teacher reads {len(rows)} answers of {trained_tokens(rows)} tokens: {path}")
         _write(path, rows, config, inputs, facts)
@@ -102,15 +100,6 @@ def _write(path: Path, rows: Sequence[Example], config: DistillConfig, inputs: I
     for tier in strategy.tiers.values():
         if isinstance(tier, Disk):
             tier.close()
-
-
-def digest_of(teacher: Any) -> str:
-    """A hash that differs between teachers of different weights."""
-    decoder = teacher.decoder
-    digests = [] if decoder.source is None else [decoder.source.digest()]
-    if decoder.adapted is not None and decoder.adapted.saved is not None:
-        digests.append(checkpoint.digest(decoder.adapted.saved.directory / WEIGHTS))
-    return " ".join(digests)
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
