@@ -54,8 +54,8 @@ def row_of(name: str, golds: list[float], kl: float, seconds: float | None) -> d
 
 
 def algorithms(out: Path, seed: int) -> dict[str, tuple[Callable[[Any], Path], Any]]:
-    """Name -> command and its config. Learning rates are those of the demo's PPO, or a tenth where each step is larger:
-    a model of a million parameters learns at a hundred times the defaults."""
+    """Name -> command and its config. Learning rates are those of the demo's PPO, less where labels are learned from: a
+    model of a million parameters learns at ten to a hundred times the defaults."""
     sft, judge = out / "sft", out / "reward"
     prompts, pairs = (data_flags(out / "data" / f"{name}.jsonl") for name in ("prompts", "comparisons"))
     write_lines(out / "data" / "votes.jsonl", votes(read_lines(out / "data" / "comparisons.jsonl")))
@@ -72,7 +72,7 @@ def algorithms(out: Path, seed: int) -> dict[str, tuple[Callable[[Any], Path], A
         return OptimFlags(lr=lr, batch_size=32, micro_batch_size=32)
 
     return {
-        "grpo": group("grpo", kl_coef=0.1),
+        "grpo": group("grpo", kl_coef=0.2),  # rewards are in units of a group's deviation, about a half
         "rloo": group("rloo", advantage="rloo", kl_in="reward", kl_estimator="k1", kl_coef=0.1),
         "dpo": (
             dpo,
@@ -85,7 +85,7 @@ def algorithms(out: Path, seed: int) -> dict[str, tuple[Callable[[Any], Path], A
             dpo,
             DPOConfig(
                 model=str(sft), reward=str(judge), data=prompts, online=True, run=run_flags(out / "online-dpo", seed),
-                optim=OptimFlags(lr=1e-4, batch_size=ANSWERS // 2, micro_batch_size=ANSWERS // 2, steps=STEPS),
+                optim=OptimFlags(lr=3e-4, batch_size=ANSWERS // 2, micro_batch_size=ANSWERS // 2, steps=STEPS),
                 dpo=DPOFlags(beta=0.1, max_new_tokens=RESPONSE_TOKENS), heldout=0.0,
             ),
         ),
@@ -93,7 +93,7 @@ def algorithms(out: Path, seed: int) -> dict[str, tuple[Callable[[Any], Path], A
             kto,
             KTOConfig(
                 model=str(sft), data=data_flags(out / "data" / "votes.jsonl"), run=run_flags(out / "kto", seed),
-                optim=labelled(1e-4), kto=KTOFlags(beta=0.1),
+                optim=labelled(3e-5), kto=KTOFlags(beta=0.1),
             ),
         ),
     }  # fmt: skip
