@@ -163,6 +163,15 @@ def test_kl_in_the_reward_is_taken_off_every_token_or_off_the_answer():
     assert torch.allclose(with_advantages(experience, flags).advantages, wanted)
 
 
+def test_dr_grpo_is_a_mean_over_the_most_tokens_by_default(task):  # noqa: F811
+    """Liu et al. 2025: a mean over the tokens there are favours long wrong answers."""
+    setup, losses = task({3: 1.0, 5: -1.0}, RAGGED), {}
+    for how in (None, "constant", "token"):
+        changes = {"advantage": "dr_grpo", "normalization": how, "optim": {"steps": 1}}
+        losses[how] = metrics(grpo(config(*setup, f"{how}", **changes)))[0]["policy/grad_norm"]
+    assert losses[None] == losses["constant"] != losses["token"]
+
+
 def test_ratios_above_one_have_a_clip_of_their_own(task):  # noqa: F811
     """Yu et al. 2025: with a high upper clip nothing is clipped there any more."""
     optim = {"epochs": 4, "lr": 5e-2}
