@@ -308,7 +308,7 @@ BUGS: list[Bug] = [
     (DISTILL, "JSD's beta the wrong way round", "teacher + math.log(beta), student + math.log1p(-beta)", "student + math.log(beta), teacher + math.log1p(-beta)"),
     (DISTILL, "forward KL is reverse", "kl(student, teacher) if beta else kl(teacher, student)", "kl(teacher, student) if beta else kl(student, teacher)"),
     (DISTILL, "samples are learned by heart too", "if not (given and flags.sft_coef):", "if not flags.sft_coef:"),
-    (DISTILL, "held-out samples are those of training", "seed=self.seed ^ HELDOUT) if", "seed=self.seed) if"),
+    (DISTILL, "held-out samples are those of training", "seed=self.seed ^ HELDOUT_STREAMS) if", "seed=self.seed) if"),
     (TEACHER, "the teacher has no temperature", "top_logprobs(states, k, temperature, vocabulary", "top_logprobs(states, k, vocabulary"),
     (TEACHER, "the store is read from its pieces' first rows", "self._starts[number] - first, self._starts[number + 1] - first", "0, self._starts[number + 1] - self._starts[number]"),
     (TEACHER, "the teacher may choose tokens that the student has not", "temperature, vocabulary=vocabulary)", "temperature)"),

@@ -293,7 +293,7 @@ def test_prompts_alone_suffice_where_all_answers_are_samples(config, monkeypatch
     run = distill(config(rows=rows, on_policy=1.0, max_new_tokens=4, loss="reverse_kl", eval_every=2))
     losses = [row["heldout/loss"] for row in metrics(run) if "heldout/loss" in row]
     assert len(losses) == 2
-    greedy, trained, heldout = {"temperature": 0.0}, {}, {"seed": 0 ^ module.HELDOUT}
+    greedy, trained, heldout = {"temperature": 0.0}, {}, {"seed": 0 ^ module.HELDOUT_STREAMS}
     assert seeds == [greedy, trained, trained, heldout, trained, trained, heldout, greedy]
     still = distill(config("still", rows=rows, on_policy=1.0, max_new_tokens=4, eval_every=1, lr=1e-12))
     assert len({round(row["heldout/loss"], 9) for row in metrics(still)}) == 1  # the same streams at every evaluation

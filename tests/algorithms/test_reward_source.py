@@ -168,6 +168,12 @@ def test_functions_of_one_name_have_metrics_of_their_own(tmp_path):
     ]
 
 
+def test_scores_without_parts_have_no_metrics_of_parts():
+    """Those of a step that an earlier release stopped inside: resuming it raised."""
+    source = RewardSum([RewardFunction.load("regex:a")], PLAIN)
+    assert source.metrics(torch.zeros(3, 0)) == {}
+
+
 def test_a_reward_model_and_functions_are_summed_and_the_model_reads_the_actors_tokens(
     tiny_model, tmp_path, monkeypatch
 ):

@@ -119,7 +119,7 @@ def check_flags(config: GRPOConfig, ranks: int) -> None:
 
 def prepare(config: GRPOConfig, strategy: Strategy, inputs: Inputs) -> "GRPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
-    roles, swap = prepare_roles(config, strategy, inputs, {"stage": "grpo", "group_size": config.grpo.group_size})
+    roles, swap = prepare_roles("grpo", config, strategy, inputs, config.grpo.group_size)
     encoder = inputs.encoder
     sampling = (config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
     return GRPO(strategy, roles, config.optim, config.grpo, *sampling)

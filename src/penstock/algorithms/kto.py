@@ -19,7 +19,8 @@ from torch import Tensor
 from penstock.algorithms import functional as fn
 from penstock.algorithms.config import KTOConfig, KTOFlags
 from penstock.algorithms.heldout import Best, interval, read_sides
-from penstock.algorithms.reference import read_reference, row_logprobs
+from penstock.algorithms.ppo_inputs import load_reference
+from penstock.algorithms.reference import row_logprobs
 from penstock.algorithms.setup import placed, read_model, reserve_activations, role_specs, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches
 from penstock.config import OptimFlags
@@ -33,8 +34,7 @@ from penstock.planner.workload import Workload
 from penstock.run.session import Session
 
 MEASURES_KL = {"kto": True, "apo_zero_unpaired": False}
-"""Of each --loss: whether z0 is measured. Otherwise it is 0: APO-zero is KTO's value around 0 (D'Oosterlinck et al.
-2024, eq. 7, unpaired)."""
+"""Of each --loss: whether z0 is measured. APO-zero is KTO's value around 0 (D'Oosterlinck et al. 2024, eq. 7)."""
 
 
 def kto(config: KTOConfig, *, resume: bool = False) -> Path:
@@ -98,7 +98,7 @@ def read_inputs(
     """The model and its reference; the votes to train on and those held out; what a step is, at most."""
     model, encoder = read_model(Actor, config.model, config, strategy, session)
     with strategy.init():
-        reference = read_reference(config, model, encoder)
+        reference = model.frozen() if config.reference is None else load_reference(config, encoder)
     train, heldout = (
         [Judged(row.tokens, row.trained, record.label) for record, row in zip(*side, strict=True)]
         for side in read_sides(session, encoder, "votes", config)

@@ -70,18 +70,19 @@ class Policy:
         return in_order(strategy.world.gather(share), group)  # see [Note: whole experience on every rank]
 
 
-def prepare_roles(config: Any, strategy: Strategy, inputs: Inputs, work: dict[str, Any]) -> tuple[Roles, Ram | None]:
+def prepare_roles(
+    stage: str, config: Any, strategy: Strategy, inputs: Inputs, group_size: int = 1
+) -> tuple[Roles, Ram | None]:
     """Gives the models their homes, and leaves the device memory that their activations need.
 
-    work: of the Workload, what `config` does not say alike for all algorithms. Returns the models, and the host tier
-    if the KV cache must be swapped to it.
+    stage: the plan's name of the work. Returns the models, and the host tier if the KV cache must be swapped to it.
     """
     models, source, optim, flags = inputs.models, inputs.source, config.optim, config.rollout
     longest = max(map(len, [*inputs.prompts, *inputs.heldout[1]]))
     mini_batch = getattr(config, "mini_batch_size", None) or optim.batch_size
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     lengths = (longest, flags.max_new_tokens, flags.rollout_batch_size)
-    swap = reserve_activations(strategy, Workload(work.pop("stage"), role_specs(models), *batches, *lengths, **work))
+    swap = reserve_activations(strategy, Workload(stage, role_specs(models), *batches, *lengths, group_size))
     streams = dict(zip(models, strategy.prepare_all(*models.values(), **optim.adamw), strict=True))
     source.stream = streams.get("reward")
     reward = source.stream if source.reads_actor_tokens else None

@@ -124,7 +124,7 @@ def gather(
 
 def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
-    roles, swap = prepare_roles(config, strategy, inputs, {"stage": "ppo"})
+    roles, swap = prepare_roles("ppo", config, strategy, inputs)
     source, encoder = inputs.source, inputs.encoder
     critic_scores = source.starts_critic and "critic" in inputs.models and config.critic in (None, config.reward)
     sampling = (config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)

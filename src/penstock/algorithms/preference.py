@@ -180,7 +180,7 @@ class Fresh:
         answers, micro = optim.batch_size * group, max(optim.micro_batch_size, group)
         of_answers = dataclasses.replace(optim, batch_size=answers, micro_batch_size=micro)
         config = dataclasses.replace(self.config, optim=of_answers)
-        roles, swap = policy.prepare_roles(config, self.strategy, self.inputs, {"stage": "grpo", "group_size": group})
+        roles, swap = policy.prepare_roles("grpo", config, self.strategy, self.inputs, group)
         encoder = self.inputs.encoder
         sampling = (self.config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
         self.policy = policy.Policy(self.strategy, roles, optim, self.config.dpo, *sampling)

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.config import DPOFlags
-from penstock.algorithms.ppo_inputs import load_reference
 from penstock.algorithms.preference_losses import counts_of, preference_loss, summary
 from penstock.algorithms.reward import Ranking, Rankings, longest_row, micro_batches
 from penstock.algorithms.setup import reserve_activations, role_specs, strategy_of
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.config import OptimFlags
-from penstock.data.chat import Encoder
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.memory.stream import Stream
@@ -35,11 +33,6 @@ from penstock.models.roles import Actor
 from penstock.planner.workload import Workload
 from penstock.run import checkpoint
 from penstock.run.session import Session
-
-
-def read_reference(config: Any, model: Actor, encoder: Encoder) -> Actor:
-    """--reference, or a frozen copy of the model's start; call it in `Strategy.init`."""
-    return model.frozen() if config.reference is None else load_reference(config, encoder)
 
 
 def answer_logprobs(model: Actor, hidden: Tensor, batch: Rankings) -> Tensor:

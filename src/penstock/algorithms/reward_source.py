@@ -234,8 +234,11 @@ class RewardSum(RewardSource):
         return rows
 
     def metrics(self, part_scores: Tensor) -> dict[str, float]:
-        """rewards/NAME/mean and rewards/NAME/std (TRL's names), over the answers that the reward applies to."""
-        metrics = {}
+        """rewards/NAME/mean and rewards/NAME/std (TRL's names), over the answers that the reward applies to; none of
+        answers that an earlier release scored, without their parts."""
+        metrics: dict[str, float] = {}
+        if not part_scores.shape[1]:
+            return metrics
         for name, column in zip(self.names, part_scores.T, strict=True):
             scores = column[~column.isnan()]
             if len(scores):

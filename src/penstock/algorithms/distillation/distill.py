@@ -23,6 +23,7 @@ from penstock.algorithms.config import DistillConfig, DistillFlags
 from penstock.algorithms.distillation.inputs import Inputs, Row, check_flags, read_inputs, say_what_fits, workload
 from penstock.algorithms.distillation.teacher import Taught, TeacherStore, read_teacher, stored_teacher
 from penstock.algorithms.heldout import Best, interval
+from penstock.algorithms.policy import HELDOUT_STREAMS
 from penstock.algorithms.setup import placed, reserve_activations, sample_rows, strategy_of
 from penstock.algorithms.sft import micro_batches, prompt_of, trained_tokens
 from penstock.config import OptimFlags
@@ -91,8 +92,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         return session.finish()
 
 
-ON_POLICY, HELDOUT = 0x6D5, 0xE7A1
-"""In the seed of the choice between given answers and samples, and of held-out samples."""
+ON_POLICY = 0x6D5  # in the seed of the choice between given answers and samples
 LEAST_MASS = 0.9
 """Of the teacher's probability, what its likeliest tokens should hold."""
 
@@ -195,7 +195,7 @@ class Distillation:
     def heldout_loss(self, rows: Sequence[Row]) -> float:
         """The mean divergence per token of given answers, or of samples where there are none."""
         world, student, size = self.strategy.world, self.student.model, self.optim.batch_size
-        rows = self.sample(rows, 0, seed=self.seed ^ HELDOUT) if self.flags.on_policy == 1 else rows
+        rows = self.sample(rows, 0, seed=self.seed ^ HELDOUT_STREAMS) if self.flags.on_policy == 1 else rows
         total = torch.zeros((), dtype=torch.float64, device=world.device)
 
         def read(hidden: Tensor, part: Taught) -> Tensor:
