@@ -296,6 +296,7 @@ BUGS: list[Bug] = [
     (FN, "GSPO takes the sum of log ratios", "log_ratios.sum(dim=1) / mask.sum(dim=1)", "log_ratios.sum(dim=1)"),
     (FN, "CISPO's weights are not detached", "ratios.detach().clamp(1 - low, 1 + high)", "ratios.clamp(1 - low, 1 + high)"),
     (FN, "a sequence mean forgets the answer's length", '"sequence": rows * lengths}', '"sequence": rows * lengths.float().mean().expand_as(lengths)}'),
+    (GRPO, "the policy is its own constant", "part.logprobs if reread else logprobs.detach()", "part.logprobs if reread else logprobs"),
     (GRPO, "KL's term of GRPO's loss is not weighed", "loss + flags.kl_coef * stats", "loss + stats"),
     (GRPO, "k3 in the loss has the gradient of the reverse KL", 'if flags.kl_estimator == "k3":', "if False:"),
     (GRPO, "resampling keeps the groups that teach nothing", "i if teaches[i] or not spare else", "i if not teaches[i] or not spare else"),

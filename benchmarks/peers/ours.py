@@ -61,7 +61,7 @@ def grpo(strategy: Strategy, shape: DecoderConfig, options: Any, prompts: list[l
     streams = strategy.prepare_all(actor, reference)
     roles = Roles(*streams, scorer=lambda records, answers: [reward_of(answer.response_ids) for answer in answers])
     optim, flags = OptimFlags(lr=1e-6, micro_batch_size=options.micro), GRPOFlags(group_size=options.group)
-    policy, steps = GRPO(strategy, roles, optim, flags), itertools.count()
+    policy, steps = GRPO(strategy, roles, optim, flags, reread=False), itertools.count()
 
     def step() -> object:
         first = next(steps) * options.rows

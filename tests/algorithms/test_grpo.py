@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.config import GRPOConfig, GRPOFlags
 from penstock.algorithms.grpo import grpo, refilled, with_advantages
 from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.errors import UserError
+from penstock.memory.strategy import Strategy
 from tests.algorithms.test_ppo import next_token_distribution, task, write_reward_fn  # noqa: F401
 from tests.conftest import last_model, metrics
 
@@ -58,10 +60,31 @@ def test_the_one_token_task_ends_at_the_kl_regularised_optimum(task, advantage, 
 # --- exactness ------------------------------------------------------------------------------------------------------
 
 
-def test_first_ratio_is_one_and_engine_agrees_with_the_trainer(task):  # noqa: F811
-    for row in metrics(grpo(config(*task({3: 1.0, 5: -1.0}, RAGGED)))):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_first_ratio_is_one_and_engine_agrees_with_the_trainer(task, epochs):  # noqa: F811
+    for row in metrics(grpo(config(*task({3: 1.0, 5: -1.0}, RAGGED), optim={"epochs": epochs}))):
         assert row["val/first_ratio_gap"] <= 1e-5
-        assert row["val/engine_logprob_gap"] <= 1e-5
+        assert 0 < row["val/engine_logprob_gap"] <= 1e-5
+
+
+@pytest.mark.parametrize("loss", ["clip", "gspo", "cispo"])
+def test_a_single_update_needs_no_second_reading_and_ends_in_the_same_weights(task, monkeypatch, loss):  # noqa: F811
+    setup, reread = task({3: 1.0, 5: -1.0}, RAGGED), []
+    evaluated = Strategy.evaluate_all
+    monkeypatch.setattr(
+        Strategy, "evaluate_all", lambda self, works: reread.append(len(works)) or evaluated(self, works)
+    )
+    skipped = grpo(config(*setup, "skipped", loss=loss))
+    monkeypatch.setattr(GRPOConfig, "rereads", True)
+    twice = grpo(config(*setup, "twice", loss=loss))
+    steps = len(metrics(skipped))
+    assert reread == [1] * steps + [2] * steps  # the reference alone, then with the policy
+    for a, b in zip(metrics(skipped), metrics(twice), strict=True):
+        for key in ("objective/kl", "loss/policy_avg", "loss/kl_avg", "policy/grad_norm", "val/engine_logprob_gap"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
+    weights = [load_file(last_model(run) / "model.safetensors") for run in (skipped, twice)]
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=1e-5), name
 
 
 @pytest.mark.parametrize(("micro", "changes"), [

@@ -1,14 +1,17 @@
-"""Advantages without a critic: an answer's reward against those of other answers to its prompt, or of the batch.
+"""Rewards, and advantages without a critic: an answer's reward against those of others to its prompt, or of the batch.
 
 Pure functions. B = answers, those of one prompt side by side in groups of G; R = response tokens.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms.config import GRPOFlags
+from penstock.algorithms.experience import Experience, used_scores
 
 EPS = 1e-4
 """Added to a group's standard deviation, as TRL does."""
@@ -75,3 +78,17 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
     if not buffer:
         return torch.zeros_like(lengths, dtype=torch.float32)
     return ((lengths - (limit - buffer)) / buffer).clamp(0.0, 1.0)
+
+
+def used_rewards(experience: Experience, flags: GRPOFlags) -> Tensor:
+    """What is compared, [B]: clipped scores, with what answers lose that are too long."""
+    if flags.overlong_buffer:
+        flags = dataclasses.replace(flags, missing_eos_penalty=None)
+    lost = overlong_penalty(experience.lengths, flags.max_new_tokens, flags.overlong_buffer)
+    return used_scores(experience, flags) - lost
+
+
+def informative(experience: Experience, flags: GRPOFlags) -> Tensor:
+    """Which groups teach something, [B / G] bool: their rewards differ. reinforce++ compares all with all."""
+    group = len(experience.tokens) if flags.advantage == "reinforce++" else flags.group_size
+    return spread_of_groups(used_rewards(experience, flags), group)

@@ -1,5 +1,6 @@
 """The flags of what aligns a model beside PPO, whose are in penstock.config. No torch here."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -194,6 +195,13 @@ class GRPOConfig(RewardFlags, EvalFlags):
     def actor(self) -> str:
         """PPO's word for the model that answers."""
         return self.model
+
+    @property
+    def rereads(self) -> bool:
+        """Whether answers' log-probs are needed before they are learned from: by a second update, or by KL in rewards.
+        Otherwise the only update computes them."""
+        updates = self.optim.epochs * math.ceil(self.optim.batch_size / (self.mini_batch_size or self.optim.batch_size))
+        return updates > 1 or self.grpo.kl_in == "reward"
 
     @property
     def rollout(self) -> GRPOFlags:

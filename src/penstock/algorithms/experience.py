@@ -32,7 +32,7 @@ class Experience:
     lengths: Tensor
     """[B] int64, response tokens, EOS included."""
     logprobs: Tensor
-    """[B, R] fp32, under the actor that wrote them, from the trainer's own forward (6)."""
+    """[B, R] fp32, under the actor that wrote them: from the trainer's own forward (6), or the engine's."""
     ref_logprobs: Tensor
     """[B, R] fp32, under the reference."""
     values: Tensor
@@ -103,27 +103,26 @@ class Answered:
 
 
 def score(
-    strategy: Strategy, roles: Roles, rollout: Sequence[Answer], records: Sequence, temperature: float, size: int
-) -> Experience:
+    strategy: Strategy, roles: Roles, rollout: Sequence[Answer], records: Sequence, temperature: float, size: int,
+    *, reread: bool = True,
+) -> Experience:  # fmt: skip
     """This rank's rollout as all models see it, on the CPU: models on one base side by side, the others in turn.
 
-    records: the prompts, for the scorer. size: rows per forward pass.
+    records: the prompts, for the scorer. size: rows per forward pass. reread: whether the actor reads its own answers;
+    if not, their log-probs are the engine's.
     """
     batches = scoring_batches(rollout, size, strategy.world.device)
 
     def logprobs(stream: Stream) -> Work:
         def read(hidden: Tensor, rows: Answered) -> tuple[Tensor, Tensor, Tensor | None]:
-            values = None
-            token_logprobs, entropy = logprobs_of(stream.model, hidden, rows, temperature)
-            if isinstance(stream.model, ActorCritic):
-                values = values_of(stream.model, hidden, rows)
-            return token_logprobs, entropy, values
+            values = values_of(stream.model, hidden, rows) if isinstance(stream.model, ActorCritic) else None
+            return *logprobs_of(stream.model, hidden, rows, temperature), values
 
         return stream, batches, read
 
     critic, reward = roles.critic, roles.reward
     # The actor first: if it streams, what fits of it is still on the device from the rollout.
-    works = {"actor": logprobs(roles.actor)}
+    works = {"actor": logprobs(roles.actor)} if reread else {}
     if roles.reference is not None:
         works["reference"] = logprobs(roles.reference)
     if critic is not None:
@@ -131,12 +130,13 @@ def score(
     if reward is not None:
         works["reward"] = reward, batches, lambda hidden, rows: score_of(reward.model, hidden, rows)
     results = dict(zip(works, strategy.evaluate_all([*works.values()]), strict=True))
-    values = results["critic"] if critic is not None else [values for _, _, values in results["actor"]]
+    sampled = [sampled_logprobs(batch) for batch in batches]
+    actor = results["actor"] if reread else [(logprobs, torch.zeros_like(logprobs), None) for logprobs in sampled]
+    values = results["critic"] if critic is not None else [values for _, _, values in actor]
     parts: list[Experience] = []
-    for batch, (batch_logprobs, entropy, _), (ref_logprobs, _, _), batch_values in zip(
-        batches, results["actor"], results.get("reference", results["actor"]), values, strict=True
+    for batch, engine_logprobs, (batch_logprobs, entropy, _), (ref_logprobs, _, _), batch_values in zip(
+        batches, sampled, actor, results.get("reference", actor), values, strict=True
     ):
-        sampled = torch.tensor([p for answer in batch.answers for p in answer.logprobs], device=batch_logprobs.device)
         zeros = torch.zeros_like(batch_logprobs)
         part = Experience(
             tokens=batch.tokens,
@@ -146,7 +146,7 @@ def score(
             ref_logprobs=ref_logprobs,
             values=zeros if batch_values is None else batch_values,
             entropy=entropy,
-            engine_gap=(fn.unpack(sampled, batch.lengths) - batch_logprobs).abs(),
+            engine_gap=(engine_logprobs - batch_logprobs).abs(),
             scores=torch.zeros(len(batch.answers)),
             ended=torch.tensor([answer.finish_reason == "stop" for answer in batch.answers]),
             advantages=zeros,
@@ -188,6 +188,12 @@ def scoring_batches(rollout: Sequence[Answer], size: int, device: torch.device) 
         response_lengths = torch.tensor([len(answer.response_ids) for answer in answers], device=device)
         batches.append(Answered(tokens, lengths - response_lengths, response_lengths, answers))
     return batches
+
+
+def sampled_logprobs(batch: Answered) -> Tensor:
+    """The engine's log-probs of the response tokens, [B, R] fp32."""
+    packed = [logprob for answer in batch.answers for logprob in answer.logprobs]
+    return fn.unpack(torch.tensor(packed, device=batch.lengths.device), batch.lengths)
 
 
 def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.advantages import advantages, overlong_penalty, spread_of_groups
+from penstock.algorithms.advantages import advantages, informative, used_rewards
 from penstock.algorithms.config import GRPOConfig, GRPOFlags
-from penstock.algorithms.experience import Experience, concatenate, logprobs_of, used_scores
+from penstock.algorithms.experience import Experience, concatenate, logprobs_of
 from penstock.algorithms.heldout import Best, interval
 from penstock.algorithms.policy import (
     Policy,
@@ -87,7 +87,7 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
                 if passed_target_kl(stats, flags.target_kl):
                     break
 
-            metrics = metrics_of(experience, state, flags, has_kl=iteration.roles.reference is not None)
+            metrics = metrics_of(experience, state, iteration)
             metrics |= inputs.source.metrics(experience.part_scores)
             metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(not teaches)}
             improved = (step % every == 0 or step == total) and evaluate(
@@ -119,10 +119,10 @@ def check_flags(config: GRPOConfig, ranks: int) -> None:
 
 def prepare(config: GRPOConfig, strategy: Strategy, inputs: Inputs) -> "GRPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
-    roles, swap = prepare_roles("grpo", config, strategy, inputs, config.grpo.group_size)
+    roles, swap = prepare_roles("grpo", config, strategy, inputs, config.grpo.group_size, reread=config.rereads)
     encoder = inputs.encoder
     sampling = (config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
-    return GRPO(strategy, roles, config.optim, config.grpo, *sampling)
+    return GRPO(strategy, roles, config.optim, config.grpo, *sampling, reread=config.rereads)
 
 
 def gather(
@@ -189,24 +189,10 @@ class GRPO(Policy):
         share = [experience.rows(part).to(world.device) for part in parts if len(part)]
 
         def loss_of(hidden: Tensor, part: Experience) -> Losses:
-            return group_loss(actor.model, hidden, part, self.flags, tokens, rows)
+            return group_loss(actor.model, hidden, part, self.flags, tokens, rows, reread=self.reread)
 
         with self.strategy.phase("train"):
             return self.strategy.step(actor, share, loss_of, lr=optim.lr * lr, max_grad_norm=optim.max_grad_norm)
-
-
-def used_rewards(experience: Experience, flags: GRPOFlags) -> Tensor:
-    """What is compared, [B]: clipped scores, with what answers lose that are too long."""
-    if flags.overlong_buffer:
-        flags = dataclasses.replace(flags, missing_eos_penalty=None)
-    lost = overlong_penalty(experience.lengths, flags.max_new_tokens, flags.overlong_buffer)
-    return used_scores(experience, flags) - lost
-
-
-def informative(experience: Experience, flags: GRPOFlags) -> Tensor:
-    """Which groups teach something, [B / G] bool: their rewards differ. reinforce++ compares all with all."""
-    group = len(experience.tokens) if flags.advantage == "reinforce++" else flags.group_size
-    return spread_of_groups(used_rewards(experience, flags), group)
 
 
 def with_advantages(experience: Experience, flags: GRPOFlags) -> Experience:
@@ -218,29 +204,39 @@ def with_advantages(experience: Experience, flags: GRPOFlags) -> Experience:
     return dataclasses.replace(experience, advantages=per_token)
 
 
-def group_loss(actor: Actor, hidden: Tensor, part: Experience, flags: GRPOFlags, tokens: int, rows: int) -> Losses:
-    """This micro-batch's part of the loss over `rows` answers of `tokens` tokens."""
+def group_loss(
+    actor: Actor, hidden: Tensor, part: Experience, flags: GRPOFlags, tokens: int, rows: int, *, reread: bool = True
+) -> Losses:
+    """This micro-batch's part of the loss over `rows` answers of `tokens` tokens.
+
+    Without `reread` the policy is still the one that answered: its log-probs are the old ones, and all ratios 1.
+    """
     logprobs, entropy = logprobs_of(actor, hidden, part, flags.temperature)
+    old = part.logprobs if reread else logprobs.detach()
     how = flags.normalization or ("constant" if flags.advantage == "dr_grpo" else "token")
     weights = fn.token_weights(part.lengths, how, tokens, rows, flags.max_new_tokens)
     clip = (flags.clip, flags.clip if flags.clip_high is None else flags.clip_high)
-    loss, stats = fn.policy_loss(
-        logprobs, part.logprobs, part.advantages, part.mask, clip, kind=flags.loss, weights=weights
-    )
-    stats |= {"policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
+    loss, stats = fn.policy_loss(logprobs, old, part.advantages, part.mask, clip, kind=flags.loss, weights=weights)
+    gap = fn.clean((old - part.logprobs).abs(), part.mask).max()
+    stats |= {"policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum(), "max_engine_gap": gap}
     if flags.kl_coef and flags.kl_in == "loss":
         kl = fn.KL_ESTIMATORS[flags.kl_estimator](logprobs, part.ref_logprobs)
         if flags.kl_estimator == "k3":  # whose own gradient is that of KL(reference, policy): docs/align.md
-            kl = kl * fn.log_ratio(logprobs, part.logprobs).exp()
+            kl = kl * fn.log_ratio(logprobs, old).exp()
         stats["kl_loss"] = (fn.clean(kl, part.mask) * weights).sum()
         loss = loss + flags.kl_coef * stats["kl_loss"]
     return loss, stats
 
 
-def metrics_of(experience: Experience, state: PolicyState, flags: GRPOFlags, *, has_kl: bool) -> dict[str, float]:
+def metrics_of(experience: Experience, state: PolicyState, iteration: GRPO) -> dict[str, float]:
     """Those of PPO but a critic's, and how much groups differ inside (TRL's names)."""
+    flags, has_kl = iteration.flags, iteration.roles.reference is not None
     metrics = summary(experience, state.sums, flags.kl_coef, flags, has_kl=has_kl)
     del metrics["val/explained_variance"]
+    if not iteration.reread:  # learning was the first to compare the engine with the trainer
+        del metrics["val/engine_logprob_gap"]
+        if state.sums:
+            metrics["val/engine_logprob_gap"] = state.sums[0][1].sums["max_engine_gap"]
     rewards = used_rewards(experience, flags)
     return metrics | {
         "reward": float(rewards.mean()),

@@ -46,6 +46,8 @@ class Policy:
     """The host tier that the KV cache is swapped to."""
     tokenizer: Any = None
     """Of the actor; finds --stop in answers."""
+    reread: bool = True
+    """Whether the actor reads its answers before it learns from them; if not, their log-probs are the engine's."""
 
     def sampling(self, **changes: Any) -> Sampling:
         flags = self.flags
@@ -66,12 +68,12 @@ class Policy:
         records: this rank's prompts, one per answer. group: answers side by side that are one rank's.
         """
         strategy, size = self.strategy, self.optim.micro_batch_size
-        share = score(strategy, self.roles, rollout, records, self.flags.temperature, size)
+        share = score(strategy, self.roles, rollout, records, self.flags.temperature, size, reread=self.reread)
         return in_order(strategy.world.gather(share), group)  # see [Note: whole experience on every rank]
 
 
 def prepare_roles(
-    stage: str, config: Any, strategy: Strategy, inputs: Inputs, group_size: int = 1
+    stage: str, config: Any, strategy: Strategy, inputs: Inputs, group_size: int = 1, *, reread: bool = True
 ) -> tuple[Roles, Ram | None]:
     """Gives the models their homes, and leaves the device memory that their activations need.
 
@@ -82,7 +84,8 @@ def prepare_roles(
     mini_batch = getattr(config, "mini_batch_size", None) or optim.batch_size
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     lengths = (longest, flags.max_new_tokens, flags.rollout_batch_size)
-    swap = reserve_activations(strategy, Workload(stage, role_specs(models), *batches, *lengths, group_size))
+    work = Workload(stage, role_specs(models), *batches, *lengths, group_size, reread=reread)
+    swap = reserve_activations(strategy, work)
     streams = dict(zip(models, strategy.prepare_all(*models.values(), **optim.adamw), strict=True))
     source.stream = streams.get("reward")
     reward = source.stream if source.reads_actor_tokens else None

@@ -194,7 +194,7 @@ def _policy(work: Workload, strategy: Strategy, streams: dict[str, Stream], phas
             experience = iteration.score(rollout, [None] * len(rollout), 0.1)
     else:
         flags = GRPOFlags(group_size=work.group_size, max_new_tokens=work.length - work.prompt_length)
-        iteration = GRPO(strategy, roles, optim, flags)
+        iteration = GRPO(strategy, roles, optim, flags, reread=work.reread)
         with phase("score"):
             experience = with_advantages(iteration.read(rollout, [None] * len(rollout), work.group_size), flags)
     with phase("train"):

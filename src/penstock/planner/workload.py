@@ -73,6 +73,8 @@ class Workload:
     """Answers that one process generates together. None: all answers of the process."""
     group_size: int = 1
     """Answers to one prompt, which is read once for all of them."""
+    reread: bool = True
+    """grpo: whether the actor reads its own answers before it learns from them."""
     top_k: int = 0
     """distill: the teacher's tokens that are compared one by one."""
     samples: bool = False
@@ -186,6 +188,7 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
         config.max_new_tokens,
         config.rollout_batch_size,
         config.group_size if config.stage == "grpo" else 1,
+        reread=config.stage != "grpo" or config.epochs > 1 or (config.mini_batch_size or batch_size) < batch_size,
         top_k=config.teacher_top_k if config.stage == "distill" else 0,
         samples=config.stage == "distill" and config.on_policy > 0,
         stored=config.stage == "distill" and config.precompute_teacher,
@@ -219,7 +222,8 @@ def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
     if work.rolls_out:
         phases["rollout"] = [_generation(setting, rows, swap)]
     roles = {role.name: role for role in work.roles}  # without "reward" where a --reward-fn scores
-    if scored := [_pass(setting, roles[name], rows, "evaluate") for name in SCORED if name in roles]:
+    read = [name for name in SCORED if name in roles and (work.reread or name != "actor")]
+    if scored := [_pass(setting, roles[name], rows, "evaluate") for name in read]:
         phases["score"] = scored
     if work.stage == "kto":  # the policy reads mismatched pairs, the reference these and the answers
         policy, answers = _pass(setting, roles["model"], rows, "evaluate"), scored[0]
