@@ -1,13 +1,16 @@
 """What the demo takes and what it learns: `make demo` as a user runs it, then five seeds.
 
-    python -m benchmarks demo [--seeds 5]
+    python -m benchmarks demo [--seeds 5] [--algorithms]
 
 Writes docs/demo.png, and demo.json: wall seconds and peak resident bytes of one demo in its own process, then each
 seed's gold scores, the reward model's held-out accuracy and the labellers' noise ceiling, and how far each learned.
+With --algorithms docs/algorithms.png and demo_algorithms.json: what each algorithm makes of each seed's SFT model.
 """
 
 import json
+import math
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,10 +21,10 @@ from typing import Any
 from benchmarks.facts import ROOT, flags, write
 
 
-def run(out: Path, seeds: int) -> tuple[dict[str, Any], float]:
+def run(out: Path, seeds: int, *more: str) -> tuple[dict[str, Any], float]:
     """The demo's report.json and its wall seconds."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "penstock", "demo", "--out", str(out), "--seeds", str(seeds)]
+    command = [sys.executable, "-m", "penstock", "demo", "--out", str(out), "--seeds", str(seeds), *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     assert (out / "report.html").stat().st_size > 0
@@ -54,11 +57,65 @@ def picture(report: dict[str, Any]) -> None:
     figure.savefig(ROOT / "docs" / "demo.png")
 
 
+def algorithms(seeds: int) -> int:
+    """Returns 1 where an algorithm is not above SFT by three standard errors, over all seeds' held-out questions."""
+    with tempfile.TemporaryDirectory() as directory:
+        report, _ = run(Path(directory) / "seeds", seeds, "--algorithms")
+    tables = [seed["algorithms"] for seed in report["seeds"]]
+    names = [row["name"] for row in tables[0]]
+    rows = {name: [row for table in tables for row in table if row["name"] == name] for name in names}
+    sft, summary = rows["sft"], {}
+    for name in names:
+        gains = [row["gold"] - start["gold"] for row, start in zip(rows[name], sft, strict=True)]
+        variances = [row["se"] ** 2 + start["se"] ** 2 for row, start in zip(rows[name], sft, strict=True)]
+        seconds = [row["seconds"] for row in rows[name] if row["seconds"] is not None]
+        summary[name] = {
+            "gold": statistics.mean(row["gold"] for row in rows[name]),
+            "kl": statistics.mean(row["kl"] for row in rows[name]),
+            "gain": statistics.mean(gains),
+            "standard_errors_above_sft": sum(gains) / math.sqrt(sum(variances)),
+            "least_standard_errors_of_a_seed": min(row["se_above_sft"] for row in rows[name]),
+            "seconds": statistics.median(seconds) if seconds else None,
+        }
+    picture_of_algorithms(rows)
+    path = write("demo_algorithms", {"over_all_seeds": summary, "seeds": tables}, "transformers", "numpy")
+    print(path.read_text(encoding="utf-8"))
+    return int(any(row["standard_errors_above_sft"] <= 3 for name, row in summary.items() if name != "sft"))
+
+
+def picture_of_algorithms(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """docs/algorithms.png: gold against KL from SFT, each seed a faint dot, each algorithm's mean a full one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for i, (name, seeds) in enumerate(rows.items()):
+        kls, golds, colour = [row["kl"] for row in seeds], [row["gold"] for row in seeds], f"C{i}"
+        axes.scatter(kls, golds, s=14, color=colour, alpha=0.35, linewidths=0)
+        middle = statistics.mean(kls), statistics.mean(golds)
+        axes.scatter(*middle, s=60, color=colour, marker="^" if name in OF_LABELS else "o")
+        axes.annotate(name, middle, xytext=(7, 5), textcoords="offset points", fontsize=9, color=colour)
+    axes.set_xlabel("KL from the SFT model, nats per answer", fontsize=9)
+    axes.set_ylabel("hidden gold score, held-out questions", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs" / "algorithms.png")
+
+
+OF_LABELS = ("dpo", "kto")
+"""Algorithms that learn from the labels themselves; in the picture they are triangles."""
+
+
 def main(arguments: list[str]) -> int:
     """Returns 1 when a seed did not learn what it should."""
     parser = flags(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    seeds = parser.parse_args(arguments).seeds
+    parser.add_argument("--algorithms", action="store_true")
+    parsed = parser.parse_args(arguments)
+    seeds = parsed.seeds
+    if parsed.algorithms:
+        return algorithms(seeds)
     with tempfile.TemporaryDirectory() as directory:
         _, seconds = run(Path(directory) / "single", 1)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

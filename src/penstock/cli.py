@@ -103,8 +103,8 @@ COMMANDS: dict[str, Command] = {
         "commands.demo:demo", example="penstock demo",
     ),
     "doctor": Command(
-        "list what this machine has and what is missing", "commands.config:DoctorConfig", "commands.doctor:doctor",
-        example="penstock doctor",
+        "list what this machine, or a model, is and what is missing", "commands.config:DoctorConfig",
+        "commands.doctor:doctor", "model", "penstock doctor Qwen/Qwen3-0.6B",
     ),
     "resume": Command(
         "continue a run that was stopped or killed", "config:ResumeConfig", "cli:resume", "run",

@@ -90,7 +90,11 @@ class VotesConfig(Flags):
 
 @dataclass(frozen=True)
 class DoctorConfig(Flags):
-    """List what this machine has, what is missing, and what to do about it."""
+    """List what this machine has, what is missing, and what to do about it; of a MODEL what it is, what of a
+    conversation it would learn, and what fits."""
+
+    model: str | None = None
+    """A model to look at instead: Hugging Face directory, hub id or run directory."""
 
 
 @dataclass(frozen=True)

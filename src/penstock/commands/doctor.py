@@ -1,4 +1,4 @@
-"""`penstock doctor`: what this machine has, what is missing, and what to do about it."""
+"""`penstock doctor`: what this machine has, what is missing, and what to do about it; or, of a model, what it is."""
 
 import importlib.metadata
 import importlib.util
@@ -15,6 +15,11 @@ EXTRAS = {"pyarrow": "reading .parquet data: pip install 'penstock[parquet]'"}
 
 def doctor(config: DoctorConfig) -> int:
     """Prints the findings and returns the exit code: 0 when training can start, 3 when something needed is missing."""
+    if config.model is not None:
+        from penstock.commands.doctor_model import describe
+
+        print("\n".join(describe(config.model)))
+        return 0
     lines, problems = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"], []
     if not (3, 11) <= sys.version_info[:2] <= (3, 14):
         problems.append("penstock needs Python 3.11 to 3.14.")

@@ -1,0 +1,56 @@
+"""`penstock doctor MODEL`: the facts of the files, and the learned tokens of a conversation."""
+
+import pytest
+
+from penstock.commands.doctor_model import CONVERSATION, describe, drawn
+from penstock.errors import UserError
+from tests.conftest import CHATML
+
+
+@pytest.fixture
+def chatting(tiny_model, make_tokenizer):
+    """A tiny GPT-2 of 320 tokens with a ChatML tokenizer beside it."""
+    model = tiny_model(vocab_size=320, max_length=128, eos_ids=(3,))
+    make_tokenizer(template=CHATML)
+    return model
+
+
+def test_a_model_is_described_and_what_it_learns_is_drawn(chatting, monkeypatch):
+    text = "\n".join(describe(chatting))
+    assert "family       gpt2" in text
+    assert "context      128 tokens, learned positions" in text
+    assert "<|im_end|>' (3)" in text
+    assert ">>4.<|im_end|><<" in text.replace("\n             ", "")
+    assert ">>6.<|im_end|><<" in text
+    assert "And 3 + 3?" in text.split(">>4.")[1].split(">>6.")[0]  # and the question is not learned
+    assert "ppo --lora 16" in text
+
+
+def test_what_does_not_fit_is_said(chatting, monkeypatch):
+    for free, verdict in ((100 * 2**30, "fits:"), (2**20, "does not fit:")):
+        monkeypatch.setattr("penstock.commands.doctor_model.memory", lambda free=free: {"device": free})
+        rows = [line for line in describe(chatting) if " of device" in line and ":" in line]
+        assert len(rows) > 5
+        assert all(verdict in row for row in rows[1:])
+
+
+def test_a_model_without_a_tokenizer_or_an_end_is_said(tiny_model, make_tokenizer):
+    model = tiny_model(vocab_size=320)
+    assert "none: data must be token ids" in "\n".join(describe(model))
+    make_tokenizer(eos_token=None)
+    text = "\n".join(describe(model))
+    assert "none: give --eos TOKEN" in text or "unusual" in text
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="config"):
+        describe(str(tmp_path))
+
+
+def test_learned_runs_stand_between_marks():
+    class Letters:
+        def decode(self, ids, skip_special_tokens):
+            return "".join(chr(97 + i) for i in ids)
+
+    assert drawn(Letters(), [0, 1, 2, 3], [False, True, True, False]) == "a>>bc<<d"
+    assert len(CONVERSATION) == 5
