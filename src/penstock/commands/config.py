@@ -99,18 +99,24 @@ class DoctorConfig(Flags):
 
 @dataclass(frozen=True)
 class ExportConfig(Flags):
-    """Write a run's model (its best or newest checkpoint) as a directory that transformers loads."""
+    """Write a run's model (its best or newest checkpoint) as a directory that transformers loads, or as a GGUF file."""
 
     run: str
     """Run directory."""
     out: str
-    """Directory to write; must not exist yet or be empty."""
+    """Directory to write; must not exist yet or be empty. With --format gguf: the file, NAME.gguf."""
+    format: Literal["safetensors", "gguf"] = "safetensors"
+    """What to write: files for transformers, or one GGUF file that llama.cpp, Ollama and LM Studio run."""
+    type: Literal["f16", "q8_0"] | None = None
+    """With --format gguf: half precision, or 8 bits with a scale per 32 weights. Default: f16."""
+    lora_only: bool = False
+    """With --format gguf: the adapter alone, which llama.cpp adds to the base's GGUF file (--lora)."""
     which: Literal["model", "critic"] = "model"
     """What to write; only PPO runs have a critic."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Type of the written weights. Default: as trained."""
     merge: bool = False
-    """For a run that trained an adapter: write the whole model with the adapter merged into it."""
+    """For a run that trained an adapter: write the whole model with the adapter merged into it, as GGUF always does."""
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from penstock.errors import UserError
-from penstock.models import adapter_files, safetensors_writer
+from penstock.models import adapter_files, safetensors_writer, weight_files
 from penstock.models.chat_template import ChatTemplate
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families import family_of, weights_of
 from penstock.models.families.weights import Weight
+from penstock.models.formats import gguf_file
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.safetensors_writer import Entry
 from penstock.models.surgery import add_adapters
@@ -35,7 +36,6 @@ from penstock.models.weight_files import (
     SINGLE,
     Weights,
     check_unpacked,
-    open_weights,
     read_json,
 )
 
@@ -126,7 +126,7 @@ def ends_named(source: str | Path, base: str | None = None) -> tuple[int, ...]:
 def adapt(decoder: Decoder, spec: LoraSpec, *, base: str, seed: int = 0, directory: Path | None = None) -> None:
     """Adds adapters to a decoder that `load` read from `base`: fresh ones, or those in `directory`."""
     digest = "" if decoder.source is None else decoder.source.digest()
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    base = str(Path(base).resolve()) if Path(base).exists() else base
     saved = None if directory is None else adapter_files.AdapterFile(directory.resolve())
     add_adapters(decoder, spec, base=base, digest=digest, seed=seed, saved=saved)
     assert decoder.adapted is not None
@@ -156,7 +156,7 @@ class Checkpoint:
         self.replaced: dict[str, str] = {}
         """Weights that an adapter's file in `changes` has instead: their names here, and there."""
         self.config = config
-        weights = open_weights(directory, allow_pickle)
+        weights = _open_weights(directory, allow_pickle)
         if changes is not None:
             self.replaced = self._replaced(weights, changes)
         tables = {family.HEAD, self._table()}
@@ -198,7 +198,7 @@ class Checkpoint:
 
     def _open(self) -> Weights:
         """The weights, those of `changes` in place of ours; a head that is no longer the token table is its copy."""
-        weights = open_weights(self.directory, self.allow_pickle)
+        weights = _open_weights(self.directory, self.allow_pickle)
         if not self.replaced or self.changes is None:
             return weights
         file, replaced = adapter_files.open_weights(self.changes), self.replaced
@@ -278,7 +278,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """A hash of every weight's name, shape and first row in bf16, all of which training changes."""
-        weights, digest = open_weights(self.directory, self.allow_pickle), hashlib.sha256()
+        weights, digest = _open_weights(self.directory, self.allow_pickle), hashlib.sha256()
         for name in sorted(weights.names):
             with torch.device("cpu"):  # a slice lands on the default device
                 shape, row = weights.shape(name), weights.first(name)
@@ -432,9 +432,15 @@ def copy_tokenizer(
     write_ends(directory, eos_ids, template.tokenizer if template else None)
 
 
+def _open_weights(directory: Path, allow_pickle: bool) -> Weights:
+    if (directory / gguf_file.STAMP).exists():
+        return gguf_file.open_weights(directory)
+    return weight_files.open_weights(directory, allow_pickle)
+
+
 def _local(source: str | Path, allow_pickle: bool = False) -> Path:
-    """The directory itself, or a hub id's snapshot."""
-    path = Path(source)
+    """The directory itself, a GGUF file's in the cache, or a hub id's snapshot."""
+    path = gguf_file.local_directory(source)
     if path.is_dir():
         return path
     text = str(source)

@@ -7,6 +7,7 @@ from typing import Any
 
 from penstock.errors import UserError
 from penstock.models.adapter_files import base_of
+from penstock.models.formats.gguf_file import local_directory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -18,16 +19,15 @@ def load_tokenizer(source: str) -> Any:
 
     An adapter without one has its base's.
     """
-    path = Path(source)
+    path = local_directory(source)
     if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
-        source = base_of(source)
-        path = Path(source)
+        path = local_directory(base_of(source))
     if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{source}: its tokenizer cannot be read ({type(error).__name__}: {one_line(error)}); put the model's own "

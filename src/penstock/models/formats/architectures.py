@@ -1,0 +1,225 @@
+"""The settings of a decoder as the metadata of a GGUF file, and back: what our families are called in llama.cpp.
+
+Facts from llama.cpp's conversion scripts and its src/models. A setting that the other side has no place for is refused
+by name, in both directions: what is written is read back and compared.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from penstock.models.config import DecoderConfig
+from penstock.models.families import FAMILIES, llama
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's. Example: Architecture("llama", "llama", turned=True)."""
+
+    family: str
+    """Our family, as config.json's model_type."""
+    name: str
+    """llama.cpp's general.architecture."""
+    turned: bool = False
+    """Rows of queries and keys that rotate together are neighbours there; in Hugging Face's files they are half a head
+    apart (llama.cpp undoes what Hugging Face's conversion of Llama did)."""
+    rotary: bool = True
+    windows: bool = False
+    """Whether llama.cpp looks at a window of attention; where it does not, behind it more is seen than was trained."""
+
+
+ARCHITECTURES = (
+    Architecture("gpt2", "gpt2", rotary=False),
+    Architecture("bloom", "bloom", rotary=False),
+    Architecture("gpt_neox", "gptneox"),
+    Architecture("llama", "llama", turned=True),
+    Architecture("mistral", "llama", turned=True),
+    Architecture("qwen2", "qwen2"),
+    Architecture("qwen3", "qwen3"),
+)
+KEYS = {
+    "vocab_size": "vocab_size",
+    "max_length": "context_length",
+    "d_model": "embedding_length",
+    "num_layers": "block_count",
+    "d_ff": "feed_forward_length",
+    "num_heads": "attention.head_count",
+    "num_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rotary_dim": "rope.dimension_count",
+    "rope_theta": "rope.freq_base",
+    "parallel_residual": "use_parallel_residual",
+}
+"""Fields of DecoderConfig: their keys behind the architecture's name."""
+EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+WINDOW, ORIGINAL = "attention.sliding_window", "rope.scaling.original_context_length"
+SCALING, FACTOR = "rope.scaling.type", "rope.scaling.factor"
+FREQUENCIES = "rope_freqs.weight"
+"""A tensor: what Llama 3's rope scaling divides each frequency by."""
+NEUTRAL = {
+    "attention.causal": (True,), "expert_count": (0,), "expert_used_count": (0,),
+    "rope.scaling.finetuned": (True, False),
+    "rope.scale_linear": (1.0,), "tensor_data_layout": ("Meta AI original pth",), "rope.scaling.attn_factor": (1.0,),
+}  # fmt: skip
+"""Keys that we do not follow, and their values that say nothing new."""
+HEAD, QKV_BIAS, MLP_BIAS = "output.weight", ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"), ("blk.0.ffn_up.bias",)
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def architecture_of(family: str) -> Architecture:
+    """Of our family. Raises ValueError where llama.cpp has none."""
+    for architecture in ARCHITECTURES:
+        if architecture.family == family:
+            return architecture
+    known = ", ".join(dict.fromkeys(a.family for a in ARCHITECTURES))
+    raise ValueError(f"llama.cpp does not know the family {family}; of ours it knows {known}")
+
+
+def architecture_named(meta: Mapping[str, Any]) -> Architecture:
+    """Of a file. Mistral's files are llama's there, with a window. Raises ValueError for those that are not read."""
+    name = meta.get("general.architecture")
+    named = [architecture for architecture in ARCHITECTURES if architecture.name == name]
+    if not named:
+        known = ", ".join(dict.fromkeys(a.name for a in ARCHITECTURES))
+        raise ValueError(f"general.architecture: {name!r} is not read here; known are {known}")
+    return named[-1 if meta.get(f"{name}.{WINDOW}") else 0]
+
+
+def settings_of(config: DecoderConfig) -> dict[str, Any]:
+    """The metadata of a decoder, by key without the architecture's name in front."""
+    architecture = architecture_of(config.family)
+    settings = {key: getattr(config, ours) for ours, key in KEYS.items()}
+    if not architecture.rotary:
+        settings = {key: value for key, value in settings.items() if not key.startswith("rope.")}
+    settings |= {"attention.value_length": config.head_dim, EPS[config.norm]: config.norm_eps}
+    if any(config.windows):
+        settings[WINDOW] = max(config.windows)
+    scaling = dict(config.rope_scaling)
+    if scaling.get("rope_type") == "llama3":
+        settings[ORIGINAL] = scaling["original_max_position_embeddings"]
+    elif scaling:
+        settings |= {SCALING: scaling["rope_type"], FACTOR: scaling["factor"]}
+    return settings
+
+
+def config_json(
+    meta: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], frequencies: np.ndarray | None
+) -> dict[str, Any]:
+    """config.json from a file's metadata and its tensors' shapes; `frequencies`: the tensor of that name.
+
+    Raises ValueError for what it says and we do not do, by its key.
+    """
+    architecture = architecture_named(meta)
+    start = f"{architecture.name}."
+    settings = {key.removeprefix(start): value for key, value in meta.items() if key.startswith(start)}
+    family = FAMILIES[architecture.family]
+    fields = getattr(family, "FIELDS", llama.FIELDS)
+    values = {ours: settings[key] for ours, key in KEYS.items() if key in settings}
+    eps = [settings[key] for key in EPS.values() if key in settings]
+    values |= {"norm_eps": _short(eps[0])} if eps else {}
+    values["vocab_size"] = tensors["token_embd.weight"][0]
+    values.setdefault("head_dim", values["d_model"] // max(values["num_heads"], 1))
+    values.setdefault("num_kv_heads", values["num_heads"])
+    facts = {
+        "tied": HEAD not in tensors,
+        "qkv_bias": any(name in tensors for name in QKV_BIAS),
+        "mlp_bias": any(name in tensors for name in MLP_BIAS),
+    }
+    hf = {_key(fields[ours]): value for ours, value in (values | facts).items() if ours in fields}
+    hf["model_type"] = architecture.family
+    if architecture.family == "gpt2":
+        hf["n_inner"] = values["d_ff"]
+    if architecture.rotary:
+        hf["rope_parameters"] = _rope(settings, values, frequencies)
+    if WINDOW in settings:
+        hf["sliding_window"] = settings[WINDOW]
+    _check(settings, values, family.config_from_hf(hf), start)
+    return hf
+
+
+def _rope(settings: Mapping[str, Any], values: Mapping[str, Any], frequencies: np.ndarray | None) -> dict[str, Any]:
+    theta = _short(values.get("rope_theta", 10_000.0))
+    rope = {"rope_type": "default", "rope_theta": theta}
+    if (rotating := values.get("rotary_dim", values["head_dim"])) != values["head_dim"]:
+        rope["partial_rotary_factor"] = rotating / values["head_dim"]
+    if (kind := settings.get(SCALING, "none")) != "none":
+        return rope | {"rope_type": kind, "factor": _short(settings.get(FACTOR, 1.0))}
+    if frequencies is None:
+        return rope
+    original = settings.get(ORIGINAL, LLAMA3["original_max_position_embeddings"])
+    numbers = LLAMA3 | {"factor": _short(frequencies.max()), "original_max_position_embeddings": original}
+    divisors = llama3_divisors(theta, rotating, **numbers)
+    if divisors.shape != frequencies.shape or not np.allclose(divisors, frequencies, rtol=1e-4):
+        raise ValueError(f"{FREQUENCIES}: is not Llama 3's rope scaling of {original} tokens; that alone is read")
+    return rope | {"rope_type": "llama3"} | numbers
+
+
+def llama3_divisors(
+    theta: float,
+    rotating: int,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> np.ndarray:
+    """[rotating / 2] fp32: what Llama 3.1's rope scaling divides each frequency by (`positions.rope_frequencies`)."""
+    frequencies = theta ** -(np.arange(0, rotating, 2, dtype=np.float64) / rotating)
+    turns = original_max_position_embeddings * frequencies / (2 * np.pi)
+    smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clip(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def _check(settings: Mapping[str, Any], values: Mapping[str, Any], config: DecoderConfig, start: str) -> None:
+    """Raises ValueError for a key that we do not know, and for one whose value our family does not take."""
+    known = {*KEYS.values(), *EPS.values(), WINDOW, ORIGINAL, SCALING, FACTOR}
+    for key, value in settings.items():
+        if key == "attention.value_length" and value == config.head_dim:
+            continue
+        if key not in known and value not in NEUTRAL.get(key, ()):
+            raise ValueError(f"{start}{key}: {value!r} is not supported")
+    for ours, value in values.items():
+        taken = getattr(config, ours)
+        if ours in KEYS and ours != "rope_theta" and taken != value:
+            raise ValueError(f"{start}{KEYS[ours]}: {value!r} is not supported; the family has {taken!r}")
+
+
+def check_written(config: DecoderConfig, meta: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
+                  frequencies: np.ndarray | None) -> list[str]:  # fmt: skip
+    """Compares what a reader of the file will see with the decoder, and returns what users must know.
+
+    Raises ValueError that names each setting that llama.cpp has no place for.
+    """
+    architecture = architecture_of(config.family)
+    family: ModuleType = FAMILIES[config.family]
+    seen = family.config_from_hf(config_json(meta, tensors, frequencies) | {"model_type": config.family})
+    names = [field.name for field in dataclasses.fields(config) if field.compare and field.name != "eos_ids"]
+    lost = [name for name in names if _rounded(getattr(seen, name)) != _rounded(getattr(config, name))]
+    narrow = max(config.windows, default=0)
+    if "windows" in lost and not narrow:
+        lost.remove("windows")
+    if lost:
+        shown = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        raise ValueError(f"llama.cpp's {architecture.name} has no place for {shown}")
+    if narrow and not architecture.windows and narrow < config.max_length:
+        return [f"llama.cpp's {architecture.name} has no attention window: it sees more than {narrow} tokens back"]
+    return []
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_rounded(item) for item in value)
+    return _short(value) if isinstance(value, float) else value
+
+
+def _short(value: Any) -> float:
+    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _key(key: str | tuple[str, Any]) -> str:
+    return key if isinstance(key, str) else key[0]

@@ -1,0 +1,233 @@
+"""GGUF files read: as the small directory that every reader of models takes, and their weights, full, by Hugging Face's
+names.
+
+config.json and the tokenizer are written once per file, into the cache; weights are read from the file itself,
+dequantised one at a time by the gguf package. See `architectures` for settings, `gguf_tokenizer` for the tokenizer.
+"""
+
+import functools
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.errors import UserError
+from penstock.kernels.machine import cache_directory
+from penstock.models.config import DecoderConfig
+from penstock.models.families import FAMILIES, weights_of
+from penstock.models.families.weights import Weight
+from penstock.models.formats.architectures import (
+    FREQUENCIES,
+    Architecture,
+    architecture_named,
+    architecture_of,
+    config_json,
+)
+from penstock.models.formats.gguf_tokenizer import save_tokenizer
+from penstock.models.weight_files import Weights
+
+SPECIAL = {"bos": "bos", "pad": "padding"}
+OURS = ("transposed", "interleaved")
+"""Layouts of weights that a GGUF file holds as we have them, not as Hugging Face does."""
+SUFFIX, STAMP = ".gguf", "gguf.json"
+WHOLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that are read as they are. All others become fp32."""
+
+
+class GGUFFile:
+    """An open file: its metadata, and its tensors by name."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError for a file that is no GGUF, that is cut short, or of types that cannot be dequantised."""
+        package()
+        import gguf
+
+        class Reader(gguf.GGUFReader):  # theirs reads on behind the end, and may never stop
+            def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+                array = super()._get(offset, dtype, count, override_order)
+                if len(array) < count:
+                    raise ValueError(f"it ends at byte {len(self.data)}, before its contents do")
+                return array
+
+        try:
+            reader = Reader(path)
+            self.meta = {name: field.contents() for name, field in reader.fields.items()}
+            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+        except (ValueError, KeyError, IndexError, OverflowError, MemoryError, TypeError) as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"{path}: is no GGUF file, or is damaged ({text}); fetch it again.") from error
+        self.path = path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As torch writes it: the last dimension is the one that lies together."""
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def dtype(self, name: str) -> str:
+        """As safetensors writes it."""
+        kind = self.tensors[name].tensor_type.name
+        return kind if kind in WHOLE else "F32"
+
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Some rows of it, dequantised where it is quantised."""
+        stored = self.tensors[name]
+        kind, data = stored.tensor_type.name, np.ascontiguousarray(stored.data[rows])
+        if kind in WHOLE:
+            values = torch.from_numpy(data.view(np.uint8).reshape(-1).copy()).view(WHOLE[kind])
+        else:
+            values = torch.from_numpy(package().dequantize(data, stored.tensor_type))
+        return values.view(-1, *self.shape(name)[1:])
+
+
+def package() -> Any:
+    """The gguf package. Raises UserError where it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("GGUF files need the package gguf: pip install 'penstock[gguf]'.") from error
+    return gguf
+
+
+def local_directory(source: str | Path) -> Path:
+    """A GGUF file as a model directory, in the cache; any other address as it is."""
+    path = Path(source)
+    return _unpacked(path) if path.suffix == SUFFIX and path.is_file() else path
+
+
+def _unpacked(path: Path) -> Path:
+    stat = path.stat()
+    stamp = {"file": str(path.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns, "reader": _version()}
+    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
+    directory = cache_directory() / "gguf" / f"{path.name}-{key}"
+    if (directory / STAMP).exists():
+        return directory
+    file = open_file(path)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+            fresh = Path(temporary) / "model"
+            fresh.mkdir()
+            _save_config(file, fresh)
+            save_tokenizer(file.meta, fresh, str(path))
+            (fresh / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+            if not directory.exists():  # whole or not at all: ranks may do this side by side
+                fresh.rename(directory)
+    except OSError as error:
+        if not (directory / STAMP).exists():
+            raise UserError(f"{directory}: cannot be written ({error.strerror}); set XDG_CACHE_HOME.") from error
+    return directory
+
+
+@functools.cache
+def _version() -> str:
+    """Changes with this code, so that no directory of an older one is used."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+@functools.lru_cache(maxsize=4)
+def _open(path: Path, changed: int) -> GGUFFile:
+    return GGUFFile(path)
+
+
+def open_file(path: Path) -> GGUFFile:
+    """The file, whose metadata is parsed once."""
+    return _open(path, path.stat().st_mtime_ns)
+
+
+def _save_config(file: GGUFFile, directory: Path) -> None:
+    shapes = {name: file.shape(name) for name in file.tensors}
+    try:
+        if "token_embd.weight" not in shapes:
+            raise ValueError("token_embd.weight is missing; is it the first part of a model, or an adapter?")
+        frequencies = file.tensor(FREQUENCIES).numpy() if FREQUENCIES in shapes else None
+        hf = config_json(file.meta, shapes, frequencies)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{file.path}: {error}.") from error
+    except KeyError as error:
+        raise UserError(f"{file.path}: needs the setting {error} and does not have it.") from error
+    hf |= {f"{name}_token_id": file.meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    ends = [file.meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    hf["eos_token_id"] = list(dict.fromkeys(token for token in ends if token is not None)) or None
+    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+
+
+def open_weights(directory: Path) -> Weights:
+    """The weights of a directory that `local_directory` made."""
+    path = Path(json.loads((directory / STAMP).read_text(encoding="utf-8"))["file"])
+    if not path.exists():
+        raise UserError(f"{path}: this GGUF file is gone.")
+    file = open_file(path)
+    hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    architecture, config = architecture_named(file.meta), FAMILIES[hf["model_type"]].config_from_hf(hf)
+    stored = stored_names(config)
+    named = {theirs: (name, weight) for theirs, (name, weight) in stored.items() if name in file.tensors}
+    used = {name for name, _ in named.values()} | {FREQUENCIES}
+    named |= {name: (name, Weight("", (name,))) for name in file.tensors if name not in used}
+
+    def theirs_of(name: str, tensor: Tensor) -> Tensor:
+        return to_theirs(name, tensor, named[name][1], architecture, config)
+
+    def get(name: str) -> Tensor:
+        return theirs_of(name, file.tensor(named[name][0]))
+
+    def shape(name: str) -> tuple[int, ...]:
+        stored = torch.empty(file.shape(named[name][0]), device="meta")
+        try:
+            return tuple(theirs_of(name, stored).shape)
+        except RuntimeError:  # it does not split into heads
+            return tuple(stored.shape)
+
+    def first(name: str) -> Tensor:
+        return get(name)[:1] if named[name][1].layout in OURS else file.tensor(named[name][0], slice(1))
+
+    return Weights(set(named), get, shape, lambda name: file.dtype(named[name][0]), first)
+
+
+@functools.lru_cache(maxsize=4)
+def stored_names(config: DecoderConfig) -> dict[str, tuple[str, Weight]]:
+    """By Hugging Face's name of a weight: the tensor in a GGUF file that holds it, and our line about it."""
+    gguf, family = package(), FAMILIES[config.family]
+    names_of_kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(names_of_kinds[architecture_of(config.family).name], config.num_layers)
+    stored = {}
+    for weight in weights_of(family, config):
+        for theirs in weight.theirs:
+            stem, _, kind = theirs.rpartition(".")
+            name = names.get_name(stem) or names.get_name(stem.removeprefix(family.PREFIX))
+            if name is not None:
+                stored[theirs] = f"{name}.{kind}", weight
+    return stored
+
+
+def to_theirs(name: str, tensor: Tensor, weight: Weight, architecture: Architecture, config: DecoderConfig) -> Tensor:
+    """A tensor of a GGUF file as Hugging Face stores it."""
+    if weight.layout in OURS:  # it is stored as we have it
+        return weight.write(tensor, config)[name]
+    if heads := _turning(name, weight, architecture, config):
+        return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return tensor
+
+
+def to_gguf(weight: Weight, ours: Tensor, architecture: Architecture, config: DecoderConfig) -> dict[str, Tensor]:
+    """Our tensor as a GGUF file stores it, by Hugging Face's names."""
+    if weight.layout in OURS:
+        return {weight.theirs[0]: ours}
+    tensors = weight.write(ours, config)
+    for name, tensor in tensors.items():
+        if heads := _turning(name, weight, architecture, config):
+            tensors[name] = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return tensors
+
+
+def _turning(name: str, weight: Weight, architecture: Architecture, config: DecoderConfig) -> int:
+    """The heads of queries or keys whose rows stand in another order there; 0: in the same."""
+    if not (architecture.turned and weight.layout == "stacked" and len(weight.theirs) == 3):
+        return 0
+    return (config.num_heads, config.num_kv_heads, 0)[weight.theirs.index(name)]
