@@ -68,8 +68,8 @@ BUGS: list[Bug] = [
     (FN, "prompt tokens are in the response mask", " & ~mask_of(prompt_lengths, width)", ""),
     # log-probs and KL
     (HEAD, "temperature forgotten in training", "if temperature != 1.0 else", "if False else"),
-    (HEAD, "temperature multiplies", "logits.float().div_(temperature)", "logits.float().mul_(temperature)"),
-    (HEAD, "softmax in bf16", "else logits.float()", "else logits.bfloat16()"),
+    (HEAD, "temperature multiplies", "return logits.div_(temperature)", "return logits.mul_(temperature)"),
+    (HEAD, "softmax in bf16", "bend(logits.float(), 1.0", "bend(logits.bfloat16().float(), 1.0"),
     (HEAD, "gradient of the log-prob upside down", "exp_().mul_(-falling[rows, None])", "exp_().mul_(falling[rows, None])"),
     (HEAD, "gradient without the target's own", "slope.scatter_add_(1, column, torch.where(inside, grad[rows], 0.0))", "pass"),
     (HEAD, "entropy with the wrong sign", "torch.special.entr(every)", "-torch.special.entr(every)"),

@@ -75,7 +75,7 @@ def test_results_are_rounded_as_torch_rounds():
     assert torch.equal(ours.nan_to_num(7.0), rounded.nan_to_num(7.0))
 
 
-def exact_attention(q, keys, values, last, slopes, window):
+def exact_attention(q, keys, values, last, slopes, window, softcap=0.0):
     """Row by row, head by head, in fp64."""
     rows, heads, _, width = q.shape
     y = torch.empty(rows, heads, 1, width, dtype=torch.float64)
@@ -85,6 +85,8 @@ def exact_attention(q, keys, values, last, slopes, window):
         for h in range(heads):
             g = h // (heads // keys.shape[1])
             scores = keys[b, g, seen].double() @ q[b, h, 0].double() / width**0.5
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
             if slopes is not None:
                 scores -= slopes[h].double() * (last[b] - torch.arange(seen.start, seen.stop))
             y[b, h, 0] = scores.softmax(0) @ values[b, g, seen].double()
@@ -101,7 +103,7 @@ def put(keys, values, last):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 64), (8, 2, 32), (3, 1, 20), (2, 2, 128), (1, 1, 7)])
-@pytest.mark.parametrize("extra", [None, "alibi", "window"])
+@pytest.mark.parametrize("extra", [None, "alibi", "window", "softcap"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_attention_is_a_softmax_over_what_each_row_sees(dtype, heads, groups, width, extra, joined):
     generator = torch.Generator().manual_seed(heads * width)
@@ -109,18 +111,19 @@ def test_attention_is_a_softmax_over_what_each_row_sees(dtype, heads, groups, wi
     q = torch.randn(5, heads, 1, width, generator=generator).to(dtype) * 2
     last = torch.tensor([0, 63, 64, 200, 299])
     slopes = torch.rand(heads, generator=generator) if extra == "alibi" else None
-    window = 70 if extra == "window" else 0
-    exact = exact_attention(q, keys, values, last, slopes, window)
+    window, softcap = (70 if extra == "window" else 0), (3.0 if extra == "softcap" else 0.0)
+    scores = cpu_ops.Scores(slopes, window, width**-0.5, softcap)
+    exact = exact_attention(q, keys, values, last, slopes, window, softcap)
     whole = keys.clone(), values.clone()
     k, v = put(keys, values, last)
     if joined:  # as one product makes them
         q, k, v = torch.cat((q, k, v), dim=1).split((heads, groups, groups), dim=1)
-    ours = cpu_ops.attention(q, k, v, (keys, values), last, slopes, window)
+    ours = cpu_ops.attention(q, k, v, (keys, values), last, scores)
     near(ours.view(5, heads, 1, width), exact, dtype)
     assert torch.equal(keys, whole[0])
     assert torch.equal(values, whole[1])
     cache = keys[2:4, :, :210], values[2:4, :, :210]
-    part = cpu_ops.attention(q[2:4], k[2:4], v[2:4], cache, last[2:4], slopes, window)
+    part = cpu_ops.attention(q[2:4], k[2:4], v[2:4], cache, last[2:4], scores)
     assert torch.equal(part, ours[2:4])  # a part of the cache, among fewer rows: the same bits
 
 

@@ -1,5 +1,6 @@
 """What config.json says and what it leaves out, against transformers: the same logits, or a refusal by name."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.models.test_families import CASES, reference
 NAMES = (
     "gpt2", "opt", "bloom, 6 heads", "gpt_neox", "llama, llama3 rope scaling", "llama, linear rope scaling",
     "mistral, window exceeded", "qwen2, last two layers in a window", "qwen3, normed queries and keys",
+    "gemma2, window exceeded, strong caps", "gemma3, two ropes", "granite", "smollm3, windows without rotary",
 )  # fmt: skip
 YARN, LONG = {"rope_type": "yarn", "factor": 2.0}, {"rope_type": "longrope", "factor": 2.0}
 PER_LAYER = {"full_attention": {"rope_type": "default", "rope_theta": 77.0}}
@@ -28,20 +30,32 @@ ODD: dict[str, list[Any]] = {
     "scale_attn_by_inverse_layer_idx": [True], "use_parallel_residual": [False], "do_layer_norm_before": [False],
     "_remove_final_layer_norm": [True], "enable_bias": [False], "apply_residual_connection_post_layernorm": [True],
     "layer_types": [["sliding_attention", "full_attention", "full_attention"], ["full_attention"] * 2,
-                    ["chunked_attention"] * 3],
+                    ["chunked_attention"] * 3,
+                    ["full_attention", "full_attention", "sliding_attention", "full_attention"]],
     "rope_scaling": [{"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}, YARN, {"type": "su"},
                      {"rope_type": "default", "rope_theta": 77.0}, LLAMA3, {"factor": 4.0}],
     "rope_parameters": [{"rope_theta": 77.0}, {"rope_theta": 77.0, "partial_rotary_factor": 0.5}, PER_LAYER, LONG,
                         {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0, "attention_factor": 3.0}],
     "original_max_position_embeddings": [8], "norm_eps": [1], "layer_norm_epsilon": [0.1], "rms_norm_eps": [0.1],
+    "hidden_activation": ["gelu", "gelu_new", "silu", "mish"], "use_bidirectional_attention": [True, False],
+    "query_pre_attn_scalar": [16, 0], "attn_logit_softcapping": [7.0, None, 0.0],
+    "final_logit_softcapping": [7.0, None, -1.0], "rope_local_base_freq": [50.0], "sliding_window_pattern": [2, 3],
+    "embedding_multiplier": [3.0, 0.1], "residual_multiplier": [2.0], "attention_multiplier": [0.5, 0.0],
+    "logits_scaling": [0.5, 0.0], "no_rope_layers": [[0, 1, 1], [1, 1, 1], [1]], "no_rope_layer_interval": [3, 0],
     "is_encoder_decoder": [True], "add_cross_attention": [True], "n_inner": [None],
 }  # fmt: skip
+WINDOWED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 TOKENS = torch.randint(96, (2, 14), generator=torch.Generator().manual_seed(1))
 
 
 def written_as_before(config: dict[str, Any]) -> dict[str, Any]:
     """As transformers 4 wrote it: theta at the top, and rope_scaling."""
-    rope = dict(config["rope_parameters"])
+    rope = copy.deepcopy(config["rope_parameters"])
+    if "full_attention" in rope:  # Gemma 3
+        rest = {key: value for key, value in config.items() if key != "rope_parameters"}
+        thetas = {"rope_theta": rope["full_attention"].pop("rope_theta")}
+        thetas["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        return rest | thetas | {"rope_scaling": rope["full_attention"]}
     neox = config["model_type"] == "gpt_neox"
     older = {"rotary_emb_base" if neox else "rope_theta": rope.pop("rope_theta")}
     if neox:
@@ -98,7 +112,7 @@ def disagreement(directory: Path, config: dict[str, Any], weights: dict[str, tor
     window = 0 if parsed.model_type == "llama" else getattr(parsed, "sliding_window", 0) or 0
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     own = ours.config.windows or (0,) * ours.config.num_layers
-    if parsed.model_type in ("mistral", "qwen2", "qwen3") and own != windows:
+    if parsed.model_type in WINDOWED and own != windows:
         return f"windows {own}, not {windows}"
     limit = getattr(parsed, "max_position_embeddings", None)
     return "" if limit in (None, ours.config.max_length) else f"rows of {ours.config.max_length} tokens, not {limit}"

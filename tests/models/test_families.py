@@ -31,6 +31,17 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+GEMMA = LLAMA | {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "hidden_size": 48}
+GEMMA3 = GEMMA | {
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    },
+}  # fmt: skip
+GRANITE = LLAMA | {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_scaling": 1.5,
+}  # fmt: skip
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: model_type, what its transformers config says
@@ -60,6 +71,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3, normed queries and keys": ("qwen3", LLAMA | {"head_dim": 16}),
     "qwen3, tied": ("qwen3", LLAMA | {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2, window exceeded, strong caps": ("gemma2",
+        GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
+    "gemma2, untied, biased, no caps": ("gemma2",
+        GEMMA | {"tie_word_embeddings": False, "attention_bias": True, "attn_logit_softcapping": None,
+                 "final_logit_softcapping": None, "num_key_value_heads": 6}),
+    "gemma3, two ropes": ("gemma3_text", GEMMA3),
+    "gemma3, one head of keys, untied, capped logits": ("gemma3_text",
+        GEMMA3 | {"num_key_value_heads": 1, "tie_word_embeddings": False, "final_logit_softcapping": 9.0}),
+    "granite": ("granite", GRANITE),
+    "granite, tied, biased": ("granite",
+        GRANITE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "smollm3, last layer without rotary": ("smollm3",
+        LLAMA | {"no_rope_layers": [1, 1, 0], "tie_word_embeddings": False}),
+    "smollm3, windows without rotary": ("smollm3",
+        LLAMA | {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4, "head_dim": 16}),
 }  # fmt: skip
 
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -169,13 +195,18 @@ def test_a_reward_model_is_a_sequence_classifier_for_transformers(both, tmp_path
     _, ours, _ = both
     score = torch.randn(1, ours.head_weight.shape[1], generator=torch.Generator().manual_seed(5))
     pretrained.save(ours, tmp_path, score=score, extra_config={"penstock_score_mean": 0.5, "pad_token_id": 0})
-    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values()), info
     tokens, lengths = ragged_batch(ours.config.vocab_size)
     tokens = tokens.clamp(min=1).masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], 0)
     again, extras = pretrained.load(tmp_path)
     with torch.no_grad():
-        expected = theirs.eval()(tokens, attention_mask=(tokens != 0).long()).logits[:, 0]
+        if ours.config.family == "granite":  # transformers has no classifier of it, only what it would stand on
+            states = transformers.AutoModel.from_pretrained(tmp_path).eval()(tokens).last_hidden_state
+            expected = states[torch.arange(len(lengths)), lengths - 1] @ score[0]
+        else:
+            kind = transformers.AutoModelForSequenceClassification
+            theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+            assert not any(info.values()), info
+            expected = theirs.eval()(tokens, attention_mask=(tokens != 0).long()).logits[:, 0]
         last = again(tokens, lengths)[torch.arange(len(lengths)), lengths - 1]
     assert ((last @ extras["score.weight"][0]) - expected).abs().max() <= 1e-4
     assert again.config.hf["penstock_score_mean"] == 0.5

@@ -13,7 +13,7 @@ import ctypes
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ _Product = _struct(
     "Product", "x weight bias scales y wide packed", "rows inputs outputs", "", "kind bias_kind x_kind threads"
 )
 _Attention = _struct(
-    "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window", "scale",
-    "kind x_kind threads",
+    "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window",
+    "scale softcap", "kind x_kind threads",
 )  # fmt: skip
 _Choice = _struct("Choice", "logits uniforms tokens logprobs", "rows vocabulary", "temperature", "threads")
 
@@ -97,15 +97,29 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tenso
     return y
 
 
+class Scores(NamedTuple):
+    """What becomes of the products of queries and keys."""
+
+    slopes: Tensor | None = None
+    """[H] fp32: ALiBi's."""
+    window: int = 0
+    """How many of the latest tokens are seen; 0 is all."""
+    scale: float = 0.0
+    """Their factor. 0: 1 / sqrt(E)."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(scores / softcap); 0: they stay."""
+
+
+PLAIN = Scores()
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, slopes: Tensor | None = None,
-    window: int = 0,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, scores: Scores = PLAIN
+) -> Tensor:
     """One token per row: q [B, H, 1, E], k and v [B, G, 1, E], cache [B, G, S, E] twice -> [B, 1, H * E].
 
-    Row b's k and v are written to slot `slots[b]` (int64), and its query sees the slots up to it, the nearest `window`
-    of them if that is not 0; `slopes` [H] fp32 are ALiBi's. q, k and v lie alike, and so do both halves of the cache,
-    each [S, E] without gaps.
+    Row b's k and v are written to slot `slots[b]` (int64), and its query sees the slots up to it. q, k and v lie alike,
+    and so do both halves of the cache, each [S, E] without gaps.
     """
     (rows, heads, _, width), (keys, values) = q.shape, cache
     if len({tensor.stride()[:2] for tensor in (q, k, v)}) > 1 or q.stride(3) != 1:  # rotated, or normed
@@ -115,9 +129,10 @@ def attention(
     y = q.new_empty(rows, 1, heads * width)
     call = _Attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        0 if slopes is None else slopes.data_ptr(), slots.data_ptr(), y.data_ptr(), rows, heads, keys.shape[1], width,
-        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), window, 1 / math.sqrt(width), KINDS[keys.dtype],
-        KINDS[q.dtype], torch.get_num_threads(),
+        0 if scores.slopes is None else scores.slopes.data_ptr(), slots.data_ptr(), y.data_ptr(), rows, heads,
+        keys.shape[1], width, q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), scores.window,
+        scores.scale or 1 / math.sqrt(width), scores.softcap, KINDS[keys.dtype], KINDS[q.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     _library().attention(ctypes.byref(call))  # type: ignore[union-attr]
     return y

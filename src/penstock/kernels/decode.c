@@ -13,12 +13,26 @@ typedef struct {
     const int64_t *slots;   /* [rows]: where k and v go, and the last slot that the query sees */
     void *y;                /* [rows, heads, width], x_kind */
     int64_t rows, heads, groups, width, x_row, x_head, row, group, window;
-    float scale;
+    float scale, softcap;   /* softcap: scores s become softcap tanh(s / softcap); 0: they stay */
     int32_t kind, x_kind, threads;
 } Attention;
 
 #define BATCH 64 /* keys at once: their scores stay in the first cache */
 #define WIDEST 512
+
+/* tanh, within two roundings: by its series near 0, where the other form would subtract 1 from almost 1. */
+INLINE vec tanh_of(vec x)
+{
+    vec square = x * x, e = exp_of((vec)((bits)(x + x) | 0x80000000u));
+    vec far = (1.0f - e) / (1.0f + e);
+    vec near = fma_of(square, (vec){0} - 1382.0f / 155925, (vec){0} + 62.0f / 2835);
+    near = fma_of(square, near, (vec){0} - 17.0f / 315);
+    near = fma_of(square, near, (vec){0} + 2.0f / 15);
+    near = fma_of(square, near, (vec){0} - 1.0f / 3);
+    near = fma_of(square * x, near, x);
+    bits small = (bits)(square < 0.09f) | (bits)(x != x), sign = (bits)x & 0x80000000u;
+    return (vec)(((bits)near & small) | (((bits)far | sign) & ~small));
+}
 
 /* Values of `count` slots, as many vectors of each as stay in registers, in their shares. */
 INLINE void mix(const Attention *a, int kind, int64_t at, int64_t count, const float *shares, float *mixed, int vectors)
@@ -59,6 +73,15 @@ INLINE void attend(const Attention *a, int kind, int64_t row, int64_t head)
             score = fmaf(-slope, (float)(last - start - i), score);
             scores[i] = score;
             top = score > top ? score : top;
+        }
+        if (a->softcap) {
+            for (int64_t i = count; i < BATCH; i++)
+                scores[i] = 0;
+            for (int64_t i = 0; i < BATCH; i += LANES)
+                *(vec *)(scores + i) = tanh_of(*(vec *)(scores + i) * (1 / a->softcap)) * a->softcap;
+            top = -INFINITY;
+            for (int64_t i = 0; i < count; i++)
+                top = scores[i] > top ? scores[i] : top;
         }
         for (int64_t i = count; i < BATCH; i++)
             scores[i] = -INFINITY;

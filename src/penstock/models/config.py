@@ -1,5 +1,6 @@
 """The settings of a decoder as plain data. Pure: no torch here, so that a plan needs none."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ class DecoderConfig:
     """What distinguishes one decoder from another. Families translate Hugging Face configs to and from this."""
 
     family: str
-    """Hugging Face `model_type`: gpt2, opt, bloom, gpt_neox, llama, mistral, qwen2, qwen3."""
+    """Hugging Face `model_type`: a key of families.FAMILIES."""
     vocab_size: int
     d_model: int
     num_layers: int
@@ -31,6 +32,22 @@ class DecoderConfig:
     """SwiGLU and friends: activation(gate) * up."""
     pre_norm: bool = True
     """Norm before attention and MLP; False (OPT-350m) after the residual sum."""
+    out_norms: bool = False
+    """Norms behind attention and MLP too, before they are added (Gemma 2); with pre_norm False, only those."""
+    norm_offset: float = 0.0
+    """Gemma: RMSNorm multiplies by its weight plus 1."""
+    embed_scale: float = 1.0
+    """What token embeddings are multiplied by, rounded to their dtype first."""
+    residual_scale: float = 1.0
+    """What attention and MLP are multiplied by before they are added (Granite)."""
+    attention_scale: float = 0.0
+    """What attention scores are multiplied by. 0: 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """Scores become softcap * tanh(scores / softcap) (Gemma 2). 0: they stay."""
+    logit_divisor: float = 1.0
+    """What logits are divided by (Granite)."""
+    logit_softcap: float = 0.0
+    """As attention_softcap, of the logits, behind the division."""
     parallel_residual: bool = False
     """GPT-NeoX: attention and MLP read the same input and are added together."""
     qkv_bias: bool = True
@@ -45,6 +62,10 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     """Items of Hugging Face's rope_scaling: types linear and llama3."""
+    local_rope_theta: float = 0.0
+    """Gemma 3: theta of layers with a window, which have no rope_scaling. 0: as in all layers."""
+    rotary_layers: tuple[bool, ...] = ()
+    """Per layer, whether queries and keys rotate (SmolLM3). Empty: in every layer."""
     windows: tuple[int, ...] = ()
     """Per layer, how many latest tokens attention sees; 0 is all. Empty: all, in every layer."""
     embed_norm: bool = False
@@ -57,3 +78,10 @@ class DecoderConfig:
     eos_ids: tuple[int, ...] = ()
     hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """The config.json this came from: keys we do not use survive a round trip."""
+
+    @functools.cached_property
+    def kinds(self) -> tuple[tuple[int, bool], ...]:
+        """Per layer its window, and whether it rotates: layers of a kind share what depends on positions."""
+        count = max(len(self.windows), len(self.rotary_layers), self.num_layers)
+        rotary = self.rotary_layers or (self.position == "rotary",) * count
+        return tuple(zip(self.windows or (0,) * count, rotary, strict=True))

@@ -37,11 +37,11 @@ KVCache = Sequence[tuple[Tensor, Tensor]]
 
 
 class Norm(nn.Module):
-    """LayerNorm (weight and bias) or RMSNorm (weight)."""
+    """LayerNorm (weight and bias) or RMSNorm (weight, to which Gemma adds 1)."""
 
     def __init__(self, width: int, config: DecoderConfig, kind: str | None = None) -> None:
         super().__init__()
-        self.eps, self.kind = config.norm_eps, kind or config.norm
+        self.eps, self.kind, self.offset = config.norm_eps, kind or config.norm, config.norm_offset
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None
 
@@ -49,7 +49,10 @@ class Norm(nn.Module):
         """Normalises the last dimension."""
         if self.kind == "layer":
             return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        if not self.offset:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        # in fp32: a bf16 sum with 1 would round the weight by 0.4 %
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).to(x.dtype)
 
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,8 +69,8 @@ class Context:
 
     position_ids: Tensor
     """[B or 1, T] int64."""
-    positions: dict[int, Positions]
-    """By attention window."""
+    positions: dict[tuple[int, bool], Positions]
+    """By DecoderConfig.kinds."""
     cache: KVCache | None
 
 
@@ -79,25 +82,29 @@ class Block(nn.Module):
         self.config = config
         width, heads = config.d_model, config.num_heads * config.head_dim
         kv = config.num_kv_heads * config.head_dim
-        self.norm1 = Norm(width, config)
+        first = config.pre_norm or not config.out_norms
+        self.norm1 = Norm(width, config) if first else None
         self.qkv = Linear(width, heads + 2 * kv, bias=config.qkv_bias)  # q, then k, then v
         self.q_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
         self.out = Linear(heads, width, bias=config.out_bias)
-        self.norm2 = Norm(width, config)
+        self.out_norm = Norm(width, config) if config.out_norms else None
+        self.norm2 = Norm(width, config) if first else None
         self.up = Linear(width, config.d_ff * (2 if config.gated else 1), bias=config.mlp_bias)  # gate, then up
         self.down = Linear(config.d_ff, width, bias=config.mlp_bias)
+        self.down_norm = Norm(width, config) if config.out_norms else None
 
     def forward(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one."""
-        if not self.config.pre_norm:
-            x = self.norm1(x + self.attention(x, positions, cache))
-            return self.norm2(x + self.mlp(x))
-        attended = self.attention(self.norm1(x), positions, cache)
-        if self.config.parallel_residual:
-            return x + attended + self.mlp(self.norm2(x))
-        x = x + attended
-        return x + self.mlp(self.norm2(x))
+        c = self.config
+        if not (c.pre_norm or c.out_norms):
+            x = normed(self.norm1, x + self.attention(x, positions, cache))
+            return normed(self.norm2, x + self.mlp(x))
+        attended = normed(self.out_norm, self.attention(normed(self.norm1, x), positions, cache))
+        if c.parallel_residual:
+            return x + attended + self.mlp(normed(self.norm2, x))
+        x = add_scaled(x, attended, c.residual_scale)
+        return add_scaled(x, normed(self.down_norm, self.mlp(normed(self.norm2, x))), c.residual_scale)
 
     def attention(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         """Causal self-attention over the row, or over the cache when decoding."""
@@ -110,11 +117,12 @@ class Block(nn.Module):
         if positions.rotary is not None:
             q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
         if cache is not None and positions.slots is not None and positions.bias is None:
-            mixed = cpu_ops.attention(q, k, v, cache, positions.slots, positions.slopes, positions.window)
-            return self.out(mixed)
+            scores = cpu_ops.Scores(positions.slopes, positions.window, c.attention_scale, c.attention_softcap)
+            return self.out(cpu_ops.attention(q, k, v, cache, positions.slots, scores))
         if cache is not None:
             k, v = write(cache, k, v, positions)
-        mixed = attention(q, k, v, positions.bias, grouped=c.num_kv_heads != c.num_heads)
+        scores = cpu_ops.Scores(None, positions.window, c.attention_scale, c.attention_softcap)
+        mixed = attention(q, k, v, positions.bias, scores)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -124,6 +132,16 @@ class Block(nn.Module):
             gate, up = self.up(x).chunk(2, dim=-1)
             return self.down(act(gate) * up)
         return self.down(act(self.up(x)))
+
+
+def normed(norm: Norm | None, x: Tensor) -> Tensor:
+    """norm(x), where there is a norm."""
+    return x if norm is None else norm(x)
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """x + scale * y."""
+    return x + y if scale == 1.0 else torch.add(x, y, alpha=scale)
 
 
 def write(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -163,11 +181,20 @@ class Embedding(nn.Module):
             x = rows_of(self.tokens, tokens)
         if self.lora is not None:
             x = x + self.lora[0].rows(tokens)  # type: ignore[operator]
+        if self.config.embed_scale != 1.0:
+            x = x.mul_(rounded(self.config.embed_scale, x.dtype))
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
             x = x + rows_of(self.positions, position_ids + self.config.position_offset)
         return x if self.norm is None else self.norm(x)
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """The nearest number of a dtype."""
+    mantissa, exponent = math.frexp(number)
+    steps = 2 / torch.finfo(dtype).eps
+    return math.ldexp(round(mantissa * steps) / steps, exponent)
 
 
 def rows_of(table: Tensor, ids: Tensor) -> Tensor:
@@ -267,7 +294,7 @@ class Decoder(nn.Module):
         if name.endswith("bias"):
             nn.init.zeros_(weight)
         elif "norm" in name:
-            nn.init.ones_(weight)
+            nn.init.constant_(weight, 1.0 - self.config.norm_offset)
         else:
             residual = name.endswith(("out.weight", "down.weight"))
             std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
@@ -318,7 +345,8 @@ class Decoder(nn.Module):
         with self.feed.visit(*self.reads()):
             hidden = precise(hidden)
             logits = linear(hidden, self.head_weight, scales=self.head_scales)
-            return logits if self.lora is None else add_to(logits, hidden, self.lora)
+            logits = logits if self.lora is None else add_to(logits, hidden, self.lora)
+            return log_probs.bend(logits, self.config.logit_divisor, self.config.logit_softcap)
 
     def logprobs(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = True, others: bool = False
@@ -326,14 +354,18 @@ class Decoder(nn.Module):
         """Log-probabilities of tokens `targets`, [N] or [N, k], after states [N, D], and entropies [N]; see
         `log_probs.logprobs`."""
         with self.feed.visit(*self.reads()):
-            return log_probs.logprobs(self._products(states), targets, temperature, entropy=entropy, others=others)
+            products, bend = self._products(states), temperature * self.config.logit_divisor
+            return log_probs.logprobs(
+                products, targets, bend, entropy=entropy, others=others, softcap=self.config.logit_softcap
+            )
 
     def top_logprobs(
         self, states: Tensor, k: int, temperature: float = 1.0, *, vocabulary: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens after states [N, D] and their log-probabilities; see `log_probs.top_logprobs`."""
         with self.feed.visit(*self.reads()):
-            return log_probs.top_logprobs(self._products(states), k, temperature, vocabulary=vocabulary)
+            products, bend = self._products(states), temperature * self.config.logit_divisor
+            return log_probs.top_logprobs(products, k, bend, vocabulary=vocabulary, softcap=self.config.logit_softcap)
 
     def _products(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The pairs (x, weight) whose products are the logits' summands."""
@@ -391,22 +423,28 @@ class Decoder(nn.Module):
     def _context(self, position_ids: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Context:
         """Of tokens at position_ids [B or 1, T], which see key positions 0 .. seen-1."""
         c, dtype = self.config, self.dtype
-        rotary = rotary_tables(c, position_ids, dtype) if c.position == "rotary" else None
+        tables: dict[float, tuple[Tensor, Tensor]] = {}
         positions = {}
-        for window in set(c.windows or (0,)):  # one per kind of layer
+        for window, rotates in dict.fromkeys(c.kinds):
+            rotary = None
+            if rotates:
+                local = c.local_rope_theta if window else 0.0
+                rotary = tables[local] = tables.get(local) or rotary_tables(c, position_ids, dtype, local)
             if slots is not None and cpu_ops.ready(self.device, dtype):
                 slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
-                positions[window] = Positions(rotary, None, slots, seen, window, slopes)
+                positions[window, rotates] = Positions(rotary, None, slots, seen, window, slopes)
+            elif slots is None and c.attention_softcap:
+                positions[window, rotates] = Positions(rotary, None, None, window=window)
             else:
                 bias = attention_bias(c, window, position_ids, seen, dtype, slots is not None)
-                positions[window] = Positions(rotary, bias, slots, seen)
+                positions[window, rotates] = Positions(rotary, bias, slots, seen)
         return Context(position_ids, positions, cache)
 
     def _block(self, i: int, x: Tensor, context: Context) -> Tensor:
-        window = self.config.windows[i] if self.config.windows else 0
+        positions = context.positions[self.config.kinds[i]]
         if self.slicer is not None and context.cache is None:
-            return self.slicer.run(self.blocks[i], x, context.positions[window])
-        return self.blocks[i](x, context.positions[window], None if context.cache is None else context.cache[i])
+            return self.slicer.run(self.blocks[i], x, positions)
+        return self.blocks[i](x, positions, None if context.cache is None else context.cache[i])
 
     def _last(self, x: Tensor, context: Context) -> Tensor:
         if self.norm is not None:

@@ -12,6 +12,7 @@ attention, which rounds probabilities, log-probabilities differ by 0.01 in the m
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from penstock.kernels import cpu_ops
+from penstock.kernels import capped_attention, cpu_ops
 from penstock.models import packed
-from penstock.models.tiling import PRODUCT_TILE, Arithmetic
+from penstock.models.tiling import PRODUCT_TILE, Arithmetic, score_tile
 
 FEW = 16
 NORM_TILE = 1 << 18
@@ -107,12 +108,20 @@ def rounding_to(dtype: torch.dtype) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grouped: bool) -> Tensor:
-    """softmax(q k^T / sqrt(E) + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias."""
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores) -> Tensor:
+    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias."""
     dtype = q.dtype
     if dtype == torch.bfloat16 and sums_in_fp32(q.device.type):
         q, k, v, bias = q.float(), k.float(), v.float(), None if bias is None else bias.float()
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
+    scale = scores.scale or None
+    if scores.softcap:
+        scale = scale or 1 / math.sqrt(q.shape[3])
+        mixed = capped_attention.attention(
+            q, k, v, bias, scale=scale, softcap=scores.softcap, window=scores.window, tile=score_tile(*q.shape[:3])
+        )
+    else:
+        shared = q.shape[1] != k.shape[1]
+        mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
     return mixed.to(dtype)
 
 

@@ -26,27 +26,31 @@ def logprobs(
     *,
     entropy: bool = True,
     others: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target, [N] fp32 or, for k targets per state, [N, k]; the entropy of each distribution,
     [N] fp32.
 
     The logits are the sum of x w^T over the products (x [N, I], w [V, I]): states and head, an adapter's two halves.
     Softmax in fp32 whatever the weights' dtype; the temperature divides the logits here, so rollout, reference and
-    training all speak of the distribution that was sampled (PPO.md 3). The entropy carries no gradient; with
-    `entropy=False` it is None and costs nothing. With `others`, for k different targets per state, a last column has
-    the log-probability of all other tokens together, [N, k + 1]: summed over them, never as 1 minus the rest.
+    training all speak of the distribution that was sampled (PPO.md 3). With a `softcap` `bend` comes first. The entropy
+    carries no gradient; with `entropy=False` it is None and costs nothing. With `others`, for k different targets per
+    state, a last column has the log-probability of all other tokens together, [N, k + 1]: summed over
+    them, never as 1 minus the rest.
     """
     assert not (entropy and others), "the entropy is that of the whole distribution"
     flat = [tensor for pair in products for tensor in pair]
     several = targets.dim() == 2
-    chosen, spread = _Chosen.apply(targets if several else targets[:, None], temperature, entropy, others, *flat)
+    chosen, spread = _Chosen.apply(
+        targets if several else targets[:, None], (temperature, softcap), entropy, others, *flat
+    )
     return chosen if several else chosen[:, 0], spread if entropy else None
 
 
 class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, targets: Tensor, temperature: float, entropy: bool, others: bool, *flat: Tensor
+        ctx: Any, targets: Tensor, bends: tuple[float, float], entropy: bool, others: bool, *flat: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         pairs = list(zip(flat[::2], flat[1::2], strict=True))
         count = len(targets)
@@ -59,7 +63,7 @@ class _Chosen(torch.autograd.Function):
             highest = torch.full_like(top[rows], torch.finfo(torch.float32).min)
             sums, mass = torch.zeros_like(highest), torch.zeros_like(highest)
             for columns in tiles:
-                logits = _logits(pairs, rows, columns, temperature)
+                logits = _logits(pairs, rows, columns, *bends)
                 inside, column = _within(targets[rows], columns)
                 chosen[rows] = torch.where(inside, logits.gather(1, column), chosen[rows])
                 if others:
@@ -79,7 +83,7 @@ class _Chosen(torch.autograd.Function):
             chosen = _with_others(chosen, top, rest)
         else:  # the highest apart from the rest, so that large logits keep their differences
             chosen.sub_(top[:, None]).sub_(rest[:, None])
-        ctx.weights, ctx.temperature = flat[1::2], temperature  # the parameters themselves: their .grad is the place
+        ctx.weights, ctx.bends = flat[1::2], bends  # the parameters themselves: their .grad is the place
         ctx.others = others
         ctx.save_for_backward(targets, top, rest, chosen if others else None, *flat[::2])
         if spread is not None:
@@ -100,7 +104,8 @@ class _Chosen(torch.autograd.Function):
                 places[i] = weight.grad
                 if weight.grad is None:
                     places[i] = fresh[i] = torch.zeros_like(weight)
-        grad = grad / ctx.temperature
+        temperature, softcap = ctx.bends
+        grad = grad / temperature
         falling = grad.sum(dim=-1)
         if ctx.others:
             # d log p(others) / d logits = p / p(others) - p, of the others; top and rest are theirs alone
@@ -110,12 +115,15 @@ class _Chosen(torch.autograd.Function):
         for rows, tiles in _tiles(len(targets), len(ctx.weights[0])):
             for columns in tiles:
                 # d log p(target) / d logits = onehot(target) - p, in as few passes over the tile as can be
-                logits = _logits(pairs, rows, columns, ctx.temperature)
+                logits = _logits(pairs, rows, columns, temperature, softcap)
+                level = (logits * (temperature / softcap)).square_() if softcap else None  # tanh^2
                 inside, column = _within(targets[rows], columns)
                 if ctx.others:
                     logits.scatter_add_(1, column, inside.float() * NEVER)
                 slope = logits.sub_(top[rows, None]).exp_().mul_(-falling[rows, None])
                 slope.scatter_add_(1, column, torch.where(inside, grad[rows], 0.0))
+                if level is not None:  # d (softcap tanh(x / softcap)) / dx = 1 - tanh^2
+                    slope.addcmul_(slope, level, value=-1.0)
                 for (x, weight), back, place in zip(pairs, backs, places, strict=True):
                     widen = weight.dtype == torch.bfloat16 and slow_in_bf16(x.device.type)
                     narrowed = slope if widen else slope.to(weight.dtype)
@@ -123,14 +131,19 @@ class _Chosen(torch.autograd.Function):
                         back[rows] += backward_to_x(narrowed, weight[columns], widen)
                     if place is not None:
                         add_product(place[columns], narrowed, x[rows].to(narrowed.dtype), widen)
-                del logits, slope, narrowed
+                del logits, slope, narrowed, level
         x_grads = [None if back is None else back.to(x.dtype) for x, back in zip(xs, backs, strict=True)]
         return None, None, None, None, *[grad for pair in zip(x_grads, fresh, strict=True) for grad in pair]
 
 
 @torch.no_grad()
 def top_logprobs(
-    products: Sequence[tuple[Tensor, Tensor]], k: int, temperature: float = 1.0, *, vocabulary: int | None = None
+    products: Sequence[tuple[Tensor, Tensor]],
+    k: int,
+    temperature: float = 1.0,
+    *,
+    vocabulary: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens after each state, [N, k] int64, likeliest first, and their log-probabilities with that of
     all other tokens together in the last column, [N, k + 1] fp32. Carries no gradient.
@@ -147,7 +160,7 @@ def top_logprobs(
         highest = torch.full_like(top[rows], torch.finfo(torch.float32).min)
         sums = torch.zeros_like(highest)
         for columns in tiles:
-            logits = _logits(products, rows, columns, temperature)
+            logits = _logits(products, rows, columns, temperature, softcap)
             candidates = logits[:, : max(limit - columns.start, 0)]
             values, column = candidates.topk(min(k, candidates.shape[1]), dim=1)
             candidates.scatter_(1, column, NEVER)
@@ -186,10 +199,23 @@ def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return (column >= 0) & (column < width), column.clamp(0, width - 1)
 
 
-def _logits(pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, columns: slice, temperature: float) -> Tensor:
+def bend(logits: Tensor, divisor: float, softcap: float) -> Tensor:
+    """softcap * tanh(logits / divisor / softcap), in place where nobody asks for gradients; softcap 0: only divided."""
+    fresh = not (torch.is_grad_enabled() and logits.requires_grad)
+    if divisor != 1.0:
+        logits = logits.div_(divisor) if fresh else logits / divisor
+    if softcap:
+        logits = logits.div_(softcap).tanh_().mul_(softcap) if fresh else torch.tanh(logits / softcap) * softcap
+    return logits
+
+
+def _logits(
+    pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, columns: slice, temperature: float, softcap: float
+) -> Tensor:
     """[rows, columns] fp32, in memory of its own."""
     with torch.no_grad(), rounding_to(pairs[0][1].dtype):
         logits = linear(pairs[0][0][rows], pairs[0][1][columns])
         for x, weight in pairs[1:]:
             logits += linear(x[rows], weight[columns])
-        return logits.float().div_(temperature) if temperature != 1.0 else logits.float()
+        logits = bend(logits.float(), 1.0, softcap)
+        return logits.div_(temperature) if temperature != 1.0 else logits

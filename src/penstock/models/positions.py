@@ -27,7 +27,8 @@ class Positions:
     """Decoding: cache slots that any row sees."""
     window: int = 0
     slopes: Tensor | None = None
-    """Decoding without a bias, which `kernels.cpu_ops` does not need: the attention window, and ALiBi's slopes."""
+    """Without a bias, which `kernels.cpu_ops` and `kernels.capped_attention` do not need: the attention window, and
+    ALiBi's slopes."""
 
 
 pytree.register_dataclass(Positions)  # so that a block can be exported with them
@@ -60,18 +61,21 @@ def attention_bias(
     return bias.masked_fill(hidden, -torch.inf).to(dtype)
 
 
-def rotary_tables(config: DecoderConfig, where: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, [B or 1, 1, T, rotary_dim], for positions `where` [B or 1, T]."""
-    angles = where[:, None, :, None].float() * rope_frequencies(config, where.device)
+def rotary_tables(
+    config: DecoderConfig, where: Tensor, dtype: torch.dtype, local_theta: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, [B or 1, 1, T, rotary_dim], for positions `where` [B or 1, T]; with a `local_theta` those of layers
+    that have their own."""
+    angles = where[:, None, :, None].float() * rope_frequencies(config, where.device, local_theta)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+def rope_frequencies(config: DecoderConfig, device: torch.device, local_theta: float = 0.0) -> Tensor:
     """Inverse frequencies, [rotary_dim / 2] fp32, with linear or llama3 scaling (Llama 3.1's long-context recipe)."""
     exponent = torch.arange(0, config.rotary_dim, 2, device=device).float() / config.rotary_dim
-    frequencies = 1.0 / config.rope_theta**exponent
-    scaling = dict(config.rope_scaling)
+    frequencies = 1.0 / (local_theta or config.rope_theta) ** exponent
+    scaling = {} if local_theta else dict(config.rope_scaling)
     if scaling.get("rope_type") == "linear":
         return frequencies / scaling["factor"]
     if scaling.get("rope_type") == "llama3":

@@ -24,7 +24,10 @@ from penstock.models.linear import computing, layer_norm, linear, slow_in_bf16
 
 def one_layer(config: DecoderConfig) -> DecoderConfig:
     """A model of one block, whose context has the positions of every kind of layer."""
-    return dataclasses.replace(config, num_layers=1, windows=tuple(dict.fromkeys(config.windows)))
+    kinds = dict.fromkeys(config.kinds)
+    windows = tuple(window for window, _ in kinds) if config.windows else ()
+    rotary = tuple(rotates for _, rotates in kinds) if config.rotary_layers else ()
+    return dataclasses.replace(config, num_layers=1, windows=windows, rotary_layers=rotary)
 
 
 def slicer_of(config: DecoderConfig, budget: int) -> Slicer:

@@ -15,6 +15,8 @@ HEAD_COLUMNS = 2048
 """Words that a tile of logits has at least: products with fewer would wait for memory."""
 PRODUCT_TILE = 1 << 22
 """Elements of a weight that are widened or unpacked at once: models.linear."""
+SCORE_TILE = 1 << 20
+"""Soft-capped attention scores that exist at once: kernels.capped_attention."""
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, that one forward reads at most: enough to keep a GPU busy."""
 
@@ -24,6 +26,11 @@ def head_tile(read: int, vocabulary: int) -> tuple[int, int]:
     read, and its gradient written, once."""
     rows = max(min(read, HEAD_TILE // HEAD_COLUMNS), 1)
     return rows, max(min(vocabulary, HEAD_TILE // rows), 1)
+
+
+def score_tile(rows: int, heads: int, length: int) -> int:
+    """Queries of each head whose scores exist at once."""
+    return min(max(SCORE_TILE // (rows * heads * length), 1), length)
 
 
 def prefills(lengths: Sequence[int]) -> list[slice]:

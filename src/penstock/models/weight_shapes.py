@@ -36,14 +36,17 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
         embed += linear("embed.project", width, c.d_model, False)
     if c.embed_norm:
         embed += norm("embed.norm", c.d_model)
+    first, behind = c.pre_norm or not c.out_norms, c.out_norms
     block = [
-        *norm("norm1", c.d_model),
+        *(norm("norm1", c.d_model) if first else []),
         *linear("qkv", c.d_model, heads + 2 * kv, c.qkv_bias),
         *(norm("q_norm", c.head_dim, "rms") + norm("k_norm", c.head_dim, "rms") if c.qk_norm else []),
         *linear("out", heads, c.d_model, c.out_bias),
-        *norm("norm2", c.d_model),
+        *(norm("out_norm", c.d_model) if behind else []),
+        *(norm("norm2", c.d_model) if first else []),
         *linear("up", c.d_model, c.d_ff * (2 if c.gated else 1), c.mlp_bias),
         *linear("down", c.d_ff, c.d_model, c.mlp_bias),
+        *(norm("down_norm", c.d_model) if behind else []),
     ]
     last = norm("norm", c.d_model) if c.final_norm else []
     if c.embed_dim:

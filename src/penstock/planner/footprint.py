@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from penstock.memory.chunks import ITEMSIZE
 from penstock.models.config import DecoderConfig
 from penstock.models.lora_targets import LoraSpec, LoraTarget, adapted_targets, group_of
-from penstock.models.tiling import PRODUCT_TILE, Arithmetic, head_tile
+from penstock.models.tiling import PRODUCT_TILE, Arithmetic, head_tile, score_tile
 from penstock.models.weight_shapes import BaseDtype
 from penstock.planner.activations import Batch, PartWork, Work
 
@@ -73,8 +73,13 @@ def work_of(
 def _unkept(config: DecoderConfig) -> int:
     """Bytes per token that a block's norms would keep for gradients of their own weights."""
     c = config
-    rms = 2 * c.d_model if c.norm == "rms" else 0
+    rms = _norms(c) * c.d_model if c.norm == "rms" else 0
     return FP32 * (rms + (c.head_dim * (c.num_heads + c.num_kv_heads) if c.qk_norm else 0))
+
+
+def _norms(config: DecoderConfig) -> int:
+    """Of a block, those of queries and keys not counted."""
+    return 2 * (config.pre_norm or not config.out_norms) + 2 * config.out_norms
 
 
 def _plain_work(
@@ -90,13 +95,16 @@ def _plain_work(
         backward=_embed(c, tokens, s) + state + (tokens * (c.embed_dim or c.d_model) * FP32 if s < FP32 else 0),
     )  # fmt: skip
     wide = arithmetic != "narrow" and s < FP32
-    block = _block(c, tokens, batch.length, s, wide)
+    forward = backward = 0
     if arithmetic == "wide" and s < FP32:
         forward, backward = _widened(c, tokens)
-        block = (block[0], block[1] + forward, block[2] + backward)
     elif wide:  # a tile of a weight's gradient, before it is added in fp32
-        block = (block[0], block[1], block[2] + s * min(PRODUCT_TILE, c.d_model * c.d_ff * (2 if c.gated else 1)))
-    blocks = [PartWork((f"blocks.{i}",), state, *block) for i in range(c.num_layers)]
+        backward = s * min(PRODUCT_TILE, c.d_model * c.d_ff * (2 if c.gated else 1))
+    work = {rotates: _block(c, tokens, batch.length, s, wide, rotates) for rotates in {turns for _, turns in c.kinds}}
+    blocks = []
+    for i, (_, rotates) in enumerate(c.kinds):
+        kept, without, learning = work[rotates]
+        blocks.append(PartWork((f"blocks.{i}",), state, kept, without + forward, learning + backward))
     return Work(
         parts=(first, *blocks),
         context=_context(c, batch.length, s) + tokens * INDEX * 2,
@@ -133,7 +141,7 @@ def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
     return saved
 
 
-def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool) -> tuple[int, int, int]:
+def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotates: bool) -> tuple[int, int, int]:
     """(saved, forward, backward) of one block; see PartWork."""
     state, inner = tokens * c.d_model * s, tokens * c.d_ff * s
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
@@ -144,12 +152,12 @@ def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool) -> tu
         rows = tokens * (c.num_heads + c.num_kv_heads)
         normed = _norm("rms", rows, c.head_dim, s)
         turned += normed.saved
-    if c.position == "rotary":
+    if rotates:
         turned += queries + keys
         part = c.rotary_dim / c.head_dim
         mixing = int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part))
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
-    if c.position == "rotary":
+    if rotates:
         attended += queries  # turned queries lie head by head, and what they become is put back row by row
     # of q, k, v and the bias, and what attention makes of them
     copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
@@ -161,17 +169,29 @@ def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool) -> tu
     # the sums of the residual stream: behind attention (none where both halves read x), and the output
     sums = 1 if c.parallel_residual else 2
     saved = attention + mlp + sums * state
-    if not c.pre_norm:
+    if c.out_norms:  # they keep what they read, and not what they write; without others before, x is read by products
+        behind = norm.saved - state * (s < FP32)
+        saved += 2 * behind - (0 if c.pre_norm else 2 * (norm.saved - state))
+    elif not c.pre_norm:
         saved += state  # both norms read a sum and the second writes the output
     loose = 2 * state  # what attention and MLP returned: local names until the block returns
     # the gradients behind and before the activation; what it keeps goes when they are there, but relu's is down's too
     slopes = raised if c.gated else inner * (2 if c.activation == "relu" else 1)
     backward = saved + max(slopes, loose)
     before_mlp = 2 * state + norm.saved
+    capped = 0
+    if c.attention_softcap:
+        rows = tokens // length
+        tile = rows * c.num_heads * score_tile(rows, c.num_heads, length) * length
+        capped = tile * (2 * FP32 + 1)
+        # scores, their tanh, their gradient; gradients of q, k and v in fp32
+        backward = max(backward, saved - mlp + 2 * state + 3 * tile * FP32 + projected * FP32 // s * 2)
     forward = max(
         before_mlp + (raised + 2 * inner if c.gated else 2 * inner),
         before_mlp + inner + 2 * state,
         state + projected + turned + mixing + attended + copies + state,
+        state + projected + turned + attended + copies + capped,
+        (2 * state + 2 * tokens * c.d_model * FP32 + norm.scratch) if c.out_norms else 0,
     )
     return saved, forward, backward
 
@@ -188,13 +208,16 @@ def _context(c: DecoderConfig, length: int, s: int) -> int:
     """What positions need: rotary tables, or ALiBi's and windows' biases."""
     nbytes = length * INDEX
     if c.position == "rotary":
-        nbytes += 2 * length * c.rotary_dim * s
-    kinds = {window for window in (c.windows or (0,)) if 0 < window < length or c.position == "alibi"}
+        tables = {c.local_rope_theta if window else 0.0 for window, rotates in c.kinds if rotates}
+        nbytes += 2 * length * c.rotary_dim * s * len(tables)
+    kinds = {kind for kind in c.kinds if 0 < kind[0] < length or c.position == "alibi"}
     return nbytes + len(kinds) * _bias(c, length) * s
 
 
 def _bias(c: DecoderConfig, length: int) -> int:
     """Elements of what attention adds to its scores, where it adds anything."""
+    if c.attention_softcap:
+        return 0
     if c.position != "alibi" and not any(0 < window < length for window in c.windows or ()):
         return 0
     return (c.num_heads if c.position == "alibi" else 1) * length * length

@@ -37,13 +37,15 @@ def shape_of(config: BenchConfig) -> DecoderConfig:
             f"{config.max_length}; give less than that."
         )
     layers = config.layers or shape.num_layers
-    windows = tuple(shape.windows[i % len(shape.windows)] for i in range(layers)) if shape.windows else ()
+    kinds = [shape.kinds[i % shape.num_layers] for i in range(layers)]
+    windows = tuple(window for window, _ in kinds) if shape.windows else ()
+    rotary = tuple(rotates for _, rotates in kinds) if shape.rotary_layers else ()
     if config.base_dtype is not None and not config.lora_rank:
         raise UserError(
             f"--base-dtype {config.base_dtype}: packed weights cannot learn; give --lora-rank 16 beside it."
         )
     longest = max(shape.max_length, config.max_length)
-    return dataclasses.replace(shape, num_layers=layers, windows=windows, max_length=longest)
+    return dataclasses.replace(shape, num_layers=layers, windows=windows, rotary_layers=rotary, max_length=longest)
 
 
 def sizes_of(config: BenchConfig) -> Sizes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from penstock.errors import UserError
 from penstock.models.config import DecoderConfig
-from penstock.models.families import bloom, gpt2, gpt_neox, llama, mistral, opt, qwen
+from penstock.models.families import bloom, gemma, gpt2, gpt_neox, granite, llama, mistral, opt, qwen, smollm3
 from penstock.models.families.weights import Weight
 
 FAMILIES: dict[str, ModuleType] = {
@@ -19,6 +19,10 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": mistral,
     "qwen2": qwen,
     "qwen3": qwen,
+    "gemma2": gemma,
+    "gemma3_text": gemma,
+    "granite": granite,
+    "smollm3": smollm3,
 }
 
 

@@ -66,6 +66,24 @@ def windows_of(hf: dict[str, Any], window: Any, default: list[str], num_layers: 
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
+def number(hf: dict[str, Any], key: str, *, none: float | None = None) -> float:
+    """The positive number that the config has there; null is `none`, if that is given."""
+    value = hf[key]
+    if value is None and none is not None:
+        return none
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{key}: {value!r} is not supported; a number above 0 is")
+    return float(value)
+
+
+def whole(hf: dict[str, Any], key: str, default: int) -> int:
+    """The whole number from 1 that the config has there."""
+    value = hf.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key}: {value!r} is not supported; a whole number from 1 is")
+    return value
+
+
 def write(config: DecoderConfig, fields: Fields) -> dict[str, Any]:
     """The keys of config.json that hold these fields."""
     hf = {_key(key): getattr(config, ours) for ours, key in fields.items()}
