@@ -23,7 +23,7 @@ from penstock.models import adapter_files, safetensors_writer, weight_files
 from penstock.models.chat_template import ChatTemplate
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.families import family_of, weights_of
+from penstock.models.families import family_of, multimodal, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.formats import gguf_file
 from penstock.models.lora_targets import LoraSpec
@@ -157,6 +157,7 @@ class Checkpoint:
         """Weights that an adapter's file in `changes` has instead: their names here, and there."""
         self.config = config
         weights = _open_weights(directory, allow_pickle)
+        multimodal.count_left_out(directory, weights, config.family)
         if changes is not None:
             self.replaced = self._replaced(weights, changes)
         tables = {family.HEAD, self._table()}
@@ -405,10 +406,10 @@ def _shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises UserError when it is missing or no JSON object."""
+    """config.json of a model directory, or of the text model in it. Raises UserError when there is none."""
     if not (directory / "config.json").exists():
         raise UserError(f"{directory}: has no config.json, so it is no model; give a Hugging Face directory.")
-    return read_json(directory / "config.json")
+    return multimodal.text_config(read_json(directory / "config.json"))
 
 
 def copy_tokenizer(
@@ -435,7 +436,8 @@ def copy_tokenizer(
 def _open_weights(directory: Path, allow_pickle: bool) -> Weights:
     if (directory / gguf_file.STAMP).exists():
         return gguf_file.open_weights(directory)
-    return weight_files.open_weights(directory, allow_pickle)
+    weights = weight_files.open_weights(directory, allow_pickle)
+    return multimodal.text_weights(weights, read_json(directory / "config.json"))
 
 
 def _local(source: str | Path, allow_pickle: bool = False) -> Path:

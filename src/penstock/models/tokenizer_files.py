@@ -49,7 +49,8 @@ def read_ends(directory: Path) -> tuple[int, ...]:
     """The ids that end an answer by config.json and generation_config.json, of those that are there."""
     ids: list[int] = []
     for name in ENDS_FILES:
-        named = _read(directory / name).get("eos_token_id")
+        content = _read(directory / name)
+        named = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
         ids += [token for token in (named if isinstance(named, list) else [named]) if token is not None]
     return tuple(dict.fromkeys(ids))
 

@@ -58,6 +58,8 @@ class Weights:
     """As safetensors writes it: F32, BF16, F8_E4M3, ..."""
     first: Callable[[str], Tensor]
     """The first row."""
+    left_out: int = 0
+    """Weights of parts that are no text model; see families.multimodal."""
 
 
 def open_weights(directory: Path, allow_pickle: bool) -> Weights:
