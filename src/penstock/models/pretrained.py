@@ -386,6 +386,7 @@ def _config_json(decoder: Decoder, family: ModuleType, score: Tensor | None, ext
     hf["architectures"] = [architecture[config.family] if isinstance(architecture, dict) else architecture]
     hf["dtype"] = str(decoder.embed.tokens.dtype).removeprefix("torch.")
     hf.pop("torch_dtype", None)  # the older name of dtype
+    hf.pop("quantization_config", None)  # of the files that it was read from
     if score is None:
         return hf
     pad = pad_of({"vocab_size": config.vocab_size, **hf}, config.eos_ids)

@@ -35,6 +35,8 @@ def check_unpacked(hf: dict[str, Any], directory: Path) -> None:
     if not settings:
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if method == "gguf":  # transformers writes it beside full weights that it had read from a GGUF file
+        return
     call = DEQUANTISE.get(str(method))
     way = "take the model that it was made from"
     if call is not None:

