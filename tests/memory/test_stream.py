@@ -35,6 +35,11 @@ FAMILIES: dict[str, DecoderConfig] = {
         BASE, family="llama", position="rotary", rotary_dim=8, norm="rms", activation="silu", gated=True,
         qkv_bias=False, out_bias=False, mlp_bias=False, tied=False, num_kv_heads=1,
     ),
+    "experts": dataclasses.replace(
+        BASE, family="qwen3_moe", position="rotary", rotary_dim=8, norm="rms", activation="silu", gated=True,
+        qkv_bias=False, out_bias=False, mlp_bias=False, tied=False, num_layers=1,
+        num_experts=3, experts_per_token=2, expert_ff=12,
+    ),
     "one block": dataclasses.replace(BASE, num_layers=1, vocab_size=51),
 }  # fmt: skip
 STEPS = 20

@@ -17,6 +17,7 @@ NAMES = (
     "gpt2", "opt", "bloom, 6 heads", "gpt_neox", "llama, llama3 rope scaling", "llama, linear rope scaling",
     "mistral, window exceeded", "qwen2, last two layers in a window", "qwen3, normed queries and keys",
     "gemma2, window exceeded, strong caps", "gemma3, two ropes", "granite", "smollm3, windows without rotary",
+    "qwen3_moe, shares of all, a dense block", "mixtral",
 )  # fmt: skip
 YARN, LONG = {"rope_type": "yarn", "factor": 2.0}, {"rope_type": "longrope", "factor": 2.0}
 PER_LAYER = {"full_attention": {"rope_type": "default", "rope_theta": 77.0}}
@@ -42,6 +43,9 @@ ODD: dict[str, list[Any]] = {
     "final_logit_softcapping": [7.0, None, -1.0], "rope_local_base_freq": [50.0], "sliding_window_pattern": [2, 3],
     "embedding_multiplier": [3.0, 0.1], "residual_multiplier": [2.0], "attention_multiplier": [0.5, 0.0],
     "logits_scaling": [0.5, 0.0], "no_rope_layers": [[0, 1, 1], [1, 1, 1], [1]], "no_rope_layer_interval": [3, 0],
+    "num_experts_per_tok": [1, 4, 9, 0], "norm_topk_prob": [True], "decoder_sparse_step": [2, 0], "num_experts": [4],
+    "mlp_only_layers": [[], [0, 2], [7]], "router_jitter_noise": [0.1], "router_aux_loss_coef": [0.5],
+    "moe_intermediate_size": [10], "num_local_experts": [2],
     "is_encoder_decoder": [True], "add_cross_attention": [True], "n_inner": [None],
 }  # fmt: skip
 WINDOWED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")

@@ -39,6 +39,9 @@ GEMMA3 = GEMMA | {
         "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
     },
 }  # fmt: skip
+QWEN_MOE = {
+    "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True,
+}  # fmt: skip
 GRANITE = LLAMA | {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_scaling": 1.5,
 }  # fmt: skip
@@ -86,6 +89,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         LLAMA | {"no_rope_layers": [1, 1, 0], "tie_word_embeddings": False}),
     "smollm3, windows without rotary": ("smollm3",
         LLAMA | {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4, "head_dim": 16}),
+    "qwen3_moe": ("qwen3_moe", LLAMA | QWEN_MOE),
+    "qwen3_moe, shares of all, a dense block": ("qwen3_moe",
+        LLAMA | QWEN_MOE | {"norm_topk_prob": False, "mlp_only_layers": [1], "num_key_value_heads": 6}),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "sliding_window": None}),
+    "mixtral, window exceeded, tied": ("mixtral",
+        LLAMA | {"num_local_experts": 3, "sliding_window": 5, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -83,6 +83,10 @@ FAMILIES = {
         logit_divisor=8.0,
     ),
     "smollm3": dataclasses.replace(LLAMA, family="smollm3", rotary_layers=(True, False, True), tied=True),
+    "qwen3_moe": dataclasses.replace(
+        LLAMA, family="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, expert_ff=96, dense_layers=(1,)
+    ),
+    "mixtral": dataclasses.replace(LLAMA, family="mixtral", num_experts=4, experts_per_token=2, expert_ff=128),
 }
 
 

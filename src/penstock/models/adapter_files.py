@@ -20,7 +20,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.families import family_of, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.lora import Adapter, adapters_of
-from penstock.models.lora_targets import LoraSpec, lora_targets_of
+from penstock.models.lora_targets import EXPERT_PARAMETERS, LoraSpec, lora_targets_of
 from penstock.models.safetensors_writer import Entry
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "penstock.json"
@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 READ = {
     "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules", "exclude_modules",
     "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "bias",
-    "init_lora_weights",
+    "init_lora_weights", "target_parameters",
 }  # fmt: skip
 WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core",
@@ -91,6 +91,8 @@ class AdapterFile:
                 adapter = decoder.get_submodule(module)
                 assert isinstance(adapter, Adapter)
                 tensor = file.get_tensor(_shapes(adapter)[half][0])
+                if adapter.target.expert is not None:
+                    tensor = _of_expert(adapter, tensor, half)
                 weight.copy_(_our_rows(adapter, tensor) if half == "b" else tensor)
 
 
@@ -120,7 +122,10 @@ def read_spec(directory: Path) -> tuple[LoraSpec, str]:
         raise UserError(f"{path}: peft_type {kind!r} is not read here, only LORA.")
     _check_keys(path, config)
     targets = config.get("target_modules") or ()
-    names = {"targets": targets, "excluded": config.get("exclude_modules") or ()}
+    names = {
+        "targets": targets, "excluded": config.get("exclude_modules") or (),
+        "parameters": config.get("target_parameters") or (),
+    }  # fmt: skip
     names = {name: value if isinstance(value, str) else tuple(sorted(value)) for name, value in names.items()}
     if isinstance(names["excluded"], tuple):
         names["excluded"] += tuple(config.get("modules_to_save") or ())
@@ -152,7 +157,7 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
             f"{path}: revision = {config['revision']!r} of the base is not fetched here; fetch it, give that directory "
             "as the model and this one as --adapter, without the key."
         )
-    if not config.get("target_modules"):
+    if not (config.get("target_modules") or config.get("target_parameters")):
         raise UserError(f"{path}: target_modules is empty, so it is unknown what is adapted; export the adapter again.")
     for key, value in others.items():
         raise UserError(f"{path}: {key} = {value!r} is not read here; {MERGE_FIRST.format(str(path.parent))}.")
@@ -219,6 +224,7 @@ def save(
         "bias": "all" if biased else "none",
         "use_rslora": adapted.spec.rslora,
         "target_modules": _targets(decoder),
+        "target_parameters": _parameters(decoder),
         "modules_to_save": [*whole, *([] if score is None else ["score"])] or None,
         "fan_in_fan_out": any(adapter.target.weight.layout == "transposed" for adapter in adapters),
         "inference_mode": True,
@@ -237,9 +243,12 @@ def entries(decoder: Decoder, score: Tensor | None) -> Iterator[Entry]:
         ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta")
         tensor = weight.write(ours, decoder.config)[name]
         yield Entry(PREFIX + key, tensor.dtype, tuple(tensor.shape))
+    written: set[str] = set()
     for adapter in adapters_of(decoder):
         for name, shape in _shapes(adapter).values():
-            yield Entry(name, adapter.a.dtype, shape)
+            if name not in written:  # all experts' adapters of a parameter are one tensor
+                yield Entry(name, adapter.a.dtype, shape)
+            written.add(name)
 
 
 def tensors(decoder: Decoder, score: Tensor | None) -> Iterator[Tensor]:
@@ -252,11 +261,17 @@ def tensors(decoder: Decoder, score: Tensor | None) -> Iterator[Tensor]:
             ours = decoder.get_parameter(weight.ours).detach()
             copy = weight.write(ours, decoder.config)[name].clone(memory_format=torch.contiguous_format).cpu()
         yield copy
-    adapters = [(name, module) for name, module in decoder.named_modules() if isinstance(module, Adapter)]
-    for name, adapter in adapters:
-        with decoder.feed.visit(group_of[f"{name}.a"]):
-            pair = adapter.a.detach().clone().cpu(), _their_rows(adapter, adapter.b.detach()).clone().cpu()
-        yield from pair
+    alike: dict[str, list[tuple[str, Adapter]]] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, Adapter):
+            alike.setdefault(_shapes(module)["a"][0], []).append((name, module))
+    for adapters in alike.values():
+        pairs = []
+        for name, adapter in adapters:
+            with decoder.feed.visit(group_of[f"{name}.a"]):
+                pairs.append((adapter.a.detach().clone().cpu(), _their_rows(adapter, adapter.b.detach()).clone().cpu()))
+        yield torch.cat([a for a, _ in pairs])
+        yield torch.stack([b for _, b in pairs], dim=-1).flatten(1)  # each rank of all experts, then the next rank
 
 
 def _copies(decoder: Decoder, score: Tensor | None) -> Iterator[tuple[Weight, str, str]]:
@@ -280,17 +295,43 @@ def _module(family: ModuleType, name: str) -> tuple[str, str]:
 def _targets(decoder: Decoder) -> list[str] | str:
     """The names of the adapted modules for peft: their endings if those match no other module, else a regular
     expression."""
-    adapted = {adapter.target.theirs for adapter in adapters_of(decoder)}
+    adapted = {adapter.target.theirs for adapter in adapters_of(decoder) if adapter.target.expert is None}
     ends = sorted({name.rsplit(".", 1)[-1] for name in adapted})
     matched = {target.theirs for target in lora_targets_of(decoder.config) if target.theirs.rsplit(".", 1)[-1] in ends}
     return ends if matched == adapted else "|".join(re.escape(name) for name in sorted(adapted))
 
 
+def _parameters(decoder: Decoder) -> list[str] | None:
+    """peft's names of the adapted parameters of experts."""
+    names = {adapter.target.theirs for adapter in adapters_of(decoder) if adapter.target.expert is not None}
+    return sorted(names) or None
+
+
+def _of_expert(adapter: Adapter, tensor: Tensor, half: str) -> Tensor:
+    """One expert's half of an adapter of all of them: A's experts lie one below the other, B's ranks side by side."""
+    expert, count = adapter.target.expert, adapter.config.num_experts
+    if half == "a":
+        return tensor.view(count, adapter.rank, -1)[expert]
+    return tensor.view(len(tensor), adapter.rank, count)[:, :, expert]
+
+
 def _shapes(adapter: Adapter) -> dict[str, tuple[str, tuple[int, ...]]]:
     """By our half, a or b: peft's name and the shape."""
+    if adapter.target.expert is not None:
+        return _shapes_of_experts(adapter)
     name = "lora_embedding_{}" if adapter.target.ours == "embed" else "lora_{}.weight"
     full = f"base_model.model.{adapter.target.theirs}.{name}"
     return {"a": (full.format("A"), tuple(adapter.a.shape)), "b": (full.format("B"), tuple(adapter.b.shape))}
+
+
+def _shapes_of_experts(adapter: Adapter) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """peft wraps the module of the experts once per adapted parameter, and the second wraps the first: of two, the
+    first one's adapter is its base_layer's."""
+    module, _, parameter = adapter.target.theirs.rpartition(".")
+    (rank, width), (height, _), count = adapter.a.shape, adapter.b.shape, adapter.config.num_experts
+    inner = ".base_layer" * (parameter == EXPERT_PARAMETERS["up"] and adapter.wrapped)
+    full = f"base_model.model.{module}{inner}.lora_{{}}.weight"
+    return {"a": (full.format("A"), (rank * count, width)), "b": (full.format("B"), (height, rank * count))}
 
 
 def _our_rows(adapter: Adapter, b: Tensor) -> Tensor:

@@ -75,6 +75,22 @@ class DecoderConfig:
     position_offset: int = 0
     """OPT keeps two unused rows at the start of its position table."""
     final_norm: bool = True
+    num_experts: int = 0
+    """Experts of each block (Shazeer et al. 2017), of which a router chooses a few for each token; 0: one MLP."""
+    experts_per_token: int = 0
+    expert_ff: int = 0
+    """d_ff of each expert."""
+    dense_layers: tuple[int, ...] = ()
+    """Of a model with experts: the blocks that have one MLP."""
+    norm_topk: bool = True
+    """The shares of a token's experts add up to 1; False: each is the router's probability among all experts."""
+    router_bias: bool = False
+    router_aux_loss_coef: float = 0.0
+    """Weight of the loss that balances the experts' loads in training."""
+    sinks: bool = False
+    """gpt-oss: a learned logit per head takes part in attention's softmax and reads nothing."""
+    clamp: tuple[float, float] | None = None
+    """gpt-oss: (alpha, limit) of its gated activation, in the place of `activation`."""
     eos_ids: tuple[int, ...] = ()
     hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """The config.json this came from: keys we do not use survive a round trip."""

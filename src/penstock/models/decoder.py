@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,9 @@ from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
 from penstock.models.linear import Linear, add_to, attention, layer_norm, linear, precise
 from penstock.models.lora import Adapted
+from penstock.models.moe.experts import Visit, everyone, mixture
 from penstock.models.positions import Positions, alibi_slopes, attention_bias, rotary_tables, rotate
-from penstock.models.weight_shapes import BaseDtype
+from penstock.models.weight_shapes import BaseDtype, group_in_block, groups_of_block
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [B, G, S, E], preallocated and written in place."""
@@ -77,7 +78,7 @@ class Context:
 class Block(nn.Module):
     """One transformer layer: weights, and a forward that takes everything else as arguments."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, experts: int = 0) -> None:
         super().__init__()
         self.config = config
         width, heads = config.d_model, config.num_heads * config.head_dim
@@ -90,21 +91,32 @@ class Block(nn.Module):
         self.out = Linear(heads, width, bias=config.out_bias)
         self.out_norm = Norm(width, config) if config.out_norms else None
         self.norm2 = Norm(width, config) if first else None
-        self.up = Linear(width, config.d_ff * (2 if config.gated else 1), bias=config.mlp_bias)  # gate, then up
-        self.down = Linear(config.d_ff, width, bias=config.mlp_bias)
+        self.router: Linear | None = None
+        if experts:
+            self.router = Linear(width, experts, bias=config.router_bias)
+            self.router.exact = True
+            self.experts = nn.ModuleList(Mlp(config, config.expert_ff) for _ in range(experts))
+        else:
+            self.up, self.down = mlp_weights(config, config.d_ff)
         self.down_norm = Norm(width, config) if config.out_norms else None
 
-    def forward(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: tuple[Tensor, Tensor] | None = None,
+        visit: Visit = everyone,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one. `visit` brings experts."""
         c = self.config
         if not (c.pre_norm or c.out_norms):
             x = normed(self.norm1, x + self.attention(x, positions, cache))
-            return normed(self.norm2, x + self.mlp(x))
+            return normed(self.norm2, x + self.mlp(x, visit))
         attended = normed(self.out_norm, self.attention(normed(self.norm1, x), positions, cache))
         if c.parallel_residual:
-            return x + attended + self.mlp(normed(self.norm2, x))
+            return x + attended + self.mlp(normed(self.norm2, x), visit)
         x = add_scaled(x, attended, c.residual_scale)
-        return add_scaled(x, normed(self.down_norm, self.mlp(normed(self.norm2, x))), c.residual_scale)
+        return add_scaled(x, normed(self.down_norm, self.mlp(normed(self.norm2, x), visit)), c.residual_scale)
 
     def attention(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         """Causal self-attention over the row, or over the cache when decoding."""
@@ -125,13 +137,41 @@ class Block(nn.Module):
         mixed = attention(q, k, v, positions.bias, scores)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """down(activation(up(x))), gated or not."""
-        act = ACTIVATION_FUNCTIONS[self.config.activation]
-        if self.config.gated:
-            gate, up = self.up(x).chunk(2, dim=-1)
-            return self.down(act(gate) * up)
-        return self.down(act(self.up(x)))
+    def mlp(self, x: Tensor, visit: Visit) -> Tensor:
+        """down(activation(up(x))), gated or not, or the experts that each token's router chooses: [B, T, D]."""
+        if self.router is None:
+            return mlp(x, self.up, self.down, self.config)
+        c, rows, experts = self.config, x.flatten(0, 1), cast(Any, self.experts)
+        logits = self.router(rows.float())
+        return mixture(rows, logits, experts, c.experts_per_token, c.norm_topk, visit).view_as(x)
+
+
+class Mlp(nn.Module):
+    """One expert."""
+
+    def __init__(self, config: DecoderConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.up, self.down = mlp_weights(config, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N, D]."""
+        return mlp(x, self.up, self.down, self.config)
+
+
+def mlp_weights(config: DecoderConfig, width: int) -> tuple[Linear, Linear]:
+    """up and down of an MLP; where it is gated, up holds the gate first."""
+    up = Linear(config.d_model, width * (2 if config.gated else 1), bias=config.mlp_bias)
+    return up, Linear(width, config.d_model, bias=config.mlp_bias)
+
+
+def mlp(x: Tensor, up: Linear, down: Linear, config: DecoderConfig) -> Tensor:
+    """down(activation(up(x))), gated or not."""
+    act = ACTIVATION_FUNCTIONS[config.activation]
+    if config.gated:
+        gate, raised = up(x).chunk(2, dim=-1)
+        return down(act(gate) * raised)
+    return down(act(up(x)))
 
 
 def normed(norm: Norm | None, x: Tensor) -> Tensor:
@@ -259,7 +299,8 @@ class Decoder(nn.Module):
         with torch.device("meta"):  # so that no weight is drawn twice
             self.config = config
             self.embed = Embedding(config)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+            self._groups = [groups_of_block(config, i) for i in range(config.num_layers)]
+            self.blocks = nn.ModuleList(Block(config, len(groups) - 1) for groups in self._groups)
             self.norm = Norm(config.d_model, config) if config.final_norm else None
             self.unproject = Linear(config.d_model, config.embed_dim, bias=False) if config.embed_dim else None
             width = config.embed_dim or config.d_model
@@ -393,8 +434,11 @@ class Decoder(nn.Module):
             ("tokens", ["embed.tokens"]),
             ("embed", [name for name in names if name.startswith("embed.") and name != "embed.tokens"]),
         ]
-        for i in range(self.config.num_layers):
-            groups.append((f"blocks.{i}", [name for name in names if name.startswith(f"blocks.{i}.")]))
+        blocks: dict[str, list[str]] = {group: [] for of_block in self._groups for group in of_block}
+        for name in names:
+            if name.startswith("blocks."):
+                blocks[group_in_block(name)].append(name)
+        groups += blocks.items()
         groups.append(("last", [name for name in names if name.startswith(("norm.", "unproject."))]))
         groups.append(("head", [name for name in names if name == "head" or name.startswith("lora.")]))
         return [(group, members) for group, members in groups if members]
@@ -403,7 +447,7 @@ class Decoder(nn.Module):
         """embed -> blocks -> norm. A micro-batch's first x is its tokens, the last one its hidden states."""
         return [
             Part(("tokens", "embed"), lambda tokens, context: self.embed(tokens, context.position_ids)),
-            *(Part((f"blocks.{i}",), partial(self._block, i)) for i in range(self.config.num_layers)),
+            *(Part(groups, partial(self._block, i)) for i, groups in enumerate(self._groups)),
             Part(("last",), self._last),
         ]
 

@@ -167,6 +167,8 @@ class Linear(nn.Linear):
         """Where the weight is packed; see models.packed."""
         self.lora: nn.ModuleList | None = None
         """Low-rank additions to the product; see models.lora."""
+        self.exact = False
+        """Never packed: a router, whose smallest change sends a token elsewhere."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""

@@ -30,6 +30,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.target, self.config = target, config
         self.rank, self.alpha, self.scale = spec.rank_of(target), spec.alpha_of(target), spec.scale_of(target)
+        self.wrapped = False
+        """Of an expert: whether its down projection has an adapter too, which decides peft's name of this one."""
         self.a = nn.Parameter(torch.empty(self.rank, target.width, dtype=dtype))
         self.b = nn.Parameter(torch.empty(target.height, self.rank, dtype=dtype))
 

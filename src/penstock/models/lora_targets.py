@@ -14,6 +14,8 @@ from penstock.models.families.weights import Weight
 from penstock.models.weight_shapes import BaseDtype
 
 ALL_LINEAR = "all-linear"
+EXPERT_PARAMETERS = {"up": "gate_up_proj", "down": "down_proj"}
+"""transformers' names of the weights of all experts of a block."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class LoraSpec:
     """Modules without an adapter although `targets` names them, written as those are."""
     layers: tuple[int, ...] = ()
     """The blocks that have adapters. Empty: all."""
+    parameters: tuple[str, ...] = ()
+    """peft's target_parameters: endings of the names of experts' weights, on which `excluded` and `layers` do not act.
+    """
 
     def rank_of(self, target: "LoraTarget") -> int:
         """The rank of this target's adapter."""
@@ -50,6 +55,8 @@ class LoraSpec:
 
     def wants(self, target: "LoraTarget") -> bool:
         """Whether this target has an adapter: by peft's rules."""
+        if self.parameters and target.expert is not None:
+            return _named(self.parameters, target.theirs)
         if _named(self.excluded, target.theirs):
             return False
         if self.layers:
@@ -83,6 +90,8 @@ class LoraTarget:
     table: bool
     """The token table or the head."""
     weight: Weight
+    expert: int | None = None
+    """The expert whose part of `theirs` it is: peft adapts the weights of all experts of a block as one parameter."""
 
 
 def lora_targets_of(config: DecoderConfig) -> list[LoraTarget]:
@@ -102,7 +111,13 @@ def lora_targets_of(config: DecoderConfig) -> list[LoraTarget]:
         elif weight.ours == "head":
             name = getattr(family, "HEAD_MODULE", names[0])
             targets.append(LoraTarget("", name, 0, table[0], table[1], True, weight))
-        elif kind == "weight" and len(shape := shape_of.get(weight.ours, ())) == 2:
+        elif kind != "weight" or len(shape := shape_of.get(weight.ours, ())) != 2 or ours.endswith(".router"):
+            continue
+        elif ".experts." in ours:
+            _, layer, _, expert, product = ours.split(".")
+            theirs = f"{family.PREFIX}{family.EXPERT_MODULE.format(layer)}.{EXPERT_PARAMETERS[product]}"
+            targets.append(LoraTarget(ours, theirs, 0, shape[0], shape[1], False, weight, int(expert)))
+        elif not (config.num_experts and ours.endswith((".up", ".down"))):  # peft takes their names for the experts'
             heights = weight.heights(config) if weight.layout == "stacked" else [shape[0]]
             for i, name in enumerate(names):
                 targets.append(LoraTarget(ours, name, sum(heights[:i]), heights[i], shape[1], False, weight))
@@ -123,7 +138,7 @@ def groups_of(
         for weight in weights:
             score = weight.name == "score"
             weight = dataclasses.replace(weight, trained=trained and score, recipe=None if score else base)
-            if packed and group.startswith("blocks.") and len(weight.shape) == 2:
+            if packed and group.startswith("blocks.") and len(weight.shape) == 2 and ".router." not in weight.name:
                 names = (weight.name, weight.name.replace(".weight", ".scales"))
                 halves = zip(names, weight_shapes.packed_shapes(packed, *weight.shape), strict=True)
                 parts = [
@@ -154,5 +169,5 @@ def adapted_targets(config: DecoderConfig, spec: LoraSpec | None, scalar: bool) 
 def group_of(target: LoraTarget) -> str:
     """The group of weights that its adapter belongs to."""
     if target.ours.startswith("blocks."):
-        return ".".join(target.ours.split(".")[:2])
+        return weight_shapes.group_in_block(target.ours)
     return "last" if target.ours == "unproject" else "embed" if target.ours else "head"

@@ -15,6 +15,7 @@ from penstock.errors import UserError
 from penstock.models import recipe
 from penstock.models.adapter_files import AdapterFile
 from penstock.models.decoder import Decoder
+from penstock.models.linear import Linear
 from penstock.models.lora import Adapted, Adapter, adapters_of, is_adapter
 from penstock.models.lora_targets import LoraSpec, LoraTarget, lora_targets_of
 from penstock.models.packed import as_int8, pack
@@ -45,6 +46,7 @@ def add_adapters(
     targets = lora_targets_of(decoder.config)
     wanted = [target for target in targets if spec.wants(target)]
     _check_targets(spec, targets, wanted)
+    names = {target.theirs for target in wanted}
     decoder.requires_grad_(False)
     device = decoder.embed.tokens.device
     with torch.device("meta"):
@@ -53,6 +55,7 @@ def add_adapters(
             if holder.lora is None:
                 holder.lora = nn.ModuleList()
             holder.lora.append(Adapter(target, spec, decoder.config, decoder.dtype))
+            holder.lora[-1].wrapped = target.expert is not None and target.theirs.replace("gate_up", "down") in names
     decoder.adapted = Adapted(spec, base, saved, seed, digest=digest)
     if saved is not None:
         saved.check(decoder)
@@ -138,7 +141,7 @@ def _adapted_weight(holder: Any) -> nn.Parameter:
 def quantise(decoder: Decoder) -> None:
     """Replaces all products' weights, the token table and the head by int8, one after the other. Only for answering."""
     for module in decoder.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, Linear) and not module.exact:
             module.weight, module.scales = _frozen(*as_int8(module.weight))
     decoder.embed.tokens, decoder.embed.scales = _frozen(*as_int8(decoder.embed.tokens))
     decoder.head_scales = decoder.embed.scales
@@ -156,7 +159,7 @@ def quantise_base(decoder: Decoder, dtype: BaseDtype) -> None:
     if device not in DEVICES_THAT_UNPACK:
         raise UserError(f"--base-dtype {dtype}: not on {device}; it works on cpu and cuda. Leave it out.")
     for name, module in decoder.blocks.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, Linear) and not module.exact:
             if dtype == "nf4" and module.weight.shape[1] % 2:
                 raise UserError(f"--base-dtype nf4: {name} has {module.weight.shape[1]} inputs, which must be even.")
             module.weight, module.scales = _frozen(*pack(module.weight, dtype))

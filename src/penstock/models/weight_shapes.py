@@ -36,24 +36,33 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
         embed += linear("embed.project", width, c.d_model, False)
     if c.embed_norm:
         embed += norm("embed.norm", c.d_model)
-    first, behind = c.pre_norm or not c.out_norms, c.out_norms
-    block = [
+    first = c.pre_norm or not c.out_norms
+    attention = [
         *(norm("norm1", c.d_model) if first else []),
         *linear("qkv", c.d_model, heads + 2 * kv, c.qkv_bias),
         *(norm("q_norm", c.head_dim, "rms") + norm("k_norm", c.head_dim, "rms") if c.qk_norm else []),
         *linear("out", heads, c.d_model, c.out_bias),
-        *(norm("out_norm", c.d_model) if behind else []),
+        *([("sinks", (c.num_heads,))] if c.sinks else []),
+        *(norm("out_norm", c.d_model) if c.out_norms else []),
         *(norm("norm2", c.d_model) if first else []),
-        *linear("up", c.d_model, c.d_ff * (2 if c.gated else 1), c.mlp_bias),
-        *linear("down", c.d_ff, c.d_model, c.mlp_bias),
-        *(norm("down_norm", c.d_model) if behind else []),
     ]
+
+    def mlp(width: int) -> list[tuple[str, tuple[int, ...]]]:
+        up, down = (c.d_model, width * (2 if c.gated else 1)), (width, c.d_model)
+        return [*linear("up", *up, c.mlp_bias), *linear("down", *down, c.mlp_bias)]
+
+    router, expert = linear("router", c.d_model, c.num_experts, c.router_bias), mlp(c.expert_ff)
     last = norm("norm", c.d_model) if c.final_norm else []
     if c.embed_dim:
         last += linear("unproject", c.d_model, c.embed_dim, False)
     shapes: list[tuple[str, list[tuple[str, tuple[int, ...]]]]] = []
     shapes += [("tokens", [("embed.tokens", (c.vocab_size, width))]), ("embed", embed)]
-    shapes += [(f"blocks.{i}", [(f"blocks.{i}.{name}", shape) for name, shape in block]) for i in range(c.num_layers)]
+    for i in range(c.num_layers):
+        own, *experts = groups_of_block(c, i)
+        behind = norm("down_norm", c.d_model) if c.out_norms else []
+        block = [*attention, *(router if experts else mlp(c.d_ff)), *behind]
+        shapes.append((own, [(f"{own}.{name}", shape) for name, shape in block]))
+        shapes += [(group, [(f"{group}.{name}", shape) for name, shape in expert]) for group in experts]
     shapes.append(("last", last))
     if not (c.tied or scalar):
         shapes.append(("head", [("head", (c.vocab_size, width))]))
@@ -70,14 +79,30 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
 def visits_of(config: DecoderConfig, *, scalar: bool) -> list[tuple[str, ...]]:
     """Groups that are needed at once, in order: as `memory.stream.Stream.visits` of a real model."""
     reads = "score" if scalar else "tokens" if config.tied else "head"
-    blocks = [(f"blocks.{i}",) for i in range(config.num_layers)]
+    blocks = [groups_of_block(config, i) for i in range(config.num_layers)]
     return [("tokens", "embed"), *blocks, ("last", reads)]
 
 
-def count_of(config: DecoderConfig, *, scalar: bool) -> int:
-    """Parameters of a model."""
+def groups_of_block(config: DecoderConfig, i: int) -> tuple[str, ...]:
+    """The groups of one block's weights: its own, and one for each of its experts."""
+    experts = config.num_experts if i not in config.dense_layers else 0
+    return (f"blocks.{i}", *(f"blocks.{i}.experts.{expert}" for expert in range(experts)))
+
+
+def group_in_block(name: str) -> str:
+    """The group of a block's weight. Example: blocks.3.experts.7.up.weight is of blocks.3.experts.7."""
+    words = name.split(".")
+    return ".".join(words[: 4 if words[2] == "experts" else 2])
+
+
+def count_of(config: DecoderConfig, *, scalar: bool, active: bool = False) -> int:
+    """Parameters of a model. `active`: only those that one token is computed with."""
     groups = groups_of(config, "float32", trained=True, scalar=scalar)
-    return sum(weight.numel for _, weights in groups for weight in weights)
+    counts = {group: sum(weight.numel for weight in weights) for group, weights in groups}
+    if active:  # of a block's experts, which are alike, the first ones
+        idle = range(config.experts_per_token, config.num_experts)
+        return sum(n for group, n in counts.items() if not group.endswith(tuple(f".experts.{e}" for e in idle)))
+    return sum(counts.values())
 
 
 def packed_shapes(kind: BaseDtype, height: int, width: int) -> list[tuple[tuple[int, ...], str]]:

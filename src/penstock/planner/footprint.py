@@ -9,6 +9,7 @@ N = tokens of a micro-batch (rows * length), D = width, F = feed-forward, E = he
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from penstock.memory.chunks import ITEMSIZE
 from penstock.models.config import DecoderConfig
@@ -36,23 +37,29 @@ def work_of(
     if spec is None and packed is None:
         return work
     tokens = batch.rows * batch.length
-    by_product: dict[str, list[LoraTarget]] = {}
+    by_product: dict[Any, list[LoraTarget]] = {}
     for target in adapted_targets(config, spec, scalar):
-        by_product.setdefault(target.ours, []).append(target)
+        # the experts of a block are alike: together they are one product of all the tokens that they are called for
+        own = group_of(target).partition(".experts.")[0]
+        key = target.ours if target.expert is None else (own, target.theirs)
+        if target.expert in (None, 0):
+            by_product.setdefault(key, []).append(target)
     extra: dict[str, tuple[int, int, int]] = {}
     for targets in by_product.values():
         assert spec is not None
+        calls = 1 if targets[0].expert is None else config.experts_per_token
         narrow = tokens * max(map(spec.rank_of, targets)) * s  # A x, scaled: saved for B's gradient
         high = tokens * sum(target.height for target in targets) * s
         low = tokens * targets[0].width * s  # the gradient that comes back through A; before it, B's, scaled
-        saved, forward, backward = extra.get(group_of(targets[0]), (0, 0, 0))
-        extra[group_of(targets[0])] = (
-            saved + narrow * len(targets),
+        group = group_of(targets[0]).partition(".experts.")[0]
+        saved, forward, backward = extra.get(group, (0, 0, 0))
+        extra[group] = (
+            saved + narrow * len(targets) * calls,
             max(forward, high * (1 if len(targets) == 1 else 2) + 2 * narrow),
             max(backward, max(high, low) + 2 * narrow),
         )
     parts, frozen = [], tokens * _unkept(config)
-    largest = config.d_model * config.d_ff * (2 if config.gated else 1)
+    largest = config.d_model * max(_widths(config)) * (2 if config.gated else 1)
     tile = min(largest, PRODUCT_TILE) * s
     unpacked = 2 * tile if packed else 0
     if packed == "nf4":  # two weights a byte: linear._tiles takes twice as many rows at once
@@ -95,16 +102,18 @@ def _plain_work(
         backward=_embed(c, tokens, s) + state + (tokens * (c.embed_dim or c.d_model) * FP32 if s < FP32 else 0),
     )  # fmt: skip
     wide = arithmetic != "narrow" and s < FP32
-    forward = backward = 0
-    if arithmetic == "wide" and s < FP32:
-        forward, backward = _widened(c, tokens)
-    elif wide:  # a tile of a weight's gradient, before it is added in fp32
-        backward = s * min(PRODUCT_TILE, c.d_model * c.d_ff * (2 if c.gated else 1))
-    work = {rotates: _block(c, tokens, batch.length, s, wide, rotates) for rotates in {turns for _, turns in c.kinds}}
-    blocks = []
-    for i, (_, rotates) in enumerate(c.kinds):
-        kept, without, learning = work[rotates]
-        blocks.append(PartWork((f"blocks.{i}",), state, kept, without + forward, learning + backward))
+    kinds = [(rotates, has_experts_in(c, i)) for i, (_, rotates) in enumerate(c.kinds)]
+    work = {}
+    for rotates, experts in set(kinds):
+        forward = backward = 0
+        d_ff = c.expert_ff if experts else c.d_ff
+        if arithmetic == "wide" and s < FP32:
+            forward, backward = _widened(c, tokens, d_ff)
+        elif wide:  # a tile of a weight's gradient, before it is added in fp32
+            backward = s * min(PRODUCT_TILE, c.d_model * d_ff * (2 if c.gated else 1))
+        kept, without, learning = _block(c, tokens, batch.length, s, wide, rotates, experts)
+        work[rotates, experts] = (kept, without + forward, learning + backward)
+    blocks = [PartWork((f"blocks.{i}",), state, *work[kind]) for i, kind in enumerate(kinds)]
     return Work(
         parts=(first, *blocks),
         context=_context(c, batch.length, s) + tokens * INDEX * 2,
@@ -141,9 +150,45 @@ def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
     return saved
 
 
-def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotates: bool) -> tuple[int, int, int]:
+def has_experts_in(c: DecoderConfig, i: int) -> bool:
+    """Whether block i has experts in the place of an MLP."""
+    return c.num_experts > 0 and i not in c.dense_layers
+
+
+def _widths(c: DecoderConfig) -> list[int]:
+    """d_ff of the MLPs and of the experts, of those that there are."""
+    return [c.expert_ff if has_experts_in(c, i) else c.d_ff for i in range(c.num_layers)]
+
+
+def _mlp(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
+    """Of an MLP: what autograd keeps, what a forward holds at most, the gradients behind and before the activation."""
+    inner = tokens * c.d_ff * s
+    raised = 2 * inner if c.gated else inner
+    # what the activation keeps: relu its result, gelu its argument too, a gate all four
+    kept = inner if c.activation == "relu" and not c.gated else raised + inner * (2 if c.gated else 1)
+    # what the activation keeps goes when its gradients are there, but relu's is down's too
+    slopes = raised if c.gated else inner * (2 if c.activation == "relu" else 1)
+    return kept, raised + 2 * inner if c.gated else 2 * inner, slopes
+
+
+def _experts(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
+    """The same of a mixture of experts (models.moe.experts). One expert has all tokens at worst."""
+    pairs = tokens * c.experts_per_token
+    sorted_states, inner = pairs * c.d_model * s, pairs * c.expert_ff * s
+    routed = pairs * (3 * INDEX + FP32) + (tokens * c.d_model * FP32 if s < FP32 else 0)  # and the router's states
+    routed += 0 if c.norm_topk else tokens * c.num_experts * FP32
+    kept = routed + 2 * sorted_states + inner * (4 if c.gated else 2)
+    largest = tokens * c.expert_ff * s * (4 if c.gated else 2)
+    sorting = tokens * c.num_experts * (2 * FP32 + 2 * INDEX)
+    forward = routed + max(sorting, 2 * sorted_states + max(largest, sorted_states))
+    return kept, forward, 2 * sorted_states
+
+
+def _block(
+    c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotates: bool, experts: bool
+) -> tuple[int, int, int]:
     """(saved, forward, backward) of one block; see PartWork."""
-    state, inner = tokens * c.d_model * s, tokens * c.d_ff * s
+    state = tokens * c.d_model * s
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
     norm = _norm(c.norm, tokens, c.d_model, s)
     projected = queries + 2 * keys
@@ -162,9 +207,7 @@ def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotat
     # of q, k, v and the bias, and what attention makes of them
     copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
     attention = norm.saved + (attended + copies if wide else projected + turned + attended)
-    raised = 2 * inner if c.gated else inner
-    # what the activation keeps: relu its result, gelu its argument too, a gate all four
-    kept = inner if c.activation == "relu" and not c.gated else raised + inner * (2 if c.gated else 1)
+    kept, rising, slopes = (_experts if experts else _mlp)(c, tokens, s)
     mlp = norm.saved + kept
     # the sums of the residual stream: behind attention (none where both halves read x), and the output
     sums = 1 if c.parallel_residual else 2
@@ -175,8 +218,6 @@ def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotat
     elif not c.pre_norm:
         saved += state  # both norms read a sum and the second writes the output
     loose = 2 * state  # what attention and MLP returned: local names until the block returns
-    # the gradients behind and before the activation; what it keeps goes when they are there, but relu's is down's too
-    slopes = raised if c.gated else inner * (2 if c.activation == "relu" else 1)
     backward = saved + max(slopes, loose)
     before_mlp = 2 * state + norm.saved
     capped = 0
@@ -187,8 +228,8 @@ def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotat
         # scores, their tanh, their gradient; gradients of q, k and v in fp32
         backward = max(backward, saved - mlp + 2 * state + 3 * tile * FP32 + projected * FP32 // s * 2)
     forward = max(
-        before_mlp + (raised + 2 * inner if c.gated else 2 * inner),
-        before_mlp + inner + 2 * state,
+        before_mlp + rising,
+        before_mlp + (0 if experts else tokens * c.d_ff * s) + 2 * state,
         state + projected + turned + mixing + attended + copies + state,
         state + projected + turned + attended + copies + capped,
         (2 * state + 2 * tokens * c.d_model * FP32 + norm.scratch) if c.out_norms else 0,
@@ -196,12 +237,12 @@ def _block(c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotat
     return saved, forward, backward
 
 
-def _widened(c: DecoderConfig, tokens: int) -> tuple[int, int]:
+def _widened(c: DecoderConfig, tokens: int, d_ff: int) -> tuple[int, int]:
     """fp32 copies that the down projection needs, a block's largest, forward and backward: of its rows, and of a tile
     of its weight with its share of the result; the states' gradient is summed over tiles beside the next one's part."""
-    height = min(max(PRODUCT_TILE // c.d_ff, 1), c.d_model)
-    tile = height * c.d_ff + tokens * height
-    return FP32 * (tokens * c.d_ff + tile), FP32 * (tokens * c.d_ff * (1 if height == c.d_model else 2) + tile)
+    height = min(max(PRODUCT_TILE // d_ff, 1), c.d_model)
+    tile = height * d_ff + tokens * height
+    return FP32 * (tokens * d_ff + tile), FP32 * (tokens * d_ff * (1 if height == c.d_model else 2) + tile)
 
 
 def _context(c: DecoderConfig, length: int, s: int) -> int:
@@ -291,11 +332,15 @@ def flops_of(config: DecoderConfig, lengths: Sequence[tuple[int, int]]) -> float
     """
     c = config
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    weights = c.d_model * (heads + 2 * kv) + heads * c.d_model + c.d_model * c.d_ff * (3 if c.gated else 2)
+    weights = c.num_layers * (c.d_model * (heads + 2 * kv) + heads * c.d_model)
+    for i in range(c.num_layers):  # of experts, those that one token calls
+        has_experts = has_experts_in(c, i)
+        inner = c.experts_per_token * c.expert_ff if has_experts else c.d_ff
+        weights += c.d_model * (inner * (3 if c.gated else 2) + (c.num_experts if has_experts else 0))
     total = 0.0
     for computed, seen in lengths:
         pairs = computed * (seen - computed) + computed * (computed + 1) / 2
-        total += c.num_layers * (2.0 * weights * computed + 4.0 * heads * pairs)
+        total += 2.0 * weights * computed + c.num_layers * 4.0 * heads * pairs
     return total
 
 

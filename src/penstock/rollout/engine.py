@@ -115,6 +115,7 @@ class Engine:
         self._running: list[_Run] = []
         self._cache: KVCache | None = None
         moves = decoder.feed.moves or swap is not None
+        moves = moves or decoder.config.num_experts > 0  # which weights are read is known once a router has chosen
         self._fixed = fixed if fixed is not None else decoder.device.type == "cuda" and not moves
         self._steps: Steps | None = None
         self._prompts: WeakValueDictionary[tuple[int, ...], _Prompt] = WeakValueDictionary()

@@ -7,7 +7,20 @@ from typing import Any
 
 from penstock.errors import UserError
 from penstock.models.config import DecoderConfig
-from penstock.models.families import bloom, gemma, gpt2, gpt_neox, granite, llama, mistral, opt, qwen, smollm3
+from penstock.models.families import (
+    bloom,
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    opt,
+    qwen,
+    qwen_moe,
+    smollm3,
+)
 from penstock.models.families.weights import Weight
 
 FAMILIES: dict[str, ModuleType] = {
@@ -23,6 +36,8 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma3_text": gemma,
     "granite": granite,
     "smollm3": smollm3,
+    "qwen3_moe": qwen_moe,
+    "mixtral": mixtral,
 }
 
 
@@ -41,4 +56,8 @@ def weights_of(family: ModuleType, config: DecoderConfig) -> Iterator[Weight]:
         for weight in family.BLOCK:
             theirs = tuple(family.PREFIX + name.format(layer) for name in weight.theirs)
             yield dataclasses.replace(weight, ours=f"blocks.{layer}.{weight.ours}", theirs=theirs)
+        for weight in getattr(family, "EXPERT", ()):
+            for expert in range(config.num_experts):
+                theirs = tuple(family.PREFIX + name.format(layer, expert) for name in weight.theirs)
+                yield dataclasses.replace(weight, ours=f"blocks.{layer}.experts.{expert}.{weight.ours}", theirs=theirs)
     yield Weight("head", (family.HEAD,))

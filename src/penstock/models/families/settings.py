@@ -107,6 +107,25 @@ def require(hf: dict[str, Any], **values: Any) -> None:
             raise ValueError(f"{key}: {hf[key]!r} is not supported; only {value!r} is")
 
 
+def experts(hf: dict[str, Any], count: str, width: str) -> dict[str, Any]:
+    """The fields of a model with experts; `count`, `width`: the keys of how many there are, and of their d_ff."""
+    fields = {
+        "num_experts": whole(hf, count, 0), "experts_per_token": whole(hf, "num_experts_per_tok", 0),
+        "expert_ff": whole(hf, width, 0),
+    }  # fmt: skip
+    if fields["experts_per_token"] > fields["num_experts"]:
+        raise ValueError(f"num_experts_per_tok: {fields['experts_per_token']} of {fields['num_experts']} experts")
+    return {**fields, "router_aux_loss_coef": float(hf["router_aux_loss_coef"])}
+
+
+def write_experts(config: DecoderConfig, width: str) -> dict[str, Any]:
+    """The keys of config.json that hold them."""
+    return {
+        "num_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token, width: config.expert_ff,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }  # fmt: skip
+
+
 def rope(
     hf: dict[str, Any], supported: tuple[str, ...], *, theta: str = "rope_theta", share: str = "partial_rotary_factor"
 ) -> tuple[float, float | None, tuple[tuple[str, Any], ...]]:

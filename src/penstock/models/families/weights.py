@@ -47,7 +47,7 @@ class Weight:
     def heights(self, config: DecoderConfig) -> list[int]:
         """Rows of each of their tensors in ours, of a stacked one."""
         if len(self.theirs) == 2:  # gate, up
-            return [config.d_ff, config.d_ff]
+            return 2 * [config.expert_ff if ".experts." in self.ours else config.d_ff]
         key_value = config.num_kv_heads * config.head_dim
         return [config.num_heads * config.head_dim, key_value, key_value]
 
