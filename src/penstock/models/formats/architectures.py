@@ -28,8 +28,13 @@ class Architecture:
     """Rows of queries and keys that rotate together are neighbours there; in Hugging Face's files they are half a head
     apart (llama.cpp undoes what Hugging Face's conversion of Llama did)."""
     rotary: bool = True
-    windows: bool = False
-    """Whether llama.cpp looks at a window of attention; where it does not, behind it more is seen than was trained."""
+    norm_shift: float = 0.0
+    """What weights of norms are larger by there (Gemma)."""
+    period: int = 0
+    """Every which layer sees everything, the others a window, where the file does not say; 0: llama.cpp has no windows,
+    and behind one it sees more than was trained."""
+    more: tuple[tuple[str, str, str], ...] = ()
+    """Further settings: a field of DecoderConfig, its key there, its key in config.json."""
 
 
 ARCHITECTURES = (
@@ -40,7 +45,19 @@ ARCHITECTURES = (
     Architecture("mistral", "llama", turned=True),
     Architecture("qwen2", "qwen2"),
     Architecture("qwen3", "qwen3"),
-)
+    Architecture("gemma2", "gemma2", norm_shift=1.0, period=2, more=(
+        ("attention_softcap", "attn_logit_softcapping", "attn_logit_softcapping"),
+        ("logit_softcap", "final_logit_softcapping", "final_logit_softcapping"))),
+    Architecture("gemma3_text", "gemma3", norm_shift=1.0, period=6, more=(
+        ("logit_softcap", "final_logit_softcapping", "final_logit_softcapping"),
+        ("local_rope_theta", "rope.freq_base_swa", "rope_local_base_freq"))),
+    Architecture("granite", "granite", turned=True, more=(
+        ("embed_scale", "embedding_scale", "embedding_multiplier"),
+        ("residual_scale", "residual_scale", "residual_multiplier"),
+        ("attention_scale", "attention.scale", "attention_multiplier"),
+        ("logit_divisor", "logit_scale", "logits_scaling"))),
+    Architecture("smollm3", "smollm3", turned=True),
+)  # fmt: skip
 KEYS = {
     "vocab_size": "vocab_size",
     "max_length": "context_length",
@@ -56,7 +73,10 @@ KEYS = {
 }
 """Fields of DecoderConfig: their keys behind the architecture's name."""
 EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
-WINDOW, ORIGINAL = "attention.sliding_window", "rope.scaling.original_context_length"
+WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+GEMMA_SCALES = {("gemma2", 46), ("gemma3_text", 62)}
+"""Those of 27B, by their layers: their scores are divided by the root of d_model / num_heads, others' of head_dim."""
+ORIGINAL = "rope.scaling.original_context_length"
 SCALING, FACTOR = "rope.scaling.type", "rope.scaling.factor"
 FREQUENCIES = "rope_freqs.weight"
 """A tensor: what Llama 3's rope scaling divides each frequency by."""
@@ -96,8 +116,12 @@ def settings_of(config: DecoderConfig) -> dict[str, Any]:
     if not architecture.rotary:
         settings = {key: value for key, value in settings.items() if not key.startswith("rope.")}
     settings |= {"attention.value_length": config.head_dim, EPS[config.norm]: config.norm_eps}
+    settings |= {key: getattr(config, ours) for ours, key, _ in architecture.more if getattr(config, ours)}
     if any(config.windows):
         settings[WINDOW] = max(config.windows)
+        sliding = [bool(window) for window in config.windows]
+        if architecture.period and sliding != _sliding(architecture.period, config.num_layers):
+            settings[PATTERN] = sliding
     scaling = dict(config.rope_scaling)
     if scaling.get("rope_type") == "llama3":
         settings[ORIGINAL] = scaling["original_max_position_embeddings"]
@@ -135,16 +159,41 @@ def config_json(
         hf["n_inner"] = values["d_ff"]
     if architecture.rotary:
         hf["rope_parameters"] = _rope(settings, values, frequencies)
-    if WINDOW in settings:
-        hf["sliding_window"] = settings[WINDOW]
-    _check(settings, values, family.config_from_hf(hf), start)
+    hf |= {theirs: _short(settings[key]) for _, key, theirs in architecture.more if key in settings}
+    if WINDOW in settings or architecture.period:
+        hf |= _windows(architecture, settings, values["num_layers"])
+    if architecture.name.startswith("gemma"):
+        whole = (architecture.family, values["num_layers"]) in GEMMA_SCALES
+        hf["query_pre_attn_scalar"] = values["d_model"] // values["num_heads"] if whole else values["head_dim"]
+    if architecture.family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": hf.pop("rope_local_base_freq", 10_000.0)}
+        hf["rope_parameters"] = {"full_attention": hf["rope_parameters"], "sliding_attention": local}
+    elif architecture.family == "gemma2":  # null, which its config class has another default for
+        hf = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping")) | hf
+    _check(architecture, settings, values, family.config_from_hf(hf))
     return hf
+
+
+def _windows(architecture: Architecture, settings: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The keys of config.json about windows, of `count` layers."""
+    if not architecture.period:
+        return {"sliding_window": settings[WINDOW]}
+    window = settings.get(WINDOW, 4096 if architecture.family == "gemma2" else 0)
+    pattern = settings.get(PATTERN, architecture.period)
+    sliding = pattern if isinstance(pattern, list) else _sliding(pattern, count)
+    kinds = ["sliding_attention" if slides and window else "full_attention" for slides in sliding[:count]]
+    return {"sliding_window": window or None, "layer_types": kinds}
+
+
+def _sliding(period: int, count: int) -> list[bool]:
+    return [(i + 1) % period != 0 for i in range(count)]
 
 
 def _rope(settings: Mapping[str, Any], values: Mapping[str, Any], frequencies: np.ndarray | None) -> dict[str, Any]:
     theta = _short(values.get("rope_theta", 10_000.0))
     rope = {"rope_type": "default", "rope_theta": theta}
-    if (rotating := values.get("rotary_dim", values["head_dim"])) != values["head_dim"]:
+    rotating = values.get("rotary_dim", values["head_dim"])
+    if rotating != values["head_dim"] or "parallel_residual" in values:  # GPT-NeoX's default is a quarter
         rope["partial_rotary_factor"] = rotating / values["head_dim"]
     if (kind := settings.get(SCALING, "none")) != "none":
         return rope | {"rope_type": kind, "factor": _short(settings.get(FACTOR, 1.0))}
@@ -174,18 +223,21 @@ def llama3_divisors(
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def _check(settings: Mapping[str, Any], values: Mapping[str, Any], config: DecoderConfig, start: str) -> None:
+def _check(
+    architecture: Architecture, settings: Mapping[str, Any], values: Mapping[str, Any], config: DecoderConfig
+) -> None:
     """Raises ValueError for a key that we do not know, and for one whose value our family does not take."""
     known = {*KEYS.values(), *EPS.values(), WINDOW, ORIGINAL, SCALING, FACTOR}
+    known |= {key for _, key, _ in architecture.more} | ({PATTERN} if architecture.period else set())
     for key, value in settings.items():
         if key == "attention.value_length" and value == config.head_dim:
             continue
         if key not in known and value not in NEUTRAL.get(key, ()):
-            raise ValueError(f"{start}{key}: {value!r} is not supported")
+            raise ValueError(f"{architecture.name}.{key}: {value!r} is not supported")
     for ours, value in values.items():
         taken = getattr(config, ours)
         if ours in KEYS and ours != "rope_theta" and taken != value:
-            raise ValueError(f"{start}{KEYS[ours]}: {value!r} is not supported; the family has {taken!r}")
+            raise ValueError(f"{architecture.name}.{KEYS[ours]}: {value!r} is not supported; the family has {taken!r}")
 
 
 def check_written(config: DecoderConfig, meta: Mapping[str, Any], tensors: Mapping[str, Sequence[int]],
@@ -205,7 +257,7 @@ def check_written(config: DecoderConfig, meta: Mapping[str, Any], tensors: Mappi
     if lost:
         shown = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
         raise ValueError(f"llama.cpp's {architecture.name} has no place for {shown}")
-    if narrow and not architecture.windows and narrow < config.max_length:
+    if narrow and not architecture.period and narrow < config.max_length:
         return [f"llama.cpp's {architecture.name} has no attention window: it sees more than {narrow} tokens back"]
     return []
 

@@ -261,6 +261,8 @@ def to_theirs(name: str, tensor: Tensor, weight: Weight, architecture: Architect
     """A tensor of a GGUF file as Hugging Face stores it."""
     if weight.layout in OURS:  # it is stored as we have it
         return weight.write(tensor, config)[name]
+    if architecture.norm_shift and "norm" in weight.ours:
+        return tensor - architecture.norm_shift
     if heads := _turning(name, weight, architecture, config):
         return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return tensor
@@ -270,6 +272,8 @@ def to_gguf(weight: Weight, ours: Tensor, architecture: Architecture, config: De
     """Our tensor as a GGUF file stores it, by Hugging Face's names."""
     if weight.layout in OURS:
         return {weight.theirs[0]: ours}
+    if architecture.norm_shift and "norm" in weight.ours:
+        return {weight.theirs[0]: ours + architecture.norm_shift}
     tensors = weight.write(ours, config)
     for name, tensor in tensors.items():
         if heads := _turning(name, weight, architecture, config):
