@@ -16,6 +16,7 @@ BENCHMARKS = {
     "rollout": ("rollout:main", "speed, ragged, samples, int8: generation against transformers"),
     "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),
     "losses": ("losses:main", "losses, advantages and gradients against TRL on the same rows"),
+    "gguf": ("gguf:main", "GGUF files that penstock wrote, run by llama.cpp: the same tokens"),
     "ranks": ("ranks:main", "two ranks against two processes that do not communicate"),
     "serve": ("serve:main", "load, fuzz, clients: the chat service from outside"),
     "demo": ("demo:main", "what the demo takes and what it learns"),
