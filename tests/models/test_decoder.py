@@ -19,12 +19,23 @@ PLAIN = DecoderConfig(
     max_length=32,
 )  # fmt: skip
 ROTARY: dict[str, Any] = {"position": "rotary", "rotary_dim": 4, "norm": "rms"}
+GROWING = tuple({"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 3}.items())
 KINDS = {
     "learned": PLAIN,
     "post-norm, projected": dataclasses.replace(PLAIN, pre_norm=False, final_norm=False, embed_dim=12),
     "alibi": dataclasses.replace(PLAIN, position="alibi", embed_norm=True),
     "rotary, grouped, gated, qk-norm": dataclasses.replace(
         PLAIN, **ROTARY, num_kv_heads=2, gated=True, activation="silu", qk_norm=True, tied=False
+    ),
+    "rotary twice, wide qk-norm, grown queries": dataclasses.replace(
+        PLAIN,
+        **ROTARY,
+        num_kv_heads=2,
+        qk_norm=True,
+        qk_norm_wide=True,
+        windows=(0, 4, 0),
+        rope_scaling=GROWING,
+        window_rope=(("rope_theta", 50.0),),
     ),
     "rotary, windows by layer": dataclasses.replace(PLAIN, **ROTARY, windows=(0, 4, 7)),
     "partly rotary, parallel": dataclasses.replace(PLAIN, position="rotary", rotary_dim=2, parallel_residual=True),

@@ -46,6 +46,14 @@ GRANITE = LLAMA | {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_scaling": 1.5,
 }  # fmt: skip
 
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.2, 1.9], "long_factor": [1.0, 3.0, 9.0], "partial_rotary_factor": 0.75,
+}  # fmt: skip
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+BY_KIND = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: model_type, what its transformers config says
     "gpt2": ("gpt2", GPT2),
@@ -95,6 +103,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "sliding_window": None}),
     "mixtral, window exceeded, tied": ("mixtral",
         LLAMA | {"num_local_experts": 3, "sliding_window": 5, "tie_word_embeddings": True}),
+    "phi3, grouped, a window, tied": ("phi3", LLAMA | {"sliding_window": 5, "tie_word_embeddings": True}),
+    "phi3, partly rotary, longrope": ("phi3",
+        LLAMA | {"num_key_value_heads": 6, "rope_parameters": LONG,
+                 "max_position_embeddings": 256, "original_max_position_embeddings": 64}),
+    "ministral, windows by layer": ("ministral",
+        LLAMA | {"layer_types": KINDS, "sliding_window": 5, "head_dim": 16, "num_key_value_heads": 1}),
+    "ministral3, yarn, longer than its first context": ("ministral3",
+        LLAMA | {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}, "sliding_window": 9}),
 }  # fmt: skip
 
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -103,8 +119,13 @@ LENGTHS = (9, 14, 1, 6)
 
 def reference(name: str) -> transformers.PreTrainedModel:
     """A transformers model with every weight random."""
-    model_type, settings = CASES[name]
-    config = transformers.AutoConfig.for_model(model_type, **(settings | NO_SPECIAL))
+    return random_model(*CASES[name])
+
+
+def random_model(model_type: str, settings: dict[str, Any]) -> transformers.PreTrainedModel:
+    """One with these settings."""
+    settings = copy.deepcopy(settings | NO_SPECIAL)  # config classes change what they are given
+    config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -25,6 +25,7 @@ TARGETS: dict[str, Any] = {
     "bloom, 6 heads": "transformer\\.h\\.1\\..*(query_key_value|dense_h_to_4h)",
     "gpt_neox": ("query_key_value", "embed_in", "lm_head"),
     "llama, grouped queries": ("q_proj", "v_proj", "up_proj", "embed_tokens", "lm_head"),
+    "phi3, grouped, a window, tied": ("qkv_proj", "gate_up_proj"),
 }
 
 
@@ -66,6 +67,7 @@ def test_peft_reads_what_we_write_and_computes_the_same(name, targets, tmp_path)
         ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True}),
         ("bloom, 4 heads", {"target_modules": ["query_key_value", "dense"], "use_rslora": True}),
         ("llama, grouped queries", {"target_modules": ["k_proj", "gate_proj", "embed_tokens"]}),
+        ("phi3, grouped, a window, tied", {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
         ("gpt_neox", {"target_modules": ".*layers\\.[12]\\.attention\\.query_key_value"}),
         ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
         ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),

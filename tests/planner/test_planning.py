@@ -37,6 +37,9 @@ LLAMA = dataclasses.replace(
     BASE, family="llama", position="rotary", rotary_dim=32, norm="rms", activation="silu", gated=True, d_ff=320,
     qkv_bias=False, out_bias=False, mlp_bias=False, tied=False, num_kv_heads=2,
 )  # fmt: skip
+YARN = tuple(
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}.items()
+)
 FAMILIES = {
     "gpt2": BASE,
     "opt": dataclasses.replace(BASE, family="opt", position_offset=2, activation="relu"),
@@ -66,7 +69,7 @@ FAMILIES = {
         LLAMA,
         family="gemma3_text",
         windows=(16, 0, 16),
-        local_rope_theta=30.0,
+        window_rope=(("rope_theta", 30.0),),
         out_norms=True,
         norm_offset=1.0,
         embed_scale=11.3,
@@ -87,6 +90,7 @@ FAMILIES = {
         LLAMA, family="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, expert_ff=96, dense_layers=(1,)
     ),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", num_experts=4, experts_per_token=2, expert_ff=128),
+    "ministral3": dataclasses.replace(LLAMA, family="ministral3", rotary_dim=24, rope_scaling=YARN),
 }
 
 

@@ -22,7 +22,7 @@ class DecoderConfig:
     head_dim: int
     d_ff: int
     max_length: int
-    """Tokens of context the model was built for."""
+    """Tokens of context the model was built for, and that a row may have."""
     position: Literal["learned", "rotary", "alibi"] = "learned"
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
@@ -57,13 +57,17 @@ class DecoderConfig:
     """The head is the token embedding."""
     qk_norm: bool = False
     """RMSNorm on each query and key head (Qwen3)."""
+    qk_norm_wide: bool = False
+    """OLMo 2: over all heads at once."""
     rotary_dim: int = 0
     """Leading dimensions of each head that rotate."""
     rope_theta: float = 10_000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
-    """Items of Hugging Face's rope_scaling: types linear and llama3."""
-    local_rope_theta: float = 0.0
-    """Gemma 3: theta of layers with a window, which have no rope_scaling. 0: as in all layers."""
+    """Items of Hugging Face's rope_scaling: see positions.py."""
+    window_rope: tuple[tuple[str, Any], ...] = ()
+    """Where layers with a window turn by other angles (Gemma 3, OLMo 3): rope_theta and rope_scaling of these."""
+    declared_length: int = 0
+    """What config.json says instead of max_length, where longer rows would mean something else (positions.py)."""
     rotary_layers: tuple[bool, ...] = ()
     """Per layer, whether queries and keys rotate (SmolLM3). Empty: in every layer."""
     windows: tuple[int, ...] = ()
@@ -101,3 +105,8 @@ class DecoderConfig:
         count = max(len(self.windows), len(self.rotary_layers), self.num_layers)
         rotary = self.rotary_layers or (self.position == "rotary",) * count
         return tuple(zip(self.windows or (0,) * count, rotary, strict=True))
+
+    def scales_queries(self, length: int) -> bool:
+        """Whether queries of rows of this length grow with their position (Ministral 3)."""
+        numbers = dict(self.rope_scaling)
+        return "llama_4_scaling_beta" in numbers and length > numbers["original_max_position_embeddings"]

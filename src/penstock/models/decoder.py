@@ -27,10 +27,10 @@ from penstock.kernels import cpu_ops
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import Linear, add_to, attention, layer_norm, linear, precise
+from penstock.models.linear import Linear, add_to, attention, layer_norm, linear, precise, rows_of
 from penstock.models.lora import Adapted
 from penstock.models.moe.experts import Visit, everyone, mixture
-from penstock.models.positions import Positions, alibi_slopes, attention_bias, rotary_tables, rotate
+from penstock.models.positions import Positions, alibi_slopes, attention_bias, query_scale, rotary_tables, rotate
 from penstock.models.weight_shapes import BaseDtype, group_in_block, groups_of_block
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
@@ -86,8 +86,9 @@ class Block(nn.Module):
         first = config.pre_norm or not config.out_norms
         self.norm1 = Norm(width, config) if first else None
         self.qkv = Linear(width, heads + 2 * kv, bias=config.qkv_bias)  # q, then k, then v
-        self.q_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
-        self.k_norm = Norm(config.head_dim, config, "rms") if config.qk_norm else None
+        wide = config.qk_norm_wide
+        self.q_norm = Norm(heads if wide else config.head_dim, config, "rms") if config.qk_norm else None
+        self.k_norm = Norm(kv if wide else config.head_dim, config, "rms") if config.qk_norm else None
         self.out = Linear(heads, width, bias=config.out_bias)
         self.out_norm = Norm(width, config) if config.out_norms else None
         self.norm2 = Norm(width, config) if first else None
@@ -122,12 +123,11 @@ class Block(nn.Module):
         """Causal self-attention over the row, or over the cache when decoding."""
         c = self.config
         rows, length, _ = x.shape
-        qkv = self.qkv(x).view(rows, length, c.num_heads + 2 * c.num_kv_heads, c.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)  # [B, H or G, T, E]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.heads(x)
         if positions.rotary is not None:
             q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
+        if positions.query_scale is not None:
+            q = q * positions.query_scale
         if cache is not None and positions.slots is not None and positions.bias is None:
             scores = cpu_ops.Scores(positions.slopes, positions.window, c.attention_scale, c.attention_softcap)
             return self.out(cpu_ops.attention(q, k, v, cache, positions.slots, scores))
@@ -136,6 +136,21 @@ class Block(nn.Module):
         scores = cpu_ops.Scores(None, positions.window, c.attention_scale, c.attention_softcap)
         mixed = attention(q, k, v, positions.bias, scores)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, E], keys and values [B, G, T, E], normed if the model does so."""
+        c = self.config
+        rows, length, _ = x.shape
+        counts, qkv = (c.num_heads, c.num_kv_heads, c.num_kv_heads), self.qkv(x)
+        if c.qk_norm_wide and self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.split([count * c.head_dim for count in counts], dim=-1)
+            parts = self.q_norm(q), self.k_norm(k), v
+            q, k, v = (part.view(rows, length, -1, c.head_dim).transpose(1, 2) for part in parts)
+            return q, k, v
+        q, k, v = qkv.view(rows, length, sum(counts), c.head_dim).transpose(1, 2).split(counts, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def mlp(self, x: Tensor, visit: Visit) -> Tensor:
         """down(activation(up(x))), gated or not, or the experts that each token's router chooses: [B, T, D]."""
@@ -235,39 +250,6 @@ def rounded(number: float, dtype: torch.dtype) -> float:
     mantissa, exponent = math.frexp(number)
     steps = 2 / torch.finfo(dtype).eps
     return math.ldexp(round(mantissa * steps) / steps, exponent)
-
-
-def rows_of(table: Tensor, ids: Tensor) -> Tensor:
-    """table [V, D], ids [...] -> [..., D], as F.embedding."""
-    if torch.is_grad_enabled() and table.requires_grad and not torch.compiler.is_exporting():
-        return _Rows.apply(table, ids)
-    return F.embedding(ids, table)
-
-
-class _Rows(torch.autograd.Function):
-    """F.embedding, whose backward adds rows to the table's gradient in place, if the table has one by then.
-
-    autograd would fill a table of zeros for a few hundred rows, and a second one to add a tied head's gradient. Equal
-    ids add up in fp32, in order: on a GPU sorted by torch, for atomic additions would give other bits each time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, tokens: Tensor) -> Tensor:
-        ctx.table = table
-        ctx.save_for_backward(tokens)
-        return F.embedding(tokens, table)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        (tokens,) = ctx.saved_tensors
-        place = ctx.table.grad
-        sums = torch.zeros_like(ctx.table, dtype=torch.float32) if place is None else place
-        ids, rows = tokens.flatten(), grad.flatten(0, -2).to(sums.dtype)
-        if sums.device.type == "cpu":
-            sums.index_add_(0, ids, rows)
-        else:
-            sums.index_put_((ids,), rows, accumulate=True)
-        return (sums.to(ctx.table.dtype) if place is None else None), None
 
 
 class Source(Protocol):
@@ -460,28 +442,29 @@ class Decoder(nn.Module):
     def begin(self, tokens: Tensor, cache: KVCache | None = None) -> Context:
         """The context of whole rows, tokens [B, T]."""
         length = tokens.shape[1]
-        if self.config.position == "learned" and length > self.config.max_length:
-            raise ValueError(f"a row of {length} tokens does not fit the model's {self.config.max_length} positions")
         return self._context(torch.arange(length, device=tokens.device)[None], length, None, cache)
 
     def _context(self, position_ids: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Context:
         """Of tokens at position_ids [B or 1, T], which see key positions 0 .. seen-1."""
         c, dtype = self.config, self.dtype
-        tables: dict[float, tuple[Tensor, Tensor]] = {}
+        if seen > c.max_length and (c.position == "learned" or c.declared_length):
+            raise ValueError(f"a row of {seen} tokens does not fit the model's {c.max_length} positions")
+        scale = query_scale(c, position_ids, seen, dtype)
+        tables: dict[bool, tuple[Tensor, Tensor]] = {}
         positions = {}
         for window, rotates in dict.fromkeys(c.kinds):
             rotary = None
             if rotates:
-                local = c.local_rope_theta if window else 0.0
-                rotary = tables[local] = tables.get(local) or rotary_tables(c, position_ids, dtype, local)
+                narrow = window > 0 and c.window_rope != ()
+                rotary = tables[narrow] = tables.get(narrow) or rotary_tables(c, narrow, position_ids, dtype)
             if slots is not None and cpu_ops.ready(self.device, dtype):
                 slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
-                positions[window, rotates] = Positions(rotary, None, slots, seen, window, slopes)
+                positions[window, rotates] = Positions(rotary, None, slots, seen, window, slopes, scale)
             elif slots is None and c.attention_softcap:
-                positions[window, rotates] = Positions(rotary, None, None, window=window)
+                positions[window, rotates] = Positions(rotary, None, None, window=window, query_scale=scale)
             else:
                 bias = attention_bias(c, window, position_ids, seen, dtype, slots is not None)
-                positions[window, rotates] = Positions(rotary, bias, slots, seen)
+                positions[window, rotates] = Positions(rotary, bias, slots, seen, query_scale=scale)
         return Context(position_ids, positions, cache)
 
     def _block(self, i: int, x: Tensor, context: Context) -> Tensor:

@@ -271,3 +271,36 @@ def add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
 def _tiles(weight: Tensor) -> Iterator[slice]:
     height = max(PRODUCT_TILE // weight.shape[1], 1)
     return (slice(start, start + height) for start in range(0, len(weight), height))
+
+
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """table [V, D], ids [...] -> [..., D], as F.embedding."""
+    if torch.is_grad_enabled() and table.requires_grad and not torch.compiler.is_exporting():
+        return _Rows.apply(table, ids)
+    return F.embedding(ids, table)
+
+
+class _Rows(torch.autograd.Function):
+    """F.embedding, whose backward adds rows to the table's gradient in place, if the table has one by then.
+
+    autograd would fill a table of zeros for a few hundred rows, and a second one to add a tied head's gradient. Equal
+    ids add up in fp32, in order: on a GPU sorted by torch, for atomic additions would give other bits each time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, tokens: Tensor) -> Tensor:
+        ctx.table = table
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        (tokens,) = ctx.saved_tensors
+        place = ctx.table.grad
+        sums = torch.zeros_like(ctx.table, dtype=torch.float32) if place is None else place
+        ids, rows = tokens.flatten(), grad.flatten(0, -2).to(sums.dtype)
+        if sums.device.type == "cpu":
+            sums.index_add_(0, ids, rows)
+        else:
+            sums.index_put_((ids,), rows, accumulate=True)
+        return (sums.to(ctx.table.dtype) if place is None else None), None

@@ -1,15 +1,25 @@
 """What follows from where tokens stand: rotary tables, ALiBi, windows. Computed once per call, handed to every block.
 
 Shapes: B rows, T tokens, H query heads, E head_dim, S cache slots.
+
+[Note: a token's angle is its own] Two types of rope scaling turn every token of a row by angles that depend on the
+row's length: `dynamic` once it is longer than max_position_embeddings, `longrope` once it is longer than
+original_max_position_embeddings. transformers takes the longest row of a batch for all, and a cache keeps what was
+turned before. An answer that grows past the mark would be trained on log-probabilities that nobody sampled from, so
+rows end there: that is the model's max_length (families/settings.py). Where longrope's two lists are equal, none is.
 """
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from penstock.kernels import compile as compiler
 from penstock.models.config import DecoderConfig
 
 
@@ -29,6 +39,8 @@ class Positions:
     slopes: Tensor | None = None
     """Without a bias, which `kernels.cpu_ops` and `kernels.capped_attention` do not need: the attention window, and
     ALiBi's slopes."""
+    query_scale: Tensor | None = None
+    """What queries are multiplied by, [B or 1, 1, T, 1]; None: nothing."""
 
 
 pytree.register_dataclass(Positions)  # so that a block can be exported with them
@@ -61,32 +73,98 @@ def attention_bias(
     return bias.masked_fill(hidden, -torch.inf).to(dtype)
 
 
-def rotary_tables(
-    config: DecoderConfig, where: Tensor, dtype: torch.dtype, local_theta: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, [B or 1, 1, T, rotary_dim], for positions `where` [B or 1, T]; with a `local_theta` those of layers
-    that have their own."""
-    angles = where[:, None, :, None].float() * rope_frequencies(config, where.device, local_theta)
+def rotary_tables(config: DecoderConfig, narrow: bool, where: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [B or 1, 1, T, rotary_dim], for positions `where` [B or 1, T]; narrow: of layers with a window,
+    which turn by other angles."""
+    scaling = dict(config.window_rope if narrow else config.rope_scaling)
+    theta = scaling.pop("rope_theta", config.rope_theta)
+    compute = rope_frequencies if compiler.real() else rope_frequencies.__wrapped__  # a dry run's tensors do not stay
+    frequencies = compute(theta, config.rotary_dim, tuple(scaling.items()), where.device)
+    angles = where[:, None, :, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if (factor := attention_factor(scaling)) != 1:
+        cos, sin = cos * factor, sin * factor
+    return cos.to(dtype), sin.to(dtype)
 
 
-def rope_frequencies(config: DecoderConfig, device: torch.device, local_theta: float = 0.0) -> Tensor:
-    """Inverse frequencies, [rotary_dim / 2] fp32, with linear or llama3 scaling (Llama 3.1's long-context recipe)."""
-    exponent = torch.arange(0, config.rotary_dim, 2, device=device).float() / config.rotary_dim
-    frequencies = 1.0 / (local_theta or config.rope_theta) ** exponent
-    scaling = {} if local_theta else dict(config.rope_scaling)
-    if scaling.get("rope_type") == "linear":
-        return frequencies / scaling["factor"]
-    if scaling.get("rope_type") == "llama3":
-        old = scaling["original_max_position_embeddings"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        wavelength = 2 * math.pi / frequencies
-        smooth = (old / wavelength - low) / (high - low)
-        between = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
-        scaled = torch.where(wavelength > old / low, frequencies / scaling["factor"], frequencies)
-        return torch.where((wavelength <= old / low) & (wavelength >= old / high), between, scaled)
+@functools.lru_cache
+def rope_frequencies(theta: float, width: int, scaling: tuple[tuple[str, Any], ...], device: torch.device) -> Tensor:
+    """Inverse frequencies, [width / 2] fp32, with the scaling of one of these types:
+
+    linear: all positions are divided (Chen et al. 2023). llama3: low frequencies are (Dubey et al. 2024).
+    yarn: those below a ramp are (Peng et al. 2023, eq. 13 to 16). longrope: each has its divisor (Ding et al. 2024).
+    dynamic: none up to max_position_embeddings, and rows are no longer.
+    """
+    exponent = torch.arange(0, width, 2, device=device).float() / width
+    frequencies, numbers = 1.0 / theta**exponent, dict(scaling)
+    kind = numbers.get("rope_type")
+    if kind == "linear":
+        return frequencies / numbers["factor"]
+    if kind == "llama3":
+        return _llama3(frequencies, numbers)
+    if kind == "yarn":
+        return _yarn(theta, exponent, numbers)
+    if kind == "longrope":
+        return 1.0 / (torch.tensor(numbers["short_factor"], device=device).float() * theta**exponent)
     return frequencies
+
+
+def _llama3(frequencies: Tensor, numbers: Mapping[str, Any]) -> Tensor:
+    old = numbers["original_max_position_embeddings"]
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    wavelength = 2 * math.pi / frequencies
+    smooth = (old / wavelength - low) / (high - low)
+    between = (1 - smooth) * frequencies / numbers["factor"] + smooth * frequencies
+    scaled = torch.where(wavelength > old / low, frequencies / numbers["factor"], frequencies)
+    return torch.where((wavelength <= old / low) & (wavelength >= old / high), between, scaled)
+
+
+def _yarn(theta: float, exponent: Tensor, numbers: Mapping[str, Any]) -> Tensor:
+    width, powers = 2 * len(exponent), theta**exponent
+
+    def dimension(turns: float) -> float:
+        """The pair of dimensions that turns so often within the original context."""
+        return (
+            width
+            * math.log(numbers["original_max_position_embeddings"] / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
+
+    low, high = dimension(numbers.get("beta_fast") or 32), dimension(numbers.get("beta_slow") or 1)
+    if numbers.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high += 0.001 * (low == high)  # no division by zero
+    ramp = ((torch.arange(len(exponent), device=exponent.device).float() - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (numbers["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+
+
+def attention_factor(scaling: Mapping[str, Any]) -> float:
+    """What cos and sin are multiplied by: yarn's and longrope's correction of the scores' temperature."""
+    kind, factor, given = scaling.get("rope_type"), scaling.get("factor", 1.0), scaling.get("attention_factor")
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if given is not None:
+        return given
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(scaling["original_max_position_embeddings"]))
+    scale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if scale and all_dims:
+        return (0.1 * scale * math.log(factor) + 1) / (0.1 * all_dims * math.log(factor) + 1)
+    return 0.1 * math.log(factor) + 1
+
+
+def query_scale(config: DecoderConfig, where: Tensor, seen: int, dtype: torch.dtype) -> Tensor | None:
+    """Ministral 3: queries grow with the logarithm of their position, [B or 1, 1, T, 1]; None where none does yet."""
+    if not config.scales_queries(seen):
+        return None
+    numbers = dict(config.rope_scaling)
+    beta, original = numbers["llama_4_scaling_beta"], numbers["original_max_position_embeddings"]
+    return (1 + beta * torch.log(1 + torch.floor(where / original)))[:, None, :, None].to(dtype)
 
 
 def alibi_slopes(heads: int, device: torch.device) -> Tensor:

@@ -10,6 +10,8 @@ from penstock.memory.chunks import Weight
 from penstock.models.config import DecoderConfig
 
 BaseDtype = Literal["int8", "nf4"]
+Named = list[tuple[str, tuple[int, ...]]]
+"""Weights' names and shapes."""
 PACKED_BLOCK = 64
 """Inputs that share a scale in nf4."""
 
@@ -21,15 +23,16 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
     """
     c = config
     width, heads, kv = c.embed_dim or c.d_model, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    normed = (heads, kv) if c.qk_norm_wide else (c.head_dim, c.head_dim)
 
-    def norm(name: str, size: int, kind: str | None = None) -> list[tuple[str, tuple[int, ...]]]:
+    def norm(name: str, size: int, kind: str | None = None) -> Named:
         bias = [(f"{name}.bias", (size,))] if (kind or c.norm) == "layer" else []
         return [(f"{name}.weight", (size,)), *bias]
 
-    def linear(name: str, inputs: int, outputs: int, bias: bool) -> list[tuple[str, tuple[int, ...]]]:
+    def linear(name: str, inputs: int, outputs: int, bias: bool) -> Named:
         return [(f"{name}.weight", (outputs, inputs)), *([(f"{name}.bias", (outputs,))] if bias else [])]
 
-    embed: list[tuple[str, tuple[int, ...]]] = []
+    embed: Named = []
     if c.position == "learned":
         embed.append(("embed.positions", (c.max_length + c.position_offset, c.d_model)))
     if c.embed_dim:
@@ -40,14 +43,14 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
     attention = [
         *(norm("norm1", c.d_model) if first else []),
         *linear("qkv", c.d_model, heads + 2 * kv, c.qkv_bias),
-        *(norm("q_norm", c.head_dim, "rms") + norm("k_norm", c.head_dim, "rms") if c.qk_norm else []),
+        *(norm("q_norm", normed[0], "rms") + norm("k_norm", normed[1], "rms") if c.qk_norm else []),
         *linear("out", heads, c.d_model, c.out_bias),
         *([("sinks", (c.num_heads,))] if c.sinks else []),
         *(norm("out_norm", c.d_model) if c.out_norms else []),
         *(norm("norm2", c.d_model) if first else []),
     ]
 
-    def mlp(width: int) -> list[tuple[str, tuple[int, ...]]]:
+    def mlp(width: int) -> Named:
         up, down = (c.d_model, width * (2 if c.gated else 1)), (width, c.d_model)
         return [*linear("up", *up, c.mlp_bias), *linear("down", *down, c.mlp_bias)]
 
@@ -55,8 +58,7 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
     last = norm("norm", c.d_model) if c.final_norm else []
     if c.embed_dim:
         last += linear("unproject", c.d_model, c.embed_dim, False)
-    shapes: list[tuple[str, list[tuple[str, tuple[int, ...]]]]] = []
-    shapes += [("tokens", [("embed.tokens", (c.vocab_size, width))]), ("embed", embed)]
+    shapes: list[tuple[str, Named]] = [("tokens", [("embed.tokens", (c.vocab_size, width))]), ("embed", embed)]
     for i in range(c.num_layers):
         own, *experts = groups_of_block(c, i)
         behind = norm("down_norm", c.d_model) if c.out_norms else []

@@ -194,9 +194,9 @@ def _block(
     projected = queries + 2 * keys
     turned = mixing = 0
     if c.qk_norm:
-        rows = tokens * (c.num_heads + c.num_kv_heads)
-        normed = _norm("rms", rows, c.head_dim, s)
-        turned += normed.saved
+        for heads in (c.num_heads, c.num_kv_heads):
+            rows, width = (tokens, heads * c.head_dim) if c.qk_norm_wide else (tokens * heads, c.head_dim)
+            turned += _norm("rms", rows, width, s).saved
     if rotates:
         turned += queries + keys
         part = c.rotary_dim / c.head_dim
@@ -249,8 +249,9 @@ def _context(c: DecoderConfig, length: int, s: int) -> int:
     """What positions need: rotary tables, or ALiBi's and windows' biases."""
     nbytes = length * INDEX
     if c.position == "rotary":
-        tables = {c.local_rope_theta if window else 0.0 for window, rotates in c.kinds if rotates}
+        tables = {window > 0 and c.window_rope != () for window, rotates in c.kinds if rotates}
         nbytes += 2 * length * c.rotary_dim * s * len(tables)
+        nbytes += length * s if c.scales_queries(length) else 0
     kinds = {kind for kind in c.kinds if 0 < kind[0] < length or c.position == "alibi"}
     return nbytes + len(kinds) * _bias(c, length) * s
 

@@ -37,6 +37,8 @@ ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attent
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """BloomConfig -> DecoderConfig."""
     require(hf, apply_residual_connection_post_layernorm=False)
+    if hf.get("pretraining_tp", 1) != 1:
+        require(hf, slow_but_exact=False)  # transformers then leaves biases out
     fields = read(by_name(hf, ALIASES), FIELDS)
     return DecoderConfig(**fields, d_ff=4 * fields["d_model"], position="alibi", embed_norm=True)
 

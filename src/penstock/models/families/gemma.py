@@ -9,7 +9,8 @@ from typing import Any
 
 from penstock.models.config import DecoderConfig
 from penstock.models.families import llama
-from penstock.models.families.settings import number, require, rope, whole, windows_of
+from penstock.models.families.rope import parameters_by_kind, rope_by_kind, window_rope
+from penstock.models.families.settings import number, require, whole, windows_of
 from penstock.models.families.weights import pair
 
 CAUSAL_LM = {"gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
@@ -39,36 +40,21 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     third = hf["model_type"] == "gemma3_text"
     hf = DEFAULTS | ({} if third else DEFAULTS2) | hf
     require(hf, use_bidirectional_attention=hf.get("use_bidirectional_attention") and False)
-    ropes: dict[str, Any] = {}
+    narrow: dict[str, Any] = {}
     if third:
         require(hf, attn_logit_softcapping=None)  # which its attention never reads
-        full, ropes["local_rope_theta"] = _ropes(hf)
-        hf = {**hf, "rope_parameters": full, "rope_scaling": None}
-    config = llama.config_from_hf({**hf, "hidden_act": hf["hidden_activation"], "mlp_bias": False})
+        hf, narrow = rope_by_kind(hf, (hf.get("rope_theta", 1_000_000.0), hf.get("rope_local_base_freq", 10_000.0)))
+    config = llama.config_from_hf({**hf, "mlp_bias": False}, llama.FIELDS | {"activation": "hidden_activation"})
     every = whole(hf, "sliding_window_pattern", 6) if third else 2
     kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(config.num_layers)]
     windows = windows_of(hf, hf["sliding_window"], kinds, config.num_layers)
+    config = dataclasses.replace(config, windows=windows if any(windows) else ())
     return dataclasses.replace(
-        config, **ropes, windows=windows if any(windows) else (), qk_norm=third, out_norms=True, norm_offset=1.0,
-        embed_scale=config.d_model**0.5, attention_scale=number(hf, "query_pre_attn_scalar") ** -0.5,
+        config, window_rope=window_rope(narrow, config) if third else (), qk_norm=third, out_norms=True,
+        norm_offset=1.0, embed_scale=config.d_model**0.5, attention_scale=number(hf, "query_pre_attn_scalar") ** -0.5,
         attention_softcap=number(hf, "attn_logit_softcapping", none=0.0),
         logit_softcap=number(hf, "final_logit_softcapping", none=0.0),
     )  # fmt: skip
-
-
-def _ropes(hf: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """rope_parameters of layers that see everything, and theta of the others. Before transformers 5 rope_scaling, which
-    wins, was of the first alone."""
-    settings = hf.get("rope_parameters") or {}
-    if unknown := set(settings) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"rope_parameters: {', '.join(sorted(unknown))} stands outside full_attention")
-    full = {"rope_theta": hf.get("rope_theta", 1_000_000.0), **(settings.get("full_attention") or {})}
-    local = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0), **(settings.get("sliding_attention") or {})}
-    local = {**hf, "rope_parameters": local, "rope_scaling": None}
-    theta, share, _ = rope(local, ("default",))
-    if share not in (None, 1):
-        raise ValueError(f"partial_rotary_factor: {share!r} is not supported; only 1 is")
-    return {**full, **(hf.get("rope_scaling") or {})}, theta
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
@@ -77,8 +63,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
     theirs.pop("mlp_bias")  # there is none
     act = theirs.pop("hidden_act")
     if config.family == "gemma3_text":
-        local = {"rope_type": "default", "rope_theta": config.local_rope_theta or 10_000.0}
-        theirs["rope_parameters"] = {"full_attention": theirs["rope_parameters"], "sliding_attention": local}
+        theirs["rope_parameters"] = parameters_by_kind(config)
     kinds = ["sliding_attention" if window else "full_attention" for window, _ in config.kinds]
     return {
         **theirs,

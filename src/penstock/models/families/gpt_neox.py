@@ -3,7 +3,8 @@
 from typing import Any
 
 from penstock.models.config import DecoderConfig
-from penstock.models.families.settings import Fields, read, rope, write
+from penstock.models.families.rope import rope, rope_parameters, rotary
+from penstock.models.families.settings import Fields, read, write
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER = "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"
@@ -36,14 +37,13 @@ FIELDS: Fields = {
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """GPTNeoXConfig -> DecoderConfig."""
-    theta, share, _ = rope(hf, ("default",), theta="rotary_emb_base", share="rotary_pct")
+    theta, share, scaling = rope(hf, theta="rotary_emb_base", share="rotary_pct")
     fields = read(hf, FIELDS)
-    rotated = int(fields["head_dim"] * (0.25 if share is None else share))
-    return DecoderConfig(**fields, out_bias=fields["qkv_bias"], position="rotary", rotary_dim=rotated, rope_theta=theta)
+    fields |= rotary(fields, int(fields["head_dim"] * (0.25 if share is None else share)), theta, scaling)
+    return DecoderConfig(**fields, out_bias=fields["qkv_bias"])
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """DecoderConfig -> GPTNeoXConfig."""
-    rotated = config.rotary_dim / config.head_dim
-    rotary = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": rotated}
-    return {**write(config, FIELDS), "rotary_pct": rotated, "rope_parameters": rotary}
+    rotary = {"partial_rotary_factor": 1.0, **rope_parameters(config)}  # theirs is 0.25 where the file has none
+    return {**write(config, FIELDS), "rotary_pct": rotary["partial_rotary_factor"], "rope_parameters": rotary}

@@ -3,7 +3,8 @@
 from typing import Any
 
 from penstock.models.config import DecoderConfig
-from penstock.models.families.settings import Fields, read, rope, write
+from penstock.models.families.rope import rope, rope_parameters, rotary
+from penstock.models.families.settings import Fields, read, write
 from penstock.models.families.weights import Weight, pair
 
 CAUSAL_LM, CLASSIFIER, PREFIX, HEAD = "LlamaForCausalLM", "LlamaForSequenceClassification", "model.", "lm_head.weight"
@@ -37,18 +38,17 @@ FIELDS: Fields = {
 }
 
 
-def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """LlamaConfig and its descendants (Mistral, Qwen) -> DecoderConfig."""
-    theta, share, scaling = rope(hf, ("default", "linear", "llama3"))
+def config_from_hf(hf: dict[str, Any], table: Fields = FIELDS) -> DecoderConfig:
+    """LlamaConfig and its descendants (Mistral, Qwen), whose fields are in `table` -> DecoderConfig."""
+    theta, share, scaling = rope(hf)
     if share not in (None, 1):
         raise ValueError(f"partial_rotary_factor: {share!r} is not supported; only 1 is")
-    fields = read(hf, FIELDS)
+    fields = read(hf, table)
     fields |= {"qkv_bias": bool(fields["qkv_bias"]), "mlp_bias": bool(fields["mlp_bias"])}  # null in some files
-    rotary = {"position": "rotary", "rotary_dim": fields["head_dim"], "rope_theta": theta, "rope_scaling": scaling}
-    return DecoderConfig(**fields, **rotary, norm="rms", gated=True, out_bias=fields["qkv_bias"])
+    fields |= rotary(fields, fields["head_dim"], theta, scaling)
+    return DecoderConfig(**fields, norm="rms", gated=True, out_bias=fields["qkv_bias"])
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """DecoderConfig -> LlamaConfig."""
-    rotary = {"rope_type": "default", **dict(config.rope_scaling), "rope_theta": config.rope_theta}
-    return {**write(config, FIELDS), "rope_parameters": rotary}
+    return {**write(config, FIELDS), "rope_parameters": rope_parameters(config)}

@@ -13,12 +13,6 @@ assert set(NAMES.values()) == set(ACTIVATIONS)
 Fields = dict[str, str | tuple[str, Any]]
 """A field of DecoderConfig: its key in config.json, which must be there, or the key and transformers' default."""
 COUNTS = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
-ROPE_NUMBERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
-}
-"""What each type of rope scaling is computed from."""
 
 
 def read(hf: dict[str, Any], fields: Fields) -> dict[str, Any]:
@@ -87,6 +81,8 @@ def whole(hf: dict[str, Any], key: str, default: int) -> int:
 def write(config: DecoderConfig, fields: Fields) -> dict[str, Any]:
     """The keys of config.json that hold these fields."""
     hf = {_key(key): getattr(config, ours) for ours, key in fields.items()}
+    if config.declared_length:
+        hf[_key(fields["max_length"])] = config.declared_length
     if "activation" in fields:
         hf[_key(fields["activation"])] = next(name for name in NAMES if NAMES[name] == config.activation)
     return hf
@@ -124,27 +120,3 @@ def write_experts(config: DecoderConfig, width: str) -> dict[str, Any]:
         "num_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token, width: config.expert_ff,
         "router_aux_loss_coef": config.router_aux_loss_coef,
     }  # fmt: skip
-
-
-def rope(
-    hf: dict[str, Any], supported: tuple[str, ...], *, theta: str = "rope_theta", share: str = "partial_rotary_factor"
-) -> tuple[float, float | None, tuple[tuple[str, Any], ...]]:
-    """theta, the rotating share of a head, and the numbers of rope scaling with its rope_type (empty: none).
-
-    transformers 5 writes rope_parameters, before that rope_scaling, which wins. theta, share: their older keys.
-    """
-    settings = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    rope_type = settings.pop("rope_type", settings.get("type", "default"))
-    settings.pop("type", None)
-    if rope_type not in supported:
-        raise ValueError(f"rope scaling {rope_type!r} is not supported; supported: {', '.join(supported)}")
-    base = float(settings.pop("rope_theta", hf.get(theta, 10_000.0)))
-    rotating = settings.pop("partial_rotary_factor", hf.get(share))
-    original = settings.pop("original_max_position_embeddings", hf.get("max_position_embeddings"))
-    if "original_max_position_embeddings" in (needed := ROPE_NUMBERS[rope_type]):
-        settings["original_max_position_embeddings"] = hf.get("original_max_position_embeddings", original)
-    if set(settings) != set(needed) or not all(isinstance(value, int | float) for value in settings.values()):
-        wants = " and the numbers ".join(filter(None, ("rope_theta", ", ".join(needed))))
-        raise ValueError(f"rope scaling {rope_type!r} has {settings}; it is computed from {wants}")
-    items = () if rope_type == "default" else tuple(sorted({**settings, "rope_type": rope_type}.items()))
-    return base, rotating, items
