@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -17,8 +16,9 @@ from penstock.errors import UserError
 from penstock.models import safetensors_writer
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.families import family_of, weights_of
+from penstock.models.families import weights_of
 from penstock.models.families.weights import Weight
+from penstock.models.foreign.family import family_of
 from penstock.models.lora import Adapter, adapters_of
 from penstock.models.lora_targets import EXPERT_PARAMETERS, LoraSpec, lora_targets_of
 from penstock.models.safetensors_writer import Entry
@@ -167,7 +167,7 @@ def plain_weights(directory: Path, config: DecoderConfig) -> dict[str, str]:
     """Weights of the base that the file has a copy of: their names in the base, and in the file. peft writes the
     modules of modules_to_save, trained biases, and token tables and heads that have adapters. Raises UserError for
     products of blocks, which are no adapter's."""
-    family = family_of(config.family, config.family)
+    family = family_of(config)
     with _open(directory) as file:
         keys = set(file.keys())
     copies: dict[str, str] = {}
@@ -277,7 +277,7 @@ def tensors(decoder: Decoder, score: Tensor | None) -> Iterator[Tensor]:
 def _copies(decoder: Decoder, score: Tensor | None) -> Iterator[tuple[Weight, str, str]]:
     """The base's weights that the file holds too, with the base's name of each and peft's, without its prefix."""
     assert decoder.adapted is not None
-    family = family_of(decoder.config.family, decoder.config.family)
+    family = family_of(decoder.config)
     adapted = {adapter.target.theirs for adapter in adapters_of(decoder)}
     for weight in weights_of(family, decoder.config) if decoder.adapted.copies else ():
         for name in weight.theirs:
@@ -286,7 +286,7 @@ def _copies(decoder: Decoder, score: Tensor | None) -> Iterator[tuple[Weight, st
                 yield weight, name, f"{module}{'.base_layer' * (module in adapted)}.{kind}"
 
 
-def _module(family: ModuleType, name: str) -> tuple[str, str]:
+def _module(family: Any, name: str) -> tuple[str, str]:
     """transformers' module of a weight, and what it is of it: GPT-NeoX's head has another name in files."""
     module, _, kind = name.rpartition(".")
     return getattr(family, "HEAD_MODULE", module) if name == family.HEAD else module, kind

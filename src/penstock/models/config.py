@@ -8,6 +8,32 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True)
+class Foreign:
+    """A model whose layers are transformers' own (models.foreign), as the plan and adapters see it."""
+
+    text: str
+    """Its config.json."""
+    groups: tuple[tuple[str, tuple["ForeignWeight", ...]], ...] = field(compare=False, repr=False)
+    """(group, weights) that move together, in operational order."""
+    visits: tuple[tuple[str, ...], ...] = field(compare=False, repr=False)
+    """Groups that are needed at once, in order, without the head's."""
+    products: tuple[tuple[str, str], ...] = field(compare=False, repr=False)
+    """Linear layers that adapters fit: our name of the module and theirs."""
+
+
+@dataclass(frozen=True)
+class ForeignWeight:
+    """Example: ForeignWeight("blocks.0.mixer.A_log", (16,), learns=True, wide=True)."""
+
+    name: str
+    shape: tuple[int, ...]
+    learns: bool
+    """False: it is a buffer there."""
+    wide: bool
+    """Whether it is fp32 in a bf16 model too."""
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """What distinguishes one decoder from another. Families translate Hugging Face configs to and from this."""
 
@@ -96,6 +122,8 @@ class DecoderConfig:
     clamp: tuple[float, float] | None = None
     """gpt-oss: (alpha, limit) of its gated activation, in the place of `activation`."""
     eos_ids: tuple[int, ...] = ()
+    foreign: Foreign | None = None
+    """Of a model whose layers are transformers' own. None: they are ours."""
     hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """The config.json this came from: keys we do not use survive a round trip."""
 

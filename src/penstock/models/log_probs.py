@@ -101,8 +101,8 @@ class _Chosen(torch.autograd.Function):
         places: list[Tensor | None] = [None] * len(pairs)
         for i, weight in enumerate(ctx.weights):
             if wanted[2 * i + 1]:
-                places[i] = weight.grad
-                if weight.grad is None:
+                places[i] = weight.grad if weight.is_leaf else None
+                if places[i] is None:
                     places[i] = fresh[i] = torch.zeros_like(weight)
         temperature, softcap = ctx.bends
         grad = grad / temperature

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from penstock.memory.chunks import Weight as Sized
 from penstock.models import weight_shapes
-from penstock.models.config import DecoderConfig
+from penstock.models.config import DecoderConfig, Foreign
 from penstock.models.families import family_of, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.weight_shapes import BaseDtype
@@ -96,6 +96,8 @@ class LoraTarget:
 
 def lora_targets_of(config: DecoderConfig) -> list[LoraTarget]:
     """All of a decoder's, in the order of the program."""
+    if config.foreign:
+        return _of_foreign(config.foreign)
     family, targets = family_of(config.family, config.family), []
     shape_of = {
         weight.name.removeprefix("decoder."): weight.shape
@@ -124,6 +126,18 @@ def lora_targets_of(config: DecoderConfig) -> list[LoraTarget]:
     return targets
 
 
+def _of_foreign(foreign: Foreign) -> list[LoraTarget]:
+    """The linear layers of transformers' own layers."""
+    shape_of = {weight.name: weight.shape for _, weights in foreign.groups for weight in weights}
+    targets = []
+    for ours, theirs in foreign.products:
+        height, width = shape_of[f"{ours}.weight"]
+        targets.append(
+            LoraTarget(ours, theirs, 0, height, width, False, Weight(f"{ours}.weight", (f"{theirs}.weight",)))
+        )
+    return targets
+
+
 def groups_of(
     config: DecoderConfig, dtype: str, spec: LoraSpec | None, *, trained: bool, scalar: bool, base: Hashable = "base",
     packed: BaseDtype | None = None,
@@ -134,11 +148,13 @@ def groups_of(
     base: identifies the frozen weights, which models of the same base share. packed: the dtype of the blocks' products.
     """
     groups: dict[str, list[Sized]] = {}
+    kept = _kept_whole(config)
     for group, weights in weight_shapes.groups_of(config, dtype, trained=False, scalar=scalar):
         for weight in weights:
             score = weight.name == "score"
             weight = dataclasses.replace(weight, trained=trained and score, recipe=None if score else base)
-            if packed and group.startswith("blocks.") and len(weight.shape) == 2 and ".router." not in weight.name:
+            packable = ".router." not in weight.name and weight.name not in kept
+            if packed and group.startswith("blocks.") and len(weight.shape) == 2 and packable:
                 names = (weight.name, weight.name.replace(".weight", ".scales"))
                 halves = zip(names, weight_shapes.packed_shapes(packed, *weight.shape), strict=True)
                 parts = [
@@ -156,6 +172,14 @@ def groups_of(
         members.append(Sized(f"{name}.a", (spec.rank_of(target), target.width), dtype, trained))
         members.append(Sized(f"{name}.b", (target.height, spec.rank_of(target)), dtype, trained))
     return list(groups.items())
+
+
+def _kept_whole(config: DecoderConfig) -> set[str]:
+    """The tables of transformers' own layers that are no product: they are not packed."""
+    if config.foreign is None:
+        return set()
+    products = {f"{ours}.weight" for ours, _ in config.foreign.products}
+    return {f"decoder.{w.name}" for _, weights in config.foreign.groups for w in weights if w.name not in products}
 
 
 def adapted_targets(config: DecoderConfig, spec: LoraSpec | None, scalar: bool) -> list[LoraTarget]:

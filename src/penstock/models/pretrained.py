@@ -8,11 +8,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from penstock.models import adapter_files, safetensors_writer, weight_files
 from penstock.models.chat_template import ChatTemplate
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.families import family_of, multimodal, weights_of
+from penstock.models.families import multimodal, weights_of
 from penstock.models.families.weights import Weight
+from penstock.models.foreign.decoder import decoder_of
+from penstock.models.foreign.family import family_in, family_of
 from penstock.models.formats import gguf_file
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.safetensors_writer import Entry
@@ -78,8 +80,8 @@ def _load_whole(
 ) -> tuple[Decoder, dict[str, Tensor]]:
     """`load` without an adapter; `changes`: the directory of one whose copies of weights replace the base's."""
     hf = read_config(directory)
-    family = family_of(hf.get("model_type"), str(directory / "config.json"))
     check_unpacked(hf, directory)
+    family = family_in(hf, str(directory / "config.json"))
     try:
         config = dataclasses.replace(family.config_from_hf(hf), hf=hf, eos_ids=read_ends(directory))
     except KeyError as error:
@@ -87,7 +89,7 @@ def _load_whole(
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{directory / 'config.json'}: {error}.") from error
     checkpoint = Checkpoint(directory, config, family, allow_pickle, changes)
-    decoder = Decoder(checkpoint.config, dtype=dtype, device="meta")
+    decoder = decoder_of(checkpoint.config, dtype=dtype, device="meta")
     extras = checkpoint.check(decoder)
     decoder.source = checkpoint
     device = torch.device(device) if device is not None else torch.get_default_device()
@@ -146,7 +148,7 @@ class Checkpoint:
         self,
         directory: Path,
         config: DecoderConfig,
-        family: ModuleType,
+        family: Any,
         allow_pickle: bool,
         changes: Path | None = None,
     ) -> None:
@@ -158,6 +160,8 @@ class Checkpoint:
         self.config = config
         weights = _open_weights(directory, allow_pickle)
         multimodal.count_left_out(directory, weights, config.family)
+        self.older: dict[str, str] = family.stored(weights.names) if config.foreign else {}
+        """Names in files from before transformers renamed weights, by the new ones."""
         if changes is not None:
             self.replaced = self._replaced(weights, changes)
         tables = {family.HEAD, self._table()}
@@ -166,7 +170,8 @@ class Checkpoint:
 
     def _table(self) -> str:
         """The token table's full name."""
-        return next(w.theirs[0] for w in weights_of(self.family, self.config) if w.ours == "embed.tokens")
+        tables = ("embed.tokens", "embed.weight")
+        return next(w.theirs[0] for w in weights_of(self.family, self.config) if w.ours in tables)
 
     def _own_head(self, weights: Weights) -> bool:
         """Whether the files hold a head of its own although config.json says that it is the token table."""
@@ -218,7 +223,9 @@ class Checkpoint:
         "decoder.", GPT-2's empty."""
         bare = name.removeprefix(self.family.PREFIX)
         shorter = self.family.PREFIX.split(".", 1)[1] + bare
-        return next((candidate for candidate in (name, shorter, bare) if candidate in names), None)
+        return next(
+            (candidate for candidate in (name, shorter, bare, self.older.get(name)) if candidate in names), None
+        )
 
     def __deepcopy__(self, memo: dict) -> "Checkpoint":
         return self  # a copy of a recipe names the same files
@@ -249,10 +256,11 @@ class Checkpoint:
                 f"weights without their scales: {_first(coded)}; take the model that it was made from."
             )
         unused = weights.names - used - ({self.family.HEAD} if self.config.tied else set())
-        if buffers := sorted(name for name in unused if name.endswith(IGNORED)):
+        patterns = self.family.UNUSED if self.config.foreign else ()
+        if buffers := sorted(n for n in unused if n.endswith(IGNORED) or any(re.search(p, n) for p in patterns)):
             warnings.warn(
-                f"{self.directory}: {len(buffers)} entries are not used, masks and tables that are computed here: "
-                f"{_first(buffers)}.",
+                f"{self.directory}: {len(buffers)} entries are not used, masks and tables that are computed here, or "
+                f"layers that are not run: {_first(buffers)}.",
                 stacklevel=2,
             )
         unused -= set(buffers)
@@ -346,7 +354,7 @@ def save(
     If the decoder has adapters, they alone are written, and peft loads them. Where ranks share the weights all of them
     call it, and those that do not write pass None.
     """
-    family = family_of(decoder.config.family, str(directory))
+    family = family_of(decoder.config)
     adapted = decoder.adapted is not None and decoder.adapted.merged is None
     if directory is None:
         if decoder.feed.collective:
@@ -379,12 +387,12 @@ def save(
             path.unlink()
 
 
-def _config_json(decoder: Decoder, family: ModuleType, score: Tensor | None, extra: dict[str, Any]) -> dict[str, Any]:
+def _config_json(decoder: Decoder, family: Any, score: Tensor | None, extra: dict[str, Any]) -> dict[str, Any]:
     config = decoder.config
     hf = {**config.hf, **family.hf_config(config), **extra}
     architecture = family.CAUSAL_LM if score is None else family.CLASSIFIER
     hf["architectures"] = [architecture[config.family] if isinstance(architecture, dict) else architecture]
-    hf["dtype"] = str(decoder.embed.tokens.dtype).removeprefix("torch.")
+    hf["dtype"] = str(decoder.dtype).removeprefix("torch.")
     hf.pop("torch_dtype", None)  # the older name of dtype
     hf.pop("quantization_config", None)  # of the files that it was read from
     if score is None:
@@ -463,7 +471,7 @@ def _local(source: str | Path, allow_pickle: bool = False) -> Path:
         ) from error
 
 
-def _entries(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Entry]:
+def _entries(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Entry]:
     """The tensors of a checkpoint; with a score head, no language-model head."""
     if score is not None:
         yield Entry(CLASSIFIER_HEAD, score.dtype, tuple(score.shape))
@@ -473,7 +481,7 @@ def _entries(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iter
             yield Entry(name, tensor.dtype, tuple(tensor.shape))
 
 
-def _their_tensors(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Tensor]:
+def _their_tensors(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Tensor]:
     """The tensors of `_entries`, on the CPU."""
     if score is not None:
         yield score.detach().cpu()
@@ -489,6 +497,6 @@ def _their_tensors(decoder: Decoder, family: ModuleType, score: Tensor | None) -
         yield from theirs
 
 
-def _saved(decoder: Decoder, family: ModuleType, score: Tensor | None) -> Iterator[Weight]:
+def _saved(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Weight]:
     parameters = {name for name, _ in decoder.named_parameters()} - ({"head"} if score is not None else set())
     return (weight for weight in weights_of(family, decoder.config) if weight.ours in parameters)

@@ -74,7 +74,13 @@ class Role(nn.Module):
         return self.decoder.begin(tokens)
 
     def slice(self, budget: int) -> None:
-        """From now on, whole rows hold at most `budget` bytes inside a block."""
+        """From now on, whole rows hold at most `budget` bytes inside a block. Raises UserError where its layers are
+        transformers' own."""
+        if self.decoder.config.foreign:
+            raise UserError(
+                f"--activation-budget: the layers of {self.decoder.config.family} are transformers' own, which are not "
+                "computed in slices; leave it out, and give --recompute or a smaller --micro-batch-size."
+            )
         from penstock.models.sliced_blocks import slicer_of  # slow to import
 
         self.decoder.slicer = slicer_of(self.decoder.config, budget)
@@ -257,7 +263,9 @@ def _load(
 def _freeze_start(decoder: Decoder, unfrozen: int) -> None:
     """Freezes all but the last `unfrozen` blocks, the last norm and an untied head."""
     layers = decoder.config.num_layers
+    learns = {"last", "head", *(f"blocks.{i}" for i in range(layers - unfrozen, layers))}
     if unfrozen > layers:
         raise UserError(f"--num-layers-unfrozen {unfrozen}: the model has {layers} blocks; give that or less.")
-    decoder.embed.requires_grad_(False)
-    decoder.blocks[: layers - unfrozen].requires_grad_(False)
+    for group, names in decoder.groups():
+        for name in names if group not in learns else ():
+            decoder.get_parameter(name).requires_grad_(False)

@@ -48,7 +48,7 @@ def add_adapters(
     _check_targets(spec, targets, wanted)
     names = {target.theirs for target in wanted}
     decoder.requires_grad_(False)
-    device = decoder.embed.tokens.device
+    device = decoder.head_weight.device
     with torch.device("meta"):
         for target in wanted:
             holder: Any = decoder.get_submodule(target.ours)
@@ -95,7 +95,7 @@ def merge_adapters(decoder: Decoder, *, keep: bool = True) -> None:
         return
     if decoder.base_dtype is not None:
         raise ValueError(f"an adapter does not merge into {decoder.base_dtype} weights: load the base in full")
-    if decoder.head is None and (decoder.lora is not None or decoder.embed.lora is not None):
+    if decoder.head is None and (decoder.lora is not None or getattr(decoder.embed, "lora", None) is not None):
         decoder.head = nn.Parameter(decoder.embed.tokens.detach().clone(), requires_grad=False)
         decoder.config = replace(decoder.config, tied=False)
     adapted.merged = {}
@@ -155,7 +155,7 @@ def quantise_base(decoder: Decoder, dtype: BaseDtype) -> None:
 
     Raises UserError for devices that cannot unpack them, and for widths that do not pack.
     """
-    device = decoder.embed.tokens.device.type
+    device = decoder.head_weight.device.type
     if device not in DEVICES_THAT_UNPACK:
         raise UserError(f"--base-dtype {dtype}: not on {device}; it works on cpu and cuda. Leave it out.")
     for name, module in decoder.blocks.named_modules():

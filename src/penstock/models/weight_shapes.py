@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from penstock.memory.chunks import Weight
-from penstock.models.config import DecoderConfig
+from penstock.models.config import DecoderConfig, Foreign
 
 BaseDtype = Literal["int8", "nf4"]
 Named = list[tuple[str, tuple[int, ...]]]
@@ -21,6 +21,8 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
 
     `scalar`: a critic or reward model, with a score head (fp32) in the language-model head's place.
     """
+    if config.foreign:
+        return _of_foreign(config, config.foreign, dtype, trained, scalar)
     c = config
     width, heads, kv = c.embed_dim or c.d_model, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     normed = (heads, kv) if c.qk_norm_wide else (c.head_dim, c.head_dim)
@@ -78,9 +80,25 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
     return groups
 
 
+def _of_foreign(
+    config: DecoderConfig, foreign: Foreign, dtype: str, trained: bool, scalar: bool
+) -> list[tuple[str, list[Weight]]]:
+    """`groups_of` where the layers are transformers' own."""
+    groups = [
+        (group, [
+            Weight(f"decoder.{w.name}", w.shape, "float32" if w.wide else dtype, trained and w.learns) for w in members
+        ])
+        for group, members in foreign.groups
+        if not (scalar and group == "head")
+    ]  # fmt: skip
+    return [*groups, ("score", [Weight("score", (1, config.d_model), "float32", trained)])] if scalar else groups
+
+
 def visits_of(config: DecoderConfig, *, scalar: bool) -> list[tuple[str, ...]]:
     """Groups that are needed at once, in order: as `memory.stream.Stream.visits` of a real model."""
     reads = "score" if scalar else "tokens" if config.tied else "head"
+    if config.foreign:
+        return [*config.foreign.visits[:-1], (*config.foreign.visits[-1], reads)]
     blocks = [groups_of_block(config, i) for i in range(config.num_layers)]
     return [("tokens", "embed"), *blocks, ("last", reads)]
 

@@ -20,7 +20,7 @@ from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
 from penstock.memory.placement import AUTO, SHARD, Row, TierName, bits_of, known
 from penstock.models import lora_targets, presets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
-from penstock.models.families import family_of
+from penstock.models.families import FAMILIES
 from penstock.models.families.multimodal import text_config
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.planner import footprint, machine
@@ -206,7 +206,11 @@ def config_of(name: str, flag: str) -> DecoderConfig:
             raise UserError(f"{flag} {name}: {error}, and no such directory with a config.json.") from error
     try:
         hf = text_config(json.loads(path.read_text(encoding="utf-8")))
-        return family_of(hf.get("model_type"), str(path)).config_from_hf(hf)
+        if hf.get("model_type") in FAMILIES:
+            return FAMILIES[hf["model_type"]].config_from_hf(hf)
+        from penstock.models.foreign.family import family_in  # imports torch
+
+        return family_in(hf, str(path)).config_from_hf(hf)
     except (KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 

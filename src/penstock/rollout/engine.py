@@ -30,6 +30,7 @@ from penstock.models.tiling import prefills
 from penstock.models.tokenizer_files import load_tokenizer
 from penstock.rollout.cache import KVCache
 from penstock.rollout.cuda_graphs import Steps
+from penstock.rollout.in_step import RowsInStep
 from penstock.rollout.sampling import Sampling, adjust, pick, stream
 
 
@@ -111,10 +112,12 @@ class Engine:
         self.rows, self.length, self._swap = rows, min(length or most, most), swap
         self.prompts_read = 0
         """Prompts that a prefill has gone through."""
+        self._in_step = RowsInStep(decoder) if decoder.config.foreign else None
+        """Of transformers' own layers: see [Note: rows in step]."""
         self._waiting: list[_Run] = []
         self._running: list[_Run] = []
         self._cache: KVCache | None = None
-        moves = decoder.feed.moves or swap is not None
+        moves = decoder.feed.moves or swap is not None or self._in_step is not None
         moves = moves or decoder.config.num_experts > 0  # which weights are read is known once a router has chosen
         self._fixed = fixed if fixed is not None else decoder.device.type == "cuda" and not moves
         self._steps: Steps | None = None
@@ -198,6 +201,8 @@ class Engine:
 
         Returns the answers that got one. Where ranks share the weights, all of them call it while any is busy.
         """
+        if self._in_step is not None:
+            return self._step_in_step(self._in_step)
         feed, old = self.decoder.feed, len(self._running)
         if self._cache is None and self._waiting:
             self._cache = KVCache(self.decoder, self.rows, self.length, self._swap)
@@ -223,7 +228,15 @@ class Engine:
         states += [run.prompt.state[None] for run in (*unread, *copies) if run.prompt.state is not None]
         with cpu_ops.one_token():
             logits = self.decoder.logits(torch.cat(states))  # a visit, even without rows
-        return self._give_tokens(logits.float()) if self._running else []
+        return self._give_tokens(logits.float(), list(self._running)) if self._running else []
+
+    def _step_in_step(self, rows: RowsInStep) -> list[Answer]:
+        """`step` for rows that all stand at one position; new ones wait until the last of them has ended."""
+        if not self._running:
+            self._running, self._waiting = self._waiting[: self.rows], self._waiting[self.rows :]
+        ended, states = rows.read([run.prompt.ids + run.answer.response_ids for run in self._running])
+        logits = self.decoder.logits(states)  # a visit, even without rows
+        return self._give_tokens(logits.float(), [self._running[row] for row in ended]) if ended else []
 
     def _decode(self) -> Tensor:
         """[n, D]: the states behind the last token of every row."""
@@ -264,9 +277,8 @@ class Engine:
             run.prompt.state = state
         self.prompts_read += len(new)
 
-    def _give_tokens(self, logits: Tensor) -> list[Answer]:
-        """logits [n, V] fp32, row by row of those that run."""
-        runs = list(self._running)
+    def _give_tokens(self, logits: Tensor, runs: Sequence[_Run]) -> list[Answer]:
+        """logits [n, V] fp32, run by run."""
         rules: dict[Sampling, list[int]] = {}
         for row, run in enumerate(runs):
             rules.setdefault(run.sampling.rule, []).append(row)
@@ -284,9 +296,9 @@ class Engine:
                 tokens[row], logprobs[row] = token, logprob
         for row, run in enumerate(runs):
             self._take(run, tokens[row], logprobs[row], logits[row])
-        for row in reversed(range(len(runs))):
-            if _ended(runs[row]):
-                self._leave(row)
+        for run in reversed(runs):
+            if _ended(run):
+                self._leave(self._running.index(run))
         return [run.answer for run in runs]
 
     def _take(self, run: _Run, token: int, logprob: float, logits: Tensor) -> None:
@@ -322,6 +334,10 @@ class Engine:
 
     def _leave(self, row: int) -> None:
         """Frees a row: the last row moves into its place, so that running rows stay side by side."""
+        if self._in_step is not None:
+            del self._running[row]
+            self._in_step.keep([i for i in range(len(self._running) + 1) if i != row])
+            return
         last = self._running.pop()
         if row < len(self._running):
             assert self._cache is not None

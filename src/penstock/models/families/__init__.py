@@ -52,8 +52,11 @@ def family_of(model_type: Any, where: str) -> ModuleType:
     return FAMILIES[model_type]
 
 
-def weights_of(family: ModuleType, config: DecoderConfig) -> Iterator[Weight]:
+def weights_of(family: Any, config: DecoderConfig) -> Iterator[Weight]:
     """Every line of the family's tables under its full name, with the layer number filled in."""
+    if config.foreign:
+        yield from family.weights
+        return
     for weight in family.TOP:
         yield dataclasses.replace(weight, theirs=tuple(family.PREFIX + name for name in weight.theirs))
     for layer in range(config.num_layers):
