@@ -36,7 +36,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4},
     "qwen3_5_text": LINEAR,  # gated delta rule and attention by turns
     "deepseek_v3": MOE | LATENT | {"first_k_dense_replace": 1},  # a buffer that files hold
-    "cohere2": {"sliding_window": 5},  # logits times a factor, windows by layer
+    "cohere2": {"sliding_window": 5, "logit_scale": 1.5},  # logits times a factor, windows by layer
     "zamba": HYBRID | {"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_dt_rank": 4, "attention_hidden_size": 64},
 }
 """The kinds that differ most: each test of these takes part in make test."""
@@ -47,7 +47,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "biogpt": {},
     "bitnet": {},
     "codegen": {"rotary_dim": 4},
-    "cohere": {},
+    "cohere": {"logit_scale": 0.75},
     "cpmant": {},
     "ctrl": {"dff": 48, "n_positions": 64},
     "cwm": HEADS | {"bos_token_id": 1},
