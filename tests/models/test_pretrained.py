@@ -209,8 +209,9 @@ def test_pickled_weights_are_read_only_when_asked_for(saved):
 
 # --- what is wrong, in one paragraph --------------------------------------------------------------------------------
 def test_an_unknown_family_lists_the_known_ones(saved):
-    edit_config(saved, model_type="mamba")
-    refused(saved, f"'mamba' is no known family; known are {', '.join(FAMILIES)}")
+    edit_config(saved, model_type="mambo")
+    refused(saved, "model_type 'mambo': transformers .* has no causal language model of that type")
+    refused(saved, f"native here are {', '.join(FAMILIES)}")
 
 
 YARN = SETTINGS | {"rope_parameters": {"rope_type": "yarn"}}
