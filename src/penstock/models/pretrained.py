@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from penstock.models.weight_files import (
 )
 
 CLASSIFIER_HEAD = "score.weight"
+TABLES = ("embed.tokens", "embed.weight")
+"""The token table, of our decoder and of one with transformers' layers."""
 SCORE_HEADS = ("score", "classifier", "v_head", "v_head.summary", "value_head")
 """What others call the linear head of a reward model: transformers, old checkpoints, DeepSpeed-Chat, TRL, OpenRLHF."""
 IGNORED = (
@@ -170,8 +172,7 @@ class Checkpoint:
 
     def _table(self) -> str:
         """The token table's full name."""
-        tables = ("embed.tokens", "embed.weight")
-        return next(w.theirs[0] for w in weights_of(self.family, self.config) if w.ours in tables)
+        return next(w.theirs[0] for w in weights_of(self.family, self.config) if w.ours in TABLES)
 
     def _own_head(self, weights: Weights) -> bool:
         """Whether the files hold a head of its own although config.json says that it is the token table."""
@@ -369,7 +370,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     hf = _config_json(decoder, family, score, extra_config or {})
     (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-    shards = _shards(_entries(decoder, family, score), max_shard_bytes)
+    shards = safetensors_writer.shards(_entries(decoder, family, score), max_shard_bytes)
     weight_map: dict[str, str] = {}
     tensors = _their_tensors(decoder, family, score)
     for i, shard in enumerate(shards):
@@ -399,19 +400,6 @@ def _config_json(decoder: Decoder, family: Any, score: Tensor | None, extra: dic
         return hf
     pad = pad_of({"vocab_size": config.vocab_size, **hf}, config.eos_ids)
     return hf | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad}
-
-
-def _shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
-    """Cut where the next tensor would pass max_bytes."""
-    shards: list[list[Entry]] = [[]]
-    nbytes = 0
-    for entry in entries:
-        if nbytes and nbytes + entry.nbytes > max_bytes:
-            shards.append([])
-            nbytes = 0
-        shards[-1].append(entry)
-        nbytes += entry.nbytes
-    return shards
 
 
 def read_config(directory: Path) -> dict[str, Any]:

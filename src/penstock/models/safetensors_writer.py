@@ -53,3 +53,16 @@ def write(path: Path, entries: Iterable[Entry], tensors: Iterable[Tensor], metad
                 file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:  # a failed write names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+    """Cut where the next tensor would pass max_bytes."""
+    shards: list[list[Entry]] = [[]]
+    nbytes = 0
+    for entry in entries:
+        if nbytes and nbytes + entry.nbytes > max_bytes:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(entry)
+        nbytes += entry.nbytes
+    return shards
