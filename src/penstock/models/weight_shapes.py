@@ -23,7 +23,18 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
     """
     if config.foreign:
         return _of_foreign(config, config.foreign, dtype, trained, scalar)
-    c = config
+    groups = [
+        (group, [Weight(f"decoder.{name}", shape, dtype, trained) for name, shape in members])
+        for group, members in _shapes(config, scalar)
+        if members
+    ]
+    if scalar:
+        groups.append(("score", [Weight("score", (1, config.embed_dim or config.d_model), "float32", trained)]))
+    return groups
+
+
+def _shapes(c: DecoderConfig, scalar: bool) -> list[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
+    """(group, (name, shape)) of a decoder of ours."""
     width, heads, kv = c.embed_dim or c.d_model, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     normed = (heads, kv) if c.qk_norm_wide else (c.head_dim, c.head_dim)
 
@@ -70,14 +81,7 @@ def groups_of(config: DecoderConfig, dtype: str, *, trained: bool, scalar: bool)
     shapes.append(("last", last))
     if not (c.tied or scalar):
         shapes.append(("head", [("head", (c.vocab_size, width))]))
-    groups = [
-        (group, [Weight(f"decoder.{name}", shape, dtype, trained) for name, shape in members])
-        for group, members in shapes
-        if members
-    ]
-    if scalar:
-        groups.append(("score", [Weight("score", (1, width), "float32", trained)]))
-    return groups
+    return shapes
 
 
 def _of_foreign(
