@@ -149,7 +149,10 @@ def test_a_flipped_byte_falls_back_to_the_older_checkpoint(stage_config, capsys)
     assert "step-000008" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", STAGES)
+KILLED = ("sft", "ppo", "grpo")
+
+
+@pytest.mark.parametrize("stage", [s if s in KILLED else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
 def test_kill_9_at_a_random_time(stage, tmp_path):
     """The real commands in processes of their own; `python -m benchmarks kills` does it ten times per stage."""
     assert [one["equal"] for one in campaign(stage, tmp_path, kills=1)] == [True]

@@ -206,8 +206,8 @@ class Strategy:
     def phase(self, name: Phase) -> Iterator[None]:
         """Inside, this phase runs: without gradients unless it is `train`. Its wall time is kept for timing/*."""
         started = time.perf_counter()
-        if name == "train" and self.latest not in (None, "train") and self.world.device.type == "cpu":
-            compiler.give_back()  # training needs the most; what other phases freed is scattered among live blocks
+        if self.latest not in (None, name) and self.world.device.type == "cpu":
+            compiler.give_back()  # what the other phase freed is scattered among live blocks; a KV cache fits in none
         self.latest = name
         with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
             yield
