@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks import gpu
 
-
 LONG = [pytest.param(check, marks=pytest.mark.slow) for check in ("table", "autochunk")]  # a minute each
 
 
