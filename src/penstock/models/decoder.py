@@ -255,6 +255,9 @@ def rounded(number: float, dtype: torch.dtype) -> float:
 class Source(Protocol):
     """A checkpoint (models.pretrained.Checkpoint). Equal sources hold the same weights."""
 
+    packed: bool
+    """Whether its files hold packed weights."""
+
     def fill(self, parameters: dict[str, Tensor]) -> None:
         """Reads these weights, by our names."""
 

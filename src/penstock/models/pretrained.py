@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from penstock.errors import UserError
-from penstock.models import adapter_files, safetensors_writer, weight_files
+from penstock.models import adapter_files, safetensors_writer
 from penstock.models.chat_template import ChatTemplate
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -27,7 +27,8 @@ from penstock.models.families import multimodal, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.foreign.decoder import decoder_of
 from penstock.models.foreign.family import family_in, family_of
-from penstock.models.formats import gguf_file
+from penstock.models.formats.gguf_file import local_directory
+from penstock.models.formats.weights import open_weights
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.safetensors_writer import Entry
 from penstock.models.surgery import add_adapters
@@ -160,10 +161,13 @@ class Checkpoint:
         self.replaced: dict[str, str] = {}
         """Weights that an adapter's file in `changes` has instead: their names here, and there."""
         self.config = config
-        weights = _open_weights(directory, allow_pickle)
+        weights = open_weights(directory, allow_pickle)
         multimodal.count_left_out(directory, weights, config.family)
         self.older: dict[str, str] = family.stored(weights.names) if config.foreign else {}
         """Names in files from before transformers renamed weights, by the new ones."""
+        self.packed = bool(weights.packed)
+        if self.packed:
+            warnings.warn(f"{directory}: {weights.packed}.", stacklevel=2)
         if changes is not None:
             self.replaced = self._replaced(weights, changes)
         tables = {family.HEAD, self._table()}
@@ -205,7 +209,7 @@ class Checkpoint:
 
     def _open(self) -> Weights:
         """The weights, those of `changes` in place of ours; a head that is no longer the token table is its copy."""
-        weights = _open_weights(self.directory, self.allow_pickle)
+        weights = open_weights(self.directory, self.allow_pickle)
         if not self.replaced or self.changes is None:
             return weights
         file, replaced = adapter_files.open_weights(self.changes), self.replaced
@@ -288,7 +292,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """A hash of every weight's name, shape and first row in bf16, all of which training changes."""
-        weights, digest = _open_weights(self.directory, self.allow_pickle), hashlib.sha256()
+        weights, digest = open_weights(self.directory, self.allow_pickle), hashlib.sha256()
         for name in sorted(weights.names):
             with torch.device("cpu"):  # a slice lands on the default device
                 shape, row = weights.shape(name), weights.first(name)
@@ -430,16 +434,9 @@ def copy_tokenizer(
     write_ends(directory, eos_ids, template.tokenizer if template else None)
 
 
-def _open_weights(directory: Path, allow_pickle: bool) -> Weights:
-    if (directory / gguf_file.STAMP).exists():
-        return gguf_file.open_weights(directory)
-    weights = weight_files.open_weights(directory, allow_pickle)
-    return multimodal.text_weights(weights, read_json(directory / "config.json"))
-
-
 def _local(source: str | Path, allow_pickle: bool = False) -> Path:
     """The directory itself, a GGUF file's in the cache, or a hub id's snapshot."""
-    path = gguf_file.local_directory(source)
+    path = local_directory(source)
     if path.is_dir():
         return path
     text = str(source)

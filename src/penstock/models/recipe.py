@@ -61,7 +61,9 @@ def _fill_packed(decoder: Decoder, weights: dict[str, Tensor]) -> dict[str, Tens
             continue
         if module != latest:
             pair.clear()
-            full = torch.empty(holder.out_features, holder.in_features, dtype=decoder.dtype)
+            # fp32 where it was packed already: see [Note: packed again, bit by bit]
+            dtype = torch.float32 if decoder.source is not None and decoder.source.packed else decoder.dtype
+            full = torch.empty(holder.out_features, holder.in_features, dtype=dtype)
             _fill_base(decoder, {f"{module}.weight": full})
             latest, pair = module, dict(zip(("weight", "scales"), packed.pack(full, decoder.base_dtype), strict=True))
         weight.copy_(pair[attribute])

@@ -20,24 +20,22 @@ NAMES_OF_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F
 
 
 DEQUANTISE = {
-    "bitsandbytes": "AutoModelForCausalLM.from_pretrained({!r}).dequantize()",
     "fp8": "AutoModelForCausalLM.from_pretrained({!r}, quantization_config=FineGrainedFP8Config(dequantize=True))",
     "mxfp4": "AutoModelForCausalLM.from_pretrained({!r}, quantization_config=Mxfp4Config(dequantize=True))",
     "compressed-tensors": "AutoModelForCausalLM.from_pretrained({!r}, "
     "quantization_config=CompressedTensorsConfig(dequantize=True))",
 }
 """How transformers gives a packed model its full weights, by quant_method."""
+READ = ("bitsandbytes", "gguf")
+"""Those that are read: packed ones (formats.bitsandbytes); full ones, which transformers had read from a GGUF file."""
 
 
 def check_unpacked(hf: dict[str, Any], directory: Path) -> None:
     """Raises UserError, with the way to full weights, for a config.json that says that they are packed."""
-    settings = hf.get("quantization_config") or hf.get("compression_config")
-    if not settings:
+    method = packed_by(hf)
+    if method is None or method in READ:
         return
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if method == "gguf":  # transformers writes it beside full weights that it had read from a GGUF file
-        return
-    call = DEQUANTISE.get(str(method))
+    call = DEQUANTISE.get(method)
     way = "take the model that it was made from"
     if call is not None:
         way += f", or write its full weights with transformers: {call.format(str(directory))}.save_pretrained('full')"
@@ -46,6 +44,16 @@ def check_unpacked(hf: dict[str, Any], directory: Path) -> None:
         f"files are not read here; {way}. To train on a packed base: --lora 16 --base-dtype nf4 (or int8) packs the "
         "full weights while it reads them. If the weights are full already, delete the key."
     )
+
+
+def packed_by(hf: dict[str, Any]) -> str | None:
+    """What packed the weights, by a config.json."""
+    settings = hf.get("quantization_config") or hf.get("compression_config")
+    if not settings:
+        return None
+    if isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return "bitsandbytes"
+    return str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 @dataclasses.dataclass
@@ -62,6 +70,8 @@ class Weights:
     """The first row."""
     left_out: int = 0
     """Weights of parts that are no text model; see families.multimodal."""
+    packed: str = ""
+    """What to say of weights that were packed; see formats.bitsandbytes."""
 
 
 def open_weights(directory: Path, allow_pickle: bool) -> Weights:
