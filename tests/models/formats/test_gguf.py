@@ -52,6 +52,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSED = {
     "gemma2": "attention_scale|lm_head.weight", "gemma3": "attention_scale", 
     "smollm3": "rotary_layers",
+    "phi3, partly rotary, longrope": "rope scaling 'longrope'",
     "qwen2, last two layers in a window": "windows", "gpt_neox, sequential, fully rotary": "activation",
     "gpt2, untied, n_inner, erf GELU": "activation",
 }  # fmt: skip

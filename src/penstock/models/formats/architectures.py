@@ -49,14 +49,14 @@ ARCHITECTURES = (
         ("attention_softcap", "attn_logit_softcapping", "attn_logit_softcapping"),
         ("logit_softcap", "final_logit_softcapping", "final_logit_softcapping"))),
     Architecture("gemma3_text", "gemma3", norm_shift=1.0, period=6, more=(
-        ("logit_softcap", "final_logit_softcapping", "final_logit_softcapping"),
-        ("local_rope_theta", "rope.freq_base_swa", "rope_local_base_freq"))),
+        ("logit_softcap", "final_logit_softcapping", "final_logit_softcapping"),)),
     Architecture("granite", "granite", turned=True, more=(
         ("embed_scale", "embedding_scale", "embedding_multiplier"),
         ("residual_scale", "residual_scale", "residual_multiplier"),
         ("attention_scale", "attention.scale", "attention_multiplier"),
         ("logit_divisor", "logit_scale", "logits_scaling"))),
     Architecture("smollm3", "smollm3", turned=True),
+    Architecture("phi3", "phi3"),
 )  # fmt: skip
 KEYS = {
     "vocab_size": "vocab_size",
@@ -76,7 +76,7 @@ EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 GEMMA_SCALES = {("gemma2", 46), ("gemma3_text", 62)}
 """Those of 27B, by their layers: their scores are divided by the root of d_model / num_heads, others' of head_dim."""
-ORIGINAL = "rope.scaling.original_context_length"
+ORIGINAL, WINDOW_THETA = "rope.scaling.original_context_length", "rope.freq_base_swa"
 SCALING, FACTOR = "rope.scaling.type", "rope.scaling.factor"
 FREQUENCIES = "rope_freqs.weight"
 """A tensor: what Llama 3's rope scaling divides each frequency by."""
@@ -122,10 +122,14 @@ def settings_of(config: DecoderConfig) -> dict[str, Any]:
         sliding = [bool(window) for window in config.windows]
         if architecture.period and sliding != _sliding(architecture.period, config.num_layers):
             settings[PATTERN] = sliding
+    if config.window_rope:
+        settings[WINDOW_THETA] = dict(config.window_rope)["rope_theta"]
     scaling = dict(config.rope_scaling)
-    if scaling.get("rope_type") == "llama3":
+    if "original_max_position_embeddings" in scaling:
         settings[ORIGINAL] = scaling["original_max_position_embeddings"]
-    elif scaling:
+    if scaling and scaling["rope_type"] not in ("llama3", "linear", "yarn"):
+        raise ValueError(f"rope scaling {scaling['rope_type']!r} is not written; llama3, linear and yarn are")
+    if scaling and scaling["rope_type"] != "llama3":
         settings |= {SCALING: scaling["rope_type"], FACTOR: scaling["factor"]}
     return settings
 
@@ -166,7 +170,7 @@ def config_json(
         whole = (architecture.family, values["num_layers"]) in GEMMA_SCALES
         hf["query_pre_attn_scalar"] = values["d_model"] // values["num_heads"] if whole else values["head_dim"]
     if architecture.family == "gemma3_text":
-        local = {"rope_type": "default", "rope_theta": hf.pop("rope_local_base_freq", 10_000.0)}
+        local = {"rope_type": "default", "rope_theta": _short(settings.get(WINDOW_THETA, 10_000.0))}
         hf["rope_parameters"] = {"full_attention": hf["rope_parameters"], "sliding_attention": local}
     elif architecture.family == "gemma2":  # null, which its config class has another default for
         hf = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping")) | hf
@@ -196,7 +200,8 @@ def _rope(settings: Mapping[str, Any], values: Mapping[str, Any], frequencies: n
     if rotating != values["head_dim"] or "parallel_residual" in values:  # GPT-NeoX's default is a quarter
         rope["partial_rotary_factor"] = rotating / values["head_dim"]
     if (kind := settings.get(SCALING, "none")) != "none":
-        return rope | {"rope_type": kind, "factor": _short(settings.get(FACTOR, 1.0))}
+        original = {"original_max_position_embeddings": settings[ORIGINAL]} if ORIGINAL in settings else {}
+        return rope | {"rope_type": kind, "factor": _short(settings.get(FACTOR, 1.0))} | original
     if frequencies is None:
         return rope
     original = settings.get(ORIGINAL, LLAMA3["original_max_position_embeddings"])
@@ -228,7 +233,7 @@ def _check(
 ) -> None:
     """Raises ValueError for a key that we do not know, and for one whose value our family does not take."""
     known = {*KEYS.values(), *EPS.values(), WINDOW, ORIGINAL, SCALING, FACTOR}
-    known |= {key for _, key, _ in architecture.more} | ({PATTERN} if architecture.period else set())
+    known |= {key for _, key, _ in architecture.more} | ({PATTERN, WINDOW_THETA} if architecture.period else set())
     for key, value in settings.items():
         if key == "attention.value_length" and value == config.head_dim:
             continue
