@@ -15,8 +15,9 @@ from penstock.data.records import Demonstration
 from penstock.distributed.world import device_types
 from penstock.errors import DataError, UserError
 from penstock.memory.placement import TierName
-from penstock.models import pretrained
+from penstock.models import pretrained, weight_shapes
 from penstock.models.config import DecoderConfig
+from penstock.models.foreign.family import path_of
 from penstock.planner.config import PlanConfig
 from penstock.planner.workload import forecast_of, setting_of
 from penstock.run.directory import resolve_model
@@ -65,10 +66,20 @@ def facts_of(decoder: Any) -> Iterator[str]:
     c: DecoderConfig = decoder.config
     count = sum(parameter.numel() for parameter in decoder.parameters())
     dtype = str(c.hf.get("dtype") or c.hf.get("torch_dtype") or decoder.dtype).removeprefix("torch.")
-    yield f"family       {c.family}: penstock's own decoder"
+    yield f"family       {c.family}, {': '.join(path_of(c.hf)) if c.hf else 'native'}"
     yield f"parameters   {count:,} ({show_bytes(count * 2)} in bf16); the file says {dtype}"
+    if c.num_experts:
+        active = weight_shapes.count_of(c, scalar=False, active=True)
+        yield f"experts      {c.num_experts} a block, {c.experts_per_token} for a token: {active:,} parameters active"
+    if c.foreign is not None:
+        yield f"layers       {c.num_layers} of width {c.d_model}"
+        yield f"context      {c.max_length:,} tokens"
+        yield f"vocabulary   {c.vocab_size:,}"
+        return
     yield f"layers       {c.num_layers} of {c.d_model}, {c.num_heads} heads of {c.head_dim} over {c.num_kv_heads}"
     yield f"context      {c.max_length:,} tokens, {positions_of(c)}"
+    if c.declared_length > c.max_length:
+        yield f"unusual      config.json says {c.declared_length:,} tokens; in longer rows all angles would change"
     if any(c.windows):
         narrow = [window for window in c.windows if window]
         yield f"attention    {len(narrow)} of {c.num_layers} layers see the latest {max(narrow):,} tokens"
@@ -128,7 +139,8 @@ def fits(address: str, c: DecoderConfig) -> Iterator[str]:
     sizes = {"prompt_length": prompt, "max_new_tokens": min(PlanConfig.max_new_tokens, c.max_length - prompt)}
     common = {"model": address, "strategy": flags.strategy, "dtype": flags.dtype, **sizes}
     common |= {f"{tier}_memory": str(nbytes) for tier, nbytes in budgets.items()}
-    free = " and ".join(f"{show_bytes(nbytes)} of {tier}" for tier, nbytes in budgets.items())
+    names = {tier: f" of {tier}" if len(budgets) > 1 else "" for tier in budgets}
+    free = " and ".join(f"{show_bytes(nbytes)}{names[tier]}" for tier, nbytes in budgets.items())
     yield f"fits         within {free} memory, --strategy {flags.strategy} --dtype {flags.dtype}, by penstock plan:"
     for label, changes in STAGES:
         options: Any = common | changes
@@ -138,7 +150,7 @@ def fits(address: str, c: DecoderConfig) -> Iterator[str]:
         except UserError as error:
             yield f"             no plan: {error}"
             return
-        peaks = " and ".join(f"{show_bytes(forecast.peak[tier])} of {tier}" for tier in budgets if forecast.peak[tier])
+        peaks = " and ".join(f"{show_bytes(forecast.peak[tier])}{names[tier]}" for tier in budgets)
         yield f"             {label:22} {'does not fit:' if short(forecast, setting) else 'fits:'} {peaks}"
 
 
