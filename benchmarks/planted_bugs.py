@@ -236,6 +236,7 @@ BUGS: list[Bug] = [
     ("models/positions.py", "yarn leaves the scores' temperature as it is", "        cos, sin = cos * factor, sin * factor", "        pass"),
     ("models/positions.py", "yarn's ramp is rounded where the file says not to", 'if numbers.get("truncate", True):', "if True:"),
     ("models/families/rope.py", "rows of a longrope model are as long as config.json says", 'return {**values, "max_length": longest, "declared_length": length}', "return values"),
+    ("models/families/olmo.py", "OLMo 3 turns all layers alike", "window_rope=window_rope(narrow, config))", "window_rope=())"),
     ("models/families/mistral.py", "Ministral 3's queries do not grow", 'beta = settings.pop("llama_4_scaling_beta", None)', 'beta = settings.pop("llama_4_scaling_beta", None) and None'),
     (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(narrowed.dtype)", "x[rows]"),
     # health

@@ -18,7 +18,7 @@ NAMES = (
     "mistral, window exceeded", "qwen2, last two layers in a window", "qwen3, normed queries and keys",
     "gemma2, window exceeded, strong caps", "gemma3, two ropes", "granite", "smollm3, windows without rotary",
     "qwen3_moe, shares of all, a dense block", "mixtral",
-    "phi3, partly rotary, longrope", "ministral3, yarn, longer than its first context",
+    "phi3, partly rotary, longrope", "ministral3, yarn, longer than its first context", "olmo3, two ropes",
 )  # fmt: skip
 YARN, LONG = {"rope_type": "yarn", "factor": 2.0}, {"rope_type": "longrope", "factor": 2.0}
 PER_LAYER = {"full_attention": {"rope_type": "default", "rope_theta": 77.0}}
@@ -59,6 +59,8 @@ def written_as_before(config: dict[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:  # Gemma 3
         rest = {key: value for key, value in config.items() if key != "rope_parameters"}
         thetas = {"rope_theta": rope["full_attention"].pop("rope_theta")}
+        if config["model_type"] == "olmo3":  # it has no key for that of the others, which is 500,000
+            return rest | {"rope_scaling": rope["full_attention"] | thetas}
         thetas["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         return rest | thetas | {"rope_scaling": rope["full_attention"]}
     neox = config["model_type"] == "gpt_neox"

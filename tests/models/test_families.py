@@ -111,6 +111,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         LLAMA | {"layer_types": KINDS, "sliding_window": 5, "head_dim": 16, "num_key_value_heads": 1}),
     "ministral3, yarn, longer than its first context": ("ministral3",
         LLAMA | {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}, "sliding_window": 9}),
+    "olmo2, all biased, tied": ("olmo2", LLAMA | {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3, two ropes": ("olmo3", LLAMA | {"layer_types": KINDS, "sliding_window": 5, "rope_parameters": BY_KIND}),
 }  # fmt: skip
 
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

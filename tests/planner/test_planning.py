@@ -90,7 +90,18 @@ FAMILIES = {
         LLAMA, family="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, expert_ff=96, dense_layers=(1,)
     ),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", num_experts=4, experts_per_token=2, expert_ff=128),
-    "ministral3": dataclasses.replace(LLAMA, family="ministral3", rotary_dim=24, rope_scaling=YARN),
+    "olmo3": dataclasses.replace(
+        LLAMA,
+        family="olmo3",
+        windows=(16, 0, 16),
+        window_rope=(("rope_theta", 500.0),),
+        pre_norm=False,
+        out_norms=True,
+        qk_norm=True,
+        qk_norm_wide=True,
+        rotary_dim=24,
+        rope_scaling=YARN,
+    ),
 }
 
 

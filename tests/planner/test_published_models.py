@@ -37,6 +37,10 @@ PHI4_MINI = {
         32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
     ],
 }  # fmt: skip
+OLMO3 = {
+    "rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2079441541679836,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 PUBLISHED: dict[str, tuple[int, Config]] = {
     # name: parameters, config.json
     "Llama 3.1 8B": (8_030_261_248, shape("llama", 32, 4096, 32, 8, 14336, 128256, 131072, rms_norm_eps=1e-5,
@@ -56,6 +60,27 @@ PUBLISHED: dict[str, tuple[int, Config]] = {
     "Phi-4-mini": (3_836_021_760, shape("phi3", 32, 3072, 24, 8, 8192, 200064, 131072, **TIED,
         original_max_position_embeddings=4096, partial_rotary_factor=0.75, rope_scaling=PHI4_MINI, rope_theta=10000.0,
         sliding_window=262144, attention_bias=False, mlp_bias=False, lm_head_bias=False)),
+    "OLMo 2 13B": (13_716_198_400, shape("olmo2", 40, 5120, 40, 40, 13824, 100352, 4096, rms_norm_eps=1e-6,
+        rope_theta=500000, rope_scaling=None, attention_bias=False)),
+    "OLMo 3 7B": (7_298_011_136, shape("olmo3", 32, 4096, 32, 32, 11008, 100278, 65536, rms_norm_eps=1e-6,
+        rope_theta=500000, rope_scaling=OLMO3, sliding_window=4096, attention_bias=False)),
+    "Gemma 2 9B": (9_241_705_984, shape("gemma2", 42, 3584, 16, 8, 14336, 256000, 8192, **TIED, head_dim=256,
+        hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=4096, rope_theta=10000.0,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, attention_bias=False)),
+    "Gemma 3 27B, its text": (27_009_002_240, shape("gemma3_text", 62, 5376, 32, 16, 21504, 262208, 131072, **TIED,
+        head_dim=128, query_pre_attn_scalar=168, sliding_window=1024, sliding_window_pattern=6,
+        rope_theta=1000000.0, rope_scaling={"factor": 8.0, "rope_type": "linear"})),
+    "Granite 3.3 8B": (8_170_864_640, shape("granite", 40, 4096, 32, 8, 12800, 49159, 131072, **TIED, rms_norm_eps=1e-5,
+        rope_theta=10000000.0, rope_scaling=None, embedding_multiplier=12.0, residual_multiplier=0.22,
+        attention_multiplier=0.0078125, logits_scaling=16.0, attention_bias=False, mlp_bias=False)),
+    "SmolLM3 3B": (3_075_098_624, shape("smollm3", 36, 2048, 16, 4, 11008, 128256, 65536, **TIED, rope_theta=5000000.0,
+        rope_scaling=None, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9, use_sliding_window=False,
+        sliding_window=None, max_window_layers=28, attention_bias=False, mlp_bias=False)),
+    "Mixtral 8x7B": (46_702_792_704, shape("mixtral", 32, 4096, 32, 8, 14336, 32000, 32768, rms_norm_eps=1e-5,
+        rope_theta=1000000.0, sliding_window=None, num_local_experts=8, num_experts_per_tok=2)),
+    "Qwen3 30B A3B": (30_532_122_624, shape("qwen3_moe", 48, 2048, 32, 4, 6144, 151936, 40960, head_dim=128,
+        rope_theta=1000000.0, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+        decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False, sliding_window=None)),
 }  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def _block(
     saved = attention + mlp + sums * state
     if c.out_norms:  # they keep what they read, and not what they write; without others before, x is read by products
         behind = norm.saved - state * (s < FP32)
-        saved += 2 * behind - (0 if c.pre_norm else 2 * (norm.saved - state))
+        saved += 2 * behind - (0 if c.pre_norm else 2 * norm.saved)
     elif not c.pre_norm:
         saved += state  # both norms read a sum and the second writes the output
     loose = 2 * state  # what attention and MLP returned: local names until the block returns
