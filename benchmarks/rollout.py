@@ -1,10 +1,11 @@
 """The engine against transformers' `generate`: the same weights, in one process, in turns; medians.
 
-    python -m benchmarks rollout [speed ragged samples int8] [--repeats 5]
+    python -m benchmarks rollout [speed ragged samples int8 families] [--repeats 5]
 
 GPT2-s shapes with random weights, bf16. `speed`: prompt 64, 128 new tokens, batch 1, 8 and 32, with the share of the
 machine's floor; `ragged`: 64 prompts of 16 to 256 tokens with responses of 8 to 256, their ends forced by a fixed
-table, against padded batches of 16; `samples`: 8 answers to one prompt of 256 tokens; `int8`: weight-only, batch 1.
+table, against padded batches of 16; `samples`: 8 answers to one prompt of 256 tokens; `int8`: weight-only, batch 1;
+`families`: as `speed`, a small shape of each family.
 `benchmarks gpu --only rollout` has the same on a card.
 """
 
@@ -87,6 +88,44 @@ def speed(repeats: int = 5) -> dict[str, Any]:
             "runs": {name: len(times) for name, times in seconds.items()},
         }  # fmt: skip
     return {"batches": rows}
+
+
+SMALL = {
+    "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 1024,
+    "tie_word_embeddings": True, "sliding_window": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {}, "gemma2": {"query_pre_attn_scalar": 64}, "gemma3_text": {"query_pre_attn_scalar": 64},
+    "granite": {"attention_multiplier": 0.125, "residual_multiplier": 0.22}, "smollm3": {},
+}  # fmt: skip
+"""What differs from SMALL in each family's small shape."""
+
+
+def families(repeats: int = 5) -> dict[str, Any]:
+    """Each family's small shape against transformers, bf16 where the processor has instructions for it, else fp32."""
+    dtype = torch.float32 if linear.slow_in_bf16("cpu") else torch.bfloat16
+    rows: dict[str, Any] = {}
+    for family, changes in FAMILIES.items():
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(family, **(SMALL | changes))
+        peer = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        with tempfile.TemporaryDirectory() as directory:
+            peer.save_pretrained(directory)
+            decoder = pretrained.load(directory, dtype=dtype)[0].requires_grad_(False)
+        rows[family] = {}
+        for batch in (1, 8, 32):
+            prompts = torch.randint(3, 32_000, (batch, PROMPT))
+            seconds = timing.in_turns(
+                {"ours": partial(answers, decoder, prompts), "transformers": partial(peer_answers, peer, prompts)},
+                repeats,
+            )
+            rows[family][batch] = {
+                "tokens_per_second": timing.rates(seconds, batch * NEW),
+                "ratio": timing.ratio(seconds, "transformers", "ours"),
+            }
+            print(family, batch, rows[family][batch], flush=True)
+    return {"dtype": str(dtype), "families": rows}
 
 
 def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
@@ -230,5 +269,5 @@ def samples(repeats: int = 5) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Writes rollout_NAME.json."""
     transformers.logging.set_verbosity_error()
-    measures = {"speed": speed, "ragged": ragged, "samples": samples, "int8": int8}
+    measures = {"speed": speed, "ragged": ragged, "samples": samples, "int8": int8, "families": families}
     return run_measures(arguments, __doc__, measures, "rollout", "transformers")
