@@ -7,6 +7,8 @@ import torch
 
 from penstock.autochunk.meter import Meter
 from penstock.models import log_probs, tiling
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
 from penstock.models.linear import arithmetic_of, computing, precise
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor
@@ -113,9 +115,15 @@ def test_many_tokens_are_scored_like_few(monkeypatch):
         agree((logprobs[token], entropy[token]), oracle.token_logprobs(logits[token], targets[token]))
 
 
+def bent(logits, softcap):
+    """Soft-capped, as Gemma 2 does."""
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("tile", [1, 40, 1 << 23])
 @pytest.mark.parametrize("placed", [True, False])
-def test_gradients_reach_states_head_and_adapter(tile, placed, monkeypatch):
+def test_gradients_reach_states_head_and_adapter(tile, placed, softcap, monkeypatch):
     """`placed`: the weights have gradients already, and theirs are added to them."""
     monkeypatch.setattr(tiling, "HEAD_TILE", tile)
     rng = torch.Generator().manual_seed(0)
@@ -125,8 +133,9 @@ def test_gradients_reach_states_head_and_adapter(tile, placed, monkeypatch):
     for i in (1, 3):
         if placed:
             ours[i].grad, plain[i].grad = torch.ones_like(given[i]), torch.ones_like(given[i])
-    got, entropy = log_probs.logprobs([(ours[0], ours[1]), (ours[2], ours[3])], targets, 0.7)
-    want, spread = oracle.token_logprobs(plain[0] @ plain[1].t() + plain[2] @ plain[3].t(), targets, 0.7)
+    got, entropy = log_probs.logprobs([(ours[0], ours[1]), (ours[2], ours[3])], targets, 0.7, softcap=softcap)
+    logits = bent(plain[0] @ plain[1].t() + plain[2] @ plain[3].t(), softcap)
+    want, spread = oracle.token_logprobs(logits, targets, 0.7)
     agree((got, entropy), (want, spread), 2e-6)
     (got * upstream).sum().backward()
     (want * upstream).sum().backward()
@@ -173,10 +182,10 @@ def of_several(logits, ids):
     return torch.cat([logprobs.gather(1, ids), rest], dim=1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, 0.0), (0.7, 0.0), (0.7, 2.0)])
 @pytest.mark.parametrize("tile", [1, 40, 1 << 23])
 @pytest.mark.parametrize("k", [1, 3, 12])
-def test_several_tokens_of_a_state_and_all_others_together(k, tile, temperature, monkeypatch):
+def test_several_tokens_of_a_state_and_all_others_together(k, tile, temperature, softcap, monkeypatch):
     """Values and gradients, of states, head and adapter, in tiles of any size."""
     monkeypatch.setattr(tiling, "HEAD_TILE", tile)
     rng = torch.Generator().manual_seed(0)
@@ -186,9 +195,10 @@ def test_several_tokens_of_a_state_and_all_others_together(k, tile, temperature,
     ours = [tensor.clone().requires_grad_() for tensor in given]
     plain = [tensor.double().requires_grad_() for tensor in given]
     result, _ = log_probs.logprobs(
-        [(ours[0], ours[1]), (ours[2], ours[3])], ids, temperature, entropy=False, others=True
+        [(ours[0], ours[1]), (ours[2], ours[3])], ids, temperature, entropy=False, others=True, softcap=softcap
     )
-    expected = of_several((plain[0] @ plain[1].t() + plain[2] @ plain[3].t()) / temperature, ids)
+    logits = bent(plain[0] @ plain[1].t() + plain[2] @ plain[3].t(), softcap)
+    expected = of_several(logits / temperature, ids)
     agree(result, expected.float(), 2e-6)
     (result * upstream).sum().backward()
     (expected * upstream).sum().backward()
@@ -260,3 +270,23 @@ def test_the_likeliest_tokens_are_sought_a_tile_at_a_time(monkeypatch):
         log_probs.top_logprobs([(states, weight)], k)
     assert meter.peak <= 1.25 * 64 * vocabulary * 4 + 3 * rows * k * 12
     assert meter.peak < 0.1 * rows * vocabulary * 4
+
+
+@pytest.mark.parametrize(("divisor", "softcap"), [(8.0, 0.0), (1.0, 2.0)])
+def test_a_decoder_that_bends_its_logits_says_what_they_say(divisor, softcap):
+    """Granite divides them, Gemma 2 caps them: the same in logits, log-probs and the likeliest tokens."""
+    config = DecoderConfig("gemma2", 37, 16, 1, 2, 2, 8, 24, 16, logit_divisor=divisor, logit_softcap=softcap)
+    decoder = Decoder(config, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        decoder.embed.tokens.mul_(40.0)  # loud enough to be capped
+    states = decoder(torch.arange(10)[None])[0]
+    with torch.no_grad():
+        logits, raw = decoder.logits(states), states @ decoder.head_weight.t()
+    assert torch.allclose(logits, bent(raw / divisor, softcap), atol=1e-5)
+    assert raw.abs().max() > softcap
+    ids, likely = decoder.top_logprobs(states, 3, 0.7)
+    expected = (logits / 0.7).log_softmax(-1).topk(3)
+    assert torch.equal(ids, expected.indices)
+    assert torch.allclose(likely[:, :3], expected.values, atol=1e-5)
+    said, _ = decoder.logprobs(states, ids[:, 1], 0.7)
+    assert torch.allclose(said, expected.values[:, 1], atol=1e-5)
