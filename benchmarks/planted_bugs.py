@@ -318,6 +318,13 @@ BUGS: list[Bug] = [
     (TEACHER, "the teacher has no temperature", "top_logprobs(states, k, temperature, vocabulary", "top_logprobs(states, k, vocabulary"),
     (TEACHER, "the store is read from its pieces' first rows", "self._starts[number] - first, self._starts[number + 1] - first", "0, self._starts[number + 1] - self._starts[number]"),
     (TEACHER, "the teacher may choose tokens that the student has not", "temperature, vocabulary=vocabulary)", "temperature)"),
+    # soft caps, ropes by kind of layer, text models of multimodal checkpoints
+    (HEAD, "the slope of a soft cap is left out", "slope.addcmul_(slope, level, value=-1.0)", "pass"),
+    ("kernels/capped_attention.py", "the slope of capped scores is left out", "back.sub_(bent.square_().mul_(back)).mul_(scale)", "back.mul_(scale)"),
+    ("kernels/decode.c", "capped scores are those of the series near 0 alone", "square < 0.09f", "square < 9.0f"),
+    (DECODER, "layers with a window turn as the others", "narrow = window > 0 and c.window_rope != ()", "narrow = False"),
+    ("models/families/smollm3.py", "the first layer of four does not turn", "(i + 1) % every != 0", "i % every != 0"),
+    ("models/families/multimodal.py", "old names of text weights are not known", r'r"language_model\.(?P<a>lm_head\..*|model\..*)|', r'r"language_modle\.(?P<a>lm_head\..*|model\..*)|'),
 ]  # fmt: skip
 
 
