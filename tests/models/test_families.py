@@ -39,6 +39,10 @@ GEMMA3 = GEMMA | {
         "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
     },
 }  # fmt: skip
+GPT_OSS = {
+    "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": 5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}  # fmt: skip
 QWEN_MOE = {
     "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True,
 }  # fmt: skip
@@ -100,6 +104,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", LLAMA | QWEN_MOE),
     "qwen3_moe, shares of all, a dense block": ("qwen3_moe",
         LLAMA | QWEN_MOE | {"norm_topk_prob": False, "mlp_only_layers": [1], "num_key_value_heads": 6}),
+    "gpt_oss": ("gpt_oss", LLAMA | GPT_OSS),
+    "gpt_oss, heads of keys, other limits, tied, windows elsewhere": ("gpt_oss",
+        LLAMA | GPT_OSS | {"num_key_value_heads": 6, "swiglu_limit": 1.0, "swiglu_alpha": 1.1, "head_dim": 24,
+                           "tie_word_embeddings": True, "attention_bias": False,
+                           "layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "sliding_window": None}),
     "mixtral, window exceeded, tied": ("mixtral",
         LLAMA | {"num_local_experts": 3, "sliding_window": 5, "tie_word_embeddings": True}),

@@ -70,6 +70,7 @@ def test_peft_reads_what_we_write_and_computes_the_same(name, targets, tmp_path)
         ("phi3, grouped, a window, tied", {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
         ("gpt_neox", {"target_modules": ".*layers\\.[12]\\.attention\\.query_key_value"}),
         ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+        ("gpt_oss", {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj"]}),
         ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
     ],
 )

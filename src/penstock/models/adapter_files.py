@@ -335,13 +335,17 @@ def _shapes_of_experts(adapter: Adapter) -> dict[str, tuple[str, tuple[int, ...]
 
 
 def _our_rows(adapter: Adapter, b: Tensor) -> Tensor:
-    """B's rows in our order: BLOOM and GPT-NeoX interleave q, k and v by head."""
+    """B's rows in our order: BLOOM and GPT-NeoX interleave q, k and v by head, gpt-oss an expert's gate and up."""
     weight = adapter.target.weight
+    if weight.layout == "alternating":
+        return b.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
     return weight.read([b], adapter.config) if weight.layout == "interleaved" else b
 
 
 def _their_rows(adapter: Adapter, b: Tensor) -> Tensor:
     weight = adapter.target.weight
+    if weight.layout == "alternating":
+        return b.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
     return next(iter(weight.write(b, adapter.config).values())) if weight.layout == "interleaved" else b
 
 

@@ -14,7 +14,7 @@ Logits are computed only for the states whose log-probabilities are read.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -30,6 +30,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.linear import Linear, add_to, attention, layer_norm, linear, precise, rows_of
 from penstock.models.lora import Adapted
 from penstock.models.moe.experts import Visit, everyone, mixture
+from penstock.models.moe.mlp import Mlp, mlp, mlp_weights
 from penstock.models.positions import Positions, alibi_slopes, attention_bias, query_scale, rotary_tables, rotate
 from penstock.models.weight_shapes import BaseDtype, group_in_block, groups_of_block
 
@@ -54,14 +55,6 @@ class Norm(nn.Module):
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         # in fp32: a bf16 sum with 1 would round the weight by 0.4 %
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).to(x.dtype)
-
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": cpu_ops.gelu_tanh,
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -90,6 +83,7 @@ class Block(nn.Module):
         self.q_norm = Norm(heads if wide else config.head_dim, config, "rms") if config.qk_norm else None
         self.k_norm = Norm(kv if wide else config.head_dim, config, "rms") if config.qk_norm else None
         self.out = Linear(heads, width, bias=config.out_bias)
+        self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.sinks else None
         self.out_norm = Norm(width, config) if config.out_norms else None
         self.norm2 = Norm(width, config) if first else None
         self.router: Linear | None = None
@@ -134,7 +128,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = write(cache, k, v, positions)
         scores = cpu_ops.Scores(None, positions.window, c.attention_scale, c.attention_softcap)
-        mixed = attention(q, k, v, positions.bias, scores)
+        mixed = attention(q, k, v, positions.bias, scores, self.sinks)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,34 +153,6 @@ class Block(nn.Module):
         c, rows, experts = self.config, x.flatten(0, 1), cast(Any, self.experts)
         logits = self.router(rows.float())
         return mixture(rows, logits, experts, c.experts_per_token, c.norm_topk, visit).view_as(x)
-
-
-class Mlp(nn.Module):
-    """One expert."""
-
-    def __init__(self, config: DecoderConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.up, self.down = mlp_weights(config, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, D] -> [N, D]."""
-        return mlp(x, self.up, self.down, self.config)
-
-
-def mlp_weights(config: DecoderConfig, width: int) -> tuple[Linear, Linear]:
-    """up and down of an MLP; where it is gated, up holds the gate first."""
-    up = Linear(config.d_model, width * (2 if config.gated else 1), bias=config.mlp_bias)
-    return up, Linear(width, config.d_model, bias=config.mlp_bias)
-
-
-def mlp(x: Tensor, up: Linear, down: Linear, config: DecoderConfig) -> Tensor:
-    """down(activation(up(x))), gated or not."""
-    act = ACTIVATION_FUNCTIONS[config.activation]
-    if config.gated:
-        gate, raised = up(x).chunk(2, dim=-1)
-        return down(act(gate) * raised)
-    return down(act(up(x)))
 
 
 def normed(norm: Norm | None, x: Tensor) -> Tensor:
@@ -460,7 +426,7 @@ class Decoder(nn.Module):
             if rotates:
                 narrow = window > 0 and c.window_rope != ()
                 rotary = tables[narrow] = tables.get(narrow) or rotary_tables(c, narrow, position_ids, dtype)
-            if slots is not None and cpu_ops.ready(self.device, dtype):
+            if slots is not None and cpu_ops.ready(self.device, dtype) and not c.sinks:
                 slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
                 positions[window, rotates] = Positions(rotary, None, slots, seen, window, slopes, scale)
             elif slots is None and c.attention_softcap:

@@ -108,8 +108,12 @@ def rounding_to(dtype: torch.dtype) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores) -> Tensor:
-    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores, sinks: Tensor | None = None
+) -> Tensor:
+    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias.
+
+    sinks: [H], a logit per head that takes part in its softmax and has no value."""
     dtype = q.dtype
     if dtype == torch.bfloat16 and sums_in_fp32(q.device.type):
         q, k, v, bias = q.float(), k.float(), v.float(), None if bias is None else bias.float()
@@ -119,10 +123,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_
         mixed = capped_attention.attention(
             q, k, v, bias, scale=scale, softcap=scores.softcap, window=scores.window, tile=score_tile(*q.shape[:3])
         )
+    elif sinks is not None:
+        mixed = _with_sinks(q, k, v, bias, sinks.to(q.dtype), scale or 1 / math.sqrt(q.shape[3]))
     else:
         shared = q.shape[1] != k.shape[1]
         mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
     return mixed.to(dtype)
+
+
+SINK_COLUMNS = 8
+"""Columns that sinks add to a head, of which they need one: kernels want a multiple."""
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor, scale: float) -> Tensor:
+    """The sink is a key before the others, of value 0: it is 1 in a column of its own, where a head's queries have the
+    sink's logit. Where attention is causal, a query is put before the others too, so that all of them see the sink."""
+    (rows, heads, length, width), more = q.shape, SINK_COLUMNS - 1
+    column = (sinks / scale)[None, :, None, None].expand(rows, heads, length, 1)
+    q = F.pad(torch.cat((q, column), dim=3), (0, more, int(bias is None), 0))
+    k = F.pad(torch.cat((k.new_zeros(*k.shape[:2], 1, width), k), dim=2), (0, SINK_COLUMNS))
+    k[:, :, 0, width] = 1
+    v, bias = F.pad(v, (0, SINK_COLUMNS, 1, 0)), None if bias is None else F.pad(bias, (1, 0))
+    shared = heads != k.shape[1]
+    mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
+    return mixed[:, :, -length:, :width]
 
 
 def layer_norm(

@@ -5,13 +5,14 @@ the usual index. Of a source's generation_config only the ids that end an answer
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from penstock.models.families import multimodal, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.foreign.decoder import decoder_of
 from penstock.models.foreign.family import family_in, family_of
+from penstock.models.formats import checkpoint_tensors
 from penstock.models.formats.gguf_file import local_directory
 from penstock.models.formats.weights import open_weights
 from penstock.models.lora_targets import LoraSpec
-from penstock.models.safetensors_writer import Entry
 from penstock.models.surgery import add_adapters
 from penstock.models.tokenizer_files import pad_of, read_ends, write_ends
 from penstock.models.weight_files import (
@@ -42,7 +43,6 @@ from penstock.models.weight_files import (
     read_json,
 )
 
-CLASSIFIER_HEAD = "score.weight"
 TABLES = ("embed.tokens", "embed.weight")
 """The token table, of our decoder and of one with transformers' layers."""
 SCORE_HEADS = ("score", "classifier", "v_head", "v_head.summary", "value_head")
@@ -174,6 +174,11 @@ class Checkpoint:
         if config.tied and (tables & self.replaced.keys() or self._own_head(weights)):
             self.config = dataclasses.replace(config, tied=False)
 
+    @functools.cached_property
+    def _lines(self) -> dict[str, Weight]:
+        """The family's table by our names: a model of experts is read in thousands of calls."""
+        return {weight.ours: weight for weight in weights_of(self.family, self.config)}
+
     def _table(self) -> str:
         """The token table's full name."""
         return next(w.theirs[0] for w in weights_of(self.family, self.config) if w.ours in TABLES)
@@ -254,7 +259,7 @@ class Checkpoint:
         if has_score and self.family.HEAD not in weights.names and "head" in parameters:
             self.headless = True
             parameters.pop("head")
-        used = self._fill(parameters, weights.names, lambda name: torch.empty(weights.shape(name), device="meta"))
+        used = self._fill(parameters, weights, reads=False)
         if coded := sorted(name for name in used if weights.dtype(name) not in NAMES_OF_DTYPES.values()):
             raise UserError(
                 f"{self.directory}: {len(coded)} weights are stored as {weights.dtype(coded[0])}, codes of packed "
@@ -286,7 +291,7 @@ class Checkpoint:
                     f"one head, so it must be {shape} and the only one."
                 )
             extras[heads[name]] = tensor
-        if extras and CLASSIFIER_HEAD not in extras:
+        if extras and "score.weight" not in extras:
             raise UserError(f"{self.directory}: {', '.join(sorted(unused))} stands without the head's weight.")
         return extras
 
@@ -305,35 +310,35 @@ class Checkpoint:
         if self.headless and "head" in parameters:
             parameters = dict(parameters)
             parameters.pop("head").detach().zero_()
-        self._fill(parameters, weights.names, weights.get)
+        self._fill(parameters, weights)
 
     @torch.no_grad()
-    def _fill(self, parameters: dict[str, Tensor], names: set[str], get: Callable[[str], Tensor]) -> set[str]:
+    def _fill(self, parameters: dict[str, Tensor], weights: Weights, reads: bool = True) -> set[str]:
         """Makes every parameter from their weights. Returns the names that were used."""
         used, missing = set(), []
-        config, family = self.config, self.family
 
-        def find(name: str, shape: torch.Size) -> Tensor:
-            stored = self._stored(name, names)
+        def find(weight: Weight, name: str, shape: torch.Size) -> Tensor:
+            stored = self._stored(name, weights.names)
             if stored is None:
                 missing.append(name)
                 return torch.zeros(shape, device="meta")
             used.add(stored)
-            tensor = get(stored)
-            if tensor.shape != shape:
+            actual, expected = tuple(weights.shape(stored)), weight.stored_shape(tuple(shape), self.config)
+            if actual != expected:
                 raise UserError(
-                    f"{self.directory}: weight {stored!r} has shape {tuple(tensor.shape)} and config.json says "
-                    f"{tuple(shape)}; config and weights belong to different models."
+                    f"{self.directory}: weight {stored!r} has shape {actual} and config.json says {expected}; config "
+                    "and weights belong to different models."
                 )
-            return tensor
+            if not reads:
+                return torch.empty(shape, device="meta")
+            return weights.get(stored) if weight.expert is None else weights.part(stored, weight.expert)
 
-        for weight in weights_of(family, config):
-            if weight.ours in parameters:
-                ours = parameters[weight.ours]
-                parts = weight.write(torch.empty(ours.shape, device="meta"), config)
-                theirs = [find(name, part.shape) for name, part in parts.items()]
+        for our_name, ours in parameters.items():
+            if (weight := self._lines.get(our_name)) is not None:
+                parts = weight.write(torch.empty(ours.shape, device="meta"), self.config)
+                theirs = [find(weight, name, part.shape) for name, part in parts.items()]
                 if not missing:
-                    ours.copy_(weight.read(theirs, config))
+                    ours.copy_(weight.read(theirs, self.config))
         if missing:
             raise UserError(
                 f"{self.directory}: {len(missing)} weights are missing: {_first(missing)}; is the download complete?"
@@ -363,7 +368,9 @@ def save(
     adapted = decoder.adapted is not None and decoder.adapted.merged is None
     if directory is None:
         if decoder.feed.collective:
-            for _ in adapter_files.tensors(decoder, score) if adapted else _their_tensors(decoder, family, score):
+            for _ in (
+                adapter_files.tensors(decoder, score) if adapted else checkpoint_tensors.tensors(decoder, family, score)
+            ):
                 pass
         return
     directory = Path(directory)
@@ -374,9 +381,9 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     hf = _config_json(decoder, family, score, extra_config or {})
     (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-    shards = safetensors_writer.shards(_entries(decoder, family, score), max_shard_bytes)
+    shards = safetensors_writer.shards(checkpoint_tensors.entries(decoder, family, score), max_shard_bytes)
     weight_map: dict[str, str] = {}
-    tensors = _their_tensors(decoder, family, score)
+    tensors = checkpoint_tensors.tensors(decoder, family, score)
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         safetensors_writer.write(directory / file, shard, itertools.islice(tensors, len(shard)), {"format": "pt"})
@@ -454,34 +461,3 @@ def _local(source: str | Path, allow_pickle: bool = False) -> Path:
             f"{source}: neither a directory here nor a hub model that can be fetched ({type(error).__name__}); "
             "check the spelling, the network, or give a local directory."
         ) from error
-
-
-def _entries(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Entry]:
-    """The tensors of a checkpoint; with a score head, no language-model head."""
-    if score is not None:
-        yield Entry(CLASSIFIER_HEAD, score.dtype, tuple(score.shape))
-    for weight in _saved(decoder, family, score):
-        ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta")
-        for name, tensor in weight.write(ours, decoder.config).items():
-            yield Entry(name, tensor.dtype, tuple(tensor.shape))
-
-
-def _their_tensors(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Tensor]:
-    """The tensors of `_entries`, on the CPU."""
-    if score is not None:
-        yield score.detach().cpu()
-    group_of = {name: group for group, names in decoder.groups() for name in names}
-    for weight in _saved(decoder, family, score):
-        with decoder.feed.visit(group_of[weight.ours]):
-            ours = decoder.get_parameter(weight.ours).detach()
-            # copies on the CPU, which outlive the visit
-            theirs = [
-                tensor.clone(memory_format=torch.contiguous_format).cpu()
-                for tensor in weight.write(ours, decoder.config).values()
-            ]
-        yield from theirs
-
-
-def _saved(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Weight]:
-    parameters = {name for name, _ in decoder.named_parameters()} - ({"head"} if score is not None else set())
-    return (weight for weight in weights_of(family, decoder.config) if weight.ours in parameters)

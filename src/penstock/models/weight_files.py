@@ -35,6 +35,8 @@ def check_unpacked(hf: dict[str, Any], directory: Path) -> None:
     method = packed_by(hf)
     if method is None or method in READ:
         return
+    if method == "mxfp4" and hf.get("model_type") == "gpt_oss":  # models.moe.mxfp4 reads them
+        return
     call = DEQUANTISE.get(method)
     way = "take the model that it was made from"
     if call is not None:
@@ -68,10 +70,16 @@ class Weights:
     """As safetensors writes it: F32, BF16, F8_E4M3, ..."""
     first: Callable[[str], Tensor]
     """The first row."""
+    row: Callable[[str, int], Tensor] | None = None
+    """A row, [1, ...], read alone. None: files of this kind are read whole."""
     left_out: int = 0
     """Weights of parts that are no text model; see families.multimodal."""
     packed: str = ""
     """What to say of weights that were packed; see formats.bitsandbytes."""
+
+    def part(self, name: str, i: int) -> Tensor:
+        """Row i of a weight, [1, ...]."""
+        return self.get(name)[i : i + 1] if self.row is None else self.row(name, i)
 
 
 def open_weights(directory: Path, allow_pickle: bool) -> Weights:
@@ -134,6 +142,7 @@ def _weights_of_handles(handles: dict[str, Any]) -> Weights:
         lambda name: handles[name].get_slice(name).get_shape(),
         lambda name: handles[name].get_slice(name).get_dtype(),
         lambda name: handles[name].get_slice(name)[:1],
+        lambda name, i: handles[name].get_slice(name)[i : i + 1],
     )
 
 

@@ -12,6 +12,7 @@ from penstock.models.families import (
     gemma,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -45,6 +46,7 @@ FAMILIES: dict[str, ModuleType] = {
     "smollm3": smollm3,
     "qwen3_moe": qwen_moe,
     "mixtral": mixtral,
+    "gpt_oss": gpt_oss,
 }
 
 
@@ -69,5 +71,8 @@ def weights_of(family: Any, config: DecoderConfig) -> Iterator[Weight]:
         for weight in getattr(family, "EXPERT", ()):
             for expert in range(config.num_experts):
                 theirs = tuple(family.PREFIX + name.format(layer, expert) for name in weight.theirs)
-                yield dataclasses.replace(weight, ours=f"blocks.{layer}.experts.{expert}.{weight.ours}", theirs=theirs)
+                ours, part = f"blocks.{layer}.experts.{expert}.{weight.ours}", None
+                if weight.layout in ("expert", "alternating"):
+                    part = expert
+                yield dataclasses.replace(weight, ours=ours, theirs=theirs, expert=part)
     yield Weight("head", (family.HEAD,))

@@ -6,6 +6,7 @@ from penstock.errors import UserError
 from penstock.models import weight_files
 from penstock.models.families import multimodal
 from penstock.models.formats import bitsandbytes, gguf_file
+from penstock.models.moe import mxfp4
 from penstock.models.weight_files import Weights, packed_by, read_json
 
 
@@ -14,7 +15,7 @@ def open_weights(directory: Path, allow_pickle: bool) -> Weights:
     if (directory / gguf_file.STAMP).exists():
         return gguf_file.open_weights(directory)
     hf = read_json(directory / "config.json")
-    weights = bitsandbytes.unpacked(weight_files.open_weights(directory, allow_pickle))
+    weights = mxfp4.unpacked(bitsandbytes.unpacked(weight_files.open_weights(directory, allow_pickle)))
     if packed_by(hf) == "bitsandbytes" and not weights.packed:
         raise UserError(
             f"{directory / 'config.json'}: quantization_config says that bitsandbytes packed the weights, and they are "
