@@ -66,6 +66,13 @@ BUGS: list[Bug] = [
     (FN, "score read at the last column, padding or not", "lengths - 1]\n\n\ndef pack", "-1 + 0 * lengths]\n\n\ndef pack"),
     (FN, "padding is multiplied by 0, so NaN survives", "return x.masked_fill(~mask, 0.0)", "return x * mask"),
     (FN, "prompt tokens are in the response mask", " & ~mask_of(prompt_lengths, width)", ""),
+    # mixtures of experts
+    ("models/moe/experts.py", "ties go to the last expert", "logits.argsort(dim=-1, descending=True, stable=True)[:, :k]", "logits.argsort(dim=-1, stable=True).flip(-1)[:, :k]"),
+    ("models/moe/experts.py", "a gradient of one of a token's experts", "(-1, ctx.k)).sum(dim=1)", "(-1, ctx.k))[:, 0]"),
+    ("models/moe/experts.py", "shares among all, whatever the config says", "    if norm:  # a softmax", "    if False:  # a softmax"),
+    ("models/moe/mlp.py", "gpt-oss without the 1 beside up", "raised.clamp(-limit, limit) + 1)", "raised.clamp(-limit, limit) + 0)"),
+    ("models/moe/mxfp4.py", "a byte's halves swapped", "(blocks & 15, blocks >> 4)", "(blocks >> 4, blocks & 15)"),
+    ("models/adapter_files.py", "an expert's B is another's", "[:, :, expert]", "[:, :, expert - 1]"),
     # log-probs and KL
     (HEAD, "temperature forgotten in training", "if temperature != 1.0 else", "if False else"),
     (HEAD, "temperature multiplies", "return logits.div_(temperature)", "return logits.mul_(temperature)"),

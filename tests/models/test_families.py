@@ -43,6 +43,10 @@ GPT_OSS = {
     "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": 5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }  # fmt: skip
+GPT_OSS_YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 QWEN_MOE = {
     "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True,
 }  # fmt: skip
@@ -108,6 +112,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss, heads of keys, other limits, tied, windows elsewhere": ("gpt_oss",
         LLAMA | GPT_OSS | {"num_key_value_heads": 6, "swiglu_limit": 1.0, "swiglu_alpha": 1.1, "head_dim": 24,
                            "tie_word_embeddings": True, "attention_bias": False,
+                           "rope_parameters": GPT_OSS_YARN,
                            "layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "sliding_window": None}),
     "mixtral, window exceeded, tied": ("mixtral",

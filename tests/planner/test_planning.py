@@ -89,6 +89,20 @@ FAMILIES = {
     "qwen3_moe": dataclasses.replace(
         LLAMA, family="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, expert_ff=96, dense_layers=(1,)
     ),
+    "gpt_oss": dataclasses.replace(
+        LLAMA,
+        family="gpt_oss",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        num_experts=4,
+        experts_per_token=2,
+        expert_ff=192,
+        router_bias=True,
+        sinks=True,
+        clamp=(1.702, 7.0),
+        windows=(16, 0, 16),
+    ),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", num_experts=4, experts_per_token=2, expert_ff=128),
     "olmo3": dataclasses.replace(
         LLAMA,

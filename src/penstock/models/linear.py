@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from penstock.kernels import capped_attention, cpu_ops
 from penstock.models import packed
-from penstock.models.tiling import PRODUCT_TILE, Arithmetic, score_tile
+from penstock.models.tiling import PRODUCT_TILE, SINK_COLUMNS, Arithmetic, score_tile
 
 FEW = 16
 NORM_TILE = 1 << 18
@@ -129,10 +129,6 @@ def attention(
         shared = q.shape[1] != k.shape[1]
         mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
     return mixed.to(dtype)
-
-
-SINK_COLUMNS = 8
-"""Columns that sinks add to a head, of which they need one: kernels want a multiple."""
 
 
 def _with_sinks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor, scale: float) -> Tensor:

@@ -17,6 +17,8 @@ PRODUCT_TILE = 1 << 22
 """Elements of a weight that are widened or unpacked at once: models.linear."""
 SCORE_TILE = 1 << 20
 """Soft-capped attention scores that exist at once: kernels.capped_attention."""
+SINK_COLUMNS = 8
+"""Columns that sinks add to a head, of which they need one: kernels want a multiple; models.linear."""
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, that one forward reads at most: enough to keep a GPU busy."""
 

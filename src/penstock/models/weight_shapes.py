@@ -54,11 +54,11 @@ def _shapes(c: DecoderConfig, scalar: bool) -> list[tuple[str, list[tuple[str, t
         embed += norm("embed.norm", c.d_model)
     first = c.pre_norm or not c.out_norms
     attention = [
+        *([("sinks", (c.num_heads,))] if c.sinks else []),
         *(norm("norm1", c.d_model) if first else []),
         *linear("qkv", c.d_model, heads + 2 * kv, c.qkv_bias),
         *(norm("q_norm", normed[0], "rms") + norm("k_norm", normed[1], "rms") if c.qk_norm else []),
         *linear("out", heads, c.d_model, c.out_bias),
-        *([("sinks", (c.num_heads,))] if c.sinks else []),
         *(norm("out_norm", c.d_model) if c.out_norms else []),
         *(norm("norm2", c.d_model) if first else []),
     ]

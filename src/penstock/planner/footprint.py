@@ -14,7 +14,7 @@ from typing import Any
 from penstock.memory.chunks import ITEMSIZE
 from penstock.models.config import DecoderConfig
 from penstock.models.lora_targets import LoraSpec, LoraTarget, adapted_targets, group_of
-from penstock.models.tiling import PRODUCT_TILE, Arithmetic, head_tile, score_tile
+from penstock.models.tiling import PRODUCT_TILE, SINK_COLUMNS, Arithmetic, head_tile, score_tile
 from penstock.models.weight_shapes import BaseDtype
 from penstock.planner.activations import Batch, PartWork, Work
 
@@ -177,8 +177,9 @@ def _experts(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
     sorted_states, inner = pairs * c.d_model * s, pairs * c.expert_ff * s
     routed = pairs * (3 * INDEX + FP32) + (tokens * c.d_model * FP32 if s < FP32 else 0)  # and the router's states
     routed += 0 if c.norm_topk else tokens * c.num_experts * FP32
-    kept = routed + 2 * sorted_states + inner * (4 if c.gated else 2)
-    largest = tokens * c.expert_ff * s * (4 if c.gated else 2)
+    per = 7 if c.clamp else 4 if c.gated else 2  # tensors of an expert's width: clamped_glu keeps seven
+    kept = routed + 2 * sorted_states + inner * per
+    largest = tokens * c.expert_ff * s * per
     sorting = tokens * c.num_experts * (2 * FP32 + 2 * INDEX)
     forward = routed + max(sorting, 2 * sorted_states + max(largest, sorted_states))
     return kept, forward, 2 * sorted_states
@@ -204,9 +205,13 @@ def _block(
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
     if rotates:
         attended += queries  # turned queries lie head by head, and what they become is put back row by row
+    if c.sinks:  # copies with columns of their own, and of what attention makes of them
+        attended += (projected + queries) * SINK_COLUMNS // c.head_dim + projected
     # of q, k, v and the bias, and what attention makes of them
     copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
     attention = norm.saved + (attended + copies if wide else projected + turned + attended)
+    if c.sinks and not wide:  # which keeps the copies alone
+        attention -= projected + turned
     kept, rising, slopes = (_experts if experts else _mlp)(c, tokens, s)
     mlp = norm.saved + kept
     # the sums of the residual stream: behind attention (none where both halves read x), and the output
