@@ -33,7 +33,13 @@ class Line(nn.Module):
     def reads(self):
         return ()
 
-    def begin(self, tokens):
+    def learn(self, micro_batches, world):
+        pass
+
+    def turn(self, world):
+        pass
+
+    def begin(self, tokens, learned=None):
         return None
 
     def recipe(self, name):

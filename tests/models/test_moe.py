@@ -10,14 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from penstock.algorithms.sft import Rows
 from penstock.errors import UserError
+from penstock.memory.strategy import Strategy
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.moe import experts, mxfp4
+from penstock.models.roles import Actor
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
-from tests.models.test_families import CASES, NO_SPECIAL, reference
+from tests.models.test_families import CASES, NO_SPECIAL, ragged_batch, reference
 
 QWEN = DecoderConfig(
     "qwen3_moe", 50, d_model=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64, max_length=64,
@@ -41,7 +44,7 @@ def test_a_mixture_and_its_gradients_are_those_of_a_loop_over_tokens(norm):
     generator = torch.Generator().manual_seed(2)
     x, logits = (torch.randn(13, n, generator=generator, dtype=torch.float64, requires_grad=True) for n in (6, 5))
     products = [nn.Linear(6, 6, dtype=torch.float64) for _ in range(5)]
-    mixed = experts.mixture(x, logits, products, 2, norm, experts.everyone)
+    mixed = experts.mixture(x, logits, products, 2, norm, experts.ALONE)
     chances, rows = logits.softmax(-1), []
     for i in range(13):
         shares, chosen = chances[i].topk(2)
@@ -149,3 +152,34 @@ def test_a_checkpoint_without_one_expert_is_refused_by_name(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights are missing: model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight"):
         pretrained.load(tmp_path)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_balancing_loss_is_that_of_transformers_over_the_whole_batch(recompute, parts, tmp_path):
+    """With blocks run again whatever the micro-batches; else of one micro-batch."""
+    theirs = reference("qwen3_moe")
+    theirs.config.router_aux_loss_coef = 3.0
+    theirs.save_pretrained(tmp_path)
+    strategy = Strategy.named("naive", recompute=recompute)
+    with strategy.init():
+        actor = Actor.from_pretrained(str(tmp_path))
+    stream = strategy.prepare(actor)
+    tokens, lengths = ragged_batch(96)
+    valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+    rows = [Rows(*pair) for pair in zip(tokens.chunk(parts), valid.chunk(parts), strict=True)]
+    plain = lambda hidden, batch: (hidden.sum() * 0.0, {})  # noqa: E731 (the balancing loss alone)
+    strategy.step(stream, rows, plain, lr=0.0, max_grad_norm=1e9)
+    balance = actor.decoder.balance
+    output = theirs(tokens, attention_mask=valid.long(), output_router_logits=True)
+    (3.0 * output.aux_loss).backward()
+    assert float(balance.loss()) == pytest.approx(float(output.aux_loss), rel=1e-5)
+    if parts > 1 and not recompute:
+        return  # the load of the micro-batches so far is another one than that of all
+    expected = theirs.model.layers[1].mlp.gate.weight.grad
+    home = next(home for home in stream.homes if any("blocks.1.router" in w.name for w in home.chunk.weights))
+    at = next(i for i, w in enumerate(home.chunk.weights) if "blocks.1.router" in w.name)
+    start = home.chunk.offsets[at]
+    got = home.grads.tensor[start : start + expected.numel()].view(expected.shape)
+    assert expected.abs().max() > 1e-4
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-8

@@ -59,6 +59,11 @@ class Experience:
         """Valid response tokens, [B, R] bool, from lengths alone (1)."""
         return fn.mask_of(self.lengths, self.logprobs.shape[1])
 
+    @property
+    def valid(self) -> Tensor:
+        """[B, T] bool: what is no padding."""
+        return fn.mask_of(self.prompt_lengths + self.lengths, self.tokens.shape[1])
+
     def rows(self, index: Tensor) -> "Experience":
         """The episodes of `index`, trimmed to the longest of them."""
         part = Experience(*(getattr(self, name)[index] for name in COLUMNS))

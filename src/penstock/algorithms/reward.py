@@ -159,6 +159,11 @@ class Rankings:
     """[B] int64."""
     rankings: Sequence[Ranking] = ()
 
+    @property
+    def valid(self) -> Tensor:
+        """[B, T] bool: what is no padding."""
+        return fn.mask_of(self.lengths, self.tokens.shape[1])
+
 
 def rows_of(rows: Sequence[Sequence[int]], device: torch.device, rankings: Sequence[Ranking] = ()) -> Rankings:
     tokens, lengths = pad([list(row) for row in rows])

@@ -116,6 +116,11 @@ class Rows:
     trained: Tensor
     """[B, T] bool: the tokens that the loss is on."""
 
+    @property
+    def valid(self) -> Tensor:
+        """[B, T] bool: up to each row's last token that the loss is on."""
+        return self.trained.flip(1).cumsum(1).flip(1) > 0
+
 
 def micro_batches(examples: Sequence[Example], size: int, device: torch.device) -> list[Rows]:
     """Rows in groups of `size`, neighbours in length, so that little of a micro-batch is padding."""

@@ -75,8 +75,15 @@ class Program(Protocol):
     def reads(self) -> tuple[str, ...]:
         """Groups that the head needs, besides the last part's own, to make losses or numbers of the last states."""
 
-    def begin(self, tokens: Tensor) -> Any:
-        """The context of a micro-batch, for every part: it depends on positions alone, not on weights."""
+    def begin(self, tokens: Tensor, learned: Any = None) -> Any:
+        """The context of a micro-batch, for every part: it depends on positions alone, not on weights. `learned`: the
+        micro-batch, where a backward follows."""
+
+    def learn(self, micro_batches: Sequence[Any], world: Any) -> None:
+        """Called before the first forward of an update, with all of this rank's micro-batches."""
+
+    def turn(self, world: Any) -> None:
+        """Called on all ranks together where all micro-batches of an update have gone forward and none backward."""
 
     def slice(self, budget: int) -> None:
         """From now on, whole rows hold at most so many bytes inside a block; see autochunk.api."""

@@ -187,13 +187,14 @@ class Stream:
         move, see [Note: a kept graph].
         """
         losses: list[Losses] = []
+        self.program.learn(micro_batches, self.world)
         for batches in self._waves(micro_batches, backward=True):
             losses += yield from self._pass(batches, loss_of)
         return losses
 
     def _pass(self, batches: Sequence[Any], loss_of: LossOf) -> "Visits[list[Losses]]":
         parts = self.program.parts()
-        contexts = [self.program.begin(batch.tokens) for batch in batches]
+        contexts = [self.program.begin(batch.tokens, batch) for batch in batches]
         wave = Wave(batches, contexts, [batch.tokens for batch in batches])
         first = self._first_trained(parts)
         visits = visits_of(self.program)
@@ -211,6 +212,8 @@ class Stream:
                 wave.states = [y.detach() for y in outputs]
                 del outputs
             yield
+        if self.recompute:
+            self.program.turn(self.world)
         with self.lease(visits[-1], gradients=True) as holds, torch.enable_grad(), record_function("turn"):
             losses = self._turn(wave, parts[-1], holds, loss_of, wants_grads=len(parts) - 1 > first)
         yield

@@ -29,7 +29,8 @@ from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
 from penstock.models.linear import Linear, add_to, attention, layer_norm, linear, precise, rows_of
 from penstock.models.lora import Adapted
-from penstock.models.moe.experts import Visit, everyone, mixture
+from penstock.models.moe.balance import Balance
+from penstock.models.moe.experts import ALONE, Routing, everyone, mixture
 from penstock.models.moe.mlp import Mlp, mlp, mlp_weights
 from penstock.models.positions import Positions, alibi_slopes, attention_bias, query_scale, rotary_tables, rotate
 from penstock.models.weight_shapes import BaseDtype, group_in_block, groups_of_block
@@ -66,6 +67,8 @@ class Context:
     positions: dict[tuple[int, bool], Positions]
     """By DecoderConfig.kinds."""
     cache: KVCache | None
+    valid: Tensor | None = None
+    """[B, T] bool: the tokens whose routes are balanced, in training."""
 
 
 class Block(nn.Module):
@@ -100,18 +103,18 @@ class Block(nn.Module):
         x: Tensor,
         positions: Positions,
         cache: tuple[Tensor, Tensor] | None = None,
-        visit: Visit = everyone,
+        routing: Routing = ALONE,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one. `visit` brings experts."""
+        """x [B, T, D] -> [B, T, D]; writes its keys and values into `cache` if there is one."""
         c = self.config
         if not (c.pre_norm or c.out_norms):
             x = normed(self.norm1, x + self.attention(x, positions, cache))
-            return normed(self.norm2, x + self.mlp(x, visit))
+            return normed(self.norm2, x + self.mlp(x, routing))
         attended = normed(self.out_norm, self.attention(normed(self.norm1, x), positions, cache))
         if c.parallel_residual:
-            return x + attended + self.mlp(normed(self.norm2, x), visit)
+            return x + attended + self.mlp(normed(self.norm2, x), routing)
         x = add_scaled(x, attended, c.residual_scale)
-        return add_scaled(x, normed(self.down_norm, self.mlp(normed(self.norm2, x), visit)), c.residual_scale)
+        return add_scaled(x, normed(self.down_norm, self.mlp(normed(self.norm2, x), routing)), c.residual_scale)
 
     def attention(self, x: Tensor, positions: Positions, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         """Causal self-attention over the row, or over the cache when decoding."""
@@ -146,13 +149,13 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def mlp(self, x: Tensor, visit: Visit) -> Tensor:
+    def mlp(self, x: Tensor, routing: Routing) -> Tensor:
         """down(activation(up(x))), gated or not, or the experts that each token's router chooses: [B, T, D]."""
         if self.router is None:
             return mlp(x, self.up, self.down, self.config)
         c, rows, experts = self.config, x.flatten(0, 1), cast(Any, self.experts)
         logits = self.router(rows.float())
-        return mixture(rows, logits, experts, c.experts_per_token, c.norm_topk, visit).view_as(x)
+        return mixture(rows, logits, experts, c.experts_per_token, c.norm_topk, routing).view_as(x)
 
 
 def normed(norm: Norm | None, x: Tensor) -> Tensor:
@@ -267,6 +270,8 @@ class Decoder(nn.Module):
         self.to(dtype or torch.get_default_dtype())
         self.feed: Any = ALWAYS_THERE
         """Brings the weights to the device: a memory.stream.Stream once a strategy has prepared the model."""
+        routers, coef = sum(len(of_block) > 1 for of_block in self._groups), config.router_aux_loss_coef
+        self.balance = Balance(coef, routers, config.num_experts) if routers and coef else None
         self.slicer: Any = None
         """An autochunk.api.Slicer that runs its blocks, where activations have a budget; see models.sliced_blocks."""
         self.source: Source | None = None
@@ -440,7 +445,10 @@ class Decoder(nn.Module):
         positions = context.positions[self.config.kinds[i]]
         if self.slicer is not None and context.cache is None:
             return self.slicer.run(self.blocks[i], x, positions)
-        return self.blocks[i](x, positions, None if context.cache is None else context.cache[i])
+        cache = None if context.cache is None else context.cache[i]
+        if context.valid is None:
+            return self.blocks[i](x, positions, cache)
+        return self.blocks[i](x, positions, cache, Routing(everyone, self.balance, context.valid.flatten()))
 
     def _last(self, x: Tensor, context: Context) -> Tensor:
         if self.norm is not None:

@@ -5,6 +5,7 @@ fp32. All of them take right-padded tokens with lengths and return packed values
 """
 
 import copy
+import dataclasses
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.distributed.world import World
 from penstock.errors import UserError
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import pretrained
@@ -70,8 +72,21 @@ class Role(nn.Module):
         """The groups that log-probabilities are read with: the decoder's head."""
         return self.decoder.reads()
 
-    def begin(self, tokens: Tensor) -> Context:
-        return self.decoder.begin(tokens)
+    def begin(self, tokens: Tensor, learned: Any = None) -> Context:
+        context = self.decoder.begin(tokens)
+        if learned is None or self.decoder.balance is None:
+            return context
+        return dataclasses.replace(context, valid=learned.valid)
+
+    def learn(self, micro_batches: Sequence[Any], world: World) -> None:
+        """Counts the tokens of an update, over which the experts' loads are balanced."""
+        if self.decoder.balance is not None:
+            tokens = sum(batch.valid.sum() for batch in micro_batches)
+            self.decoder.balance.begin(world.sum(torch.as_tensor(tokens, dtype=torch.float32, device=world.device)))
+
+    def turn(self, world: World) -> None:
+        if self.decoder.balance is not None and self.decoder.balance.sums is not None:
+            self.decoder.balance.sums = world.sum(self.decoder.balance.sums)
 
     def slice(self, budget: int) -> None:
         """From now on, whole rows hold at most `budget` bytes inside a block. Raises UserError where its layers are

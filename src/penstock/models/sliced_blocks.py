@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from penstock.autochunk.api import Report, Slicer
+from penstock.errors import UserError
 from penstock.kernels.cpu_ops import gelu_tanh
 from penstock.memory.program import owners
 from penstock.models.config import DecoderConfig
@@ -33,6 +34,11 @@ def one_layer(config: DecoderConfig) -> DecoderConfig:
 def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
     """Runs the blocks of a model within `budget` bytes each; gradients are computed by recomputation. It holds no
     weights: models of one shape and the plan share it."""
+    if config.num_experts:
+        raise UserError(
+            f"--activation-budget: which experts of {config.family} a token calls is known only once it is there, so "
+            "its blocks are not cut into slices; leave it out, and give --recompute or a smaller --micro-batch-size."
+        )
     return _slicer_of(config, budget, slow_in_bf16("cpu"))
 
 

@@ -177,6 +177,7 @@ def _experts(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
     sorted_states, inner = pairs * c.d_model * s, pairs * c.expert_ff * s
     routed = pairs * (3 * INDEX + FP32) + (tokens * c.d_model * FP32 if s < FP32 else 0)  # and the router's states
     routed += 0 if c.norm_topk else tokens * c.num_experts * FP32
+    routed += tokens * c.num_experts * FP32 if c.router_aux_loss_coef else 0
     per = 7 if c.clamp else 4 if c.gated else 2  # tensors of an expert's width: clamped_glu keeps seven
     kept = routed + 2 * sorted_states + inner * per
     largest = tokens * c.expert_ff * s * per

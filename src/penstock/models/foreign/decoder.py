@@ -110,6 +110,7 @@ class ForeignDecoder(Decoder):
         self.lora: nn.ModuleList | None = None
         self.adapted: Adapted | None = None
         self.slicer: Any = None
+        self.balance: Any = None
         self.source = None
         self.seed = 0
         self.feed = ALWAYS_THERE

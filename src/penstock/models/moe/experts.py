@@ -15,15 +15,28 @@ So neither the other tokens of a batch nor threads change its bits; additions in
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from penstock.kernels import compile as compiler
+from penstock.models.moe.balance import Balance
 
 Visit = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Inside it, the weights of these experts are on the device."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a block with experts is given beside its weights."""
+
+    visit: Visit
+    balance: Balance | None = None
+    """In training: what its router chooses is counted there."""
+    valid: Tensor | None = None
+    """[N] bool: tokens that are no padding, where there is a balance."""
 
 
 def everyone(experts: Sequence[int]) -> AbstractContextManager[None]:
@@ -31,20 +44,28 @@ def everyone(experts: Sequence[int]) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+ALONE = Routing(everyone)
+
+
 def mixture(
-    x: Tensor, logits: Tensor, experts: Sequence[Callable[[Tensor], Tensor]], k: int, norm: bool, visit: Visit
+    x: Tensor, logits: Tensor, experts: Sequence[Callable[[Tensor], Tensor]], k: int, norm: bool, routing: Routing
 ) -> Tensor:
     """x [N, D] and the router's logits [N, E] fp32 -> [N, D]. Each expert maps [n, D] to [n, D].
 
     norm: the k shares add up to 1.
     """
+    balance, valid = routing.balance, routing.valid
+    if balance is not None and valid is not None:
+        logits = balance.watch(logits, valid)
     shares, chosen = choose(logits, k, norm)
+    if balance is not None and valid is not None:
+        balance.count(logits, chosen, valid)
     order, counts = _by_expert(chosen, len(experts))
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     pieces = _Sorted.apply(x, order, back, k).split(counts)
     called = [expert for expert, count in enumerate(counts) if count]
-    with visit(called):
+    with routing.visit(called):
         answers = torch.cat([experts[expert](pieces[expert]) for expert in called])
     del pieces
     answers = _Unsorted.apply(answers, order, back).view(len(x), k, -1)
