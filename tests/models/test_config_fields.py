@@ -47,8 +47,9 @@ LONG = {
 }  # fmt: skip
 ROUNDED = YARN | {"truncate": False, "beta_fast": 4}
 LINEAR = {**THETA, "rope_type": "linear", "factor": 2.0}
+SHORT = YARN | {"attention_factor": 2.0, "llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 8}
 ROPES = [
-    {**THETA, "rope_type": "default"}, LINEAR, LLAMA3, YARN | {"attention_factor": 2.0, "llama_4_scaling_beta": 0.4},
+    {**THETA, "rope_type": "default"}, LINEAR, LLAMA3, SHORT,
     ROUNDED | {"mscale": 0.7, "mscale_all_dim": 1.3}, LONG, {**THETA, "rope_type": "dynamic", "factor": 3.0},
 ]  # fmt: skip
 BY_LAYER = [

@@ -29,7 +29,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn, of one": YARN | {"factor": 1.0},
     "yarn, other betas": YARN | {"beta_fast": 4, "beta_slow": 0.5},
     "yarn, null betas": YARN | {"beta_fast": None, "beta_slow": None, "attention_factor": None},
-    "yarn, untruncated": YARN | {"truncate": False, "beta_fast": 4.0},
+    "yarn, untruncated": YARN | {"truncate": False, "beta_slow": 0.2, "original_max_position_embeddings": 60},
     "yarn, both scales": YARN | {"mscale": 0.7, "mscale_all_dim": 1.1},
     "yarn, one scale": YARN | {"mscale": 0.7},
     "yarn, a factor of attention": YARN | {"attention_factor": 0.9},
