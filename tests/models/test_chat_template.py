@@ -81,3 +81,21 @@ def test_text_has_all_but_what_is_hidden(template_of):
     tokenizer = template_of(CHATML).tokenizer
     ids = tokenizer("<bos>Hi<|im_end|>").input_ids
     assert words_of(tokenizer, ids, {IM_END}) == "<bos>Hi"
+
+
+GEMMA = (
+    "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+"""Gemma 2's, with the test tokenizer's words for the starts and ends of turns."""
+
+
+def test_gemmas_template_ends_an_answer_at_its_end_of_turn_and_takes_no_system_message(template_of):
+    template = template_of(GEMMA)
+    assert (template.end, template.takes_system, template.chats) == (IM_END, False, True)
+    assert list(ends_of(template, [EOS, IM_END]).ids) == [EOS, IM_END]  # as generation_config.json of gemma-2-*-it has
+    assert template.render([USER], answer=True).endswith("<|im_start|>model\n")
