@@ -41,6 +41,10 @@ OLMO3 = {
     "rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2079441541679836,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
+GPT_OSS = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 PUBLISHED: dict[str, tuple[int, Config]] = {
     # name: parameters, config.json
     "Llama 3.1 8B": (8_030_261_248, shape("llama", 32, 4096, 32, 8, 14336, 128256, 131072, rms_norm_eps=1e-5,
@@ -81,6 +85,9 @@ PUBLISHED: dict[str, tuple[int, Config]] = {
     "Qwen3 30B A3B": (30_532_122_624, shape("qwen3_moe", 48, 2048, 32, 4, 6144, 151936, 40960, head_dim=128,
         rope_theta=1000000.0, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
         decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False, sliding_window=None)),
+    "gpt-oss 20B": (20_914_757_184, shape("gpt_oss", 24, 2880, 64, 8, 2880, 201088, 131072, head_dim=64,
+        rms_norm_eps=1e-5, rope_theta=150000, rope_scaling=GPT_OSS, sliding_window=128, num_local_experts=32,
+        num_experts_per_tok=4, attention_bias=True, layer_types=["sliding_attention", "full_attention"] * 12)),
 }  # fmt: skip
 
 
