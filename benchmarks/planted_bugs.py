@@ -46,6 +46,7 @@ POLICY, GRPO, ADV = (f"algorithms/{name}.py" for name in ("policy", "grpo", "adv
 PAIRS, REFERENCE = "algorithms/preference_losses.py", "algorithms/reference.py"
 DISTILL, TEACHER = (f"algorithms/distillation/{name}.py" for name in ("distill", "teacher"))
 KTO = "algorithms/kto.py"
+FOREIGN = "models/foreign/decoder.py"
 HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
@@ -332,6 +333,11 @@ BUGS: list[Bug] = [
     (DECODER, "layers with a window turn as the others", "narrow = window > 0 and c.window_rope != ()", "narrow = False"),
     ("models/families/smollm3.py", "the first layer of four does not turn", "(i + 1) % every != 0", "i % every != 0"),
     ("models/families/multimodal.py", "old names of text weights are not known", r'r"language_model\.(?P<a>lm_head\..*|model\..*)|', r'r"language_modle\.(?P<a>lm_head\..*|model\..*)|'),
+    (FOREIGN, "every layer is called as the first one", "args, kwargs = context.layers[i]", "args, kwargs = context.layers[0]"),
+    (FOREIGN, "what goes beside the states has no gradient", "context.join([y, *pieces[1:]])", "context.join([y, *(x.detach() for x in pieces[1:])])"),
+    (FOREIGN, "the bias of a head is not trained", "products.append((torch.ones_like(states[..., :1]), self.head_bias[:, None]))", "pass"),
+    ("models/foreign/family.py", "a factor of the logits is forgotten", "1 / factor} if factor != 1 else {}", "1.0} if factor != 1 else {}"),
+    ("rollout/in_step.py", "rows that go on get the cache of others", "reorder_cache(torch.tensor(rows,", "reorder_cache(torch.arange(len(rows),"),
 ]  # fmt: skip
 
 

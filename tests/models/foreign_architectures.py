@@ -12,7 +12,7 @@ import transformers
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
+    "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 2,
     "pad_token_id": None,
 }  # fmt: skip
 MOE = {
@@ -48,7 +48,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "bitnet": {},
     "codegen": {"rotary_dim": 4},
     "cohere": {"logit_scale": 0.75},
-    "cpmant": {},
     "ctrl": {"dff": 48, "n_positions": 64},
     "cwm": HEADS | {"bos_token_id": 1},
     "deepseek_v2": MOE | LATENT | HEADS | {"first_k_dense_replace": 1},

@@ -12,12 +12,22 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from penstock.algorithms.ppo import ppo
 from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.errors import UserError
+from penstock.memory.prepare import groups_of
 from penstock.memory.strategy import Strategy
-from penstock.models import pretrained
-from penstock.models.roles import Actor
-from penstock.rollout.engine import generate
+from penstock.memory.stream import visits_of
+from penstock.models import lora_targets, pretrained, weight_shapes
+from penstock.models.foreign.family import path_of
+from penstock.models.lora_targets import LoraSpec
+from penstock.models.roles import Actor, Critic
+from penstock.planner.workload import config_of
+from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
+from tests.algorithms.test_ppo import REWARD_FN, write_reward_fn
+from tests.algorithms.test_ppo import config as ppo_settings
+from tests.conftest import last_model, metrics
 from tests.models.foreign_architectures import ALL, QUICK, saved
 
 LENGTHS = (9, 14, 2, 6)
@@ -158,3 +168,101 @@ def test_an_adapter_learns_alone_and_loads_again(models, tmp_path, name):
     again = Actor.from_pretrained(str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.equal(again.decoder.logits(again(TOKENS, None)), actor.decoder.logits(actor(TOKENS, None)))
+
+
+@every
+def test_a_ppo_iteration_reads_what_the_engine_wrote_and_saves_what_transformers_loads(models, tmp_path, jsonl, name):
+    rewards = write_reward_fn(tmp_path, REWARD_FN.format(table={token: token / 48 - 1 for token in range(96)}))
+    prompts = jsonl([{"prompt_ids": [1, 3, *range(3, 3 + i)]} for i in range(4)])
+    settings = {
+        "optim": {"steps": 1, "batch_size": 4, "micro_batch_size": 2, "epochs": 1},
+        "samples": 0,
+        "missing_eos_penalty": None,
+    }
+    run = ppo(ppo_settings(tmp_path, str(models(name)[1]), prompts, rewards, **settings))
+    (row,) = metrics(run)
+    assert row["val/first_ratio_gap"] <= 1e-4
+    assert row["val/engine_logprob_gap"] <= 1e-4
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(last_model(run), dtype=torch.float32)
+    ours = pretrained.load(last_model(run))[0]
+    with torch.no_grad():
+        assert (theirs.eval()(TOKENS).logits - ours.logits(ours(TOKENS))).abs().max() <= 1e-4
+
+
+@every
+def test_the_plan_knows_the_weights_of_the_model_without_reading_them(models, name):
+    """In bf16, where some architectures keep single weights in fp32; of actor and critic, with and without adapters."""
+    directory = models(name)[1]
+    config = config_of(str(directory), "--model")
+    strategy = Strategy.named("ddp", device="cpu", dtype="bf16")
+    for role, spec in ((Actor, None), (Critic, None), (Actor, LoraSpec(2))):
+        with strategy.init():
+            model = role.from_pretrained(str(directory), lora=spec)
+        options: Any = {"trained": True, "scalar": role is Critic}
+        if spec is None:
+            planned = weight_shapes.groups_of(config, "bfloat16", **options)
+        else:
+            planned = lora_targets.groups_of(config, "bfloat16", spec, **options)
+        real = {(w.name, w.shape, w.dtype, w.trained) for _, members in groups_of(model) for w in members}
+        assert {(w.name, w.shape, w.dtype, w.trained) for _, members in planned for w in members} == real
+        assert weight_shapes.visits_of(config, scalar=options["scalar"]) == visits_of(model)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hf", "path", "reason"), [
+    ({"model_type": "llama"}, "native", "a family of penstock's own decoder"),
+    ({"model_type": "novel", "auto_map": {"AutoModelForCausalLM": "modeling.Novel"}}, "refused", "trust_remote_code"),
+    ({"model_type": "vit"}, "refused", "has no causal language model of that type"),
+    ({"model_type": "bert"}, "refused", "reads in both directions"),
+    ({"model_type": "gemma3n_text"}, "refused", "leave each other tensors"),
+    ({"model_type": "phi", "hidden_size": "wide"}, "refused", "transformers does not build it"),
+])  # fmt: skip
+def test_the_path_of_a_config_and_its_reason(hf, path, reason):
+    taken, why = path_of(hf)
+    assert taken == path
+    assert reason in why
+
+
+def test_the_path_of_a_model_that_transformers_builds(models):
+    taken, why = path_of(models("mamba")[0].config.to_dict())
+    assert (taken, "transformers' own layers are its blocks" in why) == ("foreign", True)
+
+
+def test_what_transformers_layers_cannot_do_is_refused_by_its_flag(models, tmp_path):
+    directory = models("gptj")[1]
+    for options, flag in (
+        ({"recompute": False}, "--keep-activations"),
+        ({"activation_budget": "1MB"}, "--activation-budget"),
+    ):
+        strategy = Strategy.named("gemini_cpu", device="cpu", **options)
+        with strategy.init():
+            actor = Actor.from_pretrained(str(directory))
+        with pytest.raises(UserError, match=flag):
+            strategy.prepare(actor)
+    with pytest.raises(UserError, match="int8"):
+        Engine.from_pretrained(str(directory), dtype="int8")
+
+
+def test_a_cache_that_differs_from_whole_rows_is_not_used(models, monkeypatch):
+    directory, length = models("gptj")[1], transformers.DynamicCache.get_seq_length
+    right = [answer.response_ids for answer in sampled(pretrained.load(directory)[0])]
+    monkeypatch.setattr(transformers.DynamicCache, "get_seq_length", lambda *args, **names: length(*args, **names) + 1)
+    with pytest.warns(UserWarning, match="gives other states than whole rows"):
+        assert [answer.response_ids for answer in sampled(pretrained.load(directory)[0])] == right
+
+
+def test_the_last_layers_alone_learn(models, tmp_path):
+    directory = models("gptj")[1]
+    actor, _ = trained(directory, "gemini_cpu", tmp_path, unfrozen=1)
+    before, after = load_file(directory / "model.safetensors"), weights_of(actor, tmp_path / "out")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith(("transformer.h.2.", "transformer.ln_f", "lm_head")) for name in moved)
+
+
+def test_a_packed_base_learns_through_adapters_and_streams(models, tmp_path):
+    for strategy in ("ddp", "gemini_cpu"):
+        _, losses = trained(models("qwen3_5_text")[1], strategy, tmp_path, lora=4, base_dtype="nf4")
+        assert losses[1] < losses[0]

@@ -141,7 +141,11 @@ def _weights_of_handles(handles: dict[str, Any]) -> Weights:
         lambda name: handles[name].get_tensor(name),
         lambda name: handles[name].get_slice(name).get_shape(),
         lambda name: handles[name].get_slice(name).get_dtype(),
-        lambda name: handles[name].get_slice(name)[:1],
+        lambda name: (
+            handles[name].get_slice(name)[:1]
+            if handles[name].get_slice(name).get_shape()
+            else handles[name].get_tensor(name)[None]
+        ),
         lambda name, i: handles[name].get_slice(name)[i : i + 1],
     )
 

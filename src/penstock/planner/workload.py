@@ -339,7 +339,8 @@ def forecast_of(setting: Setting, *, timed: bool = True) -> Forecast:
     device = setting.budgets.get("device")
     moves = bits_of(setting.strategy)[0] != AUTO or bool(setting.recompute)
     on_device = _forecast(setting, timed, moves)
-    if not setting.workload.rolls_out or device is None or on_device.peak["device"] <= device:
+    stays = any(role.config.foreign for role in setting.workload.roles)  # a cache of transformers' is not swapped
+    if stays or not setting.workload.rolls_out or device is None or on_device.peak["device"] <= device:
         return on_device
     swapped = _forecast(setting, timed, moves, swap=True)
     return min(on_device, swapped, key=lambda forecast: forecast.peak["device"])

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from penstock.errors import UserError
 from penstock.kernels import cpu_ops
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Ram
@@ -405,6 +406,11 @@ def load(source: str, dtype: str, device: str | None = None, adapter: str | None
         strategy.prepare(actor)
         surgery.merge_adapters(actor.decoder, keep=False)
         return strategy, actor
+    if actor.decoder.config.foreign:
+        raise UserError(
+            f"--dtype int8: the layers of {actor.decoder.config.family} are transformers' own, which answer in fp32 or "
+            "bf16; give one of these."
+        )
     weights = {name: torch.empty_like(p, device=strategy.world.device) for name, p in actor.named_parameters()}
     actor.fill(weights)
     actor.load_state_dict(weights, assign=True)

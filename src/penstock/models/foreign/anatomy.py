@@ -7,6 +7,7 @@ the logits. Where that is not a chain of layers, NoChain says why.
 
 import contextlib
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,7 @@ def take_apart(model: Any) -> Anatomy:
         raise NoChain("its token embedding is no table of weights")
     anatomy = Anatomy(model, body, layers, embed, head)
     outside = [module for module in body.modules() if module not in _inside(layers) and _own(module)]
-    with _zeros(outside):
+    with torch.device("cpu"), _zeros(outside):  # a model that is made on `meta` is asked with real tokens
         _learn_calls(anatomy, outside)
         _learn_head(anatomy)
     return anatomy
@@ -198,10 +199,8 @@ def _record(anatomy: Anatomy, outside: Sequence[nn.Module], style: int) -> None:
     anatomy.handed = tuple(
         i for i in range(len(others)) if any(value is others[i] for _, a, k in calls for value in (*a, *k.values()))
     )
-    shared = [
-        value for _, args, kwargs in calls for value in (*args, *kwargs.values()) if isinstance(value, dict | list)
-    ]
-    if any(not value for value in shared):
+    values = [value for _, args, kwargs in calls for value in (*args, *kwargs.values())]
+    if any(isinstance(value, dict | list | UserDict) and not value for value in values):
         raise NoChain("its layers share a place in which they leave each other tensors")
 
 

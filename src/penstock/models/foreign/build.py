@@ -13,6 +13,9 @@ from torch import nn
 
 from penstock.models.families import FAMILIES
 
+BOTH_WAYS = ("cpmant", "xlnet")
+"""Types that transformers lists as causal, whose states depend on what stands behind them."""
+
 
 def _refusal(hf: dict[str, Any]) -> str:
     """Why transformers cannot build it as a causal language model; empty if it can."""
@@ -30,8 +33,8 @@ def _refusal(hf: dict[str, Any]) -> str:
         return f"model_type {model_type!r}: {shipped} has no causal language model of that type; {known}"
     if hf.get("is_encoder_decoder"):
         return f"is_encoder_decoder: {model_type!r} reads prompts with an encoder, and only decoders are trained here"
-    if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return f"model_type {model_type!r} is an encoder, which reads in both directions; a causal model is needed"
+    if model_type in BOTH_WAYS or model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return f"model_type {model_type!r} reads in both directions; a causal model is needed"
     return ""
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from penstock.errors import UserError
 from penstock.memory.program import ALWAYS_THERE, Part
@@ -30,6 +31,9 @@ from penstock.models.foreign.build import skeleton
 from penstock.models.linear import Linear, linear, precise
 from penstock.models.lora import Adapted
 from penstock.models.weight_shapes import BaseDtype
+
+CHECKS = 3
+"""Steps of a model's cache that are compared with whole rows."""
 
 
 @dataclass
@@ -111,6 +115,10 @@ class ForeignDecoder(Decoder):
         self.adapted: Adapted | None = None
         self.slicer: Any = None
         self.balance: Any = None
+        self.cached = self.anatomy.cache_name is not None
+        """Whether text is made with a cache of transformers'."""
+        self.unchecked = CHECKS
+        """Steps of the cache that are still to be compared with whole rows; see rollout.in_step."""
         self.source = None
         self.seed = 0
         self.feed = ALWAYS_THERE
@@ -131,6 +139,11 @@ class ForeignDecoder(Decoder):
 
     @feed.setter
     def feed(self, feed: Any) -> None:
+        if feed.moves and feed.sink is not None and not feed.recompute:  # theirs keep views of weights that move
+            raise UserError(
+                f"--keep-activations: the layers of {self.config.family} are transformers' own, and where weights move "
+                "they are run again in backward; leave it out."
+            )
         self._feed = feed
         if feed.device is not None:
             self._move_buffers(feed.device)
@@ -222,7 +235,14 @@ class ForeignDecoder(Decoder):
 
     def past(self) -> Past | None:
         """For text that is about to be made. None: the model has no cache of transformers', and reads whole rows."""
-        return None if self.anatomy.cache_name is None else Past()
+        return Past() if self.cached else None
+
+    def rows_can_leave(self, past: Past) -> bool:
+        """Whether all that is kept of rows lies in a cache whose rows can be chosen, and nothing in modules."""
+        from transformers import DynamicCache
+
+        inside = (value for module in self.body.modules() for value in vars(module).values())
+        return type(past.cache) is DynamicCache and not any(isinstance(value, Tensor) for value in inside)
 
     def _run_body(self, context: Calls, replaced: dict[nn.Module, Callable[..., Any]]) -> Any:
         """The base model's forward, some of its modules replaced."""
@@ -337,9 +357,23 @@ def _place(pieces: list[Tensor], tensor: Tensor) -> int:
 
 def _make_ours(module: nn.Module) -> None:
     """A linear layer of torch becomes one of ours, with the same weights."""
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or (isinstance(module, nn.Linear) and _is_linear(module)):
         module.__class__ = Linear
         module.scales = module.lora = None  # type: ignore[assignment]
+        module.exact = False  # type: ignore[assignment]
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether a subclass (Falcon's) computes what nn.Linear does: tried on small numbers."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((3, 2), (4, 2), (4,)))
+    weights = {"weight": weight} if module.bias is None else {"weight": weight, "bias": bias}
+    try:
+        result = torch.func.functional_call(module, weights, (x,))
+    except Exception:  # of a class that nobody here knows: it stays what it is
+        return False
+    expected = F.linear(x, **weights)
+    return isinstance(result, Tensor) and result.shape == expected.shape and bool(torch.allclose(result, expected))
 
 
 def _one_owner_each(body: nn.Module) -> None:

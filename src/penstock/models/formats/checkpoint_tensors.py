@@ -48,5 +48,6 @@ def tensors(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Ten
 
 
 def _saved(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Weight]:
-    parameters = {name for name, _ in decoder.named_parameters()} - ({"head"} if score is not None else set())
+    heads = {"head", "head_bias"} if score is not None else set()
+    parameters = {name for name, _ in decoder.named_parameters()} - heads
     return (weight for weight in weights_of(family, decoder.config) if weight.ours in parameters)
