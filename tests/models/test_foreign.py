@@ -124,7 +124,7 @@ def trained(directory: Path, strategy_name: str, tmp_path: Path, **options: Any)
     with strategy.init():
         actor = Actor.from_pretrained(str(directory), **options)
     stream = strategy.prepare(actor)
-    batches = [Rows(rows, valid) for rows, valid in zip(TOKENS.split(2), VALID.split(2), strict=True)]
+    batches = [Rows(rows, valid.clone()) for rows, valid in zip(TOKENS.split(2), VALID.split(2), strict=True)]
     for batch in batches:
         batch.trained[:, 0] = False
 
