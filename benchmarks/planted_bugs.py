@@ -246,6 +246,11 @@ BUGS: list[Bug] = [
     ("models/families/rope.py", "rows of a longrope model are as long as config.json says", 'return {**values, "max_length": longest, "declared_length": length}', "return values"),
     ("models/families/olmo.py", "OLMo 3 turns all layers alike", "window_rope=window_rope(narrow, config))", "window_rope=())"),
     ("models/families/mistral.py", "Ministral 3's queries do not grow", 'beta = settings.pop("llama_4_scaling_beta", None)', 'beta = settings.pop("llama_4_scaling_beta", None) and None'),
+    ("models/formats/bitsandbytes.py", "scales of scales lose their offset", ' + state["nested_offset"]', ""),
+    ("models/formats/gguf_writer.py", "llama.cpp scales an rsLoRA by alpha / rank", "b * (adapter.scale * adapter.rank / alpha)", "b"),
+    ("models/formats/gguf_file.py", "Gemma's norms stay 1 larger than Hugging Face's", "return tensor - architecture.norm_shift", "return tensor"),
+    ("models/weight_files.py", "a link out of a model's directory is read", "if path.is_symlink() and not path.resolve().is_relative_to(home):", "if False:"),
+    ("models/pretrained.py", "NaN weights are read", "                damaged.append(stored)", "                pass"),
     (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(narrowed.dtype)", "x[rows]"),
     # health
     (HEALTH, "missing EOS is no warning until all answers lack it", "if rate <= 0.3:", "if rate < 1.0:"),

@@ -311,3 +311,25 @@ def test_every_family_says_the_same_in_both_directions():
         hf = {"model_type": name, "intermediate_size": 32, "ffn_dim": 32, "num_key_value_heads": 2, **SETTINGS}
         config: DecoderConfig = family.config_from_hf(hf)
         assert family.config_from_hf(hf | family.hf_config(config)) == config, name
+
+
+def test_weights_that_are_no_numbers_are_named(saved):
+    name, broken = "h.1.mlp.c_fc.weight", load_file(saved / "model.safetensors")
+    key = next(stored for stored in broken if stored.endswith(name))
+    broken[key][0, 0] = float("nan")
+    edit_weights(saved, **{key: broken[key]})
+    refused(saved, f"1 weights hold NaN or infinite numbers: {key}")
+
+
+def test_a_link_out_of_the_directory_is_refused_and_those_of_the_hubs_cache_are_read(saved, tmp_path):
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in saved.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    pretrained.load(snapshot)
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (saved / "tokenizer.json").symlink_to(secret)
+    refused(saved, "tokenizer.json: is a link out of the model's directory, to .*secret.json; put a copy")

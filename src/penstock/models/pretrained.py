@@ -39,6 +39,7 @@ from penstock.models.weight_files import (
     NAMES_OF_DTYPES,
     SINGLE,
     Weights,
+    check_links,
     check_unpacked,
     read_json,
 )
@@ -315,7 +316,7 @@ class Checkpoint:
     @torch.no_grad()
     def _fill(self, parameters: dict[str, Tensor], weights: Weights, reads: bool = True) -> set[str]:
         """Makes every parameter from their weights. Returns the names that were used."""
-        used, missing = set(), []
+        used, missing, damaged = set(), [], list[str]()
 
         def find(weight: Weight, name: str, shape: torch.Size) -> Tensor:
             stored = self._stored(name, weights.names)
@@ -331,7 +332,10 @@ class Checkpoint:
                 )
             if not reads:
                 return torch.empty(shape, device="meta")
-            return weights.get(stored) if weight.expert is None else weights.part(stored, weight.expert)
+            tensor = weights.get(stored) if weight.expert is None else weights.part(stored, weight.expert)
+            if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+                damaged.append(stored)
+            return tensor
 
         for our_name, ours in parameters.items():
             if (weight := self._lines.get(our_name)) is not None:
@@ -342,6 +346,11 @@ class Checkpoint:
         if missing:
             raise UserError(
                 f"{self.directory}: {len(missing)} weights are missing: {_first(missing)}; is the download complete?"
+            )
+        if damaged:
+            raise UserError(
+                f"{self.directory}: {len(damaged)} weights hold NaN or infinite numbers: {_first(damaged)}; fetch it "
+                "again, or take an earlier checkpoint."
             )
         return used
 
@@ -445,6 +454,7 @@ def _local(source: str | Path, allow_pickle: bool = False) -> Path:
     """The directory itself, a GGUF file's in the cache, or a hub id's snapshot."""
     path = local_directory(source)
     if path.is_dir():
+        check_links(path)
         return path
     text = str(source)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:

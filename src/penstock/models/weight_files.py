@@ -48,6 +48,19 @@ def check_unpacked(hf: dict[str, Any], directory: Path) -> None:
     )
 
 
+def check_links(directory: Path) -> None:
+    """Raises UserError for a link that leads out of a model's directory: what it names would be copied with the model.
+    In a snapshot of the hub's cache, files are links to that model's blobs."""
+    root = directory.resolve()
+    home = root.parent.parent if root.parent.name == "snapshots" else root
+    for path in sorted(directory.iterdir()):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise UserError(
+                f"{path}: is a link out of the model's directory, to {path.resolve()}; put a copy in its place, or "
+                "give the directory that it leads to."
+            )
+
+
 def packed_by(hf: dict[str, Any]) -> str | None:
     """What packed the weights, by a config.json."""
     settings = hf.get("quantization_config") or hf.get("compression_config")

@@ -199,6 +199,10 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
 def config_of(name: str, flag: str) -> DecoderConfig:
     """The decoder of a named size, or of a directory's config.json."""
     path = Path(name) / "config.json"
+    if name.endswith(".gguf"):
+        from penstock.models.formats.gguf_file import local_directory  # which needs torch
+
+        path = local_directory(name) / "config.json"
     if not path.is_file():
         try:
             return presets.named(name)

@@ -172,6 +172,7 @@ def fingerprint(path: Path) -> tuple[str, int]:
     if manifest.exists():
         return json.loads(manifest.read_text(encoding="utf-8"))["sha256"], int(manifest.stat().st_mtime)
     files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else []
+    files = [path] if path.is_file() else files
     if not files:  # a name on the hub
         return hashlib.sha256(str(path).encode()).hexdigest(), int(time.time())
     digests = "".join(checkpoint.digest(file) for file in files)

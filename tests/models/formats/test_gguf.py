@@ -6,6 +6,8 @@ The oracles are transformers' own reader of GGUF and, in benchmarks/gguf.py, lla
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,9 +16,11 @@ from penstock.errors import UserError
 from penstock.models import pretrained
 from penstock.models.decoder import Decoder
 from penstock.models.families import FAMILIES
-from penstock.models.formats import gguf_writer
+from penstock.models.formats import gguf_file, gguf_writer
 from penstock.models.formats.architectures import ARCHITECTURES
+from tests.conftest import cli
 from tests.models.test_families import CASES, LLAMA
+from tests.test_broken_inputs import train
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +89,88 @@ def test_a_model_comes_back_bit_by_bit_or_is_refused_by_the_settings_name(name, 
             assert (theirs[key] - weight).abs().max() <= 2**-23
         else:
             assert torch.equal(theirs[key], weight), key
+
+
+# --- damaged and foreign files ----------------------------------------------------------------------------------------
+def test_a_file_that_is_cut_short_anywhere_is_refused_and_leaves_nothing(tmp_path, cache):
+    whole = written(decoder_of("llama", **LLAMA), tmp_path / "model.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for size in (0, 3, 20, 60, 150, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"cut\.gguf: (is no GGUF file, or is damaged|cannot be read)"):
+            pretrained.load(cut)
+    assert not list(cache.rglob("config.json"))
+
+
+def edited(path: Path, meta: dict[str, Any], drop: str = "", extra: str = "") -> Path:
+    """The tiny model written again by gguf itself, with other metadata, without a tensor or with one more."""
+    file = gguf_file.GGUFFile(written(decoder_of("llama", **LLAMA), path.with_name("whole.gguf")))
+    writer = gguf.GGUFWriter(path, meta.pop("general.architecture", "llama"))
+    kept = {key: value for key, value in file.meta.items() if key != "general.architecture"} | meta
+    for key, value in kept.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
+    for name in file.tensors:
+        if name != drop:
+            writer.add_tensor(name, file.tensor(name).numpy())
+    if extra:
+        writer.add_tensor(extra, np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("meta", "tensors", "complaint"),
+    [
+        ({"general.architecture": "mamba"}, {}, "general.architecture: 'mamba' is not read here"),
+        ({"llama.expert_count": 8}, {}, "llama.expert_count: 8 is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, {}, "rope scaling 'longrope' has"),
+        ({"llama.attention.head_count": 5}, {}, "head"),
+        ({"tokenizer.ggml.model": "bert"}, {}, "tokenizer.ggml.model: 'bert' is not read here"),
+        ({}, {"drop": "blk.1.ffn_up.weight"}, "1 weights are missing: model.layers.1.mlp.up_proj.weight"),
+        ({}, {"extra": "blk.0.surprise.weight"}, "1 weights belong to no llama model.*blk.0.surprise.weight"),
+        ({}, {"drop": "token_embd.weight"}, "token_embd.weight is missing"),
+    ],
+)
+def test_what_a_file_says_and_we_do_not_do_is_refused_by_its_key(tmp_path, meta, tensors, complaint):
+    with pytest.raises(UserError, match=complaint):
+        pretrained.load(edited(tmp_path / "model.gguf", dict(meta), **tensors))
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+def test_a_run_is_exported_and_read_again(tmp_path, capsys):
+    assert cli(*train(tmp_path)) == 0
+    assert cli("export", tmp_path / "run", "--out", tmp_path / "out.gguf", "--format", "gguf") == 0
+    ours = pretrained.load(tmp_path / "run" / "checkpoints" / "step-000001" / "model", dtype=torch.float32)[0]
+    again = pretrained.load(tmp_path / "out.gguf", dtype=torch.float32)[0]
+    assert torch.equal(again.blocks[0].up.weight, ours.blocks[0].up.weight.half().float())
+    for flags, complaint in {
+        ("--out", tmp_path / "b.gguf", "--type", "q8_0"): "--type: shapes a GGUF file; add --format gguf",
+        ("--out", tmp_path / "b", "--format", "gguf"): "a GGUF file's name ends in .gguf",
+        ("--out", tmp_path / "out.gguf", "--format", "gguf"): "exists; choose another name",
+        ("--out", tmp_path / "b.gguf", "--format", "gguf", "--lora-only"): "trained all weights, no adapter",
+    }.items():
+        assert cli("export", tmp_path / "run", *flags) == 2
+        assert complaint in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_an_adapter_is_exported_alone_or_merged_and_trains_on_a_gguf_base(tmp_path):
+    base = written(decoder_of("llama", **LLAMA, seed=1), tmp_path / "base.gguf")
+    flags = ("--lora", 2, "--lora-alpha", 6, "--rslora", "--lr", 0.01, "--max-length", 60, "--eos", 2)
+    assert cli(*train(tmp_path, base, None, *flags)) == 0
+    for more in (["--lora-only"], []):
+        out = tmp_path / f"out{len(more)}.gguf"
+        assert cli("export", tmp_path / "run", "--out", out, "--format", "gguf", *more) == 0
+    file = gguf_file.GGUFFile(tmp_path / "out1.gguf")
+    assert (file.meta["general.type"], file.meta["adapter.type"]) == ("adapter", "lora")
+    factor = file.meta["adapter.lora.alpha"] / 2  # llama.cpp's: alpha / rank
+    merged, plain = gguf_file.GGUFFile(tmp_path / "out0.gguf"), gguf_file.GGUFFile(base)
+    for name in ("blk.0.attn_q.weight", "blk.2.attn_k.weight", "blk.1.ffn_down.weight"):
+        a, b = file.tensor(f"{name}.lora_a"), file.tensor(f"{name}.lora_b")
+        change = merged.tensor(name).float() - plain.tensor(name).float()
+        assert change.abs().max() > 1e-3
+        assert torch.allclose(change, factor * (b @ a), atol=1e-3)

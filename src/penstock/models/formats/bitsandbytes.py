@@ -54,6 +54,7 @@ def unpacked(weights: Weights) -> Weights:
         shape=lambda name: facts[name]["shape"] if name in facts else weights.shape(name),
         dtype=lambda name: "F32" if name in facts or name in rows else weights.dtype(name),
         first=first,
+        row=None,
     )
     kept = "int8" if kinds == {"int8"} else "nf4"
     line = f"{len(facts) + len(rows)} weights are packed by bitsandbytes ({', '.join(sorted(kinds))})"
