@@ -74,6 +74,8 @@ BUGS: list[Bug] = [
     ("models/moe/mlp.py", "gpt-oss without the 1 beside up", "raised.clamp(-limit, limit) + 1)", "raised.clamp(-limit, limit) + 0)"),
     ("models/moe/mxfp4.py", "a byte's halves swapped", "(blocks & 15, blocks >> 4)", "(blocks >> 4, blocks & 15)"),
     ("models/adapter_files.py", "an expert's B is another's", "[:, :, expert]", "[:, :, expert - 1]"),
+    ("models/moe/balance.py", "loads that fall are rewarded twice", "loads - (chances @ loads)[:, None]", "loads + (chances @ loads)[:, None]"),
+    ("models/moe/balance.py", "blocks that run again count twice", "if is_recomputing() or self.sums is None:", "if self.sums is None:"),
     # log-probs and KL
     (HEAD, "temperature forgotten in training", "if temperature != 1.0 else", "if False else"),
     (HEAD, "temperature multiplies", "return logits.div_(temperature)", "return logits.mul_(temperature)"),

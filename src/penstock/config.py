@@ -243,6 +243,8 @@ class LoraFlags(Flags):
     """With an adapter: keep the weights of the frozen blocks in 8 bits, or in 4 (QLoRA's NF4)."""
     num_layers_unfrozen: int | None = None
     """Without an adapter: train only this many of the last blocks; models that start alike share the others."""
+    router_aux_loss_coef: float | None = None
+    """Of a mixture of experts: weight of the loss that balances their loads. Default: what its config.json says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,3 +183,16 @@ def test_the_balancing_loss_is_that_of_transformers_over_the_whole_batch(recompu
     got = home.grads.tensor[start : start + expected.numel()].view(expected.shape)
     assert expected.abs().max() > 1e-4
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-8
+
+
+def test_the_weight_of_the_balancing_loss_is_the_flags_or_the_configs(tmp_path):
+    reference("mixtral").save_pretrained(tmp_path)
+    assert Actor.from_pretrained(str(tmp_path)).decoder.balance.coef == 0.001
+    ours = Actor.from_pretrained(str(tmp_path), router_aux_loss_coef=0.5)
+    assert ours.decoder.balance.coef == 0.5
+    ours.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["router_aux_loss_coef"] == 0.5
+    assert Actor.from_pretrained(str(tmp_path), router_aux_loss_coef=0.0).decoder.balance is None
+    reference("gpt2").save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="--router-aux-loss-coef"):
+        Actor.from_pretrained(str(tmp_path / "dense"), router_aux_loss_coef=0.5)

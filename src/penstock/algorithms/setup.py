@@ -73,7 +73,8 @@ def adapter_options(flags: LoraFlags, seed: int) -> dict[str, Any]:
     if flags.num_layers_unfrozen is not None and (spec or adapter):
         raise UserError("--num-layers-unfrozen: under an adapter no block learns; give one of the two.")
     trained = {"lora": spec, "adapter": adapter, "unfrozen": flags.num_layers_unfrozen}
-    return {**trained, "seed": seed, "base_dtype": flags.base_dtype}
+    options = {"base_dtype": flags.base_dtype, "router_aux_loss_coef": flags.router_aux_loss_coef}
+    return {**trained, **options, "seed": seed}
 
 
 def read_model(role: Any, source: str, config: Any, strategy: Strategy, session: Session, reserve: int = 1) -> Any:

@@ -270,8 +270,7 @@ class Decoder(nn.Module):
         self.to(dtype or torch.get_default_dtype())
         self.feed: Any = ALWAYS_THERE
         """Brings the weights to the device: a memory.stream.Stream once a strategy has prepared the model."""
-        routers, coef = sum(len(of_block) > 1 for of_block in self._groups), config.router_aux_loss_coef
-        self.balance = Balance(coef, routers, config.num_experts) if routers and coef else None
+        self.balance = self.new_balance()
         self.slicer: Any = None
         """An autochunk.api.Slicer that runs its blocks, where activations have a budget; see models.sliced_blocks."""
         self.source: Source | None = None
@@ -296,6 +295,11 @@ class Decoder(nn.Module):
             residual = name.endswith(("out.weight", "down.weight"))
             std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
             nn.init.normal_(weight, std=std, generator=generator)
+
+    def new_balance(self) -> Balance | None:
+        """The account of what its routers choose in training; None where nothing depends on it."""
+        routers, coef = sum(len(of_block) > 1 for of_block in self._groups), self.config.router_aux_loss_coef
+        return Balance(coef, routers, self.config.num_experts) if routers and coef else None
 
     @property
     def device(self) -> torch.device:

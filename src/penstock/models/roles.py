@@ -38,6 +38,8 @@ class LoadOptions(TypedDict, total=False):
     """The dtype that frozen products are packed in (models.packed). Default: not packed."""
     unfrozen: int | None
     """The number of last blocks that learn. Default: all."""
+    router_aux_loss_coef: float | None
+    """Weight of the loss that balances experts. Default: the model's own."""
     allow_pickle: bool
     """Whether .bin files are read. Default: False."""
 
@@ -255,6 +257,7 @@ def _load(
     seed: int = 0,
     base_dtype: BaseDtype | None = None,
     unfrozen: int | None = None,
+    router_aux_loss_coef: float | None = None,
     allow_pickle: bool = False,
 ) -> tuple[Decoder, dict[str, Tensor]]:
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
@@ -272,6 +275,14 @@ def _load(
         quantise_base(decoder, base_dtype)
     if unfrozen is not None:
         _freeze_start(decoder, unfrozen)
+    if router_aux_loss_coef is not None:
+        if not decoder.config.num_experts or router_aux_loss_coef < 0:
+            raise UserError(
+                f"--router-aux-loss-coef {router_aux_loss_coef}: is a number from 0 for a mixture of experts, and "
+                f"{source} has {decoder.config.num_experts} experts in a block; leave it out, or give another number."
+            )
+        decoder.config = dataclasses.replace(decoder.config, router_aux_loss_coef=router_aux_loss_coef)
+        decoder.balance = decoder.new_balance()
     return decoder, extras
 
 
