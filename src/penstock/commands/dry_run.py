@@ -44,6 +44,7 @@ from penstock.memory.stream import Stream
 from penstock.memory.tiers import PAGE, Disk, DiskHome, Ram, Tier
 from penstock.models import linear, surgery
 from penstock.models.decoder import Decoder
+from penstock.models.foreign.decoder import decoder_of
 from penstock.models.roles import Actor, Critic, RewardModel
 from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, one_by_one
 from penstock.rollout.engine import Answer, Engine
@@ -114,7 +115,7 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
 
 
 def _model(role: RoleSpec) -> Any:
-    decoder = Decoder(role.config)
+    decoder = decoder_of(role.config)
     if role.base is not None:
         decoder.seed = crc32(str(role.base).encode())  # equal bases are drawn alike, so they share their weights
     if role.base_dtype is not None:
