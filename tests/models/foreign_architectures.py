@@ -36,7 +36,11 @@ QUICK: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4},
     "qwen3_5_text": LINEAR,  # gated delta rule and attention by turns
     "deepseek_v3": MOE | LATENT | {"first_k_dense_replace": 1},  # a buffer that files hold
-    "cohere2": {"sliding_window": 5, "logit_scale": 1.5},  # logits times a factor, windows by layer
+    "cohere2": {
+        "sliding_window": 5,
+        "logit_scale": 1.5,
+        "num_hidden_layers": 4,
+    },  # a factor of logits; the last sees all
     "zamba": HYBRID | {"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_dt_rank": 4, "attention_hidden_size": 64},
 }
 """The kinds that differ most: each test of these takes part in make test."""

@@ -222,7 +222,8 @@ SPIRAL = SETTINGS | {"rope_parameters": {"rope_type": "spiral"}}
     ("gpt2", {"activation_function": "mish"}, "activation_function: 'mish' is not supported; supported are gelu"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: False is not supported; only True is"),
     ("gpt2", {"n_head": 0}, "n_head: 0 is not supported"), ("gpt2", {"n_embd": "wide"}, "config.json: "),
-    ("llama", {}, "needs 'num_attention_heads' and does not have it"), ("llama", YARN, "computed from rope_theta and the numbers factor"),
+    ("llama", {}, "needs 'num_attention_heads' and does not have it"),
+    ("llama", YARN, "computed from rope_theta and the numbers factor"),
     ("gpt_neox", SPIRAL, "'spiral' is not supported; supported: default"),
 ])  # fmt: skip
 def test_a_config_that_we_cannot_follow_is_refused(saved, family, change, complaint):
