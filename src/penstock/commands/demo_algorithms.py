@@ -77,7 +77,7 @@ def algorithms(out: Path, seed: int) -> dict[str, tuple[Callable[[Any], Path], A
         "dpo": (
             dpo,
             DPOConfig(
-                model=str(sft), data=pairs, run=run_flags(out / "dpo", seed), optim=labelled(1e-4),
+                model=str(sft), data=pairs, run=run_flags(out / "dpo", seed), optim=labelled(5e-5),
                 dpo=DPOFlags(beta=0.1),
             ),
         ),
