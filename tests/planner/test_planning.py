@@ -185,7 +185,7 @@ def test_operations_are_those_that_torch_counts(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_familys_peaks_are_foretold_on_real_tensors(name, strategy, tmp_path):
     of = work(FAMILIES[name])
-    device = None if strategy == "ddp" else 9_000_000
+    device = None if strategy == "ddp" else 12_000_000 if FAMILIES[name].sinks else 9_000_000
     assert_near(forecast(of, strategy, device=device), real(of, strategy, tmp_path, device))
 
 
