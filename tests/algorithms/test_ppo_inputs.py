@@ -115,7 +115,7 @@ def test_without_a_kl_penalty_there_is_no_reference(task, monkeypatch):  # noqa:
     real = module.score
     monkeypatch.setattr(
         "penstock.algorithms.policy.score",
-        lambda s, roles, *more: works.append(roles.reference) or real(s, roles, *more),
+        lambda s, roles, *more, **flags: works.append(roles.reference) or real(s, roles, *more, **flags),
     )
     setup = task({3: 1.0})
     row = metrics(run := ppo(config(*setup, kl_coef=0.0, optim={"steps": 1})))[0]

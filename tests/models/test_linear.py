@@ -79,7 +79,7 @@ def test_attention_is_torchs_own(biased):
         q.double(), k.double(), v.double(), None if bias is None else bias.double(), is_causal=not biased,
         enable_gqa=True,
     )  # fmt: skip
-    ours = module.attention(q, k, v, bias, grouped=True)
+    ours = module.attention(q, k, v, bias, module.cpu_ops.Scores())
     assert ours.dtype == torch.bfloat16
     assert torch.allclose(ours.double(), exact, rtol=2**-7, atol=2**-7)
 

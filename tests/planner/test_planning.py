@@ -554,8 +554,8 @@ def test_what_cannot_be_planned_is_said(capsys, flags, what):
 def test_a_directory_is_planned_from_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2}))
     assert config_of(str(tmp_path), "--model").d_model == 64
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(UserError, match="mamba"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mambo"}))
+    with pytest.raises(UserError, match="mambo"):
         config_of(str(tmp_path), "--model")
 
 

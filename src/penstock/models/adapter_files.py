@@ -159,6 +159,8 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
         )
     if not (config.get("target_modules") or config.get("target_parameters")):
         raise UserError(f"{path}: target_modules is empty, so it is unknown what is adapted; export the adapter again.")
+    if unread := [name for name in config.get("target_parameters") or () if "experts" not in name]:
+        others["target_parameters"] = unread
     for key, value in others.items():
         raise UserError(f"{path}: {key} = {value!r} is not read here; {MERGE_FIRST.format(str(path.parent))}.")
 
