@@ -259,6 +259,12 @@ class Decoder(nn.Module):
             self.unproject = Linear(config.d_model, config.embed_dim, bias=False) if config.embed_dim else None
             width = config.embed_dim or config.d_model
             self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, width))
+        self.to(dtype or torch.get_default_dtype())
+        self.balance = self.new_balance()
+        self._complete(device, generator)
+
+    def _complete(self, device: torch.device | str | None, generator: torch.Generator | None) -> None:
+        """What a decoder has beside its layers, and first values for its weights."""
         self.head_scales: nn.Parameter | None = None
         """[V], where the head is int8."""
         self.base_dtype: BaseDtype | None = None
@@ -267,10 +273,8 @@ class Decoder(nn.Module):
         """A low-rank addition to the head; see models.lora."""
         self.adapted: Adapted | None = None
         """Describes its adapters, if it has any."""
-        self.to(dtype or torch.get_default_dtype())
         self.feed: Any = ALWAYS_THERE
         """Brings the weights to the device: a memory.stream.Stream once a strategy has prepared the model."""
-        self.balance = self.new_balance()
         self.slicer: Any = None
         """An autochunk.api.Slicer that runs its blocks, where activations have a budget; see models.sliced_blocks."""
         self.source: Source | None = None

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import UserError
-from penstock.memory.program import ALWAYS_THERE, Part
+from penstock.memory.program import Part
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.foreign.anatomy import Reached, arguments_of, forwards, take_apart, wrapped
 from penstock.models.foreign.build import skeleton
 from penstock.models.linear import Linear, linear, precise
-from penstock.models.lora import Adapted
-from penstock.models.weight_shapes import BaseDtype
 
 CHECKS = 3
 """Steps of a model's cache that are compared with whole rows."""
@@ -109,26 +107,12 @@ class ForeignDecoder(Decoder):
         self.shared = tuple(f"{name}." for name, module in self.named_modules() if uses[module] > 1)
         """The prefixes of weights that several layers use."""
         self._sharing = [any(uses[module] > 1 for module in layer.modules()) for layer in self.blocks]
-        self.head_scales: nn.Parameter | None = None
-        self.base_dtype: BaseDtype | None = None
-        self.lora: nn.ModuleList | None = None
-        self.adapted: Adapted | None = None
-        self.slicer: Any = None
         self.balance: Any = None
         self.cached = self.anatomy.cache_name is not None
         """Whether text is made with a cache of transformers'."""
         self.unchecked = CHECKS
         """Steps of the cache that are still to be compared with whole rows; see rollout.in_step."""
-        self.source = None
-        self.seed = 0
-        self.feed = ALWAYS_THERE
-        device = torch.device(device) if device is not None else torch.get_default_device()
-        if device.type == "meta":
-            self.seed = int(torch.randint(1 << 62, (), device="cpu"))
-            return
-        self.to_empty(device=device)
-        for name, parameter in self.named_parameters():
-            self.draw(name, parameter, generator)
+        self._complete(device, generator)
 
     # --- what differs from a decoder of ours --------------------------------------------------------------------------
 
