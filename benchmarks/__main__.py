@@ -13,6 +13,7 @@ BENCHMARKS = {
     "engine": ("engine:main", "adamw, tax, head: the memory engine against what it can be at best"),
     "autochunk": ("autochunk:main", "blocks with and without slices: peak, seconds, longest sequence"),
     "planner": ("planner:main", "grid, 175b, one-card: the plan against the engine"),
+    "experts": ("experts:main", "a mixture of experts against a dense model, and streamed"),
     "rollout": ("rollout:main", "speed, ragged, samples, int8: generation against transformers"),
     "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),
     "losses": ("losses:main", "losses, advantages and gradients against TRL on the same rows"),

@@ -21,6 +21,12 @@ def score(prompts, responses, *, response_ids=None, **_):
     return [ids.count(5) - ids.count(6) for ids in response_ids]
 """
 
+EXPERTS = {
+    "family": "qwen3_moe", "position": "rotary", "rotary_dim": 8, "norm": "rms", "activation": "silu", "gated": True,
+    "qkv_bias": False, "out_bias": False, "mlp_bias": False, "tied": False, "qk_norm": True, "num_experts": 4,
+    "experts_per_token": 2, "expert_ff": 12,
+}  # fmt: skip
+
 
 def curves(arguments, out, ranks):
     command = [*arguments, "--out", str(out), "--device", "cpu"]
@@ -31,7 +37,9 @@ def curves(arguments, out, ranks):
     return metrics(out)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "dpo", "kto", "distill", "distill stored"])
+@pytest.mark.parametrize(
+    "stage", ["sft", "experts", "reward", "ppo", "grpo", "dpo", "kto", "distill", "distill stored"]
+)
 def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
     model = tiny_model()
     shared = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
@@ -50,12 +58,16 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
         more = "--precompute-teacher" if stage == "distill stored" else "--on-policy 0.5 --max-new-tokens 6"
         arguments = ["distill", "--model", model, "--teacher", teacher, "--data", jsonl(demonstrations(20)), *shared,
                      "--teacher-top-k", "5", "--eval-every", "2", "--seed", "1", *more.split()]  # fmt: skip
+    elif stage == "experts":
+        arguments = ["sft", "--model", tiny_model("experts", **EXPERTS), "--data", jsonl(demonstrations(20)), *shared,
+                     "--router-aux-loss-coef", "0.3", "--recompute"]  # fmt: skip
     else:
         rows = {"sft": demonstrations, "kto": votes}.get(stage, comparisons)
         data = jsonl(rows(20))
         arguments = [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]
     alone, together = (curves(arguments, tmp_path / f"{ranks}", ranks) for ranks in (1, 2))
     assert len(alone) == len(together) == 4
+    assert ("aux_loss" in alone[0]) == (stage == "experts")
     for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys()
         for key in a:

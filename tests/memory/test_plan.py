@@ -3,7 +3,8 @@
 import pytest
 
 from penstock.memory.chunks import Weight, layout
-from penstock.memory.plan import NEVER, Schedule, Slot, SlotTable, sharing_groups
+from penstock.memory.placement import STRATEGIES
+from penstock.memory.plan import NEVER, Model, Placed, Schedule, Slot, SlotTable, few_tokens, sharing_groups
 
 
 class Home:
@@ -47,3 +48,38 @@ def test_the_next_visits_are_prefetched_into_slots_that_hold_nothing_needed_soon
     table.claim(homes["b"][0], homes["b"][0].chunk.nbytes, schedule.next_use).users = 1  # the current visit
     assert "".join(home.chunk.group for home, _ in schedule.prefetch(table, ahead=3)) == claimed
     assert list(schedule.prefetch(table, ahead=3)) == []  # they are there, or on their way
+
+
+def mixture(experts, per_token, rows):
+    """One block of `experts` experts of rows * 8 weights each."""
+    shapes = {f"b.{i}": (rows, 8) for i in range(experts)}
+    groups = [("b", [Weight("b.weight", (8, 8), "float32", False)])]
+    groups += [(name, [Weight(f"{name}.weight", shape, "float32", False)]) for name, shape in shapes.items()]
+    placed = tuple(Placed(chunk, STRATEGIES["gemini_cpu"]) for chunk in layout(groups))
+    return Model("m", placed, (("b", *shapes),), (tuple(shapes),), per_token)
+
+
+def test_experts_are_waited_for_where_few_tokens_choose_few_of_them():
+    link, flops = 1e9, 1e12
+    assert few_tokens(mixture(128, 128, 64), 1, link, flops) == 0  # all are chosen
+    wide, narrow = (few_tokens(mixture(experts, 2, 64), 1, link, flops) for experts in (128, 8))
+    assert wide > narrow > 0
+    assert few_tokens(mixture(128, 2, 64), 1, 1e15, flops) == 0  # what moves costs nothing: nobody waits
+    resident = Model("m", tuple(Placed(p.chunk, STRATEGIES["ddp"]) for p in mixture(8, 2, 64).placed), (("b",),))
+    assert few_tokens(resident, 1, link, flops) == 0
+    tokens = (
+        3  # in seconds, by hand: the block's own weights, then the expected share of the others' and their products
+    )
+    own, each = 256 / link, 64 * 8 * 4 / link
+    chosen = 1 - (1 - 2 / 8) ** tokens
+    waits = max(own, tokens * 2 * 64 / flops) + chosen * 8 * each + tokens * 2 * 2 * 512 / flops
+    assert (waits < own + 8 * each) == (few_tokens(mixture(8, 2, 64), 1, link, flops) >= tokens)
+
+
+def test_what_may_be_chosen_is_kept_for_its_visit_and_not_prefetched():
+    homes = {group: [Home(group)] for group in ("a", "a.0", "b", "b.0")}
+    schedule = Schedule(homes, [("a",), ("b",)], repeats=True, choices=[("a.0",), ("b.0",)])
+    schedule.advance(("a",))
+    assert [schedule.next_use(homes[group][0]) for group in homes] == [2, 2, 1, 1]
+    table = SlotTable(Slot(homes["a"][0].chunk.nbytes) for _ in range(4))
+    assert [home.chunk.group for home, _ in schedule.prefetch(table, ahead=1)] == ["b"]

@@ -1,5 +1,6 @@
 """Strategy.step: one sum whatever the micro-batches, one clip, and no step on what is not finite."""
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
@@ -38,6 +39,12 @@ class Line(nn.Module):
 
     def turn(self, world):
         pass
+
+    def measured(self):
+        return {}
+
+    def filling(self):
+        return contextlib.nullcontext()
 
     def begin(self, tokens, learned=None):
         return None

@@ -87,6 +87,29 @@ def test_where_routers_tie_the_engines_logprobs_are_the_trainers(dtype, both_way
         assert gaps.max() <= 2e-5 if dtype == torch.float32 else gaps.median() <= 0.02
 
 
+@pytest.mark.parametrize("name", ["gemini_cpu", "gemini_nvme"])
+def test_where_only_the_chosen_experts_come_answers_are_those_of_a_model_that_stays(name, tmp_path):
+    """And fewer bytes come. The budget is below that of all experts."""
+    wide = dataclasses.replace(QWEN, num_experts=32, num_layers=4)
+    prompts, sampling = [[3, 1, 4], [1, 5]], Sampling(max_new_tokens=12, seed=5)
+    read, answers = {}, {}
+    for few in (None, 0, 64):
+        place = "naive" if few is None else name
+        disk = str(tmp_path) if place == "gemini_nvme" else None
+        strategy = Strategy.named(place, device="cpu", disk=disk, device_memory=None if few is None else "1.2MB")
+        strategy.few_tokens = few or 0
+        actor = Actor(decoder_of(wide)).requires_grad_(False)
+        strategy.prepare(actor)
+        answers[few] = generate(actor.decoder, prompts, sampling, eos_ids=())
+        if few is not None:
+            assert sum(slot.nbytes for slot in strategy.arenas[0].slots) < 4 * 32 * 3 * 24 * 32 * 4
+            read[few] = strategy.tiers["disk" if disk else "host"].bytes_read
+    assert read[64] < 0.5 * read[0]
+    for few in (0, 64):
+        assert [a.response_ids for a in answers[few]] == [a.response_ids for a in answers[None]]
+        assert [a.logprobs for a in answers[few]] == [a.logprobs for a in answers[None]]
+
+
 def test_mxfp4_is_read_as_transformers_reads_it():
     generator = torch.Generator().manual_seed(3)
     blocks = torch.randint(256, (2, 6, 3, 16), generator=generator, dtype=torch.uint8)
@@ -169,8 +192,9 @@ def test_the_balancing_loss_is_that_of_transformers_over_the_whole_batch(recompu
     valid = torch.arange(tokens.shape[1]) < lengths[:, None]
     rows = [Rows(*pair) for pair in zip(tokens.chunk(parts), valid.chunk(parts), strict=True)]
     plain = lambda hidden, batch: (hidden.sum() * 0.0, {})  # noqa: E731 (the balancing loss alone)
-    strategy.step(stream, rows, plain, lr=0.0, max_grad_norm=1e9)
+    stats = strategy.step(stream, rows, plain, lr=0.0, max_grad_norm=1e9)
     balance = actor.decoder.balance
+    assert stats.metrics == {"grad_norm": stats.grad_norm, "aux_loss": float(balance.loss())}
     output = theirs(tokens, attention_mask=valid.long(), output_router_logits=True)
     (3.0 * output.aux_loss).backward()
     assert float(balance.loss()) == pytest.approx(float(output.aux_loss), rel=1e-5)
@@ -183,6 +207,23 @@ def test_the_balancing_loss_is_that_of_transformers_over_the_whole_batch(recompu
     got = home.grads.tensor[start : start + expected.numel()].view(expected.shape)
     assert expected.abs().max() > 1e-4
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-8
+
+
+def test_files_are_opened_once_for_all_experts(tmp_path, monkeypatch):
+    reference("qwen3_moe").save_pretrained(tmp_path)
+    strategy = Strategy.named("gemini_nvme", device="cpu", disk=str(tmp_path / "disk"))
+    with strategy.init():
+        actor = Actor.from_pretrained(str(tmp_path))
+    opened = []
+    opens = pretrained.open_weights
+    monkeypatch.setattr(pretrained, "open_weights", lambda *args: opened.append(args) or opens(*args))
+    stream = strategy.prepare(actor.requires_grad_(False))
+    assert len(opened) == 1 < len(stream.homes)
+    monkeypatch.setattr(pretrained, "MAPPED", 1)  # and as often as so many bytes were read
+    with strategy.init():
+        actor = Actor.from_pretrained(str(tmp_path))
+    opened.clear()
+    assert len(strategy.prepare(actor).homes) == len(opened) > 10
 
 
 def test_the_weight_of_the_balancing_loss_is_the_flags_or_the_configs(tmp_path):

@@ -25,6 +25,7 @@ from penstock.models import lora_targets, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
+from penstock.models.moe import experts
 from penstock.models.roles import Actor, Critic
 from penstock.planner import footprint
 from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of, passes
@@ -145,9 +146,11 @@ def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
 
 def real(of, name, tmp_path, device=None):
     """The same iteration on tensors that have memory, on a machine without a compiler: updates then need the most."""
-    reserve = forecast(of, name, device=device).activations
+    planned = forecast(of, name, device=device)
     tiers = {"device": Ram("device", CPU, device), "host": Ram("host", CPU), "disk": Disk(tmp_path)}
-    strategy = Strategy(name, World(0, 1, CPU), torch.float32, reserve=reserve, tiers=tiers)
+    strategy = Strategy(
+        name, World(0, 1, CPU), torch.float32, reserve=planned.activations, few_tokens=planned.few_tokens, tiers=tiers
+    )
     with mock.patch.object(compiler, "compiled", return_value="no compiler"):
         found = iterate(of, strategy, models_of(of, strategy))
     tiers["disk"].close()
@@ -285,6 +288,29 @@ def test_traffic_is_foretold(tmp_path, one_base, device):
     for key in ("host_written", "disk_read", "disk_written"):
         expected, measured = (sum(phase[key] for phase in run.values()) for run in (planned.traffic, moved))
         assert expected == pytest.approx(measured, rel=0.1), key
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("strategy", ["gemini_cpu", "gemini_nvme"])
+def test_the_experts_that_answers_choose_are_foretold_and_no_others_come(strategy, batch_size, tmp_path):
+    wide = dataclasses.replace(FAMILIES["qwen3_moe"], num_layers=6, num_experts=24, dense_layers=())
+    of = work(wide, batch_size=batch_size, mini_batch_size=batch_size, micro_batch_size=2, prompt_length=8)
+    device = 13_500_000
+    planned = forecast(of, strategy, device=device)
+    assert planned.few_tokens >= 8
+    # a router that tells tokens apart and likes all experts alike, and every step is run
+    choose, generator = experts.choose, torch.Generator().manual_seed(0)
+
+    def drawn(logits, k, norm):
+        return choose(torch.randn(logits.shape, generator=generator), k, norm)
+
+    with mock.patch.multiple("penstock.commands.dry_run", STEPS=24), mock.patch.object(experts, "choose", drawn):
+        moved = real(of, strategy, tmp_path, device=device)["traffic"]["rollout"]
+    way = "host_read" if strategy == "gemini_cpu" else "disk_read"
+    assert planned.traffic["rollout"][way] == pytest.approx(moved[way], rel=0.1)
+    with mock.patch.object(plan, "few_tokens", return_value=0):
+        everything = forecast(of, strategy, device=device).traffic["rollout"][way]
+    assert moved[way] < (0.4 if batch_size == 2 else 0.75) * everything
 
 
 def test_auto_stays_within_its_budget_when_roles_step_side_by_side():

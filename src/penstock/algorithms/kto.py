@@ -68,7 +68,7 @@ def kto(config: KTOConfig, *, resume: bool = False) -> Path:
             batch = iteration.score(votes)
             stats = iteration.learn(batch, lr)
             session.check(stats)
-            metrics = summary(stats.sums, batch.kl) | {"grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
+            metrics = summary(stats.sums, batch.kl) | stats.metrics | {"lr": lr, "epoch": shuffle.epochs}
             improved = False
             if heldout and (step % every == 0 or step == total):
                 facts = iteration.evaluate(heldout)

@@ -29,7 +29,9 @@ def summary(
         metrics = {name: value for name, value in metrics.items() if name not in OF_KL}
     if policy:
         metrics |= _of_policy([stats.sums for stats in policy])
-        metrics["policy/grad_norm"] = sum(stats.grad_norm for stats in policy) / len(policy)
+        metrics |= {
+            f"policy/{name}": sum(stats.metrics[name] for stats in policy) / len(policy) for name in policy[0].metrics
+        }
     if value:
         metrics["val/clipfrac_avg"] = _total(value, "clipfrac") / _total(value, "tokens")
         metrics["loss/value_avg"] = _total(value, "loss") / len(value)

@@ -67,7 +67,7 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> Path:
             if rankings:
                 stats = learn(strategy, stream, rankings, optim, flags, lr)
                 session.check(stats)
-                metrics |= {**summary(stats.sums), "grad_norm": stats.grad_norm}
+                metrics |= summary(stats.sums) | stats.metrics
             metrics |= {"lr": lr, "epoch": shuffle.epochs}
             improved = (step % every == 0 or step == total) and source.evaluate(step, best, metrics)
             session.health(step, health(metrics, flags))

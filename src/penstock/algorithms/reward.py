@@ -93,7 +93,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
             stats = learn(strategy, stream, rankings, optim, lr, config.margin)
             session.check(stats)
             metrics = {"loss": stats.sums["loss"], "accuracy": stats.sums["correct"] / stats.sums["pairs"]}
-            metrics |= {"grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
+            metrics |= {**stats.metrics, "lr": lr, "epoch": shuffle.epochs}
             if heldout and (step % every == 0 or step == total):
                 with strategy.phase("score"):
                     scores = score_rankings(strategy, stream, heldout, optim.micro_batch_size)

@@ -26,6 +26,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.linear import arithmetic_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.models.roles import ScalarModel
+from penstock.planner.machine import known_rates
 from penstock.planner.workload import RoleSpec, Setting, Workload, elements_of, forecast_of
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
@@ -129,6 +130,7 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
         return None
     planned = forecast_of(setting_of(strategy, work), timed=False)
     strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
+    strategy.few_tokens = planned.few_tokens
     host = strategy.tiers["host"]
     return host if planned.swapped and isinstance(host, Ram) else None
 
@@ -138,8 +140,8 @@ def setting_of(strategy: Strategy, work: Workload) -> Setting:
     dtype, world = NAME_OF[strategy.dtype], strategy.world
     budgets: Any = {name: tier.budget for name, tier in strategy.tiers.items()}
     limits: Any = {"chunk_size": strategy.chunk_size, "activation_budget": strategy.activation_budget}
-    arithmetic = arithmetic_of(world.device.type)
-    return Setting(work, strategy.name, dtype, world.size, budgets, strategy.recompute, arithmetic=arithmetic, **limits)
+    limits |= {"arithmetic": arithmetic_of(world.device.type), "rates": known_rates(dtype)}
+    return Setting(work, strategy.name, dtype, world.size, budgets, strategy.recompute, **limits)
 
 
 def role_specs(models: Mapping[str, Any]) -> tuple[RoleSpec, ...]:

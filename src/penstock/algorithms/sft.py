@@ -66,7 +66,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup, optim.lr_schedule)
             stats = learn(strategy, stream, examples, optim, lr)
             session.check(stats)
-            metrics = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "epoch": shuffle.epochs}
+            metrics = {"loss": stats.sums["loss"], **stats.metrics, "lr": lr, "epoch": shuffle.epochs}
             metrics["tokens"], improved = trained_tokens(examples), False
             if heldout and (step % every == 0 or step == total):
                 with strategy.phase("score"):

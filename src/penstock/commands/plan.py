@@ -42,6 +42,12 @@ def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
         "predicted": forecast.peak,
         "phases": {phase: {**peaks, "fullest": forecast.worst[phase]} for phase, peaks in forecast.phases.items()},
         "objects": forecast.objects,
+        "active_parameters": {
+            role.name: weight_shapes.count_of(role.config, scalar=role.scalar, active=True)
+            for role in roles
+            if role.config.num_experts
+        },
+        "few_tokens": forecast.few_tokens,
         "slots": {"weights": forecast.slots.weights, "gradients": forecast.slots.gradients, "ahead": forecast.ahead},
         "traffic": forecast.traffic,
         "seconds": {
@@ -177,6 +183,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         limit = max(("compute", "link", "disk", "optimizer", "network"), key=lambda key: seconds[key])
         cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[:4])
         lines.append(f"{phase:18}{cells}{seconds['total']:10.1f}  {limit}")
+    lines += _of_experts(setting, result)
     for shown in dict.fromkeys(result.get("slices", {}).values()):
         names = ", ".join(name for name, text in result["slices"].items() if text == shown)
         lines += ["", f"blocks of {names}:", shown]
@@ -192,6 +199,20 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         over = ", ".join(f"{show_bytes(nbytes)} of {tier}" for tier, nbytes in result["lacking"].items())
         lines += [f"does not fit: {over} too little.", f"nearest: {result['advice']}"]
     return "\n".join(lines)
+
+
+def _of_experts(setting: Setting, result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{name}: {result['parameters'][name]:,} parameters, of which a token is computed with {active:,}"
+        for name, active in result["active_parameters"].items()
+    ]
+    if few := result["few_tokens"]:
+        rows = setting.workload.rollout_batch_size or setting.workload.batch_size // setting.world
+        lines.append(
+            f"while it generates, a step of up to {few} answers fetches the experts that they choose, and a longer one "
+            f"all of them ahead; here {min(rows, setting.workload.batch_size)} answers generate together"
+        )
+    return ["", *lines] if lines else []
 
 
 def command(config: PlanConfig, setting: Setting) -> str:

@@ -51,7 +51,7 @@ class Arena(plan.SlotTable[Slot]):
         """Gives the memory back; no slot may be in use."""
         self.forget(lambda home: True)
         self._tier.give(sum(slot.nbytes for slot in self.slots))
-        self.slots = []
+        plan.SlotTable.__init__(self, ())
 
     def too_small(self, nbytes: int) -> ResourceError:
         """The error for a chunk that has no slot to go to."""

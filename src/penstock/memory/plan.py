@@ -63,6 +63,10 @@ class Model:
     placed: tuple[Placed, ...]
     visits: tuple[tuple[str, ...], ...]
     """Groups that are needed at once, in order."""
+    choices: tuple[tuple[str, ...], ...] = ()
+    """Per visit, its last groups, of which tokens choose."""
+    per_token: int = 0
+    """How many a token chooses."""
 
     def moving(self, world: int) -> list[Chunk]:
         """Chunks whose weights must be fetched before they are used."""
@@ -368,13 +372,18 @@ class SlotTable(Generic[SlotType]):
     def __init__(self, slots: Iterable[SlotType]) -> None:
         self.slots = list(slots)
         self._clock = 0
+        self._last: dict[Hashable, SlotType] = {}
+        """The slot that a chunk went to last. A mixture of experts has thousands of both."""
+        self._of_size: dict[int, list[SlotType]] = {}
+        for slot in sorted(self.slots, key=lambda slot: slot.nbytes):
+            self._of_size.setdefault(slot.nbytes, []).append(slot)
+        self._new = {size: slots[::-1] for size, slots in self._of_size.items()}
+        """Slots that nothing went to yet."""
 
     def find(self, key: Hashable) -> SlotType | None:
         """The slot that holds the chunk, arrived or on its way."""
-        for slot in self.slots:
-            if slot.key == key:
-                return slot
-        return None
+        slot = self._last.get(key)
+        return slot if slot is not None and slot.key == key else None
 
     def claim(
         self, key: Hashable, nbytes: int, next_use: Callable[[Any], int], min_next_use: int = -1
@@ -384,19 +393,24 @@ class SlotTable(Generic[SlotType]):
         The smallest size that fits; within it an empty slot first, else the one whose chunk is used latest, which is
         optimal when the order is known (Belady 1966), and it is. None too when that is within `min_next_use` visits.
         """
-        fitting = [slot for slot in self.slots if slot.nbytes >= nbytes and not slot.users]
-        if not fitting:
-            return None
-        size = min(slot.nbytes for slot in fitting)
-        chosen = max(
-            (slot for slot in fitting if slot.nbytes == size),
-            key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age),
-        )
-        if chosen.key is not None and next_use(chosen.key) <= min_next_use:
+        chosen: SlotType | None = None
+        for size, slots in self._of_size.items():
+            if size < nbytes:
+                continue
+            if self._new[size]:
+                chosen = self._new[size].pop()
+                break
+            idle = [slot for slot in slots if not slot.users]
+            if idle:
+                chosen = max(
+                    idle, key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age)
+                )
+                break
+        if chosen is None or (chosen.key is not None and next_use(chosen.key) <= min_next_use):
             return None
         chosen.wait()  # the copy of an unused prefetch must not write into the next chunk
         self._clock += 1
-        chosen.key, chosen.age = key, self._clock
+        chosen.key, chosen.age, self._last[key] = key, self._clock, chosen
         return chosen
 
     def forget(self, is_old: Callable[[Any], bool]) -> None:
@@ -406,6 +420,43 @@ class SlotTable(Generic[SlotType]):
                 assert not slot.users
                 slot.wait()
                 slot.key = None
+
+
+# --- groups that tokens choose of -----------------------------------------------------------------------------------
+
+
+def few_tokens(model: Model, world: int, link: float, flops: float) -> int:
+    """The most tokens of a visit for which the experts that they choose come sooner than all of a block's.
+
+    `link` and `flops` are what moves and is computed per second. n tokens that choose k of E experts, each as likely as
+    any, choose E (1 - (1 - k/E)^n) different ones. All experts come while the block before computes; the chosen ones
+    are known once the block has begun, and it waits for them. 0: nothing moves of which tokens choose.
+    """
+    moving = Counter[str]()
+    for chunk in model.moving(world):
+        moving[chunk.group] += chunk.nbytes
+    at = next((i for i, groups in enumerate(model.choices) if any(moving[group] for group in groups)), None)
+    if at is None:
+        return 0
+    choices, per_token = model.choices[at], model.per_token
+    own = [group for group in model.visits[at] if group not in choices]
+    numel = Counter[str]()
+    for placed in model.placed:
+        numel[placed.chunk.group] += placed.chunk.numel
+    rest, experts = (sum(moving[group] for group in groups) / link for groups in (own, choices))
+    share = per_token / len(choices)
+    fixed = 2 * sum(numel[group] for group in own) / flops
+    called = 2 * share * sum(numel[group] for group in choices) / flops
+    few = 0
+    for tokens in range(1, MOST_FEW + 1):
+        chosen = max(rest, tokens * fixed) + (1 - (1 - share) ** tokens) * experts + tokens * called
+        if chosen < max(rest + experts, tokens * (fixed + called)):
+            few = tokens
+    return few
+
+
+MOST_FEW = 256
+"""Tokens that no mixture is so wide for that many experts were left out."""
 
 
 # --- the order of visits ----------------------------------------------------------------------------------------------
@@ -428,18 +479,20 @@ class Schedule(Generic[HomeType]):
     """The visits of one pass of one model, in order: the current one, when a chunk is needed next, what to prefetch.
 
     `homes`: per group those whose weights move; `order`: groups per visit; `repeats`: the first visit follows the last
-    one. The engine runs it with slots of an arena, the forecast with imagined ones.
+    one; `choices`: per visit, groups that it may need beside. The engine runs it with slots of an arena, the forecast
+    with imagined ones.
     """
 
     def __init__(
-        self, homes: Mapping[str, Sequence[HomeType]], order: Sequence[tuple[str, ...]], *, repeats: bool
-    ) -> None:
+        self, homes: Mapping[str, Sequence[HomeType]], order: Sequence[tuple[str, ...]], *, repeats: bool,
+        choices: Sequence[tuple[str, ...]] = (),
+    ) -> None:  # fmt: skip
         self._homes, self._order, self._repeats = homes, order, repeats
         self._members = {home for group in homes.values() for home in group}
         self._at = -1
         self._positions: dict[str, list[int]] = {}
         for i, groups in enumerate(order):
-            for group in groups:
+            for group in (*groups, *(choices[i] if choices else ())):
                 self._positions.setdefault(group, []).append(i)
 
     def advance(self, groups: tuple[str, ...]) -> None:

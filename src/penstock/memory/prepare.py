@@ -9,7 +9,8 @@ freeze the same first blocks (trained blocks are copies). Where such weights mov
 side (`Strategy.step_all`), and each block is fetched once for all.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,15 +65,17 @@ class Homes:
     def make(self, model: Any, placed: Sequence[plan.Placed]) -> list[ChunkHome]:
         """A model's homes on this rank, with its first weights in them."""
         before = self._used_gradients(placed)
-        used = set(before)
+        used, owner_of = set(before), owners(model)
         homes = []
-        for chunk, row in ((each.chunk, each.row) for each in placed):
-            home = None if chunk.shared is None else self._shared.get(chunk.shared)
-            if home is None:
-                home = self._home(model, chunk, row, used)
-                if chunk.shared is not None:
-                    self._shared[chunk.shared] = home
-            homes.append(home)
+        with model.filling():
+            for chunk, row in ((each.chunk, each.row) for each in placed):
+                home = None if chunk.shared is None else self._shared.get(chunk.shared)
+                if home is None:
+                    first_values = partial(_first_values, model, owner_of, chunk)
+                    home = self._home(first_values, chunk, row, used, f"of {type(model).__name__} {chunk.group}")
+                    if chunk.shared is not None:
+                        self._shared[chunk.shared] = home
+                homes.append(home)
         if used != before:
             self._groups.append((plan.shared_keys(each.chunk for each in placed), used))
         return homes
@@ -95,19 +98,21 @@ class Homes:
         group = next(group for group in plan.sharing_groups(keys) if 0 in group)
         return {i for index in group[1:] for i in self._groups[index - 1][1]}
 
-    def _home(self, model: Any, chunk: Chunk, row: Row, used: set[int]) -> ChunkHome:
+    def _home(
+        self, first_values: Callable[[Tensor], None], chunk: Chunk, row: Row, used: set[int], of_chunk: str
+    ) -> ChunkHome:
         size, rank = self.world.size, self.world.rank
         shard = slice(rank * (chunk.numel // size), (rank + 1) * (chunk.numel // size))
-        dtype, of_chunk = getattr(torch, chunk.dtype), f"of {type(model).__name__} {chunk.group}"
+        dtype = getattr(torch, chunk.dtype)
         whole = not row.params.sharded or size == 1
         weights = _weights_home(
             self.tiers[row.params.tier], chunk.numel // (1 if whole else size), dtype, f"the weights {of_chunk}"
         )
         if isinstance(weights, RamHome) and whole and weights.tensor.device.type == "cpu":
-            self._first_values(model, chunk, weights.tensor)
+            first_values(weights.tensor)
         else:
             staged = self._stage(chunk.numel, dtype)
-            self._first_values(model, chunk, staged)
+            first_values(staged)
             weights.write(staged if whole else staged[shard])
         states: dict[str, Home] = {}
         grads = None
@@ -148,19 +153,19 @@ class Homes:
         home = self._gradients[index]
         return RamHome(home.tier, home.tensor[:nbytes].view(dtype))
 
-    def _first_values(self, model: Any, chunk: Chunk, flat: Tensor) -> None:
-        """Fills `flat`, [numel] on the CPU, from the model's parameters; those on `meta` by the model's recipes."""
-        owner_of = owners(model)
-        recipes: dict[str, Tensor] = {}
-        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
-            view = flat[offset : offset + weight.numel].view(weight.shape)
-            parameter = getattr(*owner_of[weight.name])
-            if parameter.is_meta:
-                recipes[weight.name] = view
-            else:
-                view.copy_(parameter.detach())
-        if recipes:
-            model.fill(recipes)
+
+def _first_values(model: Any, owner_of: dict[str, tuple[nn.Module, str]], chunk: Chunk, flat: Tensor) -> None:
+    """Fills `flat`, [numel] on the CPU, from the model's parameters; those on `meta` by the model's recipes."""
+    recipes: dict[str, Tensor] = {}
+    for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
+        view = flat[offset : offset + weight.numel].view(weight.shape)
+        parameter = getattr(*owner_of[weight.name])
+        if parameter.is_meta:
+            recipes[weight.name] = view
+        else:
+            view.copy_(parameter.detach())
+    if recipes:
+        model.fill(recipes)
 
 
 def _weights_home(tier: Ram | Disk, numel: int, dtype: torch.dtype, purpose: str) -> Home:

@@ -22,10 +22,20 @@ class Part:
     groups: tuple[str, ...]
     """Groups of weights that must be on the device while it runs."""
     run: Callable[[Tensor, Any], Tensor]
+    choices: tuple[str, ...] = ()
+    """Of `groups`, those of which tokens choose: where a pass chooses (`Feed.start`), `run` visits the chosen ones."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Groups that every token needs."""
+        return self.groups[: len(self.groups) - len(self.choices)]
 
 
 class Feed(Protocol):
     """Brings weights to the device."""
+
+    def start(self, tokens: int) -> bool:
+        """Called before a pass without gradients over so many tokens: whether its parts visit what was chosen."""
 
     def visit(self, *groups: str) -> AbstractContextManager[None]:
         """Inside, the weights of these groups are on the device."""
@@ -40,6 +50,10 @@ class AlwaysThere:
     """Whether a visit is a collective."""
     moves = False
     """Whether any weight comes and goes: if none does, all have fixed addresses."""
+
+    def start(self, tokens: int) -> bool:
+        """All groups are there."""
+        return False
 
     def visit(self, *groups: str) -> AbstractContextManager[None]:
         """Does nothing."""
@@ -85,11 +99,17 @@ class Program(Protocol):
     def turn(self, world: Any) -> None:
         """Called on all ranks together where all micro-batches of an update have gone forward and none backward."""
 
+    def measured(self) -> dict[str, float]:
+        """What to log of the update that was made, by metric."""
+
     def slice(self, budget: int) -> None:
         """From now on, whole rows hold at most so many bytes inside a block; see autochunk.api."""
 
     def recipe(self, name: str) -> Hashable:
         """Identifies this parameter's initial value: equal recipes and names mean equal bytes. None: not comparable."""
+
+    def filling(self) -> AbstractContextManager[None]:
+        """Around several calls of `fill`, so that files need not be opened for each."""
 
     def fill(self, weights: dict[str, Tensor]) -> None:
         """Writes the initial values of these parameters, by name, from the checkpoint or the random recipe."""

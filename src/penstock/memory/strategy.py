@@ -61,6 +61,8 @@ class Strategy:
     """Bytes of host memory that are left to a KV cache."""
     ahead: int = 1
     """Visits whose weights are prefetched."""
+    few_tokens: int = 0
+    """Tokens of a pass without gradients up to which only the experts that they choose come; see plan.few_tokens."""
     tiers: dict[str, Ram | Disk] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds spent in each phase since `take_seconds`."""
@@ -176,6 +178,7 @@ class Strategy:
             sink=Sink(trained, self.world, AdamW(**adamw), self.homes.update_buffers) if trained else None,
             recompute=plan.recomputes(moves, self.recompute),
             ahead=self.ahead,
+            few_tokens=self.few_tokens,
             arenas=self._cut_arenas,
         )
         if self.activation_budget is not None:
@@ -276,7 +279,8 @@ class Strategy:
         if finite:
             with record_function("optimizer"):
                 step.stream.update(step.lr, float(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)))
-        return StepStats(finite, float(norm), {key: float(value) for key, value in sums.items()})
+        measured = step.stream.program.measured()
+        return StepStats(finite, float(norm), {key: float(value) for key, value in sums.items()}, measured)
 
     def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds up (max_*: maximises) statistics; a rank whose share was empty still takes part."""
@@ -323,3 +327,10 @@ class StepStats:
     """Before clipping."""
     sums: dict[str, float]
     """The statistics of `loss_of` over all micro-batches and ranks, and `loss`."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What the model itself has to log."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What every stage logs of a step."""
+        return {"grad_norm": self.grad_norm, **self.measured}

@@ -87,6 +87,7 @@ class Stream:
         sink: Sink | None,
         recompute: bool,
         ahead: int,
+        few_tokens: int = 0,
         arenas: Callable[[], tuple[Arena, Arena]],
     ) -> None:
         self.model: Any = model
@@ -118,7 +119,17 @@ class Stream:
         """The parameters of moving chunks in a graph that is kept. See [Note: a kept graph]."""
         self._holds: dict[ChunkHome, list[Hold]] = {home: [] for home in self.homes}
         self._reader = worker("prefetch")
-        self._follow(self._cycle(), repeats=True)
+        visits = [*(part.groups for part in model.parts()), model.reads()]
+        self._cycle = Schedule(self._moving, visits, repeats=True)
+        """One pass after the other, all of a visit's groups at once."""
+        self._choosing: Schedule[ChunkHome] | None = None
+        """The same where groups that tokens choose of come when they were chosen."""
+        self._few_tokens = few_tokens
+        if few_tokens and any(part.choices for part in model.parts()) and not self.collective:
+            visits = [*(part.needed for part in model.parts()), model.reads()]
+            choices = [*(part.choices for part in model.parts()), ()]
+            self._choosing = Schedule(self._moving, visits, repeats=True, choices=choices)
+        self._schedule = self._cycle
         for home in self.homes:
             self._unbind(home.chunk)
             if home.resident:
@@ -130,6 +141,12 @@ class Stream:
         model.feed = self
 
     # --- what models call: weights for a moment, without gradients ----------------------------------------------------
+
+    def start(self, tokens: int) -> bool:
+        """Begins a pass without gradients. Whether its parts visit what its tokens chose: see plan.few_tokens."""
+        chooses = self._choosing is not None and tokens <= self._few_tokens
+        self._schedule = self._choosing if self._choosing is not None and chooses else self._cycle
+        return chooses
 
     @contextlib.contextmanager
     def visit(self, *groups: str) -> Iterator[None]:
@@ -169,7 +186,7 @@ class Stream:
         for batches in self._waves(micro_batches, backward=False):
             states: list[Tensor] = [batch.tokens for batch in batches]
             contexts = [self.program.begin(batch.tokens) for batch in batches]
-            self._follow(self._cycle(), repeats=True)
+            self._schedule = self._cycle
             for part in self.program.parts():
                 with self.lease(part.groups, gradients=False):
                     states = [part.run(x, context) for x, context in zip(states, contexts, strict=True)]
@@ -198,7 +215,8 @@ class Stream:
         wave = Wave(batches, contexts, [batch.tokens for batch in batches])
         first = self._first_trained(parts)
         visits = visits_of(self.program)
-        self._follow([*visits, *(part.groups for part in reversed(parts[first:-1]))], repeats=False)
+        order = [*visits, *(part.groups for part in reversed(parts[first:-1]))]
+        self._schedule = Schedule(self._moving, order, repeats=False)
         for i, part in enumerate(parts[:-1]):
             keeps = i >= first
             with self.lease(part.groups, gradients=False, graph=keeps and not self.recompute):
@@ -419,12 +437,6 @@ class Stream:
                 hold.opened = True
 
     # --- fetching -----------------------------------------------------------------------------------------------------
-
-    def _follow(self, order: list[tuple[str, ...]], *, repeats: bool) -> None:
-        self._schedule = Schedule(self._moving, order, repeats=repeats)
-
-    def _cycle(self) -> list[tuple[str, ...]]:
-        return [*(part.groups for part in self.program.parts()), self.program.reads()]
 
     def _fetch(self, home: ChunkHome) -> Slot:
         """The chunk's slot, filled or being filled."""

@@ -13,8 +13,10 @@ memory, and the sampler and the trainer run the same code: their log-probabiliti
 Logits are computed only for the states whose log-probabilities are read.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -69,6 +71,8 @@ class Context:
     cache: KVCache | None
     valid: Tensor | None = None
     """[B, T] bool: the tokens whose routes are balanced, in training."""
+    chooses: bool = False
+    """Experts come when tokens have chosen them; else they are there."""
 
 
 class Block(nn.Module):
@@ -227,6 +231,9 @@ class Source(Protocol):
     packed: bool
     """Whether its files hold packed weights."""
 
+    def opened(self) -> AbstractContextManager[None]:
+        """Inside, files stay open from one `fill` to the next."""
+
     def fill(self, parameters: dict[str, Tensor]) -> None:
         """Reads these weights, by our names."""
 
@@ -339,6 +346,7 @@ class Decoder(nn.Module):
 
     def idle(self) -> Tensor:
         """[0, D]. Visits every part and computes nothing: ranks that share the weights must visit parts together."""
+        self.feed.start(0)
         for part in self.parts():
             with self.feed.visit(*part.groups):
                 pass
@@ -382,9 +390,12 @@ class Decoder(nn.Module):
         return products
 
     def _run(self, tokens: Tensor, context: Context) -> Tensor:
+        chooses = self.feed.start(tokens.numel())
+        if chooses:
+            context = dataclasses.replace(context, chooses=True)
         x = tokens
         for part in self.parts():
-            with self.feed.visit(*part.groups):
+            with self.feed.visit(*(part.needed if chooses else part.groups)):
                 x = part.run(x, context)
         return x
 
@@ -411,7 +422,7 @@ class Decoder(nn.Module):
         """embed -> blocks -> norm. A micro-batch's first x is its tokens, the last one its hidden states."""
         return [
             Part(("tokens", "embed"), lambda tokens, context: self.embed(tokens, context.position_ids)),
-            *(Part(groups, partial(self._block, i)) for i, groups in enumerate(self._groups)),
+            *(Part(groups, partial(self._block, i), groups[1:]) for i, groups in enumerate(self._groups)),
             Part(("last",), self._last),
         ]
 
@@ -454,9 +465,14 @@ class Decoder(nn.Module):
         if self.slicer is not None and context.cache is None:
             return self.slicer.run(self.blocks[i], x, positions)
         cache = None if context.cache is None else context.cache[i]
+        if context.chooses:
+            return self.blocks[i](x, positions, cache, Routing(partial(self._visit_experts, i)))
         if context.valid is None:
             return self.blocks[i](x, positions, cache)
         return self.blocks[i](x, positions, cache, Routing(everyone, self.balance, context.valid.flatten()))
+
+    def _visit_experts(self, i: int, experts: Sequence[int]) -> AbstractContextManager[None]:
+        return self.feed.visit(*(self._groups[i][1 + expert] for expert in experts))
 
     def _last(self, x: Tensor, context: Context) -> Tensor:
         if self.norm is not None:

@@ -4,6 +4,7 @@ Reading goes straight into a decoder's parameters, one tensor at a time; writing
 the usual index. Of a source's generation_config only the ids that end an answer are applied (PPO.md 4).
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
     "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
+MAPPED = 1 << 28
+"""See Checkpoint.opened."""
 
 
 def load(
@@ -162,6 +165,9 @@ class Checkpoint:
         self.replaced: dict[str, str] = {}
         """Weights that an adapter's file in `changes` has instead: their names here, and there."""
         self.config = config
+        self._keeps, self._mapped = False, 0
+        self._kept: Weights | None = None
+        """Open files."""
         weights = open_weights(directory, allow_pickle)
         multimodal.count_left_out(directory, weights, config.family)
         self.older: dict[str, str] = family.stored(weights.names) if config.foreign else {}
@@ -305,9 +311,21 @@ class Checkpoint:
             digest.update(f"{name} {list(shape)}".encode() + row.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside, files stay open from one `fill` to the next, until MAPPED bytes were read: what was read of a mapped
+        file counts as this process's memory."""
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._kept, self._keeps = None, False
+
     def fill(self, parameters: dict[str, Tensor]) -> None:
-        """Reads these parameters, by our names, one at a time. Opens the files for this call only."""
-        weights = self._open()
+        """Reads these parameters, by our names, one at a time."""
+        weights = self._kept or self._open()
+        self._mapped = (0 if self._kept is None else self._mapped) + sum(ours.nbytes for ours in parameters.values())
+        self._kept = weights if self._keeps and self._mapped < MAPPED else None
         if self.headless and "head" in parameters:
             parameters = dict(parameters)
             parameters.pop("head").detach().zero_()

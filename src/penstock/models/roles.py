@@ -4,9 +4,11 @@ Actor and reference read log-probabilities through the decoder's head; critic an
 fp32. All of them take right-padded tokens with lengths and return packed values of the valid positions only.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
@@ -90,6 +92,11 @@ class Role(nn.Module):
         if self.decoder.balance is not None and self.decoder.balance.sums is not None:
             self.decoder.balance.sums = world.sum(self.decoder.balance.sums)
 
+    def measured(self) -> dict[str, float]:
+        """The balancing loss of the experts, where there is one: where loads are even, the experts per token."""
+        balance = self.decoder.balance
+        return {} if balance is None or balance.sums is None else {"aux_loss": float(balance.loss())}
+
     def slice(self, budget: int) -> None:
         """From now on, whole rows hold at most `budget` bytes inside a block. Raises UserError where its layers are
         transformers' own."""
@@ -105,6 +112,10 @@ class Role(nn.Module):
     def recipe(self, name: str) -> Hashable:
         """As `recipe.recipe_of`, by this role's names. None for a head, which exists already."""
         return recipe_of(self.decoder, name.removeprefix("decoder.")) if name.startswith("decoder.") else None
+
+    def filling(self) -> AbstractContextManager[None]:
+        """Around several calls of `fill`."""
+        return contextlib.nullcontext() if self.decoder.source is None else self.decoder.source.opened()
 
     def fill(self, weights: dict[str, Tensor]) -> None:
         """Writes the first values of these weights of the decoder, by this role's names."""

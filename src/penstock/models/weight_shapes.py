@@ -107,6 +107,13 @@ def visits_of(config: DecoderConfig, *, scalar: bool) -> list[tuple[str, ...]]:
     return [("tokens", "embed"), *blocks, ("last", reads)]
 
 
+def choices_of(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
+    """Of each of `visits_of`, the groups that tokens choose of."""
+    if config.foreign:
+        return ()
+    return ((), *(groups_of_block(config, i)[1:] for i in range(config.num_layers)), ())
+
+
 def groups_of_block(config: DecoderConfig, i: int) -> tuple[str, ...]:
     """The groups of one block's weights: its own, and one for each of its experts."""
     experts = config.num_experts if i not in config.dense_layers else 0

@@ -71,6 +71,8 @@ class Pass:
     """Generating: bytes of a KV cache on the host, all of which every decoding step reads."""
     held: int = 0
     """Bytes of what a teacher says of all micro-batches."""
+    visited_by: tuple[int, int] = (0, 0)
+    """Generating: tokens of each visit that reads prompts, and of each decoding step."""
     swap_writes: tuple[int, int] = (0, 0)
     """Bytes that go back there from the prompts, and from each decoding step."""
 

@@ -5,8 +5,9 @@ comes to what a run measures is itself measured (benchmarks/planner). See [Note:
 """
 
 import dataclasses
+import random
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -23,6 +24,8 @@ SLACK, SHARE = 1 << 16, 0.01
 and norms on their way."""
 WARM = 3
 """Passes over the same order after which slots hold the same chunks again."""
+DRAWS = 5
+"""Passes whose mean stands for all where tokens choose what comes."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Forecast:
     """Whether blocks are run again in backward; None: where weights move."""
     swapped: int
     """Bytes of a KV cache that lives in host memory; 0: on the device."""
+    few_tokens: int
+    """Tokens of a visit, while generating, up to which only the experts that they chose come."""
 
     @property
     def peak(self) -> dict[TierName, int]:
@@ -147,8 +152,10 @@ def forecast(
         worst[phase] = f"{', '.join(each.model for each in group)} {group[0].kind}"
     traffic: dict[str, dict[str, int]] = {}
     seconds: dict[str, Seconds] = {}
+    rates = rates or Rates()
+    few = _few_tokens(models, phases, world, rates)
     if timed:
-        account = _Account(models, slots.weights, world, ahead, recompute, rates or Rates())
+        account = _Account(models, slots.weights, world, ahead, recompute, rates, few)
         for phase in [*phases, *phases]:  # the first iteration fills the slots
             traffic[phase], seconds[phase] = account.phase([group for _, group in needs[phase]])
     return Forecast(
@@ -162,7 +169,20 @@ def forecast(
         ahead=ahead,
         recompute=recompute,
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
+        few_tokens=few,
     )
+
+
+def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Sequence[Pass]], world: int, rates: Rates) -> int:
+    """plan.few_tokens of what generates, from where its weights are."""
+    generating = {each.model for passes in phases.values() for each in passes if each.kind == "generate"}
+    few = [0]
+    for model in (models[name] for name in generating):
+        from_disk = any(p.row.params.tier == "disk" for p in model.placed)
+        if not any(p.row.params.sharded and world > 1 for p in model.placed):  # a visit is a collective there
+            link = min(rates.link, rates.disk_read) if from_disk else rates.link
+            few.append(plan.few_tokens(model, world, link, rates.flops))
+    return max(few)
 
 
 Needs = Mapping[str, Sequence[tuple[int, Sequence[Pass]]]]
@@ -267,10 +287,11 @@ class _Account:
 
     def __init__(
         self, models: Mapping[str, Model], sizes: Sequence[int], world: int, ahead: int, recompute: bool | None,
-        rates: Rates,
+        rates: Rates, few_tokens: int,
     ) -> None:  # fmt: skip
         self._models, self._world, self._ahead = models, world, ahead
-        self._recompute, self._rates = recompute, rates
+        self._recompute, self._rates, self._few_tokens = recompute, rates, few_tokens
+        self._random = random.Random(0)
         self._table = plan.SlotTable(plan.Slot(nbytes) for nbytes in sorted(sizes))
         self._homes: dict[str, dict[str, list[_ImaginedHome]]] = {name: {} for name in models}
         """Per model and group: what must be fetched."""
@@ -304,17 +325,19 @@ class _Account:
 
     def _generation(self, group: Sequence[Pass]) -> None:
         (generation,) = group
+        drawn = [tokens if tokens <= self._few_tokens else 0 for tokens in generation.visited_by]
         step: Counter[str] = Counter()
         for i in range(generation.times):
             for j in range(generation.prefills + generation.tokens):
-                if i + j < WARM:
-                    step = self._cycle(group)
-                if j < generation.prefills:
+                decodes = j >= generation.prefills
+                if i + j < WARM or (any(drawn) and i < WARM and j in (0, generation.prefills)):
+                    step = self._mean_cycle(group, drawn[decodes])
+                if not decodes:
                     swap = Counter(host_written=generation.swap_writes[0] // generation.prefills)
                     self._spend(step + swap, generation.flops / generation.prefills)
                 else:
                     swap = Counter(host_read=generation.swapped, host_written=generation.swap_writes[1])
-                    self._spend(step + swap, generation.decode_flops / generation.tokens)
+                    self._spend(step + swap, generation.decode_flops / generation.tokens, waits=drawn[1] > 0)
 
     def _steps(self, group: Sequence[Pass]) -> None:
         """Optimizer steps: forward and backward side by side, then the updates one after the other."""
@@ -339,38 +362,53 @@ class _Account:
             for model in models:
                 self._update(model)
 
-    def _cycle(self, group: Sequence[Pass]) -> Counter[str]:
-        """Bytes that are fetched when each model is visited once, without gradients."""
+    def _mean_cycle(self, group: Sequence[Pass], drawn: int) -> Counter[str]:
+        """`_cycle`; where tokens choose, the mean of the cycles after the first ones."""
+        if not drawn:
+            return self._cycle(group)
+        total: Counter[str] = Counter()
+        for i in range(WARM + DRAWS):
+            moved = self._cycle(group, drawn)
+            total += moved if i >= WARM else Counter()
+        return Counter({key: count // DRAWS for key, count in total.items()})
+
+    def _cycle(self, group: Sequence[Pass], drawn: int = 0) -> Counter[str]:
+        """Bytes that are fetched when each model is visited once, without gradients; see `_walk`."""
         orders = []
         for each in group:
             *visits, last = self._models[each.model].visits
             orders.append([*visits, last[:1], last[1:]])
-        return self._fetched(group, orders, repeats=True)
+        return self._fetched(group, orders, repeats=True, drawn=drawn)
 
     def _fetched(
-        self, group: Sequence[Pass], orders: Sequence[Sequence[tuple[str, ...]]], *, repeats: bool
+        self, group: Sequence[Pass], orders: Sequence[Sequence[tuple[str, ...]]], *, repeats: bool, drawn: int = 0
     ) -> Counter[str]:
         """Bytes that are fetched in one pass of each model, a visit of each in turn."""
         moved: Counter[str] = Counter()
-        walks = [self._walk(each.model, order, moved, repeats) for each, order in zip(group, orders, strict=True)]
+        walks = [
+            self._walk(each.model, order, moved, repeats, drawn) for each, order in zip(group, orders, strict=True)
+        ]
         for _ in zip_longest(*walks):
             pass
         return moved
 
-    def _walk(self, name: str, order: Sequence[tuple[str, ...]], moved: Counter[str], repeats: bool) -> Iterator[None]:
+    def _walk(
+        self, name: str, order: Sequence[tuple[str, ...]], moved: Counter[str], repeats: bool, drawn: int
+    ) -> Iterator[None]:
         """One pass, a visit at a time: what `Stream.lease` does to slots. Adds what it fetches to host_read, disk_read,
-        and ranks for what is gathered."""
-        homes, table = self._homes[name], self._table
+        and ranks for what is gathered. `drawn`: so many tokens choose, each group as likely as any; 0: all come."""
+        homes, table, model = self._homes[name], self._table, self._models[name]
         if not homes:
             return
-        schedule = plan.Schedule(homes, order, repeats=repeats)
+        choices = [*model.choices, ()] if drawn and model.choices else [()] * len(order)
+        order = [groups[: len(groups) - len(few)] for groups, few in zip(order, choices, strict=True)]
+        schedule = plan.Schedule(homes, order, repeats=repeats, choices=choices)
 
         def count(home: _ImaginedHome) -> None:
             moved[f"{home.tier}_read"] += home.nbytes
             moved["ranks"] += home.chunk.nbytes - home.nbytes
 
-        for groups in order:
-            schedule.advance(groups)
+        def lease(groups: Iterable[str]) -> list[plan.Slot]:
             needed = [home for group in groups for home in homes.get(group, ())]
             leased = []
             for home in sorted(needed, key=lambda home: -home.chunk.nbytes):
@@ -384,19 +422,28 @@ class _Account:
                 leased.append(slot)
             for home, _ in schedule.prefetch(table, self._ahead):
                 count(home)
+            return leased
+
+        for groups, few in zip(order, choices, strict=True):
+            schedule.advance(groups)
+            leased = lease(groups)
+            if few:
+                tokens = (self._random.sample(few, model.per_token) for _ in range(drawn))
+                leased += lease(sorted({group for chosen in tokens for group in chosen}, key=few.index))
             for slot in leased:
                 slot.users -= 1
             yield
 
-    def _spend(self, moved: Counter[str], flops: float) -> None:
-        """Adds bytes, and the seconds of what goes on at the same time."""
+    def _spend(self, moved: Counter[str], flops: float, waits: bool = False) -> None:
+        """Adds bytes, and the seconds of what goes on at the same time. `waits`: computing waits for what moves."""
         rates = self._rates
         compute = flops / rates.flops
         link = (moved["host_read"] + moved["disk_read"]) / rates.link
         link = max(link, moved["host_written"] / rates.link)
         disk = moved["disk_read"] / rates.disk_read + moved["disk_written"] / rates.disk_write
         network = moved["ranks"] / rates.network
-        self._add(total=max(compute, link, disk, network), compute=compute, link=link, disk=disk, network=network)
+        total = compute + max(link, disk) if waits else max(compute, link, disk, network)
+        self._add(total=total, compute=compute, link=link, disk=disk, network=network)
         self._moved.update(moved)
 
     def _update(self, model: Model) -> None:

@@ -30,13 +30,22 @@ def save(device: str, ceilings: dict[str, Any]) -> Path:
     return path
 
 
+def known_rates(dtype: str) -> Rates:
+    """The measured rates where there are any, else the planner's defaults."""
+    return Rates() if _measured() is None else rates(dtype, Rates().network)
+
+
+def _measured() -> Path | None:
+    paths = map(path_of, ("cuda", "xpu", "mps", "cpu"))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def rates(dtype: str, network: float) -> Rates:
     """The planner's rates on this machine, those of its accelerator if one was measured. `dtype`: fp32 or bf16.
 
     Raises UserError where nothing was measured yet, or the file is damaged.
     """
-    paths = map(path_of, ("cuda", "xpu", "mps", "cpu"))
-    path = next((path for path in paths if path.is_file()), None)
+    path = _measured()
     if path is None:
         raise UserError("--rates measured: nothing was measured on this machine yet; run penstock bench micro first.")
     try:

@@ -274,6 +274,7 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
         sampling=footprint.sampling_of(actor, dtype, rows),
         prefills=len(groups),
         swapped=cache + token if swap else 0,
+        visited_by=((groups[0].stop - groups[0].start) * work.prompt_length, rows),
         swap_writes=(cache, token) if swap else (0, 0),
     )
 
@@ -373,7 +374,13 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
         budgets["host"] = max(host - max(generation.swapped for generation in phases["rollout"]), 0)
     placed = plan.place(setting.strategy, laid, world, budgets, with_slack(fullest, shard), recompute)
     models = {
-        role.name: plan.Model(role.name, tuple(chunks), tuple(visits))
+        role.name: plan.Model(
+            role.name,
+            tuple(chunks),
+            tuple(visits),
+            weight_shapes.choices_of(role.config),
+            role.config.experts_per_token,
+        )
         for role, chunks, (_, visits) in zip(work.roles, placed, laid, strict=True)
     }
     if not moves and any(model.moving(world) for model in models.values()):

@@ -108,7 +108,7 @@ def health(metrics: dict[str, float], flags: DistillFlags) -> list[str]:
 def summary(stats: StepStats, count: int) -> dict[str, float]:
     """A step's metrics. The entropy is that of k tokens and the rest: a lower bound."""
     sums = stats.sums
-    metrics = {"loss": sums["loss"], "grad_norm": stats.grad_norm, "tokens": count}
+    metrics = {"loss": sums["loss"], **stats.metrics, "tokens": count}
     if "sft" in sums:
         metrics |= {"loss/divergence": sums["divergence"], "loss/sft": sums["sft"]}
     return {**metrics, "teacher/top_k_mass": sums["mass"] / count, "student/entropy": sums["entropy"] / count}
