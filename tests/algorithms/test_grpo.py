@@ -43,7 +43,8 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5)
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("advantage", "kl_in", "estimator"), [
-    ("rloo", "reward", "k1"), ("reinforce++", "reward", "k1"), ("dr_grpo", "loss", "k2"), ("dr_grpo", "loss", "k3"),
+    ("rloo", "reward", "k1"), pytest.param("reinforce++", "reward", "k1", marks=pytest.mark.slow),
+    pytest.param("dr_grpo", "loss", "k2", marks=pytest.mark.slow), ("dr_grpo", "loss", "k3"),
 ])  # fmt: skip
 def test_the_one_token_task_ends_at_the_kl_regularised_optimum(task, advantage, kl_in, estimator, seed):  # noqa: F811
     beta, table = 0.5, {3: 1.0, 4: 0.5, 5: -0.5, 6: 0.25}

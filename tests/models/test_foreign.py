@@ -211,12 +211,20 @@ def test_the_plan_knows_the_weights_of_the_model_without_reading_them(models, na
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+GEMMA3N = {
+    "model_type": "gemma3n_text", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "laurel_rank": 4,
+    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.0, 0.0],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(("hf", "path", "reason"), [
     ({"model_type": "llama"}, "native", "a family of penstock's own decoder"),
     ({"model_type": "novel", "auto_map": {"AutoModelForCausalLM": "modeling.Novel"}}, "refused", "trust_remote_code"),
     ({"model_type": "vit"}, "refused", "has no causal language model of that type"),
     ({"model_type": "bert"}, "refused", "reads in both directions"),
-    ({"model_type": "gemma3n_text"}, "refused", "leave each other tensors"),
+    (GEMMA3N, "refused", "leave each other tensors"),
     ({"model_type": "phi", "hidden_size": "wide"}, "refused", "transformers does not build it"),
 ])  # fmt: skip
 def test_the_path_of_a_config_and_its_reason(hf, path, reason):

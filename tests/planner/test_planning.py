@@ -585,10 +585,10 @@ def test_a_directory_is_planned_from_its_config(tmp_path):
         config_of(str(tmp_path), "--model")
 
 
-@pytest.mark.parametrize("strategy", ["gemini_cpu", "naive"])
+@pytest.mark.parametrize("strategy", ["gemini_cpu", pytest.param("naive", marks=pytest.mark.slow)])
 def test_a_kv_cache_that_does_not_fit_is_swapped(strategy, tmp_path):
     """A budget below what the cache takes beside the rest, and above what two layers of it do."""
-    of = work(batch_size=32, micro_batch_size=1, mini_batch_size=1, prompt_length=8, max_new_tokens=120)
+    of = work(batch_size=32, micro_batch_size=1, mini_batch_size=32, prompt_length=8, max_new_tokens=120)
     roomy = forecast(of, strategy)
     assert not roomy.swapped
     least = roomy.peak["device"] - roomy.slots.nbytes

@@ -4,6 +4,7 @@ The counts are those of the files at huggingface.co (safetensors metadata).
 """
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -99,3 +100,14 @@ def test_a_published_model_is_planned_from_its_config_with_the_published_paramet
         main(["plan", "--stage", "sft", "--model", str(tmp_path), "--prompt-length", "512", "--json"])
     planned = json.loads(capsys.readouterr().out)["parameters"]
     assert list(planned.values()) == [pytest.approx(parameters, rel=1e-3)]
+
+
+def test_the_plan_of_a_mixture_says_what_a_token_meets_and_when_only_the_chosen_experts_come(tmp_path, capsys):
+    config = {**PUBLISHED["Qwen3 30B A3B"][1], "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--stage", "grpo", "--lora", "16", "--strategy", "gemini_cpu", "--device-memory", "16GB"]
+    with pytest.raises(SystemExit):
+        main(["plan", *flags, "--model", str(tmp_path), "--rollout-batch-size", "4"])
+    out = capsys.readouterr().out
+    assert re.search(r"actor: 3,\d{3},\d{3},\d{3} parameters, of which a token is computed with 8\d\d,", out)
+    assert re.search(r"a step of up to \d+ answers fetches the experts that they choose.*; here 4 answers", out)

@@ -4,7 +4,8 @@ All models of a run share one arena. A slot keeps its last chunk until another c
 enough slots is a resident model, and one with two is a stream.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,12 @@ class Slot(plan.Slot):
 class Arena(plan.SlotTable[Slot]):
     """Slots of a few sizes on one tier. `sizes` are bytes, one entry per slot."""
 
-    def __init__(self, tier: Ram, sizes: Iterable[int], purpose: str = "slots") -> None:
+    def __init__(
+        self, tier: Ram, sizes: Iterable[int], purpose: str = "slots",
+        together: Callable[[Any], Hashable] = lambda home: home,
+    ) -> None:  # fmt: skip
         homes = [tier.home(nbytes, torch.uint8, purpose) for nbytes in sorted(sizes)]
-        super().__init__(Slot(home.tensor) for home in homes)
+        super().__init__((Slot(home.tensor) for home in homes), together)
         self._tier = tier
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ into even chunks. Equal blocks give equal chunks, so that one slot serves them a
 shards are equally long and every shard begins and ends on a page, in any dtype: disks and collectives ask for that.
 """
 
+import functools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Chunk:
             if len(weight.shape) > 1:
                 yield slice(offset, offset + weight.numel)
 
-    @property
+    @functools.cached_property
     def shared(self) -> tuple[Weight, ...] | None:
         """Its key among frozen chunks: models with equal keys share the chunk. None: no model shares it."""
         return None if self.trained or any(weight.recipe is None for weight in self.weights) else self.weights

@@ -1,5 +1,6 @@
 """One chunk at home on this rank: where its weights, optimizer states and gradients lie between visits."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class ChunkHome:
     grads_whole: bool
     share: slice
     """The elements of the chunk whose optimizer state is here."""
+    visits: Hashable = None
+    """Homes with equal ones are needed at the same visits."""
     graded: bool = False
     """`grads` holds a part of this step's gradient."""
 

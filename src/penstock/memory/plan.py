@@ -267,16 +267,31 @@ def _on(tier: TierName, nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE if tier == "disk" else nbytes
 
 
+def moments(visits: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
+    """Group -> the visits that it is needed at, by number."""
+    at: dict[str, list[int]] = {}
+    for i, groups in enumerate(visits):
+        for group in groups:
+            at.setdefault(group, []).append(i)
+    return {group: tuple(numbers) for group, numbers in at.items()}
+
+
+def together(visits: Sequence[Sequence[str]]) -> dict[str, Hashable]:
+    """Equal for groups that are needed at the same visits of every pass. Some passes cut the last visit in two."""
+    return {group: group if len(visits) - 1 in at else at for group, at in moments(visits).items()}
+
+
 # --- slots ------------------------------------------------------------------------------------------------------------
 
 
 def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]], ahead: int = 1) -> list[int]:
     """Bytes of the fewest slots that let a model's chunks pass with `ahead` visits prefetched; `chunks` are those that
     move, `visits` the groups that are needed at once, in order."""
+    sizes = _by_group((chunk.group, chunk.nbytes) for chunk in chunks)
     needs = []
     for i in range(len(visits)):
         near = {group for step in range(ahead + 1) for group in visits[(i + step) % len(visits)]}
-        needs.append([chunk.nbytes for chunk in chunks if chunk.group in near])
+        needs.append([nbytes for group in near for nbytes in sizes.get(group, ())])
     return largest_of_each(needs)
 
 
@@ -288,8 +303,15 @@ def shard_bytes(chunk: Chunk, row: Row, world: int) -> int:
 
 def gradient_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:
     """Bytes of the slots that one visit's gradients need; `chunks` are those whose gradients leave."""
-    needs = [[chunk.numel * ITEMSIZE[SUMS] for chunk in chunks if chunk.group in groups] for groups in visits]
-    return largest_of_each(needs)
+    sizes = _by_group((chunk.group, chunk.numel * ITEMSIZE[SUMS]) for chunk in chunks)
+    return largest_of_each([[nbytes for group in groups for nbytes in sizes.get(group, ())] for groups in visits])
+
+
+def _by_group(sizes: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    by_group: dict[str, list[int]] = {}
+    for group, nbytes in sizes:
+        by_group.setdefault(group, []).append(nbytes)
+    return by_group
 
 
 def largest_of_each(needs: Sequence[Sequence[int]]) -> list[int]:
@@ -367,23 +389,29 @@ SlotType = TypeVar("SlotType", bound=Slot)
 
 
 class SlotTable(Generic[SlotType]):
-    """Which chunk is in which slot."""
+    """Which chunk is in which slot.
 
-    def __init__(self, slots: Iterable[SlotType]) -> None:
-        self.slots = list(slots)
+    `together`: chunks for which it is equal are needed at the same visits. A block of experts has hundreds of them, and
+    a claim looks at one of each.
+    """
+
+    def __init__(self, slots: Iterable[SlotType], together: Callable[[Any], Hashable] = lambda key: key) -> None:
+        self.slots = sorted(slots, key=lambda slot: slot.nbytes)
+        self._together = together
         self._clock = 0
-        self._last: dict[Hashable, SlotType] = {}
-        """The slot that a chunk went to last. A mixture of experts has thousands of both."""
-        self._of_size: dict[int, list[SlotType]] = {}
-        for slot in sorted(self.slots, key=lambda slot: slot.nbytes):
-            self._of_size.setdefault(slot.nbytes, []).append(slot)
-        self._new = {size: slots[::-1] for size, slots in self._of_size.items()}
-        """Slots that nothing went to yet."""
+        self._holding: dict[Hashable, SlotType] = {}
+        """Chunk -> its slot."""
+        self._empty: dict[int, list[SlotType]] = {}
+        """By size, the smallest first."""
+        self._filled: dict[int, dict[Hashable, dict[SlotType, None]]] = {}
+        """By size, and by what is needed at the same visits; of these the oldest first."""
+        for slot in self.slots:
+            self._empty.setdefault(slot.nbytes, []).insert(0, slot)
+            self._filled[slot.nbytes] = {}
 
     def find(self, key: Hashable) -> SlotType | None:
         """The slot that holds the chunk, arrived or on its way."""
-        slot = self._last.get(key)
-        return slot if slot is not None and slot.key == key else None
+        return self._holding.get(key)
 
     def claim(
         self, key: Hashable, nbytes: int, next_use: Callable[[Any], int], min_next_use: int = -1
@@ -393,25 +421,39 @@ class SlotTable(Generic[SlotType]):
         The smallest size that fits; within it an empty slot first, else the one whose chunk is used latest, which is
         optimal when the order is known (Belady 1966), and it is. None too when that is within `min_next_use` visits.
         """
-        chosen: SlotType | None = None
-        for size, slots in self._of_size.items():
-            if size < nbytes:
-                continue
-            if self._new[size]:
-                chosen = self._new[size].pop()
+        for size, empty in self._empty.items():
+            if size >= nbytes and (slot := empty[-1] if empty else self._used_latest(size, next_use)) is not None:
                 break
-            idle = [slot for slot in slots if not slot.users]
-            if idle:
-                chosen = max(
-                    idle, key=lambda slot: (slot.key is None, 0 if slot.key is None else next_use(slot.key), -slot.age)
-                )
-                break
-        if chosen is None or (chosen.key is not None and next_use(chosen.key) <= min_next_use):
+        else:
             return None
-        chosen.wait()  # the copy of an unused prefetch must not write into the next chunk
+        if slot.key is not None:
+            if next_use(slot.key) <= min_next_use:
+                return None
+            slot.wait()  # the copy of an unused prefetch must not write into the next chunk
+            self.clear(slot)
+        self._empty[size].pop()
         self._clock += 1
-        chosen.key, chosen.age, self._last[key] = key, self._clock, chosen
+        slot.key, slot.age, self._holding[key] = key, self._clock, slot
+        self._filled[size].setdefault(self._together(key), {})[slot] = None
+        return slot
+
+    def _used_latest(self, size: int, next_use: Callable[[Any], int]) -> SlotType | None:
+        latest: tuple[int, int] | None = None
+        chosen: SlotType | None = None
+        for members in self._filled[size].values():
+            slot = next((slot for slot in members if not slot.users), None)
+            if slot is not None and (latest is None or (next_use(slot.key), -slot.age) > latest):
+                chosen, latest = slot, (next_use(slot.key), -slot.age)
         return chosen
+
+    def clear(self, slot: SlotType) -> None:
+        """Its chunk is there no more."""
+        members = self._filled[slot.nbytes][self._together(slot.key)]
+        del members[slot], self._holding[slot.key]
+        if not members:
+            del self._filled[slot.nbytes][self._together(slot.key)]
+        slot.key = None
+        self._empty[slot.nbytes].append(slot)
 
     def forget(self, is_old: Callable[[Any], bool]) -> None:
         """Empties the slots of chunks whose homes have changed."""
@@ -419,7 +461,7 @@ class SlotTable(Generic[SlotType]):
             if slot.key is not None and is_old(slot.key):
                 assert not slot.users
                 slot.wait()
-                slot.key = None
+                self.clear(slot)
 
 
 # --- groups that tokens choose of -----------------------------------------------------------------------------------
@@ -490,10 +532,11 @@ class Schedule(Generic[HomeType]):
         self._homes, self._order, self._repeats = homes, order, repeats
         self._members = {home for group in homes.values() for home in group}
         self._at = -1
-        self._positions: dict[str, list[int]] = {}
-        for i, groups in enumerate(order):
-            for group in (*groups, *(choices[i] if choices else ())):
-                self._positions.setdefault(group, []).append(i)
+        self._uses: dict[HomeType, int] = {}
+        """What `next_use` said since the last visit began."""
+        self._positions = moments(
+            [(*groups, *few) for groups, few in zip(order, choices, strict=True)] if choices else order
+        )
 
     def advance(self, groups: tuple[str, ...]) -> None:
         """Makes the next visit of these groups the current one; nothing changes when the order has no such visit."""
@@ -501,10 +544,17 @@ class Schedule(Generic[HomeType]):
             at = (self._at + step) % len(self._order)
             if self._order[at] == groups:
                 self._at = at
+                self._uses.clear()
                 return
 
     def next_use(self, home: HomeType) -> int:
         """Visits from now until this chunk is needed again."""
+        use = self._uses.get(home)
+        if use is None:
+            use = self._uses[home] = self._next_use(home)
+        return use
+
+    def _next_use(self, home: HomeType) -> int:
         if home not in self._members:
             return NEVER
         positions = self._positions.get(home.chunk.group, ())

@@ -51,6 +51,8 @@ class Homes:
         """Memory for one chunk's gradients each; one model at a time uses it."""
         self._groups: list[tuple[set[Hashable], set[int]]] = []
         """Trained models that share weights: keys of these, and which of `_gradients` such models use."""
+        self._models = 0
+        """So many were made."""
         self._buffers: list[Tensor] = []
         self._staging: Tensor | None = None
         """Where first values are made that belong elsewhere than in host memory; only while models are prepared."""
@@ -62,10 +64,11 @@ class Homes:
         for tier, nbytes in plan.homes([placed], self.world.size, pooled, self._shared).items():
             self.tiers[tier].check(nbytes, owner)
 
-    def make(self, model: Any, placed: Sequence[plan.Placed]) -> list[ChunkHome]:
-        """A model's homes on this rank, with its first weights in them."""
+    def make(self, model: Any, placed: Sequence[plan.Placed], visits: Sequence[Sequence[str]]) -> list[ChunkHome]:
+        """A model's homes on this rank, with its first weights in them; `visits` as in plan.Layout."""
         before = self._used_gradients(placed)
-        used, owner_of = set(before), owners(model)
+        used, owner_of, together = set(before), owners(model), plan.together(visits)
+        self._models += 1
         homes = []
         with model.filling():
             for chunk, row in ((each.chunk, each.row) for each in placed):
@@ -73,6 +76,7 @@ class Homes:
                 if home is None:
                     first_values = partial(_first_values, model, owner_of, chunk)
                     home = self._home(first_values, chunk, row, used, f"of {type(model).__name__} {chunk.group}")
+                    home.visits = (self._models, together.get(chunk.group))
                     if chunk.shared is not None:
                         self._shared[chunk.shared] = home
                 homes.append(home)

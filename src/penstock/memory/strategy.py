@@ -7,7 +7,7 @@ next, `evaluate()` and `step()` to use and to train it. All rows of the table ar
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -163,7 +163,7 @@ class Strategy:
         streams = []
         for model, chunks, (_, visits) in zip(models, placed, layouts, strict=True):
             self.models.append(plan.Model(type(model).__name__, tuple(chunks), tuple(visits)))
-            streams.append(self._stream(model, self.homes.make(model, chunks), moves, adamw))
+            streams.append(self._stream(model, self.homes.make(model, chunks, visits), moves, adamw))
         self.homes.end()
         return streams
 
@@ -200,8 +200,8 @@ class Strategy:
                     f"at least {show_bytes(tier.used + least)}, {counted}; give more than that."
                 )
             self.arenas = (
-                Arena(tier, slots.weights, "the slots that weights pass through"),
-                Arena(tier, slots.gradients, "the slots that gradients pass through"),
+                Arena(tier, slots.weights, "the slots that weights pass through", _visits),
+                Arena(tier, slots.gradients, "the slots that gradients pass through", _visits),
             )
         return self.arenas
 
@@ -291,6 +291,10 @@ class Strategy:
         summed = self.world.sum(torch.stack([zero if k.startswith("max_") else sums.get(k, zero) for k in keys]))
         highest = self.world.max(torch.stack([sums.get(k, zero) for k in keys]))
         return {k: (highest if k.startswith("max_") else summed)[i] for i, k in enumerate(keys)}
+
+
+def _visits(home: ChunkHome) -> Hashable:
+    return home.visits
 
 
 def _interleaved(

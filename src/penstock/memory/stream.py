@@ -363,7 +363,7 @@ class Stream:
             self._open([hold])
             hold.gradient_slot.leaving = self.sink.settle(home, _sums(hold.gradient_slot, home.chunk))
             hold.gradient_slot.users -= 1
-            hold.gradient_slot.key = None
+            self._arenas()[1].clear(hold.gradient_slot)
         elif hold.gradients:
             home.graded = True
         if hold.gradients and not (hold.slot is None and home.in_place):

@@ -1,6 +1,7 @@
 """The modules of a decoder that adapters can be added to, and the adapters' shapes. Pure: no torch here."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Hashable
@@ -94,7 +95,8 @@ class LoraTarget:
     """The expert whose part of `theirs` it is: peft adapts the weights of all experts of a block as one parameter."""
 
 
-def lora_targets_of(config: DecoderConfig) -> list[LoraTarget]:
+@functools.lru_cache(4)
+def lora_targets_of(config: DecoderConfig) -> tuple[LoraTarget, ...]:
     """All of a decoder's, in the order of the program."""
     if config.foreign:
         return _of_foreign(config.foreign)
@@ -123,10 +125,10 @@ def lora_targets_of(config: DecoderConfig) -> list[LoraTarget]:
             heights = weight.heights(config) if weight.layout == "stacked" else [shape[0]]
             for i, name in enumerate(names):
                 targets.append(LoraTarget(ours, name, sum(heights[:i]), heights[i], shape[1], False, weight))
-    return targets
+    return tuple(targets)
 
 
-def _of_foreign(foreign: Foreign) -> list[LoraTarget]:
+def _of_foreign(foreign: Foreign) -> tuple[LoraTarget, ...]:
     """The linear layers of transformers' own layers."""
     shape_of = {weight.name: weight.shape for _, weights in foreign.groups for weight in weights}
     targets = []
@@ -135,7 +137,7 @@ def _of_foreign(foreign: Foreign) -> list[LoraTarget]:
         targets.append(
             LoraTarget(ours, theirs, 0, height, width, False, Weight(f"{ours}.weight", (f"{theirs}.weight",)))
         )
-    return targets
+    return tuple(targets)
 
 
 def groups_of(

@@ -131,8 +131,8 @@ def count_of(config: DecoderConfig, *, scalar: bool, active: bool = False) -> in
     groups = groups_of(config, "float32", trained=True, scalar=scalar)
     counts = {group: sum(weight.numel for weight in weights) for group, weights in groups}
     if active:  # of a block's experts, which are alike, the first ones
-        idle = range(config.experts_per_token, config.num_experts)
-        return sum(n for group, n in counts.items() if not group.endswith(tuple(f".experts.{e}" for e in idle)))
+        idle = tuple(f".experts.{expert}" for expert in range(config.experts_per_token, config.num_experts))
+        return sum(n for group, n in counts.items() if not group.endswith(idle))
     return sum(counts.values())
 
 

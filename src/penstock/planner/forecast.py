@@ -280,6 +280,8 @@ class _ImaginedHome:
     tier: TierName
     nbytes: int
     """This rank's part."""
+    visits: Hashable
+    """As ChunkHome.visits."""
 
 
 class _Account:
@@ -292,15 +294,16 @@ class _Account:
         self._models, self._world, self._ahead = models, world, ahead
         self._recompute, self._rates, self._few_tokens = recompute, rates, few_tokens
         self._random = random.Random(0)
-        self._table = plan.SlotTable(plan.Slot(nbytes) for nbytes in sorted(sizes))
+        self._table = plan.SlotTable(map(plan.Slot, sizes), lambda home: home.visits)
         self._homes: dict[str, dict[str, list[_ImaginedHome]]] = {name: {} for name in models}
         """Per model and group: what must be fetched."""
         shared: dict[Hashable, _ImaginedHome] = {}
         for name, model in models.items():
+            together = plan.together(model.visits)
             for chunk, row in ((placed.chunk, placed.row) for placed in model.placed):
                 if not plan.resident(row, world):
                     nbytes = chunk.nbytes // (world if row.params.sharded else 1)
-                    home = _ImaginedHome(chunk, row.params.tier, nbytes)
+                    home = _ImaginedHome(chunk, row.params.tier, nbytes, (name, together.get(chunk.group)))
                     if chunk.shared is not None:
                         home = shared.setdefault(chunk.shared, home)
                     self._homes[name].setdefault(chunk.group, []).append(home)
@@ -327,11 +330,15 @@ class _Account:
         (generation,) = group
         drawn = [tokens if tokens <= self._few_tokens else 0 for tokens in generation.visited_by]
         step: Counter[str] = Counter()
+        means: dict[bool, Counter[str]] = {}
         for i in range(generation.times):
             for j in range(generation.prefills + generation.tokens):
                 decodes = j >= generation.prefills
-                if i + j < WARM or (any(drawn) and i < WARM and j in (0, generation.prefills)):
-                    step = self._mean_cycle(group, drawn[decodes])
+                if not any(drawn) and i + j < WARM:
+                    step = self._cycle(group)
+                elif any(drawn) and j in (0, generation.prefills):
+                    means[decodes] = means.get(decodes) or self._mean_cycle(group, drawn[decodes])
+                    step = means[decodes]
                 if not decodes:
                     swap = Counter(host_written=generation.swap_writes[0] // generation.prefills)
                     self._spend(step + swap, generation.flops / generation.prefills)
