@@ -19,8 +19,7 @@ import torch
 from benchmarks.facts import ROOT, commit_of, flags, write
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
-from penstock.memory.strategy import DTYPES, Strategy
-from penstock.memory.stream import interleave
+from penstock.memory.strategy import DTYPES, Strategy, interleave
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor

@@ -11,8 +11,7 @@ from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.distributed.world import World
 from penstock.memory.homes import HEAD, RamHome, rounded, unrounded
 from penstock.memory.placement import STRATEGIES
-from penstock.memory.strategy import DTYPES, Strategy
-from penstock.memory.stream import interleave
+from penstock.memory.strategy import DTYPES, Strategy, interleave
 from penstock.memory.tiers import Ram
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder

@@ -4,7 +4,8 @@ import pytest
 
 from penstock.memory.chunks import Weight, layout
 from penstock.memory.placement import STRATEGIES
-from penstock.memory.plan import NEVER, Model, Placed, Schedule, Slot, SlotTable, few_tokens, sharing_groups
+from penstock.memory.plan import Model, Placed, few_tokens, sharing_groups
+from penstock.memory.schedule import NEVER, Schedule, Slot, SlotTable
 
 
 class Home:

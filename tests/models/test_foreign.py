@@ -16,8 +16,8 @@ from penstock.algorithms.ppo import ppo
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.errors import UserError
 from penstock.memory.prepare import groups_of
+from penstock.memory.program import visits_of
 from penstock.memory.strategy import Strategy
-from penstock.memory.stream import visits_of
 from penstock.models import lora_targets, pretrained, weight_shapes
 from penstock.models.foreign.family import path_of
 from penstock.models.lora_targets import LoraSpec

@@ -18,8 +18,8 @@ from penstock.errors import ResourceError, UserError
 from penstock.kernels import compile as compiler
 from penstock.memory import plan
 from penstock.memory.placement import NAMES
+from penstock.memory.program import visits_of
 from penstock.memory.strategy import Strategy
-from penstock.memory.stream import visits_of
 from penstock.memory.tiers import Disk, Ram
 from penstock.models import lora_targets, weight_shapes
 from penstock.models.config import DecoderConfig

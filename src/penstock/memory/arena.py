@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ResourceError
-from penstock.memory import plan
-from penstock.memory.tiers import Ram
-from penstock.memory.transfer import Offload
+from penstock.memory import schedule
+from penstock.memory.tiers import Offload, Ram
 from penstock.units import show_bytes
 
 
-class Slot(plan.Slot):
+class Slot(schedule.Slot):
     """One run of device memory; `key` is the ChunkHome that it is filled from."""
 
     def __init__(self, memory: Tensor) -> None:
@@ -40,7 +39,7 @@ class Slot(plan.Slot):
             landing()
 
 
-class Arena(plan.SlotTable[Slot]):
+class Arena(schedule.SlotTable[Slot]):
     """Slots of a few sizes on one tier. `sizes` are bytes, one entry per slot."""
 
     def __init__(
@@ -55,7 +54,7 @@ class Arena(plan.SlotTable[Slot]):
         """Gives the memory back; no slot may be in use."""
         self.forget(lambda home: True)
         self._tier.give(sum(slot.nbytes for slot in self.slots))
-        plan.SlotTable.__init__(self, ())
+        schedule.SlotTable.__init__(self, ())
 
     def too_small(self, nbytes: int) -> ResourceError:
         """The error for a chunk that has no slot to go to."""

@@ -23,6 +23,7 @@ from penstock.memory.chunks import Chunk, Weight
 from penstock.memory.homes import ChunkHome
 from penstock.memory.placement import Row
 from penstock.memory.program import owners
+from penstock.memory.schedule import together_of
 from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ class Homes:
     def make(self, model: Any, placed: Sequence[plan.Placed], visits: Sequence[Sequence[str]]) -> list[ChunkHome]:
         """A model's homes on this rank, with its first weights in them; `visits` as in plan.Layout."""
         before = self._used_gradients(placed)
-        used, owner_of, together = set(before), owners(model), plan.together(visits)
+        used, owner_of, together = set(before), owners(model), together_of(visits)
         self._models += 1
         homes = []
         with model.filling():

@@ -122,3 +122,9 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def visits_of(program: Program) -> list[tuple[str, ...]]:
+    """Groups that are needed at once, in order: the parts', the last of them with what reads its states."""
+    parts = program.parts()
+    return [*(part.groups for part in parts[:-1]), (*parts[-1].groups, *program.reads())]

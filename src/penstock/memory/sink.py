@@ -17,8 +17,7 @@ from penstock.memory.adamw import AdamW, join, narrow, split, sum_of_squares, wi
 from penstock.memory.chunks import Weight
 from penstock.memory.homes import CPU, ChunkHome, bring, gather, put_back, rounded, unrounded
 from penstock.memory.plan import PIECE, SETS
-from penstock.memory.tiers import DiskHome, Home, RamHome, worker
-from penstock.memory.transfer import Offload
+from penstock.memory.tiers import DiskHome, Home, Offload, RamHome, worker
 
 SAVED = ("master", "exp_avg", "exp_avg_sq")
 """What a checkpoint keeps per weight, fp32, whatever the strategy and the world."""

@@ -25,8 +25,9 @@ from penstock.memory.chunks import layout
 from penstock.memory.homes import ChunkHome
 from penstock.memory.placement import AUTO, Budgets, bits_of, known, tiers_of
 from penstock.memory.prepare import Homes, groups_of
+from penstock.memory.program import visits_of
 from penstock.memory.sink import Sink
-from penstock.memory.stream import Losses, LossOf, Result, Stream, Visits, interleave, visits_of
+from penstock.memory.stream import Losses, LossOf, Result, Stream, Visits
 from penstock.memory.tiers import Disk, Ram
 from penstock.units import show_bytes
 
@@ -309,6 +310,19 @@ def _interleaved(
         passed = interleave([begin(i) for i in group])
         results |= {i: end(i, result) for i, result in zip(group, passed, strict=True)}
     return [results[i] for i in range(len(streams))]
+
+
+def interleave(passes: Sequence[Visits[Result]]) -> list[Result]:
+    """Several models' passes, one visit of each in turn: weights that they share are fetched once for all."""
+    results: dict[int, Result] = {}
+    while len(results) < len(passes):
+        for i, visits in enumerate(passes):
+            if i not in results:
+                try:
+                    next(visits)
+                except StopIteration as end:
+                    results[i] = end.value
+    return [results[i] for i in range(len(passes))]
 
 
 @dataclass(frozen=True)

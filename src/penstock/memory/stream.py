@@ -33,11 +33,10 @@ from penstock.distributed.world import World
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk
 from penstock.memory.homes import SUMS, ChunkHome
-from penstock.memory.plan import Schedule
-from penstock.memory.program import Part, Program, owners
+from penstock.memory.program import Part, Program, owners, visits_of
+from penstock.memory.schedule import Schedule
 from penstock.memory.sink import Sink
-from penstock.memory.tiers import DiskHome, RamHome, worker
-from penstock.memory.transfer import copy_ahead
+from penstock.memory.tiers import DiskHome, RamHome, copy_ahead, worker
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 LossOf = Callable[[Tensor, Any], Losses]
@@ -119,16 +118,9 @@ class Stream:
         """The parameters of moving chunks in a graph that is kept. See [Note: a kept graph]."""
         self._holds: dict[ChunkHome, list[Hold]] = {home: [] for home in self.homes}
         self._reader = worker("prefetch")
-        visits = [*(part.groups for part in model.parts()), model.reads()]
-        self._cycle = Schedule(self._moving, visits, repeats=True)
-        """One pass after the other, all of a visit's groups at once."""
-        self._choosing: Schedule[ChunkHome] | None = None
-        """The same where groups that tokens choose of come when they were chosen."""
+        self._cycle, self._choosing = self._schedules(few_tokens)
+        """One pass after the other, all of a visit's groups at once; and where chosen ones come when chosen."""
         self._few_tokens = few_tokens
-        if few_tokens and any(part.choices for part in model.parts()) and not self.collective:
-            visits = [*(part.needed for part in model.parts()), model.reads()]
-            choices = [*(part.choices for part in model.parts()), ()]
-            self._choosing = Schedule(self._moving, visits, repeats=True, choices=choices)
         self._schedule = self._cycle
         for home in self.homes:
             self._unbind(home.chunk)
@@ -438,6 +430,14 @@ class Stream:
 
     # --- fetching -----------------------------------------------------------------------------------------------------
 
+    def _schedules(self, few_tokens: int) -> tuple[Schedule[ChunkHome], Schedule[ChunkHome] | None]:
+        parts, reads = self.program.parts(), self.program.reads()
+        cycle = Schedule(self._moving, [*(part.groups for part in parts), reads], repeats=True)
+        if not few_tokens or self.collective or not any(part.choices for part in parts):
+            return cycle, None
+        needed, choices = ([*(getattr(part, name) for part in parts)] for name in ("needed", "choices"))
+        return cycle, Schedule(self._moving, [*needed, reads], repeats=True, choices=[*choices, ()])
+
     def _fetch(self, home: ChunkHome) -> Slot:
         """The chunk's slot, filled or being filled."""
         arena = self._arenas()[0]
@@ -469,25 +469,6 @@ class Stream:
                 self.world.join_shards(part, whole)
 
         return land
-
-
-def interleave(passes: Sequence[Visits[Result]]) -> list[Result]:
-    """Several models' passes, one visit of each in turn: weights that they share are fetched once for all."""
-    results: dict[int, Result] = {}
-    while len(results) < len(passes):
-        for i, visits in enumerate(passes):
-            if i not in results:
-                try:
-                    next(visits)
-                except StopIteration as end:
-                    results[i] = end.value
-    return [results[i] for i in range(len(passes))]
-
-
-def visits_of(program: Program) -> list[tuple[str, ...]]:
-    """Groups that are needed at once, in order: the parts', the last of them with what reads its states."""
-    parts = program.parts()
-    return [*(part.groups for part in parts[:-1]), (*parts[-1].groups, *program.reads())]
 
 
 def _parameter(weight: Tensor, trained: bool) -> nn.Parameter:

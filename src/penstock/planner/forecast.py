@@ -16,6 +16,7 @@ from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk
 from penstock.memory.placement import TierName
 from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Placed, Slots
+from penstock.memory.schedule import Schedule, Slot, SlotTable, together_of
 from penstock.planner.activations import Pass, activations_of
 
 TIERS: tuple[TierName, ...] = ("device", "host", "disk")
@@ -175,9 +176,9 @@ def forecast(
 
 def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Sequence[Pass]], world: int, rates: Rates) -> int:
     """plan.few_tokens of what generates, from where its weights are."""
-    generating = {each.model for passes in phases.values() for each in passes if each.kind == "generate"}
     few = [0]
-    for model in (models[name] for name in generating):
+    for name in {each.model for passes in phases.values() for each in passes if each.kind == "generate"}:
+        model = models[name]
         from_disk = any(p.row.params.tier == "disk" for p in model.placed)
         if not any(p.row.params.sharded and world > 1 for p in model.placed):  # a visit is a collective there
             link = min(rates.link, rates.disk_read) if from_disk else rates.link
@@ -294,12 +295,12 @@ class _Account:
         self._models, self._world, self._ahead = models, world, ahead
         self._recompute, self._rates, self._few_tokens = recompute, rates, few_tokens
         self._random = random.Random(0)
-        self._table = plan.SlotTable(map(plan.Slot, sizes), lambda home: home.visits)
+        self._table = SlotTable(map(Slot, sizes), lambda home: home.visits)
         self._homes: dict[str, dict[str, list[_ImaginedHome]]] = {name: {} for name in models}
         """Per model and group: what must be fetched."""
         shared: dict[Hashable, _ImaginedHome] = {}
         for name, model in models.items():
-            together = plan.together(model.visits)
+            together = together_of(model.visits)
             for chunk, row in ((placed.chunk, placed.row) for placed in model.placed):
                 if not plan.resident(row, world):
                     nbytes = chunk.nbytes // (world if row.params.sharded else 1)
@@ -373,11 +374,8 @@ class _Account:
         """`_cycle`; where tokens choose, the mean of the cycles after the first ones."""
         if not drawn:
             return self._cycle(group)
-        total: Counter[str] = Counter()
-        for i in range(WARM + DRAWS):
-            moved = self._cycle(group, drawn)
-            total += moved if i >= WARM else Counter()
-        return Counter({key: count // DRAWS for key, count in total.items()})
+        cycles = [self._cycle(group, drawn) for _ in range(WARM + DRAWS)][WARM:]
+        return Counter({key: sum(moved[key] for moved in cycles) // DRAWS for key in cycles[0]})
 
     def _cycle(self, group: Sequence[Pass], drawn: int = 0) -> Counter[str]:
         """Bytes that are fetched when each model is visited once, without gradients; see `_walk`."""
@@ -409,13 +407,13 @@ class _Account:
             return
         choices = [*model.choices, ()] if drawn and model.choices else [()] * len(order)
         order = [groups[: len(groups) - len(few)] for groups, few in zip(order, choices, strict=True)]
-        schedule = plan.Schedule(homes, order, repeats=repeats, choices=choices)
+        schedule = Schedule(homes, order, repeats=repeats, choices=choices)
 
         def count(home: _ImaginedHome) -> None:
             moved[f"{home.tier}_read"] += home.nbytes
             moved["ranks"] += home.chunk.nbytes - home.nbytes
 
-        def lease(groups: Iterable[str]) -> list[plan.Slot]:
+        def lease(groups: Iterable[str]) -> list[Slot]:
             needed = [home for group in groups for home in homes.get(group, ())]
             leased = []
             for home in sorted(needed, key=lambda home: -home.chunk.nbytes):

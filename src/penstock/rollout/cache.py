@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from penstock.memory.tiers import Ram
-from penstock.memory.transfer import copy_ahead
+from penstock.memory.tiers import Ram, copy_ahead
 from penstock.models.decoder import Decoder
 
 Layers = Sequence[tuple[Tensor, Tensor]]
