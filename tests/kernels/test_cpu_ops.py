@@ -75,7 +75,7 @@ def test_results_are_rounded_as_torch_rounds():
     assert torch.equal(ours.nan_to_num(7.0), rounded.nan_to_num(7.0))
 
 
-def exact_attention(q, keys, values, last, slopes, window, softcap=0.0):
+def exact_attention(q, keys, values, last, slopes, window, softcap=0.0, sinks=None):
     """Row by row, head by head, in fp64."""
     rows, heads, _, width = q.shape
     y = torch.empty(rows, heads, 1, width, dtype=torch.float64)
@@ -89,7 +89,9 @@ def exact_attention(q, keys, values, last, slopes, window, softcap=0.0):
                 scores = softcap * torch.tanh(scores / softcap)
             if slopes is not None:
                 scores -= slopes[h].double() * (last[b] - torch.arange(seen.start, seen.stop))
-            y[b, h, 0] = scores.softmax(0) @ values[b, g, seen].double()
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[h].double()[None]))
+            y[b, h, 0] = scores.softmax(0)[: seen.stop - seen.start] @ values[b, g, seen].double()
     return y
 
 
@@ -103,7 +105,7 @@ def put(keys, values, last):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 64), (8, 2, 32), (3, 1, 20), (2, 2, 128), (1, 1, 7)])
-@pytest.mark.parametrize("extra", [None, "alibi", "window", "softcap"])
+@pytest.mark.parametrize("extra", [None, "alibi", "window", "softcap", "sinks"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_attention_is_a_softmax_over_what_each_row_sees(dtype, heads, groups, width, extra, joined):
     generator = torch.Generator().manual_seed(heads * width)
@@ -112,8 +114,9 @@ def test_attention_is_a_softmax_over_what_each_row_sees(dtype, heads, groups, wi
     last = torch.tensor([0, 63, 64, 200, 299])
     slopes = torch.rand(heads, generator=generator) if extra == "alibi" else None
     window, softcap = (70 if extra == "window" else 0), (3.0 if extra == "softcap" else 0.0)
-    scores = cpu_ops.Scores(slopes, window, width**-0.5, softcap)
-    exact = exact_attention(q, keys, values, last, slopes, window, softcap)
+    sinks = 9 * torch.randn(heads, generator=generator).to(dtype) if extra == "sinks" else None
+    scores = cpu_ops.Scores(slopes, window, width**-0.5, softcap, sinks)
+    exact = exact_attention(q, keys, values, last, slopes, window, softcap, sinks)
     whole = keys.clone(), values.clone()
     k, v = put(keys, values, last)
     if joined:  # as one product makes them

@@ -40,7 +40,7 @@ _Product = _struct(
     "Product", "x weight bias scales y wide packed", "rows inputs outputs", "", "kind bias_kind x_kind threads"
 )
 _Attention = _struct(
-    "Attention", "q k v keys values slopes slots y", "rows heads groups width x_row x_head row group window",
+    "Attention", "q k v keys values slopes sinks slots y", "rows heads groups width x_row x_head row group window",
     "scale softcap", "kind x_kind threads",
 )  # fmt: skip
 _Choice = _struct("Choice", "logits uniforms tokens logprobs", "rows vocabulary", "temperature", "threads")
@@ -108,6 +108,8 @@ class Scores(NamedTuple):
     """Their factor. 0: 1 / sqrt(E)."""
     softcap: float = 0.0
     """Scores become softcap * tanh(scores / softcap); 0: they stay."""
+    sinks: Tensor | None = None
+    """[H]: a logit per head that takes part in its softmax and has no value."""
 
 
 PLAIN = Scores()
@@ -127,9 +129,11 @@ def attention(
     assert keys.stride() == values.stride()
     assert keys.stride()[2:] == (width, 1)
     y = q.new_empty(rows, 1, heads * width)
+    sinks = None if scores.sinks is None else scores.sinks.float()
     call = _Attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        0 if scores.slopes is None else scores.slopes.data_ptr(), slots.data_ptr(), y.data_ptr(), rows, heads,
+        0 if scores.slopes is None else scores.slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+        slots.data_ptr(), y.data_ptr(), rows, heads,
         keys.shape[1], width, q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), scores.window,
         scores.scale or 1 / math.sqrt(width), scores.softcap, KINDS[keys.dtype], KINDS[q.dtype],
         torch.get_num_threads(),

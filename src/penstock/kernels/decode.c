@@ -10,6 +10,7 @@ typedef struct {
     const void *q, *k, *v;  /* this token's: row b, head h at b * x_row + h * x_head; x_kind */
     void *keys, *values;    /* the cache: row b, group g: [slots, width] at b * row + g * group; kind */
     const float *slopes;    /* [heads] ALiBi, or NULL */
+    const float *sinks;     /* [heads] logits of no key, or NULL */
     const int64_t *slots;   /* [rows]: where k and v go, and the last slot that the query sees */
     void *y;                /* [rows, heads, width], x_kind */
     int64_t rows, heads, groups, width, x_row, x_head, row, group, window;
@@ -51,7 +52,8 @@ INLINE void attend(const Attention *a, int kind, int64_t row, int64_t head)
 {
     int64_t width = a->width, last = a->slots[row], first = 0, size = kind == FP32 ? 4 : 2;
     int64_t base = row * a->row + head / (a->heads / a->groups) * a->group;
-    float slope = a->slopes ? a->slopes[head] : 0, highest = -INFINITY, weight = 0, q[WIDEST];
+    float slope = a->slopes ? a->slopes[head] : 0, q[WIDEST];
+    float highest = a->sinks ? a->sinks[head] : -INFINITY, weight = a->sinks ? 1 : 0;
     for (int64_t e = 0; e < width; e++)
         q[e] = load_one(a->q, a->x_kind, row * a->x_row + head * a->x_head + e) * a->scale;
     float mixed[WIDEST] = {0}, scores[BATCH];

@@ -130,12 +130,14 @@ class Block(nn.Module):
         if positions.query_scale is not None:
             q = q * positions.query_scale
         if cache is not None and positions.slots is not None and positions.bias is None:
-            scores = cpu_ops.Scores(positions.slopes, positions.window, c.attention_scale, c.attention_softcap)
+            scores = cpu_ops.Scores(
+                positions.slopes, positions.window, c.attention_scale, c.attention_softcap, self.sinks
+            )
             return self.out(cpu_ops.attention(q, k, v, cache, positions.slots, scores))
         if cache is not None:
             k, v = write(cache, k, v, positions)
-        scores = cpu_ops.Scores(None, positions.window, c.attention_scale, c.attention_softcap)
-        mixed = attention(q, k, v, positions.bias, scores, self.sinks)
+        scores = cpu_ops.Scores(None, positions.window, c.attention_scale, c.attention_softcap, self.sinks)
+        mixed = attention(q, k, v, positions.bias, scores)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -450,7 +452,7 @@ class Decoder(nn.Module):
             if rotates:
                 narrow = window > 0 and c.window_rope != ()
                 rotary = tables[narrow] = tables.get(narrow) or rotary_tables(c, narrow, position_ids, dtype)
-            if slots is not None and cpu_ops.ready(self.device, dtype) and not c.sinks:
+            if slots is not None and cpu_ops.ready(self.device, dtype):
                 slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
                 positions[window, rotates] = Positions(rotary, None, slots, seen, window, slopes, scale)
             elif slots is None and c.attention_softcap:

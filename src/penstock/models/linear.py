@@ -108,12 +108,8 @@ def rounding_to(dtype: torch.dtype) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores, sinks: Tensor | None = None
-) -> Tensor:
-    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias.
-
-    sinks: [H], a logit per head that takes part in its softmax and has no value."""
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores) -> Tensor:
+    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias."""
     dtype = q.dtype
     if dtype == torch.bfloat16 and sums_in_fp32(q.device.type):
         q, k, v, bias = q.float(), k.float(), v.float(), None if bias is None else bias.float()
@@ -123,8 +119,8 @@ def attention(
         mixed = capped_attention.attention(
             q, k, v, bias, scale=scale, softcap=scores.softcap, window=scores.window, tile=score_tile(*q.shape[:3])
         )
-    elif sinks is not None:
-        mixed = _with_sinks(q, k, v, bias, sinks.to(q.dtype), scale or 1 / math.sqrt(q.shape[3]))
+    elif scores.sinks is not None:
+        mixed = _with_sinks(q, k, v, bias, scores.sinks.to(q.dtype), scale or 1 / math.sqrt(q.shape[3]))
     else:
         shared = q.shape[1] != k.shape[1]
         mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
