@@ -2,8 +2,9 @@
 
     python -m benchmarks gguf --model SmolLM2.gguf
 
-Tiny models of each family and SmolLM2, in f16 and q8_0; adapters; tokenizers of every kind of rules. f16 holds the tiny
-models' weights exactly. Needs llama-cpp-python in an environment of its own: the python that
+Tiny models of each family and SmolLM2, in f32, f16 and q8_0; adapters; tokenizers of every kind of rules. f16 holds the
+tiny models' weights exactly, and there llama.cpp rounds every product's inputs to f16; in f32 it does not, and what
+remains is the files. Its cache is fp32. Needs llama-cpp-python in an environment of its own: the python that
 PENSTOCK_LLAMA_PYTHON names, or .peers/llama_cpp, which is made where it is missing
 (a C++ compiler, half an hour of one core).
 """
@@ -108,7 +109,7 @@ def tiny_jobs(directory: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]
     for name, (family, settings) in TINY.items():
         decoder = decoder_of(family, settings)
         ours = expected(decoder, prompts)
-        for kind in ("f16", "q8_0"):
+        for kind in ("f32", "f16", "q8_0"):
             path = directory / f"{len(jobs)}.gguf"
             gguf_writer.write_model(decoder, path, kind, name=name, tokenizer=None, ends=())  # type: ignore[arg-type]
             jobs[f"{name}, {kind}"] = job(path, prompts), ours
@@ -147,7 +148,7 @@ def smollm2_jobs(source: Path, directory: Path) -> dict[str, tuple[dict[str, Any
     hard = [HARD, "x", " a  b\n\nc", "<|im_start|>user\nhi<|im_end|>", *QUESTIONS]
     ours |= {"texts": [tokenizer(text).input_ids for text in hard], "template": tokenizer.chat_template, "eos": 2}
     jobs = {}
-    for kind in ("f16", "q8_0"):
+    for kind in ("f32", "f16", "q8_0"):
         path, ends = directory / f"smollm2-{kind}.gguf", decoder.config.eos_ids
         gguf_writer.write_model(decoder, path, kind, name="SmolLM2", tokenizer=tokenizer, ends=ends)  # type: ignore
         jobs[f"SmolLM2, {kind}"] = job(path, prompts, texts=hard, ends=list(ends)), ours

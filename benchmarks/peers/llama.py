@@ -19,7 +19,8 @@ UNSET = {"yarn_attn_factor": -1.0, "yarn_beta_fast": -1.0, "yarn_beta_slow": -1.
 def answer(job: dict[str, Any], logprobs_file: Path) -> dict[str, Any]:
     """Greedy tokens of every prompt, ids of every text, and what the file says of its ends."""
     options = {"n_ctx": job["context"], "logits_all": True, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
-    model = Llama(job["model"], lora_path=job.get("lora"), **options, **UNSET)
+    fp32 = {"type_k": 0, "type_v": 0}  # ggml's number of that type, for the cache
+    model = Llama(job["model"], lora_path=job.get("lora"), **options, **fp32, **UNSET)
     greedy, first = [], []
     for prompt in job["prompts"]:
         model.reset()

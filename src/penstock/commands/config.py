@@ -107,8 +107,8 @@ class ExportConfig(Flags):
     """Directory to write; must not exist yet or be empty. With --format gguf: the file, NAME.gguf."""
     format: Literal["safetensors", "gguf"] = "safetensors"
     """What to write: files for transformers, or one GGUF file that llama.cpp, Ollama and LM Studio run."""
-    type: Literal["f16", "q8_0"] | None = None
-    """With --format gguf: half precision, or 8 bits with a scale per 32 weights. Default: f16."""
+    type: Literal["f32", "f16", "q8_0"] | None = None
+    """With --format gguf: full or half precision, or 8 bits with a scale per 32 weights. Default: f16."""
     lora_only: bool = False
     """With --format gguf: the adapter alone, which llama.cpp adds to the base's GGUF file (--lora)."""
     which: Literal["model", "critic"] = "model"

@@ -86,7 +86,7 @@ def export_gguf(config: ExportConfig) -> None:
     if out.exists():
         raise UserError(f"--out {out}: exists; choose another name.")
     if config.dtype:
-        raise UserError("--dtype: of GGUF weights it is --type f16 or q8_0; leave it out.")
+        raise UserError("--dtype: of GGUF weights it is --type f32, f16 or q8_0; leave it out.")
     source = _source(config)
     adapter = is_adapter_directory(source)
     if config.lora_only and (not adapter or config.type or config.merge):

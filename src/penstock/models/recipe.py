@@ -9,6 +9,7 @@ them: actor, reference, critic and reward model with adapters, or full models th
 
 import math
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from zlib import crc32
 
 import torch
@@ -27,6 +28,11 @@ def recipe_of(decoder: Decoder, name: str) -> Hashable:
     if decoder.adapted is not None and is_adapter(name):
         return decoder.adapted.source
     return ("drawn", decoder.seed) if decoder.source is None else ("read", decoder.source)
+
+
+def filling(decoder: Decoder) -> AbstractContextManager[None]:
+    """Around several calls of `fill`: files are opened once for all."""
+    return nullcontext() if decoder.source is None else decoder.source.opened()
 
 
 def fill(decoder: Decoder, weights: dict[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ Actor and reference read log-probabilities through the decoder's head; critic an
 fp32. All of them take right-padded tokens with lengths and return packed values of the valid positions only.
 """
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Hashable, Sequence
@@ -22,7 +21,7 @@ from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import pretrained
 from penstock.models.decoder import Context, Decoder
 from penstock.models.lora_targets import LoraSpec
-from penstock.models.recipe import fill, recipe_of
+from penstock.models.recipe import fill, filling, recipe_of
 from penstock.models.surgery import quantise_base, remove_adapters
 from penstock.models.weight_shapes import BaseDtype
 
@@ -115,7 +114,7 @@ class Role(nn.Module):
 
     def filling(self) -> AbstractContextManager[None]:
         """Around several calls of `fill`."""
-        return contextlib.nullcontext() if self.decoder.source is None else self.decoder.source.opened()
+        return filling(self.decoder)
 
     def fill(self, weights: dict[str, Tensor]) -> None:
         """Writes the first values of these weights of the decoder, by this role's names."""

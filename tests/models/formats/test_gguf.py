@@ -91,6 +91,16 @@ def test_a_model_comes_back_bit_by_bit_or_is_refused_by_the_settings_name(name, 
             assert torch.equal(theirs[key], weight), key
 
 
+def test_f32_holds_what_f16_rounds(tmp_path):
+    decoder = decoder_of("llama", **LLAMA)
+    with torch.no_grad():
+        decoder.embed.tokens.add_(1e-6)
+    for kind, same in (("f16", False), ("f32", True)):
+        again = pretrained.load(written(decoder, tmp_path / f"{kind}.gguf", kind), dtype=torch.float32)[0]
+        assert torch.equal(again.embed.tokens, decoder.embed.tokens) == same
+        assert torch.equal(again.blocks[0].qkv.weight, decoder.blocks[0].qkv.weight)
+
+
 # --- damaged and foreign files ----------------------------------------------------------------------------------------
 def test_a_file_that_is_cut_short_anywhere_is_refused_and_leaves_nothing(tmp_path, cache):
     whole = written(decoder_of("llama", **LLAMA), tmp_path / "model.gguf").read_bytes()

@@ -28,8 +28,8 @@ from penstock.models.formats.gguf_file import package, stored_names, to_gguf
 from penstock.models.formats.gguf_tokenizer import metadata_of
 from penstock.models.lora import Adapter, adapters_of
 
-GGUFType = Literal["f16", "q8_0"]
-FILE_TYPES = {"f16": 1, "q8_0": 7}
+GGUFType = Literal["f32", "f16", "q8_0"]
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 Q8_BLOCK = 32
 """Inputs that share a scale in q8_0."""
 ALWAYS_FP32 = ("position_embd",)
@@ -123,7 +123,7 @@ def _frequencies(config: DecoderConfig) -> np.ndarray | None:
 
 
 def _kind(name: str, shape: tuple[int, ...], kind: GGUFType) -> str:
-    if len(shape) == 1 or name.startswith(ALWAYS_FP32):
+    if kind == "f32" or len(shape) == 1 or name.startswith(ALWAYS_FP32):
         return "F32"
     return "Q8_0" if kind == "q8_0" and shape[-1] % Q8_BLOCK == 0 else "F16"
 
@@ -143,12 +143,13 @@ def _meta_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file, in fp32 on the CPU; weights on `meta` are read from their checkpoint."""
-    for weight in _lines(decoder):
-        ours = decoder.get_parameter(weight.ours).detach()
-        if ours.is_meta:
-            ours = torch.empty_like(ours, device="cpu")
-            recipe.fill(decoder, {weight.ours: ours})
-        yield from _stored(decoder, weight, ours.float().cpu())
+    with recipe.filling(decoder):
+        for weight in _lines(decoder):
+            ours = decoder.get_parameter(weight.ours).detach()
+            if ours.is_meta:
+                ours = torch.empty_like(ours, device="cpu")
+                recipe.fill(decoder, {weight.ours: ours})
+            yield from _stored(decoder, weight, ours.float().cpu())
 
 
 def _stored(decoder: Decoder, weight: Weight, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
