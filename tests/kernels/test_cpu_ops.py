@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from penstock.kernels import cpu_ops
+from penstock.models import positions
 
 # where there is a compiler and it does not take the C files, all of these fail
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
@@ -185,3 +186,44 @@ def test_gelu_by_torch_where_c_cannot(monkeypatch):
     monkeypatch.setattr(cpu_ops, "_library", lambda: "no compiler")
     x = torch.randn(40)
     assert torch.equal(cpu_ops.gelu_tanh(x.clone()), F.gelu(x, approximate="tanh"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 7), (3, 64), (5, 100), (40, 768)])
+def test_rms_norm_is_exact_and_rounded_once(dtype, rows, width):
+    x, weight = (3 * torch.randn(rows, 1, width)).to(dtype), torch.randn(width)
+    for offset, kind in ((0.0, dtype), (1.0, dtype), (0.0, torch.float32)):
+        w = weight.to(kind)
+        wide = x.double()
+        exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (w.double() + offset)
+        near(cpu_ops.rms_norm(x, w, 1e-5, offset), exact, dtype)
+    heads = torch.randn(rows, 1, 6, width).to(dtype).transpose(1, 2)[:, 1:4]  # with gaps, as one product makes them
+    exact = F.rms_norm(heads.double(), (width,), weight.to(dtype).double(), 1e-5)
+    assert cpu_ops.rms_norm(heads, weight.to(dtype), 1e-5, spare=True) is heads
+    near(heads, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "turned"), [(64, 64), (80, 20), (12, 6), (128, 128)])
+@pytest.mark.parametrize("same", [True, False])
+def test_heads_turn_in_place_as_by_positions_rotate(dtype, width, turned, same):
+    joined = torch.randn(5, 1, 7, width).to(dtype)
+    angles = torch.randn(1 if same else 5, 1, 1, turned // 2).repeat(1, 1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    heads = joined.transpose(1, 2)[:, :4]
+    exact = positions.rotate(heads.double(), (cos.double(), sin.double()))
+    beside = joined[:, :, 4:].clone()
+    assert cpu_ops.rotate(heads, cos, sin) is heads
+    near(heads, exact, dtype)
+    assert torch.equal(joined[:, :, 4:], beside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (3, 64), (2, 9000), (33, 515)])
+@pytest.mark.parametrize("activation", cpu_ops.GATES)
+def test_gates_are_those_of_torch(dtype, rows, width, activation):
+    x = (5 * torch.randn(rows, 1, 2 * width)).to(dtype)
+    x[0, 0, :2] = torch.tensor([-100.0, 100.0])
+    gate, up = x.double().chunk(2, dim=-1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    near(cpu_ops.gated(x, activation), act * up, dtype)

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from penstock.kernels import compile as compiler
 
-SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "products.c", "vectors.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "activations.c", "products.c", "vectors.h")]
 FEW = 64
 """Rows up to which a product is made here: with more, torch's blocking wins."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -43,6 +43,10 @@ _Attention = _struct(
     "Attention", "q k v keys values slopes sinks slots y", "rows heads groups width x_row x_head row group window",
     "scale softcap", "kind x_kind threads",
 )  # fmt: skip
+_RmsNorm = _struct(
+    "RmsNorm", "x weight y", "rows heads width x_row x_head y_row y_head", "eps offset", "kind x_kind threads"
+)
+_Rotation = _struct("Rotation", "x cos sin", "rows heads turned x_row x_head table_row", "", "kind threads")
 _Choice = _struct("Choice", "logits uniforms tokens logprobs", "rows vocabulary", "temperature", "threads")
 
 _ONE_TOKEN = contextvars.ContextVar("one_token", default=False)
@@ -140,6 +144,49 @@ def attention(
     )  # fmt: skip
     _library().attention(ctypes.byref(call))  # type: ignore[union-attr]
     return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, spare: bool = False) -> Tensor:
+    """x / rms(x) * (weight + offset) over the last dimension, x [B, ..., E] without gaps, or [B, H, 1, E] with gaps
+    between rows and heads; in place where x is `spare`. Computed in fp32 and rounded once."""
+    y = x if spare else torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.dim() == 4:
+        rows, heads, x_row, x_head, y_row, y_head = *x.shape[:2], *x.stride()[:2], *y.stride()[:2]
+    else:
+        x = x.contiguous()
+        rows, heads, x_row, x_head, y_row, y_head = x.shape[:-1].numel(), 1, x.shape[-1], 0, x.shape[-1], 0
+    call = _RmsNorm(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, heads, x.shape[-1], x_row, x_head, y_row, y_head,
+        eps, offset, KINDS[weight.dtype], KINDS[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _library().rms_norm(ctypes.byref(call))  # type: ignore[union-attr]
+    return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns x [B, H, 1, E] in place by cos and sin [B or 1, 1, 1, R] of its dtype, R <= E; see positions.rotate."""
+    table = 0 if len(cos) == 1 else cos.shape[-1]
+    call = _Rotation(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *x.shape[:2], cos.shape[-1], *x.stride()[:2], table,
+        KINDS[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _library().rotate(ctypes.byref(call))  # type: ignore[union-attr]
+    return x
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """x [..., 2F], the gate first -> [..., F]: silu(gate) * up, or gelu_tanh's."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    _library().gated(  # type: ignore[union-attr]
+        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(y.shape[:-1].numel()),
+        ctypes.c_int64(y.shape[-1]), GATES.index(activation), KINDS[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+GATES = ("silu", "gelu_tanh")
+"""Activations of gates that `gated` knows."""
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-/* One token per row: attention of one query per row over its cache, and the choice of a token; GELU beside them.
+/* One token per row: attention of one query per row over its cache, and the choice of a token.
 
    Attention is bound by reading a cache, once: it is fp32 or bf16 and is widened to fp32 in registers; activations come in
    fp32 or bf16 and sums are made in fp32, in the same order whatever the other rows are. */
@@ -138,72 +138,6 @@ void attention(const Attention *a)
             attend(a, FP32, i / a->heads, i % a->heads);
         else
             attend(a, BF16, i / a->heads, i % a->heads);
-    }
-}
-
-/* --- activations --------------------------------------------------------------------------------------------------- */
-
-/* GELU by tanh is x s, s = 1 / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3). Here are e^-|2u| and s of it. */
-INLINE vec share_of(vec x, vec *e)
-{
-    vec twice = x * (0.044715f * 1.5957691216057308f * x * x + 1.5957691216057308f), one = (vec){0} + 1.0f;
-    bits below = (bits)(twice < 0);
-    *e = exp_of((vec)((bits)twice | 0x80000000u));
-    return (vec)(((bits)*e & below) | ((bits)one & ~below)) / (one + *e);
-}
-
-INLINE vec gelu_of(vec x)
-{
-    vec e;
-    return x * share_of(x, &e);
-}
-
-/* Its slope: s + x s (1 - s) 2u'. */
-INLINE vec slope_of(vec x)
-{
-    vec e, s = share_of(x, &e), rest = e / ((1.0f + e) * (1.0f + e));
-    return s + x * rest * (3 * 0.044715f * 1.5957691216057308f * x * x + 1.5957691216057308f);
-}
-
-INLINE void gelu_part(const void *x, const void *grad, void *y, int64_t at, int64_t end, int kind)
-{
-    if (grad)
-        for (; at + LANES <= end; at += LANES)
-            save(y, kind, at, slope_of(load(x, kind, at)) * load(grad, kind, at));
-    else
-        for (; at + LANES <= end; at += LANES)
-            save(y, kind, at, gelu_of(load(x, kind, at)));
-    for (; at < end; at++) {
-        vec some = (vec){0} + load_one(x, kind, at);
-        store_one(y, kind, at, grad ? slope_of(some)[0] * load_one(grad, kind, at) : gelu_of(some)[0]);
-    }
-}
-
-#define PART 4096
-
-/* y may be x. With `grad` y becomes grad times the slope at x. */
-void gelu_tanh(const void *x, const void *grad, void *y, int64_t count, int32_t kind, int32_t threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t at = 0; at < count; at += PART) {
-        int64_t end = at + PART < count ? at + PART : count;
-        if (kind == FP32)
-            gelu_part(x, grad, y, at, end, FP32);
-        else
-            gelu_part(x, grad, y, at, end, BF16);
-    }
-}
-
-/* sums += terms. */
-void add_bf16(float *restrict sums, const uint16_t *restrict terms, int64_t count, int32_t threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t at = 0; at < count; at += PART) {
-        int64_t end = at + PART < count ? at + PART : count, i = at;
-        for (; i + LANES <= end; i += LANES)
-            *(vec *)(sums + i) += load(terms, BF16, i);
-        for (; i < end; i++)
-            sums[i] += load_one(terms, BF16, i);
     }
 }
 

@@ -50,10 +50,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension."""
+    def forward(self, x: Tensor, spare: bool = False) -> Tensor:
+        """Normalises the last dimension; `spare`: x is not used any more."""
         if self.kind == "layer":
             return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        if cpu_ops.ready(x.device, x.dtype, self.weight.dtype) and x.shape[-2] == 1:
+            return cpu_ops.rms_norm(x, self.weight, self.eps, self.offset, spare=spare)
         if not self.offset:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         # in fp32: a bf16 sum with 1 would round the weight by 0.4 %
@@ -152,7 +154,7 @@ class Block(nn.Module):
             return q, k, v
         q, k, v = qkv.view(rows, length, sum(counts), c.head_dim).transpose(1, 2).split(counts, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, spare=True), self.k_norm(k, spare=True)
         return q, k, v
 
     def mlp(self, x: Tensor, routing: Routing) -> Tensor:

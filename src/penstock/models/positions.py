@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from penstock.kernels import compile as compiler
+from penstock.kernels import cpu_ops
 from penstock.models.config import DecoderConfig
 
 
@@ -47,8 +48,11 @@ pytree.register_dataclass(Positions)  # so that a block can be exported with the
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions in the half-split layout (Su et al. 2021, as Hugging Face stores weights): x [B, H, T, E]."""
+    """Rotary positions in the half-split layout (Su et al. 2021, as Hugging Face stores weights): x [B, H, T, E]. x is
+    not to be used any more: decoding turns it in place."""
     cos, sin = rotary
+    if x.shape[2] == 1 and x.stride(3) == 1 and cpu_ops.ready(x.device, x.dtype):
+        return cpu_ops.rotate(x, cos, sin)
     part, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = part.chunk(2, dim=-1)
     turned = part * cos + torch.cat((-second, first), dim=-1) * sin

@@ -43,7 +43,10 @@ def mlp(x: Tensor, up: Linear, down: Linear, config: DecoderConfig) -> Tensor:
     if config.clamp is not None:
         return down(clamped_glu(up(x), *config.clamp))
     if config.gated:
-        gate, raised = up(x).chunk(2, dim=-1)
+        both = up(x)
+        if config.activation in cpu_ops.GATES and cpu_ops.ready(both.device, both.dtype):
+            return down(cpu_ops.gated(both, config.activation))
+        gate, raised = both.chunk(2, dim=-1)
         return down(act(gate) * raised)
     return down(act(up(x)))
 
