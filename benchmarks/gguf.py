@@ -158,8 +158,8 @@ def smollm2_jobs(source: Path, directory: Path) -> dict[str, tuple[dict[str, Any
 
 def tokenizer_jobs(directory: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """A tokenizer of each kind of rules, and SentencePiece's BPE with and without a space in front."""
-    made = {name: _byte_level(name) for name in RULES}
-    made |= {"llama": _sentencepiece(spaced=True), "llama, no space in front": _sentencepiece(spaced=False)}
+    made = {name: byte_level(name) for name in RULES}
+    made |= {"llama": sentencepiece(spaced=True), "llama, no space in front": sentencepiece(spaced=False)}
     jobs, texts = {}, [HARD, "a", "Hello there", " two  spaces", "1234567", "<s>x</s> y", "tail \n", "\n\nx\ty"]
     for name, backend in made.items():
         wrapped = transformers.PreTrainedTokenizerFast(
@@ -177,7 +177,8 @@ CORPUS = [HARD, *QUESTIONS, "The cat sat on the mat. There they are: HTTPServer,
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def _byte_level(name: str) -> Tokenizer:
+def byte_level(name: str) -> Tokenizer:
+    """Byte-level BPE by these rules, of a few hundred words."""
     patterns, whole = RULES[name]
     tokenizer = Tokenizer(models.BPE(ignore_merges=whole))
     tokenizer.pre_tokenizer, tokenizer.decoder = _split(patterns), decoders.ByteLevel()
@@ -188,7 +189,8 @@ def _byte_level(name: str) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(*, spaced: bool) -> Tokenizer:
+def sentencepiece(*, spaced: bool) -> Tokenizer:
+    """BPE as SentencePiece writes it, with and without a space in front of a text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     start = [normalizers.Prepend(SPACE)] if spaced else []
     tokenizer.normalizer = normalizers.Sequence([*start, normalizers.Replace(" ", SPACE)])

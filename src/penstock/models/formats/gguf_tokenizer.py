@@ -48,6 +48,8 @@ SAME = {
     "bloom": ("poro-chat", "gpt3-finnish"),
 }
 """Other names of the same rules."""
+ELSEWHERE = {"tekken", "gpt-4o"}
+"""Whose words of mixed letters and scripts llama.cpp cuts elsewhere than the rules say (benchmarks/gguf)."""
 STARTS_WITH_BOS = {"llama-bpe", "tekken"}
 """Whose texts begin with BOS where the file does not say."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -192,6 +194,10 @@ def metadata_of(tokenizer: Any, size: int, ends: tuple[int, ...]) -> tuple[dict[
     if parts["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(parts["pre_tokenizer"]):
         name = _name_of_rules(tokenizer, bool(parts["model"].get("ignore_merges")))
         meta = {"model": "gpt2", "pre": name, "merges": [" ".join(merge) for merge in merges]}
+        if name in ELSEWHERE:
+            notes.append(
+                f"llama.cpp's own form of the rules {name!r} cuts some words elsewhere than this tokenizer does"
+            )
         if parts["normalizer"] is not None:
             notes.append("llama.cpp does not normalise text (composed letters of Unicode) as this tokenizer does")
     elif parts["model"]["type"] == "BPE" and parts["model"].get("byte_fallback"):
