@@ -371,6 +371,7 @@ def files_in_order(file: str = "") -> list[str]:
     mirror = ROOT / "tests" / file
     first = [ROOT / "tests" / path for path in FIRST]
     paths = sorted(mirror.parent.glob(f"test_{mirror.stem}*.py")) if file else []
+    paths += sorted(mirror.parent.parent.glob(f"test_{mirror.parent.name}*.py")) if file else []
     paths += [path for path in first if path.parent == mirror.parent]
     paths += sorted(mirror.parent.glob("test_*.py")) if file else []
     paths += first
