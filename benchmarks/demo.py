@@ -94,8 +94,8 @@ def picture_of_algorithms(rows: dict[str, list[dict[str, Any]]]) -> None:
         axes.scatter(kls, golds, s=14, color=colour, alpha=0.35, linewidths=0)
         middle = statistics.mean(kls), statistics.mean(golds)
         axes.scatter(*middle, s=60, color=colour, marker="^" if name in OF_LABELS else "o")
-        below = name == "dpo"  # it ends near kto
-        axes.annotate(name, middle, xytext=(7, -13 if below else 5), textcoords="offset points", fontsize=9, color=colour)
+        place = (7, -13 if name == "dpo" else 5)  # it ends near kto
+        axes.annotate(name, middle, xytext=place, textcoords="offset points", fontsize=9, color=colour)
     axes.set_xlabel("KL from the SFT model, nats per answer", fontsize=9)
     axes.set_ylabel("hidden gold score, held-out questions", fontsize=9)
     axes.tick_params(labelsize=8)
