@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from penstock.models.linear import arithmetic_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.models.roles import ScalarModel
 from penstock.planner.machine import known_rates
-from penstock.planner.workload import RoleSpec, Setting, Workload, elements_of, forecast_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, elements_of, forecast_of, notes
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
@@ -128,7 +129,10 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
     """
     if strategy.tiers["device"].budget is None:
         return None
-    planned = forecast_of(setting_of(strategy, work), timed=False)
+    setting = setting_of(strategy, work)
+    planned = forecast_of(setting, timed=False)
+    for note in notes(setting):
+        warnings.warn(note, stacklevel=2)
     strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
     strategy.few_tokens = planned.few_tokens
     host = strategy.tiers["host"]

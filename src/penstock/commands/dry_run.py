@@ -12,18 +12,13 @@ counted and not run: they are all alike.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # registers collectives on fake tensors
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.algorithms import kto, preference, reward, sft
 from penstock.algorithms.config import DistillFlags, DPOFlags, GRPOFlags
@@ -38,20 +33,19 @@ from penstock.algorithms.reference import with_reference
 from penstock.autochunk.meter import Meter
 from penstock.config import OptimFlags
 from penstock.data.chat import Example
-from penstock.distributed.world import World
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
-from penstock.memory.tiers import PAGE, Disk, DiskHome, Ram, Tier
+from penstock.memory.tiers import Ram
 from penstock.models import linear, surgery
 from penstock.models.decoder import Decoder
 from penstock.models.foreign.decoder import decoder_of
 from penstock.models.roles import Actor, Critic, RewardModel
+from penstock.planner.measuring.pretend import PretendDisk, PretendWorld, pretend
 from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, one_by_one
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.sampling import Sampling
 
 CPU = torch.device("cpu")
-aten = torch.ops.aten
 
 
 def dry_run(setting: Setting) -> dict[str, Any]:
@@ -126,7 +120,7 @@ def _model(role: RoleSpec) -> Any:
         model: Any = Actor(decoder)
     else:
         model = (Critic if role.name == "critic" else RewardModel)(decoder)
-    return model if role.trained and role.spec else model.requires_grad_(role.trained)
+    return model if role.trained else model.requires_grad_(False)  # adapters' base and theirs of buffers stay frozen
 
 
 def updates_count_at_home(stream: Stream, meter: Meter) -> None:
@@ -292,89 +286,3 @@ def _kto(work: Workload, strategy: Strategy, streams: dict[str, Stream], phase: 
         batch = iteration.score(votes)
     with phase("train"):
         iteration.learn(batch, 1e-6)
-
-
-@contextmanager
-def pretend(world: World) -> Iterator[None]:
-    """Inside, this process is the first of the world's ranks, and its tensors take no memory."""
-    if world.size > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world.size)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _Control():
-            yield
-    finally:
-        if world.size > 1:
-            dist.destroy_process_group()
-
-
-class PretendWorld(World):
-    """Ranks that all hold what this rank holds."""
-
-    def gather(self, item: Any) -> list[Any]:
-        return [item] * self.size
-
-    def broadcast(self, item: Any) -> Any:
-        return item
-
-
-class PretendDisk(Disk):
-    """A disk that counts what it would hold, read and write."""
-
-    def __init__(self, budget: int | None = None) -> None:
-        Tier.__init__(self, "disk", budget)
-
-    def home(self, numel: int, dtype: torch.dtype, what: str) -> DiskHome:
-        self.take(-(-numel * dtype.itemsize // PAGE) * PAGE, what)
-        return DiskHome(self, 0, numel, dtype)
-
-    def transfer(self, offset: int, memory: Tensor, write: bool) -> None:
-        if write:
-            self.bytes_written += memory.nbytes
-        else:
-            self.bytes_read += memory.nbytes
-
-
-class _Control(TorchDispatchMode):
-    """Keeps whole numbers and random draws real; every other tensor becomes fake."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # the most frequent call
-            return args[0].fake_device
-        kwargs = kwargs or {}
-        tensors = _tensors((*args, *kwargs.values()))
-        if any(isinstance(x, FakeTensor) for x in tensors):
-            if func is aten._local_scalar_dense.default:
-                return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-            if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
-                args = (args[0], _positions(args[1]), *args[2:])
-            return func(*args, **kwargs)
-        if tensors or kwargs.get("dtype") in (torch.int64, torch.bool) or func.__name__.startswith(("arange", "rand")):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            tensors.append(argument)
-        elif isinstance(argument, tuple | list):
-            tensors += _tensors(argument)
-    return tensors
-
-
-def _positions(index: Any) -> list[Any]:
-    """The index with real masks replaced by the positions that they select; a fake index cannot say how many."""
-    positions: list[Any] = []
-    for part in index:
-        if isinstance(part, Tensor) and part.dtype == torch.bool and not isinstance(part, FakeTensor):
-            with unset_fake_temporarily():
-                positions += part.nonzero().unbind(1)
-        else:
-            positions.append(part)
-    return positions

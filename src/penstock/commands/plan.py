@@ -10,7 +10,7 @@ from penstock.memory.placement import EIGHT_BIT, NAMES, TierName, bits_of, tiers
 from penstock.models import weight_shapes
 from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS, Forecast
-from penstock.planner.workload import DTYPES, Setting, forecast_of, setting_of
+from penstock.planner.workload import DTYPES, Setting, forecast_of, notes, setting_of
 from penstock.units import parse_bytes, show_bytes
 
 
@@ -54,6 +54,7 @@ def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
             **{phase: dataclasses.asdict(seconds) for phase, seconds in forecast.seconds.items()},
             "total": _seconds(forecast),
         },
+        "notes": notes(setting),
         "lacking": lacking,
         "advice": advice(setting) if lacking else None,
     }
@@ -187,6 +188,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
     for shown in dict.fromkeys(result.get("slices", {}).values()):
         names = ", ".join(name for name, text in result["slices"].items() if text == shown)
         lines += ["", f"blocks of {names}:", shown]
+    lines += ["", *result["notes"]] if result["notes"] else []
     lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the {config.rates} rates"]
     if "measured" in result:
         for tier in TIERS:

@@ -44,6 +44,8 @@ class Work:
     """The last part and what reads its states, without gradients."""
     backward_head: int
     """The same, forward and backward."""
+    note: str = ""
+    """What the plan has to say of these numbers."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def _recomputed(work: Work, count: int) -> list[Visit]:
 
 def _kept(work: Work) -> int:
     """The most that one micro-batch holds with an ordinary graph."""
-    saved = sum(part.saved for part in work.parts)
-    last = work.parts[-1]
-    return work.context + saved + max(work.backward_head, last.output + last.backward - last.saved)
+    saved = fullest = 0
+    for part in work.parts:  # its backward runs while those before it are saved
+        fullest = max(fullest, saved + part.output + part.backward)
+        saved += part.saved
+    return work.context + max(saved + work.backward_head, fullest)

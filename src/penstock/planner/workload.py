@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from penstock.config import recompute_of
 from penstock.errors import UserError
@@ -24,7 +24,7 @@ from penstock.models.families import FAMILIES
 from penstock.models.families.multimodal import text_config
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.planner import footprint, machine
-from penstock.planner.activations import Batch, Pass, Work, activations_of
+from penstock.planner.activations import Batch, PartWork, Pass, Work, activations_of
 from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import (
     TIERS,
@@ -251,8 +251,8 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
     role, response = work.roles[0], work.length - work.prompt_length
     actor = role.config
     rows = min(work.rollout_batch_size or answers, answers)
-    prompts = math.ceil(rows / work.group_size)
-    groups = tiling.prefills([work.prompt_length] * prompts)
+    prompts = rows if actor.foreign else math.ceil(rows / work.group_size)  # rows in step share no prefill
+    groups = [slice(0, rows)] if actor.foreign else tiling.prefills([work.prompt_length] * prompts)
     batch = Batch(groups[0].stop, work.prompt_length, prompts)
     prefill = footprint.work_of(
         actor, dtype, role.spec, batch, scalar=False, packed=role.base_dtype, arithmetic=setting.arithmetic
@@ -262,6 +262,8 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
         for i in range(1, response)
     )
     cache, token = (footprint.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
+    if actor.foreign:
+        prefill, cache = _in_step(setting, role, rows, prefill, cache)
     return Pass(
         role.name,
         "generate",
@@ -286,16 +288,20 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         states = 1  # per row: the score is read at the last token alone
     else:
         states = work.length if work.stage == "sft" else work.length - work.prompt_length
+    batch = Batch(micro, work.length, micro * states)
     activations = footprint.work_of(
-        role.config,
+        # what is behind theirs is measured
+        dataclasses.replace(role.config, final_norm=False) if role.config.foreign else role.config,
         dtype,
         role.spec,
-        Batch(micro, work.length, micro * states),
+        batch,
         scalar=role.scalar,
         entropy=work.stage not in ("sft", "dpo", "kto", "distill"),
         packed=role.base_dtype,
         arithmetic=setting.arithmetic,
     )
+    if role.config.foreign:
+        activations = _measured(setting, role, batch, activations)
     if setting.activation_budget is not None:
         activations = _in_slices(activations, setting, role, micro)
     if work.top_k:
@@ -310,6 +316,37 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         flops=flops * (3 if kind == "step" else 1),
         held=footprint.top_k_bytes(rows * states, work.top_k),
     )
+
+
+def _measured(setting: Setting, role: RoleSpec, batch: Batch, formula: Work) -> Work:
+    """The same of a model whose layers are transformers' own."""
+    from penstock.planner.measuring import foreign  # imports torch
+
+    return foreign.measured(_model(setting, role, role.trained), batch, formula)
+
+
+def _in_step(setting: Setting, role: RoleSpec, rows: int, formula: Work, cache: int) -> tuple[Work, int]:
+    """What such a model holds while it generates, and the bytes of its cache."""
+    from penstock.planner.measuring import foreign  # imports torch
+
+    work = setting.workload
+    bytes_of_rows = foreign.generation(_model(setting, role, False), rows, work.prompt_length, work.length)
+    if isinstance(bytes_of_rows, str):
+        return dataclasses.replace(formula, note=bytes_of_rows), cache
+    whole = PartWork(("tokens", "embed"), 0, 0, bytes_of_rows.passing, 0)
+    return Work((whole,), 2 * rows * work.length * footprint.INDEX, 0, 0), bytes_of_rows.cache
+
+
+def _model(setting: Setting, role: RoleSpec, trained: bool) -> Any:
+    from penstock.planner.measuring import foreign
+
+    return foreign.Model(role.config, DTYPES[setting.dtype], role.spec, role.base_dtype, trained, setting.arithmetic)
+
+
+def notes(setting: Setting) -> list[str]:
+    """What there is to say of the plan's numbers, a line each."""
+    every = (each.work.note for phase in passes(setting).values() for each in phase)
+    return [*dict.fromkeys(note for note in every if note)]
 
 
 def _in_slices(activations: Work, setting: Setting, role: RoleSpec, rows: int) -> Work:

@@ -77,12 +77,12 @@ class RowsInStep:
             return states
         tokens = torch.tensor(rows, device=self._decoder.device)
         whole = self._decoder.forward(tokens)[:, -1]
-        gap = float((states - whole).abs().max() / whole.abs().max())
-        if gap <= TOLERANCE.get(states.dtype, 0.05):
+        gap = (states - whole).abs().max() / whole.abs().max()
+        if bool(gap <= TOLERANCE.get(states.dtype, 0.05)):  # in a dry run: yes
             return states
         warnings.warn(
-            f"{self._decoder.config.family}: transformers' cache gives other states than whole rows (by {gap:.2g} of "
-            "the largest), so whole rows are read for every token, which is slow.",
+            f"{self._decoder.config.family}: transformers' cache gives other states than whole rows (by "
+            f"{float(gap):.2g} of the largest), so whole rows are read for every token, which is slow.",
             stacklevel=2,
         )
         self._decoder.cached, self._past = False, None
