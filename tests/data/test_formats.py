@@ -641,6 +641,11 @@ def test_check_works_out_the_kind(write, capsys, kind, row, form, record):
         assert f": 1 {kind} ({form}" in line
 
 
+def test_check_of_prompts_says_what_a_reward_function_may_read(write, capsys):
+    code, out = checked(capsys, write(*[{"prompt": "1 + 1", "answer": "2"}] * 2))
+    assert (code, "2 prompts (prompt; fields that a reward function may read: answer (2))" in out[0]) == (0, True)
+
+
 def test_check_of_an_empty_file_and_of_rubbish(write, capsys):
     empty, rubbish = write(name="empty"), write("what", name="rubbish")
     code, lines = checked(capsys, empty)

@@ -29,6 +29,8 @@ def check(config: CheckConfig) -> int:
         kind = config.kind or formats.kind_of(Path(path))
         kinds[kind].append(path)
         lines = formats.read_file(Path(path), kind, formats.parse_keys(config.keys))
+        if kind == "prompts":
+            lines.unread = "fields that a reward function may read"
         print("\n".join([f"{path}: {len(lines.records)} {kind} ({lines.how})", *_facts(lines.records)]))
         bad += lines.bad
     if config.model is None:

@@ -102,6 +102,8 @@ class Lines:
     """How many good lines say themselves that they are not to be learned, by what says so."""
     ignored: Counter[str] = field(default_factory=Counter)
     """In how many records a field was not read."""
+    unread: str = "ignored fields"
+    """What such fields are called."""
     repeated_ids: int = 0
     """Records whose id an earlier one has: ids mean nothing here, but a file may have been joined with itself."""
 
@@ -114,7 +116,7 @@ class Lines:
         parts += [f"{count} with {name} left out" for name, count in self.left_out.items()]
         parts += [f"{self.repeated_ids} records repeat an earlier one's id, and are read"] if self.repeated_ids else []
         if self.ignored:
-            parts.append("ignored fields: " + ", ".join(f"{name} ({n})" for name, n in self.ignored.most_common()))
+            parts.append(f"{self.unread}: " + ", ".join(f"{name} ({n})" for name, n in self.ignored.most_common()))
         return "; ".join(parts)
 
 
