@@ -31,7 +31,7 @@ FIRST = (
     "algorithms/test_functional.py", "algorithms/test_experience.py", "algorithms/test_reading.py",
     "algorithms/test_setup.py", "algorithms/test_health.py", "algorithms/test_reward_source.py",
     "algorithms/test_reward_functions.py", "algorithms/test_verifiers.py",
-    "algorithms/test_length.py", "algorithms/test_ppo_inputs.py", "data/test_chat.py", "data/test_formats.py",
+    "algorithms/test_length.py", "algorithms/test_policy_inputs.py", "data/test_chat.py", "data/test_formats.py",
     "algorithms/test_distill.py", "models/test_log_probs.py", "models/test_chat_template.py", "planner/test_planning.py", "algorithms/test_sft.py",
     "algorithms/test_reward.py", "algorithms/test_ppo.py",
 )  # fmt: skip
@@ -39,15 +39,15 @@ FIRST = (
 LIMIT = 3600
 """Seconds of the tests on one copy."""
 
-FN, PPO, PPO_METRICS, SFT, RM, EXPERIENCE = (
-    f"algorithms/{name}.py" for name in ("functional", "ppo", "ppo_metrics", "sft", "reward", "experience")
+FN, PPO, METRICS, SFT, RM, EXPERIENCE = (
+    f"algorithms/{name}.py" for name in ("functional", "ppo", "policy_metrics", "sft", "reward", "experience")
 )
 POLICY, GRPO, ADV = (f"algorithms/{name}.py" for name in ("policy", "grpo", "advantages"))
 PAIRS, REFERENCE = "algorithms/preference_losses.py", "algorithms/reference.py"
 DISTILL, TEACHER = (f"algorithms/distillation/{name}.py" for name in ("distill", "teacher"))
 KTO = "algorithms/kto.py"
 FOREIGN = "models/foreign/decoder.py"
-HEALTH, PPO_INPUTS = "algorithms/health.py", "algorithms/ppo_inputs.py"
+HEALTH, INPUTS = "algorithms/health.py", "algorithms/policy_inputs.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
@@ -180,7 +180,7 @@ BUGS: list[Bug] = [
     (FN, "warm-up without an end", "self.over = enough or self.held >= self.limit", "self.over = enough"),
     (FN, "cut answers below the mean of the ended, not below the worst", "worst = scores[has_eos].min() if", "worst = scores[has_eos].mean() if"),
     (PPO, "KL penalty alone moves the policy", "return not self.warm_up.over or not fn.has_spread(used_scores(experience, flags))", "return not self.warm_up.over"),
-    (PPO_METRICS, "RLHF reward of unclipped scores", '"objective/rlhf_reward": float(used.mean())', '"objective/rlhf_reward": float(experience.scores.mean())'),
+    (METRICS, "RLHF reward of unclipped scores", '"objective/rlhf_reward": float(used.mean())', '"objective/rlhf_reward": float(experience.scores.mean())'),
     (PPO, "gamma and lambda swapped", "flags.gamma, flags.lam)", "flags.lam, flags.gamma)"),
     (PPO, "advantages in the place of returns", "fn.value_loss(values, part.values, part.returns,", "fn.value_loss(values, part.values, part.advantages,"),
     (PPO, "values clipped around themselves", "fn.value_loss(values, part.values,", "fn.value_loss(values, values.detach(),"),
@@ -188,7 +188,7 @@ BUGS: list[Bug] = [
     (PPO, "ptx coefficient forgotten", "return flags.ptx_coef * loss,", "return loss,"),
     (POLICY, "every epoch in the same order", "(step << 16) + epoch", "step << 16"),
     (EXPERIENCE, "trimmed rows lose their last token", "[:, :responses] for name", "[:, :max(responses - 1, 1)] for name"),
-    (PPO_METRICS, "KL of the batch, not per sequence", "experience.mask).sum()) / len(experience.tokens)", "experience.mask).sum())"),
+    (METRICS, "KL of the batch, not per sequence", "experience.mask).sum()) / len(experience.tokens)", "experience.mask).sum())"),
     (EXPERIENCE, "an answer cut short counts as ended", 'answer.finish_reason == "stop" for answer', 'answer.finish_reason != "" for answer'),
     # what stands around
     (SFT, "prompts are trained on", "[int(flag) for flag in example.trained]", "[int(i > 0) for i in range(len(example.trained))]"),
@@ -269,7 +269,7 @@ BUGS: list[Bug] = [
     ("algorithms/heldout.py", "rows of --eval-data are held out of --data too", "return (records, rows), (other, other_rows)", "return (records[1:], rows[1:]), (other, other_rows)"),
     (POLICY, "held-out answers are drawn from training's streams", "policy.seed ^ HELDOUT_STREAMS", "policy.seed + step"),
     (PPO, "KL's term of the loss is not weighed", "loss + flags.kl_loss_coef * kl", "loss + kl"),
-    (PPO_INPUTS, "the reference is loaded at --kl-coef 0", 'if config.rollout.kl_coef or getattr(config.rollout, "kl_loss_coef", 0.0):', "if True:"),
+    (INPUTS, "the reference is loaded at --kl-coef 0", 'if config.rollout.kl_coef or getattr(config.rollout, "kl_loss_coef", 0.0):', "if True:"),
     ("algorithms/reward_source.py", "a template that differs makes a zero critic", "room and model_encoder.same_ids(encoder)", "room and self.reads_actor_tokens"),
     ("algorithms/reward_source.py", "prompts that the reward model cannot hold are kept", "bad = [text for text in problems if text]", "bad: list[str] = []"),
     # rewards

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import Experience, Roles, score, used_scores
+from penstock.algorithms.policy_metrics import summary
 from penstock.algorithms.ppo import PPO, actor_loss, critic_loss, with_advantages
-from penstock.algorithms.ppo_metrics import summary
 from penstock.algorithms.sft import rows_of
 from penstock.config import OptimFlags, PPOFlags
 from penstock.data.chat import Example

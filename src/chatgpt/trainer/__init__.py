@@ -13,8 +13,8 @@ from chatgpt.trainer.strategies import Strategy
 from penstock.algorithms.experience import Experience, Roles, concatenate
 from penstock.algorithms.functional import Moments
 from penstock.algorithms.policy import permutation
+from penstock.algorithms.policy_metrics import summary
 from penstock.algorithms.ppo import PPO
-from penstock.algorithms.ppo_metrics import summary
 from penstock.config import OptimFlags, PPOFlags
 from penstock.errors import UserError
 from penstock.memory.strategy import StepStats

@@ -30,8 +30,8 @@ from penstock.algorithms.policy import (
     show,
     trained_streams,
 )
-from penstock.algorithms.ppo_inputs import K1_IN_LOSS, Inputs, check_rollout, read_inputs
-from penstock.algorithms.ppo_metrics import summary
+from penstock.algorithms.policy_inputs import K1_IN_LOSS, Inputs, check_rollout, read_inputs
+from penstock.algorithms.policy_metrics import summary
 from penstock.algorithms.setup import placed, sample_rows, strategy_of
 from penstock.data.batching import Shuffle
 from penstock.errors import UserError

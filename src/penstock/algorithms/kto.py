@@ -19,7 +19,7 @@ from torch import Tensor
 from penstock.algorithms import functional as fn
 from penstock.algorithms.config import KTOConfig, KTOFlags
 from penstock.algorithms.heldout import Best, interval, read_sides
-from penstock.algorithms.ppo_inputs import load_reference
+from penstock.algorithms.policy_inputs import load_reference
 from penstock.algorithms.reference import row_logprobs
 from penstock.algorithms.setup import placed, read_model, reserve_activations, role_specs, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches

@@ -15,8 +15,8 @@ from torch import Tensor
 from penstock.algorithms.experience import Experience, Roles, in_order, score
 from penstock.algorithms.health import Row, health, remember
 from penstock.algorithms.heldout import Best
-from penstock.algorithms.ppo_inputs import Inputs
-from penstock.algorithms.ppo_metrics import of_heldout
+from penstock.algorithms.policy_inputs import Inputs
+from penstock.algorithms.policy_metrics import of_heldout
 from penstock.algorithms.setup import reserve_activations, role_specs, sample_rows
 from penstock.config import OptimFlags, RolloutFlags
 from penstock.data.batching import Shuffle

@@ -29,8 +29,8 @@ from penstock.algorithms.policy import (
     show,
     trained_streams,
 )
-from penstock.algorithms.ppo_inputs import Inputs, check_flags, read_inputs
-from penstock.algorithms.ppo_metrics import summary
+from penstock.algorithms.policy_inputs import Inputs, check_flags, read_inputs
+from penstock.algorithms.policy_metrics import summary
 from penstock.algorithms.setup import placed, sample_rows, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches, response_logprobs
 from penstock.config import PPOConfig, PPOFlags

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms import policy, ppo_inputs
+from penstock.algorithms import policy, policy_inputs
 from penstock.algorithms.config import DPOConfig, DPOFlags
 from penstock.algorithms.experience import with_ends
 from penstock.algorithms.heldout import Best, interval, read_sides
@@ -84,7 +84,7 @@ def check_flags(config: DPOConfig, ranks: int) -> None:
     named = {"--reference": config.reference, "--precompute-reference": config.precompute_reference}
     check_loss(config.dpo, [flag for flag, value in named.items() if value])
     if config.online:
-        ppo_inputs.check_rollout("dpo --online", config, ranks)
+        policy_inputs.check_rollout("dpo --online", config, ranks)
         if config.precompute_reference:
             raise UserError("--precompute-reference: answers of --online are new in each step; leave it out.")
         return
@@ -105,7 +105,7 @@ class Given:
         self.config, self.strategy, self.session = config, strategy, session
         model, encoder = read_model(Actor, config.model, config, strategy, session)
         with strategy.init():
-            reference = ppo_inputs.read_reference(config, model, encoder, session)
+            reference = policy_inputs.read_reference(config, model, encoder, session)
         self.models = {"model": model} if reference is None else {"model": model, "reference": reference}
         sides = [
             [ranking_of(tokens, record.ranks) for record, tokens in zip(*side, strict=True)]
@@ -171,7 +171,7 @@ class Fresh:
 
     def __init__(self, config: DPOConfig, strategy: Strategy, session: Session) -> None:
         self.config, self.strategy, self.session = config, strategy, session
-        self.inputs = ppo_inputs.read_inputs(config, strategy, session)
+        self.inputs = policy_inputs.read_inputs(config, strategy, session)
         self.count, self.heldout_count = len(self.inputs.prompts), len(self.inputs.heldout[1])
 
     def prepare(self) -> tuple[Stream, Stream | None]:

@@ -1,4 +1,4 @@
-"""One PPO step as numbers, in the names that dashboards know. All are over valid tokens of the whole batch."""
+"""A step of PPO or GRPO as numbers, in the names that dashboards know, over valid tokens of the whole batch."""
 
 from collections.abc import Sequence
 

@@ -82,7 +82,7 @@ def test_few_prompts_are_all_trained_on(task):  # noqa: F811
 
 
 def test_an_answer_that_does_not_end_is_worth_no_more_than_the_worst_that_does():
-    from penstock.algorithms.ppo_metrics import of_heldout
+    from penstock.algorithms.policy_metrics import of_heldout
     from tests.algorithms.test_ppo import experience
 
     whole = dataclasses.replace(
