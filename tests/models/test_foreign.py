@@ -159,6 +159,10 @@ def test_streamed_training_is_resident_training_to_the_bit(models, tmp_path, nam
 @every
 def test_an_adapter_learns_alone_and_loads_again(models, tmp_path, name):
     directory = models(name)[1]
+    if name == "openai-gpt":  # its products are Conv1D
+        with pytest.raises(UserError, match="no layer of this model is a linear one"):
+            trained(directory, "gemini_cpu", tmp_path, lora=4)
+        return
     actor, losses = trained(directory, "gemini_cpu", tmp_path, lora=4)
     assert losses[1] < losses[0]
     tensors = weights_of(actor, tmp_path / "adapter")

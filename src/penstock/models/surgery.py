@@ -66,6 +66,8 @@ def add_adapters(
 
 
 def _check_targets(spec: LoraSpec, targets: Sequence[LoraTarget], wanted: Sequence[LoraTarget]) -> None:
+    if not targets:
+        raise UserError("--lora: no layer of this model is a linear one that adapters go beside; train it without.")
     if not wanted:
         known = ", ".join(sorted({target.theirs.rsplit(".", 1)[-1] for target in targets}))
         shown = spec.targets if isinstance(spec.targets, str) else " ".join(spec.targets)
