@@ -341,7 +341,7 @@ BUGS: list[Bug] = [
     (HEAD, "the slope of a soft cap is left out", "slope.addcmul_(slope, level, value=-1.0)", "pass"),
     ("kernels/capped_attention.py", "the slope of capped scores is left out", "back.sub_(bent.square_().mul_(back)).mul_(scale)", "back.mul_(scale)"),
     ("kernels/activations.c", "a gate that is its own neighbour", "gate = row * 2 * width, up = gate + width", "gate = row * width, up = gate + width"),
-    ("kernels/activations.c", "heads turn the other way", "b = load(r->x, kind, at + half + e);\n        vec first = a * load(r->cos, kind, table + e) - b", "b = load(r->x, kind, at + half + e);\n        vec first = a * load(r->cos, kind, table + e) + b"),
+    ("kernels/activations.c", "heads turn the other way", "kept(a * cos, kind) - kept(b * sin, kind)", "kept(a * cos, kind) + kept(b * sin, kind)"),
     ("kernels/decode.c", "a sink that has no weight", "weight = a->sinks ? 1 : 0", "weight = 0"),
     ("kernels/decode.c", "capped scores are those of the series near 0 alone", "square < 0.09f", "square < 9.0f"),
     (DECODER, "layers with a window turn as the others", "narrow = window > 0 and c.window_rope != ()", "narrow = False"),

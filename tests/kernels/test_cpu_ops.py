@@ -206,15 +206,15 @@ def test_rms_norm_is_exact_and_rounded_once(dtype, rows, width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "turned"), [(64, 64), (80, 20), (12, 6), (128, 128)])
 @pytest.mark.parametrize("same", [True, False])
-def test_heads_turn_in_place_as_by_positions_rotate(dtype, width, turned, same):
+def test_heads_turn_in_place_to_the_bits_of_positions_rotate(dtype, width, turned, same):
     joined = torch.randn(5, 1, 7, width).to(dtype)
     angles = torch.randn(1 if same else 5, 1, 1, turned // 2).repeat(1, 1, 1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     heads = joined.transpose(1, 2)[:, :4]
-    exact = positions.rotate(heads.double(), (cos.double(), sin.double()))
+    exact = positions.rotate(heads.clone(), (cos, sin))
     beside = joined[:, :, 4:].clone()
     assert cpu_ops.rotate(heads, cos, sin) is heads
-    near(heads, exact, dtype)
+    assert torch.equal(heads, exact)
     assert torch.equal(joined[:, :, 4:], beside)
 
 
@@ -224,6 +224,8 @@ def test_heads_turn_in_place_as_by_positions_rotate(dtype, width, turned, same):
 def test_gates_are_those_of_torch(dtype, rows, width, activation):
     x = (5 * torch.randn(rows, 1, 2 * width)).to(dtype)
     x[0, 0, :2] = torch.tensor([-100.0, 100.0])
-    gate, up = x.double().chunk(2, dim=-1)
+    gate, up = x.chunk(2, dim=-1)
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    near(cpu_ops.gated(x, activation), act * up, dtype)
+    gated, expected = cpu_ops.gated(x, activation), act * up  # rounded twice in bf16, as whole rows are
+    near(gated, expected.double(), dtype)
+    assert (gated != expected).float().mean() <= (1.0 if dtype == torch.float32 else 0.01)

@@ -1,8 +1,26 @@
 /* What a block does beside its products: RMSNorm, rotary positions, activations and gates, and sums. A step of decoding is
-   short, and each of these is one pass here and many in torch. Sums are made in fp32, results are rounded once. */
+   short, and each of these is one pass here and many in torch. Results are rounded where torch rounds, which whole rows go
+   through: an answer's log-probabilities are those that training will see. */
 #include "vectors.h"
 
 #define PART 4096
+
+/* As a tensor of that kind keeps it. */
+INLINE vec kept(vec x, int kind)
+{
+    return kind == FP32 ? x : (vec)(__builtin_convertvector(rounded(x), bits) << 16);
+}
+
+INLINE float kept_one(float x, int kind)
+{
+    float y = x;
+    if (kind == BF16) {
+        uint16_t half;
+        store_one(&half, BF16, 0, x);
+        y = load_one(&half, BF16, 0);
+    }
+    return y;
+}
 
 /* --- activations --------------------------------------------------------------------------------------------------- */
 
@@ -85,9 +103,11 @@ INLINE void gate_part(const void *x, void *y, int64_t row, int64_t at, int64_t e
 {
     int64_t gate = row * 2 * width, up = gate + width, to = row * width;
     for (; at + LANES <= end; at += LANES)
-        save(y, kind, to + at, gate_of(load(x, kind, gate + at), gelu) * load(x, kind, up + at));
-    for (; at < end; at++)
-        store_one(y, kind, to + at, gate_of((vec){0} + load_one(x, kind, gate + at), gelu)[0] * load_one(x, kind, up + at));
+        save(y, kind, to + at, kept(gate_of(load(x, kind, gate + at), gelu), kind) * load(x, kind, up + at));
+    for (; at < end; at++) {
+        vec share = kept(gate_of((vec){0} + load_one(x, kind, gate + at), gelu), kind);
+        store_one(y, kind, to + at, share[0] * load_one(x, kind, up + at));
+    }
 }
 
 /* x [rows, 2 width], the gate first -> y [rows, width]. */
@@ -161,16 +181,17 @@ INLINE void turn(const Rotation *r, int kind, int64_t at, int64_t table)
     int64_t half = r->turned / 2, e = 0;
     for (; e + LANES <= half; e += LANES) {
         vec a = load(r->x, kind, at + e), b = load(r->x, kind, at + half + e);
-        vec first = a * load(r->cos, kind, table + e) - b * load(r->sin, kind, table + e);
-        vec second = b * load(r->cos, kind, table + half + e) + a * load(r->sin, kind, table + half + e);
-        save(r->x, kind, at + e, first);
-        save(r->x, kind, at + half + e, second);
+        vec cos = load(r->cos, kind, table + e), sin = load(r->sin, kind, table + e);
+        save(r->x, kind, at + e, kept(a * cos, kind) - kept(b * sin, kind));
+        cos = load(r->cos, kind, table + half + e), sin = load(r->sin, kind, table + half + e);
+        save(r->x, kind, at + half + e, kept(b * cos, kind) + kept(a * sin, kind));
     }
     for (; e < half; e++) {
         float a = load_one(r->x, kind, at + e), b = load_one(r->x, kind, at + half + e);
-        store_one(r->x, kind, at + e, a * load_one(r->cos, kind, table + e) - b * load_one(r->sin, kind, table + e));
-        store_one(r->x, kind, at + half + e,
-                  b * load_one(r->cos, kind, table + half + e) + a * load_one(r->sin, kind, table + half + e));
+        float cos = load_one(r->cos, kind, table + e), sin = load_one(r->sin, kind, table + e);
+        store_one(r->x, kind, at + e, kept_one(a * cos, kind) - kept_one(b * sin, kind));
+        cos = load_one(r->cos, kind, table + half + e), sin = load_one(r->sin, kind, table + half + e);
+        store_one(r->x, kind, at + half + e, kept_one(b * cos, kind) + kept_one(a * sin, kind));
     }
 }
 
