@@ -228,4 +228,4 @@ def test_gates_are_those_of_torch(dtype, rows, width, activation):
     act = F.silu(gate) if activation == "silu" else cpu_ops.gelu_tanh(gate.contiguous())
     gated, expected = cpu_ops.gated(x, activation), act * up  # rounded twice in bf16, as whole rows are
     near(gated, expected.double(), dtype)
-    assert (gated != expected).float().mean() <= (1.0 if dtype == torch.float32 else 0.01)
+    assert dtype == torch.float32 or (gated != expected).sum() <= 1 + 0.01 * gated.numel()
