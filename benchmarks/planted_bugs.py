@@ -48,6 +48,7 @@ DISTILL, TEACHER = (f"algorithms/distillation/{name}.py" for name in ("distill",
 KTO = "algorithms/kto.py"
 FOREIGN = "models/foreign/decoder.py"
 HEALTH, INPUTS = "algorithms/health.py", "algorithms/policy_inputs.py"
+MEASURING = "planner/measuring/foreign.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
@@ -350,6 +351,9 @@ BUGS: list[Bug] = [
     (FOREIGN, "every layer is called as the first one", "args, kwargs = context.layers[i]", "args, kwargs = context.layers[0]"),
     (FOREIGN, "what goes beside the states has no gradient", "context.join([y, *pieces[1:]])", "context.join([y, *(x.detach() for x in pieces[1:])])"),
     (FOREIGN, "the bias of a head is not trained", "products.append((torch.ones_like(states[..., :1]), self.head_bias[:, None]))", "pass"),
+    (MEASURING, "what autograd keeps of theirs is its output", 'saved = meter.used["device"] - before', "saved = output"),
+    (MEASURING, "the cache of a layer like another is not counted", "again += kinds[kind][1]", "again += 0"),
+    (MEASURING, "a long row of a scan holds half as much more", "2 * longest / LONG - 2", "longest / LONG - 1"),
     ("models/foreign/family.py", "a factor of the logits is forgotten", "1 / factor} if factor != 1 else {}", "1.0} if factor != 1 else {}"),
     ("rollout/in_step.py", "rows that go on get the cache of others", "reorder_cache(torch.tensor(rows,", "reorder_cache(torch.arange(len(rows),"),
 ]  # fmt: skip

@@ -10,7 +10,9 @@ import transformers
 from penstock.autochunk.meter import Meter
 from penstock.models.foreign.decoder import ForeignDecoder
 from penstock.models.lora_targets import LoraSpec
-from penstock.planner.activations import activations_of
+from penstock.planner import footprint
+from penstock.planner.activations import Batch, Work, activations_of
+from penstock.planner.measuring import foreign
 from penstock.planner.workload import Setting, config_of, notes, passes
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
@@ -33,7 +35,7 @@ def shape(model_type, **changes):
 
 def tokens(model_type):
     """A selective scan goes through them in turn, slowly, and holds much of each."""
-    return {"prompt_length": 8} if model_type == "mamba" else {"prompt_length": 76}
+    return {"prompt_length": 8 if model_type == "mamba" else 40, "max_new_tokens": 12}
 
 
 def sft(model_type):
@@ -61,7 +63,7 @@ def test_with_adapters_on_one_base_too(strategy, tmp_path):
 @pytest.mark.parametrize(("model_type", "of"), [("gptj", ppo), ("deepseek_v3", sft)])
 def test_a_dry_run_of_them_takes_what_the_real_one_takes(model_type, of, tmp_path):
     """The second has experts, and a buffer in its files, which does not learn."""
-    of = dataclasses.replace(of(model_type), batch_size=4, mini_batch_size=4, prompt_length=40)
+    of = dataclasses.replace(of(model_type), batch_size=4, mini_batch_size=4, max_new_tokens=5)
     pretended, measured = dry(of, "gemini_cpu"), real(of, "gemini_cpu", tmp_path)
     assert pretended["traffic"] == measured["traffic"]
     for tier in ("device", "host"):
@@ -71,16 +73,28 @@ def test_a_dry_run_of_them_takes_what_the_real_one_takes(model_type, of, tmp_pat
 @pytest.mark.parametrize("model_type", KINDS)
 def test_text_in_step_holds_what_the_plan_says(model_type):
     """Prompts, the first steps with their check, and a cache that grows to the end of the rows."""
-    of = work(shape(model_type), prompt_length=24, max_new_tokens=24)
+    of = work(shape(model_type), prompt_length=12, max_new_tokens=12)
     (planned,) = passes(Setting(of, "gemini_cpu", "fp32"))["rollout"]
     decoder = ForeignDecoder(of.roles[0].config, device="cpu", generator=torch.Generator().manual_seed(0))
     engine = Engine(decoder, eos_ids=(), rows=8, length=of.length)
     for row in range(8):
-        engine.submit([row + 1] * of.prompt_length, Sampling(max_new_tokens=24))
+        engine.submit([row + 1] * of.prompt_length, Sampling(max_new_tokens=12))
     with Meter() as meter:
         while engine.busy:
             engine.step()
     assert meter.peak <= 1.01 * activations_of([(planned, True)], None) <= 1.15 * meter.peak
+    if model_type == "gptj":
+        assert planned.cache_bytes == footprint.cache_of(decoder.config, "float32", 8, of.length - 1)
+
+
+def test_long_rows_of_a_scan_are_planned_from_short_ones(monkeypatch):
+    model = foreign.Model(shape("mamba"), "float32", None, None, trained=True)
+    whole = foreign.measured(model, Batch(2, 32, 64), Work((), 0, 0, 0))
+    monkeypatch.setattr(foreign, "LONG", 16)
+    line = foreign.measured(model, Batch(2, 32, 64), Work((), 0, 0, 0))
+    for expected, part in zip(whole.parts, line.parts, strict=True):
+        assert part.saved == pytest.approx(expected.saved, rel=0.01)
+        assert part.backward == pytest.approx(expected.backward, rel=0.01)
 
 
 def test_what_does_not_run_without_memory_is_planned_by_the_formula_and_said(capsys, tmp_path):

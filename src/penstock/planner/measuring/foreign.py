@@ -9,6 +9,7 @@ plan says so.
 GPU alone (mamba_ssm, flash-linear-attention) take less.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -66,7 +67,7 @@ def measured(model: Model, batch: Batch, formula: Work) -> Work:
     """The bytes of a pass over a micro-batch. `formula`: what reads the last states, whose norm is not counted;
     and all of it, with a note, where the model cannot be run."""
     rows, length, read = dataclasses.astuple(batch)
-    result = _attempt(_parts, model, rows, length)
+    result = _of_length(_parts, model, rows, length)
     if isinstance(result, str):
         return dataclasses.replace(formula, note=_note(model, result))
     (*parts, behind), context = result
@@ -84,7 +85,7 @@ def measured(model: Model, batch: Batch, formula: Work) -> Work:
 def generation(model: Model, rows: int, prompt: int, length: int) -> Generation | str:
     """The bytes of so many rows of text of `length` tokens, of which `prompt` are given. A note where the model cannot
     be run."""
-    result = _attempt(_generation, model, rows, prompt, length)
+    result = _of_length(_generation, model, rows, prompt, length)
     return _note(model, result) if isinstance(result, str) else result
 
 
@@ -95,9 +96,39 @@ def _note(model: Model, reason: str) -> str:
     )
 
 
+def _of_length(measure: Callable[..., Any], model: Model, rows: int, *lengths: int) -> Any:
+    """As `_attempt`. Layers that go from token to token (a selective scan in plain PyTorch) would take minutes: their
+    bytes grow with the tokens, so rows of LONG tokens and of half as many say what longer ones hold."""
+    longest = max(lengths)
+    operations = (
+        [_attempt(_operations, model, 1, tokens) for tokens in (LONG // 8, LONG // 4)] if longest > LONG else []
+    )
+    if len(set(operations)) < 2:
+        return _attempt(measure, model, rows, *lengths)
+    half = _attempt(measure, model, rows, *(max(length * LONG // 2 // longest, 1) for length in lengths))
+    whole = _attempt(measure, model, rows, *(-(-length * LONG // longest) for length in lengths))
+    return whole if isinstance(whole, str) else _on_a_line(half, whole, 2 * longest / LONG - 2)
+
+
+LONG = 64
+"""Tokens of a row."""
+
+
+def _on_a_line(half: Any, whole: Any, times: float) -> Any:
+    """`whole` and `times` its difference from `half`, number by number."""
+    if isinstance(whole, int):
+        return math.ceil(whole + (whole - half) * times)
+    if isinstance(whole, tuple | list):
+        return type(whole)(_on_a_line(x, y, times) for x, y in zip(half, whole, strict=True))
+    if isinstance(whole, PartWork | Generation):
+        values = {name: _on_a_line(getattr(half, name), y, times) for name, y in vars(whole).items()}
+        return type(whole)(**values)
+    return whole
+
+
 @functools.lru_cache(maxsize=256)
 def _attempt(measure: Callable[..., Any], model: Model, *sizes: int) -> Any:
-    decoder, log = _decoder(model), logging.getLogger("torch._subclasses.fake_tensor")
+    decoder, log = copy.deepcopy(_decoder(model)), logging.getLogger("torch._subclasses.fake_tensor")
     try:
         log.disabled = True  # it prints the trace of what does not run
         with pretend(PretendWorld(0, 1, CPU)), linear.computing(model.arithmetic), torch.device("cpu"):
@@ -109,6 +140,7 @@ def _attempt(measure: Callable[..., Any], model: Model, *sizes: int) -> Any:
         log.disabled = False
 
 
+@functools.lru_cache(maxsize=4)
 def _decoder(model: Model) -> ForeignDecoder:
     """The model on `meta`."""
     decoder = ForeignDecoder(model.config, dtype=getattr(torch, model.dtype), device="meta")
@@ -199,6 +231,23 @@ def _kind(decoder: ForeignDecoder, i: int, context: Calls) -> Any:
 
 def _plain(name: str, value: Any) -> bool:
     return name not in NUMBERS and isinstance(value, int | float | str | None)
+
+
+class _Counter(Meter):
+    """Counts operations too."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _operations(decoder: ForeignDecoder, rows: int, length: int) -> int:
+    """Of one forward, layers that are alike counted once."""
+    with _Counter() as counter, torch.no_grad():
+        _forward(counter, decoder, rows, length, None)
+    return counter.operations
 
 
 # --- generating -------------------------------------------------------------------------------------------------------
