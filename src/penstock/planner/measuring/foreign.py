@@ -72,8 +72,9 @@ def measured(model: Model, batch: Batch, formula: Work) -> Work:
         return dataclasses.replace(formula, note=_note(model, result))
     (*parts, behind), context = result
     assert model.config.foreign is not None
-    biased = any(weight.name == "head_bias" for _, weights in model.config.foreign.groups for weight in weights)
-    tile = math.prod(head_tile(read, model.config.vocab_size)) * FP32 if biased else 0  # the bias of each logit
+    names = {weight.name for _, weights in model.config.foreign.groups for weight in weights}
+    more = ("head_bias" in names) + bool(model.config.logit_softcap)  # tiles of logits: log_probs
+    tile = math.prod(head_tile(read, model.config.vocab_size)) * FP32 * more
     return Work(
         tuple(parts),
         context + 2 * rows * length * INDEX,
@@ -180,13 +181,15 @@ def _parts(decoder: ForeignDecoder, rows: int, length: int) -> tuple[list[PartWo
             x = parts[0].run(tokens, context)
         kept = meter.used["device"] - x.untyped_storage().nbytes()
         works.append(_part(meter, parts[0], tokens, context, first == 0))
-        kinds: dict[Any, PartWork] = {}
+        kinds: dict[Any, tuple[PartWork, int]] = {}
         for i, part in enumerate(parts[1:], 1):
-            leaf = x.detach().requires_grad_(i > first)
+            leaf, before = x.detach().requires_grad_(i > first), meter.used["device"]
             kind = _kind(decoder, i - 1, context) if i <= len(decoder.blocks) else part.groups
             if kind not in kinds:
-                kinds[kind] = _part(meter, part, leaf, context, i >= first)
-            works.append(dataclasses.replace(kinds[kind], groups=part.groups))
+                work = _part(meter, part, leaf, context, i >= first)
+                kinds[kind] = work, meter.used["device"] - before
+            works.append(dataclasses.replace(kinds[kind][0], groups=part.groups))
+            kept += kinds[kind][1]  # RecurrentGemma's modules keep tensors of the rows that they have read
     return works, kept
 
 
@@ -205,6 +208,7 @@ def _part(meter: Meter, part: Part, x: Tensor, context: Calls, learns: bool) -> 
         y = part.run(x, context)
     saved = meter.used["device"] - before
     y.backward(slope)
+    x.grad = None
     return PartWork(part.groups, output, saved, forward, meter.peak - before)
 
 
