@@ -8,12 +8,13 @@ import torch
 import transformers
 
 from penstock.autochunk.meter import Meter
+from penstock.errors import UserError
 from penstock.models.foreign.decoder import ForeignDecoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.planner import footprint
 from penstock.planner.activations import Batch, Work, activations_of
 from penstock.planner.measuring import foreign
-from penstock.planner.workload import Setting, config_of, notes, passes
+from penstock.planner.workload import Setting, config_of, forecast_of, notes, passes
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 from tests.models.foreign_architectures import ALL, SMALL
@@ -105,3 +106,9 @@ def test_what_does_not_run_without_memory_is_planned_by_the_formula_and_said(cap
     of = ["--model", str(tmp_path), "--stage", "sft", "--dtype", "fp32"]
     small = ["--batch-size", "8", "--micro-batch-size", "4", "--prompt-length", "40", "--max-new-tokens", "24"]
     assert note in plan_of(capsys, *of, *small, "--strategy", "ddp")[1].splitlines()
+
+
+def test_the_plan_refuses_slices_as_the_run_does():
+    budgets = {"device": None, "host": None, "disk": None}
+    with pytest.raises(UserError, match="--activation-budget: the layers of gptj are transformers' own"):
+        forecast_of(Setting(sft("gptj"), "ddp", "fp32", 1, budgets, activation_budget=10**6))

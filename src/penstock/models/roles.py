@@ -97,13 +97,8 @@ class Role(nn.Module):
         return {} if balance is None or balance.sums is None else {"aux_loss": float(balance.loss())}
 
     def slice(self, budget: int) -> None:
-        """From now on, whole rows hold at most `budget` bytes inside a block. Raises UserError where its layers are
-        transformers' own."""
-        if self.decoder.config.foreign:
-            raise UserError(
-                f"--activation-budget: the layers of {self.decoder.config.family} are transformers' own, which are not "
-                "computed in slices; leave it out, and give --recompute or a smaller --micro-batch-size."
-            )
+        """From now on, whole rows hold at most `budget` bytes inside a block. Raises UserError for blocks that are not cut;
+        see sliced_blocks.slicer_of."""
         from penstock.models.sliced_blocks import slicer_of  # slow to import
 
         self.decoder.slicer = slicer_of(self.decoder.config, budget)

@@ -33,7 +33,12 @@ def one_layer(config: DecoderConfig) -> DecoderConfig:
 
 def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
     """Runs the blocks of a model within `budget` bytes each; gradients are computed by recomputation. It holds no
-    weights: models of one shape and the plan share it."""
+    weights: models of one shape and the plan share it. Raises UserError for experts, and for layers of transformers'."""
+    if config.foreign:
+        raise UserError(
+            f"--activation-budget: the layers of {config.family} are transformers' own, which are not computed in "
+            "slices; leave it out, and give --recompute or a smaller --micro-batch-size."
+        )
     if config.num_experts:
         raise UserError(
             f"--activation-budget: which experts of {config.family} a token calls is known only once it is there, so "
