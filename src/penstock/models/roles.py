@@ -97,8 +97,8 @@ class Role(nn.Module):
         return {} if balance is None or balance.sums is None else {"aux_loss": float(balance.loss())}
 
     def slice(self, budget: int) -> None:
-        """From now on, whole rows hold at most `budget` bytes inside a block. Raises UserError for blocks that are not cut;
-        see sliced_blocks.slicer_of."""
+        """From now on, whole rows hold at most `budget` bytes inside a block. Raises UserError for blocks that are not
+        cut; see sliced_blocks.slicer_of."""
         from penstock.models.sliced_blocks import slicer_of  # slow to import
 
         self.decoder.slicer = slicer_of(self.decoder.config, budget)
