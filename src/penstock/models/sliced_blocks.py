@@ -33,7 +33,7 @@ def one_layer(config: DecoderConfig) -> DecoderConfig:
 
 def slicer_of(config: DecoderConfig, budget: int) -> Slicer:
     """Runs the blocks of a model within `budget` bytes each; gradients are computed by recomputation. It holds no
-    weights: models of one shape and the plan share it. Raises UserError for experts, and layers of transformers' own."""
+    weights: models of one shape and the plan share it. Raises UserError for experts and for transformers' layers."""
     if config.foreign:
         raise UserError(
             f"--activation-budget: the layers of {config.family} are transformers' own, which are not computed in "
