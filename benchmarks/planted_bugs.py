@@ -214,7 +214,7 @@ BUGS: list[Bug] = [
     (ADAM, "the remainder is forgotten", "bits.copy_(remainder).add_(", "bits.zero_().add_("),
     ("memory/schedule.py", "what is needed soonest makes room", "(next_use(slot.key), -slot.age) > latest)", "(next_use(slot.key), -slot.age) < latest)"),
     ("memory/schedule.py", "experts that may be chosen are prefetched", "in enumerate(visits):\n        for group in groups:", "in enumerate(visits):\n        for group in groups[:1]:"),
-    (PLAN, "experts are waited for however many are chosen", "if chosen < max(rest + experts, tokens * (fixed + called)):", "if True:"),
+    (PLAN, "experts are waited for however many are chosen", "if chosen < max(ahead, tokens * (fixed + called)):", "if True:"),
     (STREAM, "many tokens wait for their experts, and few do not", "tokens <= self._few_tokens", "tokens > self._few_tokens"),
     ("models/pretrained.py", "files stay open however much was read", "if self._keeps and self._mapped < MAPPED else None", "if self._keeps else None"),
     (PLAN, "auto gives the device's room twice", "                    self._left[placement.tier] = left - nbytes\n", ""),

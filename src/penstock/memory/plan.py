@@ -357,12 +357,14 @@ def cut(models: Sequence[Model], world: int, room: int | None, reserve: int | No
 # --- groups that tokens choose of -----------------------------------------------------------------------------------
 
 
-def few_tokens(model: Model, world: int, link: float, flops: float) -> int:
+def few_tokens(model: Model, world: int, link: float, flops: float, slots: int = 0) -> int:
     """The most tokens of a visit for which the experts that they choose come sooner than all of a block's.
 
     `link` and `flops` are what moves and is computed per second. n tokens that choose k of E experts, each as likely as
     any, choose E (1 - (1 - k/E)^n) different ones. All experts come while the block before computes; the chosen ones
-    are known once the block has begun, and it waits for them. 0: nothing moves of which tokens choose.
+    are known once the block has begun, and it waits for them. `slots`: bytes of slots; what more they hold than two
+    visits need stays from pass to pass where all come, and of what is chosen nothing is counted to stay. 0: nothing
+    moves of which tokens choose.
     """
     moving = Counter[str]()
     for chunk in model.moving(world):
@@ -376,13 +378,15 @@ def few_tokens(model: Model, world: int, link: float, flops: float) -> int:
     for placed in model.placed:
         numel[placed.chunk.group] += placed.chunk.numel
     rest, experts = (sum(moving[group] for group in groups) / link for groups in (own, choices))
+    spare = max(slots - sum(weight_slots(model.moving(world), model.visits)), 0)
+    ahead = (rest + experts) * (1 - min(spare / sum(moving.values()), 1))
     share = per_token / len(choices)
     fixed = 2 * sum(numel[group] for group in own) / flops
     called = 2 * share * sum(numel[group] for group in choices) / flops
     few = 0
     for tokens in range(1, MOST_FEW + 1):
         chosen = max(rest, tokens * fixed) + (1 - (1 - share) ** tokens) * experts + tokens * called
-        if chosen < max(rest + experts, tokens * (fixed + called)):
+        if chosen < max(ahead, tokens * (fixed + called)):
             few = tokens
     return few
 

@@ -153,10 +153,9 @@ def forecast(
         worst[phase] = f"{', '.join(each.model for each in group)} {group[0].kind}"
     traffic: dict[str, dict[str, int]] = {}
     seconds: dict[str, Seconds] = {}
-    rates = rates or Rates()
-    few = _few_tokens(models, phases, world, rates)
+    few = _few_tokens(models, phases, world, rates or Rates(), sum(slots.weights))
     if timed:
-        account = _Account(models, slots.weights, world, ahead, recompute, rates, few)
+        account = _Account(models, slots.weights, world, ahead, recompute, rates or Rates(), few)
         for phase in [*phases, *phases]:  # the first iteration fills the slots
             traffic[phase], seconds[phase] = account.phase([group for _, group in needs[phase]])
     return Forecast(
@@ -174,15 +173,15 @@ def forecast(
     )
 
 
-def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Sequence[Pass]], world: int, rates: Rates) -> int:
+def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Any], world: int, rates: Rates, slots: int) -> int:
     """plan.few_tokens of what generates, from where its weights are."""
     few = [0]
     for name in {each.model for passes in phases.values() for each in passes if each.kind == "generate"}:
         model = models[name]
-        from_disk = any(p.row.params.tier == "disk" for p in model.placed)
         if not any(p.row.params.sharded and world > 1 for p in model.placed):  # a visit is a collective there
+            from_disk = any(p.row.params.tier == "disk" for p in model.placed)
             link = min(rates.link, rates.disk_read) if from_disk else rates.link
-            few.append(plan.few_tokens(model, world, link, rates.flops))
+            few.append(plan.few_tokens(model, world, link, rates.flops, slots))
     return max(few)
 
 
