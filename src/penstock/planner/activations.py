@@ -71,7 +71,7 @@ class Pass:
     """Generating: visits that read the prompts."""
     swapped: int = 0
     """Generating: bytes of a KV cache on the host, all of which every decoding step reads."""
-    held: int = 0
+    teacher_bytes: int = 0
     """Bytes of what a teacher says of all micro-batches."""
     visited_by: tuple[int, int] = (0, 0)
     """Generating: tokens of each visit that reads prompts, and of each decoding step."""
@@ -100,7 +100,7 @@ def activations_of(group: Sequence[tuple[Pass, bool]], recompute: bool | None) -
     for at in range(max(map(len, passes))):
         current = [visits[min(at, len(visits) - 1)] for visits in passes]
         fullest = max(fullest, sum(visit.lasting for visit in current) + max(visit.passing for visit in current))
-    return fullest + max(each.cache_bytes + each.held for each, _ in group)
+    return fullest + max(each.cache_bytes + each.teacher_bytes for each, _ in group)
 
 
 def _visits(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:

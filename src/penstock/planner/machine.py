@@ -31,13 +31,12 @@ def save(device: str, ceilings: dict[str, Any]) -> Path:
 
 
 def known_rates(dtype: str) -> Rates:
-    """The measured rates where there are any, else the planner's defaults."""
-    return Rates() if _measured() is None else rates(dtype, Rates().network)
-
-
-def _measured() -> Path | None:
-    paths = map(path_of, ("cuda", "xpu", "mps", "cpu"))
-    return next((path for path in paths if path.is_file()), None)
+    """The measured rates where there are any that can be read, else the planner's defaults: a run did not ask for
+    them, and must not end for a damaged file in a cache."""
+    try:
+        return rates(dtype, Rates().network)
+    except UserError:
+        return Rates()
 
 
 def rates(dtype: str, network: float) -> Rates:
@@ -45,7 +44,8 @@ def rates(dtype: str, network: float) -> Rates:
 
     Raises UserError where nothing was measured yet, or the file is damaged.
     """
-    path = _measured()
+    paths = map(path_of, ("cuda", "xpu", "mps", "cpu"))
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError("--rates measured: nothing was measured on this machine yet; run penstock bench micro first.")
     try:

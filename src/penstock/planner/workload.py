@@ -314,7 +314,7 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         count=math.ceil(rows / micro),
         times=times,
         flops=flops * (3 if kind == "step" else 1),
-        held=footprint.top_k_bytes(rows * states, work.top_k),
+        teacher_bytes=footprint.top_k_bytes(rows * states, work.top_k),
     )
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from penstock.planner import machine
+from penstock.planner.forecast import Rates
 from tests.conftest import cli
 
 
@@ -44,3 +45,11 @@ def test_a_planner_without_measurements_says_how_to_get_them(cache, capsys):
 def test_bench_has_no_other_uses(capsys):
     assert cli("bench", "macro") == 2
     assert "penstock bench micro or penstock bench capacity" in capsys.readouterr().err
+
+
+def test_a_run_takes_the_planners_rates_where_nothing_was_measured_or_the_file_is_damaged(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.known_rates("fp32") == Rates()
+    machine.path_of("cpu").parent.mkdir(parents=True, exist_ok=True)
+    machine.path_of("cpu").write_text("{ broken")
+    assert machine.known_rates("fp32") == Rates()
