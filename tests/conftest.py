@@ -27,6 +27,7 @@ from penstock.algorithms.config import (
 from penstock.cli import main
 from penstock.config import DataFlags, OptimFlags, PPOConfig, PPOFlags, RewardConfig, RunFlags, SFTConfig
 from penstock.kernels import compile as compiler
+from penstock.memory.placement import NAMES, PYTORCH
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -209,6 +210,10 @@ def stage_config(directory: Path, stage: str, out: str, *, steps: int = 8, check
         flags = DPOFlags(sft_coef=0.1)
         return DPOConfig(model=model, data=files, run=run, optim=optim, dpo=flags, eval_every=4)
     return RewardConfig(model=model, data=files, run=run, optim=optim, eval_every=4)
+
+
+ROWS = tuple(name for name in NAMES if name not in PYTORCH)
+"""Strategies that differ on one rank: there PyTorch's rows are `gemini`."""
 
 
 def cli(*arguments: Any) -> Any:

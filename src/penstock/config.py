@@ -82,7 +82,8 @@ class PlacementFlags(BudgetFlags):
     strategy: str | None = None
     """Where weights, gradients and optimizer states are kept: naive, ddp, zero1, zero1_cpu, zero2, zero2_cpu, gemini,
     gemini_cpu, gemini_nvme, gemini_auto. Each next one needs less device memory and moves more bytes; gemini_auto
-    fills the device first, then host memory, then the disk. Default: ddp on a CPU, gemini_auto on a GPU."""
+    fills the device first, then host memory, then the disk. fsdp and hsdp are PyTorch's FSDP2: shards on the devices
+    of all ranks, or of each machine. Default: ddp on a CPU, gemini_auto on a GPU."""
     dtype: Literal["fp32", "bf16"] | None = None
     """What the weights compute in; the optimizer keeps an fp32 master in both cases. Default: fp32 on a CPU, bf16 on a
     GPU that has it; products of fp32 weights are TF32 on a GPU."""

@@ -28,8 +28,8 @@ EXPERTS = {
 }  # fmt: skip
 
 
-def curves(arguments, out, ranks):
-    command = [*arguments, "--out", str(out), "--device", "cpu"]
+def curves(arguments, out, ranks, strategy="ddp"):
+    command = [*arguments, "--out", str(out), "--device", "cpu", "--strategy", strategy]
     if ranks > 1:
         torchrun("-m", "penstock", *command, ranks=ranks)
     else:
@@ -38,12 +38,12 @@ def curves(arguments, out, ranks):
 
 
 @pytest.mark.parametrize(
-    "stage", ["sft", "experts", "reward", "ppo", "grpo", "dpo", "kto", "distill", "distill stored"]
+    "stage", ["sft", "experts", "reward", "ppo", "ppo fsdp", "grpo", "dpo", "kto", "distill", "distill stored"]
 )
 def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
     model = tiny_model()
     shared = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
-    if stage == "ppo":
+    if stage.startswith("ppo"):
         (tmp_path / "fn.py").write_text(SCORE)
         data = jsonl([{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
         arguments = ["ppo", "--actor", model, "--reward-fn", f"{tmp_path}/fn.py:score", "--data", data, *shared,
@@ -65,7 +65,8 @@ def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
         rows = {"sft": demonstrations, "kto": votes}.get(stage, comparisons)
         data = jsonl(rows(20))
         arguments = [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]
-    alone, together = (curves(arguments, tmp_path / f"{ranks}", ranks) for ranks in (1, 2))
+    strategy = "fsdp" if stage.endswith("fsdp") else "ddp"
+    alone, together = (curves(arguments, tmp_path / f"{ranks}", ranks, strategy) for ranks in (1, 2))
     assert len(alone) == len(together) == 4
     assert ("aux_loss" in alone[0]) == (stage == "experts")
     for a, b in zip(alone, together, strict=True):

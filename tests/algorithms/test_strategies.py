@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from penstock.cli import main
-from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
 from penstock.run.session import read_optimizer, write_optimizer
-from tests.conftest import comparisons, demonstrations, last_model, metrics, save_tiny, torchrun, votes
+from tests.conftest import ROWS, comparisons, demonstrations, last_model, metrics, save_tiny, torchrun, votes
 
 SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
 SCORE = """
@@ -78,7 +77,7 @@ def test_a_checkpoint_of_two_ranks_on_disk_goes_on_resident_and_back(tmp_path, t
         assert torch.equal(theirs[key], tensor)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_a_checkpoint_holds_comes_back_bit_by_bit_under_any_strategy(name, dtype, tmp_path, tiny_model, jsonl):
     arguments = command("sft", tmp_path, tiny_model(), jsonl)

@@ -5,8 +5,20 @@ import torch
 from torch import nn
 
 from penstock.kernels import compile as compiler
-from penstock.memory.adamw import SOURCE, AdamW, narrow, states_of, widen
-from penstock.memory.adamw_8bit import BLOCK, CODES_FIRST, CODES_SECOND, FIRST, SECOND, decode, encode
+from penstock.memory.adamw import (
+    BLOCK,
+    CODES_FIRST,
+    CODES_SECOND,
+    FIRST,
+    SECOND,
+    SOURCE,
+    AdamW,
+    decode,
+    encode,
+    narrow,
+    states_of,
+    widen,
+)
 from penstock.memory.plan import state_bytes
 from penstock.memory.strategy import Strategy
 from penstock.models.decoder import Decoder

@@ -13,6 +13,7 @@ from penstock.memory import sink
 from penstock.memory.placement import NAMES
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.memory.strategy import DTYPES, Strategy
+from tests.conftest import ROWS
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 
@@ -111,7 +112,7 @@ def test_auto_on_a_gpu_has_its_free_memory_as_budget(monkeypatch):
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", [*NAMES, "gemini_cpu_8bit"])
+@pytest.mark.parametrize("name", [*ROWS, "gemini_cpu_8bit"])
 def test_weight_decay_falls_on_products_and_not_on_norms_and_biases(name, dtype, chunk_size, tmp_path, monkeypatch):
     """As transformers' Trainer has it. With no gradient an update is the decay alone."""
     monkeypatch.setattr(sink, "PIECE", 2048)

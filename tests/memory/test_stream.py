@@ -12,7 +12,6 @@ from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.errors import ResourceError
 from penstock.memory import sink
-from penstock.memory.placement import NAMES
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk
 from penstock.models.config import DecoderConfig
@@ -21,7 +20,7 @@ from penstock.models.roles import Actor, Critic
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from penstock.units import show_bytes
-from tests.conftest import TINY
+from tests.conftest import ROWS, TINY
 
 BASE = dataclasses.replace(TINY, vocab_size=50, num_layers=3)
 FAMILIES: dict[str, DecoderConfig] = {
@@ -101,10 +100,9 @@ def streamed(model, strategy, steps=STEPS, count=3):
 
 def weights_of(stream):
     weights = {}
-    for home in stream.homes:
-        whole = home.whole_weights(stream.world)
-        for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True):
-            weights[weight.name] = whole[offset : offset + weight.numel].view(weight.shape).clone()
+    for group, names in stream.model.groups():
+        with stream.visit(group):
+            weights |= {name: stream.model.get_parameter(name).detach().cpu().clone() for name in names}
     return weights
 
 
@@ -113,7 +111,7 @@ def named(name, tmp_path, **more):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 def test_twenty_steps_are_those_of_plain_pytorch(name, family, tmp_path):
     losses, weights = plain(Actor(decoder(family)))
     ours, found = streamed(Actor(decoder(family)), named(name, tmp_path))
@@ -186,7 +184,7 @@ def test_any_budget_that_is_accepted_is_kept(name, family, chunk_size, room, row
     assert all(torch.equal(weights[key], weight) for key, weight in resident.items())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 def test_answers_do_not_depend_on_where_weights_live(name, tmp_path):
     prompts, sampling = [[1, 5, 6], [1, 7]], Sampling(max_new_tokens=12, seed=3)
     plain_answers = generate(decoder("gpt2"), prompts, sampling, eos_ids=[2])
@@ -195,7 +193,7 @@ def test_answers_do_not_depend_on_where_weights_live(name, tmp_path):
     assert generate(actor.decoder, prompts, sampling, eos_ids=[2]) == plain_answers
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("frozen", ["decoder.embed", "decoder.blocks.0", "qkv", "decoder.norm"])
 def test_frozen_subsets_never_move_and_the_rest_learns_the_same(name, frozen, tmp_path):
     def model():
@@ -214,7 +212,7 @@ def test_frozen_subsets_never_move_and_the_rest_learns_the_same(name, frozen, tm
             assert torch.equal(found[key], before[key])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 def test_models_made_inside_init_take_no_memory_before_prepare(name, tmp_path, tiny_model):
     source = tiny_model()
     strategy = named(name, tmp_path)

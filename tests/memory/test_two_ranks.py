@@ -11,7 +11,7 @@ from tests.conftest import torchrun
 from tests.memory.test_stream import FAMILIES, decoder, plain
 
 STEPS = 20
-SHARED = [*(name for name in NAMES if name != "naive"), "gemini kept", "gemini_cpu kept"]
+SHARED = [*(name for name in NAMES if name != "naive"), "gemini kept", "gemini_cpu kept", "fsdp kept"]
 WORKER = """
 import sys, torch
 from penstock.algorithms import functional as fn

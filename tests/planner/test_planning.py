@@ -17,7 +17,6 @@ from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
 from penstock.kernels import compile as compiler
 from penstock.memory import plan
-from penstock.memory.placement import NAMES
 from penstock.memory.program import visits_of
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk, Ram
@@ -30,6 +29,7 @@ from penstock.models.roles import Actor, Critic
 from penstock.planner import footprint
 from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of, passes
 from penstock.rollout.sampling import Sampling, pick
+from tests.conftest import ROWS
 
 CPU = torch.device("cpu")
 BASE = DecoderConfig("gpt2", 512, d_model=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512,
@@ -227,7 +227,7 @@ def test_choosing_a_token_holds_what_the_plan_says(monkeypatch):
     ("strategy", "world"),
     [
         (name, world)
-        for name in (*NAMES, "gemini_cpu_8bit", "gemini_nvme_8bit") for world in (1, 4) if (name, world) != ("naive", 4)
+        for name in (*ROWS, "gemini_cpu_8bit", "gemini_nvme_8bit") for world in (1, 4) if (name, world) != ("naive", 4)
     ],
 )  # fmt: skip
 def test_every_strategys_peaks_are_foretold(strategy, world):

@@ -46,7 +46,11 @@ STRATEGIES: dict[str, Row] = {
     "gemini":      Row(SHARD, SHARD, SHARD),
     "gemini_cpu":  Row(HOST, HOST, HOST),
     "gemini_nvme": Row(DISK, HOST, DISK),
+    "fsdp":        Row(SHARD, SHARD, SHARD),
+    "hsdp":        Row(SHARD, SHARD, SHARD),
 }  # fmt: skip
+PYTORCH = ("fsdp", "hsdp")
+"""Rows that PyTorch's FSDP2 runs where there are several ranks (fsdp.py); hsdp shards among those of a machine."""
 AUTO = "gemini_auto"
 """Each chunk has a row of its own. See [Note: gemini_auto]."""
 NAMES = (*STRATEGIES, AUTO)
@@ -64,6 +68,8 @@ def known(name: str) -> str:
         near = difflib.get_close_matches(ours, [*NAMES, *(f"{row}{EIGHT_BIT}" for row in NAMES)], n=3)
         hint = f"nearest: {', '.join(near)}." if near else f"there are {', '.join(NAMES)}; each with {EIGHT_BIT} too."
         raise UserError(f"--strategy {name}: no such strategy; {hint}")
+    if bits_of(ours)[0] in PYTORCH and bits_of(ours)[1] == 8:
+        raise UserError(f"--strategy {name}: FSDP2's moments have 32 bits; take {bits_of(ours)[0]} or gemini_8bit.")
     return ours
 
 

@@ -26,7 +26,7 @@ STATES: dict[int, dict[str, tuple[str, int]]] = {
     },
 }  # fmt: skip
 """What AdamW keeps beside a weight, by the bits of its moments: name -> (dtype, elements of the weight per element).
-Names are torch's own; memory.adamw_8bit explains codes and scales."""
+Names are torch's own; memory.adamw explains codes and scales."""
 SUMS = "float32"
 """The dtype in which gradients add up."""
 PIECE = 1 << 22

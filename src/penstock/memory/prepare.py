@@ -75,8 +75,8 @@ class Homes:
             for chunk, row in ((each.chunk, each.row) for each in placed):
                 home = None if chunk.shared is None else self._shared.get(chunk.shared)
                 if home is None:
-                    first_values = partial(_first_values, model, owner_of, chunk)
-                    home = self._home(first_values, chunk, row, used, f"of {type(model).__name__} {chunk.group}")
+                    fill = partial(first_values, model, owner_of, chunk)
+                    home = self._home(fill, chunk, row, used, f"of {type(model).__name__} {chunk.group}")
                     home.visits = (self._models, together.get(chunk.group))
                     if chunk.shared is not None:
                         self._shared[chunk.shared] = home
@@ -103,9 +103,7 @@ class Homes:
         group = next(group for group in plan.sharing_groups(keys) if 0 in group)
         return {i for index in group[1:] for i in self._groups[index - 1][1]}
 
-    def _home(
-        self, first_values: Callable[[Tensor], None], chunk: Chunk, row: Row, used: set[int], of_chunk: str
-    ) -> ChunkHome:
+    def _home(self, fill: Callable[[Tensor], None], chunk: Chunk, row: Row, used: set[int], of_chunk: str) -> ChunkHome:
         size, rank = self.world.size, self.world.rank
         shard = slice(rank * (chunk.numel // size), (rank + 1) * (chunk.numel // size))
         dtype = getattr(torch, chunk.dtype)
@@ -114,10 +112,10 @@ class Homes:
             self.tiers[row.params.tier], chunk.numel // (1 if whole else size), dtype, f"the weights {of_chunk}"
         )
         if isinstance(weights, RamHome) and whole and weights.tensor.device.type == "cpu":
-            first_values(weights.tensor)
+            fill(weights.tensor)
         else:
             staged = self._stage(chunk.numel, dtype)
-            first_values(staged)
+            fill(staged)
             weights.write(staged if whole else staged[shard])
         states: dict[str, Home] = {}
         grads = None
@@ -159,7 +157,7 @@ class Homes:
         return RamHome(home.tier, home.tensor[:nbytes].view(dtype))
 
 
-def _first_values(model: Any, owner_of: dict[str, tuple[nn.Module, str]], chunk: Chunk, flat: Tensor) -> None:
+def first_values(model: Any, owner_of: dict[str, tuple[nn.Module, str]], chunk: Chunk, flat: Tensor) -> None:
     """Fills `flat`, [numel] on the CPU, from the model's parameters; those on `meta` by the model's recipes."""
     recipes: dict[str, Tensor] = {}
     for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):

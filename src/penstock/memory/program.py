@@ -46,6 +46,8 @@ class AlwaysThere:
 
     device: torch.device | None = None
     """None: the device of its parameters."""
+    dtype: torch.dtype | None = None
+    """None: its parameters' own."""
     collective = False
     """Whether a visit is a collective."""
     moves = False

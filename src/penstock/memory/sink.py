@@ -225,6 +225,11 @@ class Sink:
             home.weights.write(weights if home.whole else weights[home.share])
 
     @property
+    def collective(self) -> bool:
+        """Whether `saved_states` is a collective."""
+        return any(not home.whole or home.split for home in self.homes)
+
+    @property
     def weights(self) -> list[Weight]:
         """The trained weights, in the order of `saved_states`."""
         return [weight for home in self.homes for weight in home.chunk.weights]

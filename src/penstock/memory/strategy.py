@@ -23,7 +23,7 @@ from penstock.memory.adamw import AdamW
 from penstock.memory.arena import Arena
 from penstock.memory.chunks import layout
 from penstock.memory.homes import ChunkHome
-from penstock.memory.placement import AUTO, Budgets, bits_of, known, tiers_of
+from penstock.memory.placement import AUTO, PYTORCH, Budgets, bits_of, known, tiers_of
 from penstock.memory.prepare import Homes, groups_of
 from penstock.memory.program import visits_of
 from penstock.memory.sink import Sink
@@ -69,6 +69,8 @@ class Strategy:
     """Wall seconds spent in each phase since `take_seconds`."""
     models: list[plan.Model] = field(default_factory=list)
     """All models that were prepared."""
+    sharded: list[Any] = field(default_factory=list)
+    """Streams of models on FSDP2 (fsdp.ShardedStream)."""
     latest: Phase | None = None
     """The phase that ran last."""
     arenas: tuple[Arena, Arena] | None = None
@@ -142,6 +144,8 @@ class Strategy:
         and must be the same on every rank. Under gemini_auto the models of one call are placed together. Raises
         ResourceError when a tier's budget is too small.
         """
+        if self.name in PYTORCH and self.world.size > 1:
+            return [self._on_fsdp(model, adamw) for model in models]
         for arena in self.arenas or ():  # cut again when next needed: these models pass through it too
             arena.close()
         self.arenas = None
@@ -167,6 +171,24 @@ class Strategy:
             streams.append(self._stream(model, self.homes.make(model, chunks, visits), moves, adamw))
         self.homes.end()
         return streams
+
+    def _on_fsdp(self, model: Any, adamw: dict[str, Any]) -> Stream:
+        """The model on PyTorch's engine."""
+        from penstock.memory import fsdp  # slow to import
+
+        if self.activation_budget is not None:
+            raise UserError(
+                f"--activation-budget with --strategy {self.name}: FSDP2 gathers a block when it is called, and slices "
+                "do not call it; leave one of the two out, or take --strategy gemini."
+            )
+        tier = self.tiers["device"]
+        assert isinstance(tier, Ram)
+        recompute = plan.recomputes(True, self.recompute)
+        stream = fsdp.prepare(
+            model, self.world, tier, name=self.name, dtype=self.dtype, recompute=recompute, adamw=adamw
+        )  # fmt: skip
+        self.sharded.append(stream)
+        return stream
 
     def _stream(self, model: Any, homes: list[ChunkHome], moves: bool, adamw: dict[str, Any]) -> Stream:
         trained = [home for home in homes if home.chunk.trained]
@@ -213,8 +235,12 @@ class Strategy:
         if self.latest not in (None, name) and self.world.device.type == "cpu":
             compiler.give_back()  # what the other phase freed is scattered among live blocks; a KV cache fits in none
         self.latest = name
+        for stream in self.sharded:
+            stream.unsharding = name == "rollout"
         with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
             yield
+        for stream in self.sharded:
+            stream.reshard()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def take_seconds(self) -> dict[str, float]:

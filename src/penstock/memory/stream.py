@@ -98,11 +98,16 @@ class Stream:
         self.recompute, self.ahead = recompute, ahead
         self.device: torch.device = world.device
         """Where weights are while a part runs."""
+        self.dtype: torch.dtype | None = None
+        """Of weights while a part runs, where they lie in another; None: they do not."""
         self._arenas = arenas
         self._owners = owners(model)
         self._empty = {
-            name: nn.Parameter(torch.empty_like(getattr(*owner), device="meta"), getattr(*owner).requires_grad)
-            for name, owner in self._owners.items()
+            weight.name: nn.Parameter(
+                torch.empty_like(getattr(*self._owners[weight.name]), device="meta"), home.chunk.trained
+            )
+            for home in self.homes
+            for weight in home.chunk.weights
         }
         """Parameters without memory, bound while weights are elsewhere: shapes and dtypes."""
         self._groups: dict[str, list[ChunkHome]] = {}

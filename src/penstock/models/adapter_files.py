@@ -242,14 +242,14 @@ def entries(decoder: Decoder, score: Tensor | None) -> Iterator[Entry]:
     if score is not None:
         yield Entry(SCORE, score.dtype, tuple(score.shape))
     for weight, name, key in _copies(decoder, score):
-        ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta")
+        ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta", dtype=decoder.feed.dtype)
         tensor = weight.write(ours, decoder.config)[name]
         yield Entry(PREFIX + key, tensor.dtype, tuple(tensor.shape))
     written: set[str] = set()
     for adapter in adapters_of(decoder):
         for name, shape in _shapes(adapter).values():
             if name not in written:  # all experts' adapters of a parameter are one tensor
-                yield Entry(name, adapter.a.dtype, shape)
+                yield Entry(name, decoder.feed.dtype or adapter.a.dtype, shape)
             written.add(name)
 
 

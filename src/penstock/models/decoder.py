@@ -324,7 +324,8 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: its weights' own, or that of the weights that int8 ones were made from."""
-        return self.embed.tokens.dtype if self.embed.scales is None else self.embed.scales.dtype
+        own = self.embed.tokens if self.embed.scales is None else self.embed.scales
+        return self.feed.dtype or own.dtype
 
     @property
     def head_weight(self) -> Tensor:

@@ -17,7 +17,7 @@ from penstock.config import recompute_of
 from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
-from penstock.memory.placement import AUTO, SHARD, Row, TierName, bits_of, known
+from penstock.memory.placement import AUTO, PYTORCH, SHARD, Row, TierName, bits_of, known
 from penstock.models import lora_targets, presets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import FAMILIES
@@ -118,8 +118,11 @@ class Setting:
 
 def setting_of(config: PlanConfig) -> Setting:
     """What the flags of `penstock plan` describe, parsed. Raises UserError for a flag that cannot be read."""
+    strategy = known(config.strategy)
+    if strategy in PYTORCH and config.world > 1:
+        raise UserError(f"--strategy {strategy}: FSDP2's bytes are not planned yet; gemini has the same shards.")
     return Setting(
-        strategy=known(config.strategy),
+        strategy=strategy,
         recompute=recompute_of(config),
         budgets={
             "device": bytes_of(config.device_memory, "--device-memory"),

@@ -341,7 +341,7 @@ def write_optimizer(path: Path | None, stream: Stream) -> None:
     sink = stream.sink
     assert sink is not None
     if path is None:
-        if any(not home.whole or home.split for home in sink.homes):
+        if sink.collective:
             for _ in sink.saved_states():
                 pass
         return

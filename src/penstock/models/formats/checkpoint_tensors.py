@@ -19,7 +19,7 @@ def entries(decoder: Decoder, family: Any, score: Tensor | None) -> Iterator[Ent
     if score is not None:
         yield Entry(CLASSIFIER_HEAD, score.dtype, tuple(score.shape))
     for weight in _saved(decoder, family, score):
-        ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta")
+        ours = torch.empty_like(decoder.get_parameter(weight.ours), device="meta", dtype=decoder.feed.dtype)
         for name, tensor in weight.write(ours, decoder.config).items():
             if not weight.expert:  # the first expert's stands for all
                 yield Entry(name, tensor.dtype, weight.stored_shape(tuple(tensor.shape), decoder.config))
