@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock.errors import UserError
 from penstock.kernels.machine import cache_directory, cpu_facts
-from penstock.planner.forecast import Rates
+from penstock.planner.traffic import Rates
 
 
 def path_of(device: str) -> Path:

@@ -29,12 +29,12 @@ from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import (
     TIERS,
     Forecast,
-    Rates,
     forecast,
     one_after_the_other,
     sharing_groups,
     with_slack,
 )  # fmt: skip
+from penstock.planner.traffic import Rates
 from penstock.units import parse_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

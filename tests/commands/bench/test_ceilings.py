@@ -5,7 +5,7 @@ import json
 import pytest
 
 from penstock.planner import machine
-from penstock.planner.forecast import Rates
+from penstock.planner.traffic import Rates
 from tests.conftest import cli
 
 
