@@ -114,7 +114,7 @@ def test_what_fsdp2_does_not_do_is_refused():
     actor = model_of("llama lora")
     quantise_base(actor.decoder, "nf4")
     with pytest.raises(UserError, match="does not shard packed weights"):
-        fsdp.prepare(actor, None, None, name="fsdp", dtype=torch.float32, recompute=True, adamw={})
+        fsdp.prepare(actor, None, None, name="fsdp", dtype=torch.float32, recompute=True, gathers_once=None, adamw={})
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, ("fsdp", "fsdp kept")), (4, ("fsdp", "hsdp"))])

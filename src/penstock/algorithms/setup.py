@@ -134,7 +134,7 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
     for note in notes(setting):
         warnings.warn(note, stacklevel=2)
     strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
-    strategy.few_tokens = planned.few_tokens
+    strategy.few_tokens, strategy.gathers_once = planned.few_tokens, planned.gathers_once
     host = strategy.tiers["host"]
     return host if planned.swapped and isinstance(host, Ram) else None
 
@@ -145,6 +145,7 @@ def setting_of(strategy: Strategy, work: Workload) -> Setting:
     budgets: Any = {name: tier.budget for name, tier in strategy.tiers.items()}
     limits: Any = {"chunk_size": strategy.chunk_size, "activation_budget": strategy.activation_budget}
     limits |= {"arithmetic": arithmetic_of(world.device.type), "rates": known_rates(dtype)}
+    limits |= {"nodes": max(world.size // world.local_size, 1)}
     return Setting(work, strategy.name, dtype, world.size, budgets, strategy.recompute, **limits)
 
 

@@ -33,6 +33,8 @@ from penstock.algorithms.reference import with_reference
 from penstock.autochunk.meter import Meter
 from penstock.config import OptimFlags
 from penstock.data.chat import Example
+from penstock.errors import UserError
+from penstock.memory.placement import PYTORCH
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
@@ -53,6 +55,8 @@ def dry_run(setting: Setting) -> dict[str, Any]:
 
     Raises ResourceError where a budget does not suffice.
     """
+    if setting.strategy in PYTORCH and setting.world > 1:
+        raise UserError(f"--dry-run runs our own engine, and --strategy {setting.strategy} PyTorch's; leave it out.")
     if setting.workload.stored:
         parts = [dry_run(part) for part in one_by_one(setting)]
         traffic = {phase: moved for part in parts for phase, moved in part.pop("traffic").items()}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from penstock.memory.placement import EIGHT_BIT, NAMES, TierName, bits_of, tiers_of
+from penstock.memory.placement import EIGHT_BIT, NAMES, PYTORCH, TierName, bits_of, tiers_of
 from penstock.models import weight_shapes
 from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS, Forecast
@@ -140,6 +140,8 @@ def _strategies(setting: Setting) -> list[str]:
     """The setting's own, then from the one that needs least device memory upward, with moments of the same bits."""
     moments = EIGHT_BIT if bits_of(setting.strategy)[1] == 8 else ""
     names = [name + moments for name in reversed(NAMES) if name != "naive" or setting.world == 1]
+    if moments or setting.world == 1:
+        names = [name for name in names if bits_of(name)[0] not in PYTORCH]
     return [setting.strategy, *(name for name in names if name != setting.strategy)]
 
 

@@ -82,6 +82,11 @@ class World:
         """True on the one rank that writes files and prints."""
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """Ranks on this machine, as torchrun says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensor up over ranks, in place."""
         if self.size > 1 and tensor.numel() >= LARGE and tensor.is_contiguous() and _mailboxes_for(tensor):

@@ -17,7 +17,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from penstock.autochunk.recompute import recomputing
 from penstock.distributed.world import World
 from penstock.errors import UserError
+from penstock.memory import plan
 from penstock.memory.adamw import AdamW, states_of, sum_of_squares
 from penstock.memory.chunks import Chunk, Weight, layout
 from penstock.memory.homes import SUMS
@@ -60,14 +60,13 @@ class ShardedStream(Stream):
     """One model's executor on FSDP2. `prepare` makes it."""
 
     def __init__(
-        self, model: Any, root: Root, modules: dict[str, FSDPModule], tier: Ram, world: World,
-        sink: "ShardedSink | None", recompute: bool, dtype: torch.dtype,
+        self, model: Any, root: Root, modules: dict[str, FSDPModule], world: World, sink: "ShardedSink | None",
+        recompute: bool, dtype: torch.dtype, gathers_once: bool | None,
     ) -> None:  # fmt: skip
         super().__init__(model, (), world, sink=sink, recompute=recompute, ahead=0, arenas=_no_arenas)
         self.dtype, self.moves = dtype, True
-        self._itemsize = dtype.itemsize
         self._root: Any = root
-        self._modules, self._tier = modules, tier
+        self._modules, self._gathers_once = modules, gathers_once
         """`_modules`: the module that gathers each group."""
         self._leases: dict[FSDPModule, int] = dict.fromkeys(modules.values(), 0)
         self._training = False
@@ -117,11 +116,12 @@ class ShardedStream(Stream):
         self._unsharded = True
 
     def _fits(self) -> bool:
-        """Whether this rank has room for the whole model."""
-        nbytes = sum(weight.numel() for weight in self._root.parameters()) * self._itemsize
-        if self._tier.budget is not None:
-            return self._tier.used + nbytes <= self._tier.budget
-        return self.device.type != "cuda" or 2 * nbytes <= torch.cuda.mem_get_info(self.device)[0]
+        """Whether this rank has room for the whole model: as the plan says, or as much again stays free on a GPU."""
+        if self._gathers_once is not None or self.device.type != "cuda":
+            return self._gathers_once is not False
+        assert self.dtype is not None
+        nbytes = sum(weight.numel() for weight in self._root.parameters()) * self.dtype.itemsize
+        return 2 * nbytes <= torch.cuda.mem_get_info(self.device)[0]
 
     def reshard(self) -> None:
         """After a rollout: every rank keeps its shards alone."""
@@ -228,6 +228,7 @@ class ShardedSink(Sink):
             runs = [slice(0, len(shard.weights))] if shard.parameter.dim() > 1 else []
             self.rule.decay(shard.weights, shard.states, runs, lr)
             self.rule.update(shard.weights, shard.states, shard.gradient, lr=lr, scale=scale, step=self.steps)
+            shard.parameter.grad = None  # another model steps next, with gradients of its own
 
     def saved_states(self) -> Iterator[Tensor]:
         """Every weight's `SAVED` states, whole, fp32, on the CPU; all ranks go through it together."""
@@ -291,8 +292,9 @@ class _Shard:
 
 
 def prepare(
-    model: Any, world: World, tier: Ram, *, name: str, dtype: torch.dtype, recompute: bool, adamw: dict[str, Any]
-) -> ShardedStream:
+    model: Any, world: World, tier: Ram, *, name: str, dtype: torch.dtype, recompute: bool, gathers_once: bool | None,
+    adamw: dict[str, Any],
+) -> ShardedStream:  # fmt: skip
     """The model's weights as FSDP2's shards, block by block: at no time is more than one block whole on a rank.
 
     Raises UserError for what FSDP2 does not do, ResourceError where the shards pass the tier's budget.
@@ -304,14 +306,15 @@ def prepare(
             f"--base-dtype with --strategy {name}: FSDP2 does not shard packed weights; leave --base-dtype out, or "
             "take --strategy gemini or ddp."
         )
-    tier.take(_nbytes(weights, _shards(name, world), dtype), f"the shards of {type(model).__name__}")
+    homes = plan.shard_homes(weights, _shards(name, world))
+    tier.take(homes["weights"] + homes["optimizer"], f"the shards of {type(model).__name__}")
     root = Root(model)
     modules = _sharded(root, groups, _mesh(name, world), dtype)
     trained = [weight for weight in weights if weight.trained]
     model.train(bool(trained))
     parameters = dict(model.named_parameters())
     sink = ShardedSink(parameters, trained, world, AdamW(**adamw)) if trained else None
-    return ShardedStream(model, root, modules, tier, world, sink, recompute, dtype)
+    return ShardedStream(model, root, modules, world, sink, recompute, dtype, gathers_once)
 
 
 def _sharded(root: Root, groups: Groups, mesh: DeviceMesh, dtype: torch.dtype) -> dict[str, FSDPModule]:
@@ -373,7 +376,7 @@ def _shards(name: str, world: World) -> int:
     """Ranks that share one copy of a model: under hsdp those of a machine."""
     if name == "fsdp":
         return world.size
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    local = world.local_size
     if world.size % local:
         raise UserError(f"--strategy hsdp: {world.size} ranks are not {local} on every machine; take --strategy fsdp.")
     return local
@@ -385,16 +388,6 @@ def _mesh(name: str, world: World) -> DeviceMesh:
     if shards == world.size:
         return init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
     return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
-
-
-def _nbytes(weights: Sequence[Weight], shards: int, dtype: torch.dtype) -> int:
-    """Bytes on a rank: of trained weights with gradients and moments 16 per element, of frozen ones their own."""
-    per_element = {weight.name: 16 if weight.trained else getattr(torch, weight.dtype).itemsize for weight in weights}
-    return sum(
-        math.ceil(weight.shape[0] / (shards if getattr(torch, weight.dtype) == dtype else 1))
-        * math.prod(weight.shape[1:]) * per_element[weight.name]
-        for weight in weights
-    )  # fmt: skip
 
 
 def _recomputed() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

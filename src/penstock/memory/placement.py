@@ -43,11 +43,11 @@ STRATEGIES: dict[str, Row] = {
     "zero1_cpu":   Row(WHOLE, WHOLE, HOST),
     "zero2":       Row(WHOLE, SHARD, SHARD),
     "zero2_cpu":   Row(WHOLE, HOST, HOST),
+    "hsdp":        Row(SHARD, SHARD, SHARD),
+    "fsdp":        Row(SHARD, SHARD, SHARD),
     "gemini":      Row(SHARD, SHARD, SHARD),
     "gemini_cpu":  Row(HOST, HOST, HOST),
     "gemini_nvme": Row(DISK, HOST, DISK),
-    "fsdp":        Row(SHARD, SHARD, SHARD),
-    "hsdp":        Row(SHARD, SHARD, SHARD),
 }  # fmt: skip
 PYTORCH = ("fsdp", "hsdp")
 """Rows that PyTorch's FSDP2 runs where there are several ranks (fsdp.py); hsdp shards among those of a machine."""

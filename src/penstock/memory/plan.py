@@ -15,7 +15,7 @@ from collections.abc import Container, Hashable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-from penstock.memory.chunks import ITEMSIZE, Chunk
+from penstock.memory.chunks import ITEMSIZE, Chunk, Weight
 from penstock.memory.placement import AUTO, DISK, HOST, SHARD, STRATEGIES, Placement, Row, TierName, bits_of
 
 STATES: dict[int, dict[str, tuple[str, int]]] = {
@@ -263,6 +263,22 @@ def _parts(placement: Placement, world: int) -> int:
 
 def _on(tier: TierName, nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE if tier == "disk" else nbytes
+
+
+MASTER = 4
+"""Bytes of a trained weight's element on FSDP2, of its gradient's, and of each of its moments'."""
+
+
+def shard_homes(weights: Iterable[Weight], shards: int) -> Counter[str]:
+    """Bytes of a rank's shards on FSDP2: weights, grads, optimizer. It cuts each weight's first dimension."""
+    nbytes: Counter[str] = Counter()
+    for weight in weights:
+        count = -(-weight.shape[0] // shards) * (weight.numel // weight.shape[0])
+        nbytes["weights"] += count * (MASTER if weight.trained else ITEMSIZE[weight.dtype])
+        if weight.trained:
+            nbytes["grads"] += count * MASTER
+            nbytes["optimizer"] += 2 * count * MASTER
+    return nbytes
 
 
 # --- slots ------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class Strategy:
     """Visits whose weights are prefetched."""
     few_tokens: int = 0
     """Tokens of a pass without gradients up to which only the experts that they choose come; see plan.few_tokens."""
+    gathers_once: bool | None = None
+    """Whether a device budget holds the whole actor while FSDP2 answers. None: free memory decides."""
     tiers: dict[str, Ram | Disk] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds spent in each phase since `take_seconds`."""
@@ -185,7 +187,8 @@ class Strategy:
         assert isinstance(tier, Ram)
         recompute = plan.recomputes(True, self.recompute)
         stream = fsdp.prepare(
-            model, self.world, tier, name=self.name, dtype=self.dtype, recompute=recompute, adamw=adamw
+            model, self.world, tier, name=self.name, dtype=self.dtype, recompute=recompute,
+            gathers_once=self.gathers_once, adamw=adamw,
         )  # fmt: skip
         self.sharded.append(stream)
         return stream

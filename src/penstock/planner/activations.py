@@ -95,7 +95,7 @@ def activations_of(group: Sequence[tuple[Pass, bool]], recompute: bool | None) -
     Each comes with whether its model's weights move: all micro-batches then share a visit. Several passes go through
     the same weights in turn, so each holds its lasting bytes all the time. `recompute` None: where weights move.
     """
-    passes = [_visits(each, moves, recompute) for each, moves in group]
+    passes = [visits_of(each, moves, recompute) for each, moves in group]
     fullest = 0
     for at in range(max(map(len, passes))):
         current = [visits[min(at, len(visits) - 1)] for visits in passes]
@@ -103,7 +103,8 @@ def activations_of(group: Sequence[tuple[Pass, bool]], recompute: bool | None) -
     return fullest + max(each.cache_bytes + each.teacher_bytes for each, _ in group)
 
 
-def _visits(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
+def visits_of(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
+    """The visits of one pass, in order: of a step with recomputation the parts, the head, and the parts backward."""
     work = each.work
     if each.kind == "generate":
         fullest = max(visit.lasting + visit.passing for visit in _forward(work, 1))

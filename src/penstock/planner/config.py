@@ -22,6 +22,8 @@ class PlanConfig(PlacementFlags):
     dtype: Literal["fp32", "bf16"] = "bf16"
     world: int = 1
     """Processes."""
+    nodes: int = 1
+    """Machines that they are on: hsdp shards a model inside each."""
     lora: int | None = None
     """Train adapters of this rank; all models of one size share one frozen base."""
     lora_targets: tuple[str, ...] = ()

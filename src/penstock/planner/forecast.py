@@ -43,6 +43,8 @@ class Forecast:
     """Bytes of a KV cache that lives in host memory; 0: on the device."""
     few_tokens: int
     """Tokens of a visit, while generating, up to which only the experts that they chose come."""
+    gathers_once: bool = False
+    """Whether FSDP2 gathers all of the actor for a rollout."""
 
     @property
     def peak(self) -> dict[TierName, int]:

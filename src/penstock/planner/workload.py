@@ -23,7 +23,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.families import FAMILIES
 from penstock.models.families.multimodal import text_config
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
-from penstock.planner import footprint, machine
+from penstock.planner import footprint, machine, sharded
 from penstock.planner.activations import Batch, PartWork, Pass, Work, activations_of
 from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import (
@@ -114,15 +114,17 @@ class Setting:
     """Bytes that the activations inside a block may take per micro-batch."""
     arithmetic: tiling.Arithmetic = "narrow"
     rates: Rates = field(default_factory=Rates)
+    nodes: int = 1
+    """Machines that the ranks are on."""
 
 
 def setting_of(config: PlanConfig) -> Setting:
     """What the flags of `penstock plan` describe, parsed. Raises UserError for a flag that cannot be read."""
-    strategy = known(config.strategy)
-    if strategy in PYTORCH and config.world > 1:
-        raise UserError(f"--strategy {strategy}: FSDP2's bytes are not planned yet; gemini has the same shards.")
+    if config.world % config.nodes:
+        raise UserError(f"--nodes {config.nodes}: does not divide --world {config.world}; give the same ranks to each.")
     return Setting(
-        strategy=strategy,
+        strategy=known(config.strategy),
+        nodes=config.nodes,
         recompute=recompute_of(config),
         budgets={
             "device": bytes_of(config.device_memory, "--device-memory"),
@@ -423,6 +425,12 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
         )
         for role, chunks, (_, visits) in zip(work.roles, placed, laid, strict=True)
     }
+    if setting.strategy in PYTORCH and world > 1:
+        shards = world // setting.nodes if setting.strategy == "hsdp" else world
+        return sharded.forecast(
+            models, phases, shards=shards, device=budgets.get("device"), recompute=recompute,
+            rates=setting.rates,
+        )  # fmt: skip
     if not moves and any(model.moving(world) for model in models.values()):
         return _forecast(dataclasses.replace(setting, recompute=recompute is not False), timed, True, swap)
     return forecast(

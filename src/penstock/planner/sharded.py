@@ -1,0 +1,201 @@
+"""What a run on FSDP2 (memory/fsdp.py) holds and moves: its own arithmetic, for PyTorch gathers by rules of its own.
+
+At home a rank has its shards: fp32 weights, gradients and moments of what is trained, frozen weights as they are. Whole
+on a rank are the root's group and two blocks, the one that computes and the one that is being gathered; in backward the
+block's gradients too, in the weights' dtype as autograd makes them and in fp32 as they are sent. Models share no base.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from penstock.memory import plan
+from penstock.memory.chunks import ITEMSIZE, Weight
+from penstock.memory.placement import TierName
+from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
+from penstock.planner.activations import Pass, activations_of, visits_of
+from penstock.planner.forecast import Forecast, with_slack
+from penstock.planner.traffic import Rates, Seconds
+
+ROOT = -1
+STILL = dict.fromkeys(("host_read", "host_written", "disk_read", "disk_written"), 0)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Bytes that a model takes whole on one rank, at most at once."""
+
+    root: int
+    widest: int
+    """A block's."""
+    forward: int
+    """Of a step: the root's group, a block, and what the next one's gather passes through."""
+    turn: int
+    """Where a forward ends and its backward begins: the root's group and its gradients."""
+    backward: int
+    all: int
+    """All weights, with what the last gather passed through."""
+
+
+def whole(model: Model) -> Whole:
+    """How much of a model is gathered at once."""
+    blocks = {group: i for i, groups in enumerate(model.visits[1:-1]) for group in groups}
+    weights, gradients, sums = Counter[int](), Counter[int](), Counter[int]()
+    for group, weight in _weights(model):
+        at, nbytes = blocks.get(group, ROOT), weight.numel * ITEMSIZE[weight.dtype]
+        weights[at] += nbytes
+        if weight.trained:
+            gradients[at] += nbytes
+            sums[at] += weight.numel * plan.MASTER
+    root = weights.pop(ROOT)
+    block = max(weights, key=lambda at: weights[at])
+    widest = weights[block]
+    return Whole(
+        root,
+        widest,
+        root + 2 * widest,
+        root + gradients[ROOT] + widest,
+        max(root + gradients[ROOT] + 2 * widest + gradients[block] + sums[block], gradients[ROOT] + sums[ROOT]),
+        root + sum(weights.values()) + max(root, widest),
+    )
+
+
+def _weights(model: Model) -> list[tuple[str, Weight]]:
+    return [(placed.chunk.group, weight) for placed in model.placed for weight in placed.chunk.weights]
+
+
+def forecast(
+    models: Mapping[str, Model],
+    phases: Mapping[str, Sequence[Pass]],
+    *,
+    shards: int,
+    device: int | None,
+    recompute: bool | None,
+    rates: Rates,
+) -> Forecast:
+    """As forecast.forecast, of ranks of which `shards` hold one copy of the models."""
+    homes = {name: plan.shard_homes((w for _, w in _weights(model)), shards) for name, model in models.items()}
+    resting = sum(home["weights"] + home["optimizer"] for home in homes.values())
+    grads = max(home["grads"] for home in homes.values())  # one model steps at a time
+    gathered = {name: whole(model) for name, model in models.items()}
+    scratch = max((_update_scratch(model, shards) for model in models.values()), default=0)
+    passes = [each for of_phase in phases.values() for each in of_phase]
+    activations = with_slack(max(*(_activations(each, recompute) for each in passes), scratch), 0)
+
+    def answers_fit(each: Pass) -> bool:
+        room = resting + grads + gathered[each.model].all + with_slack(_activations(each, recompute), 0)
+        return device is None or room <= device
+
+    once = all(answers_fit(each) for each in passes if each.kind == "generate")
+    peaks = {
+        phase: max(((_peak(each, gathered[each.model], recompute, once, scratch), each) for each in of_phase),
+                   key=lambda pair: pair[0])
+        for phase, of_phase in phases.items()
+    }  # fmt: skip
+    moved = {
+        phase: [_moved(each, models[each.model], shards, once) for each in of_phase]
+        for phase, of_phase in phases.items()
+    }
+    seconds = {
+        phase: [
+            _seconds(each, nbytes, homes[each.model], rates, plan.recomputes(True, recompute))
+            for each, nbytes in zip(of_phase, moved[phase], strict=True)
+        ]
+        for phase, of_phase in phases.items()
+    }
+    answering = once and "rollout" in phases
+    most_whole = max(max(model.backward, model.all if answering else 0) for model in gathered.values())
+    return Forecast(
+        phases={
+            phase: {"device": resting + (grads if phase == "train" else 0) + nbytes, "host": 0, "disk": 0}
+            for phase, (nbytes, _) in peaks.items()
+        },
+        worst={phase: f"{each.model} {each.kind}" for phase, (_, each) in peaks.items()},
+        objects=_objects(homes, passes, grads, most_whole, recompute),
+        traffic={phase: {**STILL, "ranks": sum(nbytes)} for phase, nbytes in moved.items()},
+        seconds={phase: Seconds(*map(sum, zip(*spent, strict=True))) for phase, spent in seconds.items()},
+        slots=Slots([most_whole], [], most_whole),
+        activations=activations,
+        ahead=1,
+        recompute=recompute,
+        swapped=0,
+        few_tokens=0,
+        gathers_once=once,
+    )
+
+
+def _objects(
+    homes: Mapping[str, Mapping[str, int]], passes: Sequence[Pass], grads: int, whole_bytes: int,
+    recompute: bool | None,
+) -> dict[str, dict[TierName, int]]:  # fmt: skip
+    """Bytes on the device, by what they are, as forecast.Forecast has them."""
+    heads = [each.work.backward_head if each.kind == "step" else each.work.forward_head for each in passes]
+    return {
+        "weights": {"device": sum(home["weights"] for home in homes.values())},
+        "grads": {"device": grads},
+        "optimizer": {"device": sum(home["optimizer"] for home in homes.values())},
+        "slots": {"device": whole_bytes},
+        "activations": {"device": max(_activations(each, recompute) - each.cache_bytes for each in passes)},
+        "kv_cache": {"device": max((each.cache_bytes for each in passes if each.kind == "generate"), default=0)},
+        "head_tile": {"device": max(heads, default=0)},
+        "update_buffers": {},
+    }
+
+
+def _peak(each: Pass, gathered: Whole, recompute: bool | None, once: bool, scratch: int) -> int:
+    """Bytes on top of the shards: what is whole and what is computed, visit by visit."""
+    if each.kind == "generate":
+        reading = 2 * max(gathered.root, gathered.widest)  # one of them at a time, and what its gather passes through
+        return (gathered.all if once else reading) + with_slack(_activations(each, recompute), 0)
+    visits = [visit.lasting + visit.passing for visit in visits_of(_alone(each), True, recompute)]
+    if each.kind == "evaluate":
+        at_blocks = 2 * max(gathered.root, gathered.widest) + with_slack(max(visits[:-1]), 0)
+        return max(at_blocks, gathered.root + with_slack(visits[-1], 0))
+    if len(visits) == 1:  # nothing is recomputed
+        return gathered.backward + with_slack(max(*visits, scratch), 0)
+    turn = len(visits) // 2
+    return max(
+        gathered.forward + with_slack(max(visits[:turn]), 0),
+        gathered.turn + with_slack(visits[turn], 0),
+        gathered.backward + with_slack(max(*visits[turn + 1 :], scratch), 0),
+    )
+
+
+def _activations(each: Pass, recompute: bool | None) -> int:
+    return activations_of([(_alone(each), True)], recompute)
+
+
+def _alone(each: Pass) -> Pass:
+    """FSDP2 trains one micro-batch after the other."""
+    return replace(each, count=1) if each.kind == "step" else each
+
+
+def _update_scratch(model: Model, shards: int) -> int:
+    largest = max((weight.numel // shards for _, weight in _weights(model) if weight.trained), default=0)
+    return min(largest, UPDATE_TILE) * UPDATE_WIDTH[32]
+
+
+def _moved(each: Pass, model: Model, shards: int, once: bool) -> int:
+    """Bytes that a rank gets from others, or sends: weights in the dtype of compute, gradients in fp32."""
+    visits = set(model.visits[0]) | set(model.visits[-1])
+    weights = sum(weight.numel * ITEMSIZE[weight.dtype] for _, weight in _weights(model))
+    root = sum(weight.numel * ITEMSIZE[weight.dtype] for group, weight in _weights(model) if group in visits)
+    sums = sum(weight.numel * plan.MASTER for _, weight in _weights(model) if weight.trained)
+    if each.kind == "generate":
+        passes = 1 if once else each.prefills + each.tokens
+        whole_bytes = each.times * passes * weights
+    elif each.kind == "evaluate":
+        whole_bytes = each.times * (weights + 2 * root)  # for the embedding, the last norm, and the head
+    else:
+        whole_bytes = each.times * each.count * (2 * weights - root + sums)
+    return int(whole_bytes * (shards - 1) / shards)
+
+
+def _seconds(each: Pass, moved: int, home: Mapping[str, int], rates: Rates, twice: bool) -> tuple[float, ...]:
+    """As Seconds: FSDP2 gathers beside computing."""
+    compute, network = each.times * (each.flops + each.decode_flops) / rates.flops, moved / rates.network
+    if twice and each.kind == "step":
+        compute *= 4 / 3
+    touched = each.times * (2 * home["optimizer"] + 3 * home["weights"]) if each.kind == "step" else 0
+    update = touched / rates.host
+    return max(compute, network) + update, compute, 0.0, 0.0, update, network

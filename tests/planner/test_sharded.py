@@ -1,0 +1,108 @@
+"""The plan of FSDP2's rows against what two ranks then hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from penstock.commands.dry_run import dry_run
+from penstock.errors import UserError
+from penstock.models import presets
+from penstock.planner.config import PlanConfig
+from penstock.planner.workload import forecast_of, setting_of
+from tests.conftest import torchrun
+
+ROOT = Path(__file__).parents[2]
+WORKER = """
+import dataclasses, json, sys, weakref, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from penstock.algorithms import functional as fn
+from penstock.algorithms.setup import role_specs, setting_of
+from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.memory.strategy import Strategy
+from penstock.models import presets
+from penstock.models.decoder import Decoder
+from penstock.models.roles import Actor
+from penstock.planner.workload import Workload, forecast_of
+from penstock.rollout.engine import generate
+from penstock.rollout.sampling import Sampling
+
+SHAPE = dict(num_layers=4, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=1024, vocab_size=4096)
+MICRO, ROWS, PROMPT, NEW = 2, 8, 32, 32
+
+class Alive(TorchDispatchMode):
+    "Bytes of all storages, as large as they are now: FSDP2 makes them empty and large again."
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if type(x) in (torch.Tensor, torch.nn.Parameter):  # a DTensor has a size and no memory
+                self.storages.add(x.untyped_storage())
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
+        return result
+
+config = dataclasses.replace(presets.named("s"), max_length=128, **SHAPE)
+for dtype in ("fp32", "bf16"):
+    for recompute in (None, False):
+        strategy = Strategy.named("fsdp", device="cpu", dtype=dtype, recompute=recompute)
+        with strategy.init():
+            actor = Actor(Decoder(config))
+        roles = tuple(dataclasses.replace(role, name="actor") for role in role_specs({"model": actor}))
+        work = Workload("ppo", roles, ROWS, MICRO, ROWS, 1, PROMPT, NEW)
+        planned = forecast_of(setting_of(strategy, work), timed=False)
+        trained = torch.arange(PROMPT + NEW).repeat(MICRO, 1) >= PROMPT
+        tokens, count = torch.full((MICRO, PROMPT + NEW), 5), ROWS // MICRO // strategy.world.size
+        batch = [Rows(tokens, trained)] * count
+        loss_of = lambda hidden, rows: (fn.sft_loss(response_logprobs(actor, hidden, rows), ROWS * NEW), {})
+        read = lambda hidden, rows: response_logprobs(actor, hidden, rows).sum()
+        prompts = [[5] * PROMPT] * (ROWS // strategy.world.size)
+        with Alive() as alive:
+            stream = strategy.prepare(actor)
+            for phase, run in {
+                "train": lambda: strategy.step(stream, batch, loss_of, lr=1e-3),
+                "score": lambda: strategy.evaluate(stream, batch, read),
+                "rollout": lambda: generate(actor.decoder, prompts, Sampling(max_new_tokens=NEW), eos_ids=[]),
+            }.items():
+                alive.peak = 0
+                with strategy.phase(phase):
+                    run()
+                if strategy.world.first:
+                    print(json.dumps([dtype, recompute, phase, planned.phases[phase]["device"] / alive.peak]))
+strategy.world.leave()
+"""
+
+
+def plan(**flags):
+    return setting_of(PlanConfig(model="8b", stage="sft", **flags))
+
+
+def test_shards_and_gathers_by_hand():
+    """8b in bf16: 8.26e9 weights, of which a rank of n keeps 4 + 8 + 4 bytes per n, and gathers 2 per step twice."""
+    config = presets.named("8b")
+    for strategy, nodes, shards in (("fsdp", 1, 16), ("fsdp", 2, 16), ("hsdp", 2, 8)):
+        forecast = forecast_of(plan(strategy=strategy, world=16, nodes=nodes))
+        weights = forecast.objects["weights"]["device"] * shards / 4
+        assert weights == pytest.approx(8.26e9, rel=0.01)
+        assert forecast.objects["optimizer"]["device"] == pytest.approx(8 * weights / shards, rel=0.01)
+        root = config.vocab_size * config.d_model * (1 if config.tied else 2)  # is gathered once in a step
+        expected = (2 * 2 * (weights - root) + 2 * root + 4 * weights) * (shards - 1) / shards
+        assert forecast.traffic["train"]["ranks"] == pytest.approx(expected, rel=0.01)
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(UserError, match="--nodes 3: does not divide --world 16"):
+        plan(strategy="hsdp", world=16, nodes=3)
+    with pytest.raises(UserError, match="--dry-run"):
+        dry_run(plan(strategy="fsdp", world=2))
+
+
+def test_what_two_ranks_hold_is_what_was_planned(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    lines = torchrun(tmp_path / "worker.py", PYTHONPATH=f"{ROOT / 'src'}:{ROOT}").splitlines()
+    assert len(lines) == 12
+    for line in lines:
+        *case, ratio = json.loads(line)
+        assert 1.0 <= ratio <= 1.2, (case, ratio)
