@@ -42,6 +42,9 @@ SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_atte
 ROTARY = SIZES | {"intermediate_size": 96, "max_position_embeddings": 256, "num_key_value_heads": 2}
 GEMMA = ROTARY | {"num_hidden_layers": 7, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+PHI = {"sliding_window": None, "pad_token_id": 0}
+EXPERTS = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2}
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"vocab_size": 256, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}),
     "bloom": ("bloom", {"vocab_size": 256, "hidden_size": 64, "n_layer": 3, "n_head": 4}),
@@ -62,6 +65,24 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", ROTARY | {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
                                      "attention_multiplier": 0.3}),
     "smollm3": ("smollm3", ROTARY | {"num_hidden_layers": 6}),
+    "qwen2, yarn rope": ("qwen2", ROTARY | {"rope_parameters": YARN}),
+    "phi3": ("phi3", ROTARY | PHI),
+    "phi3, partly rotary": ("phi3", ROTARY | PHI | {"partial_rotary_factor": 0.75}),
+    "phi3, longrope": ("phi3", ROTARY | PHI | {"original_max_position_embeddings": 256, "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 256,
+                            "short_factor": [1.0 + i / 4 for i in range(8)], "long_factor": [9.0] * 8}}),
+    "olmo2": ("olmo2", ROTARY),
+    "olmo3, yarn rope": ("olmo3", ROTARY | {"num_hidden_layers": 5, "sliding_window": 8, "rope_parameters": {
+        "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
+    "ministral": ("ministral", ROTARY | {"sliding_window": 128}),
+    "ministral3": ("ministral3", ROTARY | {"head_dim": 32, "rope_parameters": YARN | {
+        "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}}),
+    "mixtral": ("mixtral", ROTARY | {"num_local_experts": 4, "sliding_window": None}),
+    "qwen3_moe": ("qwen3_moe", ROTARY | EXPERTS | {"moe_intermediate_size": 32, "norm_topk_prob": True}),
+    "gpt_oss": ("gpt_oss", ROTARY | EXPERTS | {"sliding_window": 8, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 500.0}}),
+    "gpt_oss, yarn rope": ("gpt_oss", ROTARY | EXPERTS | {"sliding_window": 8, "rope_parameters": YARN | {
+        "truncate": False}}),
 }  # fmt: skip
 """Small configs that llama.cpp has a place for: model_type, what the config says."""
 QUESTIONS = (
@@ -114,7 +135,7 @@ def tiny_jobs(directory: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]
             path = directory / f"{len(jobs)}.gguf"
             gguf_writer.write_model(decoder, path, kind, name=name, tokenizer=None, ends=())  # type: ignore[arg-type]
             jobs[f"{name}, {kind}"] = job(path, prompts), ours
-        if name in ("llama", "gpt2", "gpt_neox", "gemma3"):
+        if name in ("llama", "gpt2", "gpt_neox", "gemma3", "olmo2", "phi3", "mixtral", "qwen3_moe", "gpt_oss"):
             base = Path(jobs[f"{name}, f16"][0]["model"])
             jobs[f"{name}, adapter"] = adapter_job(decoder, base, directory / f"{len(jobs)}.gguf", prompts)
     return jobs

@@ -8,8 +8,11 @@ dequantised one at a time by the gguf package. See `architectures` for settings,
 import functools
 import hashlib
 import json
+import re
 import struct
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from penstock.models.families import FAMILIES, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.formats.architectures import (
     FREQUENCIES,
+    TABLES,
     Architecture,
     architecture_named,
     architecture_of,
@@ -35,6 +39,8 @@ from penstock.models.weight_files import Weights
 SPECIAL = {"bos": "bos", "pad": "padding"}
 OURS = ("transposed", "interleaved")
 """Layouts of weights that a GGUF file holds as we have them, not as Hugging Face does."""
+NUMBER = re.compile(r"\.experts\.(\d+)\.")
+"""Of an expert, in the names of files that hold each of them alone."""
 SUFFIX, STAMP = ".gguf", "gguf.json"
 WHOLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are read as they are. All others become fp32."""
@@ -197,8 +203,7 @@ def _save_config(file: GGUFFile, directory: Path) -> None:
     try:
         if "token_embd.weight" not in shapes:
             raise ValueError("token_embd.weight is missing; is it the first part of a model, or an adapter?")
-        frequencies = file.tensor(FREQUENCIES).numpy() if FREQUENCIES in shapes else None
-        hf = config_json(file.meta, shapes, frequencies)
+        hf = config_json(file.meta, shapes, {name: file.tensor(name).numpy() for name in TABLES if name in shapes})
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{file.path}: {error}.") from error
     except KeyError as error:
@@ -218,43 +223,89 @@ def open_weights(directory: Path) -> Weights:
     hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     architecture, config = architecture_named(file.meta), FAMILIES[hf["model_type"]].config_from_hf(hf)
     stored = stored_names(config)
-    named = {theirs: (name, weight) for theirs, (name, weight) in stored.items() if name in file.tensors}
-    used = {name for name, _ in named.values()} | {FREQUENCIES}
-    named |= {name: (name, Weight("", (name,))) for name in file.tensors if name not in used}
+    named = {theirs: each for theirs, each in stored.items() if each.is_in(file, config)}
+    used = {name for each in named.values() for name in each.names}
+    used |= set(TABLES) if architecture.name == "phi3" else {FREQUENCIES}
+    named |= {name: Stored((name,), Weight("", (name,))) for name in file.tensors if name not in used}
 
     def theirs_of(name: str, tensor: Tensor) -> Tensor:
-        return to_theirs(name, tensor, named[name][1], architecture, config)
+        return to_theirs(name, tensor, named[name].weight, architecture, config)
+
+    def row(name: str, i: int) -> Tensor:
+        if named[name].weight.expert is None:
+            return get(name)[i : i + 1]
+        ours = torch.cat([file.tensor(part, slice(i, i + 1))[0] for part in named[name].names])
+        return named[name].weight.write(ours, config)[name]
 
     def get(name: str) -> Tensor:
-        return theirs_of(name, file.tensor(named[name][0]))
+        if named[name].weight.expert is not None:
+            return torch.cat([row(name, i) for i in range(file.shape(named[name].names[0])[0])])
+        expert, tensor = named[name].row, named[name].names[0]
+        whole = file.tensor(tensor) if expert is None else file.tensor(tensor, slice(expert, expert + 1))[0]
+        return theirs_of(name, whole)
 
     def shape(name: str) -> tuple[int, ...]:
-        stored = torch.empty(file.shape(named[name][0]), device="meta")
+        count, *sizes = file.shape(named[name].names[0])
+        if named[name].weight.expert is not None:
+            ours = torch.empty(sizes[0] * len(named[name].names), *sizes[1:], device="meta")
+            return (count, *named[name].weight.write(ours, config)[name].shape[1:])
+        stored = torch.empty([count, *sizes] if named[name].row is None else sizes, device="meta")
         try:
             return tuple(theirs_of(name, stored).shape)
         except RuntimeError:  # it does not split into heads
             return tuple(stored.shape)
 
     def first(name: str) -> Tensor:
-        return get(name)[:1] if named[name][1].layout in OURS else file.tensor(named[name][0], slice(1))
+        is_own = named[name].row is None and named[name].weight.layout not in (*OURS, "expert", "alternating")
+        return file.tensor(named[name].names[0], slice(1)) if is_own else row(name, 0)
 
-    return Weights(set(named), get, shape, lambda name: file.dtype(named[name][0]), first)
+    return Weights(set(named), get, shape, lambda name: file.dtype(named[name].names[0]), first, row)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a GGUF file holds a weight of Hugging Face's. Example: Stored(("blk.0.ffn_up_exps.weight",), weight, 3)."""
+
+    names: tuple[str, ...]
+    """The tensors: two where Hugging Face has gate and up of all experts in one."""
+    weight: Weight
+    row: int | None = None
+    """Of the tensor, where that holds all experts and Hugging Face's weight is one expert's."""
+
+    def is_in(self, file: GGUFFile, config: DecoderConfig) -> bool:
+        """Whether the file has it, for as many experts as the config says."""
+        if not all(name in file.tensors for name in self.names):
+            return False
+        return self.row is None or file.shape(self.names[0])[0] == config.num_experts
 
 
 @functools.lru_cache(maxsize=4)
-def stored_names(config: DecoderConfig) -> dict[str, tuple[str, Weight]]:
-    """By Hugging Face's name of a weight: the tensor in a GGUF file that holds it, and our line about it."""
+def stored_names(config: DecoderConfig) -> dict[str, Stored]:
+    """By Hugging Face's name of a weight: where a GGUF file holds it, and our line about it."""
     gguf, family = package(), FAMILIES[config.family]
     names_of_kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(names_of_kinds[architecture_of(config.family).name], config.num_layers)
     stored = {}
     for weight in weights_of(family, config):
         for theirs in weight.theirs:
-            stem, _, kind = theirs.rpartition(".")
-            name = names.get_name(stem) or names.get_name(stem.removeprefix(family.PREFIX))
-            if name is not None:
-                stored[theirs] = f"{name}.{kind}", weight
+            number = NUMBER.search(theirs)
+            module, kind = _module(theirs, weight)
+            parts = [module.replace("gate_up", part) for part in ("gate", "up")]
+            modules = parts if weight.layout == "alternating" else [module]
+            tensors = [names.get_name(stem) or names.get_name(stem.removeprefix(family.PREFIX)) for stem in modules]
+            if None not in tensors:
+                full = tuple(f"{tensor}.{kind}" for tensor in tensors)
+                stored[theirs] = Stored(full, weight, int(number[1]) if number else None)
     return stored
+
+
+def _module(theirs: str, weight: Weight) -> tuple[str, str]:
+    """Hugging Face's name of a weight as gguf's table has it: the module of all experts, and weight or bias."""
+    name = NUMBER.sub(".experts.", theirs)
+    if weight.expert is not None and name.endswith("_bias"):
+        return name.removesuffix("_bias"), "bias"
+    stem, _, kind = name.rpartition(".")
+    return (stem, kind) if kind in ("weight", "bias") else (name, "weight")
 
 
 def to_theirs(name: str, tensor: Tensor, weight: Weight, architecture: Architecture, config: DecoderConfig) -> Tensor:
@@ -268,17 +319,23 @@ def to_theirs(name: str, tensor: Tensor, weight: Weight, architecture: Architect
     return tensor
 
 
-def to_gguf(weight: Weight, ours: Tensor, architecture: Architecture, config: DecoderConfig) -> dict[str, Tensor]:
-    """Our tensor as a GGUF file stores it, by Hugging Face's names."""
-    if weight.layout in OURS:
-        return {weight.theirs[0]: ours}
+def to_gguf(
+    weight: Weight, ours: Tensor, architecture: Architecture, config: DecoderConfig, stored: Mapping[str, Stored]
+) -> dict[str, Tensor]:
+    """Our tensor as a GGUF file stores it, by its names there; of experts, one row of those. Raises ValueError for a
+    weight that llama.cpp has no tensor for."""
+    if unknown := [name for name in weight.theirs if name not in stored]:
+        raise ValueError(f"llama.cpp has no tensor for {unknown[0]}")
+    if weight.layout in OURS or weight.expert is not None:
+        names = stored[weight.theirs[0]].names
+        return dict(zip(names, ours.chunk(len(names)), strict=True))
     if architecture.norm_shift and "norm" in weight.ours:
-        return {weight.theirs[0]: ours + architecture.norm_shift}
+        return {stored[weight.theirs[0]].names[0]: ours + architecture.norm_shift}
     tensors = weight.write(ours, config)
     for name, tensor in tensors.items():
         if heads := _turning(name, weight, architecture, config):
             tensors[name] = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    return tensors
+    return {stored[name].names[0]: tensor for name, tensor in tensors.items()}
 
 
 def _turning(name: str, weight: Weight, architecture: Architecture, config: DecoderConfig) -> int:

@@ -3,7 +3,9 @@
 Tensors are made and written one at a time, so that a decoder on `meta` is read from its checkpoint as it is written.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from penstock.models.families import FAMILIES, weights_of
 from penstock.models.families.weights import Weight
 from penstock.models.formats.architectures import (
     FREQUENCIES,
+    LONGROPE,
     architecture_of,
     check_written,
     llama3_divisors,
@@ -32,8 +35,8 @@ GGUFType = Literal["f32", "f16", "q8_0"]
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 Q8_BLOCK = 32
 """Inputs that share a scale in q8_0."""
-ALWAYS_FP32 = ("position_embd",)
-"""Tables that llama.cpp adds to states in fp32."""
+ALWAYS_FP32 = re.compile(r"position_embd.*|blk\.\d+\.ffn_gate_inp\.weight|.*\.bias")
+"""What llama.cpp computes in fp32: tables and biases that it adds, routers."""
 
 
 def write_model(
@@ -46,10 +49,10 @@ def write_model(
     config = decoder.config
     try:
         architecture, settings = architecture_of(config.family), settings_of(config)
-        frequencies = _frequencies(config)
+        tables = _tables(config)
         shapes = {stored: tuple(tensor.shape) for stored, tensor in _meta_tensors(decoder)}
         meta = {f"{architecture.name}.{key}": value for key, value in settings.items()}
-        notes = check_written(config, {"general.architecture": architecture.name} | meta, shapes, frequencies)
+        notes = check_written(config, {"general.architecture": architecture.name} | meta, shapes, tables)
     except ValueError as error:
         raise UserError(f"--format gguf: {error}.") from error
     meta |= {"general.type": "model", "general.name": name, "general.quantization_version": 2}
@@ -63,11 +66,9 @@ def write_model(
     if narrow := sum(1 for stored in kinds if kind == "q8_0" and kinds[stored] == "F16"):
         notes.append(f"{narrow} tensors are f16: their rows are no multiple of {Q8_BLOCK}")
     tensors = {stored: (kinds[stored], shape) for stored, shape in shapes.items()}
-    values = _tensors(decoder)
-    if frequencies is not None:
-        tensors[FREQUENCIES] = "F32", frequencies.shape
-        values = _with_last(values, FREQUENCIES, torch.from_numpy(frequencies))
-    _write(path, architecture.name, meta, tensors, values)
+    tensors |= {stored: ("F32", table.shape) for stored, table in tables.items()}
+    last = ((stored, torch.from_numpy(table)) for stored, table in tables.items())
+    _write(path, architecture.name, meta, tensors, itertools.chain(_tensors(decoder), last))
     return notes
 
 
@@ -83,47 +84,53 @@ def write_adapter(decoder: Decoder, path: Path, *, name: str) -> list[str]:
         architecture = architecture_of(config.family)
     except ValueError as error:
         raise UserError(f"--format gguf: {error}.") from error
-    stored, present = stored_names(config), {name for name, _ in _meta_tensors(decoder)}
+    present = {name for name, _ in _meta_tensors(decoder)}
     alpha = float(adapters[0].alpha)
-    values: dict[str, Tensor] = {}
+    halves: dict[str, list[Tensor]] = {}
     for adapter in adapters:
-        theirs = f"{adapter.target.theirs}.weight"
-        if adapter.target.ours == "":
-            theirs = FAMILIES[config.family].HEAD
-        tensor = stored[theirs][0]
-        if tensor not in present:
-            raise UserError(f"--lora-only: {theirs} is tied to the token table, which has no adapter; leave it out.")
-        a, b = _halves(adapter, theirs, config)
-        # llama.cpp multiplies by alpha / rank, with one alpha for all
-        values[f"{tensor}.lora_a"], values[f"{tensor}.lora_b"] = a, b * (adapter.scale * adapter.rank / alpha)
+        for tensor, (a, b) in _halves(adapter, config).items():
+            if tensor not in present:
+                raise UserError(f"--lora-only: {tensor} is the token table's, which has no adapter; leave it out.")
+            # llama.cpp multiplies by alpha / rank, with one alpha for all
+            halves.setdefault(f"{tensor}.lora_a", []).append(a)
+            halves.setdefault(f"{tensor}.lora_b", []).append(b * (adapter.scale * adapter.rank / alpha))
+    values = {name: torch.stack(parts) if "_exps." in name else parts[0] for name, parts in halves.items()}
     meta = {"general.type": "adapter", "general.name": name, "adapter.type": "lora", "adapter.lora.alpha": alpha}
     tensors = {name: ("F32", tuple(value.shape)) for name, value in values.items()}
     _write(path, architecture.name, meta, tensors, iter(values.items()))
     return []
 
 
-def _halves(adapter: Adapter, theirs: str, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """A and B of an adapter in fp32, with B's rows in the order of the file."""
+def _halves(adapter: Adapter, config: DecoderConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of an adapter in fp32, by the tensor that they are added to, with B's rows in the order of the file.
+
+    An expert's gate and up have one adapter here, and two there, with the same A.
+    """
     a, b = adapter.a.detach().float().cpu(), adapter.b.detach().float().cpu()
-    if adapter.target.ours == "embed":
-        return a.t(), b  # llama.cpp takes rows of A by token
-    weight = adapter.target.weight
-    if weight.layout != "stacked":
-        return a, b
-    whole = torch.zeros(sum(weight.heights(config)), b.shape[1])
-    whole[adapter.target.start : adapter.target.start + adapter.target.height] = b
-    return a, to_gguf(weight, whole, architecture_of(config.family), config)[theirs]
+    stored, target = stored_names(config), adapter.target
+    theirs = FAMILIES[config.family].HEAD if target.ours == "" else f"{target.theirs}.weight"
+    if target.ours == "embed":
+        return {stored[theirs].names[0]: (a.t(), b)}  # llama.cpp takes rows of A by token
+    whole = b
+    if target.weight.layout == "stacked" and target.expert is None:
+        whole = torch.zeros(sum(target.weight.heights(config)), b.shape[1])
+        whole[target.start : target.start + target.height] = b
+    rows = to_gguf(target.weight, whole, architecture_of(config.family), config, stored)
+    wanted = rows if target.expert is not None else stored[theirs].names
+    return {tensor: (a, rows[tensor]) for tensor in wanted}
 
 
-def _frequencies(config: DecoderConfig) -> np.ndarray | None:
+def _tables(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """The tensors that hold rope scaling, [rotary_dim / 2] fp32."""
     scaling = dict(config.rope_scaling)
-    if scaling.pop("rope_type", None) != "llama3":
-        return None
-    return llama3_divisors(config.rope_theta, config.rotary_dim, **scaling)
+    kind = scaling.pop("rope_type", None)
+    if kind == "longrope":
+        return {name: np.array(scaling[key], dtype=np.float32) for key, name in LONGROPE.items()}
+    return {FREQUENCIES: llama3_divisors(config.rope_theta, config.rotary_dim, **scaling)} if kind == "llama3" else {}
 
 
 def _kind(name: str, shape: tuple[int, ...], kind: GGUFType) -> str:
-    if kind == "f32" or len(shape) == 1 or name.startswith(ALWAYS_FP32):
+    if kind == "f32" or len(shape) == 1 or ALWAYS_FP32.fullmatch(name):
         return "F32"
     return "Q8_0" if kind == "q8_0" and shape[-1] % Q8_BLOCK == 0 else "F16"
 
@@ -137,32 +144,39 @@ def _lines(decoder: Decoder) -> Iterator[Weight]:
 
 def _meta_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Names and shapes of what `_tensors` makes."""
-    for weight in _lines(decoder):
-        yield from _stored(decoder, weight, torch.empty_like(decoder.get_parameter(weight.ours), device="meta"))
+    weights = _lines(decoder)
+    return _stored(decoder, ((w, torch.empty_like(decoder.get_parameter(w.ours), device="meta")) for w in weights))
 
 
 def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file, in fp32 on the CPU; weights on `meta` are read from their checkpoint."""
-    with recipe.filling(decoder):
+
+    def read() -> Iterator[tuple[Weight, Tensor]]:
         for weight in _lines(decoder):
             ours = decoder.get_parameter(weight.ours).detach()
             if ours.is_meta:
                 ours = torch.empty_like(ours, device="cpu")
                 recipe.fill(decoder, {weight.ours: ours})
-            yield from _stored(decoder, weight, ours.float().cpu())
+            yield weight, ours.float().cpu()
+
+    with recipe.filling(decoder):
+        yield from _stored(decoder, read())
 
 
-def _stored(decoder: Decoder, weight: Weight, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
-    names = stored_names(decoder.config)
-    for theirs, tensor in to_gguf(weight, ours, architecture_of(decoder.config.family), decoder.config).items():
-        if theirs not in names:
-            raise ValueError(f"llama.cpp has no tensor for {theirs}")
-        yield names[theirs][0], tensor
-
-
-def _with_last(values: Iterator[tuple[str, Tensor]], name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield from values
-    yield name, tensor
+def _stored(decoder: Decoder, weights: Iterable[tuple[Weight, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the file. A block's experts, which stand behind each other, are one tensor."""
+    config = decoder.config
+    architecture, stored = architecture_of(config.family), stored_names(config)
+    experts: dict[str, list[Tensor]] = {}
+    for weight, ours in weights:
+        tensors = to_gguf(weight, ours, architecture, config, stored)
+        if ".experts." not in weight.ours:
+            yield from tensors.items()
+            continue
+        for name, tensor in tensors.items():
+            experts.setdefault(name, []).append(tensor)
+            if len(experts[name]) == config.num_experts:
+                yield name, torch.stack(experts.pop(name))
 
 
 def _write(
