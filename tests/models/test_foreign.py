@@ -27,7 +27,7 @@ from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 from tests.algorithms.test_ppo import REWARD_FN, write_reward_fn
 from tests.algorithms.test_ppo import config as ppo_settings
-from tests.conftest import last_model, metrics
+from tests.conftest import cli, last_model, metrics
 from tests.models.foreign_architectures import ALL, QUICK, saved
 
 LENGTHS = (9, 14, 2, 6)
@@ -235,6 +235,17 @@ def test_the_path_of_a_config_and_its_reason(hf, path, reason):
     taken, why = path_of(hf)
     assert taken == path
     assert reason in why
+
+
+def test_layers_that_hand_each_other_more_than_states_are_refused_before_anything_runs(models, capsys):
+    directory = models("glm_moe_dsa")[1]
+    reason = "its layers hand each other more than states"
+    assert path_of(models("glm_moe_dsa")[0].config.to_dict()) == ("refused", reason)
+    with pytest.raises(UserError, match=reason):
+        pretrained.load(directory, device="meta")
+    for command in (("plan", "--model", directory), ("doctor", directory)):
+        assert cli(*command) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_path_of_a_model_that_transformers_builds(models):

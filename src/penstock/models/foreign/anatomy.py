@@ -20,6 +20,7 @@ ROWS, LENGTH = 2, 5
 """Of the tokens that a model is asked with."""
 STYLES = (0, 1, 2, 3)
 """What a layer returns: the states alone, or a tuple of so many that begins with them."""
+MORE_THAN_STATES = "its layers hand each other more than states"
 
 
 class NoChain(ValueError):
@@ -51,7 +52,8 @@ class Anatomy:
     carried: tuple[int | str, ...] = ()
     """Other arguments of layers that are computed from the embedding's weights (Zamba: the embeddings themselves)."""
     handed: tuple[int, ...] = ()
-    """Which others of a layer's outputs the next layer is called with: they must be None."""
+    """Which others of a layer's outputs the next layer is called with: they must be None. The first layer's are, see
+    `_check_handed`."""
     state_scale: float = 1.0
     logit_scale: float = 1.0
     """What states and logits are multiplied by, at the head."""
@@ -199,9 +201,21 @@ def _record(anatomy: Anatomy, outside: Sequence[nn.Module], style: int) -> None:
     anatomy.handed = tuple(
         i for i in range(len(others)) if any(value is others[i] for _, a, k in calls for value in (*a, *k.values()))
     )
+    if anatomy.handed:
+        _check_handed(anatomy, *calls[0][1:])
     values = [value for _, args, kwargs in calls for value in (*args, *kwargs.values())]
     if any(isinstance(value, dict | list | UserDict) and not value for value in values):
         raise NoChain("its layers share a place in which they leave each other tensors")
+
+
+def _check_handed(anatomy: Anatomy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Runs the first layer, of zeros. RWKV's hands the next one None where text is read whole; GLM-MoE-DSA's hands it
+    the tokens that attention sees."""
+    layer = anatomy.layers[0]
+    with torch.no_grad(), _zeros(list(layer.modules())):
+        others = layer(*args, **kwargs)[1:]
+    if any(others[i] is not None for i in anatomy.handed if i < len(others)):
+        raise NoChain(MORE_THAN_STATES)
 
 
 def _learned(slot: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | str]:

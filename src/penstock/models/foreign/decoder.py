@@ -26,7 +26,7 @@ from penstock.errors import UserError
 from penstock.memory.program import Part
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.foreign.anatomy import Reached, arguments_of, forwards, take_apart, wrapped
+from penstock.models.foreign.anatomy import MORE_THAN_STATES, Reached, arguments_of, forwards, take_apart, wrapped
 from penstock.models.foreign.build import skeleton
 from penstock.models.linear import Linear, linear, precise
 
@@ -285,9 +285,7 @@ class ForeignDecoder(Decoder):
         y = self.blocks[i](*args, **kwargs)
         if isinstance(y, tuple | list):
             if any(y[1 + other] is not None for other in self.anatomy.handed if 1 + other < len(y)):
-                raise UserError(
-                    f"{self.config.family}: its layers hand each other more than states; it is not trained here."
-                )
+                raise UserError(f"{self.config.family}: {MORE_THAN_STATES}; it is not trained here.")
             y = y[0]
         return context.join([y, *pieces[1:]])
 
