@@ -359,6 +359,11 @@ BUGS: list[Bug] = [
     (MEASURING, "the cache of a layer like another is not counted", "again += kinds[kind][1]", "again += 0"),
     (MEASURING, "a long row of a scan holds half as much more", "2 * longest / LONG - 2", "longest / LONG - 1"),
     ("models/foreign/family.py", "a factor of the logits is forgotten", "1 / factor} if factor != 1 else {}", "1.0} if factor != 1 else {}"),
+    # PyTorch's FSDP2
+    ("memory/fsdp.py", "gradients are divided by the ranks", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
+    ("memory/fsdp.py", "copies of a shard count in the norm", ".to(squares.device) / shard.copies(self.world)", ".to(squares.device)"),
+    ("memory/fsdp.py", "a shard's rows are rounded down", "math.ceil(len(whole) / self.mesh.size(dimension))", "len(whole) // self.mesh.size(dimension)"),
+    ("planner/sharded.py", "gradients of the root are not counted", "max(root + gradients[ROOT] + 2 * widest", "max(root + 2 * widest"),
     ("rollout/in_step.py", "rows that go on get the cache of others", "reorder_cache(torch.tensor(rows,", "reorder_cache(torch.arange(len(rows),"),
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from penstock.cli import main
 from penstock.memory.strategy import Strategy
 from penstock.models.roles import Actor
-from penstock.run.session import read_optimizer, write_optimizer
+from penstock.run.optimizer_files import read_optimizer, write_optimizer
 from tests.conftest import ROWS, comparisons, demonstrations, last_model, metrics, save_tiny, torchrun, votes
 
 SHARED = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
@@ -90,8 +90,8 @@ def test_what_a_checkpoint_holds_comes_back_bit_by_bit_under_any_strategy(name, 
     with strategy.init():
         actor = Actor.from_pretrained(str(last_model(run)))
     stream = strategy.prepare(actor)
-    read_optimizer(last_model(run).parent / "model.optimizer.safetensors", 4, stream)
-    write_optimizer(tmp_path / "again.safetensors", stream)
+    read_optimizer(last_model(run).parent / "model.optimizer", 4, stream)
+    write_optimizer(tmp_path / "again", stream)
     assert (tmp_path / "again.safetensors").read_bytes() == (
         last_model(run).parent / "model.optimizer.safetensors"
     ).read_bytes()

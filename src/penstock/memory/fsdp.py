@@ -193,6 +193,10 @@ class ShardedSink(Sink):
         self._shapes = list(shapes)
         self._shards = [_Shard(weight.name, weights[weight.name]) for weight in shapes]
 
+    def shards(self) -> dict[str, Tensor]:
+        """Every state as a DTensor over the shards themselves, by weight.state: what is loaded into it is there."""
+        return {f"{shard.name}.{kind}": shard.saved(kind) for shard in self._shards for kind in SAVED}
+
     @property
     def collective(self) -> bool:
         """Whether `saved_states` is a collective."""
@@ -233,18 +237,18 @@ class ShardedSink(Sink):
     def saved_states(self) -> Iterator[Tensor]:
         """Every weight's `SAVED` states, whole, fp32, on the CPU; all ranks go through it together."""
         for shard in self._shards:
-            for name in SAVED:
-                yield shard.whole(shard.weights if name == "master" else shard.states[name]).cpu()
+            for kind in SAVED:
+                saved = shard.saved(kind)
+                yield (saved.full_tensor() if isinstance(saved, DTensor) else saved).cpu()
 
     def load_states(self, read: Callable[[str, str], Tensor]) -> None:
         """Inverse of `saved_states`. Raises ValueError when they belong to another model."""
         for shard in self._shards:
-            for name in SAVED:
-                saved = read(shard.name, name)
+            for kind in SAVED:
+                saved = read(shard.name, kind)
                 if saved.shape != shard.parameter.shape:
                     raise ValueError("the optimizer state in the checkpoint belongs to a model of another size")
-                own = shard.weights if name == "master" else shard.states[name]
-                own.copy_(shard.part(saved))
+                shard.state(kind).copy_(shard.part(saved))
 
 
 class _Shard:
@@ -267,19 +271,22 @@ class _Shard:
         """How many ranks have these same elements."""
         return world.size if self.mesh is None else world.size // self.mesh.size(self.mesh.ndim - 1)
 
-    def whole(self, part: Tensor) -> Tensor:
-        """Every rank's [n] -> the whole weight's shape."""
-        parameter = self.parameter
+    def state(self, kind: str) -> Tensor:
+        """[n]: this rank's elements of one of SAVED."""
+        return self.weights if kind == "master" else self.states[kind]
+
+    def saved(self, kind: str) -> Tensor:
+        """The same memory in the weight's shape, as a DTensor where ranks share it."""
+        parameter, state = self.parameter, self.state(kind)
         if not isinstance(parameter, DTensor):
-            return part.view(parameter.shape)
-        local = part.view(parameter.to_local().shape)
+            return state.view(parameter.shape)
         return DTensor.from_local(
-            local, parameter.device_mesh, parameter.placements, run_check=False,
+            state.view(parameter.to_local().shape), parameter.device_mesh, parameter.placements, run_check=False,
             shape=parameter.shape, stride=parameter.stride(),
-        ).full_tensor()  # fmt: skip
+        )  # fmt: skip
 
     def part(self, whole: Tensor) -> Tensor:
-        """The inverse: [n]."""
+        """This rank's elements of the whole weight: [n]."""
         if self.mesh is None:
             return whole.reshape(-1)
         dimension = self.mesh.ndim - 1  # a mesh's last one shards, as torch.chunk cuts

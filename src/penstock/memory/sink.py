@@ -224,6 +224,11 @@ class Sink:
                 state.write(whole[name][home.share.start // home.per(name) : home.share.stop // home.per(name)])
             home.weights.write(weights if home.whole else weights[home.share])
 
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's parts of what `saved_states` gives whole, by weight.state, where PyTorch can write and read them
+        as they lie; else nothing."""
+        return {}
+
     @property
     def collective(self) -> bool:
         """Whether `saved_states` is a collective."""

@@ -2,7 +2,8 @@
 
 checkpoints/step-000100/manifest.json        size and sha256 of every other file
 checkpoints/step-000100/model/ [critic/]     Hugging Face directories
-checkpoints/step-000100/model.optimizer.safetensors    fp32 masters and moments, by weight name [critic. ...]
+checkpoints/step-000100/model.optimizer.safetensors    fp32 masters and moments, by weight name [critic. ...]; of
+                        model.optimizer/               FSDP2's shards: a file of torch.distributed.checkpoint per rank
 checkpoints/step-000100/state.safetensors    tensors of generators and of experience in flight
 checkpoints/step-000100/state.json           everything else
 checkpoints/weights-000120/                  as above without optimizer and state: the best, between two checkpoints

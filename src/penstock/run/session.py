@@ -17,19 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import safetensors
 import torch
 
 from penstock import flags
 from penstock.distributed.world import World
 from penstock.errors import PenstockError, ResourceError, UserError
-from penstock.memory.sink import SAVED
 from penstock.memory.strategy import StepStats
 from penstock.memory.stream import Stream
-from penstock.models import safetensors_writer
 from penstock.run import checkpoint
 from penstock.run.directory import RunDirectory
 from penstock.run.metrics import Lines, peak_rss_bytes
+from penstock.run.optimizer_files import read_optimizer, write_optimizer
 from penstock.run.progress import Progress
 
 STREAMS = ("metrics", "perf", "samples", "health")
@@ -262,7 +260,7 @@ class Session:
         if self._newest is None or self.state is None:
             return
         for name, stream in models.items():
-            read_optimizer(self._newest / f"{name}.optimizer.safetensors", self.state["updates"][name], stream)
+            read_optimizer(self._newest / f"{name}.optimizer", self.state["updates"][name], stream)
 
     def checkpoint(
         self, step: int, models: Mapping[str, Stream], state: Callable[[], dict[str, Any]], *, best: bool = False
@@ -316,7 +314,7 @@ class Session:
                     stream.model.save_pretrained(directory / name)
                     self.finishing(directory / name)
                     if state is not None:
-                        write_optimizer(directory / f"{name}.optimizer.safetensors", stream)
+                        write_optimizer(directory / f"{name}.optimizer", stream)
                 if state is not None:
                     checkpoint.write_state(directory / "state", state | own)
 
@@ -331,29 +329,3 @@ class Session:
                 if state is not None:
                     write_optimizer(None, stream)
         self.world.broadcast(None)  # no rank goes on before the checkpoint is whole
-
-
-def write_optimizer(path: Path | None, stream: Stream) -> None:
-    """Every trained weight's fp32 master and moments, by name: any strategy and world size can resume from them.
-
-    path: None on ranks that only gather.
-    """
-    sink = stream.sink
-    assert sink is not None
-    if path is None:
-        if sink.collective:
-            for _ in sink.saved_states():
-                pass
-        return
-    entries = [
-        safetensors_writer.Entry(f"{weight.name}.{kind}", torch.float32, weight.shape)
-        for weight in sink.weights
-        for kind in SAVED
-    ]
-    safetensors_writer.write(path, entries, sink.saved_states(), {"format": "pt"})
-
-
-def read_optimizer(path: Path, updates: int, stream: Stream) -> None:
-    """Loads the masters and moments that `write_optimizer` wrote after that many updates, bit by bit."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        stream.restore(updates, lambda weight, kind: file.get_tensor(f"{weight}.{kind}"))
