@@ -7,6 +7,7 @@ torch.distributed.checkpoint, which every rank writes its part of: all ranks see
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -65,7 +66,7 @@ def saved_states(path: Path) -> Iterator[Callable[[str, str], Tensor]]:
         return
     import torch.distributed.checkpoint as dcp
 
-    sizes = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    sizes: Any = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
 
     def read(weight: str, kind: str) -> Tensor:
         name = f"{weight}.{kind}"
