@@ -365,6 +365,18 @@ BUGS: list[Bug] = [
     ("memory/fsdp.py", "a shard's rows are rounded down", "math.ceil(len(whole) / self.mesh.size(dimension))", "len(whole) // self.mesh.size(dimension)"),
     ("planner/sharded.py", "gradients of the root are not counted", "max(root + gradients[ROOT] + 2 * widest", "max(root + 2 * widest"),
     ("rollout/in_step.py", "rows that go on get the cache of others", "reorder_cache(torch.tensor(rows,", "reorder_cache(torch.arange(len(rows),"),
+    # several ranks, and devices that are not the CPU
+    (DECODER, "a rank without rows returns states on the CPU", "dtype=self.dtype, device=self.device)", "dtype=self.dtype)"),
+    ("distributed/world.py", "a second attempt reads the keys of the first",
+     "dist.PrefixStore(attempt(store, rank, size), store)", 'dist.PrefixStore("attempt", store)'),
+    ("distributed/cores.py", "a rank that its launcher has bound shares its own cores again",
+     "len(os.sched_getaffinity(os.getppid()) | own)", "len(own)"),
+    ("run/session.py", "a second SIGTERM costs the checkpoint",
+     "if self._signal and signum == signal.SIGINT:", "if self._signal:"),
+    (ADAM, "gradients are not clipped on Apple's GPU",
+     'divides = weights.device.type in ("cpu", "cuda")', "divides = True"),
+    (SINK, "the norm is in fp64 on a device that has none",
+     "dtype=torch.float64, device=self.world.exact)", "dtype=torch.float64, device=self.world.device)"),
 ]  # fmt: skip
 
 

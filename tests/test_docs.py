@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.__main__ import BENCHMARKS
 from penstock import cli
@@ -109,8 +110,12 @@ def test_commands_and_make_targets_exist(page):
 SOURCES = [path for folder in ("src", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.[pjs][yhs]*")]
 SOURCE_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in [*SOURCES, ROOT / "Makefile"])
 WORDS = set(re.findall(r"\w+", SOURCE_TEXT))
-FOREIGN_FLAGS = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint"}
-"""torchrun's."""
+FOREIGN_FLAGS = {
+    "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts",
+    "--requeue", "--signal",
+}  # fmt: skip
+"""torchrun's and Slurm's."""
+FOREIGN_NAMES = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
 DATA_FILE = re.compile(r".*\.(?:json|jsonl|toml|html|txt|md|safetensors|parquet|gz|png|bin|pt)")
 
 
@@ -151,7 +156,7 @@ def missing_names(text: str, page: Path) -> list[str]:
             owners = [known[owner] for owner in (scope, scope.title()) if owner in known]  # strategy.init: Strategy's
             if owners and member not in set.union(*owners) and member not in known:
                 missing.append(name)
-        elif re.fullmatch(r"[A-Za-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", name) and name not in WORDS:
+        elif re.fullmatch(r"[A-Za-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", name) and name not in WORDS | FOREIGN_NAMES:
             missing.append(name)
     return missing
 
@@ -165,6 +170,18 @@ def test_a_name_that_does_not_exist_is_noticed():
     wrong = "`memory/nothing.py` `functional.nothing` `Strategy.nothing` `--no-such-flag` `NoSuchClass` `no_function`"
     right = "`memory/plan.py` `functional.gae` `strategy.init()` `--lora-targets` `RewardModel` `kl_k2` `config.json`"
     assert missing_names(f"{right} {wrong}", ROOT / "README.md") == re.findall(r"`(.+?)`", wrong)
+
+
+def test_what_launchers_read_is_well_formed():
+    """Scripts and manifests for machines that no test has."""
+    blocks = BLOCK.findall((ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"))
+    scripts = [text for language, _, text in blocks if language == "sh"]
+    manifests = [yaml.safe_load_all(text) for language, _, text in blocks if language == "yaml"]
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
+    kinds = [document.get("kind", "SkyPilot") for manifest in manifests for document in manifest]
+    assert kinds == ["Service", "Job", "SkyPilot"]
+    assert len(scripts) == 3
 
 
 def test_the_page_of_commands_is_what_the_commands_say():

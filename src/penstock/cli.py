@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from penstock.errors import PenstockError, ResourceError, UserError
@@ -107,7 +108,7 @@ COMMANDS: dict[str, Command] = {
         "commands.doctor:doctor", "model", "penstock doctor Qwen/Qwen3-0.6B",
     ),
     "resume": Command(
-        "continue a run that was stopped or killed", "config:ResumeConfig", "cli:resume", "run",
+        "continue a run that was stopped or killed", "commands.config:ResumeConfig", "cli:resume", "run",
         "penstock resume runs/ppo",
     ),
 }  # fmt: skip
@@ -172,6 +173,10 @@ def _run(arguments: list[str]) -> int | None:
         print(help_text(config_class, name, command.example, command.positional))
         return 0
     config = parse(config_class, arguments[len(name.split()) :], name, command.positional)
+    run: Any = getattr(config, "run", None)
+    if getattr(run, "resume_if_present", False) and (Path(run.out) / "config.toml").exists():
+        load(command.function)(as_begun(config, name), resume=True)
+        return None
     code = load(command.function)(config)
     return code if isinstance(code, int) else None
 
@@ -232,6 +237,40 @@ def resume(config: Any) -> None:
     command = COMMANDS[name]
     run_config = from_dict(load(command.config), {**OLD_DEFAULTS.get(name, {}), **saved, "out": path, **overrides})
     load(command.function)(run_config, resume=True)
+
+
+MAY_CHANGE = ("device", "strategy", "device_memory", "host_memory", "disk", "json", "keep", "resume_if_present")
+"""Flags that a run goes on with as the command line has them, if it has them."""
+
+
+def as_begun(config: Any, name: str) -> Any:
+    """The run in `config.run.out` as --resume-if-present goes on with it: with the flags in its config.toml.
+
+    Raises UserError where this command line has others, but for placement; the length is the run's own, and said.
+    """
+    from penstock.config import OLD_DEFAULTS
+    from penstock.flags import from_dict, to_dict, with_absolute_paths
+    from penstock.run.directory import RunDirectory
+
+    given, path = with_absolute_paths(to_dict(config)), config.run.out
+    saved = RunDirectory.peek(path)
+    if (began := saved.pop("command")) != name:
+        raise UserError(f"--out {path}: is a run of penstock {began}, and this is penstock {name}; choose another.")
+    changes = {flag: given[flag] for flag in MAY_CHANGE if flag in given}
+    begun = from_dict(type(config), {**OLD_DEFAULTS.get(name, {}), **saved, **changes, "out": path})
+    flags = with_absolute_paths(to_dict(begun))
+    for flag in sorted({*given, *flags}):
+        if given.get(flag) == flags.get(flag) or (flag in ("dtype", "strategy", "date") and flag not in given):
+            continue
+        spelled, own = f"--{flag.replace('_', '-')}", flags.get(flag, "none")
+        if flag not in ("steps", "epochs"):
+            raise UserError(
+                f"{spelled}: --resume-if-present goes on with a run as it was begun, and {path} was begun with "
+                f"{own}; give that, or another --out."
+            )
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{spelled} {own}, as {path}/config.toml says; penstock resume {path} changes it", file=sys.stderr)
+    return begun
 
 
 def _refused(error: Exception) -> PenstockError | None:

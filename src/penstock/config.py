@@ -131,7 +131,7 @@ class RunFlags(EngineFlags):
     """The run directory."""
 
     out: str
-    """Run directory; must not exist yet or be empty."""
+    """Run directory; must not exist yet or be empty (but for --resume-if-present)."""
     seed: int = 0
     """The same seed, data and machine give the same weights, byte for byte, on a CPU."""
     activation_budget: str | None = None
@@ -141,6 +141,8 @@ class RunFlags(EngineFlags):
     """Steps between checkpoints. SIGTERM and Ctrl-C write one too."""
     keep: int = 2
     """Newest checkpoints that are kept; the best one is kept as well."""
+    resume_if_present: bool = False
+    """Go on with the run in --out if there is one, else begin it: for launchers that start a command line again."""
     json: bool = False
     """Print one JSON object per step instead of the live line."""
 
@@ -481,18 +483,3 @@ OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """What a run did that was begun before a flag existed, by command: values for a config.toml that lacks the flag."""
-
-
-@dataclass(frozen=True)
-class ResumeConfig(BudgetFlags, DeviceFlags):
-    """Continue a run that was stopped or killed, with the flags in its config.toml; only placement and length may
-    change."""
-
-    run: str
-    """Run directory."""
-    steps: int | None = None
-    """Steps of the whole run, with those that are made. Default: as before."""
-    epochs: int | None = None
-    """Not ppo: passes over the data in the whole run, with those that are made. Default: as before."""
-    strategy: str | None = None
-    """Where weights, gradients and optimizer states are kept. Default: as before."""

@@ -14,7 +14,18 @@ from penstock.algorithms.ppo import ppo
 from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.distributed.world import World
 from penstock.errors import UserError
-from tests.conftest import PATIENCE, cli, comparisons, demonstrations, metrics, ppo_config, torchrun, votes
+from tests.conftest import (
+    PATIENCE,
+    cli,
+    comparisons,
+    demonstrations,
+    metrics,
+    ppo_config,
+    save_tiny,
+    torchrun,
+    votes,
+    write_jsonl,
+)
 
 SCORE = """
 def score(prompts, responses, *, response_ids=None, **_):
@@ -28,6 +39,32 @@ EXPERTS = {
 }  # fmt: skip
 
 
+STAGES = ["sft", "experts", "reward", "ppo", "ppo fsdp", "grpo", "dpo", "kto", "distill", "distill stored"]
+
+
+def command_line(stage, folder, *shared):
+    """A stage on tiny data, in whose steps and rollouts ranks have different numbers of rows, of different lengths."""
+    model = save_tiny(folder / "model")
+    if stage.startswith(("ppo", "grpo")):
+        (folder / "fn.py").write_text(SCORE)
+        data = write_jsonl(folder / "prompts.jsonl", [{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
+        own = ["ppo", "--actor", model, "--no-value-warmup"] if stage.startswith("ppo") else ["grpo", "--model", model,
+               "--group-size", "2"]  # fmt: skip
+        return [*own, "--reward-fn", f"{folder}/fn.py:score", "--data", data, *shared, "--max-new-tokens", "6",
+                "--mini-batch-size", "3"]  # fmt: skip
+    rows = {"kto": votes, "reward": comparisons, "dpo": comparisons}.get(stage, demonstrations)
+    data = write_jsonl(folder / f"{rows.__name__}.jsonl", rows(20))
+    if stage.startswith("distill"):
+        teacher = save_tiny(folder / "teacher", 1, num_layers=3)
+        more = "--precompute-teacher" if stage == "distill stored" else "--on-policy 0.5 --max-new-tokens 6"
+        return ["distill", "--model", model, "--teacher", teacher, "--data", data, *shared, "--teacher-top-k", "5",
+                "--eval-every", "2", "--seed", "1", *more.split()]  # fmt: skip
+    if stage == "experts":
+        return ["sft", "--model", save_tiny(folder / "experts", **EXPERTS), "--data", data, *shared,
+                "--router-aux-loss-coef", "0.3", "--recompute"]  # fmt: skip
+    return [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]
+
+
 def curves(arguments, out, ranks, strategy="ddp"):
     command = [*arguments, "--out", str(out), "--device", "cpu", "--strategy", strategy]
     if ranks > 1:
@@ -37,38 +74,19 @@ def curves(arguments, out, ranks, strategy="ddp"):
     return metrics(out)
 
 
-@pytest.mark.parametrize(
-    "stage", ["sft", "experts", "reward", "ppo", "ppo fsdp", "grpo", "dpo", "kto", "distill", "distill stored"]
-)
-def test_two_ranks_learn_what_one_learns(stage, tmp_path, tiny_model, jsonl):
-    model = tiny_model()
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_learn_what_one_learns(stage, tmp_path):
     shared = ["--max-length", "32", "--batch-size", "6", "--micro-batch-size", "2", "--steps", "4", "--lr", "1e-3"]
-    if stage.startswith("ppo"):
-        (tmp_path / "fn.py").write_text(SCORE)
-        data = jsonl([{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
-        arguments = ["ppo", "--actor", model, "--reward-fn", f"{tmp_path}/fn.py:score", "--data", data, *shared,
-                     "--max-new-tokens", "6", "--no-value-warmup", "--mini-batch-size", "3"]  # fmt: skip
-    elif stage == "grpo":
-        (tmp_path / "fn.py").write_text(SCORE)
-        data = jsonl([{"prompt_ids": [1, 3 + i, *range(3, 3 + i)]} for i in range(9)])
-        arguments = ["grpo", "--model", model, "--reward-fn", f"{tmp_path}/fn.py:score", "--data", data, *shared,
-                     "--max-new-tokens", "6", "--mini-batch-size", "3", "--group-size", "2"]  # fmt: skip
-    elif stage.startswith("distill"):
-        teacher = tiny_model("teacher", 1, num_layers=3)
-        more = "--precompute-teacher" if stage == "distill stored" else "--on-policy 0.5 --max-new-tokens 6"
-        arguments = ["distill", "--model", model, "--teacher", teacher, "--data", jsonl(demonstrations(20)), *shared,
-                     "--teacher-top-k", "5", "--eval-every", "2", "--seed", "1", *more.split()]  # fmt: skip
-    elif stage == "experts":
-        arguments = ["sft", "--model", tiny_model("experts", **EXPERTS), "--data", jsonl(demonstrations(20)), *shared,
-                     "--router-aux-loss-coef", "0.3", "--recompute"]  # fmt: skip
-    else:
-        rows = {"sft": demonstrations, "kto": votes}.get(stage, comparisons)
-        data = jsonl(rows(20))
-        arguments = [stage, "--model", model, "--data", data, *shared, "--eval-every", "2"]
+    arguments = command_line(stage, tmp_path, *shared)
     strategy = "fsdp" if stage.endswith("fsdp") else "ddp"
     alone, together = (curves(arguments, tmp_path / f"{ranks}", ranks, strategy) for ranks in (1, 2))
     assert len(alone) == len(together) == 4
     assert ("aux_loss" in alone[0]) == (stage == "experts")
+    assert_near(alone, together)
+
+
+def assert_near(alone, together):
+    """Of rows of metrics."""
     for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys()
         for key in a:

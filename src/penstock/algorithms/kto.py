@@ -174,9 +174,9 @@ class KTO:
         works += [(self.policy, others, partial(row_logprobs, self.policy.model))] if measures_kl else []
         with self.strategy.phase("score"):
             ref_logps, *policy_logps = self.strategy.evaluate_all(works)
-        kl = torch.zeros((), dtype=torch.float64, device=world.device)
+        kl = torch.zeros((), dtype=torch.float64, device=world.exact)
         for ours, theirs in zip(policy_logps[0] if measures_kl else [], ref_logps[len(matched) :], strict=True):
-            kl += (ours - theirs).double().sum()
+            kl += (ours - theirs).to(world.exact).double().sum()
         liked = torch.tensor([vote.liked for vote in share], dtype=torch.bool, device=world.device).split(size)
         rows = [Votes(x.tokens, x.trained, y, z) for x, y, z in zip(matched, liked, ref_logps, strict=False)]
         return Batch(rows, max(float(world.sum(kl)) / len(votes), 0.0), len(votes))
@@ -190,14 +190,15 @@ class KTO:
     def evaluate(self, votes: Sequence[Judged]) -> dict[str, float]:
         """Metrics of held-out votes, in parts of a batch at most, each with its own z0."""
         parts = math.ceil(len(votes) / self.optim.batch_size)
-        sums, kl = torch.zeros(len(SUMS), dtype=torch.float64, device=self.strategy.world.device), 0.0
+        world = self.strategy.world
+        sums, kl = torch.zeros(len(SUMS), dtype=torch.float64, device=world.exact), 0.0
         for batch in (self.score(votes[part::parts]) for part in range(parts)):
             kl += batch.kl * batch.total / len(votes)
             with self.strategy.phase("score"):
                 losses = self.strategy.evaluate(self.policy, batch.micro_batches, self.loss(batch.kl, len(votes)))
             for loss, stats in losses:
-                sums += torch.stack([{"loss": loss, **stats}[name].double() for name in SUMS])
-        return summary(dict(zip(SUMS, self.strategy.world.sum(sums).tolist(), strict=True)), kl)
+                sums += torch.stack([{"loss": loss, **stats}[name].to(world.exact).double() for name in SUMS])
+        return summary(dict(zip(SUMS, world.sum(sums).tolist(), strict=True)), kl)
 
     def loss(self, kl: float, count: int) -> LossOf:
         """A micro-batch's part of the mean loss over `count` votes, and sums of TRL's metrics by liked and disliked."""

@@ -85,7 +85,8 @@ def read_model(role: Any, source: str, config: Any, strategy: Strategy, session:
     with strategy.init():
         model = role.from_pretrained(address, allow_pickle=config.data.allow_pickle, **options)
     if strategy.world.device.type != "cpu":
-        products = ", products in TF32" if strategy.dtype == torch.float32 else ""
+        narrows = strategy.world.device.type == "cuda" and strategy.dtype == torch.float32
+        products = ", products in TF32" if narrows else ""
         session.say(f"{strategy.world.device}: --strategy {strategy.name} --dtype {NAME_OF[strategy.dtype]}{products}")
     check_adapter_learns(model, config.peft)
     encoder = encoder_of(address, model.decoder.config, config.data, reserve=reserve)

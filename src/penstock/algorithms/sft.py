@@ -151,8 +151,8 @@ def heldout_loss(strategy: Strategy, stream: Stream, examples: Sequence[Example]
     world = strategy.world
 
     def read(hidden: Tensor, rows: Rows) -> Tensor:
-        return response_logprobs(stream.model, hidden, rows).double().sum()
+        return response_logprobs(stream.model, hidden, rows).to(world.exact).double().sum()
 
     sums = strategy.evaluate(stream, micro_batches(world.share_of(list(examples)), size, world.device), read)
-    total = -sum(sums, torch.zeros((), dtype=torch.float64, device=world.device))
+    total = -sum(sums, torch.zeros((), dtype=torch.float64, device=world.exact))
     return float(world.sum(total)) / max(trained_tokens(examples), 1)

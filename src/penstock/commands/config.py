@@ -1,9 +1,19 @@
-"""The flags of commands that no other floor reads: generate, chat, export, demo, doctor, data. No torch in here."""
+"""The flags of commands that no other floor reads: generate, chat, export, demo, doctor, data, resume. No torch in
+here."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.config import DataFlags, Flags, InferenceFlags, RewardFlags, SamplingFlags, TemplateFlags
+from penstock.config import (
+    BudgetFlags,
+    DataFlags,
+    DeviceFlags,
+    Flags,
+    InferenceFlags,
+    RewardFlags,
+    SamplingFlags,
+    TemplateFlags,
+)
 
 
 @dataclass(frozen=True)
@@ -133,3 +143,18 @@ class DemoConfig(Flags):
     """Also GRPO, RLOO, DPO, online DPO and KTO from the same SFT model, in one table."""
     json: bool = False
     """Print report.json at the end."""
+
+
+@dataclass(frozen=True)
+class ResumeConfig(BudgetFlags, DeviceFlags):
+    """Continue a run that was stopped or killed, with the flags in its config.toml; only placement and length may
+    change."""
+
+    run: str
+    """Run directory."""
+    steps: int | None = None
+    """Steps of the whole run, with those that are made. Default: as before."""
+    epochs: int | None = None
+    """Not ppo: passes over the data in the whole run, with those that are made. Default: as before."""
+    strategy: str | None = None
+    """Where weights, gradients and optimizer states are kept. Default: as before."""

@@ -2,11 +2,18 @@
 
 Ranks come from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE); the backend from the device: NCCL on a GPU,
 gloo on a CPU.
+
+[Note: a name per attempt] torchrun restarts all ranks when one fails, and the store that they meet in stays: it is the
+launcher's. The second attempt would read the first one's keys (who has joined, who is gone). TORCHELASTIC_RESTART_COUNT
+does not tell attempts apart: every host counts its own failures alone. So the first rank makes a name up, and goes on
+when all others have answered to that name; an answer to an older one is never read.
 """
 
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from penstock.distributed import heartbeat, shared_memory
+from penstock.distributed import cores, heartbeat, shared_memory
 from penstock.errors import ResourceError, UserError
 
 PATIENCE = datetime.timedelta(hours=2)
@@ -59,11 +66,12 @@ class World:
         own = torch.device(device or device_type)
         if own.type == "cuda":
             if size > 1 or own.index is None:
-                own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                own = torch.device("cuda", _local_index())
             if own.index >= torch.cuda.device_count():
                 raise UserError(f"{own}: this machine has {torch.cuda.device_count()} GPUs; see penstock doctor.")
             torch.cuda.set_device(own)
         if size > 1 and not dist.is_initialized():
+            _use_cores(own)
             _begin("nccl" if own.type == "cuda" else "gloo", rank, size)
         return World(rank, size, own)
 
@@ -76,6 +84,11 @@ class World:
                 _heartbeat = None
             _mailboxes = None
             dist.destroy_process_group()
+
+    @property
+    def exact(self) -> torch.device:
+        """Where sums in fp64 are taken; see `exact_beside`."""
+        return exact_beside(self.device)
 
     @property
     def first(self) -> bool:
@@ -151,6 +164,30 @@ class World:
         return items[self.rank :: self.size]
 
 
+def exact_beside(device: torch.device) -> torch.device:
+    """The device itself, or the CPU beside one that has no fp64: Apple's GPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _local_index() -> int:
+    """Which of the GPUs that this process sees is its own. Slurm can give every rank one, and hide the others."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return 0 if len(visible) == 1 and torch.cuda.device_count() == 1 else local
+
+
+def _use_cores(device: torch.device) -> None:
+    """This rank's share of the machine's cores, near its GPU; nothing where the user has chosen himself."""
+    count = cores.threads(dict(os.environ))
+    if count is None:
+        return
+    if device.type == "cuda":
+        facts: Any = torch.cuda.get_device_properties(device)
+        near = cores.bind(f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0")
+        count = min(count, len(near) or count)
+    torch.set_num_threads(count)
+
+
 def _mailboxes_for(tensor: Tensor) -> shared_memory.Mailboxes | None:
     """The mailboxes, where all ranks are processes of one machine and the tensor is in its memory."""
     return _mailboxes if tensor.device.type == "cpu" else None
@@ -159,12 +196,29 @@ def _mailboxes_for(tensor: Tensor) -> shared_memory.Mailboxes | None:
 def _begin(backend: str, rank: int, size: int) -> None:
     global _heartbeat, _mailboxes
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
+    store = dist.PrefixStore(attempt(store, rank, size), store)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     finally:
         _heartbeat = heartbeat.Heartbeat(dist.PrefixStore("heartbeat", store), rank, size)
     if backend == "gloo":
         _mailboxes = shared_memory.Mailboxes.among(rank, size)
+
+
+def attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name on which the ranks of this attempt agree, and no earlier one had. See [Note: a name per attempt]."""
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", own)
+        answers = [store.get(f"{own}/{other}").decode() for other in range(1, size)]  # each waits for its rank
+        store.set(f"{own}/all", " ".join(answers))
+        return own
+    while True:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{rank}", own)
+        if store.check([f"{name}/all"]) and own in store.get(f"{name}/all").decode():
+            return name
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

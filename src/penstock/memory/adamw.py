@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from penstock.distributed.world import exact_beside
 from penstock.kernels import compile as compiler
 from penstock.memory import plan
 
@@ -91,6 +92,7 @@ class AdamW:
         done = _in_one_pass(tensors, self._rule(lr, scale, step))
         count = torch.tensor(float(step), device=weights.device)
         divisor = None if scale == 1.0 else torch.tensor(1.0 / scale, device=weights.device)
+        divides = weights.device.type in ("cpu", "cuda")  # Apple's kernel does not read grad_scale, and does not say so
         tile = _tile_on(weights.device)
         size = min(tile, weights.numel() - done)
         split_master = "remainder" in states
@@ -103,13 +105,15 @@ class AdamW:
             length = at.stop - at.start
             moments = _wide(states, at) if narrow else [states[name][at] for name in ("exp_avg", "exp_avg_sq")]
             gradient = wide[:length].copy_(grads[at])  # a copy: the kernel divides it in place
+            if not divides and divisor is not None:
+                gradient.div_(divisor)
             whole = master[:length] if split_master else weights[at]
             if split_master:
                 join(weights[at], states["remainder"][at], whole, scratch[:length])
             torch._fused_adamw_(
                 [whole], [gradient], moments[:1], moments[1:], [], [count],
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=self.eps,
-                amsgrad=False, maximize=False, grad_scale=divisor,
+                amsgrad=False, maximize=False, grad_scale=divisor if divides else None,
             )  # fmt: skip
             if split_master:
                 split(whole, weights[at], states["remainder"][at], scratch[:length])
@@ -160,7 +164,7 @@ def sum_of_squares(grads: Tensor) -> Tensor:
     name = {torch.bfloat16: "squares_bf16", torch.float32: "squares_fp32"}.get(grads.dtype)
     if isinstance(compiled, str) or name is None or not grads.is_contiguous():
         norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grads.split(_tile_on(grads.device))]
-        return torch.stack(norms).double().square().sum()
+        return torch.stack(norms).to(exact_beside(grads.device)).double().square().sum()
     sums = torch.empty(-(-grads.numel() // SPAN), dtype=torch.float64)
     arguments = (ctypes.c_void_p(grads.data_ptr()), ctypes.c_int64(grads.numel()), ctypes.c_void_p(sums.data_ptr()))
     getattr(compiled, name)(*arguments, torch.get_num_threads())

@@ -220,10 +220,10 @@ class ShardedSink(Sink):
 
     def norm(self) -> Tensor:
         """Global 2-norm over everything trained and over ranks, fp32 scalar (PPO.md 17)."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        squares = torch.zeros((), dtype=torch.float64, device=self.world.exact)
         for shard in self._shards:
             squares += sum_of_squares(shard.gradient).to(squares.device) / shard.copies(self.world)
-        return self.world.sum(squares).sqrt().float()
+        return self.world.sum(squares).sqrt().float().to(self.world.device)
 
     def update(self, lr: float, scale: float) -> None:
         """One AdamW update of every shard, where it lies."""

@@ -93,14 +93,14 @@ class Sink:
 
         Squares are added up chunk by chunk in fp64, in the same order on every tier.
         """
-        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        squares = torch.zeros((), dtype=torch.float64, device=self.world.exact)
         for home in self.homes:
             # Where the gradients are: 4 bytes travel, not the chunk.
             device = CPU if home.grads is None else home.grads.tensor.device
             squares += sum_of_squares(self._own_gradients(home, device)).to(squares.device)
         if any(not home.grads_whole or home.split for home in self.homes):
             squares = self.world.sum(squares)
-        return squares.sqrt().float()
+        return squares.sqrt().float().to(self.world.device)
 
     def _own_gradients(self, home: ChunkHome, device: torch.device) -> Tensor:
         """The gradients of this rank's share of the chunk, summed over ranks."""

@@ -355,7 +355,7 @@ class Decoder(nn.Module):
         for part in self.parts():
             with self.feed.visit(*part.groups):
                 pass
-        return torch.empty(0, self.config.embed_dim or self.config.d_model, dtype=self.dtype)
+        return torch.empty(0, self.config.embed_dim or self.config.d_model, dtype=self.dtype, device=self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the weights' dtype, or in fp32 where that costs nothing: a bf16 logit of 5 has an

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from penstock.distributed.world import exact_beside
 from penstock.kernels import compile as compiler
 from penstock.kernels import cpu_ops
 from penstock.models.config import DecoderConfig
@@ -174,6 +175,7 @@ def query_scale(config: DecoderConfig, where: Tensor, seen: int, dtype: torch.dt
 def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     """One slope per head, [H] fp32 (Press et al. 2022; for head counts that are no power of two, as BLOOM does)."""
     power = 2 ** math.floor(math.log2(heads))
-    steps = torch.arange(1, power + 1, device=device).double() / power
-    more = (2 * torch.arange(heads - power, device=device) + 1).double() / power
-    return torch.cat((-8 * steps, -4 * more)).exp2().float()
+    exact = exact_beside(device)
+    steps = torch.arange(1, power + 1, device=exact).double() / power
+    more = (2 * torch.arange(heads - power, device=exact) + 1).double() / power
+    return torch.cat((-8 * steps, -4 * more)).exp2().float().to(device)

@@ -78,6 +78,8 @@ class Session:
         self._since = time.perf_counter()
         self._progress: Progress | None = None
         self._handlers: dict[int, Any] = {}
+        if config.run.resume_if_present and len(set(world.gather(resume))) > 1:
+            raise UserError(f"--out {self.path}: some ranks see a run in it and some do not; it must be one directory.")
         if world.first and not resume:
             RunDirectory.refuse_used(self.path)  # before a large model is loaded
 
@@ -125,7 +127,9 @@ class Session:
         self.world.leave(error is None)
 
     def _note_signal(self, signum: int, frame: object) -> None:
-        if self._signal:  # the second Ctrl-C stops at once
+        # The second Ctrl-C stops at once. A second SIGTERM does not: Slurm sends it to all processes of a job, and
+        # torchrun, which gets it too, sends it to its ranks again.
+        if self._signal and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = signum
 

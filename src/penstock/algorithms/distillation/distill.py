@@ -196,10 +196,11 @@ class Distillation:
         """The mean divergence per token of given answers, or of samples where there are none."""
         world, student, size = self.strategy.world, self.student.model, self.optim.batch_size
         rows = self.sample(rows, 0, seed=self.seed ^ HELDOUT_STREAMS) if self.flags.on_policy == 1 else rows
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        total = torch.zeros((), dtype=torch.float64, device=world.exact)
 
         def read(hidden: Tensor, part: Taught) -> Tensor:
-            return divergences(student, fn.states_before(hidden, part.trained), part, self.flags)[0].double().sum()
+            losses = divergences(student, fn.states_before(hidden, part.trained), part, self.flags)[0]
+            return losses.to(world.exact).double().sum()
 
         for start in range(0, len(rows), size):
             taught = self.teach(rows[start : start + size])
