@@ -4,10 +4,15 @@ python -m benchmarks engine adamw     the split-master update of 67M weights aga
 python -m benchmarks engine tax       an SFT step under gemini_cpu against the same step resident, 8192 tokens per visit
 python -m benchmarks engine head      log-probabilities of 4 x 1024 tokens of GPT-2's vocabulary, and their gradients,
                                       against plain PyTorch: bytes and seconds
+python -m benchmarks engine pages     the first touch of 1 GiB that is pinned, against shared pages; 512 MiB from a disk
+                                      through the ring to an imagined device, against fresh pages and one copy
 """
 
 import dataclasses
+import mmap
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,6 +27,7 @@ from penstock.algorithms.sft import Rows
 from penstock.autochunk.meter import Meter
 from penstock.commands.bench import micro
 from penstock.kernels import compile as compiler
+from penstock.memory import plan, tiers
 from penstock.memory.adamw import SOURCE
 from penstock.memory.strategy import Strategy
 from penstock.models import log_probs as heads
@@ -122,6 +128,49 @@ def head(repeats: int = 5, tokens: int = 4096, vocabulary: int = 50257, width: i
     }
 
 
+def pages(repeats: int = 5, directory: str | None = None) -> dict[str, Any]:
+    """The imagined device's copies are made by a thread of this machine, with the cores that read."""
+    nbytes, cpu = 1 << 30, torch.device("cpu")
+
+    def shared() -> None:
+        memory = mmap.mmap(-1, nbytes)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        torch.frombuffer(memory, dtype=torch.uint8).fill_(0)
+
+    with mock.patch.object(tiers, "_pin"):
+        touch = timing.in_turns(
+            {"shared": shared, "ours": lambda: tiers.empty_pages(nbytes, cpu, pinned=True)}, repeats
+        )  # fmt: skip
+        ring = tiers.Ring(tiers.empty_pages(plan.RING_BYTES, cpu, pinned=True))
+    out = torch.zeros(nbytes // 2, dtype=torch.uint8)
+    with tempfile.TemporaryDirectory(dir=directory) as folder, ThreadPoolExecutor(1) as stream:
+        disk = tiers.Disk(folder)
+        disk.ring, home = ring, disk.home(out.numel(), torch.uint8, "weights")
+        home.write(torch.randint(256, out.shape, dtype=torch.uint8))
+
+        def fresh() -> None:
+            memory = tiers.empty_pages(out.numel(), cpu)
+            home.read(memory)
+            out.copy_(memory)
+
+        def copy(source: torch.Tensor, target: torch.Tensor) -> Any:
+            done: Future = stream.submit(target.copy_, source)
+            return mock.Mock(synchronize=done.result, wait=done.result)
+
+        def through_ring() -> None:
+            for copied in disk.pass_on(home.offset, out, copy):
+                copied.wait()
+
+        read = timing.in_turns({"fresh": fresh, "ours": through_ring, "disk alone": lambda: home.read(out)}, repeats)
+        disk.close()
+    return {
+        "touch_bytes_per_second": timing.rates(touch, nbytes),
+        "touch_ratio": timing.ratio(touch, "shared", "ours"),
+        "read_bytes_per_second": timing.rates(read, out.numel()),
+        "read_ratio": timing.ratio(read, "fresh", "ours"),
+    }
+
+
 def main(arguments: list[str]) -> int:
     """Writes engine_NAME.json."""
-    return run_measures(arguments, __doc__, {"adamw": adamw, "tax": tax, "head": head}, "engine")
+    return run_measures(arguments, __doc__, {"adamw": adamw, "tax": tax, "head": head, "pages": pages}, "engine")

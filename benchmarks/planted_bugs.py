@@ -53,7 +53,7 @@ REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
 EIGHTBIT, PASSES = "memory/adamw.py", "planner/activations.py"
-STREAM, SINK, ADAM, PLAN = (f"memory/{name}.py" for name in ("stream", "sink", "adamw", "plan"))
+STREAM, SINK, ADAM, PLAN, TIERS = (f"memory/{name}.py" for name in ("stream", "sink", "adamw", "plan", "tiers"))
 TEMPLATE = "models/chat_template.py"
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
 
@@ -205,6 +205,13 @@ BUGS: list[Bug] = [
     (STREAM, "a block passes its own slope on", "            wave.state_grads[j] = x.grad\n", "            wave.state_grads[j] = wave.state_grads[j]\n"),
     (SINK, "a second visit forgets the first", "            unrounded(grads, home.grads)  # a", "            grads.zero_()  # a"),
     (SINK, "each piece of a disk update starts at the beginning", "gradients[1][start:stop]", "gradients[1][: stop - start]"),
+    (SINK, "a loaded checkpoint leaves the old weights to the next update", "                home.shadow.write(weights[home.share])\n", "                pass\n"),
+    (SINK, "each piece of gradients is the first", "self._gradients_at(grads[start:stop], home, tier)", "self._gradients_at(grads[: stop - start], home, tier)"),
+    (TIERS, "a buffer is filled while it is copied", "                gone.synchronize()\n", "                pass\n"),
+    (TIERS, "a refused pin's error waits for the next kernel", "        torch.ones(1, device=\"cuda\")\n", "        pass\n"),
+    (TIERS, "a KV cache's pages are pinned anew", "        pages, self._spare = self._spare, None\n        if", "        pages = None\n        if"),
+    (TIERS, "pages are shared, so none is large", "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS", "flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS"),
+    ("planner/traffic.py", "what a shadow sends up is not counted", "                moved[\"host_read\"] += weights\n", ""),
     ("algorithms/setup.py", "a GPU trains under ddp by default", "(AUTO if accelerated else \"ddp\")", "\"ddp\""),
     (PLAN, "gradients of waves add up in bf16", "add_up=not recomputes(not resident(row, world), recompute)", "add_up=False"),
     (STREAM, "autograd rounds each gradient before it is added", "        parameter.grad_dtype = SUMS", "        pass"),
@@ -217,7 +224,7 @@ BUGS: list[Bug] = [
     (PLAN, "experts are waited for however many are chosen", "if chosen < max(ahead, tokens * (fixed + called)):", "if True:"),
     (STREAM, "many tokens wait for their experts, and few do not", "tokens <= self._few_tokens", "tokens > self._few_tokens"),
     ("models/pretrained.py", "files stay open however much was read", "if self._keeps and self._mapped < MAPPED else None", "if self._keeps else None"),
-    (PLAN, "auto gives the device's room twice", "                    self._left[placement.tier] = left - nbytes\n", ""),
+    (PLAN, "auto gives the device's room twice", "                    self._left[placement.tier] = left - needed\n", ""),
     (PASSES, "the inputs of blocks are not counted", "kept + state_grads), work.parts[i].backward", "state_grads), work.parts[i].backward"),
     (SHAPES, "relu's result is counted once", "inner * (2 if c.activation == \"relu\" else 1)", "inner"),
     (STREAM, "statistics keep their graph", "{key: value.detach() for key, value in stats.items()}", "stats"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.errors import ResourceError
-from penstock.memory import sink
+from penstock.memory import sink, tiers
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Disk
 from penstock.models.config import DecoderConfig
@@ -21,6 +21,7 @@ from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from penstock.units import show_bytes
 from tests.conftest import ROWS, TINY
+from tests.memory.test_tiers import LateDevice
 
 BASE = dataclasses.replace(TINY, vocab_size=50, num_layers=3)
 FAMILIES: dict[str, DecoderConfig] = {
@@ -141,6 +142,20 @@ def test_streaming_from_host_and_disk_is_bit_equal_to_resident(family, dtype, tm
         assert all(torch.equal(found[key], weight) for key, weight in weights.items())
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_weights_that_pass_through_a_ring_to_a_late_device_are_the_same(ahead, tmp_path, monkeypatch):
+    """Its copies are done when the engine waits for them: before a block computes, or a buffer is used again."""
+    losses, weights = streamed(Actor(decoder("llama")), named("gemini", tmp_path, recompute=True), steps=3)
+    device = LateDevice()
+    monkeypatch.setattr(tiers, "copies_to", device.copies_to)
+    strategy = named("gemini_nvme", tmp_path, device_memory="1MB")
+    strategy.ahead = ahead
+    ours, found = streamed(Actor(decoder("llama")), strategy, steps=3)
+    assert device.begun > 20
+    assert ours == losses
+    assert all(torch.equal(found[key], weight) for key, weight in weights.items())
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_update_from_disk_in_many_small_pieces_is_the_same_update(dtype, tmp_path, monkeypatch):
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
@@ -238,3 +253,36 @@ def test_a_model_may_come_after_others_have_been_used():
     streamed(Actor(Decoder(config, generator=torch.Generator().manual_seed(1))), strategy, steps=2)
     assert streamed(Actor(decoder("gpt2")), strategy, steps=2)[0] == before
     assert strategy.tiers["device"].peak <= 2_000_000
+
+
+def reloaded(strategy, kind):
+    """The weights after two steps, and after the second one is done again from what was saved before it."""
+    model = Actor(decoder("gpt2", kind))
+    stream = strategy.prepare(model, weight_decay=0.1)
+
+    def step(number):
+        def loss_of(hidden, batch):
+            return fn.sft_loss(response_logprobs(model, hidden, batch), 30), {}
+
+        strategy.step(stream, list(batches(number)), loss_of, lr=1e-2, max_grad_norm=0.5)
+
+    step(1)
+    names = [(weight.name, state) for weight in stream.sink.weights for state in sink.SAVED]
+    saved = {name: state.clone() for name, state in zip(names, stream.sink.saved_states(), strict=True)}
+    step(2)
+    weights = weights_of(stream)
+    stream.restore(1, lambda weight, state: saved[weight, state])
+    step(2)
+    return weights, weights_of(stream)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_8bit"])
+def test_an_update_in_host_memory_is_the_one_on_the_device_to_the_bit(name, dtype, tmp_path, monkeypatch):
+    """From a shadow of the weights, which a checkpoint refreshes, and from gradients that come down in pieces."""
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    weights, _ = reloaded(named(name, tmp_path, dtype=dtype), kind)
+    monkeypatch.setattr(sink, "PIECE", 2048)
+    stem, _, bits = name.partition("_")
+    for again in reloaded(named("_".join(filter(None, (stem, "cpu", bits))), tmp_path, dtype=dtype), kind):
+        assert all(torch.equal(again[key], weight) for key, weight in weights.items())

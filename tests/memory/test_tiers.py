@@ -1,9 +1,15 @@
 """Tiers: bytes that come back as they went, budgets that hold, and disks that refuse."""
 
+import itertools
 import os
+import re
 import resource
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -143,13 +149,22 @@ class Driver:
     """Stands in for CUDA's runtime, which a machine without a GPU does not have: it books what is pinned."""
 
     def __init__(self, answer=0):
-        self.answer, self.pinned = answer, {}
+        self.answer, self.pinned, self.calls, self.pending = answer, {}, 0, 0
 
     def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+        self.calls += 1
         if self.answer == 0:
             assert address not in self.pinned
             self.pinned[address] = nbytes
+        self.pending = self.pending or self.answer
         return self.answer
+
+    def kernel(self, *shape, device="cpu", **options):
+        """As any kernel's launch, it raises an earlier call's error and takes it away."""
+        pending, self.pending = (self.pending, 0) if device != "cpu" else (0, self.pending)
+        if pending:
+            raise torch.AcceleratorError(f"CUDA error {pending}")
+        return torch.full(shape, 1.0)
 
     def cudaHostUnregister(self, address):  # noqa: N802
         del self.pinned[address]
@@ -170,9 +185,182 @@ def test_what_travels_to_a_gpu_is_pinned_for_as_long_as_it_lives(monkeypatch):
     assert not driver.pinned
 
 
+def refusing(monkeypatch):
+    driver = Driver(answer=2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch, "ones", driver.kernel)
+    return driver
+
+
 def test_a_driver_that_refuses_to_pin_is_said_aloud_and_nothing_else_changes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(answer=2))
+    refusing(monkeypatch)
     with pytest.warns(UserWarning, match="would not pin 20.00 kB"):
         home = Ram("host", CPU, pins=True).home(5000, torch.float32, "weights", travels=True)
     home.write(torch.arange(5000.0))
     assert home.tensor[4999] == 4999
+
+
+@pytest.mark.filterwarnings("ignore:the driver would not pin")
+def test_the_error_of_a_refused_pin_does_not_meet_the_next_kernel(monkeypatch):
+    driver = refusing(monkeypatch)
+    Ram("host", CPU, pins=True).home(5000, torch.float32, "weights", travels=True)
+    assert driver.calls == 1
+    driver.kernel(1, device="cuda")  # somebody else's
+
+
+def flags_of(tensor):
+    """Of the mapping that a tensor lies in, as the kernel names them."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, end = (int(number, 16) for number in match.groups())
+            inside = start <= tensor.data_ptr() < end
+        if inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="only Linux tells")
+@pytest.mark.parametrize("pins", [True, False])
+def test_pages_are_no_other_processs_and_large_where_they_are_pinned(monkeypatch, pins):
+    """MADV_HUGEPAGE changes nothing on shared memory, and the first touch of small pages is slow."""
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    flags = flags_of(Ram("host", CPU, pins=pins).home(4 << 20, torch.uint8, "x", travels=True).tensor)
+    assert "sh" not in flags
+    assert ("hg" in flags) == pins
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="only Linux tells")
+def test_pages_cost_nothing_before_they_are_written():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * tiers.PAGE
+
+    before = resident()
+    pages = empty_pages(256 << 20, CPU)
+    assert resident() - before < 32 << 20
+    assert not pages[:: 64 << 20].any()
+
+
+def test_pages_that_came_back_are_lent_again_pinned_as_they_are(monkeypatch):
+    class Borrower:
+        pass
+
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    host = Ram("host", CPU, budget=100_000, pins=True)
+    user = Borrower()
+    pages = host.lend(60_000, "a cache", user)
+    pages.fill_(7)
+    address = pages.data_ptr()
+    del user, pages
+    assert (host.used, host.pinned, driver.calls) == (60_000, 60_000, 1)  # kept, and counted
+    user = Borrower()
+    again = host.lend(50_000, "a cache", user)
+    assert again.data_ptr() == address
+    assert again.numel() == 50_000
+    assert not again.any()
+    assert (host.used, driver.calls) == (60_000, 1)
+    del user, again
+    user = Borrower()
+    larger = host.lend(70_000, "a larger cache", user)  # not beside the old pages: there is no room
+    assert larger.numel() == 70_000
+    assert (host.used, host.pinned, list(driver.pinned.values())) == (70_000, 70_000, [70_000])
+    with pytest.raises(ResourceError, match=r"weights would bring it to 110\.00 kB"):
+        host.home(40_000, torch.uint8, "weights")
+    del user, larger
+    host.home(40_000, torch.uint8, "weights")  # now the cache's pages make room
+    assert host.used == 40_000
+    assert not driver.pinned
+
+
+class LateDevice:
+    """Stands in for a device's copy stream: a copy is done when somebody waits for it, and not before."""
+
+    def __init__(self):
+        self.pending, self.lock, self.begun = [], threading.RLock(), 0
+
+    def copies_to(self, out):
+        return self.copy
+
+    def copy(self, source, out):
+        with self.lock:
+            self.begun += 1
+            self.pending.append((source, out))
+            return Late(self, self.begun)
+
+
+class Late:
+    """An event of that stream."""
+
+    def __init__(self, device, number):
+        self.device, self.number = device, number
+
+    def synchronize(self):
+        with self.device.lock:
+            while self.device.begun - len(self.device.pending) < self.number:
+                source, out = self.device.pending.pop(0)
+                out.copy_(source)
+
+    wait = synchronize
+
+
+@pytest.mark.parametrize("numel", [2048, 3 * 2048, 100_352])
+def test_a_disk_is_read_to_a_device_through_a_ring_of_buffers(tmp_path, monkeypatch, numel):
+    """Buffers are used again and again, each when its last copy is done, however late that is."""
+    monkeypatch.setattr(tiers, "BLOCK", 4 * tiers.PAGE)
+    device, disk = LateDevice(), Disk(tmp_path)
+    monkeypatch.setattr(tiers, "copies_to", device.copies_to)
+    disk.ring = tiers.Ring(empty_pages(5 * tiers.BLOCK, CPU))
+    first, second = (disk.home(numel, torch.float32, name) for name in "ab")
+    a, b = torch.randn(numel), torch.randn(numel)
+    first.write(a)
+    second.write(b)
+    with ThreadPoolExecutor(1) as reader:
+        outs = [torch.zeros(numel), torch.zeros(numel)]
+        landings = [tiers.read_ahead(home, out, reader) for home, out in zip((first, second), outs, strict=True)]
+        for land in landings:
+            land()
+    assert torch.equal(outs[0], a)
+    assert torch.equal(outs[1], b)
+    assert disk.bytes_read == 2 * a.nbytes
+    assert device.begun == 2 * -(-a.nbytes // tiers.BLOCK)
+
+
+def test_the_next_block_is_read_while_one_is_copied(tmp_path, monkeypatch):
+    """A copy that waits for the block behind it does not wait for ever."""
+    monkeypatch.setattr(tiers, "BLOCK", 4 * tiers.PAGE)
+    monkeypatch.setattr(tiers, "THREADS", 1)
+    disk, values, blocks = Disk(tmp_path), torch.randn(5 * tiers.BLOCK // 4), 5
+    home = disk.home(values.numel(), torch.float32, "x")
+    home.write(values)
+    disk.ring, move, changed, read = (
+        tiers.Ring(empty_pages(2 * tiers.BLOCK, CPU)),
+        disk._move,
+        threading.Condition(),
+        [],
+    )
+
+    def moved(*block):
+        move(*block)
+        with changed:
+            read.append(block)
+            changed.notify_all()
+
+    monkeypatch.setattr(disk, "_move", moved)
+
+    def run(number, source, out):
+        with changed:
+            assert changed.wait_for(lambda: len(read) >= min(number + 1, blocks), timeout=60)
+        out.copy_(source)
+
+    numbers = itertools.count(1)
+    with ThreadPoolExecutor(1) as stream:
+
+        def copy(source, out):
+            done = stream.submit(run, next(numbers), source, out).result
+            return mock.Mock(synchronize=done, wait=done)
+
+        out = torch.zeros_like(values)
+        for copied in disk.pass_on(home.offset, out, copy):
+            copied.wait()
+    assert torch.equal(out, values)

@@ -83,3 +83,11 @@ def test_ranks_whose_answers_differ_in_length_wait_for_each_other(found, family)
         assert all(len(ids) <= limit for rank, limit in zip(answers, (5, 12), strict=True) for ids in rank)
         assert any(len(ids) > 5 for ids in answers[1])
         assert answers == found["ddp", family]["answers"], name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_updates_in_host_memory_are_those_on_the_device_to_the_bit(found, family):
+    for name in ("zero1", "zero2"):
+        on_device, on_host = found[name, family], found[f"{name}_cpu", family]
+        assert on_host["losses"] == on_device["losses"]
+        assert all(torch.equal(on_host["weights"][key], weight) for key, weight in on_device["weights"].items())

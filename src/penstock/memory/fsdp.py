@@ -35,7 +35,7 @@ from penstock.memory import plan
 from penstock.memory.adamw import AdamW, states_of, sum_of_squares
 from penstock.memory.chunks import Chunk, Weight, layout
 from penstock.memory.homes import SUMS
-from penstock.memory.prepare import first_values, groups_of
+from penstock.memory.prepare import Homes, first_values, groups_of
 from penstock.memory.program import owners
 from penstock.memory.sink import SAVED, Sink
 from penstock.memory.stream import Hold, Losses, LossOf, Stream, Visits
@@ -189,7 +189,7 @@ class ShardedSink(Sink):
     """Gradients and AdamW's states of one model's shards. `weights`: what is trained, by name."""
 
     def __init__(self, weights: dict[str, nn.Parameter], shapes: Sequence[Weight], world: World, rule: AdamW) -> None:
-        super().__init__((), world, rule, list)
+        super().__init__((), world, rule, Homes(world, {}))
         self._shapes = list(shapes)
         self._shards = [_Shard(weight.name, weights[weight.name]) for weight in shapes]
 

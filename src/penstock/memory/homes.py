@@ -9,7 +9,7 @@ from torch import Tensor
 from penstock.distributed.world import World
 from penstock.memory import plan
 from penstock.memory.chunks import Chunk
-from penstock.memory.tiers import DiskHome, Home, RamHome, empty_pages
+from penstock.memory.tiers import Home, RamHome, empty_pages
 
 CPU = torch.device("cpu")
 SUMS: torch.dtype = getattr(torch, plan.SUMS)
@@ -32,6 +32,8 @@ class ChunkHome:
     grads_whole: bool
     share: slice
     """The elements of the chunk whose optimizer state is here."""
+    shadow: RamHome | None = None
+    """The share's weights in host memory. See [Note: a shadow on the host] in plan.py."""
     visits: Hashable = None
     """Homes with equal ones are needed at the same visits."""
     graded: bool = False
@@ -54,6 +56,12 @@ class ChunkHome:
             return 1
         numel = home.tensor.numel() if isinstance(home, RamHome) else home.numel
         return self.share_numel // numel
+
+    @property
+    def own_weights(self) -> Tensor:
+        """The share's weights where the chunk's are, in RAM."""
+        assert isinstance(self.weights, RamHome)
+        return self.weights.tensor[self.share] if self.whole else self.weights.tensor
 
     @property
     def resident(self) -> bool:
@@ -89,12 +97,6 @@ def bring(home: Home, device: torch.device) -> Tensor:
     tensor = empty_pages(home.numel * home.dtype.itemsize, CPU).view(home.dtype)
     home.read(tensor)
     return tensor.to(device)
-
-
-def put_back(home: Home, tensor: Tensor) -> None:
-    """Writes the result of `bring` to its home where it is a copy."""
-    if isinstance(home, DiskHome) or home.tensor is not tensor:
-        home.write(tensor)
 
 
 def gather(part: Tensor, world: World) -> Tensor:

@@ -8,6 +8,10 @@ Where forecast and engine disagree, one of the two has a mistake.
 Where blocks are run again in backward all micro-batches share a visit: gradients of 16-bit weights add up, and are
 reduced over ranks, in an fp32 slot as large as one visit's, and come home rounded once. Elsewhere a model is visited
 for each micro-batch (`Row.add_up`), and the homes themselves are fp32: 2 bytes more for each trained weight.
+
+[Note: a shadow on the host] Where weights stay on the device and optimizer states in host memory, a copy of this rank's
+share of the weights stands beside the states and is what an update writes. The new share goes up once, into the weights
+themselves, where ranks gather theirs; nothing comes down but gradients.
 """
 
 from collections import Counter
@@ -33,10 +37,16 @@ PIECE = 1 << 22
 """Elements that one set of buffers between a disk and the update holds."""
 SETS, SET_BYTES = 3, PIECE * 14
 """A weight of up to 4 bytes, or of 2 and its remainder, and two moments."""
+RING_BYTES = 6 << 23
+"""Of the buffers between a disk and a device: tiers.BLOCK for each of its threads, and two that are copied."""
+LANDING_BYTES = PIECE * 4
+"""What gradients on the device pass through on their way to an update in host memory."""
 UPDATE_TILE = 1 << 20
 """Elements that an update works on at once where it is not compiled: adamw.TILE."""
 UPDATE_WIDTH = {32: 8, 8: 28}
 """Bytes that each of them takes meanwhile, by the bits of the moments; a split master takes 4 more."""
+UPDATE_ROOM = UPDATE_TILE * (max(UPDATE_WIDTH.values()) + 4)
+"""Bytes of host memory that an update leaves free for that."""
 RESERVED = 0.25
 """Default share of a device budget that is left to activations."""
 PAGE = 4096
@@ -88,6 +98,11 @@ def gradient_dtype(chunk: Chunk, row: Row) -> str:
 def gradient_bytes(chunk: Chunk, row: Row) -> int:
     """Bytes of a trained chunk's gradients at home, whole."""
     return chunk.numel * ITEMSIZE[gradient_dtype(chunk, row)]
+
+
+def shadowed(row: Row) -> bool:
+    """Whether a trained chunk's weights have a copy in host memory. See [Note: a shadow on the host]."""
+    return row.params.tier == "device" and row.optimizer.tier == "host"
 
 
 def in_place(chunk: Chunk, row: Row, world: int) -> bool:
@@ -145,15 +160,16 @@ class _Room:
         """The fastest first."""
         return [placement for placement in (SHARD, HOST, DISK) if placement.tier in self._left]
 
-    def take(self, nbytes: int, placements: Sequence[Placement]) -> Placement:
-        """The first with room for so many bytes."""
+    def take(self, nbytes: int, placements: Sequence[Placement], shadow: int = 0) -> Placement:
+        """The first with room for so many bytes; on the host for `shadow` more."""
         for placement in placements:
             if placement.tier in self._left:
                 left = self._left[placement.tier]
                 if left is None:
                     return placement
-                if left >= nbytes:
-                    self._left[placement.tier] = left - nbytes
+                needed = nbytes + (shadow if placement.tier == "host" else 0)
+                if left >= needed:
+                    self._left[placement.tier] = left - needed
                     return placement
         return placements[-1]  # too little everywhere: the tier itself raises
 
@@ -193,7 +209,8 @@ def place(
         activations = int((device - slots) * RESERVED) if reserve is None else reserve
         left["device"] = max(device - slots - activations, 0)
     if host is not None:
-        left["host"] = max(host - SETS * SET_BYTES - UPDATE_TILE * (UPDATE_WIDTH[bits] + 4), 0)
+        between = SETS * SET_BYTES + RING_BYTES + LANDING_BYTES
+        left["host"] = max(host - between - UPDATE_TILE * (UPDATE_WIDTH[bits] + 4), 0)
     room = _Room(left)
     params = [[room.take_weights(chunk, world) for chunk in chunks] for chunks, _ in models]
     moves = world > 1 or any(weights.tier != "device" for of_model in params for weights in of_model)
@@ -205,8 +222,10 @@ def place(
         rows = []
         for chunk, weights in zip(chunks, weights_of_chunks, strict=True):
             states = weights
-            if chunk.trained:
-                states = room.take(state_bytes(chunk.numel // world, chunk.dtype, bits), room.tiers)
+            if chunk.trained:  # an update runs where its states are, and weights do not come to the device for it
+                slower = [each for each in room.tiers if each.tier != "device" or weights.tier == "device"]
+                shadow = chunk.nbytes // world if weights.tier == "device" else 0
+                states = room.take(state_bytes(chunk.numel // world, chunk.dtype, bits), slower, shadow)
             rows.append(Placed(chunk, Row(weights, grads, states, bits, add_up)))
         placed.append(rows)
     return placed
@@ -250,6 +269,8 @@ def homes(
                 count = chunk.numel // _parts(row.optimizer, world)
                 for dtype, per in states_of(chunk.dtype, row.bits).values():
                     needs[row.optimizer.tier] += _on(row.optimizer.tier, count // per * ITEMSIZE[dtype])
+                if shadowed(row):
+                    needs["host"] += count * ITEMSIZE[chunk.dtype]
                 grads_of_model[row.grads.tier] += gradient_bytes(chunk, row) // _parts(row.grads, world)
     groups = sharing_groups([shared_keys(each.chunk for each in placed) for placed in models])
     for tier in {tier for counter in grads for tier in counter}:
@@ -279,6 +300,25 @@ def shard_homes(weights: Iterable[Weight], shards: int) -> Counter[str]:
             nbytes["grads"] += count * MASTER
             nbytes["optimizer"] += 2 * count * MASTER
     return nbytes
+
+
+def buffers(models: Iterable[Sequence[Placed]]) -> dict[str, int]:
+    """Bytes of host memory between tiers: for weights from a disk to the device, for states between a disk and an
+    update, for gradients from the device to an update in host memory."""
+    every = [placed for of_model in models for placed in of_model]
+    trained = [placed.row for placed in every if placed.chunk.trained]
+    on_disk = any("disk" in (row.params.tier, row.optimizer.tier) for row in trained)
+    lands = any(row.grads.tier == "device" != updated_on(row) for row in trained)
+    return {
+        "disk_buffers": RING_BYTES if any(placed.row.params.tier == "disk" for placed in every) else 0,
+        "update_buffers": SETS * SET_BYTES if on_disk else 0,
+        "gradient_buffer": LANDING_BYTES if lands else 0,
+    }
+
+
+def updated_on(row: Row) -> TierName:
+    """Where an update runs: where its states are in RAM."""
+    return "device" if row.optimizer.tier == "device" else "host"
 
 
 # --- slots ------------------------------------------------------------------------------------------------------------

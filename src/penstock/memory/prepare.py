@@ -24,7 +24,7 @@ from penstock.memory.homes import ChunkHome
 from penstock.memory.placement import Row
 from penstock.memory.program import owners
 from penstock.memory.schedule import together_of
-from penstock.memory.tiers import Disk, Home, Ram, RamHome, empty_pages
+from penstock.memory.tiers import Disk, Home, Ram, RamHome, Ring, empty_pages
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,7 @@ class Homes:
         self._models = 0
         """So many were made."""
         self._buffers: list[Tensor] = []
+        self._landing: Tensor | None = None
         self._staging: Tensor | None = None
         """Where first values are made that belong elsewhere than in host memory; only while models are prepared."""
 
@@ -91,11 +92,24 @@ class Homes:
 
     def update_buffers(self) -> list[Tensor]:
         """What states on a disk pass through on their way to an update and back."""
+        while len(self._buffers) < plan.SETS:
+            purpose = "buffers between disk and optimizer"
+            self._buffers.append(self.host.home(plan.SET_BYTES, torch.uint8, purpose).tensor)
+        return self._buffers
+
+    def landing(self) -> Tensor:
+        """[plan.LANDING_BYTES] uint8 of host memory: gradients come from the device to an update through it."""
+        if self._landing is None:
+            purpose = "gradients on their way to an update"
+            self._landing = self.host.home(plan.LANDING_BYTES, torch.uint8, purpose, travels=True).tensor
+        return self._landing
+
+    @property
+    def host(self) -> Ram:
+        """The tier of host memory."""
         host = self.tiers["host"]
         assert isinstance(host, Ram)
-        while len(self._buffers) < plan.SETS:
-            self._buffers.append(host.home(plan.SET_BYTES, torch.uint8, "buffers between disk and optimizer").tensor)
-        return self._buffers
+        return host
 
     def _used_gradients(self, placed: Sequence[plan.Placed]) -> set[int]:
         """Memory for gradients that models with some of the same weights use: all of them may step side by side."""
@@ -108,6 +122,9 @@ class Homes:
         shard = slice(rank * (chunk.numel // size), (rank + 1) * (chunk.numel // size))
         dtype = getattr(torch, chunk.dtype)
         whole = not row.params.sharded or size == 1
+        if isinstance(disk := self.tiers[row.params.tier], Disk) and disk.ring is None:
+            purpose = "buffers between disk and device"
+            disk.ring = Ring(self.host.home(plan.RING_BYTES, torch.uint8, purpose, travels=True).tensor)
         weights = _weights_home(
             self.tiers[row.params.tier], chunk.numel // (1 if whole else size), dtype, f"the weights {of_chunk}"
         )
@@ -129,7 +146,12 @@ class Homes:
             }
             numel, sums = chunk.numel // (1 if grads_whole else size), getattr(torch, plan.gradient_dtype(chunk, row))
             grads = self._gradient_home(row.grads.tier, numel, sums, f"the gradients {of_chunk}", used)
-        return ChunkHome(chunk, weights, whole, states, grads, grads_whole, share)
+        home = ChunkHome(chunk, weights, whole, states, grads, grads_whole, share)
+        if chunk.trained and plan.shadowed(row):
+            purpose = f"the weights {of_chunk} that updates write"
+            home.shadow = self.host.home(home.share_numel, dtype, purpose, travels=True)
+            home.shadow.write(home.own_weights)
+        return home
 
     def _stage(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zeroed host memory for a chunk's first values on their way elsewhere: the same for all, pinned for a GPU."""

@@ -15,9 +15,10 @@ from torch.profiler import record_function
 from penstock.distributed.world import World
 from penstock.memory.adamw import AdamW, join, narrow, split, sum_of_squares, widen
 from penstock.memory.chunks import Weight
-from penstock.memory.homes import CPU, ChunkHome, bring, gather, put_back, rounded, unrounded
+from penstock.memory.homes import ChunkHome, rounded, unrounded
 from penstock.memory.plan import PIECE, SETS
-from penstock.memory.tiers import DiskHome, Home, Offload, RamHome, worker
+from penstock.memory.prepare import Homes
+from penstock.memory.tiers import DiskHome, Home, Offload, RamHome, bring_home, copy_ahead, worker
 
 SAVED = ("master", "exp_avg", "exp_avg_sq")
 """What a checkpoint keeps per weight, fp32, whatever the strategy and the world."""
@@ -26,14 +27,12 @@ SAVED = ("master", "exp_avg", "exp_avg_sq")
 class Sink:
     """The gradients and optimizer states of one model. `homes` are its trained chunks, in order."""
 
-    def __init__(
-        self, homes: Sequence[ChunkHome], world: World, rule: AdamW, buffers: Callable[[], list[Tensor]]
-    ) -> None:
+    def __init__(self, homes: Sequence[ChunkHome], world: World, rule: AdamW, memory: Homes) -> None:
+        """`memory`: what all models of the rank share."""
         self.homes, self.world, self.rule = list(homes), world, rule
         self.steps = 0
         """Updates so far: AdamW's count."""
-        self._buffers = buffers
-        """plan.SETS runs of plan.SET_BYTES in RAM, shared by all models."""
+        self._memory = memory
         self._leaving: dict[ChunkHome, Offload] = {}
         """Gradients on their way to host memory."""
         self._reader = worker("update-read")
@@ -69,7 +68,7 @@ class Sink:
         if self.world.size > 1:
             grads = self.world.sum(grads) if home.grads_whole else self.world.sum_shards(grads)
             if graded:
-                grads += bring(home.grads, grads.device)
+                grads += self._on_device(home.grads)
         grads = rounded(grads, home.grads.tensor.dtype)
         if self.world.size == 1 and grads.device.type != "cpu":
             self._leaving[home] = Offload(grads, home.grads.tensor, home.grads.tier)
@@ -94,22 +93,37 @@ class Sink:
         Squares are added up chunk by chunk in fp64, in the same order on every tier.
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.world.exact)
-        for home in self.homes:
-            # Where the gradients are: 4 bytes travel, not the chunk.
-            device = CPU if home.grads is None else home.grads.tensor.device
-            squares += sum_of_squares(self._own_gradients(home, device)).to(squares.device)
+        for home in self.homes:  # where the gradients are: a number travels, not the chunk
+            squares += sum_of_squares(self._own_gradients(home)).to(squares.device)
         if any(not home.grads_whole or home.split for home in self.homes):
             squares = self.world.sum(squares)
         return squares.sqrt().float().to(self.world.device)
 
-    def _own_gradients(self, home: ChunkHome, device: torch.device) -> Tensor:
-        """The gradients of this rank's share of the chunk, summed over ranks."""
+    def _own_gradients(self, home: ChunkHome) -> Tensor:
+        """The gradients of this rank's share of the chunk, summed over ranks, where they are."""
         assert home.grads is not None
         if not (home.graded or home.in_place):  # no loss depends on this chunk
-            return torch.zeros(home.share_numel, dtype=home.grads.tensor.dtype, device=device)
-        if home.grads_whole:
-            return home.grads.tensor[home.share].to(device)
-        return bring(home.grads, device)
+            return torch.zeros(home.share_numel, dtype=home.grads.tensor.dtype, device=home.grads.tensor.device)
+        return home.grads.tensor[home.share] if home.grads_whole else home.grads.tensor
+
+    def _gradients_at(self, grads: Tensor, home: ChunkHome, tier: str) -> Tensor:
+        """A piece of a home's gradients in the memory where the update runs."""
+        assert home.grads is not None
+        if home.grads.tier.name == tier:
+            return grads
+        if tier == "device":
+            return self._on_device(RamHome(home.grads.tier, grads))
+        landed = self._memory.landing()[: grads.nbytes].view(grads.dtype)
+        bring_home(grads, landed, self._memory.host)
+        return landed
+
+    def _on_device(self, grads: RamHome) -> Tensor:
+        """A home's gradients: itself, or a copy."""
+        if grads.tier.name == "device":
+            return grads.tensor
+        copied = torch.empty_like(grads.tensor, device=self.world.device)
+        grads.read(copied)
+        return copied
 
     # --- update -------------------------------------------------------------------------------------------------------
 
@@ -124,18 +138,32 @@ class Sink:
         self._update_on_disk([home for home in self.homes if _on_disk(home)], move)
 
     def _update_in_ram(self, home: ChunkHome, move: dict[str, Any]) -> None:
-        device = next(state.tensor.device for state in home.states.values() if isinstance(state, RamHome))
-        states = {name: bring(state, device) for name, state in home.states.items()}
-        whole = bring(home.weights, device)
-        weights = whole[home.share] if home.whole else whole
-        self.rule.decay(weights, states, _decaying(home, 0, home.share_numel), move["lr"])
-        self.rule.update(weights, states, self._own_gradients(home, device), **move)
+        states = {name: state for name, state in home.states.items() if isinstance(state, RamHome)}
+        tier = next(iter(states.values())).tier.name
+        weights = home.own_weights if home.shadow is None else home.shadow.tensor
+        grads = self._own_gradients(home)
+        assert home.grads is not None
+        length = home.share_numel if home.grads.tier.name == tier else PIECE
+        for start in range(0, home.share_numel, length):
+            stop = min(start + length, home.share_numel)
+            parts = {
+                name: state.tensor[start // home.per(name) : stop // home.per(name)] for name, state in states.items()
+            }
+            piece = self._gradients_at(grads[start:stop], home, tier)
+            self._apply(home, start, weights[start:stop], parts, piece, move)
+        if home.shadow is not None:
+            copy_ahead(weights, home.own_weights, home.shadow.tier)()  # the device waits for it, not Python
         if home.whole and home.split:  # ZeRO-1 and 2: every rank has all weights and moves its share of them
-            if whole.device.type == self.world.device.type:
-                self.world.join_shards(weights, whole)
-            else:
-                whole = gather(weights, self.world)
-        put_back(home.weights, whole)
+            assert isinstance(home.weights, RamHome)
+            self.world.join_shards(home.own_weights, home.weights.tensor)
+
+    def _apply(
+        self, home: ChunkHome, start: int, weights: Tensor, states: dict[str, Tensor], grads: Tensor,
+        move: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Moves the elements from `start` on of this rank's share, all tensors in one memory."""
+        self.rule.decay(weights, states, _decaying(home, start, start + len(weights)), move["lr"])
+        self.rule.update(weights, states, grads, **move)
 
     def _update_on_disk(self, homes: Sequence[ChunkHome], move: dict[str, Any]) -> None:
         """Piece by piece; while one is updated the next is read and the last one is written."""
@@ -154,18 +182,20 @@ class Sink:
             tensors, at = {}, 0
             for name, part in _tensor_homes(home).items():
                 first, last = start // home.per(name), stop // home.per(name)
-                if isinstance(part, RamHome):
+                if isinstance(part, RamHome) and part.tier.name == "host":
                     tensors[name] = part.tensor[first:last]
                 else:
                     end = at + (last - first) * part.dtype.itemsize
                     tensors[name] = buffers[i % SETS][at:end].view(part.dtype)
                     part.read(tensors[name], first)
                     at = end
+                    if isinstance(part, RamHome):  # weights on the device come down
+                        self._memory.host.bytes_written += tensors[name].nbytes
             return tensors
 
         if not pieces:
             return
-        buffers = self._buffers()
+        buffers = self._memory.update_buffers()
         reading: Future | None = self._reader.submit(read, 0)
         gradients: tuple[ChunkHome, Tensor] | None = None
         for i, (home, start, stop) in enumerate(pieces):
@@ -173,15 +203,22 @@ class Sink:
             tensors = reading.result()
             reading = self._reader.submit(read, i + 1) if i + 1 < len(pieces) else None
             if gradients is None or gradients[0] is not home:
-                gradients = (home, self._own_gradients(home, CPU))
+                gradients = (home, self._own_gradients(home))
             states = {name: tensor for name, tensor in tensors.items() if name != "weights"}
             with record_function(f"update.{home.chunk.group}"):
-                self.rule.decay(tensors["weights"], states, _decaying(home, start, stop), move["lr"])
-                self.rule.update(tensors["weights"], states, gradients[1][start:stop], **move)
-            writing[i % SETS] = self._writer.submit(_write, home, tensors, start)
+                grads = self._gradients_at(gradients[1][start:stop], home, "host")
+                self._apply(home, start, tensors["weights"], states, grads, move)
+            writing[i % SETS] = self._writer.submit(self._write, home, tensors, start)
         for written in writing:
             if written is not None:
                 written.result()
+
+    def _write(self, home: ChunkHome, tensors: dict[str, Tensor], start: int) -> None:
+        for name, part in _tensor_homes(home).items():
+            if isinstance(part, DiskHome) or part.tier.name == "device":
+                part.write(tensors[name], start // home.per(name))
+                if isinstance(part, RamHome):
+                    self._memory.host.bytes_read += tensors[name].nbytes
 
     # --- states by weight name ----------------------------------------------------------------------------------------
 
@@ -223,6 +260,8 @@ class Sink:
             for name, state in home.states.items():
                 state.write(whole[name][home.share.start // home.per(name) : home.share.stop // home.per(name)])
             home.weights.write(weights if home.whole else weights[home.share])
+            if home.shadow is not None:
+                home.shadow.write(weights[home.share])
 
     def shards(self) -> dict[str, Tensor]:
         """This rank's parts of what `saved_states` gives whole, by weight.state, where PyTorch can write and read them
@@ -255,9 +294,3 @@ def _decaying(home: ChunkHome, start: int, stop: int) -> Iterator[slice]:
 
 def _on_disk(home: ChunkHome) -> bool:
     return any(isinstance(part, DiskHome) for part in _tensor_homes(home).values())
-
-
-def _write(home: ChunkHome, tensors: dict[str, Tensor], start: int) -> None:
-    for name, part in _tensor_homes(home).items():
-        if isinstance(part, DiskHome):
-            part.write(tensors[name], start // home.per(name))

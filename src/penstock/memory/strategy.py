@@ -201,7 +201,7 @@ class Strategy:
             model,
             homes,
             self.world,
-            sink=Sink(trained, self.world, AdamW(**adamw), self.homes.update_buffers) if trained else None,
+            sink=Sink(trained, self.world, AdamW(**adamw), self.homes) if trained else None,
             recompute=plan.recomputes(moves, self.recompute),
             ahead=self.ahead,
             few_tokens=self.few_tokens,
@@ -238,6 +238,8 @@ class Strategy:
         if self.latest not in (None, name) and self.world.device.type == "cpu":
             compiler.give_back()  # what the other phase freed is scattered among live blocks; a KV cache fits in none
         self.latest = name
+        if name != "rollout":
+            self.homes.host.make_room(plan.UPDATE_ROOM)  # which a KV cache's spare pages may be in the way of
         for stream in self.sharded:
             stream.unsharding = name == "rollout"
         with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):

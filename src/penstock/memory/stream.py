@@ -36,7 +36,7 @@ from penstock.memory.homes import SUMS, ChunkHome
 from penstock.memory.program import Part, Program, owners, visits_of
 from penstock.memory.schedule import Schedule
 from penstock.memory.sink import Sink
-from penstock.memory.tiers import DiskHome, RamHome, copy_ahead, worker
+from penstock.memory.tiers import DiskHome, RamHome, copy_ahead, read_ahead, worker
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 LossOf = Callable[[Tensor, Any], Losses]
@@ -463,7 +463,7 @@ class Stream:
             part = whole[self.world.rank * size : (self.world.rank + 1) * size]
         arrived: Callable[[], None]
         if isinstance(home.weights, DiskHome):
-            label, arrived = "disk.wait", self._reader.submit(home.weights.read, part).result
+            label, arrived = "disk.wait", read_ahead(home.weights, part, self._reader)
         else:
             label, arrived = "link.wait", copy_ahead(home.weights.tensor, part, home.weights.tier)
 

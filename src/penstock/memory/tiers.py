@@ -9,13 +9,19 @@ and nothing half-written is ever read.
 
 [Note: pinned byte for byte] Host memory that a GPU copies from is anonymous pages registered with the driver
 (cudaHostRegister): PyTorch's own pinned allocator rounds up to powers of two. A driver that refuses costs speed only.
+
+[Note: pages stay pinned] Touching and pinning a KV cache's pages can take as long as a rollout. What `Ram.lend` has
+lent stays pinned, and counted, for the next one, until the budget needs the room.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
+import queue
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -73,6 +79,8 @@ class Ram(Tier):
         self.device, self._pins = device, pins
         self.pinned = 0
         """Bytes that the driver was asked to pin."""
+        self._spare: Tensor | None = None
+        """Pages that came back from a loan. See [Note: pages stay pinned]."""
 
     def home(self, numel: int, dtype: torch.dtype, what: str, travels: bool = False) -> "RamHome":
         """Zeroed memory for `numel` elements. `travels`: its contents are copied to the device or from there."""
@@ -81,12 +89,47 @@ class Ram(Tier):
         self.pinned += nbytes if self._pins and travels else 0
         return RamHome(self, empty_pages(nbytes, self.device, pinned=self._pins and travels).view(dtype))
 
+    def check(self, nbytes: int, what: str) -> None:
+        """As Tier.check, after spare pages that are in the way have been given back."""
+        self.make_room(nbytes)
+        super().check(nbytes, what)
+
+    def make_room(self, nbytes: int) -> None:
+        """Gives spare pages back where so many bytes more would pass the budget."""
+        if self._spare is not None and self.budget is not None and self.used + nbytes > self.budget:
+            self.drop(self._spare)
+            self._spare = None
+
+    def lend(self, nbytes: int, what: str, borrower: Any) -> Tensor:
+        """[nbytes] uint8, zeroed, for contents that travel, until the borrower dies; then the pages are spare."""
+        pages, self._spare = self._spare, None
+        if pages is not None and pages.numel() >= nbytes:
+            pages[:nbytes].zero_()
+        else:
+            if pages is not None:
+                self.drop(pages)
+            pages = self.home(nbytes, torch.uint8, what, travels=True).tensor
+        weakref.finalize(borrower, self._take_back, pages)
+        return pages[:nbytes]
+
+    def _take_back(self, pages: Tensor) -> None:
+        if self._spare is not None:
+            pages, self._spare = sorted((pages, self._spare), key=len)
+            self.drop(pages)
+        else:
+            self._spare = pages
+
+    def drop(self, pages: Tensor) -> None:
+        """Counts pages that travelled no longer."""
+        self.give(pages.numel())
+        self.pinned -= pages.numel() if self._pins else 0
+
 
 class RamHome:
     """A run of elements in RAM, used where it lies."""
 
     def __init__(self, tier: Ram, tensor: Tensor) -> None:
-        self.tier, self.tensor = tier, tensor
+        self.tier, self.tensor, self.dtype = tier, tensor, tensor.dtype
 
     def read(self, out: Tensor, start: int = 0) -> None:
         """Fills `out` with the elements from `start` on."""
@@ -99,8 +142,34 @@ class RamHome:
         self.tensor[start : start + source.numel()].copy_(source)
 
 
+class Ring:
+    """Pinned buffers between a disk and a device: while one is copied to the device, others are read from the disk."""
+
+    def __init__(self, memory: Tensor) -> None:
+        """memory: [n * BLOCK] uint8, on a page."""
+        self._free: queue.SimpleQueue[tuple[Tensor, torch.Event | None]] = queue.SimpleQueue()
+        """Buffers, the one that was used first in front, each with the copy out of it."""
+        for buffer in memory.split(BLOCK):
+            self._free.put((buffer, None))
+
+    def pass_on(self, read: Callable[[Tensor], None], out: Tensor, copy: "Copy") -> torch.Event:
+        """Begins to fill `out`, [n <= BLOCK] uint8 on the device, with what `read` reads. In any thread."""
+        buffer, gone = self._free.get()
+        try:
+            if gone is not None:
+                gone.synchronize()
+            read(buffer[: -(-out.numel() // PAGE) * PAGE])
+            gone = copy(buffer[: out.numel()], out)
+            return gone
+        finally:
+            self._free.put((buffer, gone))
+
+
 class Disk(Tier):
     """A preallocated file in a directory. See [Note: a file without a name]."""
+
+    ring: Ring | None = None
+    """What weights pass through on their way to a device that is no CPU."""
 
     def __init__(self, directory: str | Path, budget: int | None = None) -> None:
         super().__init__("disk", budget)
@@ -166,6 +235,21 @@ class Disk(Tier):
         else:
             self.bytes_read += data.numel()
 
+    def pass_on(self, offset: int, out: Tensor, copy: "Copy") -> list[torch.Event]:
+        """Reads all of `out` (contiguous, on a device) through the ring; returns the copies, which may be on their way.
+
+        Blocks are read side by side, and copied in the order in which they come.
+        """
+        assert self.ring is not None
+        ring, data = self.ring, out.view(-1).view(torch.uint8)
+
+        def pass_block(at: int) -> torch.Event:
+            return ring.pass_on(lambda buffer: self._move(offset + at, buffer, False), data[at : at + BLOCK], copy)
+
+        copies = [*self._threads.map(pass_block, range(0, data.numel(), BLOCK))]
+        self.bytes_read += data.numel()
+        return copies
+
     def _move(self, offset: int, block: Tensor, write: bool) -> None:
         view = memoryview((ctypes.c_char * block.numel()).from_address(block.data_ptr())).cast("B")
         move = os.pwritev if write else os.preadv
@@ -184,13 +268,8 @@ class DiskHome:
         self.tier, self.offset, self.numel, self.dtype = tier, offset, numel, dtype
 
     def read(self, out: Tensor, start: int = 0) -> None:
-        """Fills `out` with the elements from `start` on (a page's first), through RAM when `out` is elsewhere."""
-        memory = out
-        if out.device.type != "cpu":
-            memory = empty_pages(out.nbytes, torch.device("cpu")).view(self.dtype)
-        self.tier.transfer(self.offset + start * self.dtype.itemsize, memory, write=False)
-        if memory is not out:
-            out.copy_(memory)
+        """Fills `out`, on the CPU, with the elements from `start` on (a page's first)."""
+        self.tier.transfer(self.offset + start * self.dtype.itemsize, out, write=False)
 
     def write(self, source: Tensor, start: int = 0) -> None:
         """Replaces the elements from `start` on (a page's first) by `source`."""
@@ -225,7 +304,7 @@ def empty_pages(nbytes: int, device: torch.device, pinned: bool = False) -> Tens
     """[nbytes] uint8, zeroed; on the CPU it begins on a page and costs no memory until it is written or pinned."""
     if device.type != "cpu" or nbytes == 0 or _pretending():
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared pages cannot be huge
     if pinned and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # all of it is touched now, which is faster in pages of 2 MB
     pages = (ctypes.c_ubyte * nbytes).from_buffer(memory)
@@ -247,6 +326,9 @@ def _pin(pages: ctypes.Array) -> None:
     if int(refused) == 0:
         weakref.finalize(pages, driver.cudaHostUnregister, address).atexit = False
         return
+    # The runtime keeps the error for the next kernel's check, whoever launches it. This kernel takes it away.
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
     warnings.warn(
         f"the driver would not pin {show_bytes(ctypes.sizeof(pages))} of host memory ({refused}): weights travel to "
         "the GPU at a fraction of the link's speed, and nothing else changes. Leave more RAM free (--host-memory), or "
@@ -267,10 +349,55 @@ def copy_ahead(source: Tensor, out: Tensor, tier: Ram) -> Callable[[], None]:
     if out.device.type == "cpu":
         return lambda: _fetch(source, out, tier)  # when it is needed
     side = _side_stream(out.device, "in")
-    with side:
+    with _SWITCHING, side:
         _fetch(source, out, tier)
         landed = side.record_event()
     return lambda: torch.accelerator.current_stream(out.device).wait_event(landed)
+
+
+def read_ahead(source: DiskHome, out: Tensor, reader: Executor) -> Callable[[], None]:
+    """Starts reading a home to the device; calling the result returns when all is read, and on a device that is no CPU
+    makes it wait for the copies."""
+    copy = copies_to(out)
+    if copy is None:
+        return reader.submit(source.read, out).result
+    reading = reader.submit(source.tier.pass_on, source.offset, out, copy)
+
+    def land() -> None:
+        for copied in reading.result():
+            copied.wait()
+
+    return land
+
+
+Copy = Callable[[Tensor, Tensor], torch.Event]
+"""(source, out) -> a copy that has begun."""
+
+
+def copies_to(out: Tensor) -> Copy | None:
+    """Copies into the memory of `out`, beside the device's work and after all that is queued on it; None on a CPU.
+
+    Any thread may begin them.
+    """
+    if out.device.type == "cpu":
+        return None
+    side = _side_stream(out.device, "in")
+
+    def copy(source: Tensor, target: Tensor) -> torch.Event:
+        with _SWITCHING, side, record_function("link.fetch"):
+            target.copy_(source, non_blocking=True)
+            return side.record_event()
+
+    return copy
+
+
+def bring_home(source: Tensor, out: Tensor, tier: Ram) -> None:
+    """Copies from the device to a tier's host memory, and returns when the bytes are there."""
+    if source.device.type == "cpu":
+        tier.bytes_written += source.nbytes
+        out.copy_(source)
+    else:
+        Offload(source, out, tier).arrive()
 
 
 class Offload:
@@ -281,7 +408,7 @@ class Offload:
         self._device = source.device
         tier.bytes_written += source.nbytes
         side = _side_stream(source.device, "out")
-        with side, record_function("link.settle"):
+        with _SWITCHING, side, record_function("link.settle"):
             out.copy_(source, non_blocking=True)
             self._gone = side.record_event()
 
@@ -301,6 +428,8 @@ def _fetch(source: Tensor, out: Tensor, tier: Ram) -> None:
 
 
 _SIDE: dict[tuple[torch.device, str], torch.Stream] = {}
+_SWITCHING = threading.Lock()
+"""Held inside `with stream`: a torch.Stream keeps the stream that it replaces in itself, and serves one thread."""
 
 
 def _side_stream(device: torch.device, direction: str) -> torch.Stream:

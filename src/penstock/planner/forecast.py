@@ -86,13 +86,13 @@ def forecast(
     phases: Mapping[str, Sequence[Pass]],
     *,
     world: int,
-    device: int | None,
+    budgets: Mapping[TierName, int | None],
     recompute: bool | None = None,
     ahead: int = 1,
     rates: Rates | None = None,
     timed: bool = True,
 ) -> Forecast:
-    """What these models need, placed as they are, for one iteration of these phases in `device` bytes.
+    """What these models need, placed as they are, for one iteration of these phases within the budgets, in bytes.
 
     Without `timed` there is no traffic and no seconds, in a tenth of the time.
     """
@@ -102,9 +102,10 @@ def forecast(
     shard = max((_largest_shard(model, world) for model in models.values()), default=0)
     fullest = max([*(nbytes for needs_of_phase in needs.values() for nbytes, _ in needs_of_phase), scratch["device"]])
     activations = with_slack(fullest, shard)
-    room = None if device is None else device - at_home.get("device", 0)
+    room = None if (device := budgets.get("device")) is None else device - at_home.get("device", 0)
     slots = plan.cut(list(models.values()), world, room, activations, ahead)
-    buffers = plan.SETS * plan.SET_BYTES if any(_updates_on_disk(model) for model in models.values()) else 0
+    buffers = plan.buffers([model.placed for model in models.values()])
+    on_host = _on_host(phases, at_home.get("host", 0), scratch["host"], buffers, budgets.get("host"))
 
     peaks: dict[str, dict[TierName, int]] = {}
     worst: dict[str, str] = {}
@@ -114,8 +115,7 @@ def forecast(
         peaks[phase] = {
             "device": at_home.get("device", 0) + slots.nbytes
             + with_slack(max(nbytes, scratch["device"] if trains else 0), shard),
-            "host": at_home.get("host", 0) + (scratch["host"] + buffers if trains else 0)
-            + max(each.swapped for each in passes),
+            "host": on_host[phase],
             "disk": at_home.get("disk", 0),
         }  # fmt: skip
         worst[phase] = f"{', '.join(each.model for each in group)} {group[0].kind}"
@@ -139,6 +139,22 @@ def forecast(
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
         few_tokens=few,
     )
+
+
+def _on_host(
+    phases: Mapping[str, Sequence[Pass]], homes: int, scratch: int, buffers: Mapping[str, int], budget: int | None
+) -> dict[str, int]:
+    """Bytes of host memory in each phase. A KV cache's pages stay for the next rollout's where the budget has room for
+    them beside an update: see Ram.lend."""
+    lasting, passing = homes + buffers["disk_buffers"], buffers["update_buffers"] + buffers["gradient_buffer"]
+    swapped = max((each.swapped for passes in phases.values() for each in passes), default=0)
+    stays = budget is None or lasting + passing + swapped + plan.UPDATE_ROOM <= budget
+    return {
+        phase: lasting
+        + (scratch + passing if any(each.kind == "step" for each in passes) else 0)
+        + (swapped if stays else max(each.swapped for each in passes))
+        for phase, passes in phases.items()
+    }
 
 
 def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Any], world: int, rates: Rates, slots: int) -> int:
@@ -178,16 +194,12 @@ def _update_scratch(models: Mapping[str, Model], world: int) -> Counter[str]:
         nbytes = 0
         for chunk, row in ((placed.chunk, placed.row) for placed in trained):
             share = chunk.numel // (world if row.optimizer.sharded else 1)
-            gathered = chunk.nbytes if share < chunk.numel and not row.params.sharded else 0
             width = UPDATE_WIDTH[row.bits] + (0 if chunk.dtype == "float32" else 4)
-            nbytes = max(nbytes, min(share, UPDATE_TILE) * width + gathered)
+            comes = plan.PIECE * 4 if row.grads.tier != row.optimizer.tier == "device" else 0
+            nbytes = max(nbytes, min(share, UPDATE_TILE) * width + min(comes, share * 4))
         tier = "device" if {placed.row.optimizer.tier for placed in trained} <= {"device"} else "host"
         scratch[tier] = max(scratch[tier], nbytes)
     return scratch
-
-
-def _updates_on_disk(model: Model) -> bool:
-    return any(p.chunk.trained and "disk" in (p.row.params.tier, p.row.optimizer.tier) for p in model.placed)
 
 
 def _largest_shard(model: Model, world: int) -> int:
@@ -199,7 +211,7 @@ def _largest_shard(model: Model, world: int) -> int:
 
 
 def _objects(
-    models: Mapping[str, Model], needs: Needs, slots: Slots, world: int, buffers: int
+    models: Mapping[str, Model], needs: Needs, slots: Slots, world: int, buffers: dict[str, int]
 ) -> dict[str, dict[TierName, int]]:
     """Bytes per tier, by what they are."""
     weights: Counter[TierName] = Counter()
@@ -214,6 +226,8 @@ def _objects(
         if chunk.trained:
             count = chunk.numel // (world if row.optimizer.sharded else 1)
             optimizer[row.optimizer.tier] += plan.state_bytes(count, chunk.dtype, row.bits)
+            if plan.shadowed(row):
+                weights["host"] += chunk.nbytes // (world if row.optimizer.sharded else 1)
     at_home = plan.homes([model.placed for model in models.values()], world)
     grads: dict[TierName, int] = {
         tier: nbytes - weights[tier] - optimizer[tier] for tier, nbytes in at_home.items() if tier != "disk"
@@ -233,5 +247,5 @@ def _objects(
             "host": max((each.swapped for each in generating), default=0),
         },
         "head_tile": {"device": max(heads, default=0)},
-        "update_buffers": {"host": buffers},
+        **{name: {"host": nbytes} for name, nbytes in buffers.items()},
     }

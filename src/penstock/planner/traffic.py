@@ -228,21 +228,28 @@ class Account:
         self._moved.update(moved)
 
     def _update(self, model: Model) -> None:
-        """Adds bytes of homes on a disk that an update reads and writes, and its seconds."""
+        """Adds bytes that an update moves between tiers, and its seconds."""
         moved: Counter[str] = Counter()
         touched = 0
         for chunk, row in ((placed.chunk, placed.row) for placed in model.placed if placed.chunk.trained):
-            count = chunk.numel // (self._world if row.optimizer.sharded else 1)
-            states = plan.state_bytes(count, chunk.dtype, row.bits)
-            weights = count * ITEMSIZE[chunk.dtype]
+            parts = self._world if row.optimizer.sharded else 1
+            states = plan.state_bytes(chunk.numel // parts, chunk.dtype, row.bits)
+            weights, grads = chunk.nbytes // parts, plan.gradient_bytes(chunk, row) // parts
             touched += 2 * states + 3 * weights
             for tier, nbytes in ((row.optimizer.tier, states), (row.params.tier, weights)):
                 if tier == "disk":
                     moved["disk_read"] += nbytes
                     moved["disk_written"] += nbytes
+            at = plan.updated_on(row)
+            if row.grads.tier != at:
+                moved["host_read" if at == "device" else "host_written"] += grads
+            if row.params.tier == "device" != at:
+                moved["host_read"] += weights
+                moved["host_written"] += 0 if plan.shadowed(row) else weights
         disk = moved["disk_read"] / self._rates.disk_read + moved["disk_written"] / self._rates.disk_write
-        seconds = max(touched / self._rates.host, disk)
-        self._add(total=seconds, optimizer=seconds)
+        link = (moved["host_read"] + moved["host_written"]) / self._rates.link
+        seconds = max(touched / self._rates.host + link, disk)
+        self._add(total=seconds, optimizer=seconds, link=link)
         self._moved.update(moved)
 
     def _add(self, **seconds: float) -> None:
@@ -268,7 +275,7 @@ def _gradients(model: Model, first: int, world: int, again: bool) -> Counter[str
             chunk, tier = placed.chunk, placed.row.grads.tier
             parts = world if placed.row.grads.sharded else 1
             part, sums = plan.gradient_bytes(chunk, placed.row) // parts, chunk.numel * ITEMSIZE[plan.SUMS]
-            if (again or chunk.index in visited) and world == 1:
+            if again or chunk.index in visited:
                 moved[f"{tier}_read"] += part
             moved[f"{tier}_written"] += part
             moved["ranks"] += sums - sums // parts

@@ -434,7 +434,7 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     if not moves and any(model.moving(world) for model in models.values()):
         return _forecast(dataclasses.replace(setting, recompute=recompute is not False), timed, True, swap)
     return forecast(
-        models, phases, world=world, device=budgets.get("device"), recompute=recompute, rates=setting.rates, timed=timed
+        models, phases, world=world, budgets=setting.budgets, recompute=recompute, rates=setting.rates, timed=timed
     )
 
 

@@ -2,11 +2,12 @@
 
 [Note: a swapped cache] Where a device budget cannot hold the cache but can hold two of its layers, it lives in host
 memory, and answers are the same to the bit. While block i computes, layer i is in one of two buffers on the device and
-layer i + 1 on its way to the other; the token that block i adds goes home when the next layer is asked for.
+layer i + 1 on its way to the other; the token that block i adds goes home when the next layer is asked for. The next
+rollout's cache takes the same pages: see [Note: pages stay pinned].
 """
 
 import contextlib
-import weakref
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -29,16 +30,14 @@ class KVCache:
         if swap is None:
             self._layers = [torch.zeros(shape, dtype=dtype, device=decoder.device) for _ in range(c.num_layers)]
             return
-        numel, what = 2 * rows * c.num_kv_heads * slots * c.head_dim, "the KV cache"
-        homes = [swap.home(numel, dtype, what, travels=True).tensor for _ in range(c.num_layers)]
-        self._layers = [home.view(shape) for home in homes]
+        numel = c.num_layers * math.prod(shape)
+        pages = swap.lend((numel + numel // slots) * dtype.itemsize, "the KV cache", self).view(dtype)
+        self._layers = [*pages[:numel].view(c.num_layers, *shape)]
         self._buffers = [torch.zeros(shape, dtype=dtype, device=decoder.device) for _ in range(2)]
-        fresh = swap.home(c.num_layers * numel // slots, dtype, what, travels=True).tensor
-        self._fresh = fresh.view(c.num_layers, rows, 2, c.num_kv_heads, c.head_dim)
+        self._fresh = pages[numel:].view(c.num_layers, rows, 2, c.num_kv_heads, c.head_dim)
         """What decoding added and homes do not hold yet."""
         self._added: Tensor | None = None
         """[n] int64: the slots it belongs to."""
-        weakref.finalize(self, swap.give, sum(home.nbytes for home in homes) + fresh.nbytes)
 
     @contextlib.contextmanager
     def lend(self, start: int, stop: int, slots: Tensor | None = None) -> Iterator[Layers]:
