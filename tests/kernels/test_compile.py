@@ -1,11 +1,20 @@
 """Compiling the engine's C: once, for this machine, and never in the way of a machine without a compiler."""
 
 import ctypes
+import os
+import shutil
+import subprocess
+import warnings
 
 import pytest
+import torch
 
 from penstock.kernels import compile as compiler
-from penstock.memory.adamw import SOURCE
+from penstock.kernels import cpu_ops
+from penstock.memory.adamw import SOURCE, AdamW, states_of
+from penstock.models.decoder import Decoder
+from penstock.rollout.engine import Engine
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -37,3 +46,79 @@ def test_a_cache_that_cannot_be_written_is_named(anew, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert isinstance(anew(), str)
+
+
+COMPILES = not isinstance(compiler.compiled(SOURCE), str)
+
+
+@pytest.mark.skipif(not COMPILES, reason="no C compiler")
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_cache_that_others_can_write_to_is_not_used(anew, tmp_path, mode):
+    assert isinstance(anew(), ctypes.CDLL)
+    (tmp_path / "penstock").chmod(mode)
+    assert "can write" in anew()
+
+
+@pytest.mark.skipif(not COMPILES, reason="no C compiler")
+def test_a_cache_of_another_user_is_not_used(anew, monkeypatch):
+    assert isinstance(anew(), ctypes.CDLL)
+    mine = os.geteuid()
+    for path_of, usable in ((mine, True), (0, True), (mine + 1, mine == 0)):  # root could put code anywhere
+        monkeypatch.setattr(compiler.os, "geteuid", lambda user=path_of: user)
+        assert isinstance(anew(), ctypes.CDLL) == usable
+
+
+@pytest.mark.skipif(not COMPILES, reason="no C compiler")
+def test_a_library_that_others_can_write_to_is_made_anew(anew, tmp_path):
+    anew()
+    (library,) = (tmp_path / "penstock").iterdir()
+    library.write_bytes(b"theirs")
+    library.chmod(0o770)
+    assert isinstance(anew(), ctypes.CDLL)
+    assert library.stat().st_mode & 0o777 == 0o700
+    assert library.read_bytes() != b"theirs"
+
+
+def test_where_c_would_help_a_missing_compiler_is_said_once(no_compiler):
+    """By an engine on a CPU and by an update; not by an engine on another device."""
+    weights, states = torch.zeros(64), {name: torch.zeros(64) for name in states_of(torch.float32)}
+    decoder = Decoder(TINY)
+    for call in (
+        lambda: Engine(decoder),
+        lambda: AdamW().update(weights, states, torch.ones(64), lr=1e-3, scale=1.0, step=1),
+    ):
+        compiler.warn_slow.cache_clear()
+        with pytest.warns(UserWarning, match="no compiler.*two to five times as long"):
+            call()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
+    compiler.warn_slow.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cpu_ops.warn_without(torch.device("cuda"))
+
+
+FLAGS = [flag for flag in compiler.FLAGS if "native" not in flag]
+SOURCES = [str(source) for source in (*cpu_ops.SOURCES, SOURCE) if source.suffix == ".c"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("cc", "-march=x86-64"),
+        ("cc", "-march=x86-64-v3"),
+        ("aarch64-linux-gnu-gcc", "-march=armv8-a"),
+        ("musl-gcc", "-march=x86-64", "-c"),
+    ],
+    ids=" ".join,
+)
+def test_other_processors_and_c_libraries_take_the_sources(command, tmp_path):
+    """Compiled for them, not run. gcc's OpenMP is made for glibc: with musl nothing is linked."""
+    if shutil.which(command[0]) is None or (command[0] == "cc" and os.uname().machine != "x86_64"):
+        pytest.skip(f"{command[0]} is not installed, or not one for x86")
+    flags = [flag for flag in FLAGS if "-c" not in command or flag != "-shared"]
+    done = subprocess.run(
+        [*command, *flags, "-O1", "-Wno-psabi", *SOURCES], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -148,6 +148,24 @@ def test_what_lies_beyond_a_rows_last_slot_is_never_read():
     assert torch.equal(cpu_ops.attention(q, k, v, (keys, values), last), clean)
 
 
+@pytest.mark.parametrize(("width", "slots"), [(513, [0, 3]), (8, [0, 4]), (8, [-1, 3]), (8, [1 << 62, 3])])
+def test_attention_that_does_not_fit_is_refused_before_anything_is_written(width, slots):
+    keys, values = torch.zeros(2, 2, 1, 4, width)
+    q, k, v = torch.randn(3, 2, 1, 1, width)
+    with pytest.raises(IndexError, match=f"heads of {width}.*a cache of 4"):
+        cpu_ops.attention(q, k, v, (keys, values), torch.tensor(slots))
+    assert not keys.any()
+    assert not values.any()
+
+
+def test_heads_that_do_not_fit_are_known_before():
+    device = torch.device("cpu")
+    with cpu_ops.one_token():
+        assert [cpu_ops.attends(device, torch.float32, width) for width in (1, 512, 513)] == [True, True, False]
+        assert not cpu_ops.attends(torch.device("meta"), torch.float32, 64)
+    assert not cpu_ops.attends(device, torch.float32, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 16, 53, 70_000])
 def test_gelu_and_its_slope_are_those_of_torch(dtype, count):
@@ -192,7 +210,7 @@ def test_gelu_by_torch_where_c_cannot(monkeypatch):
 @pytest.mark.parametrize(("rows", "width"), [(1, 7), (3, 64), (5, 100), (40, 768)])
 def test_rms_norm_is_exact_and_rounded_once(dtype, rows, width):
     x, weight = (3 * torch.randn(rows, 1, width)).to(dtype), torch.randn(width)
-    for offset, kind in ((0.0, dtype), (1.0, dtype), (0.0, torch.float32)):
+    for offset, kind in ((0.0, dtype), (1.0, dtype), (0.0, torch.float32), (0.0, torch.bfloat16)):
         w = weight.to(kind)
         wide = x.double()
         exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (w.double() + offset)

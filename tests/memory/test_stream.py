@@ -286,3 +286,16 @@ def test_an_update_in_host_memory_is_the_one_on_the_device_to_the_bit(name, dtyp
     stem, _, bits = name.partition("_")
     for again in reloaded(named("_".join(filter(None, (stem, "cpu", bits))), tmp_path, dtype=dtype), kind):
         assert all(torch.equal(again[key], weight) for key, weight in weights.items())
+
+
+def test_a_visit_binds_weights_past_nn_modules_own_slow_setter(monkeypatch):
+    model = Actor(decoder("gpt2"))
+    Strategy.named("gemini_cpu", device="cpu").prepare(model)
+    first = model.decoder.blocks[0].qkv
+    assert first.weight.is_meta
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", lambda *_: pytest.fail("a weight was bound the slow way"))
+    for _ in range(2):
+        with model.decoder.feed.visit("blocks.0"):
+            assert not first.weight.is_meta
+            assert first._parameters["weight"] is first.weight
+        assert first.weight.is_meta

@@ -1,6 +1,8 @@
 """Steps at fixed addresses give the same answers, and nothing in them would break a recording on a GPU."""
 
+import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from penstock.memory.strategy import Strategy
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor
 from penstock.models.surgery import quantise
+from penstock.rollout import cuda_graphs
 from penstock.rollout import engine as engines
 from penstock.rollout.cache import KVCache
 from penstock.rollout.cuda_graphs import Steps
@@ -133,3 +136,97 @@ def test_weights_that_move_are_not_recorded():
     staying = Actor(decoder)
     Strategy.named("zero2_cpu", device="cpu").prepare(staying)
     assert not staying.decoder.feed.moves
+
+
+class Streams:
+    """torch.cuda's streams and graphs, as far as a recording needs them: who ran where is written down."""
+
+    def __init__(self):
+        self.made, self.warmed, self.captured, self.pools = [], [], [], []
+
+    def stream(self, device=None):
+        self.made.append(Stand())
+        return self.made[-1]
+
+    @contextlib.contextmanager
+    def within(self, stream):
+        self.warmed.append(stream)
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool=None, stream=None, capture_error_mode="global"):
+        self.captured.append(stream)
+        self.pools.append(pool or graph)
+        graph.pool = lambda: pool or graph
+        yield
+
+
+class Stand:
+    """A stream that has nothing to wait for; a graph that replays nothing."""
+
+    def wait_stream(self, other):
+        pass
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """torch.cuda of a GPU that is only imagined."""
+    streams = Streams()
+    monkeypatch.setattr(cuda_graphs, "_FREE", {})
+    for name, stand in {
+        "Stream": streams.stream, "stream": streams.within, "graph": streams.graph, "CUDAGraph": Stand,
+        "current_stream": lambda device=None: Stand(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand)
+    return streams
+
+
+class OnGpu:
+    """A recorder's inputs, which say that they lie on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, inputs):
+        self._inputs = inputs
+
+    def __getitem__(self, at):
+        return self._inputs[at]
+
+
+@torch.no_grad()
+def recorder(sizes=(1, 2, 4)):
+    decoder = Decoder(TINY, device="meta")
+    steps = Steps(decoder, KVCache(decoder, 8, 32), 8, 32)
+    steps._inputs = OnGpu(steps._inputs)
+    for rows in sizes:
+        steps._record(rows, 32)
+    return steps
+
+
+def test_a_recorder_warms_up_and_records_on_one_stream_of_its_own(streams):
+    """Else each recording would keep a workspace of its own, and two engines' graphs would share one."""
+    first = recorder()
+    assert len(streams.made) == 1
+    assert streams.captured == streams.warmed == streams.made * 3
+    second = recorder()
+    assert len(streams.made) == 2
+    assert streams.captured == streams.warmed == [streams.made[0]] * 3 + [streams.made[1]] * 3
+    assert streams.pools[:3] == [streams.pools[0]] * 3
+    assert streams.pools[3:] == [streams.pools[3]] * 3
+    assert streams.pools[0] is not streams.pools[3]
+    assert first is not second
+
+
+def test_a_stream_passes_to_the_next_recorder_only_when_its_own_is_gone(streams):
+    first, second = recorder(), recorder()
+    del first
+    gc.collect()
+    third = recorder(sizes=(1, 4))
+    assert len(streams.made) == 2
+    assert streams.captured[6:] == [streams.made[0]] * 2
+    fourth = recorder(sizes=(1,))
+    assert len(streams.made) == 3
+    assert len({id(steps._stream) for steps in (second, third, fourth)}) == 3

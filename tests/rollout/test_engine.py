@@ -274,3 +274,21 @@ class Closing(Letters):
 def test_a_prompt_does_not_end_with_the_end_that_its_tokenizer_puts_behind_every_text(decoder):
     engine = Engine(decoder, eos_ids=(EOS,), tokenizer=Closing())
     assert engine.generate(["bd"], Sampling(max_new_tokens=1))[0].prompt_ids == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"head_dim": 1280, "num_heads": 1, "num_kv_heads": 1}, {"windows": ((1 << 64) + 2, 3)}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shape_that_no_published_model_has_decodes_as_whole_rows_do(changes, dtype):
+    """Heads wider than decode.c's buffers; a window that no 64 bits hold. Once the first ended in a bus error, and the
+    second was read as a window of 2."""
+    config = dataclasses.replace(TINY, **changes)
+    decoder = Decoder(config, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for answer in generate(decoder, PROMPTS, Sampling(max_new_tokens=10, temperature=0.7), eos_ids=()):
+        row = torch.tensor([answer.prompt_ids + answer.response_ids])
+        with torch.no_grad():
+            logits = decoder.logits(decoder(row)[0]).float() / 0.7
+        n = len(answer.prompt_ids)
+        expected = torch.log_softmax(logits[n - 1 : -1], -1).gather(1, row[0, n:, None])[:, 0]
+        assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-5 if dtype == torch.float32 else 0.02)

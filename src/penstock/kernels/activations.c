@@ -160,8 +160,10 @@ void rms_norm(const RmsNorm *n)
     for (int64_t i = 0; i < n->rows * n->heads; i++) {
         int64_t row = i / n->heads, head = i % n->heads;
         int64_t from = row * n->x_row + head * n->x_head, to = row * n->y_row + head * n->y_head;
-        if (n->x_kind == FP32)
+        if (n->x_kind == FP32 && n->kind == FP32)
             norm_one(n, FP32, FP32, from, to);
+        else if (n->x_kind == FP32)
+            norm_one(n, BF16, FP32, from, to);
         else if (n->kind == FP32)
             norm_one(n, FP32, BF16, from, to);
         else

@@ -66,13 +66,19 @@ SPLIT_MASTER(adamw_bf16, uint16_t, from_bf16)
 SPLIT_MASTER(adamw_bf16_fp32, float, from_fp32)
 
 /* Moments in 8 bits, block by block: see adamw_8bit.py. Shares and codes are its tables, of first and second moments. */
-enum { BLOCK = 256, SIGN = 128 };
+enum { BLOCK = 256, SIGN = 128, ONE = 0x3F80 };
 typedef struct { const float *first, *second; const uint8_t *codes_first, *codes_second; } Tables;
 
 static inline uint32_t rounded(float x) /* to bf16, to nearest, ties to even, as torch does */
 {
     uint32_t bits = as_bits(x);
     return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
+static inline uint32_t share_of(float x) /* the place of a share in the tables of codes, which end with that of 1 */
+{
+    uint32_t place = rounded(x);
+    return place < ONE ? place : ONE;
 }
 
 static inline void open_block(const uint8_t *m, const uint8_t *v, float m_scale, float v_scale, float *restrict exp_avg,
@@ -91,15 +97,15 @@ static inline void close_block(uint8_t *m, uint8_t *v, float *m_scale, float *v_
     float most_m = 0, most_v = 0;
     for (int i = 0; i < BLOCK; i++) {
         float size = fabsf(exp_avg[i]);
-        most_m = size > most_m ? size : most_m;
-        most_v = exp_avg_sq[i] > most_v ? exp_avg_sq[i] : most_v;
+        most_m = size > most_m || size != size ? size : most_m; /* a NaN stays: the whole block becomes one */
+        most_v = exp_avg_sq[i] > most_v || exp_avg_sq[i] != exp_avg_sq[i] ? exp_avg_sq[i] : most_v;
     }
     *m_scale = most_m;
     *v_scale = most_v;
     float by_m = most_m > 0 ? most_m : 1, by_v = most_v > 0 ? most_v : 1;
     for (int i = 0; i < BLOCK; i++) {
-        m[i] = t.codes_first[rounded(fabsf(exp_avg[i]) / by_m)] + (exp_avg[i] < 0 ? SIGN : 0);
-        v[i] = t.codes_second[rounded(exp_avg_sq[i] / by_v)];
+        m[i] = t.codes_first[share_of(fabsf(exp_avg[i]) / by_m)] + (exp_avg[i] < 0 ? SIGN : 0);
+        v[i] = t.codes_second[share_of(exp_avg_sq[i] / by_v)];
     }
 }
 

@@ -1,7 +1,11 @@
 """C where torch has no operation for it: compiled by this machine's own compiler when first needed, kept in a cache.
 
 It saves time and nothing else: without a compiler torch operations do the same work, slower. `penstock doctor` says
-which of the two it will be. Threads come from OpenMP, so torch's own pool is shared.
+which of the two it will be, and a run that could use it once. Threads come from OpenMP, so torch's own pool is shared.
+
+[Note: code from a cache] A library is loaded into this process, so nobody else may have written it: it and its
+directory belong to this user or to root, and others cannot write to them. A library that is not so is made anew; a
+directory that is not so is not used.
 
 [Note: one pass of C] torch's fused AdamW refuses mixed dtypes, and around it a split master takes ten passes over
 memory; adamw.c takes one, with the same roundings. torch.compile would need the same compiler and 22 seconds, and gives
@@ -12,9 +16,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,9 +28,11 @@ import torch
 from penstock.kernels.machine import cache_directory, cpu_facts
 
 FLAGS = (
-    "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
-    "-fPIC",
+    "-O3", "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native", "-ffp-contract=off",
+    "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
+SECONDS = 60
+"""That the compiler may take."""
 
 
 @functools.cache
@@ -32,7 +40,7 @@ def compiled(*files: Path) -> ctypes.CDLL | str:
     """One library of these C files, compiled for this machine, or why it is not; headers are named beside them."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        return "no C compiler (cc)"
+        return "no C compiler: install gcc or clang as cc, or set CC"
     cache = cache_directory()
     command = [compiler, *FLAGS]
     sources = [str(file) for file in files if file.suffix == ".c"]
@@ -40,18 +48,37 @@ def compiled(*files: Path) -> ctypes.CDLL | str:
     stamp = hashlib.sha256(everything + " ".join((*command, cpu_facts())).encode()).hexdigest()[:16]
     library = cache / f"{files[0].stem}-{stamp}.so"
     try:
-        if not library.exists():
-            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _trusted(cache):  # see [Note: code from a cache]
+            return f"{cache} belongs to others, or they can write to it: chmod 700 it, or set XDG_CACHE_HOME"
+        if not library.exists() or not _trusted(library):
             with tempfile.TemporaryDirectory(dir=cache) as temporary:
                 fresh = Path(temporary) / library.name
                 command += [*sources, "-o", str(fresh), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+                fresh.chmod(0o700)
                 fresh.replace(library)  # whole or not at all: ranks may compile side by side
         return ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         return f"{compiler}: {' '.join((error.stderr or 'failed').strip().splitlines()[-1:])}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
+
+
+def _trusted(path: Path) -> bool:
+    """Whether nobody but this user and root can have written it."""
+    facts = path.stat()
+    return facts.st_uid in (os.geteuid(), 0) and not facts.st_mode & 0o022
+
+
+@functools.cache
+def warn_slow(reason: str) -> None:
+    """Says once why C does not help where it would."""
+    warnings.warn(
+        f"nothing is compiled for this CPU ({reason}): decoding and optimizer updates take two to five times as long, "
+        "with the same results. penstock doctor says when that has changed.",
+        stacklevel=3,
+    )
 
 
 def give_back() -> None:

@@ -40,7 +40,7 @@ _Product = _struct(
     "Product", "x weight bias scales y wide packed", "rows inputs outputs", "", "kind bias_kind x_kind threads"
 )
 _Attention = _struct(
-    "Attention", "q k v keys values slopes sinks slots y", "rows heads groups width x_row x_head row group window",
+    "Attention", "q k v keys values slopes sinks slots y", "rows heads groups width room x_row x_head row group window",
     "scale softcap", "kind x_kind threads",
 )  # fmt: skip
 _RmsNorm = _struct(
@@ -66,9 +66,22 @@ def one_token() -> Iterator[None]:
         _ONE_TOKEN.reset(before)
 
 
+def warn_without(device: torch.device) -> None:
+    """Says once why text will be slow, if it is made on a CPU and there is no compiler."""
+    library = _library() if device.type == "cpu" and compiler.real() else None
+    if isinstance(library, str):
+        compiler.warn_slow(library)
+
+
 def ready(device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether these go through here: inside `one_token`, on a CPU with a compiler, in dtypes that the C knows."""
     return _ONE_TOKEN.get() and device.type == "cpu" and all(dtype in KINDS for dtype in dtypes)
+
+
+def attends(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether `attention` goes through here, for heads of this width: what it sums lies on threads' stacks."""
+    library = _library() if ready(device, dtype) else ""
+    return isinstance(library, ctypes.CDLL) and width <= ctypes.c_int64.in_dll(library, "widest").value
 
 
 def unrounded(x: Tensor, weight: Tensor) -> bool:
@@ -85,6 +98,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tenso
     The weight is fp32, bf16, or int8 with `scales` [O]. All on the CPU, weights without gaps.
     """
     x, weight = x.contiguous(), weight.contiguous()
+    assert x.shape[-1] == weight.shape[1]
+    assert weight.dtype != torch.int8 or scales is not None
     scales = scales if scales is None else scales.float()
     y = x.new_empty(*x.shape[:-1], len(weight))
     wide = x if x.dtype == torch.float32 else torch.empty(x.shape)
@@ -125,7 +140,8 @@ def attention(
     """One token per row: q [B, H, 1, E], k and v [B, G, 1, E], cache [B, G, S, E] twice -> [B, 1, H * E].
 
     Row b's k and v are written to slot `slots[b]` (int64), and its query sees the slots up to it. q, k and v lie alike,
-    and so do both halves of the cache, each [S, E] without gaps.
+    and so do both halves of the cache, each [S, E] without gaps. E is no wider than `attends` says.
+    Raises IndexError, and writes nothing, where a slot is not in the cache.
     """
     (rows, heads, _, width), (keys, values) = q.shape, cache
     if len({tensor.stride()[:2] for tensor in (q, k, v)}) > 1 or q.stride(3) != 1:  # rotated, or normed
@@ -138,17 +154,19 @@ def attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(),
         0 if scores.slopes is None else scores.slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
         slots.data_ptr(), y.data_ptr(), rows, heads,
-        keys.shape[1], width, q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), scores.window,
+        keys.shape[1], width, keys.shape[2], q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), scores.window,
         scores.scale or 1 / math.sqrt(width), scores.softcap, KINDS[keys.dtype], KINDS[q.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
-    _library().attention(ctypes.byref(call))  # type: ignore[union-attr]
+    if _library().attention(ctypes.byref(call)):  # type: ignore[union-attr]
+        raise IndexError(f"heads of {width}, or slots {slots.tolist()} in a cache of {keys.shape[2]}, are too much")
     return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, spare: bool = False) -> Tensor:
     """x / rms(x) * (weight + offset) over the last dimension, x [B, ..., E] without gaps, or [B, H, 1, E] with gaps
     between rows and heads; in place where x is `spare`. Computed in fp32 and rounded once."""
+    assert weight.shape == x.shape[-1:]
     y = x if spare else torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.dim() == 4:
         rows, heads, x_row, x_head, y_row, y_head = *x.shape[:2], *x.stride()[:2], *y.stride()[:2]
@@ -165,6 +183,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, spar
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns x [B, H, 1, E] in place by cos and sin [B or 1, 1, 1, R] of its dtype, R <= E; see positions.rotate."""
+    assert (cos.shape, cos.dtype) == (sin.shape, x.dtype)
+    assert cos.shape[-1] <= x.shape[3]
     table = 0 if len(cos) == 1 else cos.shape[-1]
     call = _Rotation(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *x.shape[:2], cos.shape[-1], *x.stride()[:2], table,
@@ -224,7 +244,7 @@ def add(sums: Tensor, terms: Tensor) -> None:
     pass: torch makes a copy of them first."""
     library = _library() if sums.device.type == "cpu" and compiler.real() else ""
     plain = (sums.dtype, terms.dtype) == (torch.float32, torch.bfloat16) and terms.is_contiguous()
-    if isinstance(library, str) or not plain or not sums.is_contiguous():
+    if isinstance(library, str) or not plain or not sums.is_contiguous() or sums.shape != terms.shape:
         sums.add_(terms)
         return
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (sums, terms))
@@ -241,6 +261,7 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor
     if isinstance(library, str) or logits.device.type != "cpu" or logits.dtype != torch.float32 or not compiler.real():
         return None
     logits, uniforms = logits.contiguous(), uniforms.float().contiguous()
+    assert len(uniforms) == len(logits)
     tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
     call = _Choice(
         logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), *logits.shape, temperature,

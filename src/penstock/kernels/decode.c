@@ -13,13 +13,15 @@ typedef struct {
     const float *sinks;     /* [heads] logits of no key, or NULL */
     const int64_t *slots;   /* [rows]: where k and v go, and the last slot that the query sees */
     void *y;                /* [rows, heads, width], x_kind */
-    int64_t rows, heads, groups, width, x_row, x_head, row, group, window;
+    int64_t rows, heads, groups, width, room, x_row, x_head, row, group, window; /* room: the cache's slots */
     float scale, softcap;   /* softcap: scores s become softcap tanh(s / softcap); 0: they stay */
     int32_t kind, x_kind, threads;
 } Attention;
 
 #define BATCH 64 /* keys at once: their scores stay in the first cache */
 #define WIDEST 512
+/* The widest head whose query and sums fit on a thread's stack: cpu_ops sends wider ones another way. */
+const int64_t widest = WIDEST;
 
 /* tanh, within two roundings: by its series near 0, where the other form would subtract 1 from almost 1. */
 INLINE vec tanh_of(vec x)
@@ -128,8 +130,14 @@ static void keep(const Attention *a, int64_t row, int64_t group)
     }
 }
 
-void attention(const Attention *a)
+/* 0; or 1, and nothing is written, where heads are too wide or a row's slot is not in the cache. */
+int32_t attention(const Attention *a)
 {
+    if (a->width > WIDEST)
+        return 1;
+    for (int64_t row = 0; row < a->rows; row++)
+        if (a->slots[row] < 0 || a->slots[row] >= a->room)
+            return 1;
     for (int64_t i = 0; i < a->rows * a->groups; i++)
         keep(a, i / a->groups, i % a->groups);
 #pragma omp parallel for num_threads(a->threads) schedule(dynamic, 4)
@@ -139,6 +147,7 @@ void attention(const Attention *a)
         else
             attend(a, BF16, i / a->heads, i % a->heads);
     }
+    return 0;
 }
 
 /* --- choosing a token ---------------------------------------------------------------------------------------------- */

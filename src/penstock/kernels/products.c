@@ -369,7 +369,8 @@ void product(Product *p)
     if (p->x_kind == FP32)
         p->wide = (float *)p->x;
 #ifdef __AMX_BF16__
-    if (p->kind == BF16 && p->in >= DEEP && p->out >= UNIT && unit_is_ours() && is_bf16(p)) {
+    /* 16 rows are gathered by offsets of 32 bits */
+    if (p->kind == BF16 && p->in >= DEEP && p->in < 1 << 24 && p->out >= UNIT && unit_is_ours() && is_bf16(p)) {
         int64_t columns = p->out / UNIT * UNIT;
         if (p->in % DEEP || columns < p->out)
             widen(p);

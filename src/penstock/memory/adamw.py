@@ -144,6 +144,7 @@ def _in_one_pass(tensors: list[Tensor], rule: Rule) -> int:
         return 0
     compiled = compiler.compiled(SOURCE)
     if isinstance(compiled, str):
+        compiler.warn_slow(compiled)
         return 0
     assert all(tensor.is_contiguous() for tensor in tensors)
     kinds = dict.fromkeys("fp32" if tensor.itemsize == 4 else "bf16" for tensor in (tensors[0], tensors[-1]))
@@ -261,7 +262,8 @@ def encode(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     sizes = blocks.abs() if signed else blocks
     scales = sizes.amax(dim=1)
     share = (sizes / torch.where(scales > 0, scales, 1.0)[:, None]).to(torch.bfloat16)
-    codes = (CODES_FIRST if signed else CODES_SECOND).to(moment.device)[share.view(torch.int16).int()]
+    places = share.view(torch.int16).int().clamp_(0, ONE)  # a NaN has no code: it stays in its block's scale
+    codes = (CODES_FIRST if signed else CODES_SECOND).to(moment.device)[places]
     if signed:
         codes += (blocks < 0).to(torch.uint8) * SIGN
     return codes.view(-1), scales

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock.distributed.world import World
 from penstock.memory import plan
@@ -133,3 +133,19 @@ def unrounded(sums: Tensor, home: RamHome) -> None:
         sums[start:stop] = narrow[start:stop]
         start = stop
     sums[start:] = narrow[start:].clone()
+
+
+def views(chunk: Chunk, memory: Tensor) -> list[Tensor]:
+    """The chunk's weights, or their gradients, in a run of memory that holds them end to end."""
+    return [
+        memory[offset : offset + weight.numel].view(weight.shape)
+        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True)
+    ]
+
+
+def weight_on(memory: Tensor, trained: bool) -> nn.Parameter:
+    """A weight whose gradient autograd adds up in fp32, if it is trained."""
+    parameter = nn.Parameter(memory, requires_grad=trained)
+    if trained:
+        parameter.grad_dtype = SUMS
+    return parameter

@@ -31,8 +31,8 @@ from torch.profiler import record_function
 from penstock.autochunk.recompute import recomputing
 from penstock.distributed.world import World
 from penstock.memory.arena import Arena, Slot
-from penstock.memory.chunks import Chunk
-from penstock.memory.homes import SUMS, ChunkHome
+from penstock.memory.chunks import Chunk, Weight
+from penstock.memory.homes import SUMS, ChunkHome, views, weight_on
 from penstock.memory.program import Part, Program, owners, visits_of
 from penstock.memory.schedule import Schedule
 from penstock.memory.sink import Sink
@@ -101,11 +101,11 @@ class Stream:
         self.dtype: torch.dtype | None = None
         """Of weights while a part runs, where they lie in another; None: they do not."""
         self._arenas = arenas
-        self._owners = owners(model)
+        places = {name: (module._parameters, own) for name, (module, own) in owners(model).items()}
+        self._bound: dict[str, tuple[dict[str, Any], str]] = places
+        """Where modules keep their parameters: a visit binds each twice, and nn.Module.__setattr__ is slow."""
         self._empty = {
-            weight.name: nn.Parameter(
-                torch.empty_like(getattr(*self._owners[weight.name]), device="meta"), home.chunk.trained
-            )
+            weight.name: nn.Parameter(torch.empty_like(self._now(weight), device="meta"), home.chunk.trained)
             for home in self.homes
             for weight in home.chunk.weights
         }
@@ -365,18 +365,15 @@ class Stream:
             home.graded = True
         if hold.gradients and not (hold.slot is None and home.in_place):
             for weight in home.chunk.weights:
-                getattr(*self._owners[weight.name]).grad = None
+                self._now(weight).grad = None
         if hold.slot is not None:
             hold.slot.users -= 1
             self._unbind(home.chunk)
 
     def _bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> list[nn.Parameter]:
         """The model's own parameters become views of `weights`."""
-        bound = []
-        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
-            view = weights[offset : offset + weight.numel].view(weight.shape)
-            bound.append(_parameter(view, trained))
-            setattr(*self._owners[weight.name], bound[-1])
+        bound = [weight_on(view, trained) for view in views(chunk, weights)]
+        self._put(chunk, bound)
         return bound
 
     def _bind_slot(self, home: ChunkHome, slot: Slot, *, trained: bool) -> None:
@@ -385,32 +382,37 @@ class Stream:
         if slot.bound_for != bound_for:
             weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
             slot.bound_for, slot.parameters = bound_for, self._bind(home.chunk, weights, trained=trained)
-            return
-        for weight, parameter in zip(home.chunk.weights, slot.parameters, strict=True):
-            setattr(*self._owners[weight.name], parameter)
+        else:
+            self._put(home.chunk, slot.parameters)
 
     def _bind_graph(self, home: ChunkHome, slot: Slot) -> None:
         """The same parameters whenever the chunk comes, on its current memory. See [Note: a kept graph]."""
         weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
-        views = [
-            weights[offset : offset + weight.numel].view(weight.shape).data  # .data has no version: slots are rewritten
-            for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True)
-        ]
+        cut = [view.data for view in views(home.chunk, weights)]  # .data has no version: slots are rewritten
         if home not in self._graph:
-            self._graph[home] = [_parameter(view, home.chunk.trained) for view in views]
-        for weight, parameter, view in zip(home.chunk.weights, self._graph[home], views, strict=True):
+            self._graph[home] = [weight_on(view, home.chunk.trained) for view in cut]
+        for parameter, view in zip(self._graph[home], cut, strict=True):
             parameter.data = view
-            setattr(*self._owners[weight.name], parameter)
+        self._put(home.chunk, self._graph[home])
 
     def _bind_gradients(self, chunk: Chunk, grads: Tensor) -> None:
         """The bound parameters' gradients become views of `grads`: autograd adds in place, so the views survive."""
-        for weight, offset in zip(chunk.weights, chunk.offsets, strict=True):
-            view = grads[offset : offset + weight.numel].view(weight.shape)
-            getattr(*self._owners[weight.name]).grad = view
+        for weight, view in zip(chunk.weights, views(chunk, grads), strict=True):
+            self._now(weight).grad = view
 
     def _unbind(self, chunk: Chunk) -> None:
-        for weight in chunk.weights:
-            setattr(*self._owners[weight.name], self._empty[weight.name])
+        self._put(chunk, [self._empty[weight.name] for weight in chunk.weights])
+
+    def _put(self, chunk: Chunk, parameters: Sequence[nn.Parameter]) -> None:
+        """The model's modules get these in the place of the chunk's weights."""
+        for weight, parameter in zip(chunk.weights, parameters, strict=True):
+            where, name = self._bound[weight.name]
+            where[name] = parameter
+
+    def _now(self, weight: Weight) -> nn.Parameter:
+        """What the module has in its place."""
+        where, name = self._bound[weight.name]
+        return where[name]
 
     def _gradient_slot(self, home: ChunkHome) -> Slot:
         arena = self._arenas()[1]
@@ -474,14 +476,6 @@ class Stream:
                 self.world.join_shards(part, whole)
 
         return land
-
-
-def _parameter(weight: Tensor, trained: bool) -> nn.Parameter:
-    """A weight whose gradient autograd adds up in fp32, if it is trained."""
-    parameter = nn.Parameter(weight, requires_grad=trained)
-    if trained:
-        parameter.grad_dtype = SUMS
-    return parameter
 
 
 def _sums(slot: Slot, chunk: Chunk) -> Tensor:

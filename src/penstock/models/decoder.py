@@ -455,11 +455,12 @@ class Decoder(nn.Module):
             if rotates:
                 narrow = window > 0 and c.window_rope != ()
                 rotary = tables[narrow] = tables.get(narrow) or rotary_tables(c, narrow, position_ids, dtype)
-            if slots is not None and cpu_ops.ready(self.device, dtype):
+            within = window if window < seen else 0
+            if slots is not None and cpu_ops.attends(self.device, dtype, c.head_dim):
                 slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
-                positions[window, rotates] = Positions(rotary, None, slots, seen, window, slopes, scale)
+                positions[window, rotates] = Positions(rotary, None, slots, seen, within, slopes, scale)
             elif slots is None and c.attention_softcap:
-                positions[window, rotates] = Positions(rotary, None, None, window=window, query_scale=scale)
+                positions[window, rotates] = Positions(rotary, None, None, window=within, query_scale=scale)
             else:
                 bias = attention_bias(c, window, position_ids, seen, dtype, slots is not None)
                 positions[window, rotates] = Positions(rotary, bias, slots, seen, query_scale=scale)

@@ -6,8 +6,15 @@ addresses it was recorded with: so rows and the slots that attention sees are ro
 are copied to where the graph reads them, and weights must stay where they are. Updates happen in place, and the next
 replay sees them. Weights that stream and a swapped cache are not recorded: their addresses change. The cache is not
 paged: PPO's answers have one common length.
+
+[Note: one stream per recorder] The library of products keeps a workspace (34 MB on an H100) for every stream that it
+has met, and a graph goes on using the one of the stream that it was recorded on. So all steps of a recorder are warmed
+up and recorded on one stream, whose workspace is taken before the first recording and belongs to no graph's pool; no
+two recorders that exist have the same one, so that two graphs never write to one workspace; and the stream of a
+recorder that is gone is given to the next.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +26,8 @@ from penstock.models.decoder import Decoder
 from penstock.rollout.cache import KVCache
 
 FEWEST_SLOTS = 128
+_FREE: dict[torch.device, list[Any]] = {}
+"""Streams of recorders that are gone. torch has 32 of a device, and gives the first again after the last."""
 
 
 class Steps:
@@ -32,6 +41,8 @@ class Steps:
         self._recorded: dict[tuple[int, int], Callable[[], Tensor]] = {}
         """(rows, slots seen) -> the step: it reads the inputs and returns the states."""
         self._pool: Any = None
+        self._stream: Any = None
+        """See [Note: one stream per recorder]."""
 
     def run(self, tokens: list[int], slots: list[int]) -> Tensor:
         """[n, D]: the states behind one token per row, which go to these slots. They last until the next `run`."""
@@ -57,14 +68,19 @@ class Steps:
         step = partial(self._step, rows, seen)
         if self._inputs.device.type != "cuda":
             return step
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # once as it is: libraries take their workspaces now
+        device = self._inputs.device
+        if self._stream is None:
+            free = _FREE.setdefault(device, [])
+            self._stream = free.pop() if free else torch.cuda.Stream(device)
+            weakref.finalize(self, free.append, self._stream)
+        current = torch.cuda.current_stream(device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):  # once as it is: libraries take their workspaces now
             step()
-        current.wait_stream(side)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # One pool of memory for all, for no two run at once. Other threads may read another model's chunks meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             states = step()
         self._pool = graph.pool()
 

@@ -115,6 +115,7 @@ class Engine:
         """Prompts that a prefill has gone through."""
         self._in_step = RowsInStep(decoder) if decoder.config.foreign else None
         """Of transformers' own layers: see [Note: rows in step]."""
+        cpu_ops.warn_without(decoder.device)
         self._waiting: list[_Run] = []
         self._running: list[_Run] = []
         self._cache: KVCache | None = None

@@ -166,7 +166,8 @@ def _unpacked(path: Path) -> Path:
         return directory
     file = open_file(path)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for made in (cache_directory(), directory.parent):  # compiled code lies beside: kernels.compile
+            made.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
             fresh = Path(temporary) / "model"
             fresh.mkdir()
