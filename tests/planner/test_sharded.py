@@ -89,6 +89,8 @@ def test_shards_and_gathers_by_hand():
         assert forecast.objects["optimizer"]["device"] == pytest.approx(8 * weights / shards, rel=0.01)
         root = config.vocab_size * config.d_model * (1 if config.tied else 2)  # is gathered once in a step
         expected = (2 * 2 * (weights - root) + 2 * root + 4 * weights) * (shards - 1) / shards
+        if shards < 16:  # two copies' gradients are summed over machines
+            expected += 4 * weights / shards
         assert forecast.traffic["train"]["ranks"] == pytest.approx(expected, rel=0.01)
 
 

@@ -75,7 +75,11 @@ class PlanConfig(PlacementFlags):
     host_bandwidth: str = "38GB"
     """Bytes per second of host memory, reads and writes together."""
     network: str = "25GB"
-    """Bytes per second between processes, each way."""
+    """Bytes per second between processes of different machines, each way."""
+    network_inside: str | None = None
+    """The same inside a machine: 300GB. Default: --network."""
+    device_bandwidth: str = "1500GB"
+    """Bytes per second of device memory, reads and writes together."""
     dry_run: bool = False
     """Also run the engine on tensors without memory, and print what it takes next to what is planned."""
     json: bool = False

@@ -52,6 +52,7 @@ def rates(dtype: str, network: float) -> Rates:
         ceilings = json.loads(path.read_text(encoding="utf-8"))
         flops, host = float(ceilings[f"gemm_{dtype}"]), float(ceilings["adamw"])
         link, disk_read, disk_write = (float(ceilings[name]) for name in ("link", "disk_read", "disk_write"))
-        return Rates(flops, link, disk_read, disk_write, host, network)
+        own = host if ceilings["device"] == "cpu" else float(ceilings["copy"])
+        return Rates(flops, link, disk_read, disk_write, host, network, own, network)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--rates measured: {path} cannot be read ({error}); run penstock bench micro.") from error

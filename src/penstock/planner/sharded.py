@@ -15,7 +15,7 @@ from penstock.memory.placement import TierName
 from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
 from penstock.planner.activations import Pass, activations_of, visits_of
 from penstock.planner.forecast import Forecast, with_slack
-from penstock.planner.traffic import Rates, Seconds
+from penstock.planner.traffic import Rates, Seconds, inside_machine
 
 ROOT = -1
 STILL = dict.fromkeys(("host_read", "host_written", "disk_read", "disk_written"), 0)
@@ -65,15 +65,10 @@ def _weights(model: Model) -> list[tuple[str, Weight]]:
 
 
 def forecast(
-    models: Mapping[str, Model],
-    phases: Mapping[str, Sequence[Pass]],
-    *,
-    shards: int,
-    device: int | None,
-    recompute: bool | None,
-    rates: Rates,
-) -> Forecast:
-    """As forecast.forecast, of ranks of which `shards` hold one copy of the models."""
+    models: Mapping[str, Model], phases: Mapping[str, Sequence[Pass]], *, shards: int, nodes: int, copies: int,
+    device: int | None, recompute: bool | None, rates: Rates,
+) -> Forecast:  # fmt: skip
+    """As forecast.forecast, of ranks on `nodes` machines, `shards` of which hold one of `copies` of the models."""
     homes = {name: plan.shard_homes((w for _, w in _weights(model)), shards) for name, model in models.items()}
     resting = sum(home["weights"] + home["optimizer"] for home in homes.values())
     grads = max(home["grads"] for home in homes.values())  # one model steps at a time
@@ -92,14 +87,18 @@ def forecast(
                    key=lambda pair: pair[0])
         for phase, of_phase in phases.items()
     }  # fmt: skip
-    moved = {
-        phase: [_moved(each, models[each.model], shards, once) for each in of_phase]
+    local = rates if nodes > copies else inside_machine(rates)  # where a copy is inside a machine, so are its gathers
+    between = {
+        phase: [
+            (_moved(each, models[each.model], shards, once), _crossed(each, homes[each.model], copies))
+            for each in of_phase
+        ]
         for phase, of_phase in phases.items()
     }
     seconds = {
         phase: [
-            _seconds(each, nbytes, homes[each.model], rates, plan.recomputes(True, recompute))
-            for each, nbytes in zip(of_phase, moved[phase], strict=True)
+            _seconds(each, nbytes, homes[each.model], (local, rates), recompute)
+            for each, nbytes in zip(of_phase, between[phase], strict=True)
         ]
         for phase, of_phase in phases.items()
     }
@@ -112,7 +111,7 @@ def forecast(
         },
         worst={phase: f"{each.model} {each.kind}" for phase, (_, each) in peaks.items()},
         objects=_objects(homes, passes, grads, most_whole, recompute),
-        traffic={phase: {**STILL, "ranks": sum(nbytes)} for phase, nbytes in moved.items()},
+        traffic={phase: {**STILL, "ranks": sum(map(sum, nbytes))} for phase, nbytes in between.items()},
         seconds={phase: Seconds(*map(sum, zip(*spent, strict=True))) for phase, spent in seconds.items()},
         slots=Slots([most_whole], [], most_whole),
         activations=activations,
@@ -191,11 +190,21 @@ def _moved(each: Pass, model: Model, shards: int, once: bool) -> int:
     return int(whole_bytes * (shards - 1) / shards)
 
 
-def _seconds(each: Pass, moved: int, home: Mapping[str, int], rates: Rates, twice: bool) -> tuple[float, ...]:
-    """As Seconds: FSDP2 gathers beside computing."""
-    compute, network = each.times * (each.flops + each.decode_flops) / rates.flops, moved / rates.network
-    if twice and each.kind == "step":
+def _crossed(each: Pass, home: Mapping[str, int], copies: int) -> int:
+    """Bytes of the sums of copies' gradients, of a rank's shards: scattered, and gathered."""
+    return 2 * each.times * each.count * home["grads"] * (copies - 1) // copies if each.kind == "step" else 0
+
+
+def _seconds(
+    each: Pass, between: tuple[int, int], home: Mapping[str, int], rates: tuple[Rates, Rates], recompute: bool | None
+) -> tuple[float, ...]:
+    """As Seconds: FSDP2 gathers beside computing. `between`: bytes of its gathers, and of sums of copies; `rates`: of
+    where each of them goes."""
+    (moved, crossed), (local, outside) = between, rates
+    compute = each.times * (each.flops + each.decode_flops) / local.flops
+    network = moved / local.network + crossed / outside.network
+    if plan.recomputes(True, recompute) and each.kind == "step":
         compute *= 4 / 3
     touched = each.times * (2 * home["optimizer"] + 3 * home["weights"]) if each.kind == "step" else 0
-    update = touched / rates.host
+    update = touched / local.device
     return max(compute, network) + update, compute, 0.0, 0.0, update, network

@@ -6,7 +6,7 @@ See [Note: one arithmetic for plan and engine].
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from penstock.memory import plan
@@ -34,7 +34,16 @@ class Rates:
     host: float = 38e9
     """Host memory, reads and writes together, during the optimizer's update."""
     network: float = 25e9
-    """Between ranks, each way."""
+    """Between ranks of different machines, each way."""
+    device: float = 1.5e12
+    """Device memory, reads and writes together, during an update of states that are there."""
+    network_inside: float = 25e9
+    """Between ranks of one machine, each way."""
+
+
+def inside_machine(rates: "Rates") -> "Rates":
+    """What ranks that share a machine see."""
+    return replace(rates, network=rates.network_inside)
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,7 @@ class Account:
                 self._table.forget({home for home in homes if home.chunk.trained}.__contains__)
             self._spend(step, flops)
             for model in models:
+                self._sum(model)
                 self._update(model)
 
     def _mean_cycle(self, group: Sequence[Pass], drawn: int) -> Counter[str]:
@@ -223,24 +233,40 @@ class Account:
         link = max(link, moved["host_written"] / rates.link)
         disk = moved["disk_read"] / rates.disk_read + moved["disk_written"] / rates.disk_write
         network = moved["ranks"] / rates.network
-        total = compute + max(link, disk) if waits else max(compute, link, disk, network)
+        # What is fetched comes while computing goes on; ranks' shards are joined when they are needed.
+        total = (compute + max(link, disk) if waits else max(compute, link, disk)) + network
         self._add(total=total, compute=compute, link=link, disk=disk, network=network)
         self._moved.update(moved)
 
+    def _sum(self, model: Model) -> None:
+        """Adds the sum over ranks of gradients that stay where autograd adds them, and its seconds: before the norm."""
+        world, resting = self._world, [p for p in model.placed if p.chunk.trained]
+        sums = sum(p.chunk.numel * ITEMSIZE[plan.SUMS] for p in resting if plan.in_place(p.chunk, p.row, world))
+        self._exchange(2 * (sums - sums // world))  # scattered, and gathered
+
+    def _exchange(self, nbytes: int) -> None:
+        """Adds bytes between ranks while nothing else goes on."""
+        seconds = nbytes / self._rates.network
+        self._moved["ranks"] += nbytes
+        self._add(total=seconds, network=seconds)
+
     def _update(self, model: Model) -> None:
-        """Adds bytes that an update moves between tiers, and its seconds."""
+        """Adds bytes that an update moves between tiers, and of shares of weights that ranks then give to each other
+        (ZeRO-1 and 2); and its seconds."""
         moved: Counter[str] = Counter()
-        touched = 0
+        touched: Counter[str] = Counter()
+        shares = 0
         for chunk, row in ((placed.chunk, placed.row) for placed in model.placed if placed.chunk.trained):
-            parts = self._world if row.optimizer.sharded else 1
+            parts, at = self._world if row.optimizer.sharded else 1, plan.updated_on(row)
             states = plan.state_bytes(chunk.numel // parts, chunk.dtype, row.bits)
             weights, grads = chunk.nbytes // parts, plan.gradient_bytes(chunk, row) // parts
-            touched += 2 * states + 3 * weights
+            touched[at] += 2 * states + 3 * weights
+            if row.optimizer.sharded and not row.params.sharded:
+                shares += chunk.nbytes - weights
             for tier, nbytes in ((row.optimizer.tier, states), (row.params.tier, weights)):
                 if tier == "disk":
                     moved["disk_read"] += nbytes
                     moved["disk_written"] += nbytes
-            at = plan.updated_on(row)
             if row.grads.tier != at:
                 moved["host_read" if at == "device" else "host_written"] += grads
             if row.params.tier == "device" != at:
@@ -248,9 +274,10 @@ class Account:
                 moved["host_written"] += 0 if plan.shadowed(row) else weights
         disk = moved["disk_read"] / self._rates.disk_read + moved["disk_written"] / self._rates.disk_write
         link = (moved["host_read"] + moved["host_written"]) / self._rates.link
-        seconds = max(touched / self._rates.host + link, disk)
+        seconds = touched["device"] / self._rates.device + max(touched["host"] / self._rates.host + link, disk)
         self._add(total=seconds, optimizer=seconds, link=link)
         self._moved.update(moved)
+        self._exchange(shares)
 
     def _add(self, **seconds: float) -> None:
         for name, spent in seconds.items():
@@ -278,6 +305,7 @@ def _gradients(model: Model, first: int, world: int, again: bool) -> Counter[str
             if again or chunk.index in visited:
                 moved[f"{tier}_read"] += part
             moved[f"{tier}_written"] += part
-            moved["ranks"] += sums - sums // parts
+            if world > 1:  # all have the sum in the end: it is scattered, and gathered
+                moved["ranks"] += (sums - sums // world) * (2 if parts == 1 else 1)
             visited.add(chunk.index)
     return moved

@@ -21,7 +21,7 @@ from penstock.memory.placement import AUTO, PYTORCH, SHARD, Row, TierName, bits_
 from penstock.models import lora_targets, presets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import FAMILIES
-from penstock.models.families.multimodal import kind_of, text_config
+from penstock.models.families.multimodal import text_config
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.planner import footprint, machine, sharded
 from penstock.planner.activations import Batch, PartWork, Pass, Work, activations_of
@@ -34,7 +34,7 @@ from penstock.planner.forecast import (
     sharing_groups,
     with_slack,
 )  # fmt: skip
-from penstock.planner.traffic import Rates
+from penstock.planner.traffic import Rates, inside_machine
 from penstock.units import parse_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -141,11 +141,16 @@ def setting_of(config: PlanConfig) -> Setting:
 
 
 def _rates(config: PlanConfig) -> Rates:
-    names = ("link", "disk_read", "disk_write", "host_bandwidth", "network")
-    rates = [float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}")) for name in names]
+    def rate(name: str) -> float:
+        return float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}"))
+
+    inside = rate("network" if config.network_inside is None else "network_inside")
     if config.rates == "measured":
-        return machine.rates(config.dtype, network=rates[-1])
-    return Rates(config.tflops * 1e12, *rates)
+        return dataclasses.replace(machine.rates(config.dtype, network=rate("network")), network_inside=inside)
+    return Rates(
+        config.tflops * 1e12, rate("link"), rate("disk_read"), rate("disk_write"), rate("host_bandwidth"),
+        rate("network"), rate("device_bandwidth"), inside,
+    )  # fmt: skip
 
 
 ROLES = {  # of each stage: name, whether it is trained, whether it has a scalar head
@@ -214,14 +219,12 @@ def config_of(name: str, flag: str) -> DecoderConfig:
         except ValueError as error:
             raise UserError(f"{flag} {name}: {error}, and no such directory with a config.json.") from error
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        hf = text_config(whole)
-        family: Any = FAMILIES.get(hf.get("model_type", ""))
-        if family is None:
-            from penstock.models.foreign.family import family_in  # imports torch
+        hf = text_config(json.loads(path.read_text(encoding="utf-8")))
+        if hf.get("model_type") in FAMILIES:
+            return FAMILIES[hf["model_type"]].config_from_hf(hf)
+        from penstock.models.foreign.family import family_in  # imports torch
 
-            family = family_in(hf, str(path))
-        return dataclasses.replace(family.config_from_hf(hf), part_of=kind_of(whole))
+        return family_in(hf, str(path)).config_from_hf(hf)
     except (KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
@@ -428,16 +431,15 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
         for role, chunks, (_, visits) in zip(work.roles, placed, laid, strict=True)
     }
     if setting.strategy in PYTORCH and world > 1:
-        shards = world // setting.nodes if setting.strategy == "hsdp" else world
+        copies = setting.nodes if setting.strategy == "hsdp" else 1
         return sharded.forecast(
-            models, phases, shards=shards, device=budgets.get("device"), recompute=recompute,
-            rates=setting.rates,
+            models, phases, shards=world // copies, nodes=setting.nodes, copies=copies, device=budgets.get("device"),
+            recompute=recompute, rates=setting.rates,
         )  # fmt: skip
+    rates = setting.rates if setting.nodes > 1 else inside_machine(setting.rates)
     if not moves and any(model.moving(world) for model in models.values()):
         return _forecast(dataclasses.replace(setting, recompute=recompute is not False), timed, True, swap)
-    return forecast(
-        models, phases, world=world, budgets=setting.budgets, recompute=recompute, rates=setting.rates, timed=timed
-    )
+    return forecast(models, phases, world=world, budgets=setting.budgets, recompute=recompute, rates=rates, timed=timed)
 
 
 @functools.cache
