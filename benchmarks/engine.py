@@ -6,6 +6,7 @@ python -m benchmarks engine head      log-probabilities of 4 x 1024 tokens of GP
                                       against plain PyTorch: bytes and seconds
 python -m benchmarks engine pages     the first touch of 1 GiB that is pinned, against shared pages; 512 MiB from a disk
                                       through the ring to an imagined device, against fresh pages and one copy
+python -m benchmarks engine padding   SFT steps on ragged rows of 16 to 1024 tokens, end to end against padded
 """
 
 import dataclasses
@@ -23,13 +24,15 @@ from torch.nn import functional as F
 from benchmarks import timing
 from benchmarks.facts import run_measures
 from benchmarks.peers import ours
-from penstock.algorithms.sft import Rows
+from penstock.algorithms.sft import Rows, micro_batches, rows_of
 from penstock.autochunk.meter import Meter
 from penstock.commands.bench import micro
+from penstock.data.chat import Example
 from penstock.kernels import compile as compiler
 from penstock.memory import plan, tiers
 from penstock.memory.adamw import SOURCE
 from penstock.memory.strategy import Strategy
+from penstock.memory.stream import Stream
 from penstock.models import log_probs as heads
 from penstock.models import presets
 
@@ -171,6 +174,56 @@ def pages(repeats: int = 5, directory: str | None = None) -> dict[str, Any]:
     }
 
 
+def padding(
+    rows: int = 32, width: int = 256, layers: int = 4, vocabulary: int = 8192, longest: int = 1024, rounds: int = 5
+) -> dict[str, Any]:
+    """SFT steps of a Llama in micro-batches of 8 of 32 sorted rows, and of 8 rows as they come, with lengths that are
+    uniform (like cut texts) or log-uniform (like chats). Tokens per second are real ones, no padding."""
+    shape = dataclasses.replace(
+        presets.named("s"), family="llama", position="rotary", rotary_dim=64, norm="rms", activation="silu", gated=True,
+        vocab_size=vocabulary, d_model=width, num_layers=layers, num_heads=width // 64, num_kv_heads=width // 64,
+        d_ff=width * 8 // 3, max_length=longest, qkv_bias=False, out_bias=False, mlp_bias=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(rows, generator=generator).tolist()
+    lengths = {
+        "uniform": [round(16 + (longest - 16) * share) for share in shares],
+        "log-uniform": [round(16 * (longest / 16) ** share) for share in shares],
+    }
+    steps, streams = {}, {}
+    for way in ("padded", "end_to_end"):
+        torch.manual_seed(0)  # equal weights
+        strategy = Strategy.named("ddp", device="cpu", padding_free=way == "end_to_end")
+        streams[way] = strategy.prepare(ours.actor_of(strategy, shape))
+        steps[way] = ours.sft(strategy, streams[way], lr=0.0)  # the gradients of both ways stay comparable
+    result: dict[str, Any] = {"model": f"llama, {layers} blocks of {width}, {vocabulary} words", "runs": {}}
+    for name, counts in lengths.items():
+        tokens = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in counts]
+        examples = [Example(row, [False] + [True] * (len(row) - 1)) for row in tokens]
+        sorted_eights = micro_batches(examples, 8, torch.device("cpu"))
+        as_they_come = [rows_of(examples[i : i + 8], torch.device("cpu")) for i in range(0, rows, 8)]
+        for order, batches in (("sorted", sorted_eights), ("as they come", as_they_come)):
+            calls = {way: partial(step, batches) for way, step in steps.items()}
+            seconds = timing.in_turns(calls, rounds)
+            result["runs"][f"{name}, {order}"] = {
+                "tokens": sum(counts),
+                "share_of_padding": 1 - sum(counts) / sum(batch.tokens.numel() for batch in batches),
+                "seconds": timing.medians(seconds),
+                "tokens_per_second": timing.rates(seconds, sum(counts)),
+                "speedup": timing.ratio(seconds, "padded", "end_to_end"),
+                "speedups": timing.ratios(seconds, "padded", "end_to_end"),
+                "largest_gradient_gap": gradient_gap(streams["padded"], streams["end_to_end"]),
+            }
+    return result
+
+
+def gradient_gap(stream: Stream, other: Stream) -> float:
+    """The largest difference of two equal models' latest gradients, over the largest gradient of its chunk."""
+    pairs = [(a.grads, b.grads) for a, b in zip(stream.homes, other.homes, strict=True)]
+    return max(float((b.tensor - a.tensor).abs().max() / a.tensor.abs().max()) for a, b in pairs)
+
+
 def main(arguments: list[str]) -> int:
     """Writes engine_NAME.json."""
-    return run_measures(arguments, __doc__, {"adamw": adamw, "tax": tax, "head": head, "pages": pages}, "engine")
+    measures = {"adamw": adamw, "tax": tax, "head": head, "pages": pages, "padding": padding}
+    return run_measures(arguments, __doc__, measures, "engine")

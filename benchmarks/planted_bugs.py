@@ -51,6 +51,7 @@ HEALTH, INPUTS = "algorithms/health.py", "algorithms/policy_inputs.py"
 MEASURING = "planner/measuring/foreign.py"
 REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
+POSITIONS = "models/positions.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
 EIGHTBIT, PASSES = "memory/adamw.py", "planner/activations.py"
 STREAM, SINK, ADAM, PLAN, TIERS = (f"memory/{name}.py" for name in ("stream", "sink", "adamw", "plan", "tiers"))
@@ -68,6 +69,12 @@ BUGS: list[Bug] = [
     (FN, "score read at the last column, padding or not", "lengths - 1]\n\n\ndef pack", "-1 + 0 * lengths]\n\n\ndef pack"),
     (FN, "padding is multiplied by 0, so NaN survives", "return x.masked_fill(~mask, 0.0)", "return x * mask"),
     (FN, "prompt tokens are in the response mask", " & ~mask_of(prompt_lengths, width)", ""),
+    # rows end to end
+    (FN, "states of rows end to end are the next token's", "(valid.flatten().cumsum(0) - 1)[flat]", "valid.flatten().cumsum(0)[flat]"),
+    (FN, "a row's last state is the next row's first", "hidden[0, lengths.cumsum(0) - 1]", "hidden[0, lengths.cumsum(0) % hidden.shape[1]]"),
+    (POSITIONS, "positions go on from row to row", "places % valid.shape[1]", "torch.arange(len(places), device=places.device)"),
+    (LINEAR, "equally long neighbours are one row", "(x.unflatten(1, run).transpose(0, 1) for x in of_run)", "(x[None] for x in of_run)"),
+    (ROLES, "routes are balanced by padded masks of rows end to end", "valid if context.ragged is None else valid[valid]", "valid.flatten()[: int(valid.sum())]"),
     # mixtures of experts
     ("models/moe/experts.py", "ties go to the last expert", "logits.argsort(dim=-1, descending=True, stable=True)[:, :k]", "logits.argsort(dim=-1, stable=True).flip(-1)[:, :k]"),
     ("models/moe/experts.py", "a gradient of one of a token's experts", "(-1, ctx.k)).sum(dim=1)", "(-1, ctx.k))[:, 0]"),
@@ -167,7 +174,7 @@ BUGS: list[Bug] = [
     (EXPERIENCE, "reference scored by the actor", "logprobs(roles.reference)", "logprobs(roles.actor)"),
     (EXPERIENCE, "reference at temperature 1", "logprobs_of(stream.model, hidden, rows, temperature)", "logprobs_of(stream.model, hidden, rows, temperature if stream is roles.actor else 1.0)"),
     (PPO, "training at temperature 1", "logprobs_of(actor, hidden, part, flags.temperature)", "logprobs_of(actor, hidden, part, 1.0)"),
-    (EXPERIENCE, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths)", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
+    (EXPERIENCE, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
     (PPO, "rewards whitened with their mean shifted", "fn.whiten(rewards, experience.mask, shift_mean=False)", "fn.whiten(rewards, experience.mask)"),
     (PPO, "advantages not whitened", "advantages=fn.whiten(advantages, experience.mask)", "advantages=advantages"),
     (PPO, "returns from whitened advantages", "returns=returns)", "returns=fn.whiten(advantages, experience.mask) + experience.values)"),
@@ -356,7 +363,7 @@ BUGS: list[Bug] = [
     ("kernels/activations.c", "heads turn the other way", "kept(a * cos, kind) - kept(b * sin, kind)", "kept(a * cos, kind) + kept(b * sin, kind)"),
     ("kernels/decode.c", "a sink that has no weight", "weight = a->sinks ? 1 : 0", "weight = 0"),
     ("kernels/decode.c", "capped scores are those of the series near 0 alone", "square < 0.09f", "square < 9.0f"),
-    (DECODER, "layers with a window turn as the others", "narrow = window > 0 and c.window_rope != ()", "narrow = False"),
+    (POSITIONS, "layers with a window turn as the others", "narrow = window > 0 and c.window_rope != ()", "narrow = False"),
     ("models/families/smollm3.py", "the first layer of four does not turn", "(i + 1) % every != 0", "i % every != 0"),
     ("models/families/multimodal.py", "old names of text weights are not known", r'r"language_model\.(?P<a>lm_head\..*|model\..*)|', r'r"language_modle\.(?P<a>lm_head\..*|model\..*)|'),
     (FOREIGN, "every layer is called as the first one", "args, kwargs = context.layers[i]", "args, kwargs = context.layers[0]"),

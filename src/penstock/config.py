@@ -137,6 +137,8 @@ class RunFlags(EngineFlags):
     activation_budget: str | None = None
     """Activations inside a block per micro-batch, in training and scoring, at most: 500MB. Blocks that need more are
     computed in slices, and always recomputed."""
+    padding_free: bool = True
+    """Lay rows end to end and compute no padding; what is learned stays the same but for rounding."""
     checkpoint_every: int = 50
     """Steps between checkpoints. SIGTERM and Ctrl-C write one too."""
     keep: int = 2

@@ -47,7 +47,7 @@ class Line(nn.Module):
     def filling(self):
         return contextlib.nullcontext()
 
-    def begin(self, tokens, learned=None):
+    def begin(self, tokens, batch=None, *, learns=False):
         return None
 
     def recipe(self, name):

@@ -106,6 +106,11 @@ class Answered:
     """[B] int64, response tokens, EOS included."""
     answers: Sequence[Answer]
 
+    @property
+    def valid(self) -> Tensor:
+        """[B, T] bool: what is no padding."""
+        return fn.mask_of(self.prompt_lengths + self.lengths, self.tokens.shape[1])
+
 
 def score(
     strategy: Strategy, roles: Roles, rollout: Sequence[Answer], records: Sequence, temperature: float, size: int,
@@ -204,7 +209,7 @@ def sampled_logprobs(batch: Answered) -> Tensor:
 def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens, [B, R] fp32: the one path for actor, reference and training."""
     mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
-    states = fn.states_before(hidden, mask)
+    states = fn.states_before(hidden, mask, rows.valid)
     logprobs, entropy = actor.decoder.logprobs(states, rows.tokens[mask], temperature)
     assert entropy is not None
     return fn.unpack(logprobs, rows.lengths), fn.unpack(entropy, rows.lengths)
@@ -217,7 +222,7 @@ def score_of(reward: RewardModel, hidden: Tensor, rows: Answered) -> Tensor:
 
 def values_of(critic: Critic | ActorCritic, hidden: Tensor, rows: Answered | Experience) -> Tensor:
     """Values of the states before each response token, [B, R] fp32 (2)."""
-    states = fn.response_states(hidden, rows.prompt_lengths, rows.lengths)
+    states = fn.response_states(hidden, rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
     return fn.unpack(critic.read(states), rows.lengths)
 
 

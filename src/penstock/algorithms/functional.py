@@ -33,8 +33,9 @@ def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) 
     return mask_of(prompt_lengths + response_lengths, width) & ~mask_of(prompt_lengths, width)
 
 
-def states_before(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The states that predict the tokens under `mask`, packed: hidden [B, T, D], mask [B, T] -> [N, D].
+def states_before(hidden: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The states that predict the tokens under `mask`, packed: hidden [B, T, D], mask [B, T] -> [N, D]. Where rows lie
+    end to end, hidden is [1, M, D]: the states of the M tokens under `valid` [B, T].
 
     This is the only shift in the project (PPO.md 2): SFT, actor, reference and critic all read from here.
 
@@ -50,16 +51,26 @@ def states_before(hidden: Tensor, mask: Tensor) -> Tensor:
     if bool(mask[:, 0].any()):
         raise ValueError("a prompt needs at least one token (a BOS): the first token of a row has no state before it")
     flat = mask.flatten().nonzero()[:, 0]
+    if len(hidden) < len(mask):
+        assert valid is not None, "rows end to end are found by what is valid in them"
+        flat = (valid.flatten().cumsum(0) - 1)[flat]
     return hidden.flatten(0, 1).index_select(0, flat - 1)
 
 
-def response_states(hidden: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
-    """The states before each response token, packed: hidden [B, T, D] -> [N, D]. See the picture in `states_before`."""
-    return states_before(hidden, response_mask(prompt_lengths, response_lengths, hidden.shape[1]))
+def response_states(
+    hidden: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, width: int | None = None
+) -> Tensor:
+    """The states before each response token, packed: hidden [B, T, D], or of rows end to end [1, M, D] -> [N, D]. See
+    the picture in `states_before`. width: that of padded rows. Default: hidden's."""
+    width = hidden.shape[1] if width is None else width
+    mask = response_mask(prompt_lengths, response_lengths, width)
+    return states_before(hidden, mask, mask_of(prompt_lengths + response_lengths, width))
 
 
 def last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The state at each row's last token: hidden [B, T, D] -> [B, D] (PPO.md 22)."""
+    """The state at each row's last token: hidden [B, T, D], or of rows end to end [1, N, D] -> [B, D] (PPO.md 22)."""
+    if len(hidden) < len(lengths):
+        return hidden[0, lengths.cumsum(0) - 1]
     return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from penstock.config import ADAPTER_LR, DataFlags, EngineFlags, LoraFlags, OptimFlags, recompute_of
+from penstock.config import ADAPTER_LR, DataFlags, EngineFlags, LoraFlags, OptimFlags, RunFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder, Task
 from penstock.data.formats import Reads, reads_none
@@ -61,6 +61,7 @@ def strategy_of(flags: EngineFlags) -> Strategy:
     names = ("dtype", "device", "device_memory", "host_memory", "disk", "activation_budget")
     options: dict[str, Any] = {name: getattr(flags, name, None) for name in names}
     chunk_size = elements_of(flags.chunk_size, flags.dtype)
+    options["padding_free"] = getattr(flags, "padding_free", False)
     return Strategy.named(flags.strategy, recompute=recompute_of(flags), chunk_size=chunk_size, **options)
 
 
@@ -94,7 +95,17 @@ def read_model(role: Any, source: str, config: Any, strategy: Strategy, session:
         pretrained.copy_tokenizer, address, eos_ids=encoder.eos_ids, template=encoder.template
     )
     say_lr(model.decoder.adapted is not None, config, session)
+    say_padding(model.decoder.config, config.run, session)
     return model, encoder
+
+
+def say_padding(config: DecoderConfig, run: RunFlags, session: Session) -> None:
+    """Says where --padding-free changes nothing."""
+    if run.padding_free and (config.foreign or run.activation_budget):
+        what = (
+            f"the layers of {config.family} are transformers' own" if config.foreign else "blocks are cut into slices"
+        )
+        session.say(f"rows of a micro-batch are padded: {what}, and --padding-free does not reach them")
 
 
 def say_lr(adapts: bool, config: Any, session: Session) -> None:

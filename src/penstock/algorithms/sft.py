@@ -142,7 +142,7 @@ def prompt_of(example: Example) -> list[int]:
 
 def response_logprobs(actor: Actor, hidden: Tensor, rows: Rows) -> Tensor:
     """Log-probabilities of every trained token of the rows, packed: hidden [B, T, D] -> [N] fp32."""
-    states = fn.states_before(hidden, rows.trained)
+    states = fn.states_before(hidden, rows.trained, rows.valid)
     return actor.decoder.logprobs(states, rows.tokens[rows.trained], entropy=False)[0]
 
 

@@ -165,7 +165,7 @@ class ShardedStream(Stream):
     def _loss(self, batch: Any, loss_of: LossOf) -> Losses:
         """One micro-batch's; of none: 0, with a gradient of 0 for every weight."""
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device) if batch is None else batch.tokens
-        context = self.program.begin(tokens) if batch is None else self.program.begin(tokens, batch)
+        context = self.program.begin(tokens, batch, learns=True)
         x = tokens
         for part in self.program.parts():
             if self.recompute and torch.is_floating_point(x):

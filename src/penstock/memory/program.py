@@ -91,9 +91,12 @@ class Program(Protocol):
     def reads(self) -> tuple[str, ...]:
         """Groups that the head needs, besides the last part's own, to make losses or numbers of the last states."""
 
-    def begin(self, tokens: Tensor, learned: Any = None) -> Any:
-        """The context of a micro-batch, for every part: it depends on positions alone, not on weights. `learned`: the
-        micro-batch, where a backward follows."""
+    padding_free: bool
+    """Whether it may compute rows without their padding."""
+
+    def begin(self, tokens: Tensor, batch: Any = None, *, learns: bool = False) -> Any:
+        """The context of a micro-batch, for every part: it depends on positions alone, not on weights. `batch`: the
+        micro-batch; `learns`: a backward follows."""
 
     def learn(self, micro_batches: Sequence[Any], world: Any) -> None:
         """Called before the first forward of an update, with all of this rank's micro-batches."""

@@ -58,6 +58,8 @@ class Strategy:
     """Bytes that a block's activations may take per micro-batch; its blocks are recomputed then. Default: no limit."""
     reserve: int | None = None
     """Bytes of device memory that are left to activations. Default: a quarter of what is left."""
+    padding_free: bool = False
+    """Whether rows of a micro-batch are computed without their padding."""
     swapped: int = 0
     """Bytes of host memory that are left to a KV cache."""
     ahead: int = 1
@@ -89,6 +91,7 @@ class Strategy:
         device: str | None = None,
         recompute: bool | None = None,
         chunk_size: int | None = None,
+        padding_free: bool = False,
         **budgets: str | None,
     ) -> "Strategy":
         """The strategy of that name, after joining torchrun's ranks.
@@ -122,7 +125,9 @@ class Strategy:
             tiers["disk"] = Disk(limits.disk_directory, limits.nbytes("disk"))
         activations = limits.nbytes("activation_budget")
         recompute = recompute if activations is None else True
-        return Strategy(name, world, DTYPES[dtype], recompute, chunk_size, activations, tiers=tiers)
+        return Strategy(
+            name, world, DTYPES[dtype], recompute, chunk_size, activations, padding_free=padding_free, tiers=tiers
+        )
 
     @contextlib.contextmanager
     def init(self) -> Iterator[None]:
@@ -146,6 +151,8 @@ class Strategy:
         and must be the same on every rank. Under gemini_auto the models of one call are placed together. Raises
         ResourceError when a tier's budget is too small.
         """
+        for model in models:
+            model.padding_free = self.padding_free
         if self.name in PYTORCH and self.world.size > 1:
             return [self._on_fsdp(model, adamw) for model in models]
         for arena in self.arenas or ():  # cut again when next needed: these models pass through it too

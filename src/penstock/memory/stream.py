@@ -182,7 +182,7 @@ class Stream:
         results: list[Any] = []
         for batches in self._waves(micro_batches, backward=False):
             states: list[Tensor] = [batch.tokens for batch in batches]
-            contexts = [self.program.begin(batch.tokens) for batch in batches]
+            contexts = [self.program.begin(batch.tokens, batch) for batch in batches]
             self._schedule = self._cycle
             for part in self.program.parts():
                 with self.lease(part.groups, gradients=False):
@@ -208,7 +208,7 @@ class Stream:
 
     def _pass(self, batches: Sequence[Any], loss_of: LossOf) -> "Visits[list[Losses]]":
         parts = self.program.parts()
-        contexts = [self.program.begin(batch.tokens, batch) for batch in batches]
+        contexts = [self.program.begin(batch.tokens, batch, learns=True) for batch in batches]
         wave = Wave(batches, contexts, [batch.tokens for batch in batches])
         first = self._first_trained(parts)
         visits = visits_of(self.program)

@@ -11,6 +11,10 @@ memory, and the sampler and the trainer run the same code: their log-probabiliti
 
 [Note: right padding, no masks] A valid token never sees the padding to its right, so training needs no mask tensor.
 Logits are computed only for the states whose log-probabilities are read.
+
+[Note: rows end to end] Only attention knows of rows. Where a micro-batch has padding and `begin` is told which tokens
+are valid, the first part takes them out of their rows, everything runs on [1, N, D], and attention on one row after the
+other (linear.attention). Tokens and masks stay [B, T]; algorithms.functional finds the states they name.
 """
 
 import dataclasses
@@ -34,7 +38,7 @@ from penstock.models.lora import Adapted
 from penstock.models.moe.balance import Balance
 from penstock.models.moe.experts import ALONE, Routing, everyone, mixture
 from penstock.models.moe.mlp import Mlp, mlp, mlp_weights
-from penstock.models.positions import Positions, alibi_slopes, attention_bias, query_scale, rotary_tables, rotate
+from penstock.models.positions import Positions, RaggedRows, positions_of, ragged_rows, rotate
 from penstock.models.weight_shapes import BaseDtype, group_in_block, groups_of_block
 
 KVCache = Sequence[tuple[Tensor, Tensor]]
@@ -75,6 +79,8 @@ class Context:
     """[B, T] bool: the tokens whose routes are balanced, in training."""
     chooses: bool = False
     """Experts come when tokens have chosen them; else they are there."""
+    ragged: RaggedRows | None = None
+    """The rows, where they lie end to end."""
 
 
 class Block(nn.Module):
@@ -127,6 +133,7 @@ class Block(nn.Module):
         c = self.config
         rows, length, _ = x.shape
         q, k, v = self.heads(x)
+        positions = positions.of_tokens
         if positions.rotary is not None:
             q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
         if positions.query_scale is not None:
@@ -139,7 +146,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = write(cache, k, v, positions)
         scores = cpu_ops.Scores(None, positions.window, c.attention_scale, c.attention_softcap, self.sinks)
-        mixed = attention(q, k, v, positions.bias, scores)
+        mixed = attention(q, k, v, positions.bias, scores, positions.ragged)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -426,7 +433,7 @@ class Decoder(nn.Module):
     def parts(self) -> list[Part]:
         """embed -> blocks -> norm. A micro-batch's first x is its tokens, the last one its hidden states."""
         return [
-            Part(("tokens", "embed"), lambda tokens, context: self.embed(tokens, context.position_ids)),
+            Part(("tokens", "embed"), self._first),
             *(Part(groups, partial(self._block, i), groups[1:]) for i, groups in enumerate(self._groups)),
             Part(("last",), self._last),
         ]
@@ -437,34 +444,32 @@ class Decoder(nn.Module):
             return ("head",)
         return ("tokens",) if self.lora is None else ("tokens", "head")
 
-    def begin(self, tokens: Tensor, cache: KVCache | None = None) -> Context:
-        """The context of whole rows, tokens [B, T]."""
+    def begin(self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None) -> Context:
+        """The context of whole rows, tokens [B, T]. `valid`: [B, T] bool, the beginnings of rows that must be computed;
+        see [Note: rows end to end]."""
         length = tokens.shape[1]
-        return self._context(torch.arange(length, device=tokens.device)[None], length, None, cache)
+        context = self._context(torch.arange(length, device=tokens.device)[None], length, None, cache)
+        biased = any(each.bias is not None for each in context.positions.values())
+        if valid is None or (biased and valid.device.type != "cpu"):  # a GPU's kernels keep an aligned copy per row
+            return context
+        rows = ragged_rows(valid)
+        if rows is None:
+            return context
+        positions = {kind: dataclasses.replace(each, ragged=rows) for kind, each in context.positions.items()}
+        return dataclasses.replace(context, position_ids=rows.position_ids[None], positions=positions, ragged=rows)
 
     def _context(self, position_ids: Tensor, seen: int, slots: Tensor | None, cache: KVCache | None) -> Context:
         """Of tokens at position_ids [B or 1, T], which see key positions 0 .. seen-1."""
-        c, dtype = self.config, self.dtype
+        c = self.config
         if seen > c.max_length and (c.position == "learned" or c.declared_length):
             raise ValueError(f"a row of {seen} tokens does not fit the model's {c.max_length} positions")
-        scale = query_scale(c, position_ids, seen, dtype)
-        tables: dict[bool, tuple[Tensor, Tensor]] = {}
-        positions = {}
-        for window, rotates in dict.fromkeys(c.kinds):
-            rotary = None
-            if rotates:
-                narrow = window > 0 and c.window_rope != ()
-                rotary = tables[narrow] = tables.get(narrow) or rotary_tables(c, narrow, position_ids, dtype)
-            within = window if window < seen else 0
-            if slots is not None and cpu_ops.attends(self.device, dtype, c.head_dim):
-                slopes = alibi_slopes(c.num_heads, self.device) if c.position == "alibi" else None
-                positions[window, rotates] = Positions(rotary, None, slots, seen, within, slopes, scale)
-            elif slots is None and c.attention_softcap:
-                positions[window, rotates] = Positions(rotary, None, None, window=within, query_scale=scale)
-            else:
-                bias = attention_bias(c, window, position_ids, seen, dtype, slots is not None)
-                positions[window, rotates] = Positions(rotary, bias, slots, seen, query_scale=scale)
-        return Context(position_ids, positions, cache)
+        in_c = slots is not None and cpu_ops.attends(self.device, self.dtype, c.head_dim)
+        return Context(position_ids, positions_of(c, position_ids, seen, slots, self.dtype, in_c), cache)
+
+    def _first(self, tokens: Tensor, context: Context) -> Tensor:
+        if context.ragged is not None:
+            tokens = tokens.flatten()[context.ragged.places][None]
+        return self.embed(tokens, context.position_ids)
 
     def _block(self, i: int, x: Tensor, context: Context) -> Tensor:
         positions = context.positions[self.config.kinds[i]]

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from penstock.kernels import capped_attention, cpu_ops
 from penstock.models import packed
+from penstock.models.positions import RaggedRows
 from penstock.models.tiling import PRODUCT_TILE, SINK_COLUMNS, Arithmetic, score_tile
 
 FEW = 16
@@ -108,23 +109,58 @@ def rounding_to(dtype: torch.dtype) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores) -> Tensor:
-    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores, rows: RaggedRows | None = None
+) -> Tensor:
+    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias.
+
+    `rows` lie end to end in [1, H or G, N, E], and each sees itself alone; the bias is that of the longest, whose
+    beginnings are those of the others.
+    """
     dtype = q.dtype
     if dtype == torch.bfloat16 and sums_in_fp32(q.device.type):
         q, k, v, bias = q.float(), k.float(), v.float(), None if bias is None else bias.float()
+    return (_mixed(q, k, v, bias, scores) if rows is None else _ragged(q, k, v, bias, scores, rows)).to(dtype)
+
+
+def _mixed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores) -> Tensor:
     scale = scores.scale or None
     if scores.softcap:
         scale = scale or 1 / math.sqrt(q.shape[3])
-        mixed = capped_attention.attention(
+        return capped_attention.attention(
             q, k, v, bias, scale=scale, softcap=scores.softcap, window=scores.window, tile=score_tile(*q.shape[:3])
         )
-    elif scores.sinks is not None:
-        mixed = _with_sinks(q, k, v, bias, scores.sinks.to(q.dtype), scale or 1 / math.sqrt(q.shape[3]))
-    else:
-        shared = q.shape[1] != k.shape[1]
-        mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
-    return mixed.to(dtype)
+    if scores.sinks is not None:
+        return _with_sinks(q, k, v, bias, scores.sinks.to(q.dtype), scale or 1 / math.sqrt(q.shape[3]))
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
+
+
+def _ragged(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores, rows: RaggedRows) -> Tensor:
+    if _fused_when_ragged(q, k, bias, scores):
+        from torch.nn.attention import varlen  # slow to import
+
+        fused: Any = varlen.varlen_attn
+        options: Any = {"scale": scores.scale or None, "window_size": (-1, 0)}  # no key behind the query
+        options |= {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        longest, parts = max(length for _, length in rows.runs), (x[0].transpose(0, 1) for x in (q, k, v))
+        return fused(*parts, rows.starts, rows.starts, longest, longest, **options).transpose(0, 1)[None]
+    sizes, pieces = [count * length for count, length in rows.runs], []
+    for run, *of_run in zip(rows.runs, *(x[0].split(sizes, dim=1) for x in (q, k, v)), strict=True):
+        own_q, own_k, own_v = (x.unflatten(1, run).transpose(0, 1) for x in of_run)  # [rows, H or G, T, E]
+        own_bias = None if bias is None else bias[..., : run[1], : run[1]]
+        pieces.append(_mixed(own_q, own_k, own_v, own_bias, scores).transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces).transpose(0, 1)[None]
+
+
+def _fused_when_ragged(q: Tensor, k: Tensor, bias: Tensor | None, scores: cpu_ops.Scores) -> bool:
+    """Whether torch has one kernel for all rows: flash attention (Dao et al. 2022), of plain causal scores."""
+    plain = bias is None and not scores.softcap and scores.sinks is None
+    if not plain or q.device.type != "cuda" or q.dtype == torch.float32 or q.shape[3] % 8 or q.shape[3] > 256:
+        return False
+    if q.shape[1] != k.shape[1] and torch.__version__ < "2.12":  # which does not know of groups
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _with_sinks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor, scale: float) -> Tensor:

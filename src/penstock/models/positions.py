@@ -9,7 +9,9 @@ turned before. An answer that grows past the mark would be trained on log-probab
 rows end there: that is the model's max_length (families/settings.py). Where longrope's two lists are equal, none is.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +25,37 @@ from penstock.distributed.world import exact_beside
 from penstock.kernels import compile as compiler
 from penstock.kernels import cpu_ops
 from penstock.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Rows end to end, without their padding: what would be [B, T, ...] is [1, N, ...]. See `ragged_rows`."""
+
+    places: Tensor
+    """[N] int64: where each token stands among the B * T of padded rows."""
+    position_ids: Tensor
+    """[N] int64: where it stands in its own row."""
+    starts: Tensor
+    """[B + 1] int32: where each row begins, and the end."""
+    runs: tuple[tuple[int, int], ...]
+    """(rows, tokens of each) of neighbours that are equally long."""
+
+
+LEAST_PADDING = 1 / 8
+"""Of a micro-batch; with less, rows stay padded. End to end, a block keeps what its attention mixed twice, and what the
+plan counts, whole rows without any padding, must stay the most that is needed."""
+
+
+def ragged_rows(valid: Tensor) -> RaggedRows | None:
+    """The rows of which `valid` [B, T] bool marks the beginnings that are computed. None: they stay padded."""
+    lengths = valid.sum(dim=1)
+    counts = lengths.tolist()  # sync
+    if valid.numel() - sum(counts) < max(LEAST_PADDING * valid.numel(), 1):
+        return None
+    places = valid.flatten().nonzero()[:, 0]
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    runs = tuple((len(list(equal)), count) for count, equal in itertools.groupby(counts) if count)
+    return RaggedRows(places, places % valid.shape[1], starts, runs)
 
 
 @dataclass(frozen=True)
@@ -43,9 +76,46 @@ class Positions:
     ALiBi's slopes."""
     query_scale: Tensor | None = None
     """What queries are multiplied by, [B or 1, 1, T, 1]; None: nothing."""
+    ragged: RaggedRows | None = None
+    """The rows, where they lie end to end. The other fields are those of padded rows."""
+
+    @property
+    def of_tokens(self) -> "Positions":
+        """With the angles and the query scale of every token of ragged rows, which each block looks up anew."""
+        if self.ragged is None:
+            return self
+        where = self.ragged.position_ids
+        rotary = None if self.rotary is None else (self.rotary[0][:, :, where], self.rotary[1][:, :, where])
+        scale = None if self.query_scale is None else self.query_scale[:, :, where]
+        return dataclasses.replace(self, rotary=rotary, query_scale=scale)
 
 
 pytree.register_dataclass(Positions)  # so that a block can be exported with them
+
+
+def positions_of(
+    c: DecoderConfig, where: Tensor, seen: int, slots: Tensor | None, dtype: torch.dtype, in_c: bool
+) -> dict[tuple[int, bool], Positions]:
+    """Of tokens at `where` [B or 1, T], which see key positions 0 .. seen-1, by DecoderConfig.kinds. in_c: decoding by
+    kernels.cpu_ops, which needs no bias."""
+    scale = query_scale(c, where, seen, dtype)
+    tables: dict[bool, tuple[Tensor, Tensor]] = {}
+    positions = {}
+    for window, rotates in dict.fromkeys(c.kinds):
+        rotary = None
+        if rotates:
+            narrow = window > 0 and c.window_rope != ()
+            rotary = tables[narrow] = tables.get(narrow) or rotary_tables(c, narrow, where, dtype)
+        within = window if window < seen else 0
+        if in_c:
+            slopes = alibi_slopes(c.num_heads, where.device) if c.position == "alibi" else None
+            positions[window, rotates] = Positions(rotary, None, slots, seen, within, slopes, scale)
+        elif slots is None and c.attention_softcap:
+            positions[window, rotates] = Positions(rotary, None, None, window=within, query_scale=scale)
+        else:
+            bias = attention_bias(c, window, where, seen, dtype, slots is not None)
+            positions[window, rotates] = Positions(rotary, bias, slots, seen, query_scale=scale)
+    return positions
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -51,6 +51,8 @@ class Role(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
+        self.padding_free = False
+        """Whether rows of different lengths lie end to end; see decoder, [Note: rows end to end]."""
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states [B, T, D]."""
@@ -75,11 +77,20 @@ class Role(nn.Module):
         """The groups that log-probabilities are read with: the decoder's head."""
         return self.decoder.reads()
 
-    def begin(self, tokens: Tensor, learned: Any = None) -> Context:
-        context = self.decoder.begin(tokens)
-        if learned is None or self.decoder.balance is None:
+    def begin(self, tokens: Tensor, batch: Any = None, *, learns: bool = False) -> Context:
+        if batch is None or self.pads:
+            context = self.decoder.begin(tokens)
+        else:
+            context = self.decoder.begin(tokens, valid=batch.valid)
+        if batch is None or not learns or self.decoder.balance is None:
             return context
-        return dataclasses.replace(context, valid=learned.valid)
+        valid = batch.valid
+        return dataclasses.replace(context, valid=valid if context.ragged is None else valid[valid])
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of a micro-batch are always padded: layers of transformers and slices know no others."""
+        return not self.padding_free or self.decoder.slicer is not None or self.decoder.config.foreign is not None
 
     def learn(self, micro_batches: Sequence[Any], world: World) -> None:
         """Counts the tokens of an update, over which the experts' loads are balanced."""

@@ -199,8 +199,8 @@ class Distillation:
         total = torch.zeros((), dtype=torch.float64, device=world.exact)
 
         def read(hidden: Tensor, part: Taught) -> Tensor:
-            losses = divergences(student, fn.states_before(hidden, part.trained), part, self.flags)[0]
-            return losses.to(world.exact).double().sum()
+            states = fn.states_before(hidden, part.trained, part.valid)
+            return divergences(student, states, part, self.flags)[0].to(world.exact).double().sum()
 
         for start in range(0, len(rows), size):
             taught = self.teach(rows[start : start + size])
@@ -214,7 +214,7 @@ def distillation_loss(
 ) -> Losses:
     """This micro-batch's part of the mean over `count` tokens: the divergence, and --sft-coef times the negative
     log-likelihood of given answers."""
-    states = fn.states_before(hidden, part.trained)
+    states = fn.states_before(hidden, part.trained, part.valid)
     each, logprobs = divergences(student, states, part, flags)
     loss = each.sum() / count
     entropy = -(logprobs.exp() * logprobs).sum()
