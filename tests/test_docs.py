@@ -115,7 +115,10 @@ FOREIGN_FLAGS = {
     "--requeue", "--signal",
 }  # fmt: skip
 """torchrun's and Slurm's."""
-FOREIGN_NAMES = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+FOREIGN_NAMES = {
+    "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+}  # fmt: skip
+"""What torch reads from the environment."""
 DATA_FILE = re.compile(r".*\.(?:json|jsonl|toml|html|txt|md|safetensors|parquet|gz|png|bin|pt)")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,9 @@ class Host:
         self.address = f"10.77.0.{number}"
         self.machine = None
         run("ip", "netns", "add", self.space)
+        self.etc = Path("/etc/netns") / self.space  # what `ip netns exec` shows in /etc: the host knows its own name
+        self.etc.mkdir(parents=True)
+        (self.etc / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} host-{number}\n")
 
     def ip(self, *words):
         run("ip", "-n", self.space, *words)
@@ -68,7 +72,9 @@ class Host:
         name = f'hostname host-{self.number}; exec "$@"'
         launch = ["ip", "netns", "exec", self.space, "unshare", "--pid", "--uts", "--fork", "--mount-proc",
                   "--kill-child", "sh", "-c", name, "sh"]  # fmt: skip
+        # Without the last one torch 2.13's first host does not tell a new second host where the ranks meet.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with (self.folder / f"{out.name}-{self.number}.log").open("ab") as log:
             words = [*map(str, (*launch, *torchrun, *sft))]
             self.machine = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
@@ -86,6 +92,7 @@ class Host:
             self.machine.kill()
             self.machine.wait(PATIENCE)
         subprocess.run(["ip", "netns", "del", self.space], check=False)
+        shutil.rmtree(self.etc, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
