@@ -10,7 +10,7 @@ from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.distributed.world import World
 from penstock.memory.homes import HEAD, RamHome, rounded, unrounded
-from penstock.memory.placement import STRATEGIES
+from penstock.memory.placement import PYTORCH, STRATEGIES
 from penstock.memory.strategy import DTYPES, Strategy, interleave
 from penstock.memory.tiers import Ram
 from penstock.models.config import DecoderConfig
@@ -104,7 +104,7 @@ class Twins(World):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("naive", "gemini_nvme")])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("naive", "gemini_nvme", *PYTORCH)])
 def test_ranks_reduce_bf16_gradients_in_fp32(name, recompute, monkeypatch):
     monkeypatch.setattr(Twins, "seen", set())
     tiers = {"device": Ram("device", CPU), "host": Ram("host", CPU)}

@@ -16,10 +16,10 @@ from penstock.commands.dry_run import dry_run, iterate, models_of
 from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
 from penstock.kernels import compile as compiler
-from penstock.memory import plan
+from penstock.memory import plan, prepare
 from penstock.memory.program import visits_of
 from penstock.memory.strategy import Strategy
-from penstock.memory.tiers import Disk, Ram
+from penstock.memory.tiers import Disk, Ram, _AtOnce
 from penstock.models import lora_targets, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -151,7 +151,8 @@ def real(of, name, tmp_path, device=None):
     strategy = Strategy(
         name, World(0, 1, CPU), torch.float32, reserve=planned.activations, few_tokens=planned.few_tokens, tiers=tiers
     )
-    with mock.patch.object(compiler, "compiled", return_value="no compiler"):
+    at_once = mock.patch.object(prepare, "worker", return_value=_AtOnce())  # the meter sees one thread
+    with at_once, mock.patch.object(compiler, "compiled", return_value="no compiler"):
         found = iterate(of, strategy, models_of(of, strategy))
     tiers["disk"].close()
     return found

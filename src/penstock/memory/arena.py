@@ -35,8 +35,8 @@ class Slot(schedule.Slot):
     def wait(self) -> None:
         """Returns when the chunk's bytes have landed."""
         if self.landing is not None:
-            landing, self.landing = self.landing, None
-            landing()
+            self.landing()  # an error stays, for whoever comes next
+            self.landing = None
 
 
 class Arena(schedule.SlotTable[Slot]):

@@ -1,20 +1,43 @@
 """One chunk at home on this rank: where its weights, optimizer states and gradients lie between visits."""
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from penstock.distributed.world import World
 from penstock.memory import plan
 from penstock.memory.chunks import Chunk
-from penstock.memory.tiers import Home, RamHome, empty_pages
+from penstock.memory.tiers import DiskHome, Home, RamHome, copy_ahead, empty_pages, read_ahead
 
 CPU = torch.device("cpu")
 SUMS: torch.dtype = getattr(torch, plan.SUMS)
 HEAD = 1 << 16
 """Elements that `rounded` and `unrounded` copy on their own."""
+
+
+@dataclass(eq=False)
+class Pending:
+    """An update that another thread makes. See [Note: updates overlap] in sink.py."""
+
+    future: Future | None = None
+    """None: all are done."""
+
+    def wait(self) -> None:
+        """Returns when it is done. Raises what it raised, to everyone who asks."""
+        future = self.future
+        if future is not None:
+            with record_function("optimizer.wait"):
+                future.result()
+            self.future = None
+
+    @property
+    def running(self) -> bool:
+        """Whether `wait` would wait, or raise."""
+        return self.future is not None and not (self.future.done() and self.future.exception() is None)
 
 
 @dataclass(eq=False)
@@ -38,6 +61,10 @@ class ChunkHome:
     """Homes with equal ones are needed at the same visits."""
     graded: bool = False
     """`grads` holds a part of this step's gradient."""
+    update: Pending = field(default_factory=Pending)
+    """Of this chunk: who reads its weights or states waits for it."""
+    reader: Pending = field(default_factory=Pending)
+    """The update that reads the memory of `grads`, which several models use: who writes there waits for it."""
 
     @property
     def share_numel(self) -> int:
@@ -81,13 +108,36 @@ class ChunkHome:
 
     def whole_weights(self, world: World) -> Tensor:
         """All elements on the CPU. Where ranks hold shards, all of them call it."""
+        self.update.wait()
         part = bring(self.weights, CPU)
         return part if self.whole else gather(part, world)
 
     def whole_states(self, world: World) -> dict[str, Tensor]:
         """All elements of every state on the CPU. Where ranks hold shares, all of them call it."""
+        self.update.wait()
         parts = {name: bring(home, CPU) for name, home in self.states.items()}
         return {name: gather(part, world) for name, part in parts.items()} if self.split else parts
+
+
+def fetch(home: ChunkHome, out: Tensor, reader: Executor) -> Callable[[], None]:
+    """Starts to fill `out` with the weights that are here; calling the result waits for them, on the device where it
+    can. `reader`: the thread that reads from a disk.
+
+    Weights whose update is under way are not there yet: that thread waits for them, and a copy from host memory begins
+    when it is waited for.
+    """
+    weights = home.weights
+    if isinstance(weights, DiskHome):
+        waiting, reading = reader.submit(home.update.wait), read_ahead(weights, out, reader)  # one after the other
+        return lambda: (waiting.result(), reading())[1]
+    if not home.update.running:
+        return copy_ahead(weights.tensor, out, weights.tier)
+
+    def copy() -> None:
+        home.update.wait()
+        copy_ahead(weights.tensor, out, weights.tier)()
+
+    return copy
 
 
 def bring(home: Home, device: torch.device) -> Tensor:

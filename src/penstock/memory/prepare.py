@@ -10,6 +10,7 @@ side (`Strategy.step_all`), and each block is fetched once for all.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,11 @@ from penstock.distributed.world import World
 from penstock.memory import plan
 from penstock.memory.adamw import states_of
 from penstock.memory.chunks import Chunk, Weight
-from penstock.memory.homes import ChunkHome
+from penstock.memory.homes import ChunkHome, Pending
 from penstock.memory.placement import Row
 from penstock.memory.program import owners
 from penstock.memory.schedule import together_of
-from penstock.memory.tiers import Disk, Home, Ram, RamHome, Ring, empty_pages
+from penstock.memory.tiers import Disk, Home, Ram, RamHome, Ring, empty_pages, worker
 
 CPU = torch.device("cpu")
 
@@ -50,12 +51,15 @@ class Homes:
         """Frozen chunks by `Chunk.shared`."""
         self._gradients: list[RamHome] = []
         """Memory for one chunk's gradients each; one model at a time uses it."""
+        self._readers: list[Pending] = []
+        """Of each of them, the update that still reads it."""
         self._groups: list[tuple[set[Hashable], set[int]]] = []
         """Trained models that share weights: keys of these, and which of `_gradients` such models use."""
         self._models = 0
         """So many were made."""
         self._buffers: list[Tensor] = []
         self._landing: Tensor | None = None
+        self._updates: Executor | None = None
         self._staging: Tensor | None = None
         """Where first values are made that belong elsewhere than in host memory; only while models are prepared."""
 
@@ -111,6 +115,12 @@ class Homes:
         assert isinstance(host, Ram)
         return host
 
+    def updates(self) -> Executor:
+        """The thread that makes updates beside what follows: one for all models, for they share buffers."""
+        if self._updates is None:
+            self._updates = worker("update")
+        return self._updates
+
     def _used_gradients(self, placed: Sequence[plan.Placed]) -> set[int]:
         """Memory for gradients that models with some of the same weights use: all of them may step side by side."""
         keys = [plan.shared_keys(each.chunk for each in placed), *(keys for keys, _ in self._groups)]
@@ -135,7 +145,7 @@ class Homes:
             fill(staged)
             weights.write(staged if whole else staged[shard])
         states: dict[str, Home] = {}
-        grads = None
+        grads, reader = None, Pending()
         share = shard if row.optimizer.sharded else slice(0, chunk.numel)
         grads_whole = not row.grads.sharded or size == 1
         if chunk.trained:
@@ -145,8 +155,8 @@ class Homes:
                 for name, (state_dtype, per) in states_of(dtype, row.bits).items()
             }
             numel, sums = chunk.numel // (1 if grads_whole else size), getattr(torch, plan.gradient_dtype(chunk, row))
-            grads = self._gradient_home(row.grads.tier, numel, sums, f"the gradients {of_chunk}", used)
-        home = ChunkHome(chunk, weights, whole, states, grads, grads_whole, share)
+            grads, reader = self._gradient_home(row.grads.tier, numel, sums, f"the gradients {of_chunk}", used)
+        home = ChunkHome(chunk, weights, whole, states, grads, grads_whole, share, reader=reader)
         if chunk.trained and plan.shadowed(row):
             purpose = f"the weights {of_chunk} that updates write"
             home.shadow = self.host.home(home.share_numel, dtype, purpose, travels=True)
@@ -160,8 +170,14 @@ class Homes:
             self._staging = empty_pages(nbytes, CPU, pinned=self.world.device.type == "cuda")
         return self._staging[:nbytes].zero_().view(dtype)
 
-    def _gradient_home(self, tier: str, numel: int, dtype: torch.dtype, purpose: str, used: set[int]) -> RamHome:
-        """The smallest memory for gradients that fits and is not in `used`, which it joins; new where there is none."""
+    def _gradient_home(
+        self, tier: str, numel: int, dtype: torch.dtype, purpose: str, used: set[int]
+    ) -> tuple[RamHome, Pending]:
+        """The smallest memory for gradients that fits and is not in `used`, which it joins; new where there is none.
+
+        Of equal ones the last: an update frees a model's memory from its first chunk on, and the next model's backward
+        fills its own from the last chunk on.
+        """
         nbytes = numel * dtype.itemsize
         free = [
             i
@@ -169,14 +185,15 @@ class Homes:
             if i not in used and home.tier.name == tier and home.tensor.numel() >= nbytes
         ]
         if free:
-            index = min(free, key=lambda i: self._gradients[i].tensor.numel())
+            index = min(free, key=lambda i: (self._gradients[i].tensor.numel(), -i))
         else:
             ram, index = self.tiers[tier], len(self._gradients)
             assert isinstance(ram, Ram)
             self._gradients.append(ram.home(nbytes, torch.uint8, purpose, travels=True))
+            self._readers.append(Pending())
         used.add(index)
         home = self._gradients[index]
-        return RamHome(home.tier, home.tensor[:nbytes].view(dtype))
+        return RamHome(home.tier, home.tensor[:nbytes].view(dtype)), self._readers[index]
 
 
 def first_values(model: Any, owner_of: dict[str, tuple[nn.Module, str]], chunk: Chunk, flat: Tensor) -> None:

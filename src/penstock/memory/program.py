@@ -7,6 +7,7 @@ micro-batches share a visit.
 
 import contextlib
 from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -133,3 +134,8 @@ def visits_of(program: Program) -> list[tuple[str, ...]]:
     """Groups that are needed at once, in order: the parts', the last of them with what reads its states."""
     parts = program.parts()
     return [*(part.groups for part in parts[:-1]), (*parts[-1].groups, *program.reads())]
+
+
+def first_trained(parts: Sequence[Part], groups: AbstractSet[str]) -> int:
+    """The first part that reads one of these groups, which are trained; nothing before it needs a gradient."""
+    return next((i for i, part in enumerate(parts) if not groups.isdisjoint(part.groups)), len(parts) - 1)

@@ -2,10 +2,19 @@
 state lives.
 
 States on a disk pass through three sets of small buffers in RAM: one is read ahead, one is updated, one is written.
+
+[Note: updates overlap] The clip factor needs the norm, so no update can begin before backward has ended. But
+what follows does not need all chunks at once: a forward needs them one after the other. So where updates do not run on
+the device that computes, or wait for a disk, a thread makes them in the order of the next forward. Whoever reads a
+chunk, or writes to memory that its update still reads (actor and critic share theirs), waits for that chunk's update
+alone. The bits are those of the serial order. Updates that end in a collective stay where they were: ranks must not
+differ in the order of collectives. On a CPU an update in host memory stays too: the same cores would make it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +33,16 @@ SAVED = ("master", "exp_avg", "exp_avg_sq")
 """What a checkpoint keeps per weight, fp32, whatever the strategy and the world."""
 
 
+@dataclass(eq=False)
+class Update:
+    """One chunk's part in an update that another thread makes."""
+
+    home: ChunkHome
+    graded: bool
+    """`ChunkHome.graded` when the update was asked for: a next step may have begun."""
+    done: Future = field(default_factory=Future)
+
+
 class Sink:
     """The gradients and optimizer states of one model. `homes` are its trained chunks, in order."""
 
@@ -33,6 +52,8 @@ class Sink:
         self.steps = 0
         """Updates so far: AdamW's count."""
         self._memory = memory
+        self._squares: dict[ChunkHome, Tensor] = {}
+        """Sums of squares of gradients that were whole when they left, fp64 scalars where they were."""
         self._leaving: dict[ChunkHome, Offload] = {}
         """Gradients on their way to host memory."""
         self._reader = worker("update-read")
@@ -41,12 +62,17 @@ class Sink:
     # --- gradients ----------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Before a step: the homes' gradients become zero or invalid."""
+        """Before a step: the homes' gradients become invalid."""
+        self._squares.clear()
         for home in self.homes:
             home.graded = False
-            if home.in_place:
-                assert home.grads is not None
-                home.grads.tensor.zero_()
+
+    def zero(self, home: ChunkHome) -> None:
+        """Before a step's first visit: zeroes gradients that autograd adds to where they live."""
+        if home.in_place and not home.graded:
+            assert home.grads is not None
+            home.reader.wait()
+            home.grads.tensor.zero_()
 
     def open(self, home: ChunkHome, grads: Tensor) -> None:
         """Before a visit: makes `grads`, [numel] fp32 on the device, ready for autograd to add to."""
@@ -58,18 +84,23 @@ class Sink:
         else:
             grads.zero_()
 
-    def settle(self, home: ChunkHome, grads: Tensor) -> Offload | None:
-        """After a visit: takes its gradients home, reduced over ranks in fp32, this rank's shard.
+    def settle(self, home: ChunkHome, grads: Tensor, last: bool = False) -> Offload | None:
+        """After a visit: takes its gradients home, reduced over ranks in fp32, this rank's shard. `last`: more will not
+        be added in this step, and the norm's squares are taken while they are at hand.
 
         Returns the copy that the next writer to `grads` must wait for; None: the copy is done.
         """
         assert home.grads is not None
+        home.reader.wait()
         graded, home.graded = home.graded, True
         if self.world.size > 1:
             grads = self.world.sum(grads) if home.grads_whole else self.world.sum_shards(grads)
             if graded:
                 grads += self._on_device(home.grads)
         grads = rounded(grads, home.grads.tensor.dtype)
+        self._squares.pop(home, None)
+        if last:
+            self._squares[home] = sum_of_squares(grads[home.share] if home.grads_whole else grads)
         if self.world.size == 1 and grads.device.type != "cpu":
             self._leaving[home] = Offload(grads, home.grads.tensor, home.grads.tier)
             return self._leaving[home]
@@ -83,6 +114,7 @@ class Sink:
             leaving.arrive()
         self._leaving.clear()
         for home in self.homes:
+            self.zero(home)  # those that no loss depends on
             if home.in_place and self.world.size > 1:
                 assert home.grads is not None
                 self.world.sum(home.grads.tensor)
@@ -93,16 +125,19 @@ class Sink:
         Squares are added up chunk by chunk in fp64, in the same order on every tier.
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.world.exact)
-        for home in self.homes:  # where the gradients are: a number travels, not the chunk
-            squares += sum_of_squares(self._own_gradients(home)).to(squares.device)
+        for home in self.homes:
+            own = self._squares.get(home)
+            if own is None:  # where the gradients are: a number travels, not the chunk
+                own = sum_of_squares(self._own_gradients(home, home.graded))
+            squares += own.to(squares.device)
         if any(not home.grads_whole or home.split for home in self.homes):
             squares = self.world.sum(squares)
         return squares.sqrt().float().to(self.world.device)
 
-    def _own_gradients(self, home: ChunkHome) -> Tensor:
+    def _own_gradients(self, home: ChunkHome, graded: bool) -> Tensor:
         """The gradients of this rank's share of the chunk, summed over ranks, where they are."""
         assert home.grads is not None
-        if not (home.graded or home.in_place):  # no loss depends on this chunk
+        if not (graded or home.in_place):  # no loss depends on this chunk
             return torch.zeros(home.share_numel, dtype=home.grads.tensor.dtype, device=home.grads.tensor.device)
         return home.grads.tensor[home.share] if home.grads_whole else home.grads.tensor
 
@@ -128,20 +163,56 @@ class Sink:
     # --- update -------------------------------------------------------------------------------------------------------
 
     def update(self, lr: float, scale: float) -> None:
-        """One AdamW update of every chunk, where its state lives, with gradients times `scale`."""
+        """One AdamW update of every chunk, where its state lives, with gradients times `scale`. It may return while a
+        thread goes on: see [Note: updates overlap]."""
+        self.wait()  # an update that failed is not followed by another
         self.steps += 1
         move = {"lr": lr, "scale": scale, "step": self.steps}
+        later = [Update(home, home.graded) for home in self.homes if overlaps(home, self.world.device)]
+        if later:
+            if any(_on_disk(update.home) for update in later):
+                self._memory.update_buffers()  # raises where they have no room
+            for update in later:
+                update.home.update.future = update.home.reader.future = update.done
+            self._memory.updates().submit(self._update_in_thread, later, move)
         for home in self.homes:
-            if not _on_disk(home):
-                with record_function(f"update.{home.chunk.group}"):
-                    self._update_in_ram(home, move)
-        self._update_on_disk([home for home in self.homes if _on_disk(home)], move)
+            if not overlaps(home, self.world.device):
+                self._update_in_ram(home, home.graded, move)
 
-    def _update_in_ram(self, home: ChunkHome, move: dict[str, Any]) -> None:
+    def wait(self) -> None:
+        """Returns when every update is done. Raises what one of them raised."""
+        for home in self.homes:
+            home.update.wait()
+
+    def _update_in_thread(self, updates: Sequence[Update], move: dict[str, Any]) -> None:
+        """In a thread of its own: those in RAM, then those on a disk, each in visit order.
+
+        An error goes to whoever waits for a chunk whose update did not end.
+        """
+        device = self.world.device
+        try:
+            # Copies between host and device on a stream of their own do not wait for what computes.
+            with contextlib.nullcontext() if device.type == "cpu" else torch.Stream(device):
+                for update in updates:
+                    if not _on_disk(update.home):
+                        self._update_in_ram(update.home, update.graded, move)
+                        if device.type != "cpu":
+                            torch.accelerator.current_stream(device).synchronize()  # a shadow's copy to the device
+                        update.done.set_result(None)
+            self._update_on_disk([update for update in updates if _on_disk(update.home)], move)
+        except BaseException as error:
+            self._reader.submit(bool).result()  # behind what still reads and writes: buffers are free then
+            self._writer.submit(_fail, updates, error).result()
+
+    def _update_in_ram(self, home: ChunkHome, graded: bool, move: dict[str, Any]) -> None:
+        with record_function(f"update.{home.chunk.group}"):
+            self._move_in_ram(home, graded, move)
+
+    def _move_in_ram(self, home: ChunkHome, graded: bool, move: dict[str, Any]) -> None:
         states = {name: state for name, state in home.states.items() if isinstance(state, RamHome)}
         tier = next(iter(states.values())).tier.name
         weights = home.own_weights if home.shadow is None else home.shadow.tensor
-        grads = self._own_gradients(home)
+        grads = self._own_gradients(home, graded)
         assert home.grads is not None
         length = home.share_numel if home.grads.tier.name == tier else PIECE
         for start in range(0, home.share_numel, length):
@@ -165,17 +236,19 @@ class Sink:
         self.rule.decay(weights, states, _decaying(home, start, start + len(weights)), move["lr"])
         self.rule.update(weights, states, grads, **move)
 
-    def _update_on_disk(self, homes: Sequence[ChunkHome], move: dict[str, Any]) -> None:
+    def _update_on_disk(self, updates: Sequence[Update], move: dict[str, Any]) -> None:
         """Piece by piece; while one is updated the next is read and the last one is written."""
         pieces = [
-            (home, start, min(start + PIECE, home.share_numel))
-            for home in homes
-            for start in range(0, home.share_numel, PIECE)
+            (update, start, min(start + PIECE, update.home.share_numel))
+            for update in updates
+            for start in range(0, update.home.share_numel, PIECE)
         ]
         writing: list[Future | None] = [None] * SETS
+        of_chunk: list[Future] = []
 
         def read(i: int) -> dict[str, Tensor]:
-            home, start, stop = pieces[i]
+            update, start, stop = pieces[i]
+            home = update.home
             written = writing[i % SETS]
             if written is not None:
                 written.result()  # the buffers' previous piece is on the disk
@@ -197,18 +270,22 @@ class Sink:
             return
         buffers = self._memory.update_buffers()
         reading: Future | None = self._reader.submit(read, 0)
-        gradients: tuple[ChunkHome, Tensor] | None = None
-        for i, (home, start, stop) in enumerate(pieces):
+        for i, (update, start, stop) in enumerate(pieces):
             assert reading is not None
+            home = update.home
             tensors = reading.result()
             reading = self._reader.submit(read, i + 1) if i + 1 < len(pieces) else None
-            if gradients is None or gradients[0] is not home:
-                gradients = (home, self._own_gradients(home))
+            if start == 0:
+                gradients = self._own_gradients(home, update.graded)
             states = {name: tensor for name, tensor in tensors.items() if name != "weights"}
             with record_function(f"update.{home.chunk.group}"):
-                grads = self._gradients_at(gradients[1][start:stop], home, "host")
+                grads = self._gradients_at(gradients[start:stop], home, "host")
                 self._apply(home, start, tensors["weights"], states, grads, move)
-            writing[i % SETS] = self._writer.submit(self._write, home, tensors, start)
+            of_chunk.append(self._writer.submit(self._write, home, tensors, start))
+            writing[i % SETS] = of_chunk[-1]
+            if stop == home.share_numel:
+                self._writer.submit(_end, update, of_chunk)
+                of_chunk = []
         for written in writing:
             if written is not None:
                 written.result()
@@ -241,6 +318,7 @@ class Sink:
 
         Raises ValueError when they belong to another model.
         """
+        self.wait()
         for home in self.homes:
             whole = {name: torch.zeros(home.chunk.numel) for name in SAVED}
             for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True):
@@ -294,3 +372,24 @@ def _decaying(home: ChunkHome, start: int, stop: int) -> Iterator[slice]:
 
 def _on_disk(home: ChunkHome) -> bool:
     return any(isinstance(part, DiskHome) for part in _tensor_homes(home).values())
+
+
+def overlaps(home: ChunkHome, device: torch.device) -> bool:
+    """Whether a chunk's update need not keep what computes on `device` waiting."""
+    if home.whole and home.split:  # it ends in a collective
+        return False
+    in_ram = (state.tensor for state in home.states.values() if isinstance(state, RamHome))
+    return _on_disk(home) or any(tensor.device.type != device.type for tensor in in_ram)
+
+
+def _end(update: Update, writes: Sequence[Future]) -> None:
+    """Behind a chunk's last write."""
+    for write in writes:
+        write.result()
+    update.done.set_result(None)
+
+
+def _fail(updates: Sequence[Update], error: BaseException) -> None:
+    for update in updates:
+        if not update.done.done():
+            update.done.set_exception(error)

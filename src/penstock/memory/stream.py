@@ -32,11 +32,11 @@ from penstock.autochunk.recompute import recomputing
 from penstock.distributed.world import World
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk, Weight
-from penstock.memory.homes import SUMS, ChunkHome, views, weight_on
-from penstock.memory.program import Part, Program, owners, visits_of
-from penstock.memory.schedule import Schedule
+from penstock.memory.homes import SUMS, ChunkHome, fetch, views, weight_on
+from penstock.memory.program import Part, Program, first_trained, owners, visits_of
+from penstock.memory.schedule import NEVER, Schedule
 from penstock.memory.sink import Sink
-from penstock.memory.tiers import DiskHome, RamHome, copy_ahead, read_ahead, worker
+from penstock.memory.tiers import DiskHome, RamHome, worker
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 LossOf = Callable[[Tensor, Any], Losses]
@@ -76,6 +76,9 @@ class Wave:
 
 class Stream:
     """One model's executor. `Strategy.prepare` makes it; `arenas` is called when weights or gradients first move."""
+
+    _last_wave = False
+    """Whether a backward adds the last part of its gradients."""
 
     def __init__(
         self,
@@ -202,7 +205,9 @@ class Stream:
         """
         losses: list[Losses] = []
         self.program.learn(micro_batches, self.world)
-        for batches in self._waves(micro_batches, backward=True):
+        waves = self._waves(micro_batches, backward=True)
+        for i, batches in enumerate(waves):
+            self._last_wave = i == len(waves) - 1
             losses += yield from self._pass(batches, loss_of)
         return losses
 
@@ -210,7 +215,7 @@ class Stream:
         parts = self.program.parts()
         contexts = [self.program.begin(batch.tokens, batch, learns=True) for batch in batches]
         wave = Wave(batches, contexts, [batch.tokens for batch in batches])
-        first = self._first_trained(parts)
+        first = first_trained(parts, {home.chunk.group for home in self.homes if home.chunk.trained})
         visits = visits_of(self.program)
         order = [*visits, *(part.groups for part in reversed(parts[first:-1]))]
         self._schedule = Schedule(self._moving, order, repeats=False)
@@ -265,13 +270,6 @@ class Stream:
             wave.state_grads[j] = x.grad
             del x, y
 
-    def _first_trained(self, parts: Sequence[Part]) -> int:
-        """The first part that has trained weights; nothing before it needs a gradient."""
-        for i, part in enumerate(parts):
-            if any(home.chunk.trained for group in part.groups for home in self._groups.get(group, ())):
-                return i
-        return len(parts) - 1
-
     def _waves(self, micro_batches: Sequence[Any], backward: bool) -> list[Sequence[Any]]:
         """Micro-batches that share one visit: all where weights move, unless activations inside blocks are kept."""
         if self.recompute or (self.moves and not backward):
@@ -288,15 +286,16 @@ class Stream:
     def update(self, lr: float, scale: float) -> None:
         """One AdamW update of every trained chunk, with gradients times `scale`; slots forget the old weights."""
         assert self.sink is not None
+        self._forget()  # first: a copy that fills a slot reads what an update writes
         self.sink.update(lr, scale)
-        self._forget()
 
     def restore(self, steps: int, read: Callable[[str, str], Tensor]) -> None:
         """Weights and optimizer states of an earlier run after `steps` updates; see `Sink.load_states`."""
         assert self.sink is not None
+        self.sink.wait()
+        self._forget()
         self.sink.steps = steps
         self.sink.load_states(read)
-        self._forget()
 
     def _forget(self) -> None:
         if self.moves:
@@ -329,10 +328,14 @@ class Stream:
             outer.append(hold)
             return hold
         slot = None
-        if not home.resident:
+        if home.resident:
+            home.update.wait()
+        else:
             slot = self._fetch(home)
-            slot.users += 1
             slot.wait()
+            slot.users += 1
+        if gradients and self.sink is not None:
+            self.sink.zero(home)
         gradient_slot = None
         grads = None
         if gradients and not home.in_place:
@@ -358,7 +361,8 @@ class Stream:
         if hold.gradient_slot is not None:
             assert self.sink is not None
             self._open([hold])
-            hold.gradient_slot.leaving = self.sink.settle(home, _sums(hold.gradient_slot, home.chunk))
+            last = self._last_wave and self._schedule.next_use(home) == NEVER
+            hold.gradient_slot.leaving = self.sink.settle(home, _sums(hold.gradient_slot, home.chunk), last)
             hold.gradient_slot.users -= 1
             self._arenas()[1].clear(hold.gradient_slot)
         elif hold.gradients:
@@ -463,11 +467,8 @@ class Stream:
         if not home.whole:
             size = home.chunk.numel // self.world.size
             part = whole[self.world.rank * size : (self.world.rank + 1) * size]
-        arrived: Callable[[], None]
-        if isinstance(home.weights, DiskHome):
-            label, arrived = "disk.wait", read_ahead(home.weights, part, self._reader)
-        else:
-            label, arrived = "link.wait", copy_ahead(home.weights.tensor, part, home.weights.tier)
+        label = "disk.wait" if isinstance(home.weights, DiskHome) else "link.wait"
+        arrived = fetch(home, part, self._reader)
 
         def land() -> None:
             with record_function(label):

@@ -15,6 +15,7 @@ from penstock.memory.placement import TierName
 from penstock.memory.plan import Model, Placed
 from penstock.memory.schedule import Schedule, Slot, SlotTable, together_of
 from penstock.planner.activations import Pass
+from penstock.planner.waits import Lap, lap_of, waits
 
 WARM = 3
 """Passes over the same order after which slots hold the same chunks again."""
@@ -95,18 +96,36 @@ class Account:
                     self._homes[name].setdefault(chunk.group, []).append(home)
         self._moved: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
+        self._later = 0.0
+        """Seconds of a sharing group's updates beside what follows."""
+        self._owed: Lap | None = None
+        """The last one whose updates may still go on."""
 
     def phase(self, groups: Sequence[Sequence[Pass]]) -> tuple[dict[str, int], Seconds]:
         """Traffic and seconds of one phase: its sharing groups, one after the other."""
         self._moved = Counter()
-        seconds = []
+        seconds, laps = [], []
         for group in groups:
-            self._seconds = dict.fromkeys(Seconds.__dataclass_fields__, 0.0)
+            self._seconds, self._later = dict.fromkeys(Seconds.__dataclass_fields__, 0.0), 0.0
             run = {"step": self._steps, "evaluate": self._evaluations, "generate": self._generation}[group[0].kind]
             run(group)
             seconds.append(self._seconds)
+            laps.append(self._lap(group))
+        first, owed = waits(laps, self._owed)
+        steady, self._owed = waits(laps, owed)
+        for group, spent, once, again in zip(groups, seconds, first, steady, strict=True):
+            spent["total"] += once + (group[0].times - 1) * again
         traffic = {key: self._moved[key] for key in ("host_read", "host_written", "disk_read", "disk_written", "ranks")}
         return traffic, Seconds(**{name: sum(each[name] for each in seconds) for name in self._seconds})
+
+    def _lap(self, group: Sequence[Pass]) -> Lap:
+        models = [self._models[each.model] for each in group]
+        on_disk, chunks = any(map(updates_on_disk, models)), len(models[0].visits)
+        return lap_of(group, self._seconds, self._later, twice=self._twice(group), on_disk=on_disk, chunks=chunks)
+
+    def _twice(self, group: Sequence[Pass]) -> bool:
+        """Whether backward runs blocks once more."""
+        return plan.recomputes(any(self._models[each.model].moving(self._world) for each in group), self._recompute)
 
     def _evaluations(self, group: Sequence[Pass]) -> None:
         for _ in range(group[0].times):
@@ -139,7 +158,7 @@ class Account:
         orders = [
             [*model.visits, *reversed(model.visits[first:-1])] for model, first in zip(models, firsts, strict=True)
         ]
-        twice = plan.recomputes(any(model.moving(self._world) for model in models), self._recompute)
+        twice = self._twice(group)
         flops = sum(each.flops for each in group) * (4 / 3 if twice else 1)
         step: Counter[str] = Counter()
         for i in range(group[0].times):
@@ -252,17 +271,20 @@ class Account:
 
     def _update(self, model: Model) -> None:
         """Adds bytes that an update moves between tiers, and of shares of weights that ranks then give to each other
-        (ZeRO-1 and 2); and its seconds."""
+        (ZeRO-1 and 2); and its seconds: those that a GPU does not wait for (sink.overlaps) where something waits."""
         moved: Counter[str] = Counter()
-        touched: Counter[str] = Counter()
+        seconds = {False: 0.0, True: 0.0}
         shares = 0
         for chunk, row in ((placed.chunk, placed.row) for placed in model.placed if placed.chunk.trained):
             parts, at = self._world if row.optimizer.sharded else 1, plan.updated_on(row)
             states = plan.state_bytes(chunk.numel // parts, chunk.dtype, row.bits)
             weights, grads = chunk.nbytes // parts, plan.gradient_bytes(chunk, row) // parts
-            touched[at] += 2 * states + 3 * weights
-            if row.optimizer.sharded and not row.params.sharded:
-                shares += chunk.nbytes - weights
+            gathers = row.optimizer.sharded and not row.params.sharded
+            shares += chunk.nbytes - weights if gathers else 0
+            rate = self._rates.device if at == "device" else self._rates.host
+            aside = not (gathers and self._world > 1) and (at != "device" or row.params.tier == "disk")
+            before = moved["host_read"] + moved["host_written"]
+            seconds[aside] += (2 * states + 3 * weights) / rate
             for tier, nbytes in ((row.optimizer.tier, states), (row.params.tier, weights)):
                 if tier == "disk":
                     moved["disk_read"] += nbytes
@@ -272,16 +294,23 @@ class Account:
             if row.params.tier == "device" != at:
                 moved["host_read"] += weights
                 moved["host_written"] += 0 if plan.shadowed(row) else weights
+            seconds[aside] += (moved["host_read"] + moved["host_written"] - before) / self._rates.link
         disk = moved["disk_read"] / self._rates.disk_read + moved["disk_written"] / self._rates.disk_write
         link = (moved["host_read"] + moved["host_written"]) / self._rates.link
-        seconds = touched["device"] / self._rates.device + max(touched["host"] / self._rates.host + link, disk)
-        self._add(total=seconds, optimizer=seconds, link=link)
+        later = max(seconds[True], disk)
+        self._later += later
+        self._add(total=seconds[False], optimizer=seconds[False] + later, link=link)
         self._moved.update(moved)
         self._exchange(shares)
 
     def _add(self, **seconds: float) -> None:
         for name, spent in seconds.items():
             self._seconds[name] += spent
+
+
+def updates_on_disk(model: Model) -> bool:
+    """Whether an update of this model reads from a disk, and writes there."""
+    return any(p.chunk.trained and "disk" in (p.row.params.tier, p.row.optimizer.tier) for p in model.placed)
 
 
 def _first_trained(model: Model) -> int:
