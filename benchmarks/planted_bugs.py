@@ -274,6 +274,7 @@ BUGS: list[Bug] = [
     ("models/families/mistral.py", "Ministral 3's queries do not grow", 'beta = settings.pop("llama_4_scaling_beta", None)', 'beta = settings.pop("llama_4_scaling_beta", None) and None'),
     ("models/formats/bitsandbytes.py", "scales of scales lose their offset", ' + state["nested_offset"]', ""),
     ("models/formats/gguf_writer.py", "llama.cpp scales an rsLoRA by alpha / rank", "b * (adapter.scale * adapter.rank / alpha)", "b"),
+    ("models/adapter_files.py", "parts that see are adapted too", "if decoder.config.part_of else ends", "if False else ends"),
     ("models/foreign/anatomy.py", "layers that hand each other more than states are refused at their first forward", "    if any(others[i] is not None for i in anatomy.handed if i < len(others)):", "    if False:"),
     ("models/formats/gguf_file.py", "experts in another number than the file says are read", "file.shape(self.names[0])[0] == config.num_experts", "True"),
     ("models/formats/gguf_writer.py", "a router is rounded to f16", r"|blk\.\d+\.ffn_gate_inp\.weight", ""),

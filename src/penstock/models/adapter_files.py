@@ -17,6 +17,7 @@ from penstock.models import safetensors_writer
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families import weights_of
+from penstock.models.families.multimodal import whole_name
 from penstock.models.families.weights import Weight
 from penstock.models.foreign.family import family_of
 from penstock.models.lora import Adapter, adapters_of
@@ -169,13 +170,12 @@ def plain_weights(directory: Path, config: DecoderConfig) -> dict[str, str]:
     """Weights of the base that the file has a copy of: their names in the base, and in the file. peft writes the
     modules of modules_to_save, trained biases, and token tables and heads that have adapters. Raises UserError for
     products of blocks, which are no adapter's."""
-    family = family_of(config)
     with _open(directory) as file:
         keys = set(file.keys())
     copies: dict[str, str] = {}
-    for weight in weights_of(family, config):
+    for weight in weights_of(family_of(config), config):
         for name in weight.theirs:
-            module, kind = _module(family, name)
+            module, kind = _module(config, name)
             key = next((k for k in (f"{PREFIX}{module}{part}.{kind}" for part in ("", ".base_layer")) if k in keys), "")
             if key and kind == "weight" and weight.ours.startswith("blocks.") and "norm" not in weight.ours:
                 raise UserError(
@@ -284,23 +284,27 @@ def _copies(decoder: Decoder, score: Tensor | None) -> Iterator[tuple[Weight, st
     for weight in weights_of(family, decoder.config) if decoder.adapted.copies else ():
         for name in weight.theirs:
             if name in decoder.adapted.copies and not (weight.ours == "head" and score is not None):
-                module, kind = _module(family, name)
+                module, kind = _module(decoder.config, name)
                 yield weight, name, f"{module}{'.base_layer' * (module in adapted)}.{kind}"
 
 
-def _module(family: Any, name: str) -> tuple[str, str]:
+def _module(config: DecoderConfig, name: str) -> tuple[str, str]:
     """transformers' module of a weight, and what it is of it: GPT-NeoX's head has another name in files."""
-    module, _, kind = name.rpartition(".")
-    return getattr(family, "HEAD_MODULE", module) if name == family.HEAD else module, kind
+    family, (module, _, kind) = family_of(config), name.rpartition(".")
+    module = getattr(family, "HEAD_MODULE", module) if name == family.HEAD else module
+    return whole_name(config.part_of, module), kind
 
 
 def _targets(decoder: Decoder) -> list[str] | str:
     """The names of the adapted modules for peft: their endings if those match no other module, else a regular
-    expression."""
+    expression. Parts that see or hear have modules of the same endings."""
     adapted = {adapter.target.theirs for adapter in adapters_of(decoder) if adapter.target.expert is None}
     ends = sorted({name.rsplit(".", 1)[-1] for name in adapted})
     matched = {target.theirs for target in lora_targets_of(decoder.config) if target.theirs.rsplit(".", 1)[-1] in ends}
-    return ends if matched == adapted else "|".join(re.escape(name) for name in sorted(adapted))
+    if matched != adapted or (decoder.config.part_of and "lm_head" in ends):
+        return "|".join(re.escape(name) for name in sorted(adapted))
+    inside = re.escape(whole_name(decoder.config.part_of, "model."))
+    return rf"{inside}(.*\.)?({'|'.join(ends)})" if decoder.config.part_of else ends
 
 
 def _parameters(decoder: Decoder) -> list[str] | None:

@@ -121,6 +121,8 @@ class DecoderConfig:
     """gpt-oss: a learned logit per head takes part in attention's softmax and reads nothing."""
     clamp: tuple[float, float] | None = None
     """gpt-oss: (alpha, limit) of its gated activation, in the place of `activation`."""
+    part_of: str = ""
+    """model_type of the checkpoint whose text model it is (families.multimodal): adapters are named for the whole."""
     eos_ids: tuple[int, ...] = ()
     foreign: Foreign | None = None
     """Of a model whose layers are transformers' own. None: they are ours."""

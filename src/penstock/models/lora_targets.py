@@ -11,6 +11,7 @@ from penstock.memory.chunks import Weight as Sized
 from penstock.models import weight_shapes
 from penstock.models.config import DecoderConfig, Foreign
 from penstock.models.families import family_of, weights_of
+from penstock.models.families.multimodal import whole_name
 from penstock.models.families.weights import Weight
 from penstock.models.weight_shapes import BaseDtype
 
@@ -84,6 +85,7 @@ class LoraTarget:
     ours: str
     """Our module that holds it; empty: the decoder itself, for its head."""
     theirs: str
+    """Its name there: in the whole model, if this is the text model of one that also sees or hears."""
     start: int
     height: int
     """Its rows of our product's output."""
@@ -98,9 +100,12 @@ class LoraTarget:
 @functools.lru_cache(4)
 def lora_targets_of(config: DecoderConfig) -> tuple[LoraTarget, ...]:
     """All of a decoder's, in the order of the program."""
-    if config.foreign:
-        return _of_foreign(config.foreign)
-    family, targets = family_of(config.family, config.family), []
+    targets = _of_foreign(config.foreign) if config.foreign else _of_ours(config)
+    return tuple(dataclasses.replace(target, theirs=whole_name(config.part_of, target.theirs)) for target in targets)
+
+
+def _of_ours(config: DecoderConfig) -> list[LoraTarget]:
+    family, targets = family_of(config.family, config.family), list[LoraTarget]()
     shape_of = {
         weight.name.removeprefix("decoder."): weight.shape
         for _, weights in weight_shapes.groups_of(config, "float32", trained=False, scalar=False)
@@ -125,10 +130,10 @@ def lora_targets_of(config: DecoderConfig) -> tuple[LoraTarget, ...]:
             heights = weight.heights(config) if weight.layout == "stacked" else [shape[0]]
             for i, name in enumerate(names):
                 targets.append(LoraTarget(ours, name, sum(heights[:i]), heights[i], shape[1], False, weight))
-    return tuple(targets)
+    return targets
 
 
-def _of_foreign(foreign: Foreign) -> tuple[LoraTarget, ...]:
+def _of_foreign(foreign: Foreign) -> list[LoraTarget]:
     """The linear layers of transformers' own layers."""
     shape_of = {weight.name: weight.shape for _, weights in foreign.groups for weight in weights}
     targets = []
@@ -137,7 +142,7 @@ def _of_foreign(foreign: Foreign) -> tuple[LoraTarget, ...]:
         targets.append(
             LoraTarget(ours, theirs, 0, height, width, False, Weight(f"{ours}.weight", (f"{theirs}.weight",)))
         )
-    return tuple(targets)
+    return targets
 
 
 def groups_of(

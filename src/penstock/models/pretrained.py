@@ -90,7 +90,8 @@ def _load_whole(
     check_unpacked(hf, directory)
     family = family_in(hf, str(directory / "config.json"))
     try:
-        config = dataclasses.replace(family.config_from_hf(hf), hf=hf, eos_ids=read_ends(directory))
+        part_of = multimodal.kind_of(read_json(directory / "config.json"))
+        config = dataclasses.replace(family.config_from_hf(hf), hf=hf, eos_ids=read_ends(directory), part_of=part_of)
     except KeyError as error:
         raise UserError(f"{directory / 'config.json'}: needs {error} and does not have it.") from error
     except (ValueError, TypeError, ZeroDivisionError) as error:

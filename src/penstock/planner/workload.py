@@ -21,7 +21,7 @@ from penstock.memory.placement import AUTO, PYTORCH, SHARD, Row, TierName, bits_
 from penstock.models import lora_targets, presets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import FAMILIES
-from penstock.models.families.multimodal import text_config
+from penstock.models.families.multimodal import kind_of, text_config
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.planner import footprint, machine, sharded
 from penstock.planner.activations import Batch, PartWork, Pass, Work, activations_of
@@ -219,12 +219,14 @@ def config_of(name: str, flag: str) -> DecoderConfig:
         except ValueError as error:
             raise UserError(f"{flag} {name}: {error}, and no such directory with a config.json.") from error
     try:
-        hf = text_config(json.loads(path.read_text(encoding="utf-8")))
-        if hf.get("model_type") in FAMILIES:
-            return FAMILIES[hf["model_type"]].config_from_hf(hf)
-        from penstock.models.foreign.family import family_in  # imports torch
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        hf = text_config(whole)
+        family: Any = FAMILIES.get(hf.get("model_type", ""))
+        if family is None:
+            from penstock.models.foreign.family import family_in  # imports torch
 
-        return family_in(hf, str(path)).config_from_hf(hf)
+            family = family_in(hf, str(path))
+        return dataclasses.replace(family.config_from_hf(hf), part_of=kind_of(whole))
     except (KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 

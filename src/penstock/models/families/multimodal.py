@@ -29,6 +29,23 @@ TEXT_NAME = re.compile(
 )
 
 
+INSIDE = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}
+"""Where transformers has the text model in a whole one; in the others it is model.language_model."""
+
+
+def kind_of(hf: dict[str, Any]) -> str:
+    """The model_type of a model with other parts than text; else empty."""
+    kind = hf.get("model_type")
+    return str(kind) if kind in KINDS else ""
+
+
+def whole_name(kind: str, name: str) -> str:
+    """What the whole model calls a module or weight of its text model, of which `name` is the name alone."""
+    if not kind or not name.startswith("model."):  # the head stands outside
+        return name
+    return INSIDE.get(kind, "model.language_model.") + name.removeprefix("model.")
+
+
 def text_config(hf: dict[str, Any]) -> dict[str, Any]:
     """The config.json that the text model would have alone; of a model without other parts, `hf` itself."""
     kind = hf.get("model_type")

@@ -110,7 +110,7 @@ WITH_BIASES = ("gptneox", "gpt-oss")
 WITH_OWN_HEAD, WITH_SQUARE_OUT = ("gptneox", "olmo2", "gpt-oss"), ("qwen2", "phi3", "olmo2")
 """Those that read a bias behind attention; that need its biases, or a head of its own; whose heads together are as wide
 as states."""
-UNSAID = ("eos_ids", "router_aux_loss_coef")
+UNSAID = ("eos_ids", "router_aux_loss_coef", "part_of")
 """Fields of DecoderConfig that are no part of what a model computes, or that the tokenizer says."""
 INSTEAD = "export it without --format gguf, for what runs files of transformers"
 FREQUENCIES = "rope_freqs.weight"

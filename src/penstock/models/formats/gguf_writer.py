@@ -18,6 +18,7 @@ from penstock.models import recipe
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families import FAMILIES, weights_of
+from penstock.models.families.multimodal import text_name
 from penstock.models.families.weights import Weight
 from penstock.models.formats.architectures import (
     FREQUENCIES,
@@ -109,6 +110,7 @@ def _halves(adapter: Adapter, config: DecoderConfig) -> dict[str, tuple[Tensor, 
     a, b = adapter.a.detach().float().cpu(), adapter.b.detach().float().cpu()
     stored, target = stored_names(config), adapter.target
     theirs = FAMILIES[config.family].HEAD if target.ours == "" else f"{target.theirs}.weight"
+    theirs = text_name(theirs) or theirs if config.part_of else theirs
     if target.ours == "embed":
         return {stored[theirs].names[0]: (a.t(), b)}  # llama.cpp takes rows of A by token
     whole = b
