@@ -393,7 +393,8 @@ class Decoder(nn.Module):
             return log_probs.top_logprobs(products, k, bend, vocabulary=vocabulary, softcap=self.config.logit_softcap)
 
     def _products(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The pairs (x, weight) whose products are the logits' summands."""
+        """The pairs (x, weight) whose products are the logits' summands. A head in int8 is only for answering."""
+        assert self.head_scales is None, "log-probabilities of a packed head: take them from logits()"
         states = precise(states)
         products = [(states, self.head_weight)]
         adapter: Any
