@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import autochunk as blocks
 from benchmarks import engine, exact, rollout
@@ -34,6 +36,8 @@ from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.fit import shape_of
 from penstock.commands.bench.run import bench
 from penstock.errors import PenstockError
+from penstock.kernels.cpu_ops import PLAIN, Scores
+from penstock.models import linear
 
 SETTINGS = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Of the process that the checks are forked from. The last is Hopper's own default; torch requires it to be set where
@@ -123,6 +127,52 @@ def _blas_workspace() -> int:
     before = torch.cuda.memory_allocated()
     torch.addmm(bias, a, a) @ a
     return torch.cuda.memory_allocated() - before
+
+
+class _Kernels(TorchDispatchMode):
+    """The kernels of attention that were called; `math` writes all scores to memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in func.__name__ or "softmax" in func.__name__:
+            self.names.add("math" if "softmax" in func.__name__ else func.__name__.partition(".")[0].strip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def attention(target: Target) -> dict[str, Any]:
+    """The kernel and the seconds of attention with heads that share keys, forward and, over whole rows, backward."""
+    rows, heads, groups, width, length = (2, 4, 2, 16, 32) if target.tiny else (8, 32, 8, 128, 2048)
+    where = torch.arange(length, device=target.device)
+    hidden = (where[:, None] < where) | (where[:, None] >= where + length // 4)
+    windowed = torch.zeros((), device=target.device).masked_fill(hidden, -torch.inf)[None, None]
+    sinks = Scores(sinks=torch.randn(heads, device=target.device))
+    cases: dict[str, tuple[int, Tensor | None, Scores]] = {
+        "whole rows": (length, None, PLAIN), "window": (length, windowed, PLAIN), "sinks": (length, None, sinks),
+        "sinks, window": (length, windowed, sinks),
+        "one token": (1, windowed[:, :, -1:].expand(rows, 1, 1, length), PLAIN),
+    }  # fmt: skip
+    results: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, (queries, bias, scores) in cases.items():
+            q = torch.randn(rows, heads, queries, width, device=target.device, dtype=dtype, requires_grad=queries > 1)
+            k, v = (torch.randn(rows, groups, length, width, device=target.device, dtype=dtype) for _ in range(2))
+            bias = None if bias is None else bias.to(dtype)
+
+            def run(q: Tensor = q, k: Tensor = k, v: Tensor = v, bias: Any = bias, scores: Scores = scores) -> None:
+                mixed = linear.attention(q, k, v, bias, scores)
+                if q.requires_grad:
+                    mixed.sum().backward()
+
+            with _Kernels() as kernels:
+                run()
+            results[f"{name}, {str(dtype).removeprefix('torch.')}"] = {
+                "kernels": sorted(kernels.names), "seconds": seconds_of(run, target.device)
+            }  # fmt: skip
+    slow = [name for name, result in results.items() if "math" in result["kernels"]]
+    return {"rows": results} | ({"error": f"all scores are written to memory: {slow}"} if target.gpu and slow else {})
 
 
 def tax(target: Target) -> dict[str, Any]:
@@ -253,6 +303,7 @@ CHECKS: dict[str, Callable[[Target], dict[str, Any]]] = {
     "exact": lambda target: exact.strategies(target.device, target.disk, steps=2 if target.tiny else 10),
     "features": lambda target: exact.features(target.device),
     "rates": rates,
+    "attention": attention,
     "small": lambda target: _ours(SMALL, target),
     "table": table,
     "autochunk": autochunk,

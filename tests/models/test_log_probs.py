@@ -175,6 +175,17 @@ def test_logits_exist_a_tile_at_a_time(monkeypatch):
     assert meter.peak < 0.1 * rows * vocabulary * 4
 
 
+def test_a_gpu_has_larger_tiles_than_a_processors_cache():
+    """Of 4M logits a GPU's kernels would take less time than it takes to launch them."""
+    rows, head = 2100, torch.zeros(9000, 1)
+    for arithmetic, most in (("wide sums", tiling.HEAD_TILE), ("narrow", tiling.GPU_HEAD_TILE)):
+        with computing(arithmetic):
+            tiles = [(some, column) for some, columns in log_probs._tiles(rows, head) for column in columns]
+        sizes = [(some.stop - some.start) * (column.stop - column.start) for some, column in tiles]
+        assert sum(sizes) == rows * len(head)
+        assert most / 2 < max(sizes) <= most
+
+
 def of_several(logits, ids):
     """The plain formula in float64: log-probabilities of k tokens, and of all others together."""
     logprobs = logits.double().log_softmax(-1)

@@ -23,6 +23,7 @@ from penstock.memory.tiers import Disk, Ram, _AtOnce
 from penstock.models import lora_targets, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.linear import computing
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.moe import experts
 from penstock.models.roles import Actor, Critic
@@ -145,14 +146,15 @@ def dry(of, strategy, dtype="fp32", world=1, device=None, host=None):
 
 
 def real(of, name, tmp_path, device=None):
-    """The same iteration on tensors that have memory, on a machine without a compiler: updates then need the most."""
+    """The same iteration on tensors that have memory, computed as a GPU does, on a machine without a compiler: updates
+    then need the most."""
     planned = forecast(of, name, device=device)
     tiers = {"device": Ram("device", CPU, device), "host": Ram("host", CPU), "disk": Disk(tmp_path)}
     strategy = Strategy(
         name, World(0, 1, CPU), torch.float32, reserve=planned.activations, few_tokens=planned.few_tokens, tiers=tiers
     )
     at_once = mock.patch.object(prepare, "worker", return_value=_AtOnce())  # the meter sees one thread
-    with at_once, mock.patch.object(compiler, "compiled", return_value="no compiler"):
+    with at_once, mock.patch.object(compiler, "compiled", return_value="no compiler"), computing("narrow"):
         found = iterate(of, strategy, models_of(of, strategy))
     tiers["disk"].close()
     return found

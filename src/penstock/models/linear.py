@@ -7,6 +7,12 @@ there weights are stored in bf16 and widened where they are used, a tile of rows
 On every CPU attention and the logits are not rounded to bf16 inside: the engine decodes them in fp32 (decode.c and
 products.c), and what the trainer says of the same tokens is then the same but for a rare rounding. With torch's bf16
 attention, which rounds probabilities, log-probabilities differ by 0.01 in the mean; in fp32 by 0.0001.
+
+[Note: shared heads on a GPU] Where query heads share keys, torch 2.11 to 2.13 has one kernel for them on a GPU, flash
+attention: in 16 bits and without a mask. With a mask (decoding, windows) or in fp32 it would write all scores to
+memory. So heads that share a key become what those kernels know: of one token, the queries of one head; of many, the
+heads of a row of their own, whose one key is repeated with a stride of 0, without memory. `benchmarks gpu --only
+attention` says which kernels ran.
 """
 
 import contextlib
@@ -132,8 +138,7 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops
         )
     if scores.sinks is not None:
         return _with_sinks(q, k, v, bias, scores.sinks.to(q.dtype), scale or 1 / math.sqrt(q.shape[3]))
-    shared = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
+    return _plain(q, k, v, bias, scale)
 
 
 def _ragged(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores, rows: RaggedRows) -> Tensor:
@@ -163,6 +168,38 @@ def _fused_when_ragged(q: Tensor, k: Tensor, bias: Tensor | None, scores: cpu_op
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    shared = q.shape[1] != k.shape[1]
+    return fused_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """F.scaled_dot_product_attention: q [B, H, T, E], k and v [B, G, S, E] -> [B, H, T, E], in a form for which GPUs
+    have a kernel. See [Note: shared heads on a GPU]."""
+    plain = attn_mask is None and query.dtype != torch.float32
+    if not enable_gqa or plain or torch.compiler.is_exporting() or arithmetic_of(query.device.type) != "narrow":
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    groups, mask = key.shape[1], attn_mask
+    if query.shape[2] == 1 and mask is not None:
+        q = query.squeeze(2).unflatten(1, (groups, -1))  # [B, G, H / G, E]
+        if mask.shape[1] > 1:
+            mask = mask.squeeze(2).unflatten(1, (groups, -1))
+        mixed = F.scaled_dot_product_attention(q, key, value, mask, dropout_p, scale=scale)
+        return mixed.flatten(1, 2).unsqueeze(2)
+    q = query.unflatten(1, (groups, -1)).flatten(0, 1)  # [B * G, H / G, T, E]
+    k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (key, value))
+    if mask is not None and mask.shape[:2] != (1, 1):
+        heads = query.shape[1] if mask.shape[1] > 1 else groups
+        mask = mask.expand(len(query), heads, -1, -1).unflatten(1, (groups, -1)).flatten(0, 1)
+    mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale)
+    return mixed.unflatten(0, (len(query), groups)).flatten(1, 2)
+
+
 def _with_sinks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor, scale: float) -> Tensor:
     """The sink is a key before the others, of value 0: it is 1 in a column of its own, where a head's queries have the
     sink's logit. Where attention is causal, a query is put before the others too, so that all of them see the sink."""
@@ -172,9 +209,7 @@ def _with_sinks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Ten
     k = F.pad(torch.cat((k.new_zeros(*k.shape[:2], 1, width), k), dim=2), (0, SINK_COLUMNS))
     k[:, :, 0, width] = 1
     v, bias = F.pad(v, (0, SINK_COLUMNS, 1, 0)), None if bias is None else F.pad(bias, (1, 0))
-    shared = heads != k.shape[1]
-    mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=shared)
-    return mixed[:, :, -length:, :width]
+    return _plain(q, k, v, bias, scale)[:, :, -length:, :width]
 
 
 def layer_norm(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.models.linear import add_product, backward_to_x, linear, rounding_to, slow_in_bf16
+from penstock.models.linear import add_product, arithmetic_of, backward_to_x, linear, rounding_to, slow_in_bf16
 from penstock.models.tiling import head_tile
 
 NEVER = -1e30
@@ -57,7 +57,7 @@ class _Chosen(torch.autograd.Function):
         chosen = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
         top, rest = (torch.empty(count, dtype=torch.float32, device=targets.device) for _ in range(2))
         spread = torch.empty_like(top) if entropy else None
-        for rows, tiles in _tiles(count, len(pairs[0][1])):
+        for rows, tiles in _tiles(count, pairs[0][1]):
             # The sum of e^(logit - highest) as the highest grows (Milakov and Gimelshein 2018, Online normalizer
             # calculation for softmax); `mass` is the sum of e^x x beside it.
             highest = torch.full_like(top[rows], torch.finfo(torch.float32).min)
@@ -112,7 +112,7 @@ class _Chosen(torch.autograd.Function):
             fallen = chosen.exp().mul_(falling[:, None])
             falling, grad = fallen[:, -1] - grad[:, -1], (grad - fallen)[:, :-1]
         falling = falling * rest.neg().exp_()
-        for rows, tiles in _tiles(len(targets), len(ctx.weights[0])):
+        for rows, tiles in _tiles(len(targets), ctx.weights[0]):
             for columns in tiles:
                 # d log p(target) / d logits = onehot(target) - p, in as few passes over the tile as can be
                 logits = _logits(pairs, rows, columns, temperature, softcap)
@@ -156,7 +156,7 @@ def top_logprobs(
     ids = torch.zeros(count, k, dtype=torch.int64, device=device)
     best = torch.full((count, k), NEVER, dtype=torch.float32, device=device)
     top, rest = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    for rows, tiles in _tiles(count, width):
+    for rows, tiles in _tiles(count, products[0][1]):
         highest = torch.full_like(top[rows], torch.finfo(torch.float32).min)
         sums = torch.zeros_like(highest)
         for columns in tiles:
@@ -185,9 +185,10 @@ def _with_others(chosen: Tensor, top: Tensor, rest: Tensor) -> Tensor:
     return every.sub_(every.logsumexp(dim=-1, keepdim=True))
 
 
-def _tiles(count: int, vocabulary: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Rows, and for each the columns of the logits that exist at once."""
-    height, width = head_tile(count, vocabulary)
+def _tiles(count: int, head: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows, and for each the columns of the logits that exist at once: of `count` states and a head [V, I]."""
+    vocabulary = len(head)
+    height, width = head_tile(count, vocabulary, arithmetic_of(head.device.type))
     columns = [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
     return ((slice(start, min(start + height, count)), columns) for start in range(0, count, height))
 

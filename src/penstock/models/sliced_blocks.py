@@ -20,7 +20,7 @@ from penstock.kernels.cpu_ops import gelu_tanh
 from penstock.memory.program import owners
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.linear import computing, layer_norm, linear, slow_in_bf16
+from penstock.models.linear import computing, fused_attention, layer_norm, linear, slow_in_bf16
 
 
 def one_layer(config: DecoderConfig) -> DecoderConfig:
@@ -55,6 +55,7 @@ def _slicer_of(config: DecoderConfig, budget: int, slow: bool) -> Slicer:
             torch.ops.aten.linear.default: linear,
             torch.ops.aten.gelu.default: _gelu,
             torch.ops.aten.layer_norm.default: layer_norm,
+            torch.ops.aten.scaled_dot_product_attention.default: fused_attention,
         },
         recomputing=True,
     )

@@ -11,6 +11,8 @@ Arithmetic = Literal["narrow", "wide sums", "wide"]
 fp32, a CPU; wide: products too, a CPU without bf16 instructions (models.linear)."""
 HEAD_TILE = 1 << 22
 """Logits that exist at once: 17 MB in fp32, which a processor's last cache holds; models.log_probs."""
+GPU_HEAD_TILE = 1 << 24
+"""The same on a GPU: a dozen passes over 67 MB of fp32 take about 40 us each, and launching one about 8."""
 HEAD_COLUMNS = 2048
 """Words that a tile of logits has at least: products with fewer would wait for memory."""
 PRODUCT_TILE = 1 << 22
@@ -23,11 +25,12 @@ PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, that one forward reads at most: enough to keep a GPU busy."""
 
 
-def head_tile(read: int, vocabulary: int) -> tuple[int, int]:
+def head_tile(read: int, vocabulary: int, arithmetic: Arithmetic) -> tuple[int, int]:
     """Rows and columns of the logits of `read` states that exist at once: all rows if they can be, so that a weight is
     read, and its gradient written, once."""
-    rows = max(min(read, HEAD_TILE // HEAD_COLUMNS), 1)
-    return rows, max(min(vocabulary, HEAD_TILE // rows), 1)
+    tile = GPU_HEAD_TILE if arithmetic == "narrow" else HEAD_TILE
+    rows = max(min(read, tile // HEAD_COLUMNS), 1)
+    return rows, max(min(vocabulary, tile // rows), 1)
 
 
 def score_tile(rows: int, heads: int, length: int) -> int:

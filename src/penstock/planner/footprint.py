@@ -102,23 +102,26 @@ def _plain_work(
         backward=_embed(c, tokens, s) + state + (tokens * (c.embed_dim or c.d_model) * FP32 if s < FP32 else 0),
     )  # fmt: skip
     wide = arithmetic != "narrow" and s < FP32
-    kinds = [(rotates, has_experts_in(c, i)) for i, (_, rotates) in enumerate(c.kinds)]
+    masked = [c.position == "alibi" or 0 < window < batch.length for window, _ in c.kinds]
+    kinds = [(rotates, has_experts_in(c, i), masked[i]) for i, (_, rotates) in enumerate(c.kinds)]
     work = {}
-    for rotates, experts in set(kinds):
+    for rotates, experts, mask in set(kinds):
         forward = backward = 0
         d_ff = c.expert_ff if experts else c.d_ff
         if arithmetic == "wide" and s < FP32:
             forward, backward = _widened(c, tokens, d_ff)
         elif wide:  # a tile of a weight's gradient, before it is added in fp32
             backward = s * min(PRODUCT_TILE, c.d_model * d_ff * (2 if c.gated else 1))
-        kept, without, learning = _block(c, tokens, batch.length, s, wide, rotates, experts)
-        work[rotates, experts] = (kept, without + forward, learning + backward)
+        # see [Note: shared heads on a GPU] in models.linear
+        apart = arithmetic == "narrow" and c.num_kv_heads < c.num_heads and (mask or s == FP32)
+        kept, without, learning = _block(c, tokens, batch.length, s, rotates, experts, wide, apart)
+        work[rotates, experts, mask] = (kept, without + forward, learning + backward)
     blocks = [PartWork((f"blocks.{i}",), state, *work[kind]) for i, kind in enumerate(kinds)]
     return Work(
         parts=(first, *blocks),
         context=_context(c, batch.length, s) + tokens * INDEX * 2,
-        forward_head=_head(c, tokens, batch.read, s, scalar, entropy, wide, grad=False),
-        backward_head=_head(c, tokens, batch.read, s, scalar, entropy, wide, grad=True),
+        forward_head=_head(c, tokens, batch.read, s, scalar, entropy, arithmetic, grad=False),
+        backward_head=_head(c, tokens, batch.read, s, scalar, entropy, arithmetic, grad=True),
     )
 
 
@@ -187,9 +190,9 @@ def _experts(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
 
 
 def _block(
-    c: DecoderConfig, tokens: int, length: int, s: int, wide: bool, rotates: bool, experts: bool
+    c: DecoderConfig, tokens: int, length: int, s: int, rotates: bool, experts: bool, wide: bool, apart: bool
 ) -> tuple[int, int, int]:
-    """(saved, forward, backward) of one block; see PartWork."""
+    """(saved, forward, backward) of one block; see PartWork. apart: heads that share keys are attended to apart."""
     state = tokens * c.d_model * s
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
     norm = _norm(c.norm, tokens, c.d_model, s)
@@ -204,12 +207,14 @@ def _block(
         part = c.rotary_dim / c.head_dim
         mixing = int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part))
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
-    if rotates:
+    apart = apart and not c.attention_softcap
+    if rotates or apart:
         attended += queries  # turned queries lie head by head, and what they become is put back row by row
     if c.sinks:  # copies with columns of their own, and of what attention makes of them
         attended += (projected + queries) * SINK_COLUMNS // c.head_dim + projected
     # of q, k, v and the bias, and what attention makes of them
     copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
+    copies += projected + queries if apart else 0
     attention = norm.saved + (attended + copies if wide else projected + turned + attended)
     if c.sinks and not wide:  # which keeps the copies alone
         attention -= projected + turned
@@ -271,7 +276,9 @@ def _bias(c: DecoderConfig, length: int) -> int:
     return (c.num_heads if c.position == "alibi" else 1) * length * length
 
 
-def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entropy: bool, wide: bool, grad: bool) -> int:
+def _head(
+    c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entropy: bool, arithmetic: Arithmetic, grad: bool
+) -> int:
     """The last norm and what is read behind it, for `read` states of the micro-batch."""
     width = c.embed_dim or c.d_model
     hidden = _norm(c.norm, tokens, c.d_model, s).saved if c.final_norm else 0
@@ -281,11 +288,13 @@ def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entrop
     if scalar:
         back = 2 * tokens * width * s if grad else 0
         return hidden + states + read * width * FP32 * (2 if grad else 1) + back
-    rows, columns = head_tile(read, c.vocab_size)
+    rows, columns = head_tile(read, c.vocab_size, arithmetic)
     logits = rows * columns
     narrow = logits * s if s < FP32 else 0  # a product's own dtype, on the way to fp32 and back
     partial = 0
-    if wide:  # fp32 copies of the states, and of the weight a tile at a time with its share of the product
+    if (
+        arithmetic != "narrow" and s < FP32
+    ):  # fp32 copies of the states, and of the weight a tile at a time with its share of the product
         height = max(min(PRODUCT_TILE // width, columns), 1)
         narrow, partial = (rows + width) * height * FP32, (2 * rows + height) * width * FP32
         states += read * width * FP32
@@ -299,9 +308,9 @@ def _head(c: DecoderConfig, tokens: int, read: int, s: int, scalar: bool, entrop
     return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s)
 
 
-def with_top_k(work: Work, config: DecoderConfig, read: int, k: int) -> Work:
+def with_top_k(work: Work, config: DecoderConfig, read: int, k: int, arithmetic: Arithmetic) -> Work:
     """The same where k tokens are read of each state, or sought (models.log_probs), and compared."""
-    rows, _ = head_tile(read, config.vocab_size)
+    rows, _ = head_tile(read, config.vocab_size, arithmetic)
     column, indices = read * (k + 1) * FP32, rows * k * (2 * INDEX + 1)
     sought = top_k_bytes(read, k) + 3 * rows * k * 2 * INDEX
     return dataclasses.replace(

@@ -317,7 +317,7 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
     if setting.activation_budget is not None:
         activations = _in_slices(activations, setting, role, micro)
     if work.top_k:
-        activations = footprint.with_top_k(activations, role.config, micro * states, work.top_k)
+        activations = footprint.with_top_k(activations, role.config, micro * states, work.top_k, setting.arithmetic)
     flops = _flops(role.config, rows, work.length, 0 if role.scalar else rows * states)
     return Pass(
         role.name,

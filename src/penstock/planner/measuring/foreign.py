@@ -74,7 +74,7 @@ def measured(model: Model, batch: Batch, formula: Work) -> Work:
     assert model.config.foreign is not None
     names = {weight.name for _, weights in model.config.foreign.groups for weight in weights}
     more = ("head_bias" in names) + bool(model.config.logit_softcap)  # tiles of logits: log_probs
-    tile = math.prod(head_tile(read, model.config.vocab_size)) * FP32 * more
+    tile = math.prod(head_tile(read, model.config.vocab_size, model.arithmetic)) * FP32 * more
     return Work(
         tuple(parts),
         context + 2 * rows * length * INDEX,
