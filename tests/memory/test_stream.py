@@ -21,6 +21,7 @@ from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from penstock.units import show_bytes
 from tests.conftest import ROWS, TINY
+from tests.imagined import imagining
 from tests.memory.test_tiers import LateDevice
 
 BASE = dataclasses.replace(TINY, vocab_size=50, num_layers=3)
@@ -253,6 +254,31 @@ def test_a_model_may_come_after_others_have_been_used():
     streamed(Actor(Decoder(config, generator=torch.Generator().manual_seed(1))), strategy, steps=2)
     assert streamed(Actor(decoder("gpt2")), strategy, steps=2)[0] == before
     assert strategy.tiers["device"].peak <= 2_000_000
+
+
+@pytest.mark.parametrize(("host", "where"), [("255MB", "disk"), ("400MB", "host")])
+def test_states_that_have_no_room_beside_their_weights_are_updated_elsewhere(host, where, tmp_path):
+    """On an imagined GPU: weights come to states on a disk, and a shadow of them stands by states in host memory."""
+    with imagining("cuda") as device:
+        strategy = Strategy.named(
+            "gemini_auto", device=str(device), device_memory="300kB", host_memory=host, disk=str(tmp_path)
+        )
+        model = Actor(decoder("gpt2"))
+        stream = strategy.prepare(model, weight_decay=0.1)
+        kinds = {(home.weights.tier.name, home.states["exp_avg"].tier.name) for home in stream.homes}
+        assert kinds == {("device", "device"), ("device", where)}
+        for step in range(2):
+            rows = [Rows(batch.tokens.to(device), batch.trained.to(device)) for batch in batches(step)]
+            total = sum(int(batch.trained.sum()) for batch in batches(step))
+
+            def loss_of(hidden, batch, total=total):
+                return fn.sft_loss(response_logprobs(model, hidden, batch), total), {}
+
+            strategy.step(stream, rows, loss_of, lr=1e-2, max_grad_norm=0.5)
+        weights = weights_of(stream)
+    expected = plain(Actor(decoder("gpt2")), steps=2)[1]
+    for key, weight in expected.items():
+        assert torch.allclose(weights[key], weight, atol=1e-6, rtol=0), key
 
 
 def reloaded(strategy, kind):
