@@ -175,7 +175,7 @@ def pages(repeats: int = 5, directory: str | None = None) -> dict[str, Any]:
 
 
 def padding(
-    rows: int = 32, width: int = 256, layers: int = 4, vocabulary: int = 8192, longest: int = 1024, rounds: int = 5
+    rows: int = 32, width: int = 192, layers: int = 2, vocabulary: int = 2048, longest: int = 1024, rounds: int = 5
 ) -> dict[str, Any]:
     """SFT steps of a Llama in micro-batches of 8 of 32 sorted rows, and of 8 rows as they come, with lengths that are
     uniform (like cut texts) or log-uniform (like chats). Tokens per second are real ones, no padding."""
