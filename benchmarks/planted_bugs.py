@@ -401,7 +401,7 @@ BUGS: list[Bug] = [
     ("kernels/decode.c", "the slot behind the cache is written", "a->slots[row] >= a->room", "a->slots[row] > a->room"),
     ("kernels/adamw.c", "a NaN among 8-bit moments becomes a number", "size > most_m || size != size", "size > most_m"),
     ("kernels/compile.py", "code that the group can write is loaded", "facts.st_mode & 0o022", "facts.st_mode & 0o002"),
-    (LINEAR, "on a GPU heads attend to their neighbours' keys", "query.unflatten(1, (groups, -1)).flatten(0, 1)", "query.unflatten(1, (-1, groups)).flatten(0, 1)"),
+    (LINEAR, "on a GPU heads of a token change places", "return mixed.flatten(1, 2).unsqueeze(2)", "return mixed.transpose(1, 2).flatten(1, 2).unsqueeze(2)"),
     ("rollout/cuda_graphs.py", "all recorders capture on torch's one stream", "pool=self._pool, stream=self._stream,", "pool=self._pool,"),
 ]  # fmt: skip
 
