@@ -101,6 +101,20 @@ def test_an_overlapped_update_leaves_the_bytes_of_the_serial_one(name, dtype, tm
     assert_same(ours, steps_of_two(named(name, dtype, tmp_path)))
 
 
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("name", ["gemini_cpu", "gemini_nvme"])
+def test_a_models_next_step_may_begin_while_its_update_goes_on(name, tmp_path, serial):
+    """It then marks gradients as old that the update has not read yet."""
+
+    def norms():
+        _, step = line(named(name, "fp32", tmp_path))
+        return [step(i).grad_norm for i in range(STEPS)]
+
+    ours = norms()
+    serial()
+    assert norms() == ours
+
+
 class OnMain(Twins):
     """Two ranks that hold the same, and whose collectives have one order: that of the main thread."""
 
