@@ -227,12 +227,11 @@ def imagining(kind: str) -> Iterator[torch.device]:
 
     Imagined.where, Imagined.wide, begin = torch.device(kind, 0), kind != "mps", world._begin
     accelerator = types.SimpleNamespace(type=kind)
-    nothing: Callable = lambda *_, **__: None  # noqa: E731
     driver = types.SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
     patches: list[tuple[Any, str, Any]] = [
         (torch.accelerator, "current_accelerator", lambda **_: accelerator),
         (torch.accelerator, "current_stream", _Stream), (torch, "Stream", _Stream), (torch, "Event", _Stream),
-        (torch.cuda, "_lazy_init", nothing), (torch.cuda, "set_device", nothing),
+        (torch.cuda, "_lazy_init", lambda: None), (torch.cuda, "set_device", lambda _: None),
         (torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(**dict.fromkeys(PCI, 0))),
         (torch.cuda, "device_count", lambda: 8), (torch.cuda, "cudart", lambda: driver),
         (torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9)),

@@ -28,7 +28,7 @@ SHARED = ["--max-length", "32", "--batch-size", "3", "--micro-batch-size", "2", 
 for the others."""
 MORE = {"sft": ["--early-stopping-patience", "1"], "reward": ["--early-stopping-patience", "1"],
         "ppo": ["--batch-size", "6"], "ppo kept": ["--batch-size", "6", "--keep-activations", "--lora", "2"],
-        "grpo": ["--batch-size", "6"]}  # fmt: skip
+        "grpo": ["--batch-size", "8"]}  # fmt: skip
 
 
 def jobs(runs, folder, *placement, strategies=None):
