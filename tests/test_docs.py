@@ -147,7 +147,7 @@ def missing_names(text: str, page: Path) -> list[str]:
         flags = re.findall(r"(?<!\S)--[a-z][\w-]*", name)
         missing += [
             flag for flag in flags if flag not in FOREIGN_FLAGS
-            and flag[2:].replace("-", "_") not in WORDS and f'"{flag}"' not in SOURCE_TEXT
+            and flag[2:].removeprefix("no-").replace("-", "_") not in WORDS and f'"{flag}"' not in SOURCE_TEXT
         ]  # fmt: skip
         if re.fullmatch(r"[\w/.-]+\.(py|c|h|sh)", name):
             if not any((root / name).exists() for root in roots) and name not in {path.name for path in SOURCES}:

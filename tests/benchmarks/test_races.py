@@ -153,7 +153,7 @@ def test_the_page_is_made_of_results_alone(tmp_path):
         "| 3.0% |",
     ):
         assert cell in page
-    assert page.count("Not measured yet") == 4  # penstock bench, gradients, the races on two other processors
+    assert page.count("Not measured yet") == 5  # penstock bench, gradients, padding, the races on two other processors
     for plot in ("capacity", "throughput-against-other-stacks", "memory-against-other-stacks", "how-cost-grows"):
         assert (tmp_path / "plots" / f"{plot}.svg").stat().st_size > 1000
         assert f"(plots/{plot}.svg)" in page

@@ -214,7 +214,7 @@ def _block(
         attended += (projected + queries) * SINK_COLUMNS // c.head_dim + projected
     # of q, k, v and the bias, and what attention makes of them
     copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
-    copies += projected + queries if apart else 0
+    copies += queries if apart else 0  # what attention makes of them, head by head; keys are repeated by a stride of 0
     attention = norm.saved + (attended + copies if wide else projected + turned + attended)
     if c.sinks and not wide:  # which keeps the copies alone
         attention -= projected + turned
