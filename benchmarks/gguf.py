@@ -268,8 +268,8 @@ def tie(ours: list[int], theirs: list[int], steps: np.ndarray) -> float:
 
 
 def wrong(name: str, row: dict[str, Any]) -> bool:
-    """Whether it misses the bar: greedy texts, and the first word's log-probability. q8_0 is shown, not judged. How near
-    a tie texts parted is beside it (`tie`): random weights make many words almost equally likely."""
+    """Whether it misses the bar: greedy texts, and the first word's log-probability. q8_0 is shown, not judged. `tie`
+    says beside it how near one texts parted: random weights make many words almost equally likely."""
     if "error" in row or row.get("other_ids") or not all(row.get(key, True) for key in ("same_template", "same_eos")):
         return True
     return "q8_0" not in name and (row.get("same_greedy", 1) < SAME or row.get("first_logprob", 0) > CLOSE)
