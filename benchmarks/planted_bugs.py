@@ -53,7 +53,7 @@ REWARD_FUNCTIONS = "algorithms/reward_functions.py"
 DECODER, SHAPES, HEAD = "models/decoder.py", "planner/footprint.py", "models/log_probs.py"
 POSITIONS = "models/positions.py"
 LINEAR, RECIPE, QUANTISED = "models/linear.py", "models/recipe.py", "models/packed.py"
-EIGHTBIT, PASSES = "memory/adamw.py", "planner/activations.py"
+PASSES = "planner/activations.py"
 STREAM, SINK, ADAM, PLAN, TIERS = (f"memory/{name}.py" for name in ("stream", "sink", "adamw", "plan", "tiers"))
 TEMPLATE = "models/chat_template.py"
 STRATEGY, SAMPLING, ENGINE, ROLES = "memory/strategy.py", "rollout/sampling.py", "rollout/engine.py", "models/roles.py"
@@ -213,6 +213,7 @@ BUGS: list[Bug] = [
     (SINK, "gradients are written over those that an update still reads", "        home.reader.wait()\n        graded,", "        graded,"),
     (SINK, "an update asks the next step whether there are gradients", "(update.home, update.graded, move)", "(update.home, update.home.graded, move)"),
     (SINK, "a chunk of which a piece was not written counts as updated", "        write.result()\n", "        pass\n"),
+    (SINK, "updates in the thread and beside it overwrite each other's gradients", "            with self._memory.passing:\n", "            if True:\n"),
     ("planner/waits.py", "updates and weights pass a disk at the same time", "room = lap.idle if owed.on_disk else 1.0", "room = 1.0"),
     (STREAM, "a block passes its own slope on", "            wave.state_grads[j] = x.grad\n", "            wave.state_grads[j] = wave.state_grads[j]\n"),
     (SINK, "a second visit forgets the first", "            unrounded(grads, home.grads)  # a", "            grads.zero_()  # a"),
@@ -254,7 +255,7 @@ BUGS: list[Bug] = [
     (RECIPE, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
     ("models/surgery.py", "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
     (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),
-    (EIGHTBIT, "a first moment's sign is lost", "codes += (blocks < 0)", "codes += 0 * (blocks < 0)"),
+    (ADAM, "a first moment's sign is lost", "codes += (blocks < 0)", "codes += 0 * (blocks < 0)"),
     (PPO, "the value loss is not weighed on a shared trunk", "policy + flags.vf_coef * value", "policy + value"),
     ("distributed/shared_memory.py", "this rank's part is added twice", "total.add_(box[self._rank])", "total.add_(boxes[self._rank][self._rank])"),
     ("distributed/shared_memory.py", "a mailbox has one half", "self._half = 1 - self._half", "self._half = 0"),

@@ -1,5 +1,6 @@
 """Updates that a thread makes beside what follows leave the bits of the serial order, on every tier."""
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -136,9 +137,9 @@ def test_on_two_ranks_as_well_and_collectives_stay_in_order(name, dtype, tmp_pat
     assert_same(ours, steps_of_two(named(name, dtype, tmp_path, OnMain(0, 2, CPU))))
 
 
-def line(strategy):
+def line(strategy, family="llama"):
     """A small model's steps."""
-    model = Actor(Decoder(FAMILIES["llama"], dtype=strategy.dtype, generator=torch.Generator().manual_seed(0)))
+    model = Actor(Decoder(FAMILIES[family], dtype=strategy.dtype, generator=torch.Generator().manual_seed(0)))
     stream = strategy.prepare(model)
 
     def loss_of(hidden, batch):
@@ -257,3 +258,29 @@ def test_one_thread_makes_the_updates_of_all_models(tmp_path):
     streams = [line(strategy)[0] for _ in range(2)]
     assert streams[0].sink._memory.updates() is streams[1].sink._memory.updates()
     assert isinstance(streams[0].sink._memory.updates(), ThreadPoolExecutor)
+
+
+def test_updates_in_the_thread_and_beside_it_take_turns_with_the_memory_that_gradients_pass_through(
+    tmp_path, monkeypatch, serial
+):
+    """On a CPU states in host memory are updated at once, those on a disk by the thread; gradients are on the device."""
+    bring_home, both = sink.bring_home, threading.Barrier(2)
+
+    def late(*copy):
+        bring_home(*copy)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)  # for a second copy, which must not come
+
+    def weights():
+        budgets = {"device_memory": "300kB", "host_memory": "255.95MB", "disk": str(tmp_path)}
+        stream, step = line(Strategy.named("gemini_auto", device="cpu", **budgets), "gpt2")
+        tiers = {(home.grads.tier.name, home.states["exp_avg"].tier.name) for home in stream.homes}
+        assert tiers == {("device", name) for name in ("device", "host", "disk")}
+        step(0)
+        return [home.whole_weights(stream.world).clone() for home in stream.homes]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sink, "bring_home", late)
+        ours = weights()
+    serial()
+    assert all(torch.equal(a, b) for a, b in zip(ours, weights(), strict=True))

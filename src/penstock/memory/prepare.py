@@ -9,6 +9,7 @@ freeze the same first blocks (trained blocks are copies). Where such weights mov
 side (`Strategy.step_all`), and each block is fetched once for all.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -59,6 +60,8 @@ class Homes:
         """So many were made."""
         self._buffers: list[Tensor] = []
         self._landing: Tensor | None = None
+        self.passing = threading.Lock()
+        """Held while gradients pass through `landing`: a thread and whoever updates beside it have one."""
         self._updates: Executor | None = None
         self._staging: Tensor | None = None
         """Where first values are made that belong elsewhere than in host memory; only while models are prepared."""

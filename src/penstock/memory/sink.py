@@ -141,16 +141,19 @@ class Sink:
             return torch.zeros(home.share_numel, dtype=home.grads.tensor.dtype, device=home.grads.tensor.device)
         return home.grads.tensor[home.share] if home.grads_whole else home.grads.tensor
 
-    def _gradients_at(self, grads: Tensor, home: ChunkHome, tier: str) -> Tensor:
-        """A piece of a home's gradients in the memory where the update runs."""
+    @contextlib.contextmanager
+    def _gradients_at(self, grads: Tensor, home: ChunkHome, tier: str) -> Iterator[Tensor]:
+        """Inside, a piece of a home's gradients is in the memory where the update runs."""
         assert home.grads is not None
         if home.grads.tier.name == tier:
-            return grads
-        if tier == "device":
-            return self._on_device(RamHome(home.grads.tier, grads))
-        landed = self._memory.landing()[: grads.nbytes].view(grads.dtype)
-        bring_home(grads, landed, self._memory.host)
-        return landed
+            yield grads
+        elif tier == "device":
+            yield self._on_device(RamHome(home.grads.tier, grads))
+        else:
+            with self._memory.passing:
+                landed = self._memory.landing()[: grads.nbytes].view(grads.dtype)
+                bring_home(grads, landed, self._memory.host)
+                yield landed
 
     def _on_device(self, grads: RamHome) -> Tensor:
         """A home's gradients: itself, or a copy."""
@@ -220,8 +223,8 @@ class Sink:
             parts = {
                 name: state.tensor[start // home.per(name) : stop // home.per(name)] for name, state in states.items()
             }
-            piece = self._gradients_at(grads[start:stop], home, tier)
-            self._apply(home, start, weights[start:stop], parts, piece, move)
+            with self._gradients_at(grads[start:stop], home, tier) as piece:
+                self._apply(home, start, weights[start:stop], parts, piece, move)
         if home.shadow is not None:
             copy_ahead(weights, home.own_weights, home.shadow.tier)()  # the device waits for it, not Python
         if home.whole and home.split:  # ZeRO-1 and 2: every rank has all weights and moves its share of them
@@ -278,8 +281,8 @@ class Sink:
             if start == 0:
                 gradients = self._own_gradients(home, update.graded)
             states = {name: tensor for name, tensor in tensors.items() if name != "weights"}
-            with record_function(f"update.{home.chunk.group}"):
-                grads = self._gradients_at(gradients[start:stop], home, "host")
+            piece = self._gradients_at(gradients[start:stop], home, "host")
+            with record_function(f"update.{home.chunk.group}"), piece as grads:
                 self._apply(home, start, tensors["weights"], states, grads, move)
             of_chunk.append(self._writer.submit(self._write, home, tensors, start))
             writing[i % SETS] = of_chunk[-1]
