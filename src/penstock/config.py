@@ -18,7 +18,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
-     "early_stopping_patience reward_workers teacher_top_k"),
+     "early_stopping_patience reward_workers teacher_top_k nodes"),
     ("at least 2: answers are compared within their group", lambda x: x >= 2, "group_size"),
     ("0 or more", lambda x: 0 <= x < math.inf, "keep samples top_k kl_coef kl_loss_coef weight_decay ptx_coef vf_coef "
      "temperature margin lora_rank min_new_tokens missing_eos_penalty sft_coef simpo_gamma max_resamples "
@@ -267,6 +267,10 @@ class EvalFlags(Flags):
     early_stopping_patience: int | None = None
     """End the run after this many evaluations in a row that are not better than the best. Default: off."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_lr(self)  # every command that trains has these flags
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFlags(Flags):
@@ -333,10 +337,6 @@ class SFTConfig(EvalFlags):
     max_new_tokens: int = 128
     """Tokens per sampled answer in the report."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle_lr(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(EvalFlags):
@@ -355,10 +355,6 @@ class RewardConfig(EvalFlags):
     """Score gap that the loss asks for between a better and a worse response."""
     normalize: tuple[str, ...] = ()
     """Demonstrations whose mean score becomes 0. Default: all held-out responses."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle_lr(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,10 +458,6 @@ class PPOConfig(EvalFlags, RewardFlags):
     """Prompts that are held out or read from --eval-data at most; none is no limit."""
     samples: int = 8
     """Prompts answered before and after training, for the report."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle_lr(self)
 
     @property
     def rollout(self) -> PPOFlags:

@@ -56,7 +56,7 @@ METAVARS = {
     "DIR": ("data_dir",),
     "PATH": ("out", "disk"),
     "SIZE": ("device_memory", "host_memory", "chunk_size", "activation_budget", "link", "disk_read", "disk_write",
-             "host_bandwidth", "network"),
+             "host_bandwidth", "network", "network_inside", "device_bandwidth"),
 }  # fmt: skip
 """What --help calls the value of a flag, where its type says too little."""
 

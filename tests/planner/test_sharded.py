@@ -97,6 +97,8 @@ def test_shards_and_gathers_by_hand():
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(UserError, match="--nodes 3: does not divide --world 16"):
         plan(strategy="hsdp", world=16, nodes=3)
+    with pytest.raises(UserError, match="--nodes 0: must be at least 1"):
+        plan(strategy="hsdp", world=16, nodes=0)
     with pytest.raises(UserError, match="--dry-run"):
         dry_run(plan(strategy="fsdp", world=2))
 

@@ -14,7 +14,6 @@ from penstock.config import (
     RewardFlags,
     RolloutFlags,
     RunFlags,
-    settle_lr,
 )
 
 
@@ -82,10 +81,6 @@ class DPOConfig(RewardFlags, EvalFlags):
     samples: int = 8
     """--online: prompts answered before and after training, for the report."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle_lr(self)
-
     @property
     def actor(self) -> str:
         """PPO's word for the model that answers."""
@@ -126,10 +121,6 @@ class KTOConfig(EvalFlags):
     """The frozen model that the policy is measured from. Default: the start of --model."""
     optim: OptimFlags = field(default_factory=OptimFlags)
     kto: KTOFlags = field(default_factory=KTOFlags)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle_lr(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +177,6 @@ class GRPOConfig(RewardFlags, EvalFlags):
     """Prompts that are held out or read from --eval-data at most; none is no limit."""
     samples: int = 8
     """Prompts answered before and after training, for the report."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle_lr(self)
 
     @property
     def actor(self) -> str:
@@ -254,7 +241,3 @@ class DistillConfig(EvalFlags):
     directory: teacher and student are never in memory together."""
     samples: int = 8
     """Held-out prompts answered before and after training, for the report."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle_lr(self)

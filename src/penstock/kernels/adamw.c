@@ -65,7 +65,7 @@ static inline void move_split(uint16_t *restrict weight, int16_t *restrict remai
 SPLIT_MASTER(adamw_bf16, uint16_t, from_bf16)
 SPLIT_MASTER(adamw_bf16_fp32, float, from_fp32)
 
-/* Moments in 8 bits, block by block: see memory/adamw.py. Shares and codes are its tables, of first and second moments. */
+/* Moments in 8 bits, block by block: see adamw.py. Shares and codes are its tables, of first and second moments. */
 enum { BLOCK = 256, SIGN = 128, ONE = 0x3F80 };
 typedef struct { const float *first, *second; const uint8_t *codes_first, *codes_second; } Tables;
 
