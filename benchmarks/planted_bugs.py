@@ -384,6 +384,8 @@ BUGS: list[Bug] = [
     ("memory/fsdp.py", "gradients are divided by the ranks", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
     ("memory/fsdp.py", "copies of a shard count in the norm", ".to(squares.device) / shard.copies(self.world)", ".to(squares.device)"),
     ("memory/fsdp.py", "a shard's rows are rounded down", "math.ceil(len(whole) / self.mesh.size(dimension))", "len(whole) // self.mesh.size(dimension)"),
+    ("memory/placement.py", "FSDP2 is given weights that are packed", "packed and \"FSDP2", "False and \"FSDP2"),
+    ("planner/sharded.py", "all weights are gathered for every batch of a rollout", "weights if once else", "each.times * weights if once else"),
     ("planner/sharded.py", "gradients of the root are not counted", "max(root + gradients[ROOT] + 2 * widest", "max(root + 2 * widest"),
     ("rollout/in_step.py", "rows that go on get the cache of others", "reorder_cache(torch.tensor(rows,", "reorder_cache(torch.arange(len(rows),"),
     # several ranks, and devices that are not the CPU

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from penstock.distributed.world import World
 from penstock.errors import UserError
-from penstock.memory import fsdp
 from penstock.memory.placement import NAMES, known
+from penstock.memory.strategy import Strategy
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor
 from penstock.models.surgery import add_adapters, quantise_base
@@ -93,6 +94,9 @@ for name in names:
 if strategy.world.first:
     torch.save(results, out)
 strategy.world.leave()
+again = Strategy.named(names[-1].split()[0], device="cpu")  # another run of the same processes
+with again.prepare(model_of("gpt2")).visit("blocks.0"):
+    again.world.leave()
 """
 
 
@@ -117,10 +121,15 @@ def run(folder, ranks, names, rows=()):
 def test_what_fsdp2_does_not_do_is_refused():
     with pytest.raises(UserError, match="take hsdp or gemini_8bit"):
         known("hsdp_8bit")
-    actor = model_of("llama lora")
-    quantise_base(actor.decoder, "nf4")
-    with pytest.raises(UserError, match="does not shard packed weights"):
-        fsdp.prepare(actor, None, None, name="fsdp", dtype=torch.float32, recompute=True, gathers_once=None, adamw={})
+    actor, packed = model_of("llama lora"), model_of("llama lora")
+    quantise_base(packed.decoder, "nf4")
+    for model, options, flag in (
+        (packed, {}, "--base-dtype"), (actor, {"chunk_size": 4096}, "--chunk-size"),
+        (actor, {"activation_budget": 10**9}, "--activation-budget"),
+    ):  # fmt: skip
+        strategy = Strategy("hsdp", World(0, 2, torch.device("cpu")), torch.float32, **options)
+        with pytest.raises(UserError, match=f"{flag} with --strategy hsdp: FSDP2"):
+            strategy.prepare(model)
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, ("fsdp", "fsdp kept")), (4, ("fsdp", "hsdp"))])

@@ -260,10 +260,8 @@ def test_one_thread_makes_the_updates_of_all_models(tmp_path):
     assert isinstance(streams[0].sink._memory.updates(), ThreadPoolExecutor)
 
 
-def test_updates_in_the_thread_and_beside_it_take_turns_with_the_memory_that_gradients_pass_through(
-    tmp_path, monkeypatch, serial
-):
-    """On a CPU states in host memory are updated at once, those on a disk by the thread; gradients are on the device."""
+def test_gradients_pass_through_one_memory_to_the_thread_and_to_updates_beside_it(tmp_path, monkeypatch, serial):
+    """On a CPU states in host memory are updated at once, those on a disk by the thread."""
     bring_home, both = sink.bring_home, threading.Barrier(2)
 
     def late(*copy):

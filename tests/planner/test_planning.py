@@ -28,7 +28,8 @@ from penstock.models.lora_targets import LoraSpec
 from penstock.models.moe import experts
 from penstock.models.roles import Actor, Critic
 from penstock.planner import footprint
-from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of, passes
+from penstock.planner.config import PlanConfig
+from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of, passes, setting_of
 from penstock.rollout.sampling import Sampling, pick
 from tests.conftest import ROWS
 
@@ -555,6 +556,12 @@ def test_when_nothing_fits_it_says_what_would(capsys):
     change = json.loads(out)["advice"].split(";")[1].removesuffix(" would.")
     code, _ = plan_of(capsys, *base, "--disk", "1GB", *change.split(), "--json")
     assert code == 0
+
+
+def test_a_disk_without_a_limit_is_planned_as_one():
+    setting = setting_of(PlanConfig(model="8b", strategy="gemini_nvme", disk="/scratch/penstock"))
+    assert setting.budgets["disk"] is None
+    assert setting_of(PlanConfig(model="8b", strategy="gemini_nvme", disk="/scratch:2GB")).budgets["disk"] == 2 * 10**9
 
 
 def test_the_text_names_the_command_to_run(capsys):

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from penstock.commands.dry_run import dry_run
+from penstock.commands.plan import on_this_machine
 from penstock.errors import UserError
+from penstock.memory.placement import PYTORCH
 from penstock.models import presets
 from penstock.planner.config import PlanConfig
-from penstock.planner.workload import forecast_of, setting_of
+from penstock.planner.workload import forecast_of, passes, setting_of
 from tests.conftest import torchrun
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +77,8 @@ strategy.world.leave()
 """
 
 
-def plan(**flags):
-    return setting_of(PlanConfig(model="8b", stage="sft", **flags))
+def plan(stage="sft", **flags):
+    return setting_of(PlanConfig(model="8b", stage=stage, **flags))
 
 
 def test_shards_and_gathers_by_hand():
@@ -94,11 +96,41 @@ def test_shards_and_gathers_by_hand():
         assert forecast.traffic["train"]["ranks"] == pytest.approx(expected, rel=0.01)
 
 
+def test_a_rollout_gathers_all_once_where_it_fits_and_every_block_for_every_token_where_not():
+    """Then the root comes three times: for the embedding, the last norm, and the head."""
+    config = presets.named("8b")
+    root = 2 * config.vocab_size * config.d_model * (1 if config.tied else 2)
+    for memory, fits in ((None, True), ("24GB", False)):
+        setting = plan(stage="ppo", strategy="fsdp", world=16, device_memory=memory, rollout_batch_size=2)
+        forecast, (answers,) = forecast_of(setting), passes(setting)["rollout"]
+        assert answers.times == 2
+        assert forecast.gathers_once == fits
+        visits = answers.times * (answers.prefills + answers.tokens)
+        expected = 2 * 8.26e9 if fits else visits * (2 * 8.26e9 + 2 * root)
+        assert forecast.traffic["rollout"]["ranks"] == pytest.approx(expected * 15 / 16, rel=0.01)
+        for phase in ("rollout", "score"):  # what is leased is gathered before it is used
+            seconds = forecast.seconds[phase]
+            assert seconds.total == pytest.approx(seconds.compute + seconds.network)
+
+
+def test_an_update_touches_what_is_trained_alone():
+    forecast = forecast_of(plan(strategy="fsdp", world=8, lora=16))
+    nbytes = forecast.objects["optimizer"]["device"] * 3.5  # two moments and the weights, read and written; gradients
+    assert forecast.seconds["train"].optimizer == pytest.approx(nbytes / 1.5e12)
+
+
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(UserError, match="--nodes 3: does not divide --world 16"):
         plan(strategy="hsdp", world=16, nodes=3)
     with pytest.raises(UserError, match="--nodes 0: must be at least 1"):
         plan(strategy="hsdp", world=16, nodes=0)
+    for flags in ({"base_dtype": "nf4", "lora": 8}, {"chunk_size": "64MB"}, {"activation_budget": "1GB"}):
+        flag = f"--{next(iter(flags)).replace('_', '-')}"
+        with pytest.raises(UserError, match=f"{flag} with --strategy fsdp"):
+            plan(strategy="fsdp", world=2, **flags)
+        setting = plan(strategy="gemini", world=2, **flags)
+        assert not {change.strategy for change in on_this_machine(setting)} & {*PYTORCH}
+        assert plan(strategy="fsdp", **flags).world == 1  # which gemini runs
     with pytest.raises(UserError, match="--dry-run"):
         dry_run(plan(strategy="fsdp", world=2))
 

@@ -10,7 +10,7 @@ from penstock.memory.placement import EIGHT_BIT, NAMES, PYTORCH, TierName, bits_
 from penstock.models import weight_shapes
 from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS, Forecast
-from penstock.planner.workload import DTYPES, Setting, forecast_of, notes, setting_of
+from penstock.planner.workload import DTYPES, Setting, forecast_of, notes, refusal, setting_of
 from penstock.units import parse_bytes, show_bytes
 
 
@@ -87,7 +87,8 @@ def advice(setting: Setting) -> str:
     """The fastest change that fits these budgets: with this hardware if there is one, else with more processes."""
 
     def fitting(changes: Iterable[Setting]) -> list[Setting]:
-        return [change for change in changes if not short(forecast_of(change, timed=False), change)]
+        allowed = [change for change in changes if refusal(change) is None]
+        return [change for change in allowed if not short(forecast_of(change, timed=False), change)]
 
     changes = fitting(on_this_machine(setting)) or fitting(
         dataclasses.replace(setting, world=setting.world * times) for times in (2, 4, 8)
@@ -142,6 +143,7 @@ def _strategies(setting: Setting) -> list[str]:
     names = [name + moments for name in reversed(NAMES) if name != "naive" or setting.world == 1]
     if moments or setting.world == 1:
         names = [name for name in names if bits_of(name)[0] not in PYTORCH]
+    names = [name for name in names if refusal(dataclasses.replace(setting, strategy=name)) is None]
     return [setting.strategy, *(name for name in names if name != setting.strategy)]
 
 

@@ -14,7 +14,6 @@ the first visit of a rollout gathers all of it, the ranks go their own ways, and
 """
 
 import contextlib
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -181,9 +180,6 @@ class ShardedStream(Stream):
         unused = [weight.sum().float() for weight in whole if weight.requires_grad]
         return torch.stack([x.sum().float(), *unused]).sum() * 0.0, {}
 
-    def _forget(self) -> None:
-        """Nothing of old weights is anywhere after an update."""
-
 
 class ShardedSink(Sink):
     """Gradients and AdamW's states of one model's shards. `weights`: what is trained, by name."""
@@ -299,24 +295,19 @@ class _Shard:
 
 
 def prepare(
-    model: Any, world: World, tier: Ram, *, name: str, dtype: torch.dtype, recompute: bool, gathers_once: bool | None,
-    adamw: dict[str, Any],
+    model: Any, world: World, mesh: DeviceMesh, tier: Ram, *, dtype: torch.dtype, recompute: bool,
+    gathers_once: bool | None, adamw: dict[str, Any],
 ) -> ShardedStream:  # fmt: skip
     """The model's weights as FSDP2's shards, block by block: at no time is more than one block whole on a rank.
 
-    Raises UserError for what FSDP2 does not do, ResourceError where the shards pass the tier's budget.
+    Raises ResourceError where the shards pass the tier's budget.
     """
     groups = groups_of(model)
     weights = [weight for _, members in groups for weight in members]
-    if any(weight.dtype not in ("float32", "bfloat16") for weight in weights):
-        raise UserError(
-            f"--base-dtype with --strategy {name}: FSDP2 does not shard packed weights; leave --base-dtype out, or "
-            "take --strategy gemini or ddp."
-        )
-    homes = plan.shard_homes(weights, _shards(name, world))
+    homes = plan.shard_homes(weights, mesh.size(mesh.ndim - 1))
     tier.take(homes["weights"] + homes["optimizer"], f"the shards of {type(model).__name__}")
     root = Root(model)
-    modules = _sharded(root, groups, _mesh(name, world), dtype)
+    modules = _sharded(root, groups, mesh, dtype)
     trained = [weight for weight in weights if weight.trained]
     model.train(bool(trained))
     parameters = dict(model.named_parameters())
@@ -379,19 +370,11 @@ def _common_path(names: Sequence[str]) -> str:
     return ".".join(parts[0] for parts in steps)
 
 
-def _shards(name: str, world: World) -> int:
-    """Ranks that share one copy of a model: under hsdp those of a machine."""
-    if name == "fsdp":
-        return world.size
-    local = world.local_size
-    if world.size % local:
-        raise UserError(f"--strategy hsdp: {world.size} ranks are not {local} on every machine; take --strategy fsdp.")
-    return local
-
-
-@functools.cache
-def _mesh(name: str, world: World) -> DeviceMesh:
-    shards = _shards(name, world)
+def mesh_of(name: str, world: World) -> DeviceMesh:
+    """The ranks; its last dimension has those that share one copy of a model: under hsdp those of a machine."""
+    shards = world.size if name == "fsdp" else world.local_size
+    if world.size % shards:
+        raise UserError(f"--strategy hsdp: {world.size} ranks are not {shards} on every machine; take --strategy fsdp.")
     if shards == world.size:
         return init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
     return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))

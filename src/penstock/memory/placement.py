@@ -73,6 +73,21 @@ def known(name: str) -> str:
     return ours
 
 
+def refused(
+    name: str, world: int, *, packed: bool, chunk_size: int | None, activation_budget: int | None
+) -> str | None:
+    """What FSDP2 does not do of these, as a user is told. None: it does it all, or does not run this."""
+    reasons = {
+        "--base-dtype": packed and "FSDP2 does not shard packed weights",
+        "--chunk-size": chunk_size and "FSDP2 gathers whole blocks",
+        "--activation-budget": activation_budget and "FSDP2 gathers a block that is called, and slices do not call it",
+    }
+    flag = next((flag for flag, reason in reasons.items() if reason), None)
+    if flag is None or name not in PYTORCH or world == 1:
+        return None
+    return f"{flag} with --strategy {name}: {reasons[flag]}; leave {flag} out, or take --strategy gemini."
+
+
 def bits_of(name: str) -> tuple[str, int]:
     """A strategy's row of the table, and the bits of its optimizer's moments."""
     return (name.removesuffix(EIGHT_BIT), 8) if name.endswith(EIGHT_BIT) else (name, 32)

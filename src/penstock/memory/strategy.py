@@ -23,7 +23,7 @@ from penstock.memory.adamw import AdamW
 from penstock.memory.arena import Arena
 from penstock.memory.chunks import layout
 from penstock.memory.homes import ChunkHome
-from penstock.memory.placement import AUTO, PYTORCH, Budgets, bits_of, known, tiers_of
+from penstock.memory.placement import AUTO, PYTORCH, Budgets, bits_of, known, refused, tiers_of
 from penstock.memory.prepare import Homes, groups_of
 from penstock.memory.program import visits_of
 from penstock.memory.sink import Sink
@@ -75,6 +75,8 @@ class Strategy:
     """All models that were prepared."""
     sharded: list[Any] = field(default_factory=list)
     """Streams of models on FSDP2 (fsdp.ShardedStream)."""
+    mesh: Any = None
+    """Their ranks (a DeviceMesh), once there is one."""
     latest: Phase | None = None
     """The phase that ran last."""
     arenas: tuple[Arena, Arena] | None = None
@@ -185,17 +187,18 @@ class Strategy:
         """The model on PyTorch's engine."""
         from penstock.memory import fsdp  # slow to import
 
-        if self.activation_budget is not None:
-            raise UserError(
-                f"--activation-budget with --strategy {self.name}: FSDP2 gathers a block when it is called, and slices "
-                "do not call it; leave one of the two out, or take --strategy gemini."
-            )
+        packed = any(weight.dtype not in ("float32", "bfloat16") for _, group in groups_of(model) for weight in group)
+        limits = {"chunk_size": self.chunk_size, "activation_budget": self.activation_budget}
+        if reason := refused(self.name, self.world.size, packed=packed, **limits):
+            raise UserError(reason)
         tier = self.tiers["device"]
         assert isinstance(tier, Ram)
+        if self.mesh is None:
+            self.mesh = fsdp.mesh_of(self.name, self.world)
         recompute = plan.recomputes(True, self.recompute)
         stream = fsdp.prepare(
-            model, self.world, tier, name=self.name, dtype=self.dtype, recompute=recompute,
-            gathers_once=self.gathers_once, adamw=adamw,
+            model, self.world, self.mesh, tier, dtype=self.dtype, recompute=recompute, gathers_once=self.gathers_once,
+            adamw=adamw,
         )  # fmt: skip
         self.sharded.append(stream)
         return stream

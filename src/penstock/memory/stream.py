@@ -298,7 +298,7 @@ class Stream:
         self.sink.load_states(read)
 
     def _forget(self) -> None:
-        if self.moves:
+        if self._moving:
             self._arenas()[0].forget(lambda home: home in self._home_set and home.chunk.trained)
 
     # --- leases -------------------------------------------------------------------------------------------------------

@@ -181,8 +181,8 @@ def _moved(each: Pass, model: Model, shards: int, once: bool) -> int:
     root = sum(weight.numel * ITEMSIZE[weight.dtype] for group, weight in _weights(model) if group in visits)
     sums = sum(weight.numel * plan.MASTER for _, weight in _weights(model) if weight.trained)
     if each.kind == "generate":
-        passes = 1 if once else each.prefills + each.tokens
-        whole_bytes = each.times * passes * weights
+        passes = each.times * (each.prefills + each.tokens)
+        whole_bytes = weights if once else passes * (weights + 2 * root)
     elif each.kind == "evaluate":
         whole_bytes = each.times * (weights + 2 * root)  # for the embedding, the last norm, and the head
     else:
@@ -198,13 +198,14 @@ def _crossed(each: Pass, home: Mapping[str, int], copies: int) -> int:
 def _seconds(
     each: Pass, between: tuple[int, int], home: Mapping[str, int], rates: tuple[Rates, Rates], recompute: bool | None
 ) -> tuple[float, ...]:
-    """As Seconds: FSDP2 gathers beside computing. `between`: bytes of its gathers, and of sums of copies; `rates`: of
-    where each of them goes."""
+    """As Seconds. FSDP2 gathers beside computing where it trains; what is leased is gathered first. `between`: bytes of
+    gathers, and of sums of copies; `rates`: of where each of them goes."""
     (moved, crossed), (local, outside) = between, rates
     compute = each.times * (each.flops + each.decode_flops) / local.flops
     network = moved / local.network + crossed / outside.network
     if plan.recomputes(True, recompute) and each.kind == "step":
         compute *= 4 / 3
-    touched = each.times * (2 * home["optimizer"] + 3 * home["weights"]) if each.kind == "step" else 0
-    update = touched / local.device
+    if each.kind != "step":
+        return compute + network, compute, 0.0, 0.0, 0.0, network
+    update = each.times * 7 * home["grads"] / local.device  # of moments, weights and gradients, as many bytes each
     return max(compute, network) + update, compute, 0.0, 0.0, update, network

@@ -17,7 +17,7 @@ from penstock.config import recompute_of
 from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
-from penstock.memory.placement import AUTO, PYTORCH, SHARD, Row, TierName, bits_of, known
+from penstock.memory.placement import AUTO, PYTORCH, SHARD, Row, TierName, bits_of, known, refused
 from penstock.models import lora_targets, presets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.families import FAMILIES
@@ -122,14 +122,15 @@ def setting_of(config: PlanConfig) -> Setting:
     """What the flags of `penstock plan` describe, parsed. Raises UserError for a flag that cannot be read."""
     if config.world % config.nodes:
         raise UserError(f"--nodes {config.nodes}: does not divide --world {config.world}; give the same ranks to each.")
-    return Setting(
+    disk = (config.disk or "").rpartition(":")[2]
+    setting = Setting(
         strategy=known(config.strategy),
         nodes=config.nodes,
         recompute=recompute_of(config),
         budgets={
             "device": bytes_of(config.device_memory, "--device-memory"),
             "host": bytes_of(config.host_memory, "--host-memory"),
-            "disk": bytes_of((config.disk or "").rpartition(":")[2] or None, "--disk"),
+            "disk": bytes_of(None if "/" in disk else disk or None, "--disk"),
         },
         workload=workload_of(config),
         dtype=config.dtype,
@@ -138,6 +139,16 @@ def setting_of(config: PlanConfig) -> Setting:
         activation_budget=bytes_of(config.activation_budget, "--activation-budget"),
         rates=_rates(config),
     )
+    if reason := refusal(setting):
+        raise UserError(reason)
+    return setting
+
+
+def refusal(setting: Setting) -> str | None:
+    """Why a run of this would be refused; see placement.refused."""
+    packed = any(role.base_dtype for role in setting.workload.roles)
+    limits = {"chunk_size": setting.chunk_size, "activation_budget": setting.activation_budget}
+    return refused(setting.strategy, setting.world, packed=packed, **limits)
 
 
 def _rates(config: PlanConfig) -> Rates:
