@@ -29,7 +29,7 @@ ALIGN = 64
 """Elements: torch's kernel rounds those beyond its last vector in another way."""
 SPAN = 65536
 """Gradients whose squares are one sum in adamw.c."""
-TILE = 1 << 20
+TILE = plan.UPDATE_TILE
 """Elements per pass: what a tile needs in between stays in the last cache, and threads have enough to share."""
 GPU_TILE = 1 << 23
 """The same on a GPU, where every pass is a dozen launches and activations have just been let go of."""

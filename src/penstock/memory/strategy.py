@@ -1,7 +1,8 @@
 """A strategy is a named placement: where weights, gradients and optimizer states live, and whether ranks share them.
 
 Algorithms see a few verbs: `init()` to make models, `prepare()` to give a model its home, `phase()` to say what comes
-next, `evaluate()` and `step()` to use and to train it. All rows of the table are run by one engine (`stream.py`).
+next, `evaluate()` and `step()` to use and to train it. All rows of the table are run by one engine (`stream.py`), but
+those that stay on several GPUs by PyTorch's (`fsdp.py`).
 """
 
 import contextlib

@@ -4,7 +4,7 @@ A `Stream` knows the home of every chunk, brings chunks to the device while a pa
 gradients away afterwards. It decides nothing: tiers, slots, recomputation and what to fetch next come from the plan.
 Several micro-batches run inside one visit, so a weight moves once per pass whatever their number.
 
-[Note: resident is the easy case] All strategies are rows of `placement.py`, run by this one engine. A chunk whose home
+[Note: resident is the easy case] All rows of `placement.py` but FSDP2's are run by this one engine. A chunk whose home
 is whole on the device is bound to the model once; then a lease costs nothing, micro-batches run one after the other
 with an ordinary graph, and the engine is plain PyTorch. Where weights move, or with --recompute, forward keeps the
 inputs of blocks and backward runs each block once more. Streaming is bit-equal to resident with recomputation.

@@ -345,11 +345,10 @@ def _values(weight: Tensor, scales: Tensor | None, dtype: torch.dtype, rows: sli
 
 def add_product(place: Tensor, grad: Tensor, x: Tensor, widen: bool) -> None:
     """place [O, I] += grad [N, O]^T x [N, I]; in fp32 on the way if `widen`. A place in fp32 adds up in fp32."""
+    kind = place.device.type
     if not widen and place.dtype == grad.dtype:
         place.addmm_(grad.t(), x)
-    elif (
-        not widen and arithmetic_of(place.device.type) == "narrow" and place.device.type != "mps"
-    ):  # has no such product
+    elif not widen and arithmetic_of(kind) == "narrow" and kind != "mps":  # Apple's GPU has no such product
         torch.addmm(place, grad.t(), x, out_dtype=place.dtype, out=place)
     else:
         x = x.float() if widen else x

@@ -292,9 +292,8 @@ def _head(
     logits = rows * columns
     narrow = logits * s if s < FP32 else 0  # a product's own dtype, on the way to fp32 and back
     partial = 0
-    if (
-        arithmetic != "narrow" and s < FP32
-    ):  # fp32 copies of the states, and of the weight a tile at a time with its share of the product
+    if arithmetic != "narrow" and s < FP32:
+        # fp32 copies of the states, and of the weight a tile at a time with its share of the product
         height = max(min(PRODUCT_TILE // width, columns), 1)
         narrow, partial = (rows + width) * height * FP32, (2 * rows + height) * width * FP32
         states += read * width * FP32

@@ -32,8 +32,8 @@ class Architecture:
     norm_shift: float = 0.0
     """What weights of norms are larger by there (Gemma)."""
     period: int = 0
-    """Every which layer sees everything, the others a window, where the file does not say; 0: llama.cpp has no windows,
-    and behind one it sees more than was trained."""
+    """Where the file does not say: every layer of that number sees everything, the others a window. 0: llama.cpp has no
+    windows, and behind one it sees more than was trained."""
     marker: str = ""
     """The key that its files have and those of others of the same name have not."""
     always: tuple[tuple[str, Any], ...] = ()

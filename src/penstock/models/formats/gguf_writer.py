@@ -74,7 +74,7 @@ def write_model(
 
 
 def write_adapter(decoder: Decoder, path: Path, *, name: str) -> list[str]:
-    """Writes the adapters alone, in f16. Returns lines for the user. Raises UserError for what llama.cpp cannot add."""
+    """Writes the adapters alone, in f32. Returns lines for the user. Raises UserError for what llama.cpp cannot add."""
     config, adapters = decoder.config, adapters_of(decoder)
     assert decoder.adapted is not None
     if decoder.adapted.copies:
