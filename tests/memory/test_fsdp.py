@@ -1,5 +1,6 @@
 """FSDP2's rows against plain PyTorch on one rank, and their checkpoints against every other row's."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 
 from penstock.distributed.world import World
 from penstock.errors import UserError
+from penstock.memory import fsdp
 from penstock.memory.placement import NAMES, known
 from penstock.memory.strategy import Strategy
+from penstock.models.decoder import Decoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor
 from penstock.models.surgery import add_adapters, quantise_base
-from tests.conftest import torchrun
+from tests.algorithms.test_ranks import EXPERTS
+from tests.conftest import TINY, torchrun
 from tests.memory.test_stream import decoder, plain
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +122,7 @@ def run(folder, ranks, names, rows=()):
     return torch.load(folder / "out.pt", weights_only=False)
 
 
-def test_what_fsdp2_does_not_do_is_refused():
+def test_what_fsdp2_does_not_do_is_refused(monkeypatch):
     with pytest.raises(UserError, match="take hsdp or gemini_8bit"):
         known("hsdp_8bit")
     actor, packed = model_of("llama lora"), model_of("llama lora")
@@ -130,6 +134,10 @@ def test_what_fsdp2_does_not_do_is_refused():
         strategy = Strategy("hsdp", World(0, 2, torch.device("cpu")), torch.float32, **options)
         with pytest.raises(UserError, match=f"{flag} with --strategy hsdp: FSDP2"):
             strategy.prepare(model)
+    monkeypatch.delattr(fsdp.FSDPModule, fsdp.ZEROS, raising=False)  # as in torch 2.11
+    experts = Actor(Decoder(dataclasses.replace(TINY, **EXPERTS)))
+    with pytest.raises(UserError, match="cannot train experts"):
+        fsdp.prepare(experts, None, None, None, dtype=torch.float32, recompute=True, gathers_once=None, adamw={})
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, ("fsdp", "fsdp kept")), (4, ("fsdp", "hsdp"))])

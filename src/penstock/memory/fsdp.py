@@ -41,6 +41,8 @@ from penstock.memory.stream import Hold, Losses, LossOf, Stream, Visits
 from penstock.memory.tiers import Ram
 
 Groups = Sequence[tuple[str, Sequence[Weight]]]
+ZEROS = "set_reduce_scatter_unused_params"
+"""FSDPModule's, from torch 2.13 on: a weight that no token of a rank has used takes part with zeros."""
 
 
 class Root(nn.Module):
@@ -300,9 +302,15 @@ def prepare(
 ) -> ShardedStream:  # fmt: skip
     """The model's weights as FSDP2's shards, block by block: at no time is more than one block whole on a rank.
 
-    Raises ResourceError where the shards pass the tier's budget.
+    Raises UserError for trained experts where torch cannot, ResourceError where the shards pass the tier's budget.
     """
-    groups = groups_of(model)
+    groups, chosen = groups_of(model), {group for part in model.parts() for group in part.choices}
+    trains_experts = any(weight.trained for group, members in groups if group in chosen for weight in members)
+    if trains_experts and not hasattr(FSDPModule, ZEROS):  # ranks would reduce other weights, and wait for ever
+        raise UserError(
+            f"FSDP2 of torch {torch.__version__} cannot train experts, of which each rank's tokens choose others; take "
+            "torch 2.13, --strategy gemini, or adapters on other layers."
+        )
     weights = [weight for _, members in groups for weight in members]
     homes = plan.shard_homes(weights, mesh.size(mesh.ndim - 1))
     tier.take(homes["weights"] + homes["optimizer"], f"the shards of {type(model).__name__}")
@@ -334,8 +342,8 @@ def _sharded(root: Root, groups: Groups, mesh: DeviceMesh, dtype: torch.dtype) -
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # a loss is divided by what all ranks count already: a sum is wanted
         module.set_force_sum_reduction_for_comms(True)
-        if hasattr(module, "set_reduce_scatter_unused_params"):  # not in torch 2.11
-            module.set_reduce_scatter_unused_params(True)
+        if hasattr(module, ZEROS):
+            getattr(module, ZEROS)(True)
         modules.update(dict.fromkeys(members, module))
 
     with model.filling():
