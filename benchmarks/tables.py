@@ -435,12 +435,16 @@ def index_of(results: Results) -> Iterator[Result]:
                 gaps = [row["largest_difference_to_naive"] for run, row in runs if run.endswith(dtype)]
                 measured[f"{dtype}, largest difference to naive"] = max(gaps)
             measured |= {"naive fp32": result["exact"]["rows"]["naive fp32"], "small": result.get("small", {})}
-        figures = "; ".join(["above"] * in_section + list(figures_of(measured)))
+        every = [*figures_of(measured)]
+        more = [f"{len(every) - MOST_FIGURES} more in the file"] if len(every) > MOST_FIGURES else []
+        figures = "; ".join(["above"] * in_section + every[:MOST_FIGURES] + more)
         facts = {"command": command_of(result), "commit": result["commit"][:12]}
         yield {**result, **facts, "name": name, "figures": figures}
 
 
 FACTS = ("command", "commit", "date", "machine", "versions", "threads", "settings", "model", "seed", "rates", "phases")
+MOST_FIGURES = 40
+"""Of one file."""
 MOST_ROWS = 5
 """Of a list whose figures are shown: mean, lowest and highest."""
 
@@ -468,6 +472,7 @@ def shown(name: str, number: float) -> str:
     """Bytes in units, other numbers with three digits."""
     if isinstance(number, bool):
         return "yes" if number else "no"
-    if "bytes" in re.split("[ _,]+", name):
+    words = re.split("[ _,]+", name)
+    if "bytes" in words and "ratio" not in words:
         return show_bytes(int(number))
     return f"{number:,}" if isinstance(number, int) else f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
