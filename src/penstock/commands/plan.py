@@ -223,15 +223,17 @@ def _of_experts(setting: Setting, result: dict[str, Any]) -> list[str]:
 
 def command(config: PlanConfig, setting: Setting) -> str:
     """The training command that was planned, with its flags."""
-    start = "penstock" if setting.world == 1 else f"torchrun --nproc_per_node {setting.world} -m penstock"
+    hosts = f"--nnodes {setting.nodes} " if setting.nodes > 1 else ""
+    torchrun = f"torchrun {hosts}--nproc_per_node {setting.world // setting.nodes} -m penstock"
+    start = "penstock" if setting.world == 1 else torchrun
     budgets = [
         f"{flag} {value}"
         for flag, value in (("--device-memory", config.device_memory), ("--host-memory", config.host_memory))
         if value
     ]
     if "disk" in tiers_of(setting.strategy):
-        size = (config.disk or "").rpartition(":")[2]
-        budgets.append("--disk PATH" + (f":{size}" if size else ""))
+        disk = config.disk or "PATH"
+        budgets.append(f"--disk {disk if '/' in disk or disk == 'PATH' else f'PATH:{disk}'}")
     if config.activation_budget:
         budgets.append(f"--activation-budget {config.activation_budget}")
     return " ".join([start, config.stage, f"--strategy {setting.strategy}", f"--dtype {config.dtype}", *budgets, "..."])
