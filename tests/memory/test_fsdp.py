@@ -66,6 +66,9 @@ for name in names:
             at = (rank - step) % size
             own = share[at] if at < 2 else []
             losses.append(strategy.step(stream, own, loss_of, lr=1e-2, max_grad_norm=0.5).sums["loss"])
+        nothing = lambda hidden, rows: (hidden.sum() * torch.nan, {})
+        assert not strategy.step(stream, own, nothing, lr=1.0).applied
+        assert all(weight.grad is None for weight in actor.parameters())
         prompts = [[1, 5, 6], [1, 7], [1, 9, 9, 9]][rank::size]  # of four ranks one has none
         sampling = Sampling(max_new_tokens=12 if rank else 5, temperature=0.0)
         answers = []

@@ -113,6 +113,14 @@ def test_a_rollout_gathers_all_once_where_it_fits_and_every_block_for_every_toke
             assert seconds.total == pytest.approx(seconds.compute + seconds.network)
 
 
+def test_a_rollout_that_gathers_once_fits_where_its_own_peak_does():
+    """Gradients are gone by then."""
+    flags = {"stage": "ppo", "strategy": "fsdp", "world": 4, "micro_batch_size": 1}
+    peak = forecast_of(plan(**flags)).phases["rollout"]["device"]
+    for room, fits in ((peak, True), (peak - 1, False)):
+        assert forecast_of(plan(**flags, device_memory=f"{room}B")).gathers_once == fits
+
+
 def test_an_update_touches_what_is_trained_alone():
     forecast = forecast_of(plan(strategy="fsdp", world=8, lora=16))
     nbytes = forecast.objects["optimizer"]["device"] * 3.5  # two moments and the weights, read and written; gradients

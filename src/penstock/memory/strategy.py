@@ -322,6 +322,8 @@ class Strategy:
         if finite:
             with record_function("optimizer"):
                 step.stream.update(step.lr, float(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)))
+        else:
+            sink.clear()  # FSDP2's gradients would stay beside a rollout
         measured = step.stream.program.measured()
         return StepStats(finite, float(norm), {key: float(value) for key, value in sums.items()}, measured)
 

@@ -77,11 +77,11 @@ def forecast(
     passes = [each for of_phase in phases.values() for each in of_phase]
     activations = with_slack(max(*(_activations(each, recompute) for each in passes), scratch), 0)
 
-    def answers_fit(each: Pass) -> bool:
-        room = resting + grads + gathered[each.model].all + with_slack(_activations(each, recompute), 0)
-        return device is None or room <= device
-
-    once = all(answers_fit(each) for each in passes if each.kind == "generate")
+    once = device is None or all(
+        resting + _peak(each, gathered[each.model], recompute, True, scratch) <= device
+        for each in passes
+        if each.kind == "generate"
+    )
     peaks = {
         phase: max(((_peak(each, gathered[each.model], recompute, once, scratch), each) for each in of_phase),
                    key=lambda pair: pair[0])
