@@ -18,10 +18,13 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: bound.get(pid, set(range(16))))
         monkeypatch.setattr(os, "sched_setaffinity", bound.__setitem__)
         monkeypatch.setattr(os, "getppid", lambda: 77)
-        files = {"bus/pci/devices/0000:65:00.0/numa_node": f"{node}\n"}
-        files |= {"devices/system/node/node0/cpulist": "0-3,8-11\n", "devices/system/node/node1/cpulist": "4-7,12-15\n"}
+        files = {"sys/bus/pci/devices/0000:65:00.0/numa_node": f"{node}\n"}
+        files |= {
+            "sys/devices/system/node/node0/cpulist": "0-3,8-11\n",
+            "sys/devices/system/node/node1/cpulist": "4-7,12-15\n",
+        }
         if started_with is not None:
-            files["77/environ"] = started_with.decode()
+            files["proc/77/environ"] = started_with.decode()
         for path, text in files.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
@@ -56,6 +59,14 @@ def test_a_process_alone_and_ranks_of_another_launcher(machine):
 def test_a_rank_that_its_launcher_has_bound_uses_no_more_than_that(machine):
     assert cores.threads(TORCHRUN, machine(allowed=range(2))) == 2
     assert cores.threads(TORCHRUN, machine(allowed=range(8))) == 4  # of 16, as its parent may use: not of these 8
+
+
+@pytest.mark.parametrize(("limit", "count"), [("800000 100000", 2), ("50000 100000", 1), ("max 100000", 4)])
+def test_in_a_container_ranks_share_the_time_that_it_may_use(machine, limit, count):
+    system = machine()
+    (system / "sys/fs/cgroup").mkdir(parents=True)
+    (system / "sys/fs/cgroup/cpu.max").write_text(f"{limit}\n")
+    assert cores.threads(TORCHRUN, system) == count
 
 
 def test_a_rank_is_bound_to_the_cores_beside_its_gpu(machine):

@@ -8,25 +8,31 @@ import os
 from pathlib import Path
 
 
-def threads(environment: dict[str, str], proc: Path = Path("/proc")) -> int | None:
+def threads(environment: dict[str, str], root: Path = Path("/")) -> int | None:
     """How many threads a rank of this environment computes with: an equal share of the cores that this process may use.
     None: as many as its user says, or torch's default."""
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks == 1 or ("OMP_NUM_THREADS" in environment and not _by_torchrun(environment, proc)):
+    if ranks == 1 or ("OMP_NUM_THREADS" in environment and not _by_torchrun(environment, root)):
         return None
     own = allowed()
-    return max(min(_shared(own) // ranks, len(own)), 1)
+    return max(min(_shared(own, root) // ranks, len(own)), 1)
 
 
-def _shared(own: set[int]) -> int:
-    """How many cores the machine's ranks have together: those of our parent, if this rank was bound to some of them."""
+def _shared(own: set[int], root: Path) -> int:
+    """How many cores the machine's ranks have together: those of our parent, if this rank was bound to some of them;
+    in a container no more than its share of the machine's time, beyond which all its threads are stopped."""
     try:
-        return len(os.sched_getaffinity(os.getppid()) | own)
+        count = len(os.sched_getaffinity(os.getppid()) | own)
     except (AttributeError, OSError):
-        return len(own)
+        count = len(own)
+    try:
+        time, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return min(count, int(time) // int(period))
+    except (OSError, ValueError):  # "max": no limit
+        return count
 
 
-def _by_torchrun(environment: dict[str, str], proc: Path) -> bool:
+def _by_torchrun(environment: dict[str, str], root: Path) -> bool:
     """Whether OMP_NUM_THREADS is torchrun's own: then it is not among what torchrun, our parent, was started with.
 
     Where the system does not show that (macOS, a parent of another user), it counts as the user's.
@@ -34,7 +40,7 @@ def _by_torchrun(environment: dict[str, str], proc: Path) -> bool:
     if environment["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in environment:
         return False
     try:
-        started_with = (proc / str(os.getppid()) / "environ").read_bytes().split(b"\0")
+        started_with = (root / "proc" / str(os.getppid()) / "environ").read_bytes().split(b"\0")
     except OSError:
         return False
     return bool(started_with[0]) and not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with)
@@ -47,13 +53,13 @@ def allowed() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def bind(address: str, system: Path = Path("/sys")) -> set[int]:
+def bind(address: str, root: Path = Path("/")) -> set[int]:
     """Keeps this thread, and those that it starts, on the cores near a GPU, whose PCI address is like 0000:65:00.0; its
     host memory is then the near one too. Returns these cores. Empty, and nothing is changed: the system does not say
     which they are, or this process may use none of them. As torchrun's --numa-binding=node does, which few give."""
     try:
-        node = int((system / "bus/pci/devices" / address.lower() / "numa_node").read_text())
-        near = _numbers((system / f"devices/system/node/node{node}/cpulist").read_text())  # -1: no node has it
+        node = int((root / "sys/bus/pci/devices" / address.lower() / "numa_node").read_text())
+        near = _numbers((root / f"sys/devices/system/node/node{node}/cpulist").read_text())  # -1: no node has it
     except (OSError, ValueError):
         return set()
     cores = near & allowed()
