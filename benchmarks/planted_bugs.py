@@ -214,6 +214,7 @@ BUGS: list[Bug] = [
     (SINK, "an update asks the next step whether there are gradients", "(update.home, update.graded, move)", "(update.home, update.home.graded, move)"),
     (SINK, "a chunk of which a piece was not written counts as updated", "        write.result()\n", "        pass\n"),
     (SINK, "updates in the thread and beside it overwrite each other's gradients", "            with self._memory.passing:\n", "            if True:\n"),
+    (SINK, "each update takes a stream of its own of torch's 32", "else self._memory.update_stream:", "else torch.Stream(device):"),
     ("planner/waits.py", "updates and weights pass a disk at the same time", "room = lap.idle if owed.on_disk else 1.0", "room = 1.0"),
     (STREAM, "a block passes its own slope on", "            wave.state_grads[j] = x.grad\n", "            wave.state_grads[j] = wave.state_grads[j]\n"),
     (SINK, "a second visit forgets the first", "            unrounded(grads, home.grads)  # a", "            grads.zero_()  # a"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.sft import response_logprobs
+from penstock.algorithms.sft import Rows, response_logprobs
 from penstock.distributed.world import World
 from penstock.errors import ResourceError
 from penstock.memory import prepare, sink
@@ -19,7 +19,9 @@ from penstock.memory.strategy import DTYPES, Step, Strategy
 from penstock.memory.tiers import DiskHome, Ram, _AtOnce
 from penstock.models.decoder import Decoder
 from penstock.models.roles import Actor, Critic
+from tests import imagined
 from tests.conftest import PATIENCE
+from tests.imagined import imagining
 from tests.memory.test_gradients import Twins
 from tests.memory.test_stream import FAMILIES, batches
 
@@ -256,8 +258,26 @@ def test_the_next_models_gradients_are_written_in_the_order_in_which_updates_fre
 def test_one_thread_makes_the_updates_of_all_models(tmp_path):
     strategy = named("gemini_nvme", "fp32", tmp_path)
     streams = [line(strategy)[0] for _ in range(2)]
-    assert streams[0].sink._memory.updates() is streams[1].sink._memory.updates()
-    assert isinstance(streams[0].sink._memory.updates(), ThreadPoolExecutor)
+    assert streams[0].sink._memory.updates is streams[1].sink._memory.updates
+    assert isinstance(streams[0].sink._memory.updates, ThreadPoolExecutor)
+
+
+def test_all_updates_beside_a_gpu_go_through_one_stream_of_it(monkeypatch):
+    """torch gives the streams of CUDA graphs again when 32 were made."""
+    made = []
+    with imagining("cuda") as device:
+        monkeypatch.setattr(torch, "Stream", lambda device: made.append(device) or imagined._Stream())
+        strategy = Strategy.named("zero1_cpu", device=str(device))
+        model = Actor(Decoder(FAMILIES["gpt2"], generator=torch.Generator().manual_seed(0)))
+        stream = strategy.prepare(model)
+        counts = []
+        for step in range(3):
+            rows = [Rows(batch.tokens.to(device), batch.trained.to(device)) for batch in batches(step)]
+            loss_of = lambda hidden, batch: (response_logprobs(model, hidden, batch).sum(), {})  # noqa: E731
+            strategy.step(stream, rows, loss_of, lr=1e-3)
+            stream.sink.wait()
+            counts.append(len(made))
+    assert counts[0] == counts[2] > 0
 
 
 def test_gradients_pass_through_one_memory_to_the_thread_and_to_updates_beside_it(tmp_path, monkeypatch, serial):

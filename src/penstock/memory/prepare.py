@@ -9,6 +9,7 @@ freeze the same first blocks (trained blocks are copies). Where such weights mov
 side (`Strategy.step_all`), and each block is fetched once for all.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -62,7 +63,6 @@ class Homes:
         self._landing: Tensor | None = None
         self.passing = threading.Lock()
         """Held while gradients pass through `landing`: a thread and whoever updates beside it have one."""
-        self._updates: Executor | None = None
         self._staging: Tensor | None = None
         """Where first values are made that belong elsewhere than in host memory; only while models are prepared."""
 
@@ -118,11 +118,15 @@ class Homes:
         assert isinstance(host, Ram)
         return host
 
+    @functools.cached_property
     def updates(self) -> Executor:
         """The thread that makes updates beside what follows: one for all models, for they share buffers."""
-        if self._updates is None:
-            self._updates = worker("update")
-        return self._updates
+        return worker("update")
+
+    @functools.cached_property
+    def update_stream(self) -> torch.Stream:
+        """That thread's, one for all updates: torch has 32, and gives the one of a CUDA graph again after the last."""
+        return torch.Stream(self.world.device)
 
     def _used_gradients(self, placed: Sequence[plan.Placed]) -> set[int]:
         """Memory for gradients that models with some of the same weights use: all of them may step side by side."""

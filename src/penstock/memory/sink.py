@@ -177,7 +177,7 @@ class Sink:
                 self._memory.update_buffers()  # raises where they have no room
             for update in later:
                 update.home.update.future = update.home.reader.future = update.done
-            self._memory.updates().submit(self._update_in_thread, later, move)
+            self._memory.updates.submit(self._update_in_thread, later, move)
         for home in self.homes:
             if not overlaps(home, self.world.device):
                 self._update_in_ram(home, home.graded, move)
@@ -195,7 +195,7 @@ class Sink:
         device = self.world.device
         try:
             # Copies between host and device on a stream of their own do not wait for what computes.
-            with contextlib.nullcontext() if device.type == "cpu" else torch.Stream(device):
+            with contextlib.nullcontext() if device.type == "cpu" else self._memory.update_stream:
                 for update in updates:
                     if not _on_disk(update.home):
                         self._update_in_ram(update.home, update.graded, move)
