@@ -107,6 +107,7 @@ PPO = "ppo --actor {model} --reward {model} --data {data} --out {tmp}/run"
     ("generate --model {model} --prompt hi --top-p 2", "must be above 0 and at most 1"),
     ("generate --model {model} --data {data} --out /proc/x/y.jsonl --max-new-tokens 2", "cannot be written"),
     ("data check {tmp}/no.jsonl", "no such file"), ("data look", "penstock data check FILE"),
+    ("data check no/data", "as a dataset on the hub it"), ("data show {data}", "--model is missing"),
     ("demo --out /proc/demo", "cannot be written"), ("demo --seeds 0", "must be at least 1"),
 ])  # fmt: skip
 def test_a_user_error_is_one_paragraph(capsys, tmp_path, tiny_model, jsonl, line, text):

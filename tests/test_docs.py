@@ -119,7 +119,7 @@ FOREIGN_NAMES = {
     "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
 }  # fmt: skip
 """What torch reads from the environment."""
-DATA_FILE = re.compile(r".*\.(?:json|jsonl|toml|html|txt|md|safetensors|parquet|gz|png|bin|pt)")
+DATA_FILE = re.compile(r".*\.(?:json|jsonl|toml|html|txt|md|safetensors|parquet|arrow|csv|tsv|gz|zst|png|bin|pt)")
 
 
 def members() -> dict[str, set[str]]:

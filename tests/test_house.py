@@ -18,8 +18,8 @@ FLOORS = [  # top to bottom; a file imports its own folder and lower floors
     {"memory"},
     {"autochunk", "distributed"},
     {"kernels"},
-    {"config", "flags"},
-    {"units"},
+    {"config", "flags", "hub"},
+    {"units", "sources"},
     {"errors"},
 ]
 HEIGHT = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in floor}

@@ -78,6 +78,11 @@ COMMANDS: dict[str, Command] = {
         "say what data files are, and name each bad line", "commands.config:CheckConfig", "commands.data:check",
         "data", "penstock data check demonstrations.jsonl --model Qwen/Qwen3-0.6B",
     ),
+    "data show": Command(
+        "draw three records of data as a model's tokens, and which of them are learned",
+        "commands.config:ShowConfig", "commands.data:show", "data",
+        "penstock data show demonstrations.jsonl --model Qwen/Qwen3-0.6B",
+    ),
     "data export": Command(
         "write the votes of the chat page as comparisons", "commands.config:VotesConfig", "commands.data:export",
         example="penstock data export --votes --out rankings.jsonl",
@@ -249,7 +254,8 @@ def as_begun(config: Any, name: str) -> Any:
     Raises UserError where this command line has others, but for placement; the length is the run's own, and said.
     """
     from penstock.config import OLD_DEFAULTS
-    from penstock.flags import from_dict, to_dict, with_absolute_paths
+    from penstock.flags import from_dict, to_dict, with_absolute_paths, with_sources
+    from penstock.hub import unpinned
     from penstock.run.directory import RunDirectory
 
     given, path = with_absolute_paths(to_dict(config)), config.run.out
@@ -258,7 +264,8 @@ def as_begun(config: Any, name: str) -> Any:
         raise UserError(f"--out {path}: is a run of penstock {began}, and this is penstock {name}; choose another.")
     changes = {flag: given[flag] for flag in MAY_CHANGE if flag in given}
     begun = from_dict(type(config), {**OLD_DEFAULTS.get(name, {}), **saved, **changes, "out": path})
-    flags = with_absolute_paths(to_dict(begun))
+    flags = with_sources(with_absolute_paths(to_dict(begun)), lambda text: unpinned(text, path))
+    given = with_sources(given, lambda text: unpinned(text, path))
     for flag in sorted({*given, *flags}):
         if given.get(flag) == flags.get(flag) or (flag in ("dtype", "strategy", "date") and flag not in given):
             continue

@@ -166,7 +166,9 @@ class DataFlags(TemplateFlags):
     """Data."""
 
     data: tuple[str, ...]
-    """JSON lines (.jsonl, .gz) or .parquet files."""
+    """Files (.jsonl, .json, .csv and .tsv, also as .gz or .zst; .parquet, .arrow), folders of them, patterns
+    ('part-*.csv'), - for standard input, datasets on the hub (USER/NAME, USER/NAME:CONFIG:SPLIT[:1000],
+    hf://datasets/USER/NAME/FILE). Behind a source, *0.3 uses 30 % of its records, drawn, and *2 each twice."""
     keys: tuple[str, ...] = ()
     """Names of fields that are not recognised, as ours=theirs: prompt=question response=answer."""
     skip_bad: bool = False

@@ -14,12 +14,13 @@ import sys
 import textwrap
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
+from penstock import sources
 from penstock.errors import UserError
 
 Config = TypeVar("Config")
@@ -39,6 +40,8 @@ PATHS = (
     "eval_data",
 )
 """Flags that may name something on this machine."""
+SOURCES = ("data", "ptx_data", "normalize", "eval_data")
+"""Flags whose values name data, as `penstock.sources` reads them."""
 ALIASES = {"model": "actor"}
 """Another name of a flag, in commands that have no flag of that name."""
 COMMON = {
@@ -131,6 +134,8 @@ def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """The same flags, so that they mean the same from any directory; text that names no file (a hub id) stays."""
 
     def absolute(text: str, flag: str) -> str:
+        if flag in SOURCES:
+            return sources.absolute(text)
         if flag != "reward_fn":
             return str(Path(text).absolute()) if Path(text).exists() else text
         path, colon, name = text.rpartition(":")
@@ -143,6 +148,11 @@ def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
         name: absolute(value, name) if isinstance(value, str) else [absolute(path, name) for path in value]
         for name, value in paths.items()
     }
+
+
+def with_sources(flat: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The same flags, each text that names data changed."""
+    return flat | {name: [change(text) for text in flat[name]] for name in SOURCES if name in flat}
 
 
 def from_dict(config_class: type[Config], flat: Mapping[str, Any]) -> Config:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock.commands.doctor_model import CONVERSATION, describe, drawn
+from penstock.commands.doctor_model import CONVERSATION, describe
 from penstock.errors import UserError
 from tests.conftest import CHATML
 
@@ -48,10 +48,5 @@ def test_what_is_no_model_is_refused(tmp_path):
         describe(str(tmp_path))
 
 
-def test_learned_runs_stand_between_marks():
-    class Letters:
-        def decode(self, ids, skip_special_tokens):
-            return "".join(chr(97 + i) for i in ids)
-
-    assert drawn(Letters(), [0, 1, 2, 3], [False, True, True, False]) == "a>>bc<<d"
-    assert len(CONVERSATION) == 5
+def test_the_conversation_has_two_answers():
+    assert [turn["role"] for turn in CONVERSATION].count("assistant") == 2

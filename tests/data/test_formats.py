@@ -511,6 +511,28 @@ def test_parquet_rows_mean_what_the_same_lines_mean(tmp_path, write):
     assert table.decision.partition(": ")[2] == lines.decision.partition(": ")[2]
 
 
+@pytest.mark.parametrize(("weight", "count"), [(0.3, 3), (1, 10), (2, 20), (2.5, 25), (0.04, 0)])
+def test_a_weight_takes_that_share_and_the_same_records_each_time(write, weight, count):
+    path = write(*({"prompt": str(i), "response": "A"} for i in range(10)))
+    first, again = (formats.read([f"{path}*{weight}", path], "demonstrations") for _ in range(2))
+    drawn = [record.prompt for record in first.records[:-10]]
+    assert len(drawn) == count
+    assert drawn == sorted(drawn) == [record.prompt for record in again.records[:-10]]
+    times = {drawn.count(str(i)) for i in range(10)}
+    assert times <= {int(weight), int(weight) + 1}
+    assert f"weight {weight:g}: {count} of 10 records, the same in every run" in first.decision
+
+
+def test_a_column_of_nulls_is_absent_and_a_null_beside_a_value_is_not(write):
+    rows = [{"prompt": "Q", "response": "A", "system": None, "tools": None}, {"prompt": "R", "response": "B"}]
+    read = formats.read(write(*rows), "demonstrations")
+    assert read.decision.endswith(": 2 demonstrations (prompt/response).")
+    assert [record.prompt for record in read.records] == ["Q", "R"]
+    read = formats.read(write(rows[0], rows[1] | {"system": "Be kind."}), "demonstrations")
+    assert read.decision.endswith(": 2 demonstrations (prompt/response as a chat).")
+    assert [record.prompt for record in read.records] == [None, None]
+
+
 def test_an_id_used_twice_is_counted_and_read(write):
     """Foreign data repeats ids: of a conversation, say, that gives several records."""
     rows = [{"id": "a", "prompt": "1"}, {"id": 1, "prompt": "2"}, {"id": None, "prompt": "3"}, {"prompt": "4"}]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.data import jsonl
-from penstock.data.jsonl import FieldError, objects
+from penstock.data.files import objects
+from penstock.data.jsonl import FieldError
 from penstock.errors import DataError, UserError
 
 

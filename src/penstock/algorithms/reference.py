@@ -31,8 +31,8 @@ from penstock.memory.tiers import Disk
 from penstock.models.adapter_files import WEIGHTS, AdapterFile
 from penstock.models.roles import Actor
 from penstock.planner.workload import Workload
-from penstock.run import checkpoint
 from penstock.run.session import Session
+from penstock.sources import file_digest
 
 
 def answer_logprobs(model: Actor, hidden: Tensor, batch: Rankings) -> Tensor:
@@ -158,5 +158,5 @@ def weights_digest(model: Actor) -> str:
     parts = [decoder.source.digest() if decoder.source else f"seed {decoder.seed}", str(decoder.base_dtype)]
     saved = decoder.adapted.saved if decoder.adapted else None
     if isinstance(saved, AdapterFile):
-        parts.append(checkpoint.digest(Path(saved.directory) / WEIGHTS))
+        parts.append(file_digest(Path(saved.directory) / WEIGHTS))
     return " ".join(parts)

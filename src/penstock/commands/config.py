@@ -27,7 +27,7 @@ class GenerateConfig(TemplateFlags, SamplingFlags, InferenceFlags, RewardFlags):
     prompt: str | None = None
     """One prompt; the answer is printed."""
     data: str | None = None
-    """File of prompts, JSON lines: {"prompt"}, {"messages"} or {"prompt_ids"}."""
+    """Prompts, as ppo reads them: a file, a folder, a pattern, - for standard input, or a dataset on the hub."""
     out: str | None = None
     """Answers to write, JSON lines: prompt, response, prompt_ids, response_ids, logprobs, finish_reason, score."""
     n: int = 1
@@ -76,6 +76,19 @@ class CheckConfig(DataFlags):
     """The model to be trained: Hugging Face directory, hub id or run directory. Default: only the files are checked."""
     kind: Literal["demonstrations", "comparisons", "votes", "prompts"] | None = None
     """What the files are read as: for sft, reward, kto or ppo. Default: the most that the first line can be."""
+    max_new_tokens: int = 128
+    """Of prompts: tokens kept free for the answer, as in ppo."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig(DataFlags):
+    """Say what data is, and draw three of its records as the tokens that a model would be trained on: which are
+    learned, and which only read."""
+
+    model: str
+    """The model to be trained: Hugging Face directory, hub id or run directory."""
+    kind: Literal["demonstrations", "comparisons", "votes", "prompts"] | None = None
+    """What the data is read as: for sft, reward, kto or ppo. Default: the most that the first line can be."""
     max_new_tokens: int = 128
     """Of prompts: tokens kept free for the answer, as in ppo."""
 

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from penstock.commands.config import CheckConfig, VotesConfig
+from penstock.commands.config import CheckConfig, ShowConfig, VotesConfig
+from penstock.commands.drawing import LEARNED, shown
 from penstock.data import formats
+from penstock.data.chat import Encoder
 from penstock.data.records import Comparison, Demonstration, Kind, Prompt, Vote
 from penstock.errors import DataError, UserError
 from penstock.run.directory import refused
@@ -25,13 +27,13 @@ def check(config: CheckConfig) -> int:
     """Prints what the files are, and with --model what training says; the exit code is 4 if a line is bad."""
     bad: list[str] = []
     kinds: dict[Kind, list[str]] = defaultdict(list)
-    for path in config.data:
-        kind = config.kind or formats.kind_of(Path(path))
-        kinds[kind].append(path)
-        lines = formats.read_file(Path(path), kind, formats.parse_keys(config.keys))
+    for text in config.data:
+        kind = config.kind or formats.kind_of(text)
+        kinds[kind].append(text)
+        lines = formats.read_source(text, kind, formats.parse_keys(config.keys))
         if kind == "prompts":
             lines.unread = "fields that a reward function may read"
-        print("\n".join([f"{path}: {len(lines.records)} {kind} ({lines.how})", *_facts(lines.records)]))
+        print("\n".join([f"{text}: {len(lines.records)} {kind} ({lines.how})", *_facts(lines.records)]))
         bad += lines.bad
     if config.model is None:
         print("\n".join(["The files were checked alone; --model says what training makes of them.", *bad]))
@@ -42,17 +44,9 @@ def check(config: CheckConfig) -> int:
 
 def _check_with(model: str, config: CheckConfig, kinds: dict[Kind, list[str]]) -> list[str]:
     """Prints what training says when it reads the files, by kind; returns the bad lines."""
-    from penstock.algorithms.setup import encoder_of, read_all
-    from penstock.models import pretrained
-    from penstock.run.directory import resolve_model
-
-    address, bad = resolve_model(model), list[str]()
-    decoder, _ = pretrained.load(address, device="meta", allow_pickle=config.allow_pickle)
-    for kind, files in kinds.items():
-        reserve = config.max_new_tokens if kind == "prompts" else 1
-        encoder = encoder_of(address, decoder.config, config, reserve=reserve)
-        flags = dataclasses.replace(config, skip_bad=True)
-        records, rows, problems = read_all(print, encoder, files, kind, flags)
+    bad = list[str]()
+    for kind, texts in kinds.items():
+        _, records, rows, problems = _read_as(model, config, kind, texts)
         whole = kind in ("demonstrations", "votes")
         lengths = [len(row.tokens) if whole else len(row) for row in rows if kind != "comparisons"]
         lengths += [len(row[0]) + len(ids) for row in rows if kind == "comparisons" for ids in row[1] if ids]
@@ -60,6 +54,32 @@ def _check_with(model: str, config: CheckConfig, kinds: dict[Kind, list[str]]) -
         print("\n".join([f"{model}: {len(records)} {kind}{tokens}", *problems]))
         bad += problems
     return bad
+
+
+def _read_as(
+    model: str, config: Any, kind: Kind, texts: Sequence[str]
+) -> tuple[Encoder, list[Any], list[Any], list[str]]:
+    """What training that model reads from sources, its lines printed: the encoder, records, their tokens, bad lines."""
+    from penstock.algorithms.setup import encoder_of, read_all
+    from penstock.models import pretrained
+    from penstock.run.directory import resolve_model
+
+    address = resolve_model(model)
+    decoder, _ = pretrained.load(address, device="meta", allow_pickle=config.allow_pickle)
+    reserve = config.max_new_tokens if kind == "prompts" else 1
+    encoder = encoder_of(address, decoder.config, config, reserve=reserve)
+    return encoder, *read_all(print, encoder, texts, kind, dataclasses.replace(config, skip_bad=True))
+
+
+def show(config: ShowConfig) -> int:
+    """Prints what the data is and three of its records as tokens; the exit code is 4 if a line is bad."""
+    kind = config.kind or formats.kind_of(config.data[0])
+    encoder, records, rows, bad = _read_as(config.model, config, kind, config.data)
+    print(f"{config.model}: {len(records)} {kind}; {LEARNED.format('so')} is what is learned:")
+    for i in sorted({0, len(rows) // 2, len(rows) - 1} & {*range(len(rows))}):
+        print("\n".join(["", records[i].where, *shown(encoder, kind, records[i], rows[i])]))
+    print("\n".join(bad), end="\n" if bad else "")
+    return DataError.exit_code if bad else 0
 
 
 def _facts(records: Sequence[Prompt]) -> Iterator[str]:

@@ -10,7 +10,10 @@ import sys
 from penstock.commands.config import DoctorConfig
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "rich", "matplotlib", "tomli_w")
-EXTRAS = {"pyarrow": "reading .parquet data: pip install 'penstock[parquet]'"}
+EXTRAS = {
+    "pyarrow": "reading .parquet and .arrow data: pip install 'penstock[parquet]'",
+    "datasets": "datasets on the hub by their name: pip install 'penstock[hub]'",
+}
 
 
 def doctor(config: DoctorConfig) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from penstock.algorithms.setup import encoder_of, placed
 from penstock.commands.bench.fit import available_ram
+from penstock.commands.drawing import LEARNED, drawn
 from penstock.commands.plan import short
 from penstock.config import DataFlags, RunFlags
 from penstock.data.chat import Encoder
@@ -30,8 +31,6 @@ CONVERSATION = (
     {"role": "user", "content": "And 3 + 3?"},
     {"role": "assistant", "content": "6."},
 )
-LEARNED = ">>{}<<"
-"""How learned tokens are drawn."""
 STAGES = (
     ("sft, all weights", {"stage": "sft"}),
     ("sft --lora 16", {"stage": "sft", "lora": 16}),
@@ -119,16 +118,6 @@ def tokens_of(encoder: Encoder) -> Iterator[str]:
         return
     for row in rows:
         yield from ("             " + line for line in drawn(tokenizer, row.tokens, row.trained).splitlines())
-
-
-def drawn(tokenizer: Any, tokens: list[int], trained: list[bool]) -> str:
-    """The row as text, runs of learned tokens between marks."""
-    starts = [i for i in range(len(tokens)) if i == 0 or trained[i] != trained[i - 1]]
-    pieces = []
-    for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
-        text = tokenizer.decode(tokens[start:stop], skip_special_tokens=False)
-        pieces.append(LEARNED.format(text) if trained[start] else text)
-    return "".join(pieces)
 
 
 def fits(address: str, c: DecoderConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,23 @@ RENDERED = ("name", "tool_call_id", "tool_calls", *REASONING)
 LEARNED = ("weight", "train", "loss")
 """0 or false on an assistant's turn: read and not learned (OpenAI's, axolotl's and ms-swift's names)."""
 TURN = {"role", "content", "from", "value", "function_call", *RENDERED, *LEARNED}
+
+NO_TEXT = ("messages", "conversations", "responses", "ranking", "prompt_ids", "response_ids", "tools", "functions",
+           "history", "label", "weight")  # fmt: skip
+"""Fields that hold no text: in a table of texts (CSV) as JSON."""
+TURNS = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:")
+"""How a cell begins that holds messages."""
+
+
+def uncelled(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table of texts with lists, labels and messages as what they are; an empty cell is a null."""
+    values: dict[str, Any] = {name: cell or None for name, cell in item.items()}
+    for name, cell in item.items():
+        if name in NO_TEXT and cell:
+            values[name] = decoded(cell.lower() if cell in ("True", "False") else cell, name)
+        elif TURNS.match(cell):
+            values[name] = decoded(cell, name)
+    return values
 
 
 def text(value: Any, name: str, empty: bool = True) -> str:

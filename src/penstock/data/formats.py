@@ -1,21 +1,26 @@
-"""Files of demonstrations, comparisons, votes and prompts: what a line means, and what is wrong with it.
+"""Sources of demonstrations, comparisons, votes and prompts: what a line means, and what is wrong with it.
 
 The fields of a line show its format, and the result says which was chosen; explicit keys override it. Every bad line is
 listed as `file:line: field: what is wrong and how to fix it`. A field that changes what a record means is read, or the
 line is bad; all others are counted as ignored.
 """
 
+import contextlib
+import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from penstock.data import field_checks, records
-from penstock.data.jsonl import FieldError, objects
+from penstock.data.files import opened
+from penstock.data.jsonl import FieldError, Item
 from penstock.data.records import CHAT, FORMS, KINDS, Form, Kind
+from penstock.data.tables import Cells
 from penstock.errors import DataError, UserError
+from penstock.sources import source_of
 
+AS_CHAT = " as a chat"
 SHOWN = 10
 """Bad lines printed before "and N more"."""
 ALIASES = {"system_prompt": "system"}
@@ -41,7 +46,7 @@ class Dataset:
 
     records: list[Any]
     decision: str
-    """One sentence: the format of each file, what was left out, the fields that were not read.
+    """One sentence: the format of each source, what was left out, the fields that were not read.
     Example: "data.jsonl: 900 demonstrations (alpaca; ignored fields: source (900))."."""
     bad: list[str] = field(default_factory=list)
     """file:line: field: problem, for every line left out."""
@@ -57,28 +62,28 @@ def reads_none(name: str) -> bool:
 
 
 def read(
-    paths: str | Sequence[str],
+    sources: str | Sequence[str],
     kind: Kind,
     *,
     keys: Mapping[str, str] | None = None,
     skip_bad: bool = False,
     reads: Reads = reads_none,
 ) -> Dataset:
-    """The records of all files, in order.
+    """The records of all sources, in order; what a source is, `penstock.sources` says.
 
     `keys` maps our field names to those in the files, and wins over fields with our names. Fields that `reads`
-    knows are not ignored. Raises UserError for files
+    knows are not ignored. Raises UserError for sources
     that cannot be opened, and DataError for bad lines or when no line is good; with `skip_bad` bad lines are only
     listed.
     """
     good: list[Any] = []
     bad: list[str] = []
     decisions = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        lines = read_file(Path(path), kind, keys or {}, reads)
+    for text in [sources] if isinstance(sources, str) else sources:
+        lines = read_source(text, kind, keys or {}, reads)
         good += lines.records
         bad += lines.bad
-        decisions.append(f"{path}: {len(lines.records)} {kind} ({lines.how})")
+        decisions.append(f"{text}: {len(lines.records)} {kind} ({lines.how})")
     if bad and not skip_bad:
         raise DataError(f"{list_bad(bad)}\nMend {bad_lines(len(bad))}, or leave out what is bad with --skip-bad.")
     if not good:
@@ -92,7 +97,7 @@ def read(
 
 @dataclass
 class Lines:
-    """What `read_file` made of one file."""
+    """What `read_source` made of one source."""
 
     records: list[Any] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
@@ -106,6 +111,11 @@ class Lines:
     """What such fields are called."""
     repeated_ids: int = 0
     """Records whose id an earlier one has: ids mean nothing here, but a file may have been joined with itself."""
+    nulls: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+    """Fields of a chat that are null in some row; those that are not in some row."""
+    notes: list[str] = field(default_factory=list)
+    """What of the source was read, where that is not all of one file."""
 
     @property
     def how(self) -> str:
@@ -117,19 +127,54 @@ class Lines:
         parts += [f"{self.repeated_ids} records repeat an earlier one's id, and are read"] if self.repeated_ids else []
         if self.ignored:
             parts.append(f"{self.unread}: " + ", ".join(f"{name} ({n})" for name, n in self.ignored.most_common()))
+        parts += self.notes
         return "; ".join(parts)
 
 
-def read_file(path: Path, kind: Kind, keys: Mapping[str, str], reads: Reads = reads_none) -> Lines:
-    """The records of one file, its bad lines, and how it was read."""
-    lines, ids = Lines(), set[str]()
-    candidates = _candidates(kind, keys, reads)
-    for number, value in objects(path):
-        where = f"{path}:{number}"
+def read_source(
+    text: str, kind: Kind, keys: Mapping[str, str], reads: Reads = reads_none, absent: Collection[str] = ()
+) -> Lines:
+    """The records of one source, its bad lines, and how it was read. `absent` are names of null columns.
+
+    A table has a column for what no row has: where the fields of a chat are null in every row, they are read again as
+    if they were not there. Where some row has a value, all are chats, as they are written for one another.
+    """
+    source, lines = source_of(text), Lines()
+    parts, note = opened(source)
+    for name, items in parts:
+        before = len(lines.records) + len(lines.bad) + lines.left_out.total()
+        _read_part(lines, name, items, kind, keys, reads, absent)
+        if before == len(lines.records) + len(lines.bad) + lines.left_out.total():
+            lines.bad.append(f"{name}:1: file: empty; one JSON object per line is expected.")
+    nulls = lines.nulls - lines.given
+    if nulls and any(name.endswith(AS_CHAT) for name in lines.forms):
+        return read_source(text, kind, keys, reads, nulls)
+    lines.notes = [f"{len(parts)} files"] if len(parts) > 1 else []
+    lines.notes += [note] if note else []
+    if source.weight is not None:
+        count = len(lines.records)
+        lines.records = weighted(lines.records, source.weight)
+        lines.notes.append(f"weight {source.weight:g}: {len(lines.records)} of {count} records, the same in every run")
+    return lines
+
+
+def _read_part(
+    lines: Lines, name: str, items: Iterator[Item], kind: Kind, keys: Mapping[str, str], reads: Reads,
+    absent: Collection[str],
+) -> None:  # fmt: skip
+    """Adds the records and bad lines of one file."""
+    ids, candidates = set[str](), _candidates(kind, keys, reads)
+    for number, value in items:
+        where = f"{name}:{number}"
         try:
             if isinstance(value, FieldError):
                 raise value
             item = _renamed(value, keys)
+            if isinstance(value, Cells):
+                item = field_checks.uncelled(item)
+            item = {key: value for key, value in item.items() if key not in absent} if absent else item
+            for key in item.keys() & CHAT:
+                (lines.nulls if item[key] is None else lines.given).add(key)
             form = _form_of(item, kind, candidates)
             ignored = [name for name in _ignored(item, form, kind) if not reads(name)]
             record = form.read(item, where)
@@ -148,10 +193,20 @@ def read_file(path: Path, kind: Kind, keys: Mapping[str, str], reads: Reads = re
         lines.records.append(record)
         lines.ignored.update(ignored)
         is_chat = isinstance(item[form.needs[0]], str) and records.is_chat(item)
-        lines.forms[form.name + (" as a chat" if is_chat else "")] += 1
-    if not any((lines.records, lines.bad, lines.left_out)):
-        lines.bad.append(f"{path}:1: file: empty; one JSON object per line is expected.")
-    return lines
+        lines.forms[form.name + (AS_CHAT if is_chat else "")] += 1
+
+
+def weighted(records: Sequence[Any], weight: float) -> list[Any]:
+    """`weight` times as many records, in order: whole copies of all, and of the rest each at most once more, drawn.
+
+    A fraction as in alignment-handbook's dataset_mixer (Tunstall et al. 2023). The draw depends on the number of
+    records alone, so that runs of other seeds, and resumed ones, read the same.
+    """
+    count = round(len(records) * weight)
+    copies, rest = divmod(count, max(len(records), 1))
+    draw = random.Random(0).random  # the one method whose sequence Python promises to keep
+    drawn = set(sorted(range(len(records)), key=lambda _: draw())[:rest])
+    return [record for i, record in enumerate(records) for _ in range(copies + (i in drawn))]
 
 
 def _renamed(item: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
@@ -228,11 +283,14 @@ def _filled(item: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in item.items() if value is not None}
 
 
-def kind_of(path: Path) -> Kind:
-    """The first of KINDS that the first good line can be read as."""
-    for _, value in objects(path):
-        if not isinstance(value, FieldError):
-            return _likely_kind(value) or "prompts"
+def kind_of(text: str) -> Kind:
+    """The first of KINDS that the first good line of a source can be read as."""
+    for _, items in opened(source_of(text))[0]:
+        for _, value in items:
+            if not isinstance(value, FieldError):
+                with contextlib.suppress(FieldError):
+                    value = field_checks.uncelled(value) if isinstance(value, Cells) else value
+                return _likely_kind(value) or "prompts"
     return "prompts"
 
 

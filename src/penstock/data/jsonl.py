@@ -1,18 +1,13 @@
-"""Files as numbered JSON objects, or the error of a line that is none.
+"""JSON lines, or one JSON array, as numbered objects, or the error of a line that is none.
 
-JSON lines, one JSON array, parquet rows; plain or gzip. Knows bytes and JSON, not what a record means.
+Knows bytes and JSON, not what a record means.
 """
 
-import gzip
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, cast
-
-from penstock.errors import DataError, UserError
 
 LONGEST_LINE = 8_000_000
 """Bytes; a longer line is nearly always a whole file without line breaks."""
@@ -23,7 +18,7 @@ ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
 OPENING, COMMA, CLOSING = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*\Z")
 
 Item = tuple[int, "dict[str, Any] | FieldError"]
-"""A line number (of parquet: a row number) from 1, and the object there or what is wrong with it."""
+"""A line number (of a binary table: a row number) from 1, and the object there or what is wrong with it."""
 
 
 class FieldError(Exception):
@@ -46,36 +41,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
-def objects(path: Path) -> Iterator[Item]:
-    """Each object of a file with its line. Blank lines are skipped; CRLF is accepted.
-
-    Raises UserError for a file that cannot be opened, and DataError for one that is damaged as a whole.
-    """
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a directory; name the files in it.")
-        with path.open("rb") as raw:
-            if path.suffix == ".parquet" or raw.peek(4)[:4] == b"PAR1":
-                yield from _parquet(path)
-                return
-            zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
-            file = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if zipped else raw)
-            head = file.peek(64)[:64]  # type: ignore[attr-defined]  # both kinds of file can peek
-            if ARRAY.match(head):
-                yield from _array(file.read())
-            else:
-                yield from _lines(file)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path.") from error
-    except PermissionError as error:
-        raise UserError(f"{path}: permission denied; make the file readable.") from error
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: file: the gzip stream is damaged or cut short ({error}); fetch it again.") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the path.") from error
-
-
-def _lines(file: BinaryIO) -> Iterator[Item]:
+def lines(file: BinaryIO) -> Iterator[Item]:
+    """Each line's object. Blank lines are skipped; CRLF is accepted."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
@@ -92,19 +59,20 @@ def _parse(line: bytes) -> dict[str, Any] | FieldError:
         text = line.decode("utf-8").rstrip("\r\n")
         return _object(DECODER.decode(text), text)
     except UnicodeDecodeError as error:
-        return _not_utf8(line, error)
+        return not_utf8(line, error)
     except (ValueError, RecursionError, FieldError) as error:
         return _not_json(error, "line")
 
 
-def _array(data: bytes) -> Iterator[Item]:
+def array(data: bytes) -> Iterator[Item]:
     """The objects of one array, each with the line it begins on. It ends at the first mistake."""
     data = data.removeprefix(BOM)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield data.count(b"\n", 0, error.start) + 1, _not_utf8(data, error)
+        yield data.count(b"\n", 0, error.start) + 1, not_utf8(data, error)
         return
+    del data  # the text alone is as much again
     number, counted, at = 1, 0, cast(re.Match[str], OPENING.match(text)).end()
     while True:
         number, counted = number + text.count("\n", counted, at), at
@@ -148,7 +116,7 @@ def _non_finite(value: dict[str, Any]) -> str | None:
     return None
 
 
-def _not_utf8(data: bytes, error: UnicodeDecodeError) -> FieldError:
+def not_utf8(data: bytes, error: UnicodeDecodeError) -> FieldError:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return FieldError("line", "UTF-16; save the file as UTF-8.")
     return FieldError(
@@ -165,31 +133,6 @@ def _not_json(error: Exception, whole: str) -> FieldError:
         problem = f"{error.msg}: column {error.colno}"
         return FieldError("line", f"not valid JSON ({problem}); write one object per line. Is the {whole} cut short?")
     return FieldError("line", "a number with too many digits to read; shorten it.")
-
-
-def _parquet(path: Path) -> Iterator[Item]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'penstock[parquet]'.") from error
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, {name: _without_nulls(value) for name, value in row.items()}
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: file: not a readable parquet file ({error}); fetch or write it again.") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    """A table's value without the nulls that it holds wherever an object of another row has a field."""
-    if isinstance(value, list):
-        return [_without_nulls(part) for part in value]
-    if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return value
 
 
 def kind_name(value: Any) -> str:

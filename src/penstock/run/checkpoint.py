@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from penstock.errors import PenstockError, ResourceError, UserError
+from penstock.sources import file_digest
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"(?:step|weights)-(\d{6,})")
@@ -96,7 +97,7 @@ def verify(path: Path) -> dict[str, Any]:
             actual = (path / name).stat().st_size
             if actual != size:
                 raise DamagedError(f"{path / name}: has {actual} bytes instead of {size}")
-            if digest(path / name) != sha256:
+            if file_digest(path / name) != sha256:
                 raise DamagedError(f"{path / name}: its bytes have changed since they were written (sha256)")
     except FileNotFoundError as error:
         raise DamagedError(f"{error.filename}: is missing") from error
@@ -262,7 +263,7 @@ def _write(final: Path, step: int, write: Callable[[Path], None], meta: Mapping[
         unfinished.mkdir()
         write(unfinished)
         files = {
-            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": digest(path)}
+            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(unfinished.rglob("*"))
             if path.is_file()
         }
@@ -310,12 +311,6 @@ def _prune(parent: Path, step: int, keep: int) -> None:
             gone = path.with_name(f"{path.name}.tmp-gone-{os.getpid()}")
             path.rename(gone)  # first: a kill must not leave half a checkpoint under a valid name
             shutil.rmtree(gone)
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

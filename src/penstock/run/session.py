@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import shutil
 import signal
 import sys
 import time
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 
-from penstock import flags
+from penstock import flags, sources
 from penstock.distributed.world import World
 from penstock.errors import PenstockError, ResourceError, UserError
+from penstock.hub import pinned
 from penstock.memory.strategy import StepStats
 from penstock.memory.stream import Stream
 from penstock.run import checkpoint
@@ -54,7 +56,7 @@ class Session:
         # What templates take for today is part of the run: a resume after midnight reads the same ids.
         date = config.data.date or datetime.date.today().isoformat()
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
-        self.command, self.config, self.world = command, config, world
+        self.command, self.world = command, world
         self.path = Path(config.run.out)
         self.directory: RunDirectory | None = None
         """Open on the first rank inside `with`: nothing is written before the data is read."""
@@ -66,7 +68,6 @@ class Session:
         self._resume = resume
         self._newest: Path | None = None
         self._notes: list[str] = []
-        self._flags = flags.with_absolute_paths(flags.to_dict(config))
         self.total = 0
         """Steps of the whole run."""
         self._signal, self._ended_early = 0, False
@@ -82,6 +83,8 @@ class Session:
             raise UserError(f"--out {self.path}: some ranks see a run in it and some do not; it must be one directory.")
         if world.first and not resume:
             RunDirectory.refuse_used(self.path)  # before a large model is loaded
+        self.config = _with_commits(config, world)
+        self._flags = flags.with_absolute_paths(flags.to_dict(self.config))
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -90,15 +93,16 @@ class Session:
             if self._resume:
                 self.directory = RunDirectory.open(self.path)
             else:
+                kept = self.path.absolute() / sources.KEPT  # a resume has another standard input, or none
+                piped = {text: f"{kept}{text[1:]}" for text in self._sources() if sources.weighed(text)[0] == "-"}
+                self._flags = flags.with_sources(self._flags, lambda text: piped.get(text, text))
                 self.directory = RunDirectory.create(self.path, self._flags, self.command)
+                if piped:
+                    shutil.copyfile(sources.standard_input(), kept)
             for note in self._notes:
                 self.directory.note(note)
         self.world.broadcast(None)  # no rank reads the directory before it is made
-        self._data = {
-            path: checkpoint.digest(Path(path))
-            for name in ("data", "ptx_data", "normalize", "eval_data")
-            for path in self._flags.get(name, ())
-        }
+        self._data = {text: sources.digest(text) for text in self._sources()}
         checkpoint.seed_everything(self.config.run.seed + self.world.rank)
         if self._resume:
             self._restore()
@@ -125,6 +129,9 @@ class Session:
                 lines.close()
             self.directory.close()
         self.world.leave(error is None)
+
+    def _sources(self) -> list[str]:
+        return [text for name in flags.SOURCES for text in self._flags.get(name, ())]
 
     def _note_signal(self, signum: int, frame: object) -> None:
         # The second Ctrl-C stops at once. A second SIGTERM does not: Slurm sends it to all processes of a job, and
@@ -333,3 +340,15 @@ class Session:
                 if state is not None:
                     write_optimizer(None, stream)
         self.world.broadcast(None)  # no rank goes on before the checkpoint is whole
+
+
+def _with_commits(config: Any, world: World) -> Any:
+    """The config with the commit of each dataset on the hub: a resumed run reads the rows that it began with."""
+    flat = flags.to_dict(config)
+    texts = [text for name in flags.SOURCES for text in flat.get(name, ())]
+    if world.size > 1 and sources.STDIN in (sources.weighed(text)[0] for text in texts):
+        raise UserError(f"--data -: {world.size} ranks cannot share one standard input; write it to a file first.")
+    pins = world.broadcast({text: pinned(text) for text in texts} if world.first else None)
+    if all(text == pin for text, pin in pins.items()):
+        return config
+    return flags.from_dict(type(config), flags.with_sources(flat, pins.__getitem__))

@@ -24,6 +24,7 @@ from penstock.run import checkpoint
 from penstock.run.directory import resolve_model
 from penstock.serve.config import ServeConfig
 from penstock.serve.detokenize import Vocabulary, decoder_of
+from penstock.sources import file_digest
 
 NO_LIMIT = 2**31
 """The encoder checks no length: `openai_requests` refuses a prompt that is too long, with both numbers."""
@@ -175,5 +176,5 @@ def fingerprint(path: Path) -> tuple[str, int]:
     files = [path] if path.is_file() else files
     if not files:  # a name on the hub
         return hashlib.sha256(str(path).encode()).hexdigest(), int(time.time())
-    digests = "".join(checkpoint.digest(file) for file in files)
+    digests = "".join(file_digest(file) for file in files)
     return hashlib.sha256(digests.encode()).hexdigest(), int(max(file.stat().st_mtime for file in files))
