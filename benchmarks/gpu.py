@@ -249,7 +249,10 @@ def _ours(config: BenchConfig, target: Target) -> dict[str, Any]:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # a small budget sets its own
         return bench(replace(config, device=target.device))
 
-    return {key: figure for key, figure in apart(run, target.left()).items() if key != "profile"}
+    figures = {key: figure for key, figure in apart(run, target.left()).items() if key != "profile"}
+    if target.gpu and "planned" in figures:
+        figures["planned_by_peak"] = figures["planned"]["device"] / figures["peak_device_bytes"]  # the bar: within 5 %
+    return figures
 
 
 def _plain(size: str, kind: str, target: Target) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.fit import check, shape_of
 from penstock.errors import ResourceError
 from penstock.models import weight_shapes
-from penstock.planner.workload import config_of
+from penstock.planner.from_flags import config_of
 
 SERIES = {"sizes": "parameters", "lengths": "length", "depths": "layers"}
 """What each series of points varies."""

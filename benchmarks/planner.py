@@ -1,28 +1,51 @@
 """The plan against the engine: predicted and measured peak bytes per tier and bytes moved, over many configurations.
 
-python -m benchmarks planner           strategies x sizes x batches x processes, on pretended tensors
+python -m benchmarks planner           sizes x strategies, stages x ways to run them, on pretended tensors
 python -m benchmarks planner 175b      the dry runs of 175B on 32 and on 8 processes: seconds, RSS, what fits
 python -m benchmarks planner one-card  the same of 66B, and of 175B on nf4, with LoRA and four roles on one base
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.facts import flags, write
 from penstock.commands.dry_run import dry_run
+from penstock.models.config import DecoderConfig
 from penstock.models.tiling import Arithmetic
-from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of
+from penstock.planner.config import PlanConfig
+from penstock.planner.from_flags import config_of, workload_of
+from penstock.planner.workload import Setting, forecast_of
 
-SIZES = {
-    # name: (layers kept, device budgets in MB: none, and one that is tight)
-    "s": (6, (None, 900)), "xl": (4, (None, 1700)), "opt-1.3b": (4, (None, 2300)), "opt-350m": (6, (None, 1100)),
-    "bloom-560m": (4, (None, 4200)), "llama-3-8b": (2, (None, 11000)),
+BAR = (1.0, 1.15)
+"""Bytes planned by bytes taken, at least and at most."""
+SHAPES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    # name: the published size, its layers that are kept, what is different
+    "s": ("s", 6, {}), "xl": ("xl", 4, {}), "opt-1.3b": ("opt-1.3b", 4, {}), "opt-350m": ("opt-350m", 6, {}),
+    "bloom-560m": ("bloom-560m", 4, {}), "llama-3-8b": ("llama-3-8b", 2, {}),
+    "qwen3": ("llama-3-8b", 3, {
+        "family": "qwen3", "d_model": 1024, "num_heads": 16, "d_ff": 3072, "qk_norm": True, "tied": True,
+    }),
+    "gemma2": ("llama-3-8b", 3, {
+        "family": "gemma2", "d_model": 1024, "num_heads": 8, "num_kv_heads": 4, "d_ff": 4096, "windows": (256, 0, 256),
+        "out_norms": True, "norm_offset": 1.0, "embed_scale": 32.0, "tied": True, "activation": "gelu_tanh",
+        "attention_softcap": 50.0, "logit_softcap": 30.0,
+    }),
+    "mistral": ("llama-7b", 3, {"family": "mistral", "d_model": 2048, "num_heads": 16, "num_kv_heads": 4, "d_ff": 5632,
+                                "windows": (256,) * 3}),
+    "qwen3_moe": ("llama-3-8b", 3, {
+        "family": "qwen3_moe", "d_model": 1024, "num_heads": 16, "qk_norm": True, "num_experts": 16,
+        "experts_per_token": 4, "expert_ff": 768, "d_ff": 3072, "dense_layers": (0,),
+    }),
 }  # fmt: skip
+TIGHT = {"s": 900, "xl": 1700, "opt-1.3b": 2300, "opt-350m": 1100, "bloom-560m": 4200, "llama-3-8b": 11000}
+"""Device budgets in MB that are tight for PPO."""
 BATCHES = ((8, 4, 64, 16), (16, 8, 400, 112))
 """Episodes, micro-batch, tokens per prompt, tokens per response."""
 RUNS = (
@@ -32,28 +55,75 @@ RUNS = (
 ARITHMETIC: tuple[Arithmetic, ...] = ("narrow", "wide sums", "wide")
 ON_CPUS = ("ddp", "gemini_cpu", "gemini_auto")
 """Strategies that are tried with a CPU's arithmetic too."""
+STAGES: dict[str, dict[str, Any]] = {
+    "sft": {}, "reward": {}, "dpo": {}, "kto": {}, "ppo": {"epochs": 2, "mini_batch_size": 8},
+    "grpo": {"group_size": 4}, "distill": {"teacher_model": "m"},
+    "distill, sampled": {"teacher_model": "m", "on_policy": 0.5},
+    "distill, stored": {"teacher_model": "m", "precompute_teacher": True},
+}  # fmt: skip
+WAYS: tuple[dict[str, Any], ...] = (
+    {"strategy": "naive", "dtype": "fp32"}, {"strategy": "ddp"}, {"strategy": "gemini_cpu_8bit"},
+    {"strategy": "gemini_nvme", "dtype": "fp32"}, {"strategy": "gemini_auto"}, {"strategy": "zero2_cpu", "world": 2},
+    {"strategy": "zero1_cpu", "world": 2, "dtype": "fp32"}, {"strategy": "gemini", "world": 2},
+    {"strategy": "gemini_cpu", "world": 2, "keep_activations": True}, {"strategy": "gemini_cpu", "lora": 16},
+    {"strategy": "naive", "lora": 16, "base_dtype": "nf4"},
+    {"strategy": "gemini_auto", "lora": 16, "base_dtype": "int8"},
+)  # fmt: skip
+"""How the stages are run; under gemini_auto in two thirds of the device memory that all of it takes."""
 
 
-def work(size: str, batch: tuple[int, int, int, int]) -> Workload:
-    """PPO of four models of a size, a few of its blocks."""
-    config = dataclasses.replace(config_of(size, "--model"), num_layers=SIZES[size][0], windows=())
-    rows, micro, prompt, response = batch
-    roles = (
-        RoleSpec("actor", config, trained=True, scalar=False),
-        RoleSpec("critic", config, trained=True, scalar=True),
-        RoleSpec("reference", config, trained=False, scalar=False),
-        RoleSpec("reward", config, trained=False, scalar=True),
-    )
-    return Workload("ppo", roles, rows, micro, rows, 1, prompt, response)
+def shape_of(name: str, layers: int | None = None) -> DecoderConfig:
+    """A few blocks of a model."""
+    size, kept, changes = SHAPES[name]
+    config = dataclasses.replace(config_of(size, "--model"), num_layers=layers or kept, windows=())
+    return dataclasses.replace(config, **changes)
 
 
-def compare(
-    size: str, batch: tuple[int, int, int, int], strategy: str, world: int, device: int | None,
-    arithmetic: Arithmetic = "narrow",
-) -> dict:  # fmt: skip
+def ppo_rows() -> Iterator[tuple[str, dict[str, Any], Arithmetic]]:
+    """PPO of four models of a size under every strategy, in small and large batches: a shape, flags, arithmetic."""
+    for (i, size), (j, batch), (k, (strategy, world)) in itertools.product(
+        enumerate(TIGHT), enumerate(BATCHES), enumerate(RUNS)
+    ):
+        if (i + j + k) % 2 and size != "s":  # half of them: every pair of strategy and size is there
+            continue
+        rows, micro, prompt, response = batch
+        row = {
+            "strategy": strategy, "world": world, "batch_size": rows, "micro_batch_size": micro,
+            "prompt_length": prompt, "max_new_tokens": response,
+        }  # fmt: skip
+        if strategy in ("gemini_cpu", "gemini_nvme", "gemini_auto"):
+            row["device_memory"] = f"{TIGHT[size]}MB"
+        for arithmetic in ARITHMETIC if strategy in ON_CPUS and world == 1 else ARITHMETIC[:1]:
+            yield size, row, arithmetic
+
+
+def stage_rows() -> Iterator[tuple[str, dict[str, Any], Arithmetic]]:
+    """Every stage in every way, the families in turn."""
+    families = itertools.cycle(SHAPES)
+    for name, stage in STAGES.items():
+        for way in WAYS:
+            row = {
+                "stage": name.partition(",")[0], "batch_size": 16, "micro_batch_size": 4, "prompt_length": 300,
+                "max_new_tokens": 100, **stage, **way,
+            }  # fmt: skip
+            yield next(families), row, "narrow"
+        next(families)  # else each way would meet few of them
+
+
+def compare(name: str, asked: dict[str, Any], arithmetic: Arithmetic) -> dict[str, Any]:
     """One configuration."""
-    budgets: Any = {"device": device, "host": None, "disk": None}
-    setting = Setting(work(size, batch), strategy, "bf16", world, budgets, arithmetic=arithmetic)
+    config = PlanConfig(model=SHAPES[name][0], **asked)
+    work = workload_of(config, shape_of(name))
+    teacher = dataclasses.replace(config_of("m", "--model"), num_layers=4, vocab_size=shape_of(name).vocab_size)
+    roles = (dataclasses.replace(role, config=teacher) if role.name == "teacher" else role for role in work.roles)
+    setting = Setting(
+        dataclasses.replace(work, roles=tuple(roles)), config.strategy, config.dtype, config.world,
+        recompute=False if config.keep_activations else None, arithmetic=arithmetic,
+    )  # fmt: skip
+    device = int(config.device_memory.removesuffix("MB")) * 10**6 if config.device_memory else None
+    if config.strategy == "gemini_auto" and device is None:
+        device = forecast_of(setting, timed=False).peak["device"] * 2 // 3
+    setting = dataclasses.replace(setting, budgets={"device": device, "host": None, "disk": None})
     planned, measured = forecast_of(setting), dry_run(setting)
     traffic = measured.pop("traffic")
     keys = ("host_read", "host_written", "disk_read", "disk_written")
@@ -62,36 +132,30 @@ def compare(
         for key in keys
     }
     return {
-        "size": size, "layers": SIZES[size][0], "batch": batch, "strategy": strategy, "world": world, "budget": device,
-        "arithmetic": arithmetic,
+        "size": name, "layers": SHAPES[name][1], **asked, "budget": device, "arithmetic": arithmetic,
         "predicted": planned.peak, "measured": measured,
         "ratio": {tier: planned.peak[tier] / nbytes for tier, nbytes in measured.items() if nbytes},
         "moved": moved, "moved_ratio": {key: plan / engine for key, (plan, engine) in moved.items() if engine},
     }  # fmt: skip
 
 
-def grid() -> None:
-    """Every strategy with every size and batch."""
+def grid() -> int:
+    """All rows; 1 where one of them is outside of the bar."""
     rows = []
-    for i, size in enumerate(SIZES):
-        for j, batch in enumerate(BATCHES):
-            for k, (strategy, world) in enumerate(RUNS):
-                if (i + j + k) % 2 and size != "s":  # half of them: every pair of strategy and size is there
-                    continue
-                tight = SIZES[size][1][1] * 10**6 if strategy in ("gemini_cpu", "gemini_nvme", "gemini_auto") else None
-                for arithmetic in ARITHMETIC if strategy in ON_CPUS and world == 1 else ARITHMETIC[:1]:
-                    rows.append(compare(size, batch, strategy, world, tight, arithmetic))
-                    printed = ("size", "batch", "strategy", "world", "arithmetic", "ratio")
-                    print(json.dumps({key: rows[-1][key] for key in printed}), flush=True)
+    for row in (*ppo_rows(), *stage_rows()):
+        rows.append(compare(*row))
+        print(json.dumps({key: figure for key, figure in rows[-1].items() if not key.startswith("moved")}), flush=True)
     ratios = [ratio for row in rows for ratio in row["ratio"].values()]
     moved = [ratio for row in rows for ratio in row["moved_ratio"].values()]
+    outside = [row for row in rows if not all(BAR[0] <= ratio <= BAR[1] for ratio in row["ratio"].values())]
     write(
         "planner",
         {
-            "configurations": len(rows), "lowest": min(ratios), "highest": max(ratios),
+            "configurations": len(rows), "lowest": min(ratios), "highest": max(ratios), "outside": len(outside),
             "moved_lowest": min(moved), "moved_highest": max(moved), "rows": rows,
         },
     )  # fmt: skip
+    return int(bool(outside))
 
 
 LARGEST = [
@@ -134,7 +198,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("measure", nargs="?", choices=["grid", "175b", "one-card"], default="grid")
     measure = parser.parse_args(arguments).measure
     if measure == "grid":
-        grid()
-    else:
-        dry_runs(*{"175b": ("planner_175b", LARGEST), "one-card": ("planner_one_card", ONE_CARD)}[measure])
+        return grid()
+    dry_runs(*{"175b": ("planner_175b", LARGEST), "one-card": ("planner_one_card", ONE_CARD)}[measure])
     return 0

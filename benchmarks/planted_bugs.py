@@ -391,6 +391,11 @@ BUGS: list[Bug] = [
     ("memory/fsdp.py", "a shard's rows are rounded down", "math.ceil(len(whole) / self.mesh.size(dimension))", "len(whole) // self.mesh.size(dimension)"),
     ("memory/placement.py", "FSDP2 is given weights that are packed", "packed and \"FSDP2", "False and \"FSDP2"),
     ("planner/sharded.py", "all weights are gathered for every batch of a rollout", "weights if once else", "each.times * weights if once else"),
+    ("planner/cuda.py", "every rest is counted, also those that are cut off", "nbytes >= LARGE and rest <= REST", "nbytes >= LARGE"),
+    ("planner/forecast.py", "gradients that ranks sum are not counted", "    return max(fullest, settling)", "    return fullest"),
+    (STRATEGY, "each rank of a machine may have all of its memory", "available_ram() // world.local_size", "available_ram()"),
+    ("memory/homes.py", "a checkpoint gathers a whole chunk on the device", "plan.GATHER_BYTES // (world.size * part.itemsize)", "len(part)"),
+    (SHAPES, "sorted logits have no places", "(FP32 + INDEX) + 2 * FP32", "FP32 + 2 * FP32"),
     ("planner/sharded.py", "gradients of the root are not counted", "max(root + gradients[ROOT] + 2 * widest", "max(root + 2 * widest"),
     ("rollout/in_step.py", "rows that go on get the cache of others", "reorder_cache(torch.tensor(rows,", "reorder_cache(torch.arange(len(rows),"),
     # several ranks, and devices that are not the CPU

@@ -70,7 +70,8 @@ class BudgetFlags(Flags):
     device_memory: str | None = None
     """Device memory per process for all that is kept there or passes through: 6GB. Default: all there is."""
     host_memory: str | None = None
-    """Host memory per process for what is kept there: 48GB. Default: all there is."""
+    """Host memory per process for what is kept there: 48GB. Default: all there is; an equal share of what is free
+    where a machine has several."""
     disk: str | None = None
     """Directory in which gemini_nvme keeps weights and optimizer states, with a limit per process: PATH:200GB."""
 

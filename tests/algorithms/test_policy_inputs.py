@@ -15,7 +15,8 @@ from penstock.config import DataFlags, OptimFlags, PPOFlags, RunFlags, SFTConfig
 from penstock.errors import DataError, UserError
 from penstock.models.roles import Actor, RewardModel
 from penstock.planner.config import PlanConfig
-from penstock.planner.workload import forecast_of, setting_of
+from penstock.planner.from_flags import setting_of
+from penstock.planner.workload import forecast_of
 from penstock.run.directory import resolve_model
 from tests.algorithms.test_ppo import config, task, write_reward_fn  # noqa: F401
 from tests.conftest import CHATML, metrics, save_tiny, save_tokenizer

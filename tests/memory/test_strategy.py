@@ -110,6 +110,32 @@ def test_auto_on_a_gpu_has_its_free_memory_as_budget(monkeypatch):
     assert Strategy.named("ddp").tiers["device"].budget is None
 
 
+class Ranks(World):
+    """Four ranks on two machines, of which another one has less."""
+
+    least = 10**9
+
+    def gather(self, item):
+        device, host = item
+        return [item, (device and device - 1000, min(host, self.least))] * 2
+
+
+def test_ranks_of_one_machine_share_its_memory_and_all_ranks_place_alike(monkeypatch):
+    monkeypatch.setattr(World, "join", lambda device: Ranks(0, 4, torch.device("cpu")))
+    monkeypatch.setattr("penstock.memory.strategy.available_ram", lambda: 16 * 10**9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(Ranks, "least", 10**12)
+    assert Strategy.named("gemini_cpu").tiers["host"].budget == 8 * 10**9
+    assert Strategy.named("gemini_cpu", host_memory="6GB").tiers["host"].budget == 6 * 10**9
+    monkeypatch.setattr(Ranks, "least", 10**9)
+    assert Strategy.named("gemini_cpu").tiers["host"].budget == 10**9
+    monkeypatch.setattr(World, "join", lambda device: Ranks(0, 4, torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 2 * 10**10))
+    assert Strategy.named("gemini_auto").tiers["device"].budget == 9 * 10**9 - 1000
+    monkeypatch.setattr(World, "join", lambda device: World(0, 1, torch.device("cpu")))
+    assert Strategy.named("gemini_cpu").tiers["host"].budget is None
+
+
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [*ROWS, "gemini_cpu_8bit"])

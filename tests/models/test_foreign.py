@@ -22,7 +22,7 @@ from penstock.models import lora_targets, pretrained, weight_shapes
 from penstock.models.foreign.family import path_of
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic
-from penstock.planner.workload import config_of
+from penstock.planner.from_flags import config_of
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 from tests.algorithms.test_ppo import REWARD_FN, write_reward_fn

@@ -17,7 +17,7 @@ from penstock.models.formats import gguf_file, gguf_writer
 from penstock.models.lora import adapters_of
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.surgery import merge_adapters
-from penstock.planner.workload import config_of
+from penstock.planner.from_flags import config_of
 from tests.conftest import cli, last_model
 from tests.models.test_families import GEMMA3, LLAMA, NO_SPECIAL
 from tests.test_broken_inputs import train

@@ -8,7 +8,8 @@ from penstock.commands.dry_run import dry_run
 from penstock.errors import ResourceError
 from penstock.models.config import DecoderConfig
 from penstock.planner.config import PlanConfig
-from penstock.planner.workload import Setting, forecast_of, workload_of
+from penstock.planner.from_flags import workload_of
+from penstock.planner.workload import Setting, forecast_of
 from tests.planner.test_planning import BASE
 
 STAGES = ["sft", "reward", "ppo", "grpo", "dpo", "kto", "distill"]

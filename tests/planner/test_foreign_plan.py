@@ -13,8 +13,9 @@ from penstock.models.foreign.decoder import ForeignDecoder
 from penstock.models.lora_targets import LoraSpec
 from penstock.planner import footprint
 from penstock.planner.activations import Batch, Work, activations_of
+from penstock.planner.from_flags import config_of
 from penstock.planner.measuring import foreign
-from penstock.planner.workload import Setting, config_of, forecast_of, notes, passes
+from penstock.planner.workload import Setting, forecast_of, notes, passes
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 from tests.models.foreign_architectures import ALL, SMALL

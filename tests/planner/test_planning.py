@@ -29,7 +29,8 @@ from penstock.models.moe import experts
 from penstock.models.roles import Actor, Critic
 from penstock.planner import footprint
 from penstock.planner.config import PlanConfig
-from penstock.planner.workload import RoleSpec, Setting, Workload, config_of, forecast_of, passes, setting_of
+from penstock.planner.from_flags import config_of, setting_of
+from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, passes
 from penstock.rollout.sampling import Sampling, pick
 from tests.conftest import ROWS
 
@@ -214,17 +215,45 @@ def test_words_outweigh_everything_and_are_foretold(of, dtype):
     assert_near(forecast(workload, "gemini_cpu", dtype), dry(workload, "gemini_cpu", dtype))
 
 
-def test_choosing_a_token_holds_what_the_plan_says(monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "rule", [{}, {"temperature": 0.7}, {"top_k": 50}, {"top_p": 0.9}, {"temperature": 0.7, "top_k": 50, "top_p": 0.9}],
+    ids=str,
+)  # fmt: skip
+def test_choosing_a_token_holds_what_the_plan_says(rule, dtype, monkeypatch):
     rows, words = 8, 50_000
-    logits = torch.randn(rows, words).bfloat16()
-    said = footprint.sampling_of(dataclasses.replace(BASE, vocab_size=words), "bfloat16", rows)
+    logits = torch.randn(rows, words).to(getattr(torch, dtype))
+    planned = footprint.sampling_of(dataclasses.replace(BASE, vocab_size=words), dtype, rows, **rule)
     with Meter() as compiled:  # no distribution is made; another device than a CPU makes one
-        pick(logits, torch.rand(rows), Sampling())
-    assert compiled.peak + logits.nbytes <= said
+        pick(logits.float(), torch.rand(rows), Sampling(**rule))
+    assert compiled.peak + logits.nbytes <= 1.001 * planned
     monkeypatch.setattr(compiler, "compiled", lambda *_: "no compiler")
     with Meter() as meter:
-        pick(logits, torch.rand(rows), Sampling())
-    assert meter.peak + logits.nbytes == pytest.approx(said, rel=0.001)
+        wide = logits.float()  # which the engine keeps
+        pick(wide, torch.rand(rows), Sampling(**rule))
+    assert meter.peak + logits.nbytes == pytest.approx(planned, rel=0.001)
+
+
+def test_the_plan_of_a_rollout_knows_how_tokens_are_chosen():
+    def sampling(**flags):
+        config = PlanConfig(model="s", batch_size=8, **flags)
+        return passes(setting_of(config))["rollout"][0].sampling
+
+    assert sampling(top_p=0.9) - sampling() == 8 * 50257 * 16
+    assert sampling(temperature=0.5) - sampling() == 8 * 50257 * 4
+    assert sampling(top_k=50) - sampling() == 8 * 50257 * 4
+
+
+@pytest.mark.parametrize("strategy", ["gemini", "gemini_cpu", "zero2"])
+def test_gradients_that_ranks_sum_are_foretold(strategy):
+    """Of a table of 200,000 words a rank's part, in fp32, outweighs the activations of a few tokens."""
+    many = dataclasses.replace(BASE, vocab_size=200_000)
+    of = dataclasses.replace(
+        one_model("sft", many), batch_size=4, mini_batch_size=4, micro_batch_size=1, prompt_length=8, max_new_tokens=8
+    )
+    planned, alone = (forecast(of, strategy, "bf16", world) for world in (4, 1))
+    assert planned.activations > 1.3 * alone.activations
+    assert_near(planned, dry(of, strategy, "bf16", 4))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +265,7 @@ def test_choosing_a_token_holds_what_the_plan_says(monkeypatch):
 )  # fmt: skip
 def test_every_strategys_peaks_are_foretold(strategy, world):
     of = work(batch_size=16, prompt_length=100)
-    assert_near(forecast(of, strategy, "bf16", world), dry(of, strategy, "bf16", world), 1.15 if world == 1 else 1.3)
+    assert_near(forecast(of, strategy, "bf16", world), dry(of, strategy, "bf16", world))
 
 
 @pytest.mark.parametrize(
@@ -247,11 +276,29 @@ def test_activations_that_are_kept_while_weights_move_are_foretold(strategy, wor
     budgets = {"device": device, "host": None, "disk": None}
     setting = Setting(of, strategy, "bf16", world, budgets, recompute=False)
     planned = forecast_of(setting)
-    assert_near(planned, dry_run(setting), 1.15 if world == 1 else 1.3)
+    assert_near(planned, dry_run(setting))
     if strategy == "gemini_cpu":  # elsewhere an update's scratch on the device is the most
         again = forecast_of(dataclasses.replace(setting, recompute=None))
         assert planned.activations > again.activations
         assert planned.seconds["train"].compute < again.seconds["train"].compute
+
+
+def test_what_a_checkpoint_gathers_is_counted():
+    """The largest chunk is the table of 50,257 tokens: on the device a piece of it, in host memory all of it."""
+    table = 50_257 * 768
+    for strategy, world, host in (
+        ("gemini_cpu", 1, 4),  # weights and states are there: of bf16 an fp32 master is made
+        ("gemini_cpu", 4, 2 + 10 + 4),
+        ("zero1", 4, 2 + 10 + 4),
+        ("gemini_cpu_8bit", 1, 8 + 4),
+    ):
+        config = PlanConfig(model="s", stage="sft", strategy=strategy, world=world, batch_size=4, micro_batch_size=1,
+                            prompt_length=8, max_new_tokens=8)  # fmt: skip
+        planned = forecast_of(setting_of(config), timed=False)
+        device = plan.GATHER_BYTES * 5 // 4 if world > 1 else 0
+        assert planned.objects["checkpoint"]["device"] == device
+        assert planned.objects["checkpoint"]["host"] == pytest.approx(host * table, rel=0.01)
+        assert planned.activations >= device
 
 
 def on_one_base(of, spec):
@@ -361,7 +408,7 @@ def groups(spec=None, **changes):
 def test_groups_are_foretold(spec, strategy, dtype, world):
     of = groups(spec, batch_size=16, mini_batch_size=16)
     planned, measured = forecast(of, strategy, dtype, world), dry(of, strategy, dtype, world)
-    assert_near(planned, measured, 1.15 if world == 1 else 1.3)
+    assert_near(planned, measured)
     assert set(planned.phases) == {"rollout", "score", "train"} == set(measured["traffic"])
 
 
@@ -388,7 +435,7 @@ def preference(config=BASE, spec=None, reference=True, stage="dpo", **changes):
 def test_preference_learning_is_foretold(stage, spec, strategy, dtype, world):
     of = preference(spec=spec, stage=stage, batch_size=16, mini_batch_size=16, prompt_length=100)
     planned, measured = forecast(of, strategy, dtype, world), dry(of, strategy, dtype, world)
-    assert_near(planned, measured, 1.15 if world == 1 else 1.3)
+    assert_near(planned, measured)
     assert set(planned.phases) == {"score", "train"} == set(measured["traffic"])
 
 
@@ -441,7 +488,7 @@ def teaching(config=BASE, spec=None, **changes):
 def test_distillation_is_foretold(changes, strategy, dtype, world):
     of = teaching(**changes)
     planned, measured = forecast(of, strategy, dtype, world), dry(of, strategy, dtype, world)
-    assert_near(planned, measured, 1.15 if world == 1 else 1.3)
+    assert_near(planned, measured)
     phases = {"score", "train"} | ({"rollout"} if of.samples else set())
     assert phases == set(planned.phases) == set(measured["traffic"])
 
@@ -462,17 +509,17 @@ def test_the_dry_run_of_distillation_takes_what_the_real_one_takes(tmp_path):
 
 
 XL_FOR_S = """
-    --stage distill --model s --teacher-model xl --strategy gemini_cpu --device-memory 300MB --batch-size 8
+    --stage distill --model s --teacher-model xl --strategy gemini_cpu --device-memory 320MB --batch-size 8
     --micro-batch-size 1 --prompt-length 64 --max-new-tokens 64
 """
 
 
 @pytest.mark.parametrize("flags", [["--lora", "8"], ["--lora", "8", "--on-policy", "0.5"], ["--precompute-teacher"]])
-def test_gpt2_xl_teaches_gpt2_in_300_mb(capsys, flags):
+def test_gpt2_xl_teaches_gpt2_in_300_mb_and_cudas_libraries(capsys, flags):
     code, out = plan_of(capsys, *XL_FOR_S.split(), *flags, "--json")
     assert code == 0
     assert json.loads(out)["parameters"] == {"model": 124_439_808, "teacher": 1_557_611_200}
-    assert json.loads(out)["predicted"]["device"] <= 300_000_000
+    assert json.loads(out)["predicted"]["device"] - json.loads(out)["outside"] <= 300_000_000
 
 
 def test_where_both_do_not_fit_a_teacher_that_reads_first_is_advised(capsys):
@@ -564,6 +611,20 @@ def test_a_disk_without_a_limit_is_planned_as_one():
     assert setting_of(PlanConfig(model="8b", strategy="gemini_nvme", disk="/scratch:2GB")).budgets["disk"] == 2 * 10**9
 
 
+def test_processes_of_one_machine_share_its_memory(capsys):
+    flags = ["--model", "8b", "--strategy", "gemini_nvme", "--world", "16", "--nodes", "2", "--disk", "9TB", "--json"]
+    found = json.loads(plan_of(capsys, *flags)[1])
+    checkpoint = found["objects"]["checkpoint"]["host"]
+    assert found["per_machine"] == {
+        "processes": 8,
+        "host": 8 * (found["predicted"]["host"] + checkpoint),
+        "disk": 8 * found["predicted"]["disk"],
+    }
+    assert "\n8 of a machine" in plan_of(capsys, *flags[:-1])[1]
+    cpu = json.loads(plan_of(capsys, *flags, "--arithmetic", "cpu")[1])
+    assert cpu["per_machine"]["host"] == 8 * (cpu["predicted"]["host"] + checkpoint + cpu["predicted"]["device"])
+
+
 def test_the_text_names_the_command_to_run(capsys):
     models = ["--model", "xl", "--critic-model", "s"]
     code, out = plan_of(capsys, *models, "--strategy", "colossalai_gemini_cpu", "--world", "2")
@@ -581,6 +642,7 @@ def test_a_dry_run_stands_beside_the_plan(capsys):
                      "--strategy", "gemini_cpu", "--world", "2", "--dry-run", "--json")  # fmt: skip
     found = json.loads(out)
     assert code == 0
+    found["predicted"]["device"] -= found["outside"]  # a dry run has no libraries
     for tier in ("device", "host", "disk"):
         assert found["measured"][tier] <= found["predicted"][tier] <= 1.15 * found["measured"][tier]
 

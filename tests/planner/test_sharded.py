@@ -11,7 +11,8 @@ from penstock.errors import UserError
 from penstock.memory.placement import PYTORCH
 from penstock.models import presets
 from penstock.planner.config import PlanConfig
-from penstock.planner.workload import forecast_of, passes, setting_of
+from penstock.planner.from_flags import setting_of
+from penstock.planner.workload import forecast_of, passes
 from tests.conftest import torchrun
 
 ROOT = Path(__file__).parents[2]
@@ -149,4 +150,4 @@ def test_what_two_ranks_hold_is_what_was_planned(tmp_path):
     assert len(lines) == 12
     for line in lines:
         *case, ratio = json.loads(line)
-        assert 1.0 <= ratio <= 1.2, (case, ratio)
+        assert 1.0 <= ratio <= 1.15, (case, ratio)

@@ -3,7 +3,8 @@
 import pytest
 
 from penstock.planner.config import PlanConfig
-from penstock.planner.workload import forecast_of, setting_of
+from penstock.planner.from_flags import setting_of
+from penstock.planner.workload import forecast_of
 
 
 def forecast(strategy, **flags):

@@ -84,7 +84,8 @@ def prepare_roles(
     mini_batch = getattr(config, "mini_batch_size", None) or optim.batch_size
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     lengths = (longest, flags.max_new_tokens, flags.rollout_batch_size)
-    work = Workload(stage, role_specs(models), *batches, *lengths, group_size, reread=reread)
+    sampling: Any = {"temperature": flags.temperature, "sampled_of": flags.top_k, "top_p": flags.top_p}
+    work = Workload(stage, role_specs(models), *batches, *lengths, group_size, reread=reread, **sampling)
     swap = reserve_activations(strategy, work)
     streams = dict(zip(models, strategy.prepare_all(*models.values(), **optim.adamw), strict=True))
     source.stream = streams.get("reward")

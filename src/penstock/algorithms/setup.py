@@ -27,8 +27,10 @@ from penstock.models.config import DecoderConfig
 from penstock.models.linear import arithmetic_of
 from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
 from penstock.models.roles import ScalarModel
+from penstock.planner import cuda
+from penstock.planner.from_flags import elements_of
 from penstock.planner.machine import known_rates
-from penstock.planner.workload import RoleSpec, Setting, Workload, elements_of, forecast_of, notes
+from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, notes
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
@@ -158,6 +160,8 @@ def setting_of(strategy: Strategy, work: Workload) -> Setting:
     limits: Any = {"chunk_size": strategy.chunk_size, "activation_budget": strategy.activation_budget}
     limits |= {"arithmetic": arithmetic_of(world.device.type), "rates": known_rates(dtype)}
     limits |= {"nodes": max(world.size // world.local_size, 1)}
+    if world.device.type == "cuda":
+        limits["blas_workspace"] = cuda.workspace_of(budgets["device"])
     return Setting(work, strategy.name, dtype, world.size, budgets, strategy.recompute, **limits)
 
 

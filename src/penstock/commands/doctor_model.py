@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from penstock.algorithms.setup import encoder_of, placed
-from penstock.commands.bench.fit import available_ram
 from penstock.commands.drawing import LEARNED, drawn
 from penstock.commands.plan import short
 from penstock.config import DataFlags, RunFlags
@@ -15,12 +14,14 @@ from penstock.data.chat import Encoder
 from penstock.data.records import Demonstration
 from penstock.distributed.world import device_types
 from penstock.errors import DataError, UserError
+from penstock.kernels.machine import available_ram
 from penstock.memory.placement import TierName
 from penstock.models import pretrained, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.foreign.family import path_of
 from penstock.planner.config import PlanConfig
-from penstock.planner.workload import forecast_of, setting_of
+from penstock.planner.from_flags import setting_of
+from penstock.planner.workload import forecast_of
 from penstock.run.directory import resolve_model
 from penstock.units import show_bytes
 

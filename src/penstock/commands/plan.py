@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from penstock.memory.placement import EIGHT_BIT, NAMES, PYTORCH, TierName, bits_of, tiers_of
 from penstock.models import weight_shapes
 from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS, Forecast
-from penstock.planner.workload import DTYPES, Setting, forecast_of, notes, refusal, setting_of
+from penstock.planner.from_flags import setting_of
+from penstock.planner.workload import DTYPES, Setting, forecast_of, notes, refusal
 from penstock.units import parse_bytes, show_bytes
 
 
@@ -23,7 +24,7 @@ def run(config: PlanConfig) -> int:
         from penstock.commands.dry_run import dry_run
 
         measured = dry_run(setting)
-        result["measured_traffic"] = measured.pop("traffic")
+        result["measured_traffic"] = measured.pop("traffic")  # of the engine alone: result["outside"] is not in it
         result["measured"] = measured
     print(json.dumps(result, indent=2) if config.json else as_text(config, setting, result))
     return 0 if result["fits"] else 3
@@ -40,6 +41,8 @@ def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
         "parameters": {role.name: weight_shapes.count_of(role.config, scalar=role.scalar) for role in roles},
         "budgets": setting.budgets,
         "predicted": forecast.peak,
+        "outside": forecast.outside,
+        "per_machine": per_machine(forecast, setting),
         "phases": {phase: {**peaks, "fullest": forecast.worst[phase]} for phase, peaks in forecast.phases.items()},
         "objects": forecast.objects,
         "active_parameters": {
@@ -58,6 +61,15 @@ def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
         "lacking": lacking,
         "advice": advice(setting) if lacking else None,
     }
+
+
+def per_machine(forecast: Forecast, setting: Setting) -> dict[str, int]:
+    """Bytes that all processes of one machine take at most of what they share, a checkpoint's copies included. A CPU is
+    a device of its own RAM."""
+    processes, peak = setting.world // setting.nodes, forecast.peak
+    ram = peak["host"] + forecast.objects.get("checkpoint", {}).get("host", 0)
+    ram += 0 if setting.arithmetic == "narrow" else peak["device"]
+    return {"processes": processes, "host": processes * ram, "disk": processes * peak["disk"]}
 
 
 def slices(setting: Setting) -> dict[str, str]:
@@ -197,6 +209,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
     if "measured" in result:
         for tier in TIERS:
             measured, predicted = result["measured"][tier], result["predicted"][tier]
+            predicted -= result["outside"] if tier == "device" else 0
             ratio = f"predicted is {predicted / measured:.3f} of it" if measured else "nothing there"
             lines.append(f"dry run, {tier} peak: {show_bytes(measured)}; {ratio}")
     if result["fits"]:
@@ -243,9 +256,15 @@ def _table(head: str, rows: dict[str, dict[str, Any]], result: dict[str, Any]) -
     lines = [f"{head:18}" + "".join(f"{tier:>12}" for tier in TIERS)]
     for name, row in rows.items():
         if any(row.get(tier) for tier in TIERS):
-            cells = "".join(f"{show_bytes(row[tier]) if row.get(tier) else '-':>12}" for tier in TIERS)
-            lines.append(f"{name:18}{cells}" + (f"  {row['fullest']}" if "fullest" in row else ""))
+            lines.append(_row(name, row) + (f"  {row['fullest']}" if "fullest" in row else ""))
     if head == "peak" and any(result["budgets"].values()):
-        budgets = [result["budgets"][tier] for tier in TIERS]
-        lines.append(f"{'budget':18}" + "".join(f"{show_bytes(n) if n else '-':>12}" for n in budgets))
+        lines.append(_row("budget", result["budgets"]))
+    machine = result["per_machine"]
+    if head == "peak" and machine["processes"] > 1 and (machine["host"] or machine["disk"]):
+        lines.append(_row(f"{machine['processes']} of a machine", machine))
     return lines
+
+
+def _row(name: str, sizes: Mapping[str, int | None]) -> str:
+    cells = (sizes.get(tier) for tier in TIERS)
+    return f"{name:18}" + "".join(f"{show_bytes(nbytes) if nbytes else '-':>12}" for nbytes in cells)

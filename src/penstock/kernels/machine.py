@@ -1,4 +1,4 @@
-"""Which processor this is, and where penstock keeps what it made for it. No torch in here."""
+"""Which processor this is, how much memory is free, and where penstock keeps what it made. No torch in here."""
 
 import os
 import platform
@@ -17,3 +17,11 @@ def cpu_facts() -> str:
     except OSError:
         return platform.machine() + platform.processor()
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def available_ram() -> int:
+    """Bytes that programs can still take without swapping."""
+    if not Path("/proc/meminfo").exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -150,8 +150,12 @@ def bring(home: Home, device: torch.device) -> Tensor:
 
 
 def gather(part: Tensor, world: World) -> Tensor:
-    """Every rank's part, in rank order, where `part` is."""
-    return world.join_shards(part.to(world.device).contiguous()).to(part.device)
+    """Every rank's part [n], in rank order, where `part` is. plan.GATHER_BYTES at once pass through the device."""
+    whole = part.new_empty(world.size, len(part))
+    step = max(plan.GATHER_BYTES // (world.size * part.itemsize), 1)
+    for pieces, piece in zip(whole.split(step, dim=1), part.split(step), strict=True):
+        pieces.copy_(world.join_shards(piece.to(world.device)).view(world.size, -1))
+    return whole.flatten()
 
 
 def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,12 +41,16 @@ RING_BYTES = 6 << 23
 """Of the buffers between a disk and a device: tiers.BLOCK for each of its threads, and two that are copied."""
 LANDING_BYTES = PIECE * 4
 """What gradients on the device pass through on their way to an update in host memory."""
+GATHER_BYTES = 1 << 24
+"""What of shards that ranks gather for a checkpoint is on the device at once: homes.gather."""
 UPDATE_TILE = 1 << 20
 """Elements that an update works on at once where it is not compiled: adamw.TILE."""
 UPDATE_WIDTH = {32: 8, 8: 28}
 """Bytes that each of them takes meanwhile, by the bits of the moments; a split master takes 4 more."""
 UPDATE_ROOM = UPDATE_TILE * (max(UPDATE_WIDTH.values()) + 4)
 """Bytes of host memory that an update leaves free for that."""
+SMALL_BUDGET = 2 * 10**9
+"""Bytes of a device budget under which a GPU's libraries get workspaces of 4 MiB."""
 RESERVED = 0.25
 """Default share of a device budget that is left to activations."""
 PAGE = 4096
@@ -335,10 +339,16 @@ def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]], ahead
     return largest_of_each(needs)
 
 
-def shard_bytes(chunk: Chunk, row: Row, world: int) -> int:
-    """Bytes of two copies of this rank's part of a chunk: of gradients the sum over ranks, and what it is added to."""
-    sums = SUMS if chunk.trained else chunk.dtype
-    return chunk.numel // world * (ITEMSIZE[sums] + ITEMSIZE[gradient_dtype(chunk, row)])
+def settling_bytes(chunk: Chunk, row: Row, world: int) -> int:
+    """Bytes beside a visit's slots that its gradients take on their way home: this rank's part of the sum over ranks,
+    and what it is added to, where that comes from elsewhere. See sink.Sink.settle."""
+    if not (world > 1 and chunk.trained and row.grads.sharded):
+        return 0
+    return (
+        chunk.numel
+        // world
+        * (ITEMSIZE[SUMS] + (ITEMSIZE[gradient_dtype(chunk, row)] if row.grads.tier != "device" else 0))
+    )
 
 
 def gradient_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:

@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
 from penstock.kernels import compile as compiler
+from penstock.kernels.machine import available_ram
 from penstock.memory import plan
 from penstock.memory.adamw import AdamW
 from penstock.memory.arena import Arena
@@ -36,8 +37,6 @@ Work = tuple[Stream, Sequence[Any], Callable[[Tensor, Any], Any]]
 """A model, its micro-batches, and what is read of each: `evaluate`'s arguments."""
 Phase = Literal["rollout", "score", "train"]
 
-SMALL = 2 * 10**9
-"""Bytes of a device budget under which a GPU's libraries get workspaces of 4 MiB."""
 FREE = 0.9
 """The share of a GPU's free memory that gemini_auto takes by default; the rest is for its libraries."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -110,7 +109,7 @@ class Strategy:
         if bits_of(name)[0] != AUTO and on_disk and limits.disk is None:
             raise UserError(f"--strategy {name} keeps weights on a disk; give --disk PATH or --disk PATH:200GB.")
         device_bytes = limits.nbytes("device_memory")
-        if device_bytes is not None and device_bytes < SMALL:
+        if device_bytes is not None and device_bytes < plan.SMALL_BUDGET:
             # On Hopper cuBLAS keeps 32 MiB for every stream that multiplies, outside of any budget.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:1")
             os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "4096")
@@ -120,9 +119,14 @@ class Strategy:
         pins = world.device.type == "cuda"
         if pins and device_bytes is None and bits_of(name)[0] == AUTO:  # it places what does not fit elsewhere
             device_bytes = int(torch.cuda.mem_get_info(world.device)[0] * FREE)
+        host_bytes = limits.nbytes("host_memory")
+        if world.size > 1:  # its machine's ranks share what is free; and all place alike, so all have the least
+            own = available_ram() // world.local_size if host_bytes is None else host_bytes
+            devices, hosts = zip(*world.gather((device_bytes, own)), strict=True)
+            device_bytes, host_bytes = None if device_bytes is None else min(devices), min(hosts)
         tiers: dict[str, Ram | Disk] = {
             "device": Ram("device", world.device, device_bytes),
-            "host": Ram("host", torch.device("cpu"), limits.nbytes("host_memory"), pins=pins),
+            "host": Ram("host", torch.device("cpu"), host_bytes, pins=pins),
         }
         if on_disk and limits.disk is not None:
             tiers["disk"] = Disk(limits.disk_directory, limits.nbytes("disk"))

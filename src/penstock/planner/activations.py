@@ -67,6 +67,8 @@ class Pass:
     """Generating: of all decoding steps."""
     sampling: int = 0
     """Generating: bytes that choosing tokens holds."""
+    recorded: int = 0
+    """Generating: bytes of decoding steps that a GPU has recorded, where weights do not move; 0: they cannot be."""
     prefills: int = 1
     """Generating: visits that read the prompts."""
     swapped: int = 0
@@ -113,7 +115,15 @@ def visits_of(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
         return _forward(work, each.count if moves or recompute else 1)
     if plan.recomputes(moves, recompute):
         return _recomputed(work, each.count)
-    return [Visit(_kept(work), 0) if moves else Visit(0, _kept(work))]
+    fullest = max(kept(work))
+    return [Visit(fullest, 0) if moves else Visit(0, fullest)]
+
+
+def between_visits(each: Pass, moves: bool, recompute: bool | None) -> int:
+    """The most bytes that a step holds between two visits, where gradients go home."""
+    if plan.recomputes(moves, recompute):
+        return max(visit.lasting for visit in visits_of(each, moves, recompute))
+    return each.work.context + sum(part.saved for part in each.work.parts) + each.work.parts[-1].output
 
 
 def _forward(work: Work, count: int) -> list[Visit]:
@@ -142,10 +152,10 @@ def _recomputed(work: Work, count: int) -> list[Visit]:
     return visits
 
 
-def _kept(work: Work) -> int:
-    """The most that one micro-batch holds with an ordinary graph."""
+def kept(work: Work) -> tuple[int, int]:
+    """The most that one micro-batch holds with an ordinary graph: at the head, and in backward of the parts before."""
     saved = fullest = 0
     for part in work.parts:  # its backward runs while those before it are saved
         fullest = max(fullest, saved + part.output + part.backward)
         saved += part.saved
-    return work.context + max(saved + work.backward_head, fullest)
+    return work.context + saved + work.backward_head, work.context + fullest

@@ -20,6 +20,9 @@ class PlanConfig(PlacementFlags):
     """The command to plan."""
     strategy: str = "gemini_auto"
     dtype: Literal["fp32", "bf16"] = "bf16"
+    arithmetic: Literal["gpu", "cpu", "cpu_without_bf16"] = "gpu"
+    """What the machine computes bf16 with: a GPU, whose libraries take memory of their own (one of NVIDIA's); a CPU,
+    which adds up in fp32; or a CPU without instructions for bf16, which widens weights too. Speeds are other flags."""
     world: int = 1
     """Processes."""
     nodes: int = 1
@@ -42,6 +45,12 @@ class PlanConfig(PlacementFlags):
     """ppo: answers that one process generates together. Default: all of its answers."""
     group_size: int = 8
     """grpo: answers per prompt."""
+    temperature: float = 1.0
+    """Of sampled answers: other than 1 it takes one more number per logit while a token is chosen."""
+    top_k: int = 0
+    """Of sampled answers, as in ppo."""
+    top_p: float = 1.0
+    """Of sampled answers, as in ppo: below 1 logits are sorted, which takes 20 bytes more for each."""
     kl_coef: float = 0.05
     """ppo, grpo: at 0 there is no reference."""
     reward_model: bool = True

@@ -101,21 +101,13 @@ def _plain_work(
         # the gradients of the table's rows, which add up in fp32
         backward=_embed(c, tokens, s) + state + (tokens * (c.embed_dim or c.d_model) * FP32 if s < FP32 else 0),
     )  # fmt: skip
-    wide = arithmetic != "narrow" and s < FP32
     masked = [c.position == "alibi" or 0 < window < batch.length for window, _ in c.kinds]
     kinds = [(rotates, has_experts_in(c, i), masked[i]) for i, (_, rotates) in enumerate(c.kinds)]
     work = {}
     for rotates, experts, mask in set(kinds):
-        forward = backward = 0
-        d_ff = c.expert_ff if experts else c.d_ff
-        if arithmetic == "wide" and s < FP32:
-            forward, backward = _widened(c, tokens, d_ff)
-        elif wide:  # a tile of a weight's gradient, before it is added in fp32
-            backward = s * min(PRODUCT_TILE, c.d_model * d_ff * (2 if c.gated else 1))
         # see [Note: shared heads on a GPU] in models.linear
         apart = arithmetic == "narrow" and c.num_kv_heads < c.num_heads and (mask or s == FP32)
-        kept, without, learning = _block(c, tokens, batch.length, s, rotates, experts, wide, apart)
-        work[rotates, experts, mask] = (kept, without + forward, learning + backward)
+        work[rotates, experts, mask] = _block(c, tokens, batch.length, s, rotates, experts, arithmetic, apart)
     blocks = [PartWork((f"blocks.{i}",), state, *work[kind]) for i, kind in enumerate(kinds)]
     return Work(
         parts=(first, *blocks),
@@ -190,22 +182,16 @@ def _experts(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
 
 
 def _block(
-    c: DecoderConfig, tokens: int, length: int, s: int, rotates: bool, experts: bool, wide: bool, apart: bool
-) -> tuple[int, int, int]:
+    c: DecoderConfig, tokens: int, length: int, s: int, rotates: bool, experts: bool, arithmetic: Arithmetic,
+    apart: bool,
+) -> tuple[int, int, int]:  # fmt: skip
     """(saved, forward, backward) of one block; see PartWork. apart: heads that share keys are attended to apart."""
+    wide = arithmetic != "narrow" and s < FP32
     state = tokens * c.d_model * s
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
     norm = _norm(c.norm, tokens, c.d_model, s)
     projected = queries + 2 * keys
-    turned = mixing = 0
-    if c.qk_norm:
-        for heads in (c.num_heads, c.num_kv_heads):
-            rows, width = (tokens, heads * c.head_dim) if c.qk_norm_wide else (tokens * heads, c.head_dim)
-            turned += _norm("rms", rows, width, s).saved
-    if rotates:
-        turned += queries + keys
-        part = c.rotary_dim / c.head_dim
-        mixing = int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part))
+    turned, mixing = _turned(c, tokens, s, rotates)
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
     apart = apart and not c.attention_softcap
     if rotates or apart:
@@ -229,7 +215,10 @@ def _block(
     elif not c.pre_norm:
         saved += state  # both norms read a sum and the second writes the output
     loose = 2 * state  # what attention and MLP returned: local names until the block returns
-    backward = saved + max(slopes, loose)
+    widening, adding = _widened(c, tokens, c.expert_ff if experts else c.d_ff, s, arithmetic)
+    inner = tokens * c.d_ff * s
+    at_down = rising if experts else 3 * inner if c.gated else inner  # what the last product finds
+    backward = saved + max(slopes, loose, (slopes if experts else 0) + adding)
     before_mlp = 2 * state + norm.saved
     capped = 0
     if c.attention_softcap:
@@ -240,7 +229,8 @@ def _block(
         backward = max(backward, saved - mlp + 2 * state + 3 * tile * FP32 + projected * FP32 // s * 2)
     forward = max(
         before_mlp + rising,
-        before_mlp + (0 if experts else tokens * c.d_ff * s) + 2 * state,
+        before_mlp + at_down + widening + (0 if experts else state),
+        before_mlp + (0 if experts else inner) + 2 * state,
         state + projected + turned + mixing + attended + copies + state,
         state + projected + turned + attended + copies + capped,
         (2 * state + 2 * tokens * c.d_model * FP32 + norm.scratch) if c.out_norms else 0,
@@ -248,12 +238,33 @@ def _block(
     return saved, forward, backward
 
 
-def _widened(c: DecoderConfig, tokens: int, d_ff: int) -> tuple[int, int]:
-    """fp32 copies that the down projection needs, a block's largest, forward and backward: of its rows, and of a tile
-    of its weight with its share of the result; the states' gradient is summed over tiles beside the next one's part."""
+def _turned(c: DecoderConfig, tokens: int, s: int, rotates: bool) -> tuple[int, int]:
+    """What autograd keeps of queries and keys that are normed and turned, and what turning takes for a moment."""
+    queries, keys = (tokens * heads * c.head_dim * s for heads in (c.num_heads, c.num_kv_heads))
+    turned = mixing = 0
+    if c.qk_norm:
+        for heads in (c.num_heads, c.num_kv_heads):
+            rows, width = (tokens, heads * c.head_dim) if c.qk_norm_wide else (tokens * heads, c.head_dim)
+            turned += _norm("rms", rows, width, s).saved
+    if rotates:
+        turned += queries + keys
+        part = c.rotary_dim / c.head_dim
+        mixing = int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part))
+    return turned, mixing
+
+
+def _widened(c: DecoderConfig, tokens: int, d_ff: int, s: int, arithmetic: Arithmetic) -> tuple[int, int]:
+    """What the down projection, a block's largest, takes besides where it is widened: forward, and backward with the
+    gradient of its input. fp32 copies of its rows, and of a tile of its weight with its share of the result; the
+    states' gradient is summed over tiles beside the next one's part. A CPU's gradients of weights come in tiles too."""
+    inner = tokens * d_ff * s
+    if arithmetic == "narrow" or s == FP32:
+        return 0, 0
+    if arithmetic == "wide sums":
+        return 0, inner + s * min(PRODUCT_TILE, c.d_model * d_ff * (2 if c.gated else 1))
     height = min(max(PRODUCT_TILE // d_ff, 1), c.d_model)
-    tile = height * d_ff + tokens * height
-    return FP32 * (tokens * d_ff + tile), FP32 * (tokens * d_ff * (1 if height == c.d_model else 2) + tile)
+    rows, tile = FP32 * tokens * d_ff, FP32 * (height * d_ff + tokens * height)
+    return rows + tile, tile + (rows + inner if height == c.d_model else 2 * rows)
 
 
 def _context(c: DecoderConfig, length: int, s: int) -> int:
@@ -335,9 +346,29 @@ def cache_of(config: DecoderConfig, dtype: str, rows: int, slots: int) -> int:
     return 2 * c.num_layers * rows * c.num_kv_heads * slots * c.head_dim * ITEMSIZE[dtype]
 
 
-def sampling_of(config: DecoderConfig, dtype: str, rows: int) -> int:
-    """Bytes that choosing one token per row holds at once: rollout.sampling.pick."""
-    return rows * config.vocab_size * (ITEMSIZE[dtype] + 3 * FP32)
+def sampling_of(
+    config: DecoderConfig, dtype: str, rows: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> int:
+    """Bytes that choosing one token per row holds at once: rollout.sampling.pick, line by line. Of a logit 12 to 34."""
+    logits = (ITEMSIZE[dtype] if ITEMSIZE[dtype] < FP32 else 0) + FP32 * (1 + (temperature not in (0.0, 1.0)))
+    kept = FP32 if 0 < top_k < config.vocab_size else 0  # log-probabilities of those that are
+    most = logits + FP32 + max(kept + FP32, kept and kept + 1)  # and the sums of probabilities, or who is kept
+    if top_p < 1.0:  # ordered, with their places; then sums, and sums without their own
+        most = max(most, logits + FP32 + kept + (FP32 + INDEX) + 2 * FP32)
+    return rows * config.vocab_size * most
+
+
+def recorded_of(config: DecoderConfig, dtype: str, rows: int, prompt: int, length: int) -> int:
+    """Bytes of all decoding steps that rollout.cuda_graphs records while so many answers grow to `length` tokens, and
+    fewer of them run: a step's own, which all share, and the states that each returns. 0: it records none."""
+    c = config
+    if c.foreign or c.num_experts:
+        return 0
+    batch = Batch(rows, 1, rows)
+    step = max(part.forward for part in _plain_work(c, dtype, batch, scalar=False).parts)
+    sizes = [count for count in (1, 2, 4, *range(8, rows, 8)) if count < rows]
+    longer = max(length - 1, 1).bit_length() - max(prompt, 1).bit_length() + 1
+    return step + (sum(sizes) + longer * rows) * c.d_model * ITEMSIZE[dtype]
 
 
 def flops_of(config: DecoderConfig, lengths: Sequence[tuple[int, int]]) -> float:

@@ -6,16 +6,18 @@ comes to what a run measures is itself measured (benchmarks/planner). See [Note:
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from penstock.memory import plan
 from penstock.memory.placement import TierName
 from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
-from penstock.planner.activations import Pass, activations_of
+from penstock.planner.activations import Pass, activations_of, between_visits
 from penstock.planner.traffic import Account, Rates, Seconds
 
+AHEAD = 1
+"""Visits whose weights are prefetched: Strategy.ahead."""
 TIERS: tuple[TierName, ...] = ("device", "host", "disk")
 SLACK, SHARE = 1 << 16, 0.01
 """Bytes, and a share of all activations, for what is too small to be listed: scalars, statistics, gradients of biases
@@ -45,6 +47,8 @@ class Forecast:
     """Tokens of a visit, while generating, up to which only the experts that they chose come."""
     gathers_once: bool = False
     """Whether FSDP2 gathers all of the actor for a rollout."""
+    outside: int = 0
+    """Bytes of the device's peaks that a dry run does not have: see planner/cuda.py."""
 
     @property
     def peak(self) -> dict[TierName, int]:
@@ -66,10 +70,22 @@ def one_after_the_other(forecasts: Sequence[Forecast]) -> Forecast:
     return dataclasses.replace(largest, objects=objects, **merged)
 
 
-def with_slack(activations: int, shard: int) -> int:
-    """Bytes to keep free for these activations: SLACK and SHARE, and plan.shard_bytes of the largest. On a CPU one of
-    its two copies is none, so a dry run may take less."""
-    return activations + int(activations * SHARE) + SLACK + shard
+def with_slack(activations: int) -> int:
+    """Bytes to keep free for these activations: SLACK and SHARE."""
+    return activations + int(activations * SHARE) + SLACK
+
+
+def bytes_of(
+    group: Sequence[Pass], models: Mapping[str, Model], moves: Mapping[str, bool], world: int, recompute: bool | None
+) -> int:
+    """Bytes of activations of passes that go side by side, and of gradients that ranks then sum; `moves`: whether a
+    model's weights do."""
+    fullest = activations_of([(each, moves[each.model]) for each in group], recompute)
+    placed = [each for step in group if step.kind == "step" for each in models[step.model].placed]
+    settling = max((plan.settling_bytes(each.chunk, each.row, world) for each in placed), default=0)
+    if settling:
+        settling += sum(between_visits(each, moves[each.model], recompute) for each in group)
+    return max(fullest, settling)
 
 
 def sharing_groups(passes: Sequence[Pass], keys: Mapping[str, set[Hashable]]) -> list[list[Pass]]:
@@ -88,22 +104,23 @@ def forecast(
     world: int,
     budgets: Mapping[TierName, int | None],
     recompute: bool | None = None,
-    ahead: int = 1,
     rates: Rates | None = None,
     timed: bool = True,
+    update_tile: int = UPDATE_TILE,
 ) -> Forecast:
     """What these models need, placed as they are, for one iteration of these phases within the budgets, in bytes.
 
-    Without `timed` there is no traffic and no seconds, in a tenth of the time.
+    Without `timed` there is no traffic and no seconds, in a tenth of the time. update_tile: elements that an update on
+    the device works on at once.
     """
     at_home = plan.homes([model.placed for model in models.values()], world)
     needs = _needs(models, phases, world, recompute)
-    scratch = _update_scratch(models, world)
-    shard = max((_largest_shard(model, world) for model in models.values()), default=0)
+    scratch = _update_scratch(models, world, update_tile)
+    scratch["device"] = max(scratch["device"], _gathered(models.values(), world))
     fullest = max([*(nbytes for needs_of_phase in needs.values() for nbytes, _ in needs_of_phase), scratch["device"]])
-    activations = with_slack(fullest, shard)
+    activations = with_slack(fullest)
     room = None if (device := budgets.get("device")) is None else device - at_home.get("device", 0)
-    slots = plan.cut(list(models.values()), world, room, activations, ahead)
+    slots = plan.cut(list(models.values()), world, room, activations, AHEAD)
     buffers = plan.buffers([model.placed for model in models.values()])
     on_host = _on_host(phases, at_home.get("host", 0), scratch["host"], buffers, budgets.get("host"))
 
@@ -114,7 +131,7 @@ def forecast(
         trains = any(each.kind == "step" for each in passes)
         peaks[phase] = {
             "device": at_home.get("device", 0) + slots.nbytes
-            + with_slack(max(nbytes, scratch["device"] if trains else 0), shard),
+            + with_slack(max(nbytes, scratch["device"] if trains else 0)),
             "host": on_host[phase],
             "disk": at_home.get("disk", 0),
         }  # fmt: skip
@@ -123,7 +140,7 @@ def forecast(
     seconds: dict[str, Seconds] = {}
     few = _few_tokens(models, phases, world, rates or Rates(), sum(slots.weights))
     if timed:
-        account = Account(models, slots.weights, world, ahead, recompute, rates or Rates(), few)
+        account = Account(models, slots.weights, world, AHEAD, recompute, rates or Rates(), few)
         for phase in [*phases, *phases]:  # the first iteration fills the slots
             traffic[phase], seconds[phase] = account.phase([group for _, group in needs[phase]])
     return Forecast(
@@ -134,7 +151,7 @@ def forecast(
         seconds=seconds,
         slots=slots,
         activations=activations,
-        ahead=ahead,
+        ahead=AHEAD,
         recompute=recompute,
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
         few_tokens=few,
@@ -178,36 +195,51 @@ def _needs(
 ) -> Needs:
     moving = {name: model.moving(world) for name, model in models.items()}
     keys = {name: plan.shared_keys(chunks) for name, chunks in moving.items()}
+    moves = {name: bool(chunks) for name, chunks in moving.items()}
     needs: dict[str, list[tuple[int, Sequence[Pass]]]] = {}
     for phase, passes in phases.items():
         groups = sharing_groups(passes, keys)
-        nbytes = [activations_of([(each, bool(moving[each.model])) for each in group], recompute) for group in groups]
+        nbytes = [bytes_of(group, models, moves, world, recompute) for group in groups]
         needs[phase] = list(zip(nbytes, groups, strict=True))
     return needs
 
 
-def _update_scratch(models: Mapping[str, Model], world: int) -> Counter[str]:
-    """Bytes that an update needs in between, on the tier where it runs: see adamw.AdamW.update."""
+def _update_scratch(models: Mapping[str, Model], world: int, tile: int) -> Counter[str]:
+    """Bytes that an update needs in between, on the tier where it runs: see adamw.AdamW.update. tile: elements that one
+    on the device works on at once."""
     scratch: Counter[str] = Counter()
     for model in models.values():
         trained = [placed for placed in model.placed if placed.chunk.trained]
-        nbytes = 0
+        nbytes, tier = 0, "device" if {placed.row.optimizer.tier for placed in trained} <= {"device"} else "host"
         for chunk, row in ((placed.chunk, placed.row) for placed in trained):
             share = chunk.numel // (world if row.optimizer.sharded else 1)
             width = UPDATE_WIDTH[row.bits] + (0 if chunk.dtype == "float32" else 4)
             comes = plan.PIECE * 4 if row.grads.tier != row.optimizer.tier == "device" else 0
-            nbytes = max(nbytes, min(share, UPDATE_TILE) * width + min(comes, share * 4))
-        tier = "device" if {placed.row.optimizer.tier for placed in trained} <= {"device"} else "host"
+            at_once = min(share, tile if tier == "device" else UPDATE_TILE)
+            nbytes = max(nbytes, at_once * width + min(comes, share * 4))
         scratch[tier] = max(scratch[tier], nbytes)
     return scratch
 
 
-def _largest_shard(model: Model, world: int) -> int:
-    """plan.shard_bytes of the largest chunk that ranks send to each other."""
-    if world == 1:
-        return 0
-    parts = [p for p in model.placed if p.row.params.sharded or p.row.grads.sharded]
-    return max((plan.shard_bytes(p.chunk, p.row, world) for p in parts), default=0)
+def _gathered(models: Iterable[Model], world: int) -> int:
+    """Bytes of the device that a checkpoint gathers shares of states or weights through: see homes.gather."""
+    placed = [each for model in models for each in model.placed if each.chunk.trained and world > 1]
+    split = [each.chunk.numel * plan.MASTER for each in placed if each.row.optimizer.sharded or each.row.params.sharded]
+    whole = min(max(split, default=0), plan.GATHER_BYTES)
+    return whole + whole // world
+
+
+def _checkpoint(models: Iterable[Model], world: int) -> int:
+    """Bytes of host memory that a checkpoint takes at once: copies of a chunk's states and weights, whole and in fp32,
+    where these are not in host memory whole as they are. See sink.Sink.saved_states."""
+    most = 0
+    for chunk, row in ((each.chunk, each.row) for model in models for each in model.placed if each.chunk.trained):
+        lies = [where.tier == "host" and not (where.sharded and world > 1) for where in (row.optimizer, row.params)]
+        states, narrow = plan.state_bytes(chunk.numel, chunk.dtype, row.bits), chunk.dtype != "float32"
+        widened = 2 * chunk.numel * plan.MASTER if row.bits == 8 else 0
+        master = chunk.numel * plan.MASTER if narrow else 0
+        most = max(most, (0 if lies[0] else states) + widened + (0 if lies[1] else chunk.nbytes) + master)
+    return most
 
 
 def _objects(
@@ -247,5 +279,6 @@ def _objects(
             "host": max((each.swapped for each in generating), default=0),
         },
         "head_tile": {"device": max(heads, default=0)},
+        "checkpoint": {"device": _gathered(models.values(), world), "host": _checkpoint(models.values(), world)},
         **{name: {"host": nbytes} for name, nbytes in buffers.items()},
     }

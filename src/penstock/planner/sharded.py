@@ -13,7 +13,7 @@ from penstock.memory import plan
 from penstock.memory.chunks import ITEMSIZE, Weight
 from penstock.memory.placement import TierName
 from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
-from penstock.planner.activations import Pass, activations_of, visits_of
+from penstock.planner.activations import Pass, activations_of, kept, visits_of
 from penstock.planner.forecast import Forecast, with_slack
 from penstock.planner.traffic import Rates, Seconds, inside_machine
 
@@ -75,7 +75,7 @@ def forecast(
     gathered = {name: whole(model) for name, model in models.items()}
     scratch = max((_update_scratch(model, shards) for model in models.values()), default=0)
     passes = [each for of_phase in phases.values() for each in of_phase]
-    activations = with_slack(max(*(_activations(each, recompute) for each in passes), scratch), 0)
+    activations = with_slack(max(*(_activations(each, recompute) for each in passes), scratch))
 
     once = device is None or all(
         resting + _peak(each, gathered[each.model], recompute, True, scratch) <= device
@@ -145,18 +145,19 @@ def _peak(each: Pass, gathered: Whole, recompute: bool | None, once: bool, scrat
     """Bytes on top of the shards: what is whole and what is computed, visit by visit."""
     if each.kind == "generate":
         reading = 2 * max(gathered.root, gathered.widest)  # one of them at a time, and what its gather passes through
-        return (gathered.all if once else reading) + with_slack(_activations(each, recompute), 0)
+        return (gathered.all if once else reading) + with_slack(_activations(each, recompute))
     visits = [visit.lasting + visit.passing for visit in visits_of(_alone(each), True, recompute)]
     if each.kind == "evaluate":
-        at_blocks = 2 * max(gathered.root, gathered.widest) + with_slack(max(visits[:-1]), 0)
-        return max(at_blocks, gathered.root + with_slack(visits[-1], 0))
+        at_blocks = 2 * max(gathered.root, gathered.widest) + with_slack(max(visits[:-1]))
+        return max(at_blocks, gathered.root + with_slack(visits[-1]))
     if len(visits) == 1:  # nothing is recomputed
-        return gathered.backward + with_slack(max(*visits, scratch), 0)
+        turned, behind = kept(each.work)
+        return max(gathered.turn + with_slack(turned), gathered.backward + with_slack(max(behind, scratch)))
     turn = len(visits) // 2
     return max(
-        gathered.forward + with_slack(max(visits[:turn]), 0),
-        gathered.turn + with_slack(visits[turn], 0),
-        gathered.backward + with_slack(max(*visits[turn + 1 :], scratch), 0),
+        gathered.forward + with_slack(max(visits[:turn])),
+        gathered.turn + with_slack(visits[turn]),
+        gathered.backward + with_slack(max(*visits[turn + 1 :], scratch)),
     )
 
 

@@ -6,36 +6,29 @@ forecast of a setting, the commands reserve memory for activations by it, and th
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from penstock.config import recompute_of
-from penstock.errors import UserError
 from penstock.memory import plan
-from penstock.memory.chunks import ITEMSIZE, Chunk, Weight, layout
-from penstock.memory.placement import AUTO, PYTORCH, SHARD, Row, TierName, bits_of, known, refused
-from penstock.models import lora_targets, presets, tiling, weight_shapes
+from penstock.memory.chunks import Chunk, Weight, layout
+from penstock.memory.placement import AUTO, HOST, PYTORCH, SHARD, Row, TierName, bits_of, refused
+from penstock.models import lora_targets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
-from penstock.models.families import FAMILIES
-from penstock.models.families.multimodal import kind_of, text_config
-from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
-from penstock.planner import footprint, machine, sharded
-from penstock.planner.activations import Batch, PartWork, Pass, Work, activations_of
-from penstock.planner.config import PlanConfig
+from penstock.models.lora_targets import LoraSpec
+from penstock.planner import cuda, footprint, sharded
+from penstock.planner.activations import Batch, PartWork, Pass, Work
 from penstock.planner.forecast import (
     TIERS,
     Forecast,
+    bytes_of,
     forecast,
     one_after_the_other,
     sharing_groups,
     with_slack,
 )  # fmt: skip
 from penstock.planner.traffic import Rates, inside_machine
-from penstock.units import parse_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -76,6 +69,12 @@ class Workload:
     """Answers to one prompt, which is read once for all of them."""
     reread: bool = True
     """grpo: whether the actor reads its own answers before it learns from them."""
+    temperature: float = 1.0
+    """That answers are sampled at."""
+    sampled_of: int = 0
+    """The likeliest tokens of which each is sampled. 0: all."""
+    top_p: float = 1.0
+    """The probability that these have together."""
     top_k: int = 0
     """distill: the teacher's tokens that are compared one by one."""
     samples: bool = False
@@ -116,32 +115,8 @@ class Setting:
     rates: Rates = field(default_factory=Rates)
     nodes: int = 1
     """Machines that the ranks are on."""
-
-
-def setting_of(config: PlanConfig) -> Setting:
-    """What the flags of `penstock plan` describe, parsed. Raises UserError for a flag that cannot be read."""
-    if config.world % config.nodes:
-        raise UserError(f"--nodes {config.nodes}: does not divide --world {config.world}; give the same ranks to each.")
-    disk = (config.disk or "").rpartition(":")[2]
-    setting = Setting(
-        strategy=known(config.strategy),
-        nodes=config.nodes,
-        recompute=recompute_of(config),
-        budgets={
-            "device": bytes_of(config.device_memory, "--device-memory"),
-            "host": bytes_of(config.host_memory, "--host-memory"),
-            "disk": bytes_of(None if "/" in disk else disk or None, "--disk"),
-        },
-        workload=workload_of(config),
-        dtype=config.dtype,
-        world=config.world,
-        chunk_size=elements_of(config.chunk_size, config.dtype),
-        activation_budget=bytes_of(config.activation_budget, "--activation-budget"),
-        rates=_rates(config),
-    )
-    if reason := refusal(setting):
-        raise UserError(reason)
-    return setting
+    blas_workspace: int = 0
+    """Bytes of one workspace of a GPU's libraries (cuda.workspace_of). 0: the device is none of NVIDIA's."""
 
 
 def refusal(setting: Setting) -> str | None:
@@ -149,97 +124,6 @@ def refusal(setting: Setting) -> str | None:
     packed = any(role.base_dtype for role in setting.workload.roles)
     limits = {"chunk_size": setting.chunk_size, "activation_budget": setting.activation_budget}
     return refused(setting.strategy, setting.world, packed=packed, **limits)
-
-
-def _rates(config: PlanConfig) -> Rates:
-    def rate(name: str) -> float:
-        return float(parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}"))
-
-    inside = rate("network" if config.network_inside is None else "network_inside")
-    if config.rates == "measured":
-        return dataclasses.replace(machine.rates(config.dtype, network=rate("network")), network_inside=inside)
-    return Rates(
-        config.tflops * 1e12, rate("link"), rate("disk_read"), rate("disk_write"), rate("host_bandwidth"),
-        rate("network"), rate("device_bandwidth"), inside,
-    )  # fmt: skip
-
-
-ROLES = {  # of each stage: name, whether it is trained, whether it has a scalar head
-    "ppo": (("actor", True, False), ("critic", True, True), ("reference", False, False), ("reward", False, True)),
-    "grpo": (("actor", True, False), ("reference", False, False), ("reward", False, True)),
-    "sft": (("model", True, False),),
-    "reward": (("model", True, True),),
-    "dpo": (("model", True, False), ("reference", False, False)),
-    "kto": (("model", True, False), ("reference", False, False)),
-    "distill": (("model", True, False), ("teacher", False, False)),
-}
-
-
-def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workload:
-    """What the flags describe; `shape` replaces the decoder that --model names. Raises UserError for unknown models."""
-    model = shape or config_of(config.model, "--model")
-    scalar_model = config_of(config.critic_model, "--critic-model") if config.critic_model else model
-    if config.base_dtype is not None and config.lora is None:
-        raise UserError(f"--base-dtype {config.base_dtype}: packed weights cannot learn; give --lora 16 beside it.")
-    adapters = None if config.lora is None else LoraSpec(config.lora, targets=config.lora_targets or ALL_LINEAR)
-
-    def role(name: str, trained: bool, scalar: bool) -> RoleSpec:
-        decoder, source = (scalar_model, config.critic_model or config.model) if scalar else (model, config.model)
-        spec, base_dtype = None if name == "reference" else adapters, config.base_dtype
-        if name == "teacher":
-            source, spec, base_dtype = config.teacher_model or config.model, None, config.teacher_dtype
-            decoder = config_of(source, "--teacher-model")
-        return RoleSpec(name, decoder, trained, scalar, spec, source if adapters else None, base_dtype)
-
-    if config.prompt_length >= model.max_length:
-        raise UserError(
-            f"--prompt-length {config.prompt_length}: leaves no room for a response in {config.model}, which holds "
-            f"rows of {model.max_length} tokens."
-        )
-    has_reference = {"dpo": not config.precompute_reference, "kto": True}.get(config.stage, bool(config.kl_coef))
-    exists = {"reference": has_reference, "reward": config.reward_model}
-    batch_size = config.batch_size * (2 if config.stage in ("reward", "dpo") else 1)  # a pair is two rows
-    return Workload(
-        config.stage,
-        tuple(role(*row) for row in ROLES[config.stage] if exists.get(row[0], True)),
-        batch_size,
-        config.micro_batch_size,
-        config.mini_batch_size or batch_size,
-        config.epochs,
-        config.prompt_length,
-        config.max_new_tokens,
-        config.rollout_batch_size,
-        config.group_size if config.stage == "grpo" else 1,
-        reread=config.stage != "grpo" or config.epochs > 1 or (config.mini_batch_size or batch_size) < batch_size,
-        top_k=config.teacher_top_k if config.stage == "distill" else 0,
-        samples=config.stage == "distill" and config.on_policy > 0,
-        stored=config.stage == "distill" and config.precompute_teacher,
-    )
-
-
-def config_of(name: str, flag: str) -> DecoderConfig:
-    """The decoder of a named size, or of a directory's config.json."""
-    path = Path(name) / "config.json"
-    if name.endswith(".gguf"):
-        from penstock.models.formats.gguf_file import local_directory  # which needs torch
-
-        path = local_directory(name) / "config.json"
-    if not path.is_file():
-        try:
-            return presets.named(name)
-        except ValueError as error:
-            raise UserError(f"{flag} {name}: {error}, and no such directory with a config.json.") from error
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        hf = text_config(whole)
-        family: Any = FAMILIES.get(hf.get("model_type", ""))
-        if family is None:
-            from penstock.models.foreign.family import family_in  # imports torch
-
-            family = family_in(hf, str(path))
-        return dataclasses.replace(family.config_from_hf(hf), part_of=kind_of(whole))
-    except (KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
 
 SCORED = ("actor", "reference", "critic", "reward", "teacher")
@@ -296,7 +180,10 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
         flops=_flops(actor, prompts, work.prompt_length, prompts),
         decode_flops=decode_flops * rows,
         cache_bytes=2 * cache // actor.num_layers if swap else cache,
-        sampling=footprint.sampling_of(actor, dtype, rows),
+        sampling=footprint.sampling_of(
+            actor, dtype, rows, temperature=work.temperature, top_k=work.sampled_of, top_p=work.top_p
+        ),
+        recorded=footprint.recorded_of(actor, dtype, rows, work.prompt_length, work.length),
         prefills=len(groups),
         swapped=cache + token if swap else 0,
         visited_by=((groups[0].stop - groups[0].start) * work.prompt_length, rows),
@@ -423,16 +310,23 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     work, world, recompute = setting.workload, setting.world, setting.recompute
     laid = [_laid(role, DTYPES[setting.dtype], world, setting.chunk_size) for role in work.roles]
     keys = {role.name: plan.shared_keys(chunks) for role, (chunks, _) in zip(work.roles, laid, strict=True)}
-    row = Row(SHARD, SHARD, SHARD, add_up=not plan.recomputes(moves, recompute))
-    shard = max(plan.shard_bytes(chunk, row, world) for chunks, _ in laid for chunk in chunks) if world > 1 else 0
+    row = Row(SHARD, HOST, HOST, add_up=not plan.recomputes(moves, recompute))
     phases = passes(setting, swap=swap)
     groups = [group for in_phase in phases.values() for group in sharing_groups(in_phase, keys)]
-    fullest = max(activations_of([(each, moves) for each in group], recompute) for group in groups)
+    assumed = {
+        role.name: plan.Model(role.name, tuple(plan.Placed(chunk, row) for chunk in chunks), tuple(visits))
+        for role, (chunks, visits) in zip(work.roles, laid, strict=True)
+    }
+    fullest = max(bytes_of(group, assumed, dict.fromkeys(assumed, moves), world, recompute) for group in groups)
     budgets = dict(setting.budgets)
-    host = budgets.get("host")
+    host, device = budgets.get("host"), budgets.get("device")
+    outside = cuda.most(setting.blas_workspace, [chunks for chunks, _ in laid], phases, device)
+    if device is not None:
+        budgets["device"] = max(device - outside, 0)
+    on_device: dict[TierName, int | None] = {"device": budgets.get("device")}
     if swap and host is not None:
         budgets["host"] = max(host - max(generation.swapped for generation in phases["rollout"]), 0)
-    placed = plan.place(setting.strategy, laid, world, budgets, with_slack(fullest, shard), recompute)
+    placed = plan.place(setting.strategy, laid, world, budgets, with_slack(fullest), recompute)
     models = {
         role.name: plan.Model(
             role.name,
@@ -445,14 +339,19 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     }
     if setting.strategy in PYTORCH and world > 1:
         copies = setting.nodes if setting.strategy == "hsdp" else 1
-        return sharded.forecast(
+        planned = sharded.forecast(
             models, phases, shards=world // copies, nodes=setting.nodes, copies=copies, device=budgets.get("device"),
             recompute=recompute, rates=setting.rates,
         )  # fmt: skip
+        return cuda.besides(planned, models, phases, world, setting.blas_workspace, outside)
     rates = setting.rates if setting.nodes > 1 else inside_machine(setting.rates)
     if not moves and any(model.moving(world) for model in models.values()):
         return _forecast(dataclasses.replace(setting, recompute=recompute is not False), timed, True, swap)
-    return forecast(models, phases, world=world, budgets=setting.budgets, recompute=recompute, rates=rates, timed=timed)
+    planned = forecast(
+        models, phases, world=world, budgets={**setting.budgets, **on_device}, recompute=recompute, rates=rates,
+        timed=timed, update_tile=cuda.UPDATE_TILE if setting.blas_workspace else plan.UPDATE_TILE,
+    )  # fmt: skip
+    return cuda.besides(planned, models, phases, world, setting.blas_workspace, outside)
 
 
 @functools.cache
@@ -470,13 +369,3 @@ def _laid(role: RoleSpec, dtype: str, world: int, chunk_size: int | None) -> tup
         groups = weight_shapes.groups_of(role.config, dtype, trained=role.trained, scalar=role.scalar)
     chunks = layout(groups, world=world, max_numel=chunk_size)
     return chunks, weight_shapes.visits_of(role.config, scalar=role.scalar)
-
-
-def elements_of(chunk_size: str | None, dtype: str) -> int | None:
-    """--chunk-size in elements."""
-    nbytes = bytes_of(chunk_size, "--chunk-size")
-    return nbytes and max(nbytes // ITEMSIZE[DTYPES[dtype]], 1)
-
-
-def bytes_of(text: str | None, flag: str) -> int | None:
-    return None if text is None else parse_bytes(text, flag)

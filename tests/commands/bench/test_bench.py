@@ -38,7 +38,7 @@ def test_a_published_line_runs_with_our_name_in_it(line, tmp_path, tiny_model, m
         shapes.append(name)
         return TINY
 
-    monkeypatch.setattr("penstock.planner.workload.config_of", tiny)
+    monkeypatch.setattr("penstock.planner.from_flags.config_of", tiny)
     assert cli("bench", *asked, *QUICK, "--json", tmp_path / "found.json") == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert shapes[0] in (asked[1], f"opt-{asked[1]}")

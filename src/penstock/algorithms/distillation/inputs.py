@@ -127,7 +127,8 @@ def workload(config: DistillConfig, inputs: Inputs, models: dict[str, Any]) -> W
     batches = (optim.batch_size, optim.micro_batch_size, optim.batch_size, 1)
     lengths = (prompt, answer, flags.rollout_batch_size)
     k, samples = flags.teacher_top_k, flags.on_policy > 0
-    return Workload("distill", role_specs(models), *batches, *lengths, top_k=k, samples=samples)
+    options: Any = {"top_k": k, "samples": samples, "temperature": flags.temperature}
+    return Workload("distill", role_specs(models), *batches, *lengths, **options)
 
 
 def say_what_fits(strategy: Strategy, work: Workload, session: Session) -> None:

@@ -27,10 +27,11 @@ import torch
 from penstock.algorithms.setup import strategy_of
 from penstock.autochunk.meter import Meter
 from penstock.commands.bench.config import BenchConfig, CapacityConfig
-from penstock.commands.bench.fit import available_ram, check, shape_of
+from penstock.commands.bench.fit import check, shape_of
 from penstock.commands.bench.plain import Kind, Plain
 from penstock.distributed.world import World
 from penstock.errors import ResourceError
+from penstock.kernels.machine import available_ram
 from penstock.memory.placement import known
 from penstock.models import weight_shapes
 from penstock.models.config import DecoderConfig

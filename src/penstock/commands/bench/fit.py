@@ -1,9 +1,7 @@
 """Whether a benchmark fits, by the plan, before anything is made; and the shape that its flags describe."""
 
 import dataclasses
-import os
 import shutil
-from pathlib import Path
 
 import torch
 
@@ -12,14 +10,16 @@ from penstock.commands import plan
 from penstock.commands.bench.config import BenchConfig
 from penstock.commands.bench.work import Sizes
 from penstock.errors import ResourceError, UserError
+from penstock.kernels.machine import available_ram
 from penstock.memory.placement import TierName
 from penstock.memory.strategy import Strategy
 from penstock.models.config import DecoderConfig
 from penstock.models.presets import GPT2, OPT
-from penstock.planner import workload
+from penstock.planner import from_flags
 from penstock.planner.config import PlanConfig
 from penstock.planner.forecast import TIERS
-from penstock.planner.workload import forecast_of, workload_of
+from penstock.planner.from_flags import workload_of
+from penstock.planner.workload import forecast_of
 
 ALIASES = {size: f"opt-{size}" for size in OPT if size not in GPT2}
 """What the published LoRA benchmark calls its models."""
@@ -30,7 +30,7 @@ def shape_of(config: BenchConfig) -> DecoderConfig:
 
     Raises UserError for a size that does not exist, with the nearest ones.
     """
-    shape = workload.config_of(ALIASES.get(config.model, config.model), "--model")
+    shape = from_flags.config_of(ALIASES.get(config.model, config.model), "--model")
     if config.prompt_length >= config.max_length:
         raise UserError(
             f"--prompt-length {config.prompt_length}: leaves no room for a response in --max-length "
@@ -69,7 +69,7 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
         micro_batch_size=sizes.micro, mini_batch_size=sizes.train * world, epochs=sizes.epochs,
         prompt_length=sizes.prompt, max_new_tokens=sizes.new, recompute=config.recompute,
         keep_activations=config.keep_activations, chunk_size=config.chunk_size,
-        lora=config.lora_rank or None, base_dtype=config.base_dtype,
+        lora=config.lora_rank or None, base_dtype=config.base_dtype, top_k=config.top_k,
     )  # fmt: skip
     work = workload_of(asked, shape)
     # Unlike in training, the reward model is the bare base: it has no adapter.
@@ -87,24 +87,11 @@ def check(config: BenchConfig, shape: DecoderConfig, strategy: Strategy) -> dict
 
 def room(strategy: Strategy, on_device: int) -> dict[TierName, int | None]:
     """Bytes that this machine has for one process on each tier. On a CPU the device is RAM too, and comes first."""
-    ram = available_ram() // ranks_here()
-    device = strategy.world.device
+    ranks, device = strategy.world.local_size, strategy.world.device
+    ram = available_ram() // ranks
     free: dict[TierName, int | None] = {"device": ram, "host": max(ram - on_device, 0), "disk": None}
     if device.type == "cuda":
         free["device"], free["host"] = torch.cuda.mem_get_info(device)[0], ram
     if "disk" in strategy.tiers:
-        free["disk"] = shutil.disk_usage(strategy.tiers["disk"].directory).free // ranks_here()  # type: ignore[union-attr]
+        free["disk"] = shutil.disk_usage(strategy.tiers["disk"].directory).free // ranks  # type: ignore[union-attr]
     return free
-
-
-def available_ram() -> int:
-    """Bytes that programs can still take without swapping."""
-    if not Path("/proc/meminfo").exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def ranks_here() -> int:
-    """Processes of this run on this machine: torchrun says it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

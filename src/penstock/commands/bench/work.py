@@ -71,7 +71,7 @@ class Four:
             world = strategy.world.size
             work = Workload(
                 "ppo", role_specs(models), sizes.experience * world, sizes.micro, sizes.train * world, sizes.epochs,
-                sizes.prompt, sizes.new,
+                sizes.prompt, sizes.new, sampled_of=top_k,
             )  # fmt: skip
             swap = reserve_activations(strategy, work)
         self.streams = dict(zip(models, strategy.prepare_all(*models.values()), strict=True))
