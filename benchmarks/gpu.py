@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -29,15 +30,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import autochunk as blocks
 from benchmarks import engine, exact, rollout
 from benchmarks.facts import flags, result_path, write
-from benchmarks.peers import plain
+from benchmarks.peers import ours, plain
 from benchmarks.timing import seconds_of
+from penstock.algorithms.sft import Rows
 from penstock.commands.bench import micro
-from penstock.commands.bench.config import BenchConfig
+from penstock.commands.bench.capacity import capacity as find_capacity
+from penstock.commands.bench.config import BenchConfig, CapacityConfig
 from penstock.commands.bench.fit import shape_of
 from penstock.commands.bench.run import bench
 from penstock.errors import PenstockError
 from penstock.kernels.cpu_ops import PLAIN, Scores
-from penstock.models import linear
+from penstock.memory.strategy import Strategy
+from penstock.models import linear, log_probs, presets, tiling
 
 SETTINGS = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Of the process that the checks are forked from. The last is Hopper's own default; torch requires it to be set where
@@ -182,6 +186,59 @@ def tax(target: Target) -> dict[str, Any]:
     return engine.tax(device=target.device, dtype="bf16", **settings)
 
 
+def head(target: Target) -> dict[str, Any]:
+    """Seconds of log-probabilities and their gradients of 8192 states and Llama 3's vocabulary, by the logits that
+    exist at once (`tiling.GPU_HEAD_TILE`)."""
+    count, width, vocabulary = (64, 32, 500) if target.tiny else (8192, 4096, 128256)
+    states, weight = (
+        torch.randn(rows, width, device=target.device, dtype=torch.bfloat16, requires_grad=True)
+        for rows in (count, vocabulary)
+    )
+    words = torch.randint(vocabulary, (count,), device=target.device)
+
+    def run() -> None:
+        log_probs.logprobs([(states, weight)], words, entropy=False)[0].sum().backward()
+
+    seconds = {}
+    for bits in (20, 22, 24, 26):
+        with mock.patch.object(tiling, "GPU_HEAD_TILE", 1 << bits):
+            seconds[f"2^{bits} logits"] = seconds_of(run, target.device)
+    return {"seconds": seconds, "taken": tiling.GPU_HEAD_TILE}
+
+
+def sft(target: Target) -> dict[str, Any]:
+    """Tokens per second of SFT steps that move all weights of Llama 3 8B within 24 GB of device memory."""
+    shape, rows, length, micro, memory = presets.named("llama-3-8b"), 64, 2048, 2, "24GB"
+    if target.tiny:
+        shape = replace(shape, num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, d_ff=64)
+        rows, length, micro, memory = 4, 16, 2, "300MB"
+
+    def steps(name: str) -> dict[str, Any]:
+        strategy = Strategy.named(name, dtype="bf16", device=target.device, device_memory=memory)
+        step = ours.sft(strategy, strategy.prepare(ours.actor_of(strategy, shape)))
+        tokens = torch.randint(1, shape.vocab_size, (rows, length), device=target.device)
+        trained = torch.arange(length, device=target.device) > 0
+        batches = [Rows(part, trained.expand_as(part)) for part in tokens.split(micro)]
+        seconds = [seconds_of(lambda: step(batches), target.device) for _ in range(3)][1:]  # the first one warms up
+        peak = torch.cuda.max_memory_allocated() if target.gpu else None
+        return {"tokens_per_second": tokens.numel() / min(seconds), "seconds": seconds, "peak": peak}
+
+    names = ("gemini_cpu", "gemini_cpu_8bit")
+    return target.table({name: lambda name=name: apart(lambda: steps(name), target.left()) for name in names})
+
+
+def capacity(target: Target) -> dict[str, Any]:
+    """The deepest stack of XL's blocks whose PPO iteration completes in 16 GB of device memory, ours and plain."""
+    config = CapacityConfig(
+        "16GB", model="xl", strategy="gemini_auto_8bit", host_memory="100GB", prompt_length=32, max_length=64
+    )
+    if target.tiny:
+        config = replace(
+            config, device_memory="1GB", model="s", host_memory="3GB", prompt_length=4, max_length=8, layers=1
+        )
+    return find_capacity(config)
+
+
 # --- PPO --------------------------------------------------------------------------------------------------------------
 
 PUBLISHED = BenchConfig(model="s", iterations=1)
@@ -310,7 +367,10 @@ CHECKS: dict[str, Callable[[Target], dict[str, Any]]] = {
     "small": lambda target: _ours(SMALL, target),
     "table": table,
     "autochunk": autochunk,
+    "head": head,
     "tax": tax,
+    "sft": sft,
+    "capacity": capacity,
     "rollout": lambda target: rollout.on_gpu(target.device, target.tiny),
 }
 

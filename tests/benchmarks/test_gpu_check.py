@@ -6,10 +6,12 @@ import pytest
 
 from benchmarks import gpu
 
-LONG = [pytest.param(check, marks=pytest.mark.slow) for check in ("table", "autochunk")]  # a minute each
+LONG = [pytest.param(check, marks=pytest.mark.slow) for check in ("table", "autochunk", "capacity")]  # a minute each
 
 
-@pytest.mark.parametrize("check", ["exact", "features", "rates", "attention", "small", "tax", "rollout", *LONG])
+@pytest.mark.parametrize(
+    "check", ["exact", "features", "rates", "attention", "head", "small", "tax", "sft", "rollout", *LONG]
+)
 def test_every_quick_check_runs_and_writes_its_result(check, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     flags = ["--device", "cpu", "--tiny", "--disk", str(tmp_path / "disk"), "--seconds", "1000"]  # on a busy machine
