@@ -244,7 +244,7 @@ def resume(config: Any) -> None:
     load(command.function)(run_config, resume=True)
 
 
-MAY_CHANGE = ("device", "strategy", "device_memory", "host_memory", "disk", "json", "keep", "resume_if_present")
+MAY_CHANGE = ("device", "strategy", "device_memory", "host_memory", "disk", "json", "keep", "log", "resume_if_present")
 """Flags that a run goes on with as the command line has them, if it has them."""
 
 

@@ -226,8 +226,10 @@ def _flags_of(config_class: type, template: Any, group: str) -> Iterator[Flag]:
         optional = get_origin(value) in (types.UnionType, Union)  # Literal[...] | None is of the second
         if optional:
             value = next(part for part in get_args(value) if part is not types.NoneType)
-        several, choices = get_origin(value) is tuple, get_args(value) if get_origin(value) is Literal else ()
-        plain = str if choices else get_args(value)[0] if several else value
+        several = get_origin(value) is tuple
+        value = get_args(value)[0] if several else value
+        choices = get_args(value) if get_origin(value) is Literal else ()
+        plain = str if choices else value
         owner = next(base for base in config_class.__mro__ if field.name in _docstrings(base))
         title = group if owner is config_class else _title(owner)
         yield Flag(field.name, plain, choices, several, optional, default, _docstrings(owner)[field.name], title)
@@ -384,7 +386,7 @@ def _converted(flag: Flag, value: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise argparse.ArgumentTypeError(f"{text}: give true or false")
         return text.lower() == "true"
-    if flag.optional and text.lower() == "none" and (flag.type is not str or flag.choices):
+    if flag.optional and text.lower() == "none" and (flag.type is not str or flag.choices) and not flag.several:
         return None  # for other text it is a word like any other
     if flag.choices and text not in flag.choices:
         raise argparse.ArgumentTypeError(f"{text}: there are {', '.join(flag.choices)}")

@@ -171,3 +171,5 @@ class ResumeConfig(BudgetFlags, DeviceFlags):
     """Not ppo: passes over the data in the whole run, with those that are made. Default: as before."""
     strategy: str | None = None
     """Where weights, gradients and optimizer states are kept. Default: as before."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
+    """Loggers; one that the run has not had before gets all its steps. Default: as before."""

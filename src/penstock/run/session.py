@@ -28,6 +28,7 @@ from penstock.memory.strategy import StepStats
 from penstock.memory.stream import Stream
 from penstock.run import checkpoint
 from penstock.run.directory import RunDirectory
+from penstock.run.loggers import Loggers, require
 from penstock.run.metrics import Lines, peak_rss_bytes
 from penstock.run.optimizer_files import read_optimizer, write_optimizer
 from penstock.run.progress import Progress
@@ -81,8 +82,10 @@ class Session:
         self._handlers: dict[int, Any] = {}
         if config.run.resume_if_present and len(set(world.gather(resume))) > 1:
             raise UserError(f"--out {self.path}: some ranks see a run in it and some do not; it must be one directory.")
-        if world.first and not resume:
-            RunDirectory.refuse_used(self.path)  # before a large model is loaded
+        if world.first:  # before a large model is loaded
+            require(config.run.log)
+            if not resume:
+                RunDirectory.refuse_used(self.path)
         self.config = _with_commits(config, world)
         self._flags = flags.with_absolute_paths(flags.to_dict(self.config))
 
@@ -111,6 +114,8 @@ class Session:
             self._lines = {name: Lines(self.path / f"{name}.jsonl", offsets.get(name, 0)) for name in STREAMS}
             for text in self._warned if self.state is None else ():
                 self._lines["health"].write({"step": 0, "text": text})
+            flags = {"command": self.command, **self._flags, "out": str(self.path.absolute())}
+            self._loggers = Loggers(self.config.run.log, self.path, flags, self.say)
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._handlers[signum] = signal.signal(signum, self._note_signal)
         return self
@@ -125,6 +130,7 @@ class Session:
         if self.directory is not None:
             if isinstance(error, PenstockError):
                 self.directory.note(f"stopped: {error}")
+            self._loggers.close(error is None)
             for lines in self._lines.values():
                 lines.close()
             self.directory.close()
@@ -210,6 +216,7 @@ class Session:
         self._since = now
         self._lines["metrics"].write({"step": step, **metrics})
         self._lines["perf"].write({"step": step, **perf})
+        self._loggers.log(step, {**metrics, **perf})
         assert self._progress is not None
         self._progress.update(step, {**metrics, **perf})
 
@@ -218,6 +225,7 @@ class Session:
         if self.world.first:
             for row in rows:
                 self._lines["samples"].write({"step": step, **row})
+            self._loggers.sample(step, rows)
 
     def check(self, stats: StepStats, name: str = "model") -> None:
         """Counts a model's updates that were not finite; three in a row end the run, never saved (PPO.md 20)."""
