@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.facts import RESULTS, ROOT, flags, write
 
 DIRECTORIES = (
-    "algorithms", "data", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk",
+    "algorithms", "data", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk", "run",
 )  # fmt: skip
 FIRST = (
     "algorithms/test_functional.py", "algorithms/test_experience.py", "algorithms/test_reading.py",
@@ -404,6 +404,15 @@ BUGS: list[Bug] = [
      "dist.PrefixStore(attempt(store, rank, size), store)", 'dist.PrefixStore("attempt", store)'),
     ("distributed/cores.py", "a rank that its launcher has bound shares its own cores again",
      "len(os.sched_getaffinity(os.getppid()) | own)", "len(own)"),
+    # loggers, and the page that is served
+    ("run/loggers.py", "a step that a logger has is sent to it again",
+     "if step not in logger.steps:\n                self._attempt(name, logger.log",
+     "if True:\n                self._attempt(name, logger.log"),
+    ("run/loggers.py", "a logger that cannot be reached ends the run", "except Exception as error:", "except KeyError as error:"),
+    ("run/loggers.py", "samples come before the numbers of their step", "if step <= last:", "if step <= last + 1:"),
+    ("run/report.py", "one run's curve takes the place of another's", "if line == \"held-out\" else name] = curve",
+     "if line == \"held-out\" else line] = curve"),
+    ("commands/watch.py", "any name that leads to this machine gets the page", "allowed_hosts=HOSTS", "allowed_hosts=[\"*\"]"),
     ("run/session.py", "a second SIGTERM costs the checkpoint",
      "if self._signal and signum == signal.SIGINT:", "if self._signal:"),
     (ADAM, "gradients are not clipped on Apple's GPU",

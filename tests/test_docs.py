@@ -117,8 +117,9 @@ FOREIGN_FLAGS = {
 """torchrun's and Slurm's."""
 FOREIGN_NAMES = {
     "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "TRACKIO_DIR",
 }  # fmt: skip
-"""What torch reads from the environment."""
+"""What torch and loggers read from the environment."""
 DATA_FILE = re.compile(r".*\.(?:json|jsonl|toml|html|txt|md|safetensors|parquet|arrow|csv|tsv|gz|zst|png|bin|pt)")
 
 

@@ -112,6 +112,10 @@ COMMANDS: dict[str, Command] = {
         "list what this machine, or a model, is and what is missing", "commands.config:DoctorConfig",
         "commands.doctor:doctor", "model", "penstock doctor Qwen/Qwen3-0.6B",
     ),
+    "watch": Command(
+        "show the report of runs in a browser while they are written", "commands.config:WatchConfig",
+        "commands.watch:watch", "run", "penstock watch runs/ppo runs/grpo",
+    ),
     "resume": Command(
         "continue a run that was stopped or killed", "commands.config:ResumeConfig", "cli:resume", "run",
         "penstock resume runs/ppo",

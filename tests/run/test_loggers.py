@@ -213,6 +213,7 @@ def test_a_logger_that_fails_never_ends_the_run(tmp_path, monkeypatch, capsys):
     assert printed.count("WARNING: --log mlflow: RuntimeError: no key; the run goes on") == 1
     assert printed.count("WARNING: --log wandb: ConnectionError: no route to host; the run goes on") == 1
     assert "WARNING: --log wandb: failed 2 times" in (run / "log.txt").read_text()
+    assert "WARNING: --log mlflow: has nothing of this run" in (run / "log.txt").read_text()
     assert [call[0] for call in recorder.calls[:-1] if isinstance(call[1], dict)] == [1, 4, 5, 6, 7, 8]
     assert recorder.calls[-1] is True
 

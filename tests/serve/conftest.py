@@ -16,7 +16,8 @@ from penstock.data.toyland import save_tokenizer
 from penstock.serve import auth
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.config import ServeConfig
-from penstock.serve.server import Web, address_of, listen
+from penstock.serve.listener import address_of, listen
+from penstock.serve.server import Web
 from penstock.serve.service import Service
 from penstock.serve.store import open_store
 from tests.conftest import PATIENCE, save_tiny

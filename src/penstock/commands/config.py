@@ -1,5 +1,5 @@
-"""The flags of commands that no other floor reads: generate, chat, export, demo, doctor, data, resume. No torch in
-here."""
+"""The flags of commands that no other floor reads: generate, chat, export, demo, doctor, data, watch, resume.
+No torch in here."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -156,6 +156,17 @@ class DemoConfig(Flags):
     """Also GRPO, RLOO, DPO, online DPO and KTO from the same SFT model, in one table."""
     json: bool = False
     """Print report.json at the end."""
+
+
+@dataclass(frozen=True)
+class WatchConfig(Flags):
+    """Show the report of runs in a browser while they are written: curves of several in the same pictures, samples,
+    warnings, memory and the time left. Only this machine can reach the page, and nothing is written. Ctrl-C ends it."""
+
+    run: tuple[str, ...]
+    """Run directories."""
+    port: int = 8001
+    """Port of 127.0.0.1 to listen at; 0 takes a free one."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class Loggers:
         if not names:
             return
         file, record = path / "loggers.json", _record(path)
-        known: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        text = file.read_text(encoding="utf-8") if file.exists() else "{}"
+        known: dict[str, dict[str, str]] = self._attempt(file.name, json.loads, text) or {}
         for name in dict.fromkeys(names):
             logger = self._attempt(name, OPEN[name], path, config, known.get(name, {}), max(record, default=0))
             if logger is not None:
@@ -90,7 +91,8 @@ class Loggers:
         for name, logger in self._open.items():
             self._attempt(name, logger.close, ended_well)
         for name, count in self._failures.items():
-            self._say(f"WARNING: --log {name}: failed {count} times")
+            outcome = f"failed {count} times" if name in self._open else "has nothing of this run"
+            self._say(f"WARNING: --log {name}: {outcome}")
 
     def _send_samples(self, last: int) -> None:
         """Those of steps up to `last`, a table for each step."""

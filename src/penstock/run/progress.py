@@ -52,7 +52,7 @@ class Progress:
         if self.json:
             print(to_json({"step": step, "total": self.total, **stats}), flush=True)
         fields = self._fields(stats)
-        left = _clock((time.perf_counter() - self._began) / max(step - self._start, 1) * (self.total - step))
+        left = clock(self.seconds_per_step(step) * (self.total - step))
         numbers = "  ".join(f"{label} {value}" for label, value in fields)
         plain = f"{self.title} {step:>{len(str(self.total))}}/{self.total}  {numbers}  left {left}"
         self.note(plain)
@@ -60,6 +60,10 @@ class Progress:
             self._live.update(self._screen(step, fields, left))
         elif not self.json:
             print(plain, file=sys.stderr, flush=True)
+
+    def seconds_per_step(self, step: int) -> float:
+        """The mean so far, evaluations and checkpoints included, when `step` has just ended."""
+        return (time.perf_counter() - self._began) / max(step - self._start, 1)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
@@ -99,6 +103,6 @@ class Progress:
         return Group(head, Columns(numbers, padding=(0, 2), equal=True))
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Hours, minutes and seconds, always as wide."""
     return f"{int(seconds) // 3600:2d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

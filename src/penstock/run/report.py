@@ -1,6 +1,7 @@
 """report.html: one self-contained page of a run, with curves as pictures and answers before and after.
 
-A page is a list of sections, small records below. Nothing is fetched when the page is read.
+A page is a list of sections, small records below. Nothing is fetched when the page is read. `penstock watch` serves the
+same page while runs write.
 """
 
 import base64
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.run.checkpoint import write_whole
 from penstock.run.directory import RunDirectory
 from penstock.run.metrics import read_lines
+from penstock.run.progress import clock
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,14 +108,17 @@ border-top:1px solid var(--line)}
 """
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole HTML document; it loads no other file."""
-    body = "\n".join(_render(section) for section in sections)
+def page(
+    title: str, subtitle: str, sections: Sequence[Section], pictures: dict[str, str] | None = None, script: str = ""
+) -> str:
+    """The whole HTML document; it loads no other file. Pictures that are in `pictures` are taken as they are there."""
+    pictures = {} if pictures is None else pictures
+    body = "\n".join(_render(section, pictures) for section in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{html.escape(title)}</h1><p class="sub">{html.escape(subtitle)}</p>{body}</main></body></html>\n'
+        f'<h1>{html.escape(title)}</h1><p class="sub">{html.escape(subtitle)}</p>{body}</main>{script}</body></html>\n'
     )
 
 
@@ -128,6 +133,7 @@ HEADLINES = {
     "objective/response_length": "answer length, tokens",
     "val/explained_variance": "value explained", "episode": "answers sampled", "perf/tokens_per_second": "tokens/s",
     "perf/host_peak_bytes": "peak host memory", "perf/device_peak_bytes": "peak device memory",
+    "timing/left_seconds": "time left",
 }  # fmt: skip
 
 GROUPS = {
@@ -141,19 +147,86 @@ GROUPS = {
 
 def run_report(path: Path, command: str) -> Path:
     """Writes RUN/report.html from the run's metrics and samples, and returns its path."""
-    rows = [*read_lines(path / "metrics.jsonl"), *read_lines(path / "perf.jsonl")]
-    sections: list[Section] = [Text(text, loud=True) for text in warnings(read_lines(path / "health.jsonl"))]
-    if headlines := _headlines(rows):
-        sections.append(Figures(headlines))
-    if pairs := _before_after(read_lines(path / "samples.jsonl")):
-        sections.append(Samples("Answers before and after", pairs))
-    sections += [Curves(title, pictures) for title, pictures in _groups(rows).items()]
-    config = RunDirectory.peek(path)
-    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in config.items() if name != "command"]
-    sections.append(Table("Configuration", ("flag", "value"), flags, folded=True))
-    steps = max((row["step"] for row in rows), default=0)
-    write_whole(path / "report.html", page(f"penstock {command}", f"{path.name}, {steps} steps", sections))
+    run = RunFiles.read(path)
+    title, subtitle = f"penstock {command}", f"{path.name}, {run.steps} steps"
+    write_whole(path / "report.html", page(title, subtitle, sections_of({path.name: run})))
     return path / "report.html"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a page shows of one run."""
+
+    config: Mapping[str, Any]
+    """config.toml, `command` included."""
+    rows: Sequence[Mapping[str, Any]]
+    """metrics.jsonl, then perf.jsonl."""
+    samples: Sequence[Mapping[str, Any]]
+    health: Sequence[Mapping[str, Any]]
+
+    @staticmethod
+    def read(path: Path) -> "RunFiles":
+        """Raises UserError where there is no run."""
+        metrics, perf, samples, health = (
+            read_lines(path / f"{name}.jsonl") for name in ("metrics", "perf", "samples", "health")
+        )
+        return RunFiles(RunDirectory.peek(path), [*metrics, *perf], samples, health)
+
+    @property
+    def steps(self) -> int:
+        return max((row["step"] for row in self.rows), default=0)
+
+
+def sections_of(runs: Mapping[str, RunFiles]) -> list[Section]:
+    """The page of a run; of several by name, with their curves in the same pictures and all else side by side."""
+    alone = len(runs) == 1
+    sections: list[Section] = [
+        Text(text if alone else f"{name}: {text}", loud=True)
+        for name, run in runs.items()
+        for text in warnings(run.health)
+    ]
+    headlines = {name: _headlines(run.rows) for name, run in runs.items()}
+    if alone:
+        sections += [Figures(values) for values in headlines.values() if values]
+    else:
+        sections.append(Table("Runs", ["", *runs], _side_by_side(headlines)))
+    if pairs := _answers(runs):
+        sections.append(Samples("Answers before and after", pairs))
+    sections += [Curves(title, pictures) for title, pictures in _curves_of(runs).items()]
+    flags = {
+        name: {f"--{flag.replace('_', '-')}": str(value) for flag, value in run.config.items() if flag != "command"}
+        for name, run in runs.items()
+    }
+    header = ["flag", *(["value"] if alone else runs)]
+    return [*sections, Table("Configuration", header, _side_by_side(flags), folded=True)]
+
+
+def _answers(runs: Mapping[str, RunFiles]) -> list[tuple[str, dict[str, tuple[str, float | None]]]]:
+    """Each prompt with the answers before and after of every run that has it."""
+    pairs: dict[str, dict[str, tuple[str, float | None]]] = {}
+    for name, run in runs.items():
+        for prompt, answers in _before_after(run.samples):
+            named = {who if len(runs) == 1 else f"{name}, {who}": answer for who, answer in answers.items()}
+            pairs.setdefault(prompt, {}).update(named)
+    return list(pairs.items())
+
+
+def _curves_of(runs: Mapping[str, RunFiles]) -> dict[str, dict[str, dict[str, Curve]]]:
+    """Heading -> pictures of all runs, each with their lines."""
+    groups: dict[str, dict[str, dict[str, Curve]]] = {heading: {} for heading in GROUPS.values()}
+    for name, run in runs.items():
+        for heading, pictures in _groups(run.rows).items():
+            for title, lines in pictures.items():
+                picture = groups.setdefault(heading, {}).setdefault(title, {})
+                for line, curve in lines.items():
+                    picture[line if len(runs) == 1 else f"{name}, held-out" if line == "held-out" else name] = curve
+    return {heading: pictures for heading, pictures in groups.items() if pictures}
+
+
+def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+    """A row for each name in any of the columns."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    return [[name, *(column.get(name, "").replace("\n", ", ") for column in columns.values())] for name in names]
 
 
 def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -175,6 +248,8 @@ def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     headlines = {}
     for name, label in HEADLINES.items():
         values = [row[name] for row in rows if row.get(name) is not None]
+        if name == "timing/left_seconds" and values and values[-1] == 0:
+            continue  # the run has ended
         if values:
             first, last = _number(name, values[0]), _number(name, values[-1])
             headlines[label] = last if first == last else f"{last}\nfrom {first}"
@@ -186,7 +261,7 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     points: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         for name, value in row.items():
-            if name != "step" and value is not None:
+            if name not in ("step", "timing/left_seconds") and value is not None:
                 xs, ys = points.setdefault(name, ([], []))
                 xs.append(row["step"])
                 ys.append(value)
@@ -200,7 +275,7 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
         heading = GROUPS.get(plain_name) or GROUPS.get(f"{prefix}/" if prefix else "", prefix)
         lines = groups.setdefault(heading, {}).setdefault(plain_name if plain_name in points else name, {})
         lines["held-out" if held_out else "training" if f"heldout/{name}" in points else name] = curve
-    return {heading: pictures for heading, pictures in groups.items() if pictures}
+    return groups
 
 
 def _before_after(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, tuple[str, float | None]]]]:
@@ -220,6 +295,8 @@ def _before_after(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[
 def _number(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return f"{value / 1e9:.2f} GB"
+    if name == "timing/left_seconds":
+        return clock(value).strip()
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -229,7 +306,7 @@ SHOWN = 6
 """Samples above the fold; the others open on a click."""
 
 
-def _render(section: Section) -> str:
+def _render(section: Section, pictures: dict[str, str]) -> str:
     match section:
         case Text(text, loud):
             return f"<p{' class=loud role=alert' if loud else ''}>{html.escape(text)}</p>"
@@ -247,8 +324,13 @@ def _render(section: Section) -> str:
             if folded_cards := cards[SHOWN:]:
                 text += f"<details><summary>{len(folded_cards)} more</summary>{''.join(folded_cards)}</details>"
             return text
-        case Curves(title, pictures, x_label):
-            figures = "".join(_curves(name, lines, x_label) for name, lines in pictures.items())
+        case Curves(title, curves, x_label):
+            for name, lines in curves.items():
+                if f"{title}/{name}" not in pictures:
+                    pictures[f"{title}/{name}"] = _picture(name, lines, x_label)
+            figures = "".join(
+                _curves(name, lines, x_label, pictures[f"{title}/{name}"]) for name, lines in curves.items()
+            )
             return f"<h2>{html.escape(title)}</h2><div class=grid>{figures}</div>"
 
 
@@ -277,13 +359,13 @@ def _sample(prompt: str, answers: Mapping[str, tuple[str, float | None]]) -> str
     )
 
 
-def _curves(name: str, lines: Mapping[str, Curve], x_label: str) -> str:
+def _curves(name: str, lines: Mapping[str, Curve], x_label: str, picture: str) -> str:
     """One picture with its name and, when it is a single line, the last value."""
     ends = [ys[-1] for _, ys in lines.values() if len(ys)]
     last = _number(name, ends[0]) if len(ends) == 1 else ""
     return (
         f"<figure class=card><figcaption><b>{html.escape(name)}</b>{last}</figcaption>"
-        f'<img alt="{html.escape(name)} by {html.escape(x_label)}" src="{_picture(name, lines, x_label)}"></figure>'
+        f'<img alt="{html.escape(name)} by {html.escape(x_label)}" src="{picture}"></figure>'
     )
 
 

@@ -213,11 +213,12 @@ class Session:
         perf |= {**timing, "perf/host_peak_bytes": float(peak_rss_bytes())}
         if self.world.device.type == "cuda":
             perf["perf/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(self.world.device))
+        assert self._progress is not None
+        perf["timing/left_seconds"] = self._progress.seconds_per_step(step) * (self.total - step)
         self._since = now
         self._lines["metrics"].write({"step": step, **metrics})
         self._lines["perf"].write({"step": step, **perf})
         self._loggers.log(step, {**metrics, **perf})
-        assert self._progress is not None
         self._progress.update(step, {**metrics, **perf})
 
     def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -20,6 +20,7 @@ try:
     from penstock.serve import auth
     from penstock.serve.app import build
     from penstock.serve.http_protocol import LimitedHttpProtocol
+    from penstock.serve.listener import address_of, listen
     from penstock.serve.service import Service
     from penstock.serve.store import open_store
 except ModuleNotFoundError as error:
@@ -125,32 +126,6 @@ class Web(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError for an address that the machine does not have, or that is taken."""
-    try:
-        family, socket_type, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, UnicodeError) as error:
-        raise UserError(f"--host {host}: is no address of this machine; try 127.0.0.1.") from error
-    listener = socket.socket(family, socket_type, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another --port, or 0 for a "
-            "free one."
-        ) from error
-    listener.listen(1024)
-    return listener
-
-
-def address_of(listener: socket.socket) -> str:
-    """The URL to open in a browser."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _is_local(host: str) -> bool:
