@@ -79,7 +79,7 @@ def test_new_rows_appear_without_a_reload(watched):
         browser = engine.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
         shown = browser.new_page()
         problems = []
-        shown.on("pageerror", problems.append)
+        shown.on("pageerror", lambda error: problems.append(error))
         shown.goto(url)
         shown.evaluate("window.loaded = 'once'")
         row = shown.locator("tr", has_text="loss").first
