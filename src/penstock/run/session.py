@@ -114,8 +114,8 @@ class Session:
             self._lines = {name: Lines(self.path / f"{name}.jsonl", offsets.get(name, 0)) for name in STREAMS}
             for text in self._warned if self.state is None else ():
                 self._lines["health"].write({"step": 0, "text": text})
-            flags = {"command": self.command, **self._flags, "out": str(self.path.absolute())}
-            self._loggers = Loggers(self.config.run.log, self.path, flags, self.say)
+            settings = {"command": self.command, **self._flags, "out": str(self.path.absolute())}
+            self._loggers = Loggers(self.config.run.log, self.path, settings, self.say)
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._handlers[signum] = signal.signal(signum, self._note_signal)
         return self
