@@ -425,6 +425,11 @@ BUGS: list[Bug] = [
     ("kernels/compile.py", "code that the group can write is loaded", "facts.st_mode & 0o022", "facts.st_mode & 0o002"),
     (LINEAR, "on a GPU heads of a token change places", "return mixed.flatten(1, 2).unsqueeze(2)", "return mixed.transpose(1, 2).flatten(1, 2).unsqueeze(2)"),
     ("rollout/cuda_graphs.py", "all recorders capture on torch's one stream", "pool=self._pool, stream=self._stream,", "pool=self._pool,"),
+    # model cards
+    ("run/model_card.py", "a card names paths of the machine", "return Path(text).name if Path(text).is_absolute() else text", "return text"),
+    ("run/model_card.py", "a card tells of the last stage alone", "for run, config in reversed(line):", "for run, config in line[:1]:"),
+    ("commands/export.py", "an export asks the hub when all is written", "push = Push(config) if config.push else None\n", "push = None\n"),
+    ("models/weight_shapes.py", "the plan forgets the bias of a tied head", "*reads, *([\"head\"] if biased else [])", "*reads"),
 ]  # fmt: skip
 
 

@@ -95,18 +95,26 @@ SMALL = {
     "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 1024,
     "tie_word_embeddings": True, "sliding_window": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 512, "decoder_sparse_step": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen3": {}, "gemma2": {"query_pre_attn_scalar": 64}, "gemma3_text": {"query_pre_attn_scalar": 64},
-    "granite": {"attention_multiplier": 0.125, "residual_multiplier": 0.22}, "smollm3": {},
+    "granite": {"attention_multiplier": 0.125, "residual_multiplier": 0.22}, "smollm3": {}, "mistral": {},
+    "ministral": {}, "qwen2": {}, "phi3": {}, "olmo2": {}, "olmo3": {}, "gpt2": {"n_inner": 3072},
+    "opt": {"ffn_dim": 3072, "word_embed_proj_dim": 768}, "bloom": {}, "gpt_neox": {"intermediate_size": 3072},
+    "qwen3_moe": {**EXPERTS, "num_experts": 8}, "mixtral": {"num_local_experts": 4, "intermediate_size": 1024},
+    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 768},
 }  # fmt: skip
 """What differs from SMALL in each family's small shape."""
 
 
-def families(repeats: int = 5) -> dict[str, Any]:
-    """Each family's small shape against transformers, bf16 where the processor has instructions for it, else fp32."""
+def families(repeats: int = 5, only: str = "") -> dict[str, Any]:
+    """Each family's small shape against transformers, bf16 where the processor has instructions for it, else fp32;
+    `only`: these alone, llama,qwen3."""
     dtype = torch.float32 if linear.slow_in_bf16("cpu") else torch.bfloat16
     rows: dict[str, Any] = {}
     for family, changes in FAMILIES.items():
+        if only and family not in only.split(","):
+            continue
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(family, **(SMALL | changes))
         peer = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()

@@ -1,8 +1,11 @@
-"""A stand-in for the hub: datasets in a folder, served over HTTP as huggingface_hub and datasets ask for them.
+"""A stand-in for the hub: datasets in a folder, served over HTTP as huggingface_hub and datasets ask for them; models
+are taken from who has the token.
 
 USER/NAME/COMMIT/files of the repository        USER/NAME/main: the commit that `main` is
+models/USER/NAME/files of what was uploaded
 """
 
+import base64
 import hashlib
 import http.server
 import json
@@ -12,6 +15,8 @@ import urllib.parse
 from pathlib import Path
 
 API = re.compile(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+))?(?:/(.*))?")
+COMMIT = re.compile(r"/api/models/([^/]+/[^/]+)/commit/main")
+TOKEN = "hf_of_the_stand_in"
 FILE = re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -34,10 +39,38 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if not self.path.startswith("/api/datasets/"):
+            self.take(body)
+            return
         repo, _, revision, _ = API.fullmatch(urllib.parse.unquote(self.path)).groups()
         paths = json.loads(body)["paths"] if body.startswith("{") else urllib.parse.parse_qs(body)["paths"]
         if folder := self.checkout(repo, revision):
             self.answer([entry(folder, folder / path) for path in paths if (folder / path).exists()])
+
+    def take(self, body):
+        """Steps of an upload: a repository is made, its card is judged, files are announced, and committed."""
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.fail("", 401)
+        elif self.path == "/api/repos/create":
+            model = json.loads(body)
+            name = f"{model.get('organization') or 'me'}/{model['name']}"
+            (self.server.folder / "models" / name).mkdir(parents=True, exist_ok=True)
+            self.server.made.append(model)
+            self.answer({"url": f"http://127.0.0.1:{self.server.server_port}/{name}"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]})
+        else:
+            name = COMMIT.fullmatch(self.path.partition("?")[0])[1]
+            home = self.server.folder / "models" / name
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    (home / line["value"]["path"]).parent.mkdir(parents=True, exist_ok=True)
+                    (home / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+            url = f"http://127.0.0.1:{self.server.server_port}/{name}/commit/{'1' * 40}"
+            self.answer({"commitUrl": url, "commitOid": "1" * 40})
 
     def checkout(self, repo, revision):
         """The folder of a commit; None, with an answer sent, where there is none."""
@@ -98,6 +131,6 @@ def entry(folder, path):
 def serve(folder: Path) -> http.server.ThreadingHTTPServer:
     """The hub on a free port of this machine, until `shutdown()`; `requests` lists what it was asked."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.requests = folder, []
+    server.folder, server.requests, server.made = folder, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

@@ -140,6 +140,12 @@ class ExportConfig(Flags):
     """Type of the written weights. Default: as trained."""
     merge: bool = False
     """For a run that trained an adapter: write the whole model with the adapter merged into it, as GGUF always does."""
+    license: str | None = None
+    """The licence that the model card names: apache-2.0. Default: none, and the card says so."""
+    push: str | None = None
+    """Also upload it to the Hugging Face hub, as USER/NAME."""
+    private: bool = False
+    """With --push: a new model is visible to you alone."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """`penstock export`: a run's model as a directory that transformers can load, or as a GGUF file."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,17 +18,26 @@ from penstock.models.formats import gguf_writer
 from penstock.models.surgery import merge_adapters
 from penstock.models.tokenizer_files import load_tokenizer
 from penstock.run.directory import RunDirectory, refused, resolve_model
+from penstock.run.model_card import HUB_NAME, card
+
+CARD = "README.md"
+"""As the hub and transformers name it."""
 
 
 def export(config: ExportConfig) -> None:
-    """Copies the model or the adapter of the best, or else the newest verified, checkpoint.
-
-    With --dtype the weights are rounded or widened; with --merge it writes the base with the adapter merged into it.
-    """
+    """Writes the model or the adapter of the best, or else the newest verified, checkpoint, with a card; with --push it
+    uploads both."""
     RunDirectory.peek(config.run)
-    if config.format == "gguf":
-        export_gguf(config)
-        return
+    push = Push(config) if config.push else None
+    files = export_gguf(config) if config.format == "gguf" else export_directory(config)
+    print(f"wrote {config.out}")
+    if push:
+        print(f"uploaded {push.upload(files)}")
+
+
+def export_directory(config: ExportConfig) -> dict[str, Path]:
+    """Copies the files of the checkpoint's model; with --dtype the weights are rounded or widened, with --merge the
+    base is written with the adapter merged into it. Returns what was written, by name."""
     for flag, value in {"--type": config.type, "--lora-only": config.lora_only}.items():
         if value:
             raise UserError(f"{flag}: shapes a GGUF file; add --format gguf.")
@@ -59,6 +70,7 @@ def export(config: ExportConfig) -> None:
         pretrained.copy_tokenizer(source, unfinished, eos_ids=ends.ids, template=template)
         if ends.note:
             print(f"{out}: {ends.note}")
+        _write_card(config, source, unfinished / CARD, adapter=adapter and not config.merge)
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
@@ -66,7 +78,14 @@ def export(config: ExportConfig) -> None:
         raise refused(f"--out {out}", error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"wrote {out}")
+    return {file.relative_to(out).as_posix(): file for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+def _write_card(config: ExportConfig, source: Path, file: Path, *, adapter: bool) -> None:
+    """`source`: the model in its checkpoint."""
+    name = Path(config.push or config.out).name
+    text = card(Path(config.run), source.parent, name=name, adapter=adapter, licence=config.license)
+    file.write_text(text, encoding="utf-8")
 
 
 def _source(config: ExportConfig) -> Path:
@@ -76,15 +95,17 @@ def _source(config: ExportConfig) -> Path:
     return source
 
 
-def export_gguf(config: ExportConfig) -> None:
-    """Writes the whole model, adapters merged, or the adapter alone, as one GGUF file."""
+def export_gguf(config: ExportConfig) -> dict[str, Path]:
+    """Writes the whole model, adapters merged, or the adapter alone, as one GGUF file, and its card beside it. Returns
+    both, by the names that they have on the hub."""
     out = Path(config.out)
     if out.suffix != ".gguf":
         raise UserError(
             f"--out {out}: a GGUF file's name ends in .gguf; give one, as in model-{config.type or 'f16'}.gguf."
         )
-    if out.exists():
-        raise UserError(f"--out {out}: exists; choose another name.")
+    for file in (out, out.with_suffix(".md")):
+        if file.exists():
+            raise UserError(f"--out {out}: {file} exists; choose another name.")
     if config.dtype:
         raise UserError("--dtype: of GGUF weights it is --type f32, f16 or q8_0; leave it out.")
     source = _source(config)
@@ -107,6 +128,7 @@ def export_gguf(config: ExportConfig) -> None:
             merge_adapters(decoder, keep=False)
             kind = config.type or "f16"
             notes = gguf_writer.write_model(decoder, unfinished, kind, name=out.stem, tokenizer=tokenizer, ends=ends)
+        _write_card(config, source, out.with_suffix(".md"), adapter=config.lora_only)
         unfinished.rename(out)
     except OSError as error:
         raise refused(f"--out {out}", error) from error
@@ -114,4 +136,38 @@ def export_gguf(config: ExportConfig) -> None:
         unfinished.unlink(missing_ok=True)
     for note in notes:
         print(f"{out}: {note}")
-    print(f"wrote {out}")
+    return {out.name: out, CARD: out.with_suffix(".md")}
+
+
+class Push:
+    """An upload to the hub, which is asked first: a long export should not end at a missing token."""
+
+    def __init__(self, config: ExportConfig) -> None:
+        from huggingface_hub import HfApi  # slow to import
+
+        self._api, self._name = HfApi(), str(config.push)
+        if not HUB_NAME.fullmatch(self._name):
+            raise UserError(f"--push {self._name}: a model on the hub is named USER/NAME.")
+        with self._naming("nothing was written"):
+            self._api.create_repo(self._name, private=config.private, exist_ok=True)
+
+    def upload(self, files: Mapping[str, Path]) -> str:
+        """Uploads the files in one commit, and returns where they are."""
+        from huggingface_hub import CommitOperationAdd
+
+        names = [CommitOperationAdd(name, file) for name, file in files.items()]
+        with self._naming(
+            f"the files are there; try again with: hf upload {self._name} {next(iter(files.values())).parent}"
+        ):
+            return str(self._api.create_commit(self._name, names, commit_message="Exported by penstock").commit_url)
+
+    @contextlib.contextmanager
+    def _naming(self, state: str) -> Iterator[None]:
+        """Turns what goes wrong on the way to the hub into a UserError that says what is there."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            unknown = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
+            hint = "log in with `hf auth login`, or set HF_TOKEN to one that may write; " if unknown else ""
+            raise UserError(f"--push {self._name}: {reason} {hint}{state}.") from error

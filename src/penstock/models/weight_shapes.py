@@ -100,11 +100,12 @@ def _of_foreign(
 
 def visits_of(config: DecoderConfig, *, scalar: bool) -> list[tuple[str, ...]]:
     """Groups that are needed at once, in order: as `memory.stream.Stream.visits` of a real model."""
-    reads = "score" if scalar else "tokens" if config.tied else "head"
+    reads = ("score",) if scalar else ("tokens",) if config.tied else ("head",)
     if config.foreign:
-        return [*config.foreign.visits[:-1], (*config.foreign.visits[-1], reads)]
+        biased = config.tied and not scalar and any(group == "head" for group, _ in config.foreign.groups)
+        return [*config.foreign.visits[:-1], (*config.foreign.visits[-1], *reads, *(["head"] if biased else []))]
     blocks = [groups_of_block(config, i) for i in range(config.num_layers)]
-    return [("tokens", "embed"), *blocks, ("last", reads)]
+    return [("tokens", "embed"), *blocks, ("last", *reads)]
 
 
 def choices_of(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:

@@ -185,11 +185,11 @@ def sections_of(runs: Mapping[str, RunFiles]) -> list[Section]:
         for name, run in runs.items()
         for text in warnings(run.health)
     ]
-    headlines = {name: _headlines(run.rows) for name, run in runs.items()}
+    figures = {name: headlines(run.rows) for name, run in runs.items()}
     if alone:
-        sections += [Figures(values) for values in headlines.values() if values]
+        sections += [Figures(values) for values in figures.values() if values]
     else:
-        sections.append(Table("Runs", ["", *runs], _side_by_side(headlines)))
+        sections.append(Table("Runs", ["", *runs], _side_by_side(figures)))
     if pairs := _answers(runs):
         sections.append(Samples("Answers before and after", pairs))
     sections += [Curves(title, pictures) for title, pictures in _curves_of(runs).items()]
@@ -243,17 +243,17 @@ def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return texts
 
 
-def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The last value of each headline number, and the first where it differs."""
-    headlines = {}
+    figures = {}
     for name, label in HEADLINES.items():
         values = [row[name] for row in rows if row.get(name) is not None]
         if name == "timing/left_seconds" and values and values[-1] == 0:
             continue  # the run has ended
         if values:
             first, last = _number(name, values[0]), _number(name, values[-1])
-            headlines[label] = last if first == last else f"{last}\nfrom {first}"
-    return headlines
+            figures[label] = last if first == last else f"{last}\nfrom {first}"
+    return figures
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Curve]]]:

@@ -266,7 +266,7 @@ def test_a_run_is_exported_and_read_again(tmp_path, capsys):
     for flags, complaint in {
         ("--out", tmp_path / "b.gguf", "--type", "q8_0"): "--type: shapes a GGUF file; add --format gguf",
         ("--out", tmp_path / "b", "--format", "gguf"): "a GGUF file's name ends in .gguf",
-        ("--out", tmp_path / "out.gguf", "--format", "gguf"): "exists; choose another name",
+        ("--out", tmp_path / "out.gguf", "--format", "gguf"): "out.gguf exists; choose another name",
         ("--out", tmp_path / "b.gguf", "--format", "gguf", "--lora-only"): "trained all weights, no adapter",
     }.items():
         assert cli("export", tmp_path / "run", *flags) == 2

@@ -1,0 +1,102 @@
+"""What an exported model says of itself, and how it comes to the hub."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tests import hub_server
+from tests.conftest import PATIENCE, cli
+
+DEMONSTRATION = {"prompt": "a b", "response": "c d"}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+SETTINGS = ("--batch-size", 1, "--steps", 2, "--heldout", 0, "--max-length", 24)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model, make_tokenizer, jsonl):
+    """Two stages: sft, then dpo on its model."""
+    model = tiny_model(vocab_size=320)
+    make_tokenizer()
+    data = [tmp_path / f"{name}.jsonl" for name in ("talks", "pairs")]
+    for file, row in zip(data, (DEMONSTRATION, PAIR), strict=True):
+        os.rename(jsonl([row] * 2), file)
+    assert cli("sft", "--model", model, "--data", data[0], "--out", tmp_path / "sft", *SETTINGS) == 0
+    assert cli("dpo", "--model", tmp_path / "sft", "--data", data[1], "--out", tmp_path / "run", *SETTINGS) == 0
+    return tmp_path / "run"
+
+
+def card_of(file):
+    """The head of a card as a dictionary, and its text."""
+    _, head, text = file.read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_the_card_tells_the_whole_line_and_no_path_of_the_machine(run, tmp_path):
+    assert cli("export", run, "--out", tmp_path / "mine", "--license", "apache-2.0") == 0
+    head, text = card_of(tmp_path / "mine" / "README.md")
+    assert head["license"] == "apache-2.0"
+    assert head["library_name"] == "transformers"
+    assert head["tags"] == ["penstock", "dpo"]
+    assert "base_model" not in head, "the base is a directory, which the hub does not know"
+    assert "(sft -> dpo), step 2." in text
+    for name in ("talks", "pairs"):
+        digest = subprocess.run(["sha256sum", tmp_path / f"{name}.jsonl"], capture_output=True, text=True).stdout[:64]
+        assert f"| {name}.jsonl | `{digest}` |" in text
+    assert "| loss |" in text
+    assert str(tmp_path) not in text
+    assert 'model = "sft"' in text
+    AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+
+
+def test_warnings_and_a_missing_licence_are_said(run, tmp_path):
+    with (run / "health.jsonl").open("a") as file:
+        file.write('{"step": 2, "text": "loss: is not finite"}\n')
+    assert cli("export", run, "--out", tmp_path / "mine.gguf", "--format", "gguf") == 0
+    head, text = card_of(tmp_path / "mine.md")
+    assert "license" not in head
+    assert "No licence was given with it" in text
+    assert "> WARNING from step 2: loss: is not finite" in text
+
+
+@pytest.fixture
+def hub(tmp_path):
+    server = hub_server.serve(tmp_path / "hub")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def push(hub, token, *arguments):
+    environment = {
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": token, "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "penstock", "export", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_a_model_and_its_card_are_uploaded_in_one_commit(run, tmp_path, hub):
+    done = push(hub, hub_server.TOKEN, run, "--out", tmp_path / "mine", "--push", "me/tiny", "--private")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("uploaded http")
+    folder = tmp_path / "hub" / "models" / "me" / "tiny"
+    files = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert files["README.md"].startswith(b"---\n")
+    assert b"\n# tiny\n" in files["README.md"]
+    assert [(model["name"], model.get("visibility") or model.get("private")) for model in hub.made] in (
+        [("tiny", "private")], [("tiny", True)],
+    )  # fmt: skip
+    assert sum("/commit/" in request for request in hub.requests) == 1
+
+
+def test_who_may_not_write_there_is_told_before_anything_is_made(run, tmp_path, hub):
+    done = push(hub, "another", run, "--out", tmp_path / "mine", "--push", "me/tiny")
+    assert done.returncode == 2
+    assert re.search(r"--push me/tiny: .*401.*hf auth login.*nothing was written", done.stderr, re.S), done.stderr
+    assert not (tmp_path / "mine").exists()
+    assert cli("export", run, "--out", tmp_path / "mine", "--push", "no-user") == 2
