@@ -27,7 +27,7 @@ from penstock.models.linear import computing
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.moe import experts
 from penstock.models.roles import Actor, Critic
-from penstock.planner import footprint
+from penstock.planner import footprint, workload
 from penstock.planner.config import PlanConfig
 from penstock.planner.from_flags import config_of, setting_of
 from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, passes
@@ -153,8 +153,9 @@ def real(of, name, tmp_path, device=None):
     planned = forecast(of, name, device=device)
     tiers = {"device": Ram("device", CPU, device), "host": Ram("host", CPU), "disk": Disk(tmp_path)}
     strategy = Strategy(
-        name, World(0, 1, CPU), torch.float32, reserve=planned.activations, few_tokens=planned.few_tokens, tiers=tiers
-    )
+        name, World(0, 1, CPU), torch.float32, reserve=planned.activations, few_tokens=planned.few_tokens,
+        offloaded=planned.offloaded, tiers=tiers,
+    )  # fmt: skip
     at_once = mock.patch.object(prepare, "worker", return_value=_AtOnce())  # the meter sees one thread
     with at_once, mock.patch.object(compiler, "compiled", return_value="no compiler"), computing("narrow"):
         found = iterate(of, strategy, models_of(of, strategy))
@@ -299,6 +300,72 @@ def test_what_a_checkpoint_gathers_is_counted():
         assert planned.objects["checkpoint"]["device"] == device
         assert planned.objects["checkpoint"]["host"] == pytest.approx(host * table, rel=0.01)
         assert planned.activations >= device
+
+
+DEEP = dataclasses.replace(BASE, num_layers=8)
+
+
+def batched(of, rows):
+    return dataclasses.replace(of, batch_size=rows, mini_batch_size=rows, micro_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("of", "strategy", "dtype", "world"),
+    [
+        (batched(one_model("sft", DEEP), 16), "gemini_cpu", "fp32", 1),
+        (batched(one_model("sft", DEEP), 32), "gemini_cpu", "bf16", 2),
+        pytest.param(batched(one_model("sft", DEEP), 16), "gemini_auto", "bf16", 1, marks=pytest.mark.slow),
+        pytest.param(batched(work(DEEP, rollout_batch_size=8), 16), "gemini_cpu", "bf16", 1, marks=pytest.mark.slow),
+    ],
+    ids=["fp32", "two ranks", "auto", "ppo"],
+)
+def test_what_blocks_read_goes_to_the_host_where_the_device_cannot_hold_it(of, strategy, dtype, world):
+    """And no sooner; the device then holds what two blocks read."""
+    setting = Setting(of, strategy, dtype, world, {"device": 1, "host": None, "disk": None})
+    kept, away = (workload._forecast(setting, False, True, of.rolls_out, x).peak["device"] for x in (False, True))
+    assert forecast(of, strategy, dtype, world, device=kept).offloaded == 0
+    assert away < 0.75 * kept
+    device = (kept + away) // 2
+    planned, measured = (run(of, strategy, dtype, world, device=device) for run in (forecast, dry))
+    assert planned.offloaded
+    assert planned.objects["block_inputs"]["host"] == planned.offloaded
+    assert measured["device"] <= planned.peak["device"] <= device
+    assert_near(planned, measured, 1.15 if world == 1 else 1.3)
+    for key in ("host_read", "host_written"):
+        expected, moved = (sum(phase[key] for phase in run.values()) for run in (planned.traffic, measured["traffic"]))
+        assert expected == pytest.approx(moved, rel=0.1), key
+        assert expected > planned.offloaded
+
+
+def test_what_blocks_read_leaves_a_device_that_holds_it_where_that_is_much_faster_and_host_memory_is_given(capsys):
+    """GRPO of 8B in 47 GB: in its room the whole actor stays in slots while it generates."""
+    flags = "--model 8b --stage grpo --strategy gemini_cpu --device-memory 47GB --batch-size 256 --micro-batch-size 4"
+    flags = [*flags.split(), "--critic-model", "s", "--rollout-batch-size", "64"]
+    stays, leaves, no_room = (
+        plan_of(capsys, *flags, *more)[1] for more in ([], ["--host-memory", "300GB"], ["--host-memory", "150GB"])
+    )
+    line = "inputs of blocks wait in host memory from forward to backward: 41.88 GB"
+    assert [line in out for out in (stays, leaves, no_room)] == [False, True, False]
+    seconds = [float(out.split("one iteration: ")[1].split()[0]) for out in (stays, leaves)]
+    assert seconds[1] < 0.3 * seconds[0]
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("fp32", 20_000_000), ("bf16", 30_000_000)])
+def test_states_of_which_some_are_on_the_device_are_foretold(dtype, device):
+    """The others are in host memory, beside a shadow of the weights; each update needs room where it runs."""
+    of = one_model("sft", DEEP)
+    planned = forecast(of, "gemini_auto", dtype, device=device)
+    assert planned.objects["optimizer"]["device"] > 0
+    assert planned.objects["weights"]["host"] * (2 if dtype == "fp32" else 5) == planned.objects["optimizer"]["host"]
+    assert_near(planned, dry(of, "gemini_auto", dtype, device=device))
+
+
+def test_activations_that_are_kept_do_not_go_to_the_host():
+    of = batched(one_model("sft", DEEP), 16)
+    setting = Setting(of, "gemini_cpu", "fp32", 1, {"device": 1, "host": None, "disk": None}, recompute=False)
+    assert forecast_of(setting).offloaded == 0
+    assert forecast_of(dataclasses.replace(setting, strategy="ddp", recompute=None)).offloaded == 0
+    assert forecast_of(dataclasses.replace(setting, strategy="ddp", recompute=True)).offloaded > 0
 
 
 def on_one_base(of, spec):

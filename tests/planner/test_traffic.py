@@ -32,12 +32,22 @@ def test_bytes_between_ranks_of_one_step(strategy, copies):
 
 
 def test_what_is_waited_for_is_not_counted_as_overlapped():
-    """A sum over ranks comes after the backward, and joining shards before a block's computing."""
-    for strategy in ("ddp", "gemini"):
+    """A sum over ranks comes after the backward, and a pass begins with shards that nothing was computed beside."""
+    waited = {"ddp": 2, "gemini": 1 + TABLE + TABLE}
+    for strategy, copies in waited.items():
         slow, fast = (
-            forecast(strategy, world=4, batch_size=16, network=network).seconds["train"] for network in ("1GB", "25GB")
+            forecast(strategy, world=4, batch_size=16, network=network, tflops=0.01).seconds["train"]
+            for network in ("1GB", "25GB")
         )
-        assert slow.total - fast.total == pytest.approx(slow.network - fast.network)
+        seconds = copies * WEIGHTS * 3 / 4 * (1 / 1e9 - 1 / 25e9)
+        assert slow.total - fast.total == pytest.approx(seconds, rel=0.02)
+
+
+def test_shards_are_joined_while_blocks_compute_and_not_before_they_have_come():
+    flags = {"world": 4, "batch_size": 16, "network": "1GB", "link": "1GB"}
+    slow, fast = (forecast("gemini_cpu", tflops=tflops, **flags).seconds["train"] for tflops in (0.01, 1e9))
+    assert slow.total - slow.compute < 0.8 * slow.network
+    assert fast.total == pytest.approx(fast.link + fast.network, rel=0.01)
 
 
 def test_states_on_the_device_are_updated_at_its_bandwidth():

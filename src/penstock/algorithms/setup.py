@@ -144,11 +144,12 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
     if strategy.tiers["device"].budget is None:
         return None
     setting = setting_of(strategy, work)
-    planned = forecast_of(setting, timed=False)
+    planned = forecast_of(setting)
     for note in notes(setting):
         warnings.warn(note, stacklevel=2)
     strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
     strategy.few_tokens, strategy.gathers_once = planned.few_tokens, planned.gathers_once
+    strategy.offloaded = planned.offloaded
     host = strategy.tiers["host"]
     return host if planned.swapped and isinstance(host, Ram) else None
 

@@ -34,6 +34,7 @@ from penstock.autochunk.meter import Meter
 from penstock.config import OptimFlags
 from penstock.data.chat import Example
 from penstock.errors import UserError
+from penstock.memory.homes import ChunkHome
 from penstock.memory.placement import PYTORCH
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
@@ -61,7 +62,7 @@ def dry_run(setting: Setting) -> dict[str, Any]:
         parts = [dry_run(part) for part in one_by_one(setting)]
         traffic = {phase: moved for part in parts for phase, moved in part.pop("traffic").items()}
         return {**{tier: max(part[tier] for part in parts) for tier in parts[0]}, "traffic": traffic}
-    planned = forecast_of(setting, timed=False)
+    planned = forecast_of(setting)
     budgets, ranks = setting.budgets, PretendWorld(0, setting.world, CPU)
     tiers: dict[str, Any] = {
         "device": Ram("device", CPU, budgets.get("device")),
@@ -70,7 +71,8 @@ def dry_run(setting: Setting) -> dict[str, Any]:
     }
     strategy = Strategy(
         setting.strategy, ranks, DTYPES[setting.dtype], planned.recompute, setting.chunk_size,
-        setting.activation_budget, reserve=planned.activations, swapped=planned.swapped, tiers=tiers,
+        setting.activation_budget, reserve=planned.activations, swapped=planned.swapped,
+        offloaded=planned.offloaded, tiers=tiers,
     )  # fmt: skip
     models = models_of(setting.workload, strategy)
     with pretend(ranks), linear.computing(setting.arithmetic):
@@ -128,17 +130,21 @@ def _model(role: RoleSpec) -> Any:
 
 
 def updates_count_at_home(stream: Stream, meter: Meter) -> None:
-    """Has the meter count the scratch of updates in host memory where optimizer states are not on the device."""
+    """Has the meter count the scratch of updates in host memory, but that of chunks whose states are on the device."""
     if stream.sink is None:
         return
-    homes = {home.tier.name for chunk_home in stream.sink.homes for home in chunk_home.states.values()}
-    update = stream.sink.update
+    update, update_in_ram = stream.sink.update, stream.sink._update_in_ram
 
     def counted(lr: float, scale: float) -> None:
-        with meter.on("device" if homes == {"device"} else "host"):
+        with meter.on("host"):
             update(lr, scale)
 
+    def counted_in_ram(home: ChunkHome, graded: bool, move: dict[str, Any]) -> None:
+        with meter.on(next(iter(home.states.values())).tier.name):
+            update_in_ram(home, graded, move)
+
     stream.sink.update = counted  # type: ignore[method-assign]
+    stream.sink._update_in_ram = counted_in_ram  # type: ignore[method-assign]
 
 
 def moved(strategy: Strategy) -> dict[str, int]:

@@ -55,7 +55,7 @@ def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
         "traffic": forecast.traffic,
         "seconds": {
             **{phase: dataclasses.asdict(seconds) for phase, seconds in forecast.seconds.items()},
-            "total": _seconds(forecast),
+            "total": forecast.total,
         },
         "notes": notes(setting),
         "lacking": lacking,
@@ -107,9 +107,9 @@ def advice(setting: Setting) -> str:
     )
     if changes:
         timed = [(forecast_of(change), change) for change in changes[:MOST]]
-        forecast, change = min(timed, key=lambda pair: _seconds(pair[0]))
+        forecast, change = min(timed, key=lambda pair: pair[0].total)
         peaks = ", ".join(f"{show_bytes(forecast.peak[tier])} of {tier}" for tier in TIERS if forecast.peak[tier])
-        return f"{difference(setting, change)} fits: {peaks}, {_seconds(forecast):.0f} s per iteration."
+        return f"{difference(setting, change)} fits: {peaks}, {forecast.total:.0f} s per iteration."
     return f"nothing else fits, up to {setting.world * 8} processes; {larger_budgets(setting)} would."
 
 
@@ -177,10 +177,6 @@ def difference(setting: Setting, change: Setting) -> str:
     return " ".join(flags)
 
 
-def _seconds(forecast: Forecast) -> float:
-    return sum(seconds.total for seconds in forecast.seconds.values())
-
-
 def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str:
     lines = [
         f"{config.stage} of {config.model}"
@@ -205,6 +201,8 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         names = ", ".join(name for name, text in result["slices"].items() if text == shown)
         lines += ["", f"blocks of {names}:", shown]
     lines += ["", *result["notes"]] if result["notes"] else []
+    if away := result["objects"].get("block_inputs", {}).get("host"):
+        lines += ["", f"inputs of blocks wait in host memory from forward to backward: {show_bytes(away)}"]
     lines += ["", f"one iteration: {result['seconds']['total']:.1f} s by the {config.rates} rates"]
     if "measured" in result:
         for tier in TIERS:

@@ -7,6 +7,12 @@ gloo on a CPU.
 launcher's. The second attempt would read the first one's keys (who has joined, who is gone). TORCHELASTIC_RESTART_COUNT
 does not tell attempts apart: every host counts its own failures alone. So the first rank makes a name up, and goes on
 when all others have answered to that name; an answer to an older one is never read.
+
+[Note: one order of gathers] A chunk's shards are joined while the chunk before it computes. Ranks must begin the
+collectives of a process group in one order, and they differ in when their own shard has come from its home. So these
+gathers have a group of their own, and a thread that waits for one shard after the other in the order in which the
+schedule asked for them, which is that of all ranks. What the main thread sends (sums of gradients, lengths) keeps its
+own order, in the group of all else.
 """
 
 import contextlib
@@ -14,7 +20,8 @@ import datetime
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +43,8 @@ _heartbeat: heartbeat.Heartbeat | None = None
 """Of the process group that `World.join` began: a process has one, like torch's."""
 _mailboxes: shared_memory.Mailboxes | None = None
 """Of the same group, where it computes on the CPUs of one machine."""
+_gathers: "Gathers | None" = None
+"""Of the same ranks, once they have gathered ahead."""
 
 
 def device_types() -> list[str]:
@@ -77,8 +86,11 @@ class World:
 
     def leave(self, well: bool = True) -> None:
         """Ends the process group that `join` began. `well` False: this rank failed, and counts as gone."""
-        global _heartbeat, _mailboxes
+        global _heartbeat, _mailboxes, _gathers
         if self.size > 1 and dist.is_initialized():
+            if _gathers is not None:
+                _gathers.close(well)
+                _gathers = None
             if _heartbeat is not None:
                 _heartbeat.leave(well)
                 _heartbeat = None
@@ -141,6 +153,21 @@ class World:
                 _gather(whole.view(torch.uint8), shard.view(torch.uint8))  # int16 is unknown to NCCL
         return whole
 
+    def join_ahead(self, arrive: Callable[[], None], shard: Tensor, out: Tensor) -> Callable[[], None]:
+        """`join_shards` of a shard on its way, beside what computes: `arrive` waits for it, on the device where it can,
+        and calling the result waits for `out`. All ranks call this in one order, whatever else they send in between.
+
+        On the CPUs of one machine shards are joined when the result is called: the same cores would do it.
+        """
+        if gathers := _gathers_for(shard):
+            return gathers.start(arrive, shard, out)
+
+        def join() -> None:
+            arrive()
+            self.join_shards(shard, out)
+
+        return join
+
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, in rank order, on every rank. For small Python objects and CPU tensors."""
         if self.size == 1:
@@ -191,6 +218,52 @@ def _use_cores(device: torch.device) -> None:
 def _mailboxes_for(tensor: Tensor) -> shared_memory.Mailboxes | None:
     """The mailboxes, where all ranks are processes of one machine and the tensor is in its memory."""
     return _mailboxes if tensor.device.type == "cpu" else None
+
+
+class Gathers:
+    """Gathers beside everything else, in a thread and a process group of their own: [Note: one order of gathers]."""
+
+    def __init__(self, like: Tensor) -> None:
+        """On all ranks together; `like` is on their device."""
+        self._group = dist.new_group(timeout=PATIENCE)
+        self._stream = None if like.device.type == "cpu" else torch.Stream(like.device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gather")
+        # NCCL connects a group at its first collective: this one, while no other thread sends.
+        byte = like.new_zeros(1, dtype=torch.uint8)
+        _gather(byte.new_zeros(dist.get_world_size()), byte, group=self._group)
+
+    def start(self, arrive: Callable[[], None], shard: Tensor, out: Tensor) -> Callable[[], None]:
+        """As World.join_ahead."""
+        starting = self._thread.submit(self._start, arrive, shard, out)
+
+        def join() -> None:
+            gathering = starting.result()
+            with _naming_lost_ranks():
+                gathering.wait()
+
+        return join
+
+    def _start(self, arrive: Callable[[], None], shard: Tensor, out: Tensor) -> dist.Work:
+        """In the thread. On a GPU the gather follows the shard on a stream, and the thread goes on."""
+        with self._stream or contextlib.nullcontext():
+            arrive()
+            with _naming_lost_ranks():
+                return _gather(out.view(torch.uint8), shard.view(torch.uint8), group=self._group, async_op=True)
+
+    def close(self, well: bool) -> None:
+        """`well`: every rank has begun all gathers when this returns, those that nobody waited for too."""
+        self._thread.shutdown(wait=well, cancel_futures=not well)
+
+
+def _gathers_for(tensor: Tensor) -> Gathers | None:
+    """Those of the group that `World.join` began, where gathering ahead pays."""
+    global _gathers
+    if _heartbeat is None or _mailboxes_for(tensor):
+        return None
+    if _gathers is None:
+        with _naming_lost_ranks():
+            _gathers = Gathers(tensor)
+    return _gathers
 
 
 def _begin(backend: str, rank: int, size: int) -> None:

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 from penstock.distributed.world import World
 from penstock.memory import plan
 from penstock.memory.chunks import Chunk
-from penstock.memory.tiers import DiskHome, Home, RamHome, copy_ahead, empty_pages, read_ahead
+from penstock.memory.tiers import DiskHome, Home, RamHome, copy_after, copy_ahead, empty_pages, read_ahead
 
 CPU = torch.device("cpu")
 SUMS: torch.dtype = getattr(torch, plan.SUMS)
@@ -123,8 +123,7 @@ def fetch(home: ChunkHome, out: Tensor, reader: Executor) -> Callable[[], None]:
     """Starts to fill `out` with the weights that are here; calling the result waits for them, on the device where it
     can. `reader`: the thread that reads from a disk.
 
-    Weights whose update is under way are not there yet: that thread waits for them, and a copy from host memory begins
-    when it is waited for.
+    Weights whose update is under way are not there yet: that thread waits for them.
     """
     weights = home.weights
     if isinstance(weights, DiskHome):
@@ -132,12 +131,7 @@ def fetch(home: ChunkHome, out: Tensor, reader: Executor) -> Callable[[], None]:
         return lambda: (waiting.result(), reading())[1]
     if not home.update.running:
         return copy_ahead(weights.tensor, out, weights.tier)
-
-    def copy() -> None:
-        home.update.wait()
-        copy_ahead(weights.tensor, out, weights.tier)()
-
-    return copy
+    return copy_after(home.update.wait, weights, out, reader)
 
 
 def bring(home: Home, device: torch.device) -> Tensor:

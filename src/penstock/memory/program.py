@@ -9,11 +9,13 @@ import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from penstock.memory.tiers import Offload, Ram, RamHome, copy_ahead
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,121 @@ class Program(Protocol):
 
     def fill(self, weights: dict[str, Tensor]) -> None:
         """Writes the initial values of these parameters, by name, from the checkpoint or the random recipe."""
+
+
+# --- what a pass holds between parts ----------------------------------------------------------------------------------
+
+
+class Inputs:
+    """What parts read, one tensor per micro-batch, from forward to backward; with `host`, in that tier meanwhile.
+
+    [Note: inputs of blocks in host memory] Backward runs a block once more, and needs what it read. Where a device
+    budget cannot hold that of all blocks, the plan has it leave for host memory while its block computes, and come back
+    while the block behind it, which comes first in backward, computes. The last block's stays: it is needed at once.
+    The device then holds what two blocks read, however many there are. The bits are the same.
+    """
+
+    def __init__(self, host: Ram | None, parts: int) -> None:
+        """`parts`: how many keep what they read."""
+        self._host, self._left = host, parts
+        self._kept: list[_Kept] = []
+        self._room: Tensor | None = None
+        """[n] uint8 in host memory, for what comes."""
+
+    def keep(self, tensors: list[Tensor]) -> None:
+        """Before a part's forward, which reads these."""
+        self._left -= 1
+        self._kept.append(_Kept(tensors))
+        if self._host is None or not self._left or not all(x.is_floating_point() for x in tensors):
+            return  # the last part's, and tokens
+        nbytes = sum(x.nbytes for x in tensors)
+        if self._room is None and nbytes:  # all parts of a decoder read as much
+            self._room = self._host.lend(nbytes * self._left, "inputs of blocks", self, zeroed=False)
+        if self._room is not None and nbytes <= len(self._room):
+            self._kept[-1].offload(self._room[:nbytes], self._host)
+            self._room = self._room[nbytes:]
+
+    def leave(self) -> None:
+        """After its forward: what leaves is on the device no more."""
+        if self._kept and self._kept[-1].homes:
+            self._kept[-1].leave()
+
+    def take(self) -> list[Tensor]:
+        """Before a part's backward, the last part first: what it read, on the device. The part before it follows."""
+        kept = self._kept.pop()
+        kept.bring()
+        if self._kept:
+            self._kept[-1].bring()
+        return kept.landed()
+
+
+@dataclass
+class _Kept:
+    """What one part read."""
+
+    tensors: list[Tensor]
+    """Empty while they are away."""
+    homes: list[RamHome] = field(default_factory=list)
+    """[n] each, in host memory; empty where they stay."""
+    leaving: list[tuple[Tensor, Offload]] = field(default_factory=list)
+    """What is copied there, and the copies."""
+    landing: list[Callable[[], None]] = field(default_factory=list)
+    """Each waits for a tensor that comes back."""
+    read: list[tuple[torch.Size, torch.device, bool]] = field(default_factory=list)
+    """Of what leaves: its shape, where it was, and whether it has a gradient."""
+
+    def offload(self, room: Tensor, host: Ram) -> None:
+        """Begins to copy them to `room`, [n] uint8."""
+        for x in self.tensors:
+            home, room = RamHome(host, room[: x.nbytes].view(x.dtype)), room[x.nbytes :]
+            self.homes.append(home)
+            self.read.append((x.shape, x.device, x.requires_grad))
+            flat = x.detach().reshape(-1)
+            if x.device.type == "cpu":
+                home.write(flat)
+            else:
+                self.leaving.append((flat, Offload(flat, home.tensor, host)))
+
+    def leave(self) -> None:
+        """Lets go of the device's memory, which is written again when the copies are done."""
+        for _, leaving in self.leaving:
+            leaving.wait()
+        self.leaving.clear()
+        self.tensors = []
+
+    def bring(self) -> None:
+        """Begins to copy them back, once."""
+        if not self.homes or self.landing:
+            return
+        for home, (shape, device, _) in zip(self.homes, self.read, strict=True):
+            x = torch.empty(shape, dtype=home.dtype, device=device)
+            self.landing.append(copy_ahead(home.tensor, x.view(-1), home.tier))
+            self.tensors.append(x)
+
+    def landed(self) -> list[Tensor]:
+        """They, when they are there."""
+        for landed in self.landing:
+            landed()
+        if self.homes:
+            for x, (_, _, has_gradient) in zip(self.tensors, self.read, strict=True):
+                x.requires_grad_(has_gradient)
+        return self.tensors
+
+
+@dataclass
+class Wave:
+    """Micro-batches that go through the model together, and the tensors between its parts: one per micro-batch."""
+
+    micro_batches: Sequence[Any]
+    contexts: list[Any]
+    states: list[Tensor]
+    """What the next part reads."""
+    inputs: Inputs
+    """Of the parts from the first trained one on."""
+    outputs: list[list[Tensor]] = field(default_factory=list)
+    """The same: what it returned, with its graph; empty where backward runs the part again."""
+    state_grads: list[Tensor | None] = field(default_factory=list)
+    """Gradients of the states that backward has come to; None: the loss does not depend on them."""
 
 
 def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -62,6 +62,8 @@ class Strategy:
     """Whether rows of a micro-batch are computed without their padding."""
     swapped: int = 0
     """Bytes of host memory that are left to a KV cache."""
+    offloaded: int = 0
+    """The same, to inputs of blocks between forward and backward. 0: these stay on the device."""
     ahead: int = 1
     """Visits whose weights are prefetched."""
     few_tokens: int = 0
@@ -173,7 +175,7 @@ class Strategy:
             name: None if tier.budget is None else tier.budget - tier.used for name, tier in self.tiers.items()
         }
         if (host := left["host"]) is not None:
-            left["host"] = max(host - self.swapped, 0)
+            left["host"] = max(host - max(self.swapped, self.offloaded), 0)
         placed = plan.place(self.name, layouts, size, left, self.reserve, self.recompute)
         for model, chunks in zip(models, placed, strict=True):  # before anything is made
             self.homes.check(chunks, f"{type(model).__name__} under --strategy {self.name}")
@@ -222,6 +224,7 @@ class Strategy:
             few_tokens=self.few_tokens,
             arenas=self._cut_arenas,
         )
+        stream.offload = self.homes.host if self.offloaded else None
         if self.activation_budget is not None:
             model.slice(self.activation_budget)
         return stream

@@ -21,7 +21,7 @@ recomputed. The gradients that were in the slot have that long to leave, so one 
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -33,10 +33,10 @@ from penstock.distributed.world import World
 from penstock.memory.arena import Arena, Slot
 from penstock.memory.chunks import Chunk, Weight
 from penstock.memory.homes import SUMS, ChunkHome, fetch, views, weight_on
-from penstock.memory.program import Part, Program, first_trained, owners, visits_of
+from penstock.memory.program import Inputs, Part, Program, Wave, first_trained, owners, visits_of
 from penstock.memory.schedule import NEVER, Schedule
 from penstock.memory.sink import Sink
-from penstock.memory.tiers import DiskHome, RamHome, worker
+from penstock.memory.tiers import DiskHome, Ram, RamHome, worker
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 LossOf = Callable[[Tensor, Any], Losses]
@@ -58,25 +58,11 @@ class Hold:
     """Autograd may add to the gradient slot."""
 
 
-@dataclass
-class Wave:
-    """Micro-batches that go through the model together, and the tensors between its parts: one per micro-batch."""
-
-    micro_batches: Sequence[Any]
-    contexts: list[Any]
-    states: list[Tensor]
-    """What the next part reads."""
-    inputs: list[list[Tensor]] = field(default_factory=list)
-    """Per part from the first trained one: what it read."""
-    outputs: list[list[Tensor]] = field(default_factory=list)
-    """The same: what it returned, with its graph; empty where backward runs the part again."""
-    state_grads: list[Tensor | None] = field(default_factory=list)
-    """Gradients of the states that backward has come to; None: the loss does not depend on them."""
-
-
 class Stream:
     """One model's executor. `Strategy.prepare` makes it; `arenas` is called when weights or gradients first move."""
 
+    offload: Ram | None = None
+    """Where inputs of blocks that are recomputed wait for backward; None: on the device."""
     _last_wave = False
     """Whether a backward adds the last part of its gradients."""
 
@@ -214,8 +200,9 @@ class Stream:
     def _pass(self, batches: Sequence[Any], loss_of: LossOf) -> "Visits[list[Losses]]":
         parts = self.program.parts()
         contexts = [self.program.begin(batch.tokens, batch, learns=True) for batch in batches]
-        wave = Wave(batches, contexts, [batch.tokens for batch in batches])
         first = first_trained(parts, {home.chunk.group for home in self.homes if home.chunk.trained})
+        inputs = Inputs(self.offload if self.recompute else None, len(parts) - 1 - first)
+        wave = Wave(batches, contexts, [batch.tokens for batch in batches], inputs)
         visits = visits_of(self.program)
         order = [*visits, *(part.groups for part in reversed(parts[first:-1]))]
         self._schedule = Schedule(self._moving, order, repeats=False)
@@ -224,13 +211,14 @@ class Stream:
             with self.lease(part.groups, gradients=False, graph=keeps and not self.recompute):
                 if keeps:
                     wave.states = [_leaf(x, i > first) for x in wave.states]
-                    wave.inputs.append(wave.states)
+                    wave.inputs.keep(wave.states)
                 with record_function(f"forward.{i}"), torch.set_grad_enabled(keeps and not self.recompute):
                     outputs = [part.run(x, context) for x, context in zip(wave.states, wave.contexts, strict=True)]
                 if keeps:
                     wave.outputs.append([] if self.recompute else outputs)
                 wave.states = [y.detach() for y in outputs]
                 del outputs
+                wave.inputs.leave()
             yield
         if self.recompute:
             self.program.turn(self.world)
@@ -259,7 +247,7 @@ class Stream:
         return losses
 
     def _backward_part(self, wave: Wave, part: Part, holds: Sequence[Hold]) -> None:
-        inputs, outputs = wave.inputs.pop(), wave.outputs.pop()
+        inputs, outputs = wave.inputs.take(), wave.outputs.pop()
         for j, context in enumerate(wave.contexts):
             x = inputs.pop(0)
             with torch.enable_grad(), recomputing():
@@ -470,13 +458,11 @@ class Stream:
         label = "disk.wait" if isinstance(home.weights, DiskHome) else "link.wait"
         arrived = fetch(home, part, self._reader)
 
-        def land() -> None:
+        def arrive() -> None:
             with record_function(label):
                 arrived()
-            if part is not whole:
-                self.world.join_shards(part, whole)
 
-        return land
+        return arrive if part is whole else self.world.join_ahead(arrive, part, whole)
 
 
 def _sums(slot: Slot, chunk: Chunk) -> Tensor:

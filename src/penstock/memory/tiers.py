@@ -100,11 +100,13 @@ class Ram(Tier):
             self.drop(self._spare)
             self._spare = None
 
-    def lend(self, nbytes: int, what: str, borrower: Any) -> Tensor:
-        """[nbytes] uint8, zeroed, for contents that travel, until the borrower dies; then the pages are spare."""
+    def lend(self, nbytes: int, what: str, borrower: Any, zeroed: bool = True) -> Tensor:
+        """[nbytes] uint8, for contents that travel, until the borrower dies; then the pages are spare. Without `zeroed`
+        they hold what the last borrower left."""
         pages, self._spare = self._spare, None
         if pages is not None and pages.numel() >= nbytes:
-            pages[:nbytes].zero_()
+            if zeroed:
+                pages[:nbytes].zero_()
         else:
             if pages is not None:
                 self.drop(pages)
@@ -353,6 +355,26 @@ def copy_ahead(source: Tensor, out: Tensor, tier: Ram) -> Callable[[], None]:
         _fetch(source, out, tier)
         landed = side.record_event()
     return lambda: torch.accelerator.current_stream(out.device).wait_event(landed)
+
+
+def copy_after(wait: Callable[[], None], source: RamHome, out: Tensor, reader: Executor) -> Callable[[], None]:
+    """`copy_ahead` of a home that is whole when `wait` returns; `reader` calls it."""
+    copy = copies_to(out)
+    if copy is None:
+
+        def fetched() -> None:  # when it is needed
+            wait()
+            _fetch(source.tensor, out, source.tier)
+
+        return fetched
+
+    def follow() -> torch.Event:
+        wait()
+        source.tier.bytes_read += out.nbytes
+        return copy(source.tensor, out)
+
+    copying = reader.submit(follow)
+    return lambda: copying.result().wait()
 
 
 def read_ahead(source: DiskHome, out: Tensor, reader: Executor) -> Callable[[], None]:

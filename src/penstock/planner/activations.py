@@ -79,6 +79,13 @@ class Pass:
     """Generating: tokens of each visit that reads prompts, and of each decoding step."""
     swap_writes: tuple[int, int] = (0, 0)
     """Bytes that go back there from the prompts, and from each decoding step."""
+    offloaded: int = 0
+    """A step: bytes of inputs of blocks that wait in host memory for backward."""
+
+    @property
+    def inputs(self) -> int:
+        """Bytes of what all blocks but the last one read, of all micro-batches."""
+        return self.count * sum(part.output for part in self.work.parts[:-2])
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def visits_of(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
     if each.kind == "evaluate":
         return _forward(work, each.count if moves or recompute else 1)
     if plan.recomputes(moves, recompute):
-        return _recomputed(work, each.count)
+        return _recomputed(work, each.count, each.offloaded > 0)
     fullest = max(kept(work))
     return [Visit(fullest, 0) if moves else Visit(0, fullest)]
 
@@ -135,20 +142,21 @@ def _forward(work: Work, count: int) -> list[Visit]:
     return [*visits, Visit(count * (work.context + inputs), work.forward_head)]
 
 
-def _recomputed(work: Work, count: int) -> list[Visit]:
-    """Forward keeps the inputs of parts, backward runs each part once more."""
+def _recomputed(work: Work, count: int, offloads: bool) -> list[Visit]:
+    """Forward keeps the inputs of parts, backward runs each part once more. `offloads`: as program.Inputs does."""
     states = [part.output for part in work.parts]
-    visits, kept = [], 0
-    for i, part in enumerate(work.parts):  # the first part's inputs are tokens
-        visits.append(Visit(count * (work.context + kept), (count - 1) * part.output + part.forward))
-        kept += states[i]
-    visits.append(Visit(count * (work.context + kept), work.backward_head))
-    state_grads, kept = states[-1], kept - states[-1]
-    for i in reversed(range(len(work.parts))):
-        visits.append(Visit(count * (work.context + kept + state_grads), work.parts[i].backward))
-        if i:
-            kept -= states[i - 1]
-            state_grads = states[i - 1]
+
+    def inputs(stop: int, near: int) -> int:
+        """Of the outputs of the parts before `stop`, which later parts read, those on the device: with `offloads` the
+        last `near`."""
+        return sum(states[max(stop - near, 0) if offloads else 0 : stop])
+
+    visits = []
+    for i, part in enumerate(work.parts):
+        visits.append(Visit(count * (work.context + inputs(i, 1)), (count - 1) * part.output + part.forward))
+    visits.append(Visit(count * (work.context + inputs(len(states), 2)), work.backward_head))
+    for i in reversed(range(len(work.parts))):  # and the gradient of its output
+        visits.append(Visit(count * (work.context + inputs(i, 2) + states[i]), work.parts[i].backward))
     return visits
 
 

@@ -43,6 +43,8 @@ class Forecast:
     """Whether blocks are run again in backward; None: where weights move."""
     swapped: int
     """Bytes of a KV cache that lives in host memory; 0: on the device."""
+    offloaded: int
+    """The same of inputs of blocks, from forward to backward."""
     few_tokens: int
     """Tokens of a visit, while generating, up to which only the experts that they chose come."""
     gathers_once: bool = False
@@ -54,6 +56,11 @@ class Forecast:
     def peak(self) -> dict[TierName, int]:
         """Per tier, over all phases."""
         return {tier: max(phase[tier] for phase in self.phases.values()) for tier in TIERS}
+
+    @property
+    def total(self) -> float:
+        """Seconds of one iteration."""
+        return sum(seconds.total for seconds in self.seconds.values())
 
 
 def one_after_the_other(forecasts: Sequence[Forecast]) -> Forecast:
@@ -67,7 +74,8 @@ def one_after_the_other(forecasts: Sequence[Forecast]) -> Forecast:
         before = objects.get(name, {})
         objects[name] = {tier: max(before.get(tier, 0), sizes.get(tier, 0)) for tier in TIERS}
     largest = max(forecasts, key=lambda forecast: forecast.slots.nbytes)
-    return dataclasses.replace(largest, objects=objects, **merged)
+    offloaded = max(forecast.offloaded for forecast in forecasts)
+    return dataclasses.replace(largest, objects=objects, offloaded=offloaded, **merged)
 
 
 def with_slack(activations: int) -> int:
@@ -122,7 +130,7 @@ def forecast(
     room = None if (device := budgets.get("device")) is None else device - at_home.get("device", 0)
     slots = plan.cut(list(models.values()), world, room, activations, AHEAD)
     buffers = plan.buffers([model.placed for model in models.values()])
-    on_host = _on_host(phases, at_home.get("host", 0), scratch["host"], buffers, budgets.get("host"))
+    on_host = _on_host(needs, at_home.get("host", 0), scratch["host"], buffers, budgets.get("host"))
 
     peaks: dict[str, dict[TierName, int]] = {}
     worst: dict[str, str] = {}
@@ -154,24 +162,33 @@ def forecast(
         ahead=AHEAD,
         recompute=recompute,
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
+        offloaded=_lent(needs["train"])[1] if "train" in needs else 0,
         few_tokens=few,
     )
 
 
-def _on_host(
-    phases: Mapping[str, Sequence[Pass]], homes: int, scratch: int, buffers: Mapping[str, int], budget: int | None
-) -> dict[str, int]:
-    """Bytes of host memory in each phase. A KV cache's pages stay for the next rollout's where the budget has room for
-    them beside an update: see Ram.lend."""
+Needs = Mapping[str, Sequence[tuple[int, Sequence[Pass]]]]
+"""Phase -> per sharing group its bytes of activations, and its passes."""
+
+
+def _on_host(needs: Needs, homes: int, scratch: int, buffers: Mapping[str, int], budget: int | None) -> dict[str, int]:
+    """Bytes of host memory in each phase. What is lent leaves its pages, the most of one pass, to whoever comes next
+    where the budget has room for them beside an update: see Ram.lend."""
     lasting, passing = homes + buffers["disk_buffers"], buffers["update_buffers"] + buffers["gradient_buffer"]
-    swapped = max((each.swapped for passes in phases.values() for each in passes), default=0)
-    stays = budget is None or lasting + passing + swapped + plan.UPDATE_ROOM <= budget
+    lent = {phase: _lent(groups) for phase, groups in needs.items()}
+    spare = max(most for most, _ in lent.values())
+    stays = budget is None or lasting + passing + spare + plan.UPDATE_ROOM <= budget
+    trains = {phase for phase, groups in needs.items() if any(group[0].kind == "step" for _, group in groups)}
     return {
-        phase: lasting
-        + (scratch + passing if any(each.kind == "step" for each in passes) else 0)
-        + (swapped if stays else max(each.swapped for each in passes))
-        for phase, passes in phases.items()
+        phase: lasting + (scratch + passing if phase in trains else 0) + sums + (max(spare - most, 0) if stays else 0)
+        for phase, (most, sums) in lent.items()
     }
+
+
+def _lent(groups: Sequence[tuple[int, Sequence[Pass]]]) -> tuple[int, int]:
+    """Bytes of host memory that one phase's passes borrow: the most of one, and of those that go side by side."""
+    lent = [[each.swapped + each.offloaded for each in group] for _, group in groups]
+    return max(map(max, lent)), max(map(sum, lent))
 
 
 def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Any], world: int, rates: Rates, slots: int) -> int:
@@ -184,10 +201,6 @@ def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Any], world: i
             link = min(rates.link, rates.disk_read) if from_disk else rates.link
             few.append(plan.few_tokens(model, world, link, rates.flops, slots))
     return max(few)
-
-
-Needs = Mapping[str, Sequence[tuple[int, Sequence[Pass]]]]
-"""Phase -> per sharing group its bytes of activations, and its passes."""
 
 
 def _needs(
@@ -205,19 +218,16 @@ def _needs(
 
 
 def _update_scratch(models: Mapping[str, Model], world: int, tile: int) -> Counter[str]:
-    """Bytes that an update needs in between, on the tier where it runs: see adamw.AdamW.update. tile: elements that one
+    """Bytes that updates need in between, on the tiers where they run: see adamw.AdamW.update. tile: elements that one
     on the device works on at once."""
     scratch: Counter[str] = Counter()
     for model in models.values():
-        trained = [placed for placed in model.placed if placed.chunk.trained]
-        nbytes, tier = 0, "device" if {placed.row.optimizer.tier for placed in trained} <= {"device"} else "host"
-        for chunk, row in ((placed.chunk, placed.row) for placed in trained):
-            share = chunk.numel // (world if row.optimizer.sharded else 1)
+        for chunk, row in ((placed.chunk, placed.row) for placed in model.placed if placed.chunk.trained):
+            share, tier = chunk.numel // (world if row.optimizer.sharded else 1), plan.updated_on(row)
             width = UPDATE_WIDTH[row.bits] + (0 if chunk.dtype == "float32" else 4)
             comes = plan.PIECE * 4 if row.grads.tier != row.optimizer.tier == "device" else 0
             at_once = min(share, tile if tier == "device" else UPDATE_TILE)
-            nbytes = max(nbytes, at_once * width + min(comes, share * 4))
-        scratch[tier] = max(scratch[tier], nbytes)
+            scratch[tier] = max(scratch[tier], at_once * width + min(comes, share * 4))
     return scratch
 
 
@@ -278,6 +288,7 @@ def _objects(
             "device": max((each.cache_bytes for each in generating), default=0),
             "host": max((each.swapped for each in generating), default=0),
         },
+        "block_inputs": {"host": max(sum(each.offloaded for each in group) for _, group in groups)},
         "head_tile": {"device": max(heads, default=0)},
         "checkpoint": {"device": _gathered(models.values(), world), "host": _checkpoint(models.values(), world)},
         **{name: {"host": nbytes} for name, nbytes in buffers.items()},

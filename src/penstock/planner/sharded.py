@@ -118,6 +118,7 @@ def forecast(
         ahead=1,
         recompute=recompute,
         swapped=0,
+        offloaded=0,
         few_tokens=0,
         gathers_once=once,
     )

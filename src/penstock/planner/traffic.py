@@ -115,6 +115,7 @@ class Account:
         steady, self._owed = waits(laps, owed)
         for group, spent, once, again in zip(groups, seconds, first, steady, strict=True):
             spent["total"] += once + (group[0].times - 1) * again
+        self._moved["ranks"] += self._moved["ahead"]
         traffic = {key: self._moved[key] for key in ("host_read", "host_written", "disk_read", "disk_written", "ranks")}
         return traffic, Seconds(**{name: sum(each[name] for each in seconds) for name in self._seconds})
 
@@ -170,7 +171,8 @@ class Account:
                         step.update(_gradients(model, first, self._world, again=wave > 0))
                 homes = [home for each in group for homes in self._homes[each.model].values() for home in homes]
                 self._table.forget({home for home in homes if home.chunk.trained}.__contains__)
-            self._spend(step, flops)
+            offloaded = sum(each.offloaded for each in group)
+            self._spend(step + Counter(host_written=offloaded, host_read=offloaded), flops)
             for model in models:
                 self._sum(model)
                 self._update(model)
@@ -206,7 +208,8 @@ class Account:
         self, name: str, order: Sequence[tuple[str, ...]], moved: Counter[str], repeats: bool, drawn: int
     ) -> Iterator[None]:
         """One pass, a visit at a time: what `Stream.lease` does to slots. Adds what it fetches to host_read, disk_read,
-        and ranks for what is gathered. `drawn`: so many tokens choose, each group as likely as any; 0: all come."""
+        and for what is gathered to ahead, or to ranks where nothing is computed meanwhile. `drawn`: so many tokens
+        choose, each group as likely as any; 0: all come."""
         homes, table, model = self._homes[name], self._table, self._models[name]
         if not homes:
             return
@@ -214,9 +217,9 @@ class Account:
         order = [groups[: len(groups) - len(few)] for groups, few in zip(order, choices, strict=True)]
         schedule = Schedule(homes, order, repeats=repeats, choices=choices)
 
-        def count(home: _ImaginedHome) -> None:
+        def count(home: _ImaginedHome, gathered: str) -> None:
             moved[f"{home.tier}_read"] += home.nbytes
-            moved["ranks"] += home.chunk.nbytes - home.nbytes
+            moved[gathered] += home.chunk.nbytes - home.nbytes
 
         def lease(groups: Iterable[str]) -> list[Slot]:
             needed = [home for group in groups for home in homes.get(group, ())]
@@ -227,11 +230,11 @@ class Account:
                     slot = table.claim(home, home.chunk.nbytes, schedule.next_use)
                     if slot is None:  # too few slots: the engine raises there
                         continue
-                    count(home)
+                    count(home, "ranks")
                 slot.users += 1
                 leased.append(slot)
             for home, _ in schedule.prefetch(table, self._ahead):
-                count(home)
+                count(home, "ahead")
             return leased
 
         for groups, few in zip(order, choices, strict=True):
@@ -251,10 +254,11 @@ class Account:
         link = (moved["host_read"] + moved["disk_read"]) / rates.link
         link = max(link, moved["host_written"] / rates.link)
         disk = moved["disk_read"] / rates.disk_read + moved["disk_written"] / rates.disk_write
-        network = moved["ranks"] / rates.network
-        # What is fetched comes while computing goes on; ranks' shards are joined when they are needed.
-        total = (compute + max(link, disk) if waits else max(compute, link, disk)) + network
-        self._add(total=total, compute=compute, link=link, disk=disk, network=network)
+        ahead, network = moved["ahead"] / rates.network, moved["ranks"] / rates.network
+        # What is fetched comes while computing goes on; shards are joined once they are there: see World.join_ahead.
+        fetched = max(link, disk) + ahead
+        total = (compute + fetched if waits else max(compute, fetched)) + network
+        self._add(total=total, compute=compute, link=link, disk=disk, network=ahead + network)
         self._moved.update(moved)
 
     def _sum(self, model: Model) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from penstock.memory import plan
 from penstock.memory.chunks import Chunk, Weight, layout
-from penstock.memory.placement import AUTO, HOST, PYTORCH, SHARD, Row, TierName, bits_of, refused
+from penstock.memory.placement import AUTO, HOST, PYTORCH, SHARD, STRATEGIES, Row, TierName, bits_of, refused
 from penstock.models import lora_targets, tiling, weight_shapes
 from penstock.models.config import DecoderConfig
 from penstock.models.lora_targets import LoraSpec
@@ -130,8 +130,8 @@ SCORED = ("actor", "reference", "critic", "reward", "teacher")
 """Roles that read answers before they are learned, in the order in which algorithms.experience.score runs them."""
 
 
-def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
-    """What each phase does with each model, on the rank that has most rows. `swap`: the KV cache is on the host."""
+def passes(setting: Setting, *, swap: bool = False, offload: bool = False) -> dict[str, list[Pass]]:
+    """What each phase does with each model, on the rank that has most rows; `swap` and `offload` as in `_forecast`."""
     work, world = setting.workload, setting.world
     rows = math.ceil(work.batch_size / world)
     phases: dict[str, list[Pass]] = {}
@@ -148,7 +148,8 @@ def passes(setting: Setting, *, swap: bool = False) -> dict[str, list[Pass]]:
     rows = math.ceil(work.mini_batch_size / world)
     trained = [role for role in work.roles if role.trained]
     if trained:
-        phases["train"] = [_pass(setting, role, rows, "step", times=updates) for role in trained]
+        steps = [_pass(setting, role, rows, "step", times=updates) for role in trained]
+        phases["train"] = [dataclasses.replace(step, offloaded=step.inputs) for step in steps] if offload else steps
     return phases
 
 
@@ -282,20 +283,42 @@ def _flops(config: DecoderConfig, rows: int, length: int, states: int) -> float:
 
 
 def forecast_of(setting: Setting, *, timed: bool = True) -> Forecast:
-    """The forecast of one iteration. Without `timed` it has no traffic and no seconds."""
+    """The forecast of one iteration. Without `timed` it has no traffic and no seconds, and what fits there stays there.
+
+    What passes a device budget goes to host memory: the KV cache, inputs of blocks that are recomputed. Within a given
+    --host-memory these inputs go there too where an iteration gets faster, because more weights stay in slots.
+    """
     if setting.workload.stored:
         parts = [forecast_of(part, timed=timed) for part in one_by_one(setting)]
         return one_after_the_other(parts)
     if setting.activation_budget is not None:
         setting = dataclasses.replace(setting, recompute=True)
-    device = setting.budgets.get("device")
+    device, host = setting.budgets.get("device"), setting.budgets.get("host")
     moves = bits_of(setting.strategy)[0] != AUTO or bool(setting.recompute)
     on_device = _forecast(setting, timed, moves)
-    stays = any(role.config.foreign for role in setting.workload.roles)  # a cache of transformers' is not swapped
-    if stays or not setting.workload.rolls_out or device is None or on_device.peak["device"] <= device:
+    if device is None or (setting.strategy in PYTORCH and setting.world > 1):
         return on_device
-    swapped = _forecast(setting, timed, moves, swap=True)
-    return min(on_device, swapped, key=lambda forecast: forecast.peak["device"])
+    over = {phase for phase, peaks in on_device.phases.items() if peaks["device"] > device}
+    stays = any(role.config.foreign for role in setting.workload.roles)  # a cache of transformers' is not swapped
+    swap, fits = "rollout" in over and not stays, not over
+    offload = ("train" in over or (fits and timed and host is not None)) and _recomputes(setting, True)
+    if not (swap or offload):
+        return on_device
+    on_host = _forecast(setting, timed, moves, swap, offload)
+    if fits:
+        room = all(limit is None or on_host.peak[tier] <= limit for tier, limit in setting.budgets.items())
+        return on_host if room and on_host.total < FASTER * on_device.total else on_device
+    return min(on_device, on_host, key=lambda forecast: forecast.peak["device"])
+
+
+FASTER = 0.95
+"""Of an iteration's seconds, at most so many must be left for inputs of blocks to leave a device that holds them."""
+
+
+def _recomputes(setting: Setting, moves: bool) -> bool:
+    """Whether backward runs blocks once more; `moves`: under gemini_auto, whether weights come and go."""
+    row = STRATEGIES.get(bits_of(setting.strategy)[0])
+    return plan.recomputes(moves if row is None else not plan.resident(row, setting.world), setting.recompute)
 
 
 def one_by_one(setting: Setting) -> list[Setting]:
@@ -305,13 +328,16 @@ def one_by_one(setting: Setting) -> list[Setting]:
     return [dataclasses.replace(setting, workload=part) for part in alone]
 
 
-def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) -> Forecast:
-    """With memory reserved for the activations of models whose weights move, or of models whose weights stay."""
+def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False, offload: bool = False) -> Forecast:
+    """With memory reserved for the activations of models whose weights move, or of models whose weights stay.
+
+    `swap`: the KV cache is in host memory; `offload`: inputs of blocks that are recomputed are, until then.
+    """
     work, world, recompute = setting.workload, setting.world, setting.recompute
     laid = [_laid(role, DTYPES[setting.dtype], world, setting.chunk_size) for role in work.roles]
     keys = {role.name: plan.shared_keys(chunks) for role, (chunks, _) in zip(work.roles, laid, strict=True)}
     row = Row(SHARD, HOST, HOST, add_up=not plan.recomputes(moves, recompute))
-    phases = passes(setting, swap=swap)
+    phases = passes(setting, swap=swap, offload=offload and _recomputes(setting, moves))
     groups = [group for in_phase in phases.values() for group in sharing_groups(in_phase, keys)]
     assumed = {
         role.name: plan.Model(role.name, tuple(plan.Placed(chunk, row) for chunk in chunks), tuple(visits))
@@ -324,8 +350,9 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
     if device is not None:
         budgets["device"] = max(device - outside, 0)
     on_device: dict[TierName, int | None] = {"device": budgets.get("device")}
-    if swap and host is not None:
-        budgets["host"] = max(host - max(generation.swapped for generation in phases["rollout"]), 0)
+    if host is not None:
+        lent = max(sum(each.swapped + each.offloaded for each in group) for group in groups)
+        budgets["host"] = max(host - lent, 0)
     placed = plan.place(setting.strategy, laid, world, budgets, with_slack(fullest), recompute)
     models = {
         role.name: plan.Model(
@@ -346,7 +373,7 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False) ->
         return cuda.besides(planned, models, phases, world, setting.blas_workspace, outside)
     rates = setting.rates if setting.nodes > 1 else inside_machine(setting.rates)
     if not moves and any(model.moving(world) for model in models.values()):
-        return _forecast(dataclasses.replace(setting, recompute=recompute is not False), timed, True, swap)
+        return _forecast(dataclasses.replace(setting, recompute=recompute is not False), timed, True, swap, offload)
     planned = forecast(
         models, phases, world=world, budgets={**setting.budgets, **on_device}, recompute=recompute, rates=rates,
         timed=timed, update_tile=cuda.UPDATE_TILE if setting.blas_workspace else plan.UPDATE_TILE,
