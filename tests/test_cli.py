@@ -291,3 +291,48 @@ def test_what_the_machine_refuses_has_its_own_exit_code(capsys, monkeypatch, err
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m penstock --help | head -c 1"
     assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "candidates"),
+    [
+        ([""], {"sft", "ppo", "data", "completion"}),
+        (["p"], {"plan", "ppo"}),
+        (["data", ""], {"check", "show", "export"}),
+        (["data", "show", "--m"], {"--max-length", "--model"}),
+        (["sft", "--lr-sch"], {"--lr-schedule"}),
+        (["sft", "--lr-schedule", "l"], {"linear"}),
+        (["sft", "--no-p"], {"--no-padding-free"}),
+        (["sft", "--data", ""], set()),  # the shell names files
+        (["sft", "--json", "--see"], {"--seed"}),
+        (["nothing", ""], set()),
+    ],
+)  # fmt: skip
+def test_words_are_completed(words, candidates, capsys):
+    code, out, _ = exit_of(capsys, "--complete", *words)
+    assert code == 0
+    printed = set(out.split())
+    assert printed >= candidates if words == [""] or words[-1] == "--m" else printed == candidates
+
+
+def test_bash_completes_a_flag_through_the_printed_script(tmp_path, capsys):
+    code, out, _ = exit_of(capsys, "completion", "bash")
+    assert code == 0
+    script = tmp_path / "completion"
+    script.write_text(
+        f'penstock() {{ "{sys.executable}" -m penstock "$@"; }}\n{out}'
+        "COMP_WORDS=(penstock grpo --lr-sch); COMP_CWORD=2\n_penstock\necho ${COMPREPLY[@]}\n"
+    )
+    done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout.split() == ["--lr-schedule"], done.stderr
+
+
+def test_a_quiet_run_prints_warnings_alone_and_logs_everything(tmp_path, tiny_model, jsonl, capsys):
+    files = ("--model", tiny_model(), "--data", jsonl(demonstrations(4)), "--out", tmp_path / "run")
+    flags = ("--steps", 2, "--batch-size", 2, "--heldout", 0, "--max-length", 20)
+    code, out, err = exit_of(capsys, "sft", *files, *flags, "--quiet")
+    assert (code, out) == (0, "")
+    assert all("WARNING" in line for line in err.splitlines()), err
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "sft 2/2" in log
+    assert "wrote" in log

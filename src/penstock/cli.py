@@ -116,6 +116,10 @@ COMMANDS: dict[str, Command] = {
         "show the report of runs in a browser while they are written", "commands.config:WatchConfig",
         "commands.watch:watch", "run", "penstock watch runs/ppo runs/grpo",
     ),
+    "completion": Command(
+        "print what makes a shell complete commands, flags and their values", "commands.config:CompletionConfig",
+        "cli:completion", "shell", "penstock completion bash >> ~/.bashrc",
+    ),
     "resume": Command(
         "continue a run that was stopped or killed", "commands.config:ResumeConfig", "cli:resume", "run",
         "penstock resume runs/ppo",
@@ -169,6 +173,9 @@ def _run(arguments: list[str]) -> int | None:
 
         print(f"penstock {__version__}")
         return None
+    if arguments[0] == "--complete":
+        print("\n".join(completions(arguments[1:])))
+        return None
     name = _command_name(arguments)
     wants_help = bool({"-h", "--help"} & set(arguments))
     if name not in COMMANDS:  # `data`, which only has subcommands
@@ -215,6 +222,43 @@ def _usages(first: str) -> list[str]:
     return [usage(load(command.config), name, command.positional) for name, command in rows]
 
 
+BASH = """_penstock() {
+    local IFS=$'\\n'
+    COMPREPLY=($(penstock --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _penstock penstock"""
+SHELLS = {
+    "bash": BASH,
+    "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{BASH}",
+    "fish": "complete -c penstock -a '(penstock --complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'",
+}
+"""What `penstock completion` prints. Where there is no candidate a shell completes names of files."""
+
+
+def completion(config: Any) -> None:
+    """Prints the script of a shell."""
+    print(SHELLS[config.shell])
+
+
+def completions(words: Sequence[str]) -> list[str]:
+    """Candidates for the last of these words behind `penstock`, which may be empty."""
+    from penstock.flags import flags_of
+
+    *before, last = words or [""]
+    names = [name.split() for name in COMMANDS]
+    candidates = [name[len(before)] for name in names if name[: len(before)] == before and len(name) > len(before)]
+    command = COMMANDS.get(" ".join(before[:2])) or COMMANDS.get(" ".join(before[:1]))
+    if command:
+        flags = {flag.spelling: flag for flag in flags_of(load(command.config))}
+        flag = flags.get(before[-1])
+        if flag and flag.type is not bool:
+            candidates = list(flag.choices)
+        elif last.startswith("-"):
+            off = (f"--no-{name[2:]}" for name, flag in flags.items() if flag.type is bool and flag.default is True)
+            candidates = ["--help", *flags, *off]
+    return sorted({candidate for candidate in candidates if candidate.startswith(last)})
+
+
 def load(address: str) -> Any:
     """What module:name names, within the package."""
     module, name = address.split(":")
@@ -248,7 +292,18 @@ def resume(config: Any) -> None:
     load(command.function)(run_config, resume=True)
 
 
-MAY_CHANGE = ("device", "strategy", "device_memory", "host_memory", "disk", "json", "keep", "log", "resume_if_present")
+MAY_CHANGE = (
+    "device",
+    "strategy",
+    "device_memory",
+    "host_memory",
+    "disk",
+    "json",
+    "quiet",
+    "keep",
+    "log",
+    "resume_if_present",
+)
 """Flags that a run goes on with as the command line has them, if it has them."""
 
 

@@ -148,6 +148,8 @@ class RunFlags(EngineFlags):
     """Go on with the run in --out if there is one, else begin it: for launchers that start a command line again."""
     json: bool = False
     """Print one JSON object per step instead of the live line."""
+    quiet: bool = False
+    """Print warnings and errors alone; log.txt has everything."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Send metrics, flags and samples to these loggers too: TensorBoard (OUT/tensorboard), W&B, MLflow, trackio. Keys,
     servers and offline modes are their own environment variables."""

@@ -149,6 +149,15 @@ class ExportConfig(Flags):
 
 
 @dataclass(frozen=True)
+class CompletionConfig(Flags):
+    """Print the script that makes a shell complete penstock's commands, flags and their values."""
+
+    shell: Literal["bash", "zsh", "fish"]
+    """Put eval "$(penstock completion bash)" into ~/.bashrc (zsh: ~/.zshrc), or penstock completion fish | source into
+    config.fish."""
+
+
+@dataclass(frozen=True)
 class DemoConfig(Flags):
     """All stages on a small made-up world: base model, SFT, labellers, reward model, PPO, and a report."""
 

@@ -89,11 +89,6 @@ class RunDirectory:
         text = tomli_w.dumps({name: value for name, value in config.items() if value is not None})
         checkpoint.write_whole(self.path / "config.toml", text)
 
-    def say(self, text: str) -> None:
-        """A line for people: on stderr, and in log.txt with the time."""
-        print(text, file=sys.stderr, flush=True)
-        self.note(text)
-
     def note(self, text: str) -> None:
         """A line in log.txt only. A full disk is no error here; the metrics and the checkpoints report it."""
         with contextlib.suppress(OSError):

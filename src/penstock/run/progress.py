@@ -34,14 +34,17 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 class Progress:
-    """Shows steps start + 1 .. total. `note` gets the plain line too, for log.txt."""
+    """Shows steps start + 1 .. total, unless `quiet`. `note` gets the plain line too, for log.txt."""
 
-    def __init__(self, start: int, total: int, title: str, note: Callable[[str], None], *, json: bool = False) -> None:
-        self.total, self.title, self.note, self.json = total, title, note, json
+    def __init__(
+        self, start: int, total: int, title: str, note: Callable[[str], None], *, json: bool = False,
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
+        self.total, self.title, self.note, self.json, self.quiet = total, title, note, json, quiet
         self._start, self._began = start, time.perf_counter()
         self._widths: dict[str, int] = {}
         self._live = None
-        if sys.stderr.isatty() and not json:
+        if sys.stderr.isatty() and not json and not quiet:
             from rich.console import Console
             from rich.live import Live
 
@@ -58,7 +61,7 @@ class Progress:
         self.note(plain)
         if self._live is not None:
             self._live.update(self._screen(step, fields, left))
-        elif not self.json:
+        elif not self.json and not self.quiet:
             print(plain, file=sys.stderr, flush=True)
 
     def seconds_per_step(self, step: int) -> float:

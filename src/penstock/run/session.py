@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -115,7 +116,7 @@ class Session:
             for text in self._warned if self.state is None else ():
                 self._lines["health"].write({"step": 0, "text": text})
             settings = {"command": self.command, **self._flags, "out": str(self.path.absolute())}
-            self._loggers = Loggers(self.config.run.log, self.path, settings, self.say)
+            self._loggers = Loggers(self.config.run.log, self.path, settings, partial(self.say, loud=True))
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._handlers[signum] = signal.signal(signum, self._note_signal)
         return self
@@ -148,7 +149,7 @@ class Session:
 
     def _restore(self) -> None:
         """Reads the newest checkpoint that verifies; a run killed before its first one starts over."""
-        newest = checkpoint.newest(self.path / "checkpoints", self.say)
+        newest = checkpoint.newest(self.path / "checkpoints", partial(self.say, loud=True))
         if newest is None:
             self.say("no checkpoint yet: starting at step 0")
             return
@@ -180,8 +181,9 @@ class Session:
         if self._resume:
             self._extend(start, total)
         if self.directory is not None:
-            as_json = self.config.run.json
-            self._progress = Progress(start, total, self.command, self.directory.note, json=as_json)
+            run = self.config.run
+            note = self.directory.note
+            self._progress = Progress(start, total, self.command, note, json=run.json, quiet=run.quiet)
         self._since = time.perf_counter()
         for step in range(start + 1, total + 1):
             if step <= self.total:
@@ -232,7 +234,8 @@ class Session:
         """Counts a model's updates that were not finite; three in a row end the run, never saved (PPO.md 20)."""
         self._skips[name] = 0 if stats.applied else self._skips.get(name, 0) + 1
         if not stats.applied:
-            self.say(f"{name}: an update was skipped: loss {stats.sums['loss']}, gradient norm {stats.grad_norm}")
+            numbers = f"loss {stats.sums['loss']}, gradient norm {stats.grad_norm}"
+            self.say(f"{name}: an update was skipped: {numbers}", loud=True)
         if self._skips[name] == SKIPS_IN_A_ROW:
             raise ResourceError(
                 f"{self.path}: {SKIPS_IN_A_ROW} updates in a row were not finite, so the run stopped; its last "
@@ -241,7 +244,7 @@ class Session:
 
     def warn(self, text: str) -> None:
         """A warning that has no end: said, and in the report's band."""
-        self.say(f"WARNING: {text}")
+        self.say(f"WARNING: {text}", loud=True)
         self._warned.append(text)
         if self.directory is not None:
             self._lines["health"].write({"step": 0, "text": text})
@@ -260,18 +263,20 @@ class Session:
 
     def _report_health(self, step: int, line: str, row: Mapping[str, Any]) -> None:
         if self.world.first:
-            self.say(f"step {step}: {line}")
+            self.say(f"step {step}: {line}", loud=True)
             self._lines["health"].write({"step": step, **row})
 
-    def say(self, text: str) -> None:
-        """A line for the user, on stderr at once and in log.txt, as soon as the run directory is open."""
+    def say(self, text: str, loud: bool = False) -> None:
+        """A line for the user, on stderr at once, unless --quiet asks for `loud` ones alone, and in log.txt, as soon as
+        the run directory is open."""
         if not self.world.first:
             return
-        if self.directory is None:
+        if loud or not self.config.run.quiet:
             print(text, file=sys.stderr, flush=True)
+        if self.directory is None:
             self._notes.append(text)
         else:
-            self.directory.say(text)
+            self.directory.note(text)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
