@@ -391,6 +391,7 @@ BUGS: list[Bug] = [
     ("models/foreign/family.py", "a factor of the logits is forgotten", "1 / factor} if factor != 1 else {}", "1.0} if factor != 1 else {}"),
     # PyTorch's FSDP2
     ("memory/fsdp.py", "gradients are divided by the ranks", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
+    ("memory/fsdp.py", "FSDP2 shards a head that no group has", "for name, weight in model.named_parameters() if name not in used}", "for name, weight in model.named_parameters() if not name}"),
     ("memory/fsdp.py", "copies of a shard count in the norm", ".to(squares.device) / shard.copies(self.world)", ".to(squares.device)"),
     ("memory/fsdp.py", "a shard's rows are rounded down", "math.ceil(len(whole) / self.mesh.size(dimension))", "len(whole) // self.mesh.size(dimension)"),
     ("memory/placement.py", "FSDP2 is given weights that are packed", "packed and \"FSDP2", "False and \"FSDP2"),

@@ -27,12 +27,13 @@ from pathlib import Path
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import response_logprobs
 from penstock.memory.strategy import Strategy
-from penstock.models.roles import Actor
+from penstock.models.decoder import Decoder
+from penstock.models.roles import RewardModel
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from penstock.run.optimizer_files import read_optimizer, saved_states, write_optimizer
 from tests.memory.test_fsdp import model_of
-from tests.memory.test_stream import batches, weights_of
+from tests.memory.test_stream import FAMILIES, batches, weights_of
 
 out, names, models, rows = sys.argv[1], *(text.split(",") for text in sys.argv[2:5])
 os.environ["LOCAL_WORLD_SIZE"] = "2"  # hsdp's machines
@@ -101,9 +102,12 @@ for name in names:
 if strategy.world.first:
     torch.save(results, out)
 strategy.world.leave()
-again = Strategy.named(names[-1].split()[0], device="cpu")  # another run of the same processes
-with again.prepare(model_of("gpt2")).visit("blocks.0"):
-    again.world.leave()
+again = Strategy.named(names[-1].split()[0], device="cpu", dtype="bf16")  # another run of the same processes
+with again.init():
+    judge = RewardModel(Decoder(FAMILIES["llama"]))  # its decoder has a head that nobody reads
+stream, scores = again.prepare(judge), lambda hidden, rows: (judge.read(hidden.flatten(0, 1)).square().sum(), {})
+assert again.step(stream, list(batches(0)) if again.world.first else [], scores, lr=1e-3).applied
+again.world.leave()
 """
 
 

@@ -329,7 +329,9 @@ def _sharded(root: Root, groups: Groups, mesh: DeviceMesh, dtype: torch.dtype) -
     names = {group: [weight.name for weight in members] for group, members in groups}
     owner_of, chunks = owners(model), layout(groups, world=1)
     modules: dict[str, FSDPModule] = {}
-    whole: set[nn.Parameter] = set()
+    used = {name for members in names.values() for name in members}
+    whole = {weight.requires_grad_(False) for name, weight in model.named_parameters() if name not in used}
+    """Parameters that FSDP2 leaves alone: the language model's head in a model of scores, and `_filled`'s."""
 
     def shard(module: nn.Module, members: Sequence[str]) -> None:
         for chunk in chunks:
