@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.commands.config import CheckConfig, ShowConfig, VotesConfig
-from penstock.commands.drawing import LEARNED, shown
+from penstock.commands.drawing import LEARNED, MARKED, shown
 from penstock.data import formats
 from penstock.data.chat import Encoder
 from penstock.data.records import Comparison, Demonstration, Kind, Prompt, Vote
@@ -75,7 +75,7 @@ def show(config: ShowConfig) -> int:
     """Prints what the data is and three of its records as tokens; the exit code is 4 if a line is bad."""
     kind = config.kind or formats.kind_of(config.data[0])
     encoder, records, rows, bad = _read_as(config.model, config, kind, config.data)
-    print(f"{config.model}: {len(records)} {kind}; {LEARNED.format('so')} is what is learned:")
+    print(f"{config.model}: {len(records)} {kind}; {LEARNED.format('so')} is what is {MARKED[kind]}:")
     for i in sorted({0, len(rows) // 2, len(rows) - 1} & {*range(len(rows))}):
         print("\n".join(["", records[i].where, *shown(encoder, kind, records[i], rows[i])]))
     print("\n".join(bad), end="\n" if bad else "")

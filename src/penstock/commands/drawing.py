@@ -8,6 +8,10 @@ from penstock.data.records import Kind
 
 LEARNED = ">>{}<<"
 """How learned tokens are drawn."""
+MARKED: dict[Kind, str] = {
+    "demonstrations": "learned", "prompts": "learned", "comparisons": "compared", "votes": "judged",
+}  # fmt: skip
+"""What the marked tokens of a record are."""
 
 
 def drawn(tokenizer: Any, tokens: list[int], trained: list[bool]) -> str:
@@ -24,20 +28,20 @@ def shown(encoder: Encoder, kind: Kind, record: Any, row: Any) -> Iterator[str]:
     """The lines of a record: its tokens as `algorithms.setup.read` returns them, drawn and counted."""
     prompt: list[int]
     if kind == "prompts":
-        yield from _row(encoder, "prompt", row, [False] * len(row))
+        yield from _row(encoder, kind, "prompt", row, [False] * len(row))
     elif kind == "comparisons":
         prompt, responses = row
-        yield from _row(encoder, "prompt", prompt, [False] * len(prompt))
+        yield from _row(encoder, kind, "prompt", prompt, [False] * len(prompt))
         for rank, ids in zip(record.ranks, responses, strict=True):
             name = f"rank {rank}" + ("" if ids else ", left out: it does not fit --max-length")
-            yield from _row(encoder, name, ids, [True] * len(ids))
+            yield from _row(encoder, kind, name, ids, [True] * len(ids))
     else:
         name = "row" if kind == "demonstrations" else "liked" if record.label else "disliked"
-        yield from _row(encoder, name, row.tokens, row.trained)
+        yield from _row(encoder, kind, name, row.tokens, row.trained)
 
 
-def _row(encoder: Encoder, name: str, tokens: list[int], trained: list[bool]) -> Iterator[str]:
-    yield f"  {name}: {len(tokens)} tokens, {sum(trained)} learned"
+def _row(encoder: Encoder, kind: Kind, name: str, tokens: list[int], trained: list[bool]) -> Iterator[str]:
+    yield f"  {name}: {len(tokens)} tokens, {sum(trained)} {MARKED[kind]}"
     yield from (f"    {line}" for line in drawn(encoder.tokenizer, tokens, trained).splitlines())
 
 
