@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tomli_w
 
 from penstock import cli, flags, hub, sources
 from penstock.config import DataFlags, RunFlags, SFTConfig
@@ -105,28 +106,39 @@ def test_without_the_datasets_library_a_name_is_refused_in_a_sentence(monkeypatc
         )
 
 
-def trained(model, out, data, *more):
-    cli.main(
-        ["sft", "--model", model, f"--data={data}", "--out", str(out), "--batch-size", "2", "--heldout", "0", *more]
-    )
+PLAIN = ["--heldout", "0", "--batch-size", "2", "--lr-schedule", "constant", "--warmup", "0"]
+"""Of a run that is the same whether it is made at once or resumed to be longer."""
 
 
 def test_what_came_through_stdin_is_kept_in_the_run_and_a_resume_reads_it(tmp_path, tiny_model, jsonl, monkeypatch):
-    model, path, piped = tiny_model(), jsonl(demonstrations(8)), tmp_path / "piped"
-    data = Path(path).read_bytes()
-    trained(model, tmp_path / "named", f"{path}*1.5", "--steps", "2")
-    cli.main(["resume", str(tmp_path / "named"), "--steps", "4"])
-    for pipe in (data, b""):
-        sources.standard_input.cache_clear()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pipe)))
-        trained(model, piped, "-*1.5", "--steps", "2", "--resume-if-present")
+    path, named, piped = jsonl(demonstrations(8)), tmp_path / "named", tmp_path / "piped"
+    common, data = ["sft", "--model", tiny_model(), *PLAIN], Path(path).read_bytes()
+    cli.main([*common, "--data", f"{path}*1.5", "--out", str(named), "--steps", "4"])
+    sources.standard_input.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    cli.main([*common, "--data=-*1.5", "--out", str(piped), "--steps", "2"])
+    monkeypatch.setattr(sources, "standard_input", None)
     cli.main(["resume", str(piped), "--steps", "4"])
     assert (piped / "stdin").read_bytes() == data
     assert f'"{piped}/stdin*1.5"' in (piped / "config.toml").read_text()
-    assert (piped / "metrics.jsonl").read_bytes() == (tmp_path / "named" / "metrics.jsonl").read_bytes()
+    assert (piped / "metrics.jsonl").read_bytes() == (named / "metrics.jsonl").read_bytes()
     (piped / "stdin").write_bytes(data + data)
     with pytest.raises(SystemExit):
         cli.main(["resume", str(piped), "--steps", "6"])
+
+
+@pytest.mark.parametrize("given", ["-", "-*2", "lab/talks:train", "hf://datasets/lab/talks/a.csv*0.5"])
+def test_a_launcher_that_names_the_data_as_before_goes_on_with_what_the_run_read(tmp_path, monkeypatch, given):
+    monkeypatch.setattr(hub, "_commit", lambda name, _: COMMIT)
+    read = f"{tmp_path}/stdin{given[1:]}" if given[0] == "-" else pinned(given)
+    config, begun, other = (
+        SFTConfig(model="m", data=DataFlags(data=(text,)), run=RunFlags(out=str(tmp_path)))
+        for text in (given, read, "lab/others")
+    )
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({"command": "sft", **flags.to_dict(begun)}))
+    assert cli.as_begun(config, "sft").data.data == (read,)
+    with pytest.raises(UserError, match="--data: --resume-if-present goes on with a run as it was begun"):
+        cli.as_begun(other, "sft")
 
 
 def test_a_terminal_and_several_ranks_give_no_data(monkeypatch):
@@ -227,19 +239,17 @@ def test_a_run_keeps_the_commit_and_resumes_on_its_rows(lab, tmp_path, tiny_mode
 import pathlib, shutil, sys
 from penstock.cli import main
 
-model, out, talks = sys.argv[1:]
-common = ["sft", "--model", model, "--data", "lab/talks", "--heldout", "0", "--batch-size", "1"]
-main([*common, "--out", out, "--steps", "2"])
+model, out, talks = sys.argv[1:4]
+common = ["sft", "--model", model, *sys.argv[4:]]
+main([*common, "--out", out, "--steps", "2", "--data", "lab/talks"])
 talks = pathlib.Path(talks)
 shutil.copytree(talks / ("a" * 40), talks / ("c" * 40))
 (talks / ("c" * 40) / "train.jsonl").write_text('{"prompt": "other", "response": "rows"}\\n')
 (talks / "main").write_text("c" * 40)
-main([*common, "--out", out, "--steps", "2", "--resume-if-present"])
 main(["resume", out, "--steps", "4"])
-main([*common, "--out", out + "-other", "--steps", "2", "--data", "lab/talks@" + "a" * 40])
-main(["resume", out + "-other", "--steps", "4"])
+main([*common, "--out", out + "-other", "--steps", "4", "--data", "lab/talks@" + "a" * 40])
 """
-    script(lab, code, model, str(tmp_path / "run"), str(tmp_path / "lab" / "talks"))
+    script(lab, code, model, str(tmp_path / "run"), str(tmp_path / "lab" / "talks"), *PLAIN)
     assert f'"lab/talks@{"a" * 40}"' in (tmp_path / "run" / "config.toml").read_text()
     runs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "run-other")]
     assert runs[0] == runs[1]
