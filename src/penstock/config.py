@@ -25,7 +25,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
      "overlong_buffer"),
     ("above 0", lambda x: 0 < x < math.inf, "lr critic_lr max_grad_norm kl_target kl_horizon target_kl reward_clip "
      "clip clip_high value_clip tflops lora_alpha adam_epsilon beta reward_timeout desirable_weight "
-     "undesirable_weight"),
+     "undesirable_weight importance_sampling_cap"),
     ("a port, 0 to 65535", lambda x: 0 <= x <= 65535, "port"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam warmup jsd_beta on_policy"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
@@ -398,6 +398,13 @@ class RolloutFlags(AnswerFlags):
     """Clip scores, once normalised, to +- this; the clipped fraction is logged."""
     clip: float = 0.2
     """Clip of the probability ratio."""
+    rollout_dtype: Literal["int8", "nf4"] | None = None
+    """Answer with a copy of the actor whose blocks are kept in 8 bits, or in 4, on the device: made anew for each
+    rollout, it is for an actor whose weights stream and do not fit. The loss weighs each token by the importance of the
+    copy's choice. Default: the actor itself answers."""
+    importance_sampling_cap: float | None = None
+    """With --rollout-dtype: the most that a token's importance weight, its probability under the actor over that under
+    the copy, may be. Default: 2."""
     target_kl: float | None = 0.1
     """A step's updates stop, the critic's too and in all epochs left, when a mini-batch's approximate KL passes 1.5
     times this; none turns it off."""

@@ -124,7 +124,8 @@ def experience_of(scores, lengths, group=4):
     lengths = torch.tensor(lengths)
     return Experience(
         tokens=torch.arange(rows)[:, None].expand(rows, width + 1).clone(), prompt_lengths=torch.ones_like(lengths),
-        lengths=lengths, logprobs=zeros - 1.0, ref_logprobs=zeros - 1.5, values=zeros, entropy=zeros, engine_gap=zeros,
+        lengths=lengths, logprobs=zeros - 1.0, ref_logprobs=zeros - 1.5, values=zeros, entropy=zeros,
+        sampling_logprobs=zeros,
         scores=torch.tensor(scores), ended=torch.ones(rows, dtype=torch.bool), advantages=zeros, returns=zeros,
         scaled_scores=torch.tensor(scores), part_scores=torch.zeros(rows, 0),
     )  # fmt: skip

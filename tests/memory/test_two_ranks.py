@@ -17,7 +17,9 @@ import sys, torch
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import response_logprobs
 from penstock.memory.strategy import Strategy
+from penstock.models.packed import pack
 from penstock.models.roles import Actor
+from penstock.models.surgery import packed_copy
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
 from tests.memory.test_stream import batches, decoder, weights_of
@@ -43,7 +45,12 @@ for name in names:
             losses.append(strategy.step(stream, mine, loss_of, lr=1e-2, max_grad_norm=0.5).sums["loss"])
         prompts = [[1, 5, 6], [1, 7], [1, 9, 9, 9]][strategy.world.rank :: 2]
         new = 12 if strategy.world.rank else 5
-        answers = generate(actor.decoder, prompts, Sampling(max_new_tokens=new, temperature=0.0), eos_ids=[2])
+        with strategy.phase("rollout" if family == "llama" else "score"):  # all weights at once, or visit by visit
+            answers = generate(actor.decoder, prompts, Sampling(max_new_tokens=new, temperature=0.0), eos_ids=[2])
+        if family == "llama" and not placement.startswith(("fsdp", "hsdp")):
+            copied = packed_copy(actor.decoder, "nf4").blocks[0].qkv
+            packed = pack(weights_of(stream)["decoder.blocks.0.qkv.weight"], "nf4")
+            assert torch.equal(copied.weight, packed[0]) and torch.equal(copied.scales, packed[1])
         found[name, family] = {
             "losses": losses, "weights": weights_of(stream),
             "answers": strategy.world.gather([one.response_ids for one in answers]),

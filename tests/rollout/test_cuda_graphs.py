@@ -129,13 +129,13 @@ def test_sizes_are_few():
 def test_weights_that_move_are_not_recorded():
     """By default, even on a GPU: their addresses change."""
     decoder = Decoder(TINY, generator=torch.Generator().manual_seed(0))
-    assert not decoder.feed.moves
+    assert decoder.feed.fixed
     moving = Actor(copy.deepcopy(decoder)).requires_grad_(False)
     Strategy.named("gemini_cpu", device="cpu").prepare(moving)
-    assert moving.decoder.feed.moves
+    assert not moving.decoder.feed.fixed
     staying = Actor(decoder)
     Strategy.named("zero2_cpu", device="cpu").prepare(staying)
-    assert not staying.decoder.feed.moves
+    assert staying.decoder.feed.fixed
 
 
 class Streams:

@@ -40,6 +40,7 @@ class DPOFlags(AnswerFlags):
     """Of a ranking of more than two answers: compare all pairs, or the best with the worst alone."""
     group_size: int = 2
     """--online: answers per prompt, which are ranked."""
+    rollout_dtype: ClassVar[None] = None  # the model itself answers
 
     def __post_init__(self) -> None:
         defaults = {
@@ -185,10 +186,10 @@ class GRPOConfig(RewardFlags, EvalFlags):
 
     @property
     def rereads(self) -> bool:
-        """Whether answers' log-probs are needed before they are learned from: by a second update, or by KL in rewards.
-        Otherwise the only update computes them."""
+        """Whether answers' log-probs are needed before they are learned from: by a second update, by KL in rewards, or
+        beside those of a copy. Otherwise the only update computes them."""
         updates = self.optim.epochs * math.ceil(self.optim.batch_size / (self.mini_batch_size or self.optim.batch_size))
-        return updates > 1 or self.grpo.kl_in == "reward"
+        return updates > 1 or self.grpo.kl_in == "reward" or self.grpo.rollout_dtype is not None
 
     @property
     def rollout(self) -> GRPOFlags:

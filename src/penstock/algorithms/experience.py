@@ -39,8 +39,8 @@ class Experience:
     """[B, R] fp32, the critic's at the state before each token; zeros without a critic."""
     entropy: Tensor
     """[B, R] fp32, of the distribution each token was drawn from."""
-    engine_gap: Tensor
-    """[B, R] fp32, |engine's log-prob - trainer's|."""
+    sampling_logprobs: Tensor
+    """[B, R] fp32, the engine's: of the policy that the tokens were drawn from."""
     scores: Tensor
     """[B] fp32, the reward model's or the reward function's."""
     ended: Tensor
@@ -77,7 +77,7 @@ class Experience:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Experience))
-PER_TOKEN = ("logprobs", "ref_logprobs", "values", "entropy", "engine_gap", "advantages", "returns")
+PER_TOKEN = ("logprobs", "ref_logprobs", "values", "entropy", "sampling_logprobs", "advantages", "returns")
 
 
 @dataclass
@@ -156,7 +156,7 @@ def score(
             ref_logprobs=ref_logprobs,
             values=zeros if batch_values is None else batch_values,
             entropy=entropy,
-            engine_gap=(engine_logprobs - batch_logprobs).abs(),
+            sampling_logprobs=engine_logprobs,
             scores=torch.zeros(len(batch.answers)),
             ended=torch.tensor([answer.finish_reason == "stop" for answer in batch.answers]),
             advantages=zeros,
@@ -180,6 +180,21 @@ def used_scores(experience: Experience, flags: RolloutFlags) -> Tensor:
     if flags.reward_clip is not None:
         scores = scores.clamp(-flags.reward_clip, flags.reward_clip)
     return with_ends(scores, ended, flags)
+
+
+def importance(experience: Experience, flags: RolloutFlags) -> Tensor:
+    """What a copy's choices weigh in the policy's loss, [B, R] fp32: see [Note: answers of a copy] in policy.py."""
+    cap = CAP if flags.importance_sampling_cap is None else flags.importance_sampling_cap
+    return fn.truncated_weights(experience.logprobs, experience.sampling_logprobs, cap)
+
+
+CAP = 2.0
+"""Of importance weights; TRL's and verl's."""
+
+
+def weighted(x: Tensor, part: Experience, flags: RolloutFlags) -> Tensor:
+    """x [B, R], each token's part of an expectation, times `importance` where a copy answered."""
+    return x if flags.rollout_dtype is None else x * importance(part, flags)
 
 
 def with_ends(scores: Tensor, ended: Tensor, flags: AnswerFlags) -> Tensor:

@@ -312,6 +312,13 @@ def clip_weights(
     return -weights * advantages * logprobs, weights != ratios
 
 
+def truncated_weights(logprobs: Tensor, sampling_logprobs: Tensor, cap: float) -> Tensor:
+    """min(exp(logprobs - sampling_logprobs), cap) per token, detached: what an expectation under the policy of
+    `logprobs` takes from tokens that another one sampled (Ionides 2008, truncated importance sampling; Yao et al. 2025,
+    "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training")."""
+    return log_ratio(logprobs, sampling_logprobs).detach().exp().clamp(max=cap)
+
+
 def sequence_log_ratios(log_ratios: Tensor, mask: Tensor) -> Tensor:
     """Of an answer's tokens the mean log ratio, for each of them, [B, R] (Zheng et al. 2025, "GSPO", eq. 7)."""
     means = log_ratios.sum(dim=1) / mask.sum(dim=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from penstock.algorithms import functional as fn
 from penstock.algorithms.advantages import advantages, informative, used_rewards
 from penstock.algorithms.config import GRPOConfig, GRPOFlags
-from penstock.algorithms.experience import Experience, concatenate, logprobs_of
+from penstock.algorithms.experience import Experience, concatenate, logprobs_of, weighted
 from penstock.algorithms.heldout import Best, interval
 from penstock.algorithms.policy import (
     Policy,
@@ -216,14 +216,15 @@ def group_loss(
     how = flags.normalization or ("constant" if flags.advantage == "dr_grpo" else "token")
     weights = fn.token_weights(part.lengths, how, tokens, rows, flags.max_new_tokens)
     clip = (flags.clip, flags.clip if flags.clip_high is None else flags.clip_high)
-    loss, stats = fn.policy_loss(logprobs, old, part.advantages, part.mask, clip, kind=flags.loss, weights=weights)
+    advantages = weighted(part.advantages, part, flags)  # in which every surrogate is linear
+    loss, stats = fn.policy_loss(logprobs, old, advantages, part.mask, clip, kind=flags.loss, weights=weights)
     gap = fn.clean((old - part.logprobs).abs(), part.mask).max()
     stats |= {"policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum(), "max_engine_gap": gap}
     if flags.kl_coef and flags.kl_in == "loss":
         kl = fn.KL_ESTIMATORS[flags.kl_estimator](logprobs, part.ref_logprobs)
         if flags.kl_estimator == "k3":  # whose own gradient is that of KL(reference, policy): docs/align.md
             kl = kl * fn.log_ratio(logprobs, old).exp()
-        stats["kl_loss"] = (fn.clean(kl, part.mask) * weights).sum()
+        stats["kl_loss"] = (fn.clean(weighted(kl, part, flags), part.mask) * weights).sum()
         loss = loss + flags.kl_coef * stats["kl_loss"]
     return loss, stats
 

@@ -174,7 +174,7 @@ def _first_ratio(experience: Experience, config: Any, history: Sequence[Row], ro
 
 def _engine_gap(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     gap = row.get("val/engine_logprob_gap", 0.0)
-    if gap <= (0.05 if config.run.dtype == "fp32" else 1.0):
+    if gap <= (0.05 if config.run.dtype == "fp32" else 1.0) or config.rollout.rollout_dtype:  # whose gap is weighed
         return ""
     return f"the sampler's log-probability of a token is off by {gap:.2g} nats from the trainer's"
 

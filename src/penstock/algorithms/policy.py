@@ -2,6 +2,11 @@
 what a run keeps between updates.
 
 Numbers in comments are the lines of docs/ppo.md.
+
+[Note: answers of a copy] A streamed actor whose weights do not fit beside the rest visits all of them for every token.
+With --rollout-dtype its weights come once per rollout, and a packed copy of them answers, which is gone when the
+rollout ends. The copy is another policy, though nearly the same. So the actor reads the answers, its log-probs are the
+old policy's, the copy's are kept beside, and a token's part of the loss is multiplied by min(actor / copy, cap).
 """
 
 import dataclasses
@@ -23,6 +28,7 @@ from penstock.data.batching import Shuffle
 from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Stream
 from penstock.memory.tiers import Ram
+from penstock.models.surgery import packed_copy
 from penstock.planner.workload import Workload
 from penstock.rollout.engine import Answer, generate
 from penstock.rollout.sampling import Sampling, stream
@@ -60,6 +66,8 @@ class Policy:
         decoder, sampling = self.roles.actor.model.decoder, self.sampling(**changes)
         options: Any = {"batch_size": self.flags.rollout_batch_size, "swap": self.swap, "tokenizer": self.tokenizer}
         with self.strategy.phase("rollout"):
+            if self.flags.rollout_dtype is not None:  # see [Note: answers of a copy]
+                decoder = packed_copy(decoder, self.flags.rollout_dtype)
             return generate(decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, **options)
 
     def read(self, rollout: Sequence[Answer], records: Sequence, group: int = 1) -> Experience:
@@ -85,6 +93,7 @@ def prepare_roles(
     batches = (optim.batch_size, optim.micro_batch_size, mini_batch, optim.epochs)
     lengths = (longest, flags.max_new_tokens, flags.rollout_batch_size)
     sampling: Any = {"temperature": flags.temperature, "sampled_of": flags.top_k, "top_p": flags.top_p}
+    sampling["rollout_dtype"] = flags.rollout_dtype
     work = Workload(stage, role_specs(models), *batches, *lengths, group_size, reread=reread, **sampling)
     swap = reserve_activations(strategy, work)
     streams = dict(zip(models, strategy.prepare_all(*models.values(), **optim.adamw), strict=True))
@@ -186,8 +195,9 @@ class PolicyState:
         self.step, self.update = saved["step"], saved["update"]
         experience = saved["experience"]
         if experience:
-            scores = experience["scores"]
+            scores, gap = experience["scores"], experience.pop("engine_gap", 0.0)
             later = {"scaled_scores": scores, "part_scores": scores.new_zeros(len(scores), 0)}
+            later["sampling_logprobs"] = experience["logprobs"] + gap
             self.experience = Experience(**later | experience)
         self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
         self.history = saved.get("history", [])

@@ -17,9 +17,11 @@ from penstock.data import formats
 from penstock.data.chat import Encoder, Example
 from penstock.data.records import Kind
 from penstock.errors import DataError, UserError
+from penstock.memory.placement import known, refused
 from penstock.memory.strategy import Strategy
 from penstock.models.adapter_files import is_adapter_directory
 from penstock.models.roles import Actor, ActorCritic, Critic
+from penstock.models.surgery import check_packs
 from penstock.run.directory import RunDirectory, resolve_model
 from penstock.run.session import Session
 
@@ -69,14 +71,36 @@ def check_rollout(command: str, config: Any, ranks: int) -> None:
         raise UserError(f"--min-new-tokens {flags.min_new_tokens}: more than --max-new-tokens allows.")
     if flags.temperature <= 0:
         raise UserError("--temperature 0: it learns from sampled answers; give a temperature above 0, 1 is usual.")
+    if flags.rollout_dtype is not None:
+        check_copy(flags.rollout_dtype, config, ranks)
+    elif getattr(flags, "importance_sampling_cap", None) is not None:
+        raise UserError("--importance-sampling-cap: is for answers of a copy; give --rollout-dtype int8 too.")
     if config.optim.batch_size < ranks:
         raise UserError(f"--batch-size {config.optim.batch_size}: fewer episodes than the {ranks} ranks; give more.")
+
+
+def check_copy(dtype: str, config: Any, ranks: int) -> None:
+    """Raises UserError where no copy of the actor can answer."""
+    if config.peft.base_dtype is not None:
+        raise UserError(
+            f"--rollout-dtype {dtype} with --base-dtype {config.peft.base_dtype}: the blocks are packed already; leave "
+            "one of the two out."
+        )
+    if config.run.strategy and (reason := refused(known(config.run.strategy), ranks, copies=True)):
+        raise UserError(reason)
 
 
 def read_inputs(config: Any, strategy: Strategy, session: Session) -> Inputs:
     """Models, prompts and demonstrations; a critic for PPO alone. Raises UserError or DataError for what is wrong."""
     flags, value_head = config.rollout, getattr(config, "value_head", False)
     actor, encoder = read_model(Actor, config.actor, config, strategy, session, flags.max_new_tokens)
+    if flags.rollout_dtype is not None:
+        if actor.decoder.config.foreign:
+            raise UserError(
+                f"--rollout-dtype {flags.rollout_dtype}: the layers of {actor.decoder.config.family} are transformers' "
+                "own, and a copy is made of ours; leave it out."
+            )
+        check_packs(actor.decoder, flags.rollout_dtype, strategy.world.device.type, "--rollout-dtype")
     size, base_dtype = config.optim.micro_batch_size, config.peft.base_dtype
     source = reward_source(config, encoder, strategy, config.data, size, session.say, base_dtype)
     with strategy.init():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience, used_scores
+from penstock.algorithms.experience import Experience, importance, used_scores
 from penstock.config import RolloutFlags
 from penstock.memory.strategy import StepStats
 
@@ -59,7 +59,7 @@ def _of_experience(experience: Experience, beta: float, flags: RolloutFlags) -> 
     mask, rows = experience.mask, len(experience.tokens)
     logprobs, ref_logprobs = experience.logprobs, experience.ref_logprobs
     kl = _per_answer(fn.kl_k1(logprobs, ref_logprobs), experience)
-    used = used_scores(experience, flags)
+    used, gap = used_scores(experience, flags), (experience.sampling_logprobs - logprobs).abs()
     metrics = {
         "objective/kl": kl,
         "objective/kl_k3": _per_answer(fn.kl_k3(logprobs, ref_logprobs), experience),
@@ -75,12 +75,23 @@ def _of_experience(experience: Experience, beta: float, flags: RolloutFlags) -> 
         "val/num_eos_tokens": float(experience.ended.sum()),
         "val/missing_eos_rate": 1.0 - float(experience.ended.float().mean()),
         "val/explained_variance": float(fn.explained_variance(experience.values, experience.returns, mask)),
-        "val/engine_logprob_gap": float(experience.engine_gap.max()),
+        "val/engine_logprob_gap": float(fn.clean(gap, mask).max()),
     }
+    if flags.rollout_dtype is not None:
+        metrics |= _of_sampling(gap[mask], importance(experience, flags)[mask])
     if flags.reward_clip is not None:
         clipped = experience.scaled_scores.abs() > flags.reward_clip
         metrics["objective/scores_clipfrac"] = float(clipped.float().mean())
     return metrics
+
+
+def _of_sampling(gap: Tensor, weights: Tensor) -> dict[str, float]:
+    """How far a copy that answers is from the actor, under TRL's names; gap and weights [N], of valid tokens."""
+    measured = {
+        "sampling_logp_difference": {"mean": gap.mean(), "max": gap.max()},
+        "importance_sampling_ratio": {"min": weights.min(), "mean": weights.mean(), "max": weights.max()},
+    }
+    return {f"sampling/{name}/{key}": float(x) for name, values in measured.items() for key, x in values.items()}
 
 
 def _per_answer(x: Tensor, experience: Experience) -> float:

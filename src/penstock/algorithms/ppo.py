@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience, logprobs_of, used_scores, values_of
+from penstock.algorithms.experience import Experience, logprobs_of, used_scores, values_of, weighted
 from penstock.algorithms.heldout import Best, interval
 from penstock.algorithms.policy import (
     Policy,
@@ -322,10 +322,12 @@ def actor_loss(actor: Actor, hidden: Tensor, part: Part, flags: PPOFlags, count:
         loss = fn.sft_loss(response_logprobs(actor, hidden, part), ptx_count)
         return flags.ptx_coef * loss, {"ptx": loss}
     logprobs, entropy = logprobs_of(actor, hidden, part, flags.temperature)
-    loss, stats = fn.policy_loss(logprobs, part.logprobs, part.advantages, part.mask, flags.clip, count)
+    advantages = weighted(part.advantages, part, flags)  # in which every surrogate is linear
+    loss, stats = fn.policy_loss(logprobs, part.logprobs, advantages, part.mask, flags.clip, count)
     stats |= {"policy": loss, "entropy": entropy.sum(), "tokens": part.lengths.sum()}
     if flags.kl_loss_coef:
-        kl = fn.masked_mean(fn.KL_ESTIMATORS[flags.kl_estimator](logprobs, part.ref_logprobs), part.mask, count)
+        kl = weighted(fn.KL_ESTIMATORS[flags.kl_estimator](logprobs, part.ref_logprobs), part, flags)
+        kl = fn.masked_mean(kl, part.mask, count)
         loss, stats["kl_loss"] = loss + flags.kl_loss_coef * kl, kl
     return loss, stats
 

@@ -214,6 +214,8 @@ def _rollout(work: Workload, strategy: Strategy, decoder: Decoder, phase: Phases
     count, rollout = math.ceil(work.batch_size / strategy.world.size), list[Answer]()
     rows = work.rollout_batch_size or count
     with phase("rollout"):
+        if work.rollout_dtype is not None:
+            decoder = surgery.packed_copy(decoder, work.rollout_dtype)
         for start in range(0, count, rows):
             rollout += _generate(strategy, decoder, min(rows, count - start), work, swap)
     return rollout

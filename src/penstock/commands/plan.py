@@ -51,13 +51,14 @@ def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
             if role.config.num_experts
         },
         "few_tokens": forecast.few_tokens,
+        "gathers_once": forecast.gathers_once,
         "slots": {"weights": forecast.slots.weights, "gradients": forecast.slots.gradients, "ahead": forecast.ahead},
         "traffic": forecast.traffic,
         "seconds": {
             **{phase: dataclasses.asdict(seconds) for phase, seconds in forecast.seconds.items()},
             "total": forecast.total,
         },
-        "notes": notes(setting),
+        "notes": [*notes(setting), *_of_copy(setting, forecast)],
         "lacking": lacking,
         "advice": advice(setting) if lacking else None,
     }
@@ -70,6 +71,23 @@ def per_machine(forecast: Forecast, setting: Setting) -> dict[str, int]:
     ram = peak["host"] + forecast.objects.get("checkpoint", {}).get("host", 0)
     ram += 0 if setting.arithmetic == "narrow" else peak["device"]
     return {"processes": processes, "host": processes * ram, "disk": processes * peak["disk"]}
+
+
+def _of_copy(setting: Setting, forecast: Forecast) -> list[str]:
+    """A line where a packed copy would answer sooner than an actor whose weights come for every token."""
+    work, actor = setting.workload, setting.workload.roles[0]
+    possible = work.stage in ("ppo", "grpo") and work.rollout_dtype is None and actor.base_dtype is None
+    if not possible or forecast.gathers_once or actor.config.foreign or bits_of(setting.strategy)[0] in PYTORCH:
+        return []
+    other = dataclasses.replace(setting, workload=dataclasses.replace(work, rollout_dtype="int8", reread=True))
+    copied = forecast_of(other)
+    if short(copied, other) or copied.total >= forecast.total:
+        return []
+    before, after = (each.seconds["rollout"].total for each in (forecast, copied))
+    return [
+        "the actor's weights come for every token: with --rollout-dtype int8 a copy answers, which is made once per "
+        f"rollout, in {after:.1f} s instead of {before:.1f}"
+    ]
 
 
 def slices(setting: Setting) -> dict[str, str]:
@@ -153,7 +171,7 @@ def _strategies(setting: Setting) -> list[str]:
     """The setting's own, then from the one that needs least device memory upward, with moments of the same bits."""
     moments = EIGHT_BIT if bits_of(setting.strategy)[1] == 8 else ""
     names = [name + moments for name in reversed(NAMES) if name != "naive" or setting.world == 1]
-    if moments or setting.world == 1:
+    if moments or setting.world == 1 or setting.workload.rollout_dtype:
         names = [name for name in names if bits_of(name)[0] not in PYTORCH]
     names = [name for name in names if refusal(dataclasses.replace(setting, strategy=name)) is None]
     return [setting.strategy, *(name for name in names if name != setting.strategy)]
@@ -196,6 +214,8 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         limit = max(("compute", "link", "disk", "optimizer", "network"), key=lambda key: seconds[key])
         cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[:4])
         lines.append(f"{phase:18}{cells}{seconds['total']:10.1f}  {limit}")
+    if result["gathers_once"]:
+        lines += ["", "the actor's weights come once for a rollout, and stay until it ends"]
     lines += _of_experts(setting, result)
     for shown in dict.fromkeys(result.get("slices", {}).values()):
         names = ", ".join(name for name, text in result["slices"].items() if text == shown)

@@ -4,7 +4,8 @@ All models of a run share one arena. A slot keeps its last chunk until another c
 enough slots is a resident model, and one with two is a stream.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from penstock.errors import ResourceError
 from penstock.memory import schedule
+from penstock.memory.chunks import Chunk, Weight
+from penstock.memory.homes import ChunkHome, views, weight_on
+from penstock.memory.program import owners
 from penstock.memory.tiers import Offload, Ram
 from penstock.units import show_bytes
 
@@ -63,3 +67,76 @@ class Arena(schedule.SlotTable[Slot]):
             f"--device-memory: a chunk of {show_bytes(nbytes)} must be in device memory and all slots ({sizes}) are "
             "smaller or in use; give more device memory or a smaller --chunk-size."
         )
+
+
+@dataclass
+class Hold:
+    """A chunk in use: what `lease` took and `_release` gives back."""
+
+    home: ChunkHome
+    slot: Slot | None
+    gradient_slot: Slot | None
+    gradients: bool
+    opened: bool = False
+    """Autograd may add to the gradient slot."""
+
+
+class Parameters:
+    """A model's own parameters: see [Note: parameters are rebound] in stream.py."""
+
+    def __init__(self, model: nn.Module, homes: Sequence[ChunkHome]) -> None:
+        places = {name: (module._parameters, own) for name, (module, own) in owners(model).items()}
+        self._bound: dict[str, tuple[dict[str, Any], str]] = places
+        """Where modules keep their parameters: a visit binds each twice, and nn.Module.__setattr__ is slow."""
+        self._empty = {
+            weight.name: nn.Parameter(torch.empty_like(self.now(weight), device="meta"), home.chunk.trained)
+            for home in homes
+            for weight in home.chunk.weights
+        }
+        """Parameters without memory, bound while weights are elsewhere: shapes and dtypes."""
+        self._graph: dict[ChunkHome, list[nn.Parameter]] = {}
+        """The parameters of moving chunks in a graph that is kept. See [Note: a kept graph]."""
+
+    def bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> list[nn.Parameter]:
+        """The model's own parameters become views of `weights`."""
+        bound = [weight_on(view, trained) for view in views(chunk, weights)]
+        self._put(chunk, bound)
+        return bound
+
+    def bind_slot(self, home: ChunkHome, slot: Slot, *, trained: bool) -> None:
+        """The same for a chunk in a slot. While it stays there it is cut once: decoding visits it for every token."""
+        bound_for = (self, home, trained)
+        if slot.bound_for != bound_for:
+            weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
+            slot.bound_for, slot.parameters = bound_for, self.bind(home.chunk, weights, trained=trained)
+        else:
+            self._put(home.chunk, slot.parameters)
+
+    def bind_graph(self, home: ChunkHome, slot: Slot) -> None:
+        """The same parameters whenever the chunk comes, on its current memory. See [Note: a kept graph]."""
+        weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
+        cut = [view.data for view in views(home.chunk, weights)]  # .data has no version: slots are rewritten
+        if home not in self._graph:
+            self._graph[home] = [weight_on(view, home.chunk.trained) for view in cut]
+        for parameter, view in zip(self._graph[home], cut, strict=True):
+            parameter.data = view
+        self._put(home.chunk, self._graph[home])
+
+    def bind_gradients(self, chunk: Chunk, grads: Tensor) -> None:
+        """The bound parameters' gradients become views of `grads`: autograd adds in place, so the views survive."""
+        for weight, view in zip(chunk.weights, views(chunk, grads), strict=True):
+            self.now(weight).grad = view
+
+    def unbind(self, chunk: Chunk) -> None:
+        self._put(chunk, [self._empty[weight.name] for weight in chunk.weights])
+
+    def _put(self, chunk: Chunk, parameters: Sequence[nn.Parameter]) -> None:
+        """The model's modules get these in the place of the chunk's weights."""
+        for weight, parameter in zip(chunk.weights, parameters, strict=True):
+            where, name = self._bound[weight.name]
+            where[name] = parameter
+
+    def now(self, weight: Weight) -> nn.Parameter:
+        """What the module has in its place."""
+        where, name = self._bound[weight.name]
+        return where[name]

@@ -9,8 +9,8 @@ al. 2023, PyTorch FSDP).
 [Note: one collective for all] FSDP2's gathers are collectives, so every rank runs the same parts equally often: a rank
 with fewer micro-batches goes on with an empty one, whose gradients are zeros.
 
-[Note: unsharded once] A rollout visits every weight for every token. Where the whole model fits beside what is there,
-the first visit of a rollout gathers all of it, the ranks go their own ways, and the phase's end drops it.
+A rollout gathers the whole model once where it fits beside what is there: see [Note: one lease for a rollout] in
+stream.py.
 """
 
 import contextlib
@@ -32,12 +32,13 @@ from penstock.distributed.world import World
 from penstock.errors import UserError
 from penstock.memory import plan
 from penstock.memory.adamw import AdamW, states_of, sum_of_squares
+from penstock.memory.arena import Hold
 from penstock.memory.chunks import Chunk, Weight, layout
 from penstock.memory.homes import SUMS
 from penstock.memory.prepare import Homes, first_values, groups_of
 from penstock.memory.program import owners
 from penstock.memory.sink import SAVED, Sink
-from penstock.memory.stream import Hold, Losses, LossOf, Stream, Visits
+from penstock.memory.stream import Losses, LossOf, Stream, Visits
 from penstock.memory.tiers import Ram
 
 Groups = Sequence[tuple[str, Sequence[Weight]]]
@@ -69,68 +70,59 @@ class ShardedStream(Stream):
         self._root: Any = root
         self._modules, self._gathers_once = modules, gathers_once
         """`_modules`: the module that gathers each group."""
-        self._leases: dict[FSDPModule, int] = dict.fromkeys(modules.values(), 0)
+        self._users: dict[FSDPModule, int] = dict.fromkeys(modules.values(), 0)
         self._training = False
         """A pass of FSDP2's own is going on: its hooks gather."""
-        self.unsharding = False
-        """A rollout has begun: the next visit gathers all, if it fits."""
-        self._unsharded = False
         self._root(lambda: None)  # FSDP2 takes the first module that runs for its root
-        for module in self._leases:
+        for module in self._users:
             module.set_reshard_after_forward(False, recurse=False)
             module.reshard()
 
     @property
+    def fixed(self) -> bool:
+        """Not for a recording: FSDP2's hooks wait for events when a block is called."""
+        return False
+
+    @property
     def collective(self) -> bool:
         """Whether a visit is a collective: not while all weights are here."""
-        return not self._unsharded
+        return not self.leased
 
     @contextlib.contextmanager
     def lease(self, groups: Sequence[str], gradients: bool, graph: bool = False) -> Iterator[list[Hold]]:
         """Inside, the weights of these groups are whole. FSDP2 itself sees to it while a model is trained."""
-        if self.unsharding:
-            self._unshard()
-        modules = {} if self._training or self._unsharded else self._gathering(groups)
+        modules = {} if self._training or self.leased else self._gathering(groups)
         for module in modules:
-            if not self._leases[module]:
+            if not self._users[module]:
                 module.unshard()
-            self._leases[module] += 1
+            self._users[module] += 1
         try:
             yield []
         finally:
             for module in modules:
-                self._leases[module] -= 1
-                if not self._leases[module]:
+                self._users[module] -= 1
+                if not self._users[module]:
                     module.reshard()
 
     def _gathering(self, groups: Sequence[str]) -> dict[FSDPModule, None]:
         """The modules that gather these groups; a group without weights needs none."""
         return dict.fromkeys(self._modules[group] for group in groups if group in self._modules)
 
-    def _unshard(self) -> None:
-        """See [Note: unsharded once]."""
-        self.unsharding = False
-        if bool(self.world.max(torch.tensor(not self._fits(), dtype=torch.int32, device=self.device))):
-            return
-        for module in self._leases:
+    def _take_all(self) -> None:
+        for module in self._users:
             module.unshard()
-        self._unsharded = True
 
-    def _fits(self) -> bool:
+    def _give_all(self) -> None:
+        for module in self._users:
+            module.reshard()
+
+    def _all_fits(self) -> bool:
         """Whether this rank has room for the whole model: as the plan says, or as much again stays free on a GPU."""
         if self._gathers_once is not None or self.device.type != "cuda":
             return self._gathers_once is not False
         assert self.dtype is not None
         nbytes = sum(weight.numel() for weight in self._root.parameters()) * self.dtype.itemsize
         return 2 * nbytes <= torch.cuda.mem_get_info(self.device)[0]
-
-    def reshard(self) -> None:
-        """After a rollout: every rank keeps its shards alone."""
-        self.unsharding = False
-        if self._unsharded:
-            self._unsharded = False
-            for module in self._leases:
-                module.reshard()
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -157,7 +149,7 @@ class ShardedStream(Stream):
 
     def _keep(self, keeps: bool) -> None:
         """Whether blocks stay whole after a forward: while FSDP2 trains they do not."""
-        for module in self._leases:
+        for module in self._users:
             if module is not self._root:
                 module.set_reshard_after_forward(not keeps, recurse=False)
         if keeps:

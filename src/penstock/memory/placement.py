@@ -74,12 +74,14 @@ def known(name: str) -> str:
 
 
 def refused(
-    name: str, world: int, *, packed: bool, chunk_size: int | None, activation_budget: int | None
-) -> str | None:
+    name: str, world: int, *, packed: bool = False, chunk_size: int | None = None, activation_budget: int | None = None,
+    copies: bool = False,
+) -> str | None:  # fmt: skip
     """What FSDP2 does not do of these, as a user is told. None: it does it all, or does not run this."""
     reasons = {
         "--base-dtype": packed and "FSDP2 does not shard packed weights",
         "--chunk-size": chunk_size and "FSDP2 gathers whole blocks",
+        "--rollout-dtype": copies and "a copy is made of our own engine's chunks",
         "--activation-budget": activation_budget and "FSDP2 gathers a block that is called, and slices do not call it",
     }
     flag = next((flag for flag, reason in reasons.items() if reason), None)

@@ -386,6 +386,12 @@ def filled(slots: Sequence[int], models: Sequence[Sequence[Chunk]], room: int | 
     return result
 
 
+def fit_at_once(chunks: Iterable[Chunk], slots: Iterable[int]) -> bool:
+    """Whether slots of so many bytes hold all of these chunks. See [Note: one lease for a rollout] in stream.py."""
+    sizes, rooms = (sorted(nbytes, reverse=True) for nbytes in ((chunk.nbytes for chunk in chunks), slots))
+    return len(sizes) <= len(rooms) and all(nbytes <= room for nbytes, room in zip(sizes, rooms, strict=False))
+
+
 @dataclass(frozen=True)
 class Slots:
     """What the two arenas are cut into, bytes each."""

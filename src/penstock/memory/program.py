@@ -54,7 +54,11 @@ class AlwaysThere:
     collective = False
     """Whether a visit is a collective."""
     moves = False
-    """Whether any weight comes and goes: if none does, all have fixed addresses."""
+    """Whether any weight comes and goes."""
+    fixed = True
+    """Whether all weights have fixed addresses now."""
+    leased = 0
+    """Where weights move: the number of the lease under which all of them are here. 0: there is none."""
 
     def start(self, tokens: int) -> bool:
         """All groups are there."""

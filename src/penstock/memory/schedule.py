@@ -79,6 +79,24 @@ class SlotTable(Generic[SlotType]):
         self._filled[size].setdefault(self._together(key), {})[slot] = None
         return slot
 
+    def pin(self, homes: Iterable[Any], next_use: Callable[[Any], int]) -> Iterator[tuple[Any, SlotType]]:
+        """Gives each of these chunks a slot, in which it stays; yields those that must be filled. See plan.fit_at_once.
+
+        The largest first: a small chunk may be in a slot that a large one needs.
+        """
+        for home in sorted(homes, key=lambda home: -home.chunk.nbytes):
+            slot = self.find(home)
+            if slot is None:
+                slot = self.claim(home, home.chunk.nbytes, next_use)
+                assert slot is not None
+                yield home, slot
+            slot.users += 1
+
+    def unpin(self, homes: Iterable[Any]) -> None:
+        """They may leave again."""
+        for home in homes:
+            self._holding[home].users -= 1
+
     def _used_latest(self, size: int, next_use: Callable[[Any], int]) -> SlotType | None:
         latest: tuple[int, int] | None = None
         chosen: SlotType | None = None

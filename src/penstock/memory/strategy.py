@@ -8,6 +8,7 @@ those that stay on several GPUs by PyTorch's (`fsdp.py`).
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -75,10 +76,10 @@ class Strategy:
     """Wall seconds spent in each phase since `take_seconds`."""
     models: list[plan.Model] = field(default_factory=list)
     """All models that were prepared."""
-    sharded: list[Any] = field(default_factory=list)
-    """Streams of models on FSDP2 (fsdp.ShardedStream)."""
+    streams: "weakref.WeakSet[Stream]" = field(default_factory=weakref.WeakSet)
+    """Executors of all models that were prepared."""
     mesh: Any = None
-    """Their ranks (a DeviceMesh), once there is one."""
+    """The ranks of models on FSDP2 (a DeviceMesh), once there is one."""
     latest: Phase | None = None
     """The phase that ran last."""
     arenas: tuple[Arena, Arena] | None = None
@@ -162,6 +163,11 @@ class Strategy:
         """
         for model in models:
             model.padding_free = self.padding_free
+        streams = self._prepared(models, adamw)
+        self.streams.update(streams)
+        return streams
+
+    def _prepared(self, models: Sequence[Any], adamw: dict[str, Any]) -> list[Stream]:
         if self.name in PYTORCH and self.world.size > 1:
             return [self._on_fsdp(model, adamw) for model in models]
         for arena in self.arenas or ():  # cut again when next needed: these models pass through it too
@@ -195,7 +201,7 @@ class Strategy:
         from penstock.memory import fsdp  # slow to import
 
         packed = any(weight.dtype not in ("float32", "bfloat16") for _, group in groups_of(model) for weight in group)
-        limits = {"chunk_size": self.chunk_size, "activation_budget": self.activation_budget}
+        limits: Any = {"chunk_size": self.chunk_size, "activation_budget": self.activation_budget}
         if reason := refused(self.name, self.world.size, packed=packed, **limits):
             raise UserError(reason)
         tier = self.tiers["device"]
@@ -203,12 +209,10 @@ class Strategy:
         if self.mesh is None:
             self.mesh = fsdp.mesh_of(self.name, self.world)
         recompute = plan.recomputes(True, self.recompute)
-        stream = fsdp.prepare(
+        return fsdp.prepare(
             model, self.world, self.mesh, tier, dtype=self.dtype, recompute=recompute, gathers_once=self.gathers_once,
             adamw=adamw,
         )  # fmt: skip
-        self.sharded.append(stream)
-        return stream
 
     def _stream(self, model: Any, homes: list[ChunkHome], moves: bool, adamw: dict[str, Any]) -> Stream:
         trained = [home for home in homes if home.chunk.trained]
@@ -258,12 +262,14 @@ class Strategy:
         self.latest = name
         if name != "rollout":
             self.homes.host.make_room(plan.UPDATE_ROOM)  # which a KV cache's spare pages may be in the way of
-        for stream in self.sharded:
-            stream.unsharding = name == "rollout"
-        with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
-            yield
-        for stream in self.sharded:
-            stream.reshard()
+        for stream in self.streams:
+            stream.leasing = stream.moves and name == "rollout"
+        try:
+            with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
+                yield
+        finally:
+            for stream in self.streams:
+                stream.end_lease()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def take_seconds(self) -> dict[str, float]:

@@ -15,25 +15,29 @@ cheap as `functional_call`, works for every module unchanged, and a resident mod
 [Note: a kept graph] With --keep-activations where weights move, the graph's parameters stay the same objects and their
 memory changes, so backward finds a chunk in whatever slot it is in by then. Micro-batches then go one after the other.
 
+[Note: one lease for a rollout] A rollout visits every weight for every token. Where slots hold the whole model, the
+first visit of a rollout takes all of it, and until the phase ends its weights are bound once and stay: a visit costs
+nothing, ranks go their own ways, and a GPU decodes by CUDA graphs, as of a resident model.
+
 [Note: one gradient slot] A visit claims its gradient slot when it begins and writes to it only when the block has been
 recomputed. The gradients that were in the slot have that long to leave, so one slot is enough.
 """
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from penstock.autochunk.recompute import recomputing
 from penstock.distributed.world import World
-from penstock.memory.arena import Arena, Slot
-from penstock.memory.chunks import Chunk, Weight
-from penstock.memory.homes import SUMS, ChunkHome, fetch, views, weight_on
-from penstock.memory.program import Inputs, Part, Program, Wave, first_trained, owners, visits_of
+from penstock.memory import plan
+from penstock.memory.arena import Arena, Hold, Parameters, Slot
+from penstock.memory.chunks import Chunk
+from penstock.memory.homes import SUMS, ChunkHome, fetch
+from penstock.memory.program import Inputs, Part, Program, Wave, first_trained, visits_of
 from penstock.memory.schedule import NEVER, Schedule
 from penstock.memory.sink import Sink
 from penstock.memory.tiers import DiskHome, Ram, RamHome, worker
@@ -44,18 +48,6 @@ LossOf = Callable[[Tensor, Any], Losses]
 Result = TypeVar("Result")
 Visits = Generator[None, None, Result]
 """A pass through a model that stops after every visit, so that passes of several models can be interleaved."""
-
-
-@dataclass
-class Hold:
-    """A chunk in use: what `lease` took and `_release` gives back."""
-
-    home: ChunkHome
-    slot: Slot | None
-    gradient_slot: Slot | None
-    gradients: bool
-    opened: bool = False
-    """Autograd may add to the gradient slot."""
 
 
 class Stream:
@@ -90,15 +82,7 @@ class Stream:
         self.dtype: torch.dtype | None = None
         """Of weights while a part runs, where they lie in another; None: they do not."""
         self._arenas = arenas
-        places = {name: (module._parameters, own) for name, (module, own) in owners(model).items()}
-        self._bound: dict[str, tuple[dict[str, Any], str]] = places
-        """Where modules keep their parameters: a visit binds each twice, and nn.Module.__setattr__ is slow."""
-        self._empty = {
-            weight.name: nn.Parameter(torch.empty_like(self._now(weight), device="meta"), home.chunk.trained)
-            for home in self.homes
-            for weight in home.chunk.weights
-        }
-        """Parameters without memory, bound while weights are elsewhere: shapes and dtypes."""
+        self._parameters = Parameters(model, self.homes)
         self._groups: dict[str, list[ChunkHome]] = {}
         self._moving: dict[str, list[ChunkHome]] = {}
         """The homes of each group; those whose weights must be fetched."""
@@ -107,9 +91,7 @@ class Stream:
             if not home.resident:
                 self._moving.setdefault(home.chunk.group, []).append(home)
         self.moves = bool(self._moving)
-        """Whether any weight comes and goes: if none does, all have fixed addresses."""
-        self._graph: dict[ChunkHome, list[nn.Parameter]] = {}
-        """The parameters of moving chunks in a graph that is kept. See [Note: a kept graph]."""
+        """Whether any weight comes and goes."""
         self._holds: dict[ChunkHome, list[Hold]] = {home: [] for home in self.homes}
         self._reader = worker("prefetch")
         self._cycle, self._choosing = self._schedules(few_tokens)
@@ -117,26 +99,39 @@ class Stream:
         self._few_tokens = few_tokens
         self._schedule = self._cycle
         for home in self.homes:
-            self._unbind(home.chunk)
+            self._parameters.unbind(home.chunk)
             if home.resident:
                 assert isinstance(home.weights, RamHome)
-                self._bind(home.chunk, home.weights.tensor, trained=home.chunk.trained)
+                self._parameters.bind(home.chunk, home.weights.tensor, trained=home.chunk.trained)
                 if home.in_place:
                     assert home.grads is not None
-                    self._bind_gradients(home.chunk, home.grads.tensor)
+                    self._parameters.bind_gradients(home.chunk, home.grads.tensor)
+        self.leasing, self.leased = False, 0
+        """A rollout has begun, and its first visit takes all weights if they fit; the number of the lease under which
+        they are here. See [Note: one lease for a rollout]."""
+        self._leases = 0
+        self._landing: dict[str, list[ChunkHome]] = {}
+        """Groups that are on their way under that lease, and `_landed` what is bound."""
+        self._landed: list[Hold] = []
         model.feed = self
 
     # --- what models call: weights for a moment, without gradients ----------------------------------------------------
 
     def start(self, tokens: int) -> bool:
         """Begins a pass without gradients. Whether its parts visit what its tokens chose: see plan.few_tokens."""
-        chooses = self._choosing is not None and tokens <= self._few_tokens
+        chooses = self._choosing is not None and tokens <= self._few_tokens and not self.leased
         self._schedule = self._choosing if self._choosing is not None and chooses else self._cycle
         return chooses
 
     @contextlib.contextmanager
     def visit(self, *groups: str) -> Iterator[None]:
         """Inside, the weights of these groups are on the device, bound to the model's own modules."""
+        if self.leasing:
+            self._lease_all()
+        if self.leased:
+            self._land(groups)
+            yield
+            return
         with self.lease(groups, gradients=False):
             yield
 
@@ -146,9 +141,14 @@ class Stream:
         return [home for homes in self._moving.values() for home in homes]
 
     @property
+    def fixed(self) -> bool:
+        """Whether all weights have fixed addresses now."""
+        return not self.moves or self.leased > 0
+
+    @property
     def collective(self) -> bool:
-        """Whether a visit is a collective: all ranks must make it, in the same order."""
-        return any(not home.whole for home in self.homes)
+        """Whether a visit is a collective, which all ranks must make in the same order. Under one lease none is."""
+        return not self.leased and any(not home.whole for home in self.homes)
 
     def shares(self, other: "Stream") -> bool:
         """Whether the two models have weights in common."""
@@ -289,6 +289,49 @@ class Stream:
         if self._moving:
             self._arenas()[0].forget(lambda home: home in self._home_set and home.chunk.trained)
 
+    # --- one lease of all weights: see [Note: one lease for a rollout] ------------------------------------------------
+
+    def _lease_all(self) -> None:
+        self.leasing = False
+        if self.max_over_ranks(int(not self._all_fits())):
+            return
+        self._take_all()
+        self._leases += 1
+        self.leased = self._leases
+
+    def _all_fits(self) -> bool:
+        """Whether there is room for all weights on this rank."""
+        slots = (slot.nbytes for slot in self._arenas()[0].slots if not slot.users)
+        return plan.fit_at_once((home.chunk for home in self.moving_homes), slots)
+
+    def _take_all(self) -> None:
+        """Sends for all weights. Visits wait for them, or, where gathers are collectives, ranks do together."""
+        self._schedule = self._cycle
+        for home, slot in self._arenas()[0].pin(self.moving_homes, self._schedule.next_use):
+            slot.landing = self._start(home, slot)
+        self._landing = dict(self._groups)
+        if self.collective:
+            self._land([*self._groups])
+
+    def _land(self, groups: Sequence[str]) -> None:
+        """Binds what has not been visited under this lease."""
+        if self._landing:
+            homes = [home for group in groups for home in self._landing.pop(group, ())]
+            self._landed += [self._hold(home, gradients=False, graph=False) for home in homes]
+
+    def end_lease(self) -> None:
+        """A rollout has ended: weights come and go again."""
+        self.leasing = False
+        if self.leased:
+            self.leased = 0
+            self._give_all()
+
+    def _give_all(self) -> None:
+        for hold in self._landed:
+            self._release(hold)
+        self._landed, self._landing = [], {}
+        self._arenas()[0].unpin(self.moving_homes)
+
     # --- leases -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -334,11 +377,11 @@ class Stream:
                 assert home.grads is not None
                 grads = home.grads.tensor
             if graph:
-                self._bind_graph(home, slot)
+                self._parameters.bind_graph(home, slot)
             else:
-                self._bind_slot(home, slot, trained=gradients)
+                self._parameters.bind_slot(home, slot, trained=gradients)
         if grads is not None:
-            self._bind_gradients(home.chunk, grads)
+            self._parameters.bind_gradients(home.chunk, grads)
         hold = Hold(home, slot, gradient_slot, gradients)
         outer.append(hold)
         return hold
@@ -357,54 +400,10 @@ class Stream:
             home.graded = True
         if hold.gradients and not (hold.slot is None and home.in_place):
             for weight in home.chunk.weights:
-                self._now(weight).grad = None
+                self._parameters.now(weight).grad = None
         if hold.slot is not None:
             hold.slot.users -= 1
-            self._unbind(home.chunk)
-
-    def _bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> list[nn.Parameter]:
-        """The model's own parameters become views of `weights`."""
-        bound = [weight_on(view, trained) for view in views(chunk, weights)]
-        self._put(chunk, bound)
-        return bound
-
-    def _bind_slot(self, home: ChunkHome, slot: Slot, *, trained: bool) -> None:
-        """The same for a chunk in a slot. While it stays there it is cut once: decoding visits it for every token."""
-        bound_for = (self, home, trained)
-        if slot.bound_for != bound_for:
-            weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
-            slot.bound_for, slot.parameters = bound_for, self._bind(home.chunk, weights, trained=trained)
-        else:
-            self._put(home.chunk, slot.parameters)
-
-    def _bind_graph(self, home: ChunkHome, slot: Slot) -> None:
-        """The same parameters whenever the chunk comes, on its current memory. See [Note: a kept graph]."""
-        weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
-        cut = [view.data for view in views(home.chunk, weights)]  # .data has no version: slots are rewritten
-        if home not in self._graph:
-            self._graph[home] = [weight_on(view, home.chunk.trained) for view in cut]
-        for parameter, view in zip(self._graph[home], cut, strict=True):
-            parameter.data = view
-        self._put(home.chunk, self._graph[home])
-
-    def _bind_gradients(self, chunk: Chunk, grads: Tensor) -> None:
-        """The bound parameters' gradients become views of `grads`: autograd adds in place, so the views survive."""
-        for weight, view in zip(chunk.weights, views(chunk, grads), strict=True):
-            self._now(weight).grad = view
-
-    def _unbind(self, chunk: Chunk) -> None:
-        self._put(chunk, [self._empty[weight.name] for weight in chunk.weights])
-
-    def _put(self, chunk: Chunk, parameters: Sequence[nn.Parameter]) -> None:
-        """The model's modules get these in the place of the chunk's weights."""
-        for weight, parameter in zip(chunk.weights, parameters, strict=True):
-            where, name = self._bound[weight.name]
-            where[name] = parameter
-
-    def _now(self, weight: Weight) -> nn.Parameter:
-        """What the module has in its place."""
-        where, name = self._bound[weight.name]
-        return where[name]
+            self._parameters.unbind(home.chunk)
 
     def _gradient_slot(self, home: ChunkHome) -> Slot:
         arena = self._arenas()[1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.kernels import compile as compiler
+from penstock.models.tiling import PACK_TILE
 from penstock.models.weight_shapes import BaseDtype, packed_shapes
 
 NF4 = (
@@ -42,13 +43,20 @@ def rows(table: Tensor, scales: Tensor, tokens: Tensor) -> Tensor:
 def pack(weight: Tensor, dtype: BaseDtype) -> tuple[Tensor, Tensor]:
     """[O, I] -> packed weight and fp32 scales, in the shapes of `packed_shapes`. On `meta` only shapes."""
     shapes = packed_shapes(dtype, *weight.shape)
-    if weight.is_meta:
-        packed, scales = (torch.empty(shape, dtype=getattr(torch, name), device="meta") for shape, name in shapes)
-        return packed, scales
+    packed, scales = (torch.empty(shape, dtype=getattr(torch, name), device=weight.device) for shape, name in shapes)
+    height = max(PACK_TILE // weight.shape[1], 1)
+    for start in range(0, 0 if weight.is_meta else len(weight), height):
+        rows = slice(start, start + height)
+        packed[rows], scales[rows] = _packed(weight[rows].float(), dtype, shapes[1][0])
+    return packed, scales
+
+
+def _packed(weight: Tensor, dtype: BaseDtype, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Of some rows, fp32. `shape`: of all scales."""
     if dtype == "int8":
-        return as_int8(weight.float())
+        return as_int8(weight)
     levels = torch.tensor(NF4, device=weight.device)
-    blocks = weight.float().view(len(weight), shapes[1][0][1], -1)  # [O, blocks, block]
+    blocks = weight.view(len(weight), shape[1], -1)  # [O, blocks, block]
     scales = blocks.abs().amax(dim=2)
     shares = blocks / torch.where(scales > 0, scales, 1.0)[:, :, None]
     codes = torch.bucketize(shares, (levels[:-1] + levels[1:]) / 2).to(torch.uint8).view(len(weight), -1, 2)

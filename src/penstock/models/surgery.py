@@ -4,6 +4,7 @@ Everything changes the decoder in place. On `meta` it changes the recipe, and no
 arithmetic are in `lora` and `packed`.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from penstock.errors import UserError
+from penstock.memory.plan import MOST_FEW
+from penstock.memory.program import ALWAYS_THERE, owners
 from penstock.models import recipe
 from penstock.models.adapter_files import AdapterFile
 from penstock.models.decoder import Decoder
@@ -153,19 +156,46 @@ def quantise(decoder: Decoder) -> None:
 
 @torch.no_grad()
 def quantise_base(decoder: Decoder, dtype: BaseDtype) -> None:
-    """Packs the weights of all blocks: the frozen base of adapters.
-
-    Raises UserError for devices that cannot unpack them, and for widths that do not pack.
-    """
-    device = decoder.head_weight.device.type
-    if device not in DEVICES_THAT_UNPACK:
-        raise UserError(f"--base-dtype {dtype}: not on {device}; it works on cpu and cuda. Leave it out.")
-    for name, module in decoder.blocks.named_modules():
+    """Packs the weights of all blocks: the frozen base of adapters. Raises UserError as `check_packs`."""
+    check_packs(decoder, dtype, decoder.head_weight.device.type, "--base-dtype")
+    for module in decoder.blocks.modules():
         if isinstance(module, Linear) and not module.exact:
-            if dtype == "nf4" and module.weight.shape[1] % 2:
-                raise UserError(f"--base-dtype nf4: {name} has {module.weight.shape[1]} inputs, which must be even.")
             module.weight, module.scales = _frozen(*pack(module.weight, dtype))
     decoder.base_dtype = dtype
+
+
+def check_packs(decoder: Decoder, dtype: BaseDtype, device: str, flag: str) -> None:
+    """Raises UserError for devices that cannot unpack a block's products, and for widths that do not pack."""
+    if device not in DEVICES_THAT_UNPACK:
+        raise UserError(f"{flag} {dtype}: not on {device}; it works on cpu and cuda. Leave it out.")
+    for name, module in decoder.blocks.named_modules():
+        odd = isinstance(module, Linear) and not module.exact and module.weight.shape[1] % 2
+        if dtype == "nf4" and odd:
+            raise UserError(f"{flag} nf4: {name} has {module.weight.shape[1]} inputs, which must be even.")
+
+
+@torch.no_grad()
+def packed_copy(decoder: Decoder, dtype: BaseDtype) -> Decoder:
+    """A copy for answering, all of it on the device: the products of its blocks packed, all other weights as they are.
+
+    The decoder's weights may move: each of them comes once, and no more are there at once than a visit needs.
+    """
+    stays = (decoder.source, decoder.adapted, decoder.slicer, *decoder.parameters())  # which are replaced below
+    memo: dict[int, Any] = {id(each): each for each in stays}
+    packed = copy.deepcopy(decoder, memo | {id(decoder.feed): ALWAYS_THERE})
+    packed.base_dtype = dtype
+    sources, targets, members = owners(decoder), owners(packed), dict(decoder.groups())
+    parts = decoder.parts()
+    decoder.feed.start(MOST_FEW + 1)  # so many tokens that every expert comes
+    for groups in (*(part.groups for part in parts), decoder.reads()):
+        with decoder.feed.visit(*groups):
+            for name in (name for group in groups for name in members.pop(group, ())):
+                weight, (module, own) = getattr(*sources[name]), targets[name]
+                if name.startswith("blocks.") and isinstance(module, Linear) and own == "weight" and not module.exact:
+                    module.weight, module.scales = _frozen(*pack(weight, dtype))
+                else:
+                    setattr(module, own, *_frozen(weight.detach().clone()))
+    return packed
 
 
 def _frozen(*tensors: torch.Tensor) -> tuple[nn.Parameter, ...]:

@@ -68,11 +68,15 @@ class Pass:
     sampling: int = 0
     """Generating: bytes that choosing tokens holds."""
     recorded: int = 0
-    """Generating: bytes of decoding steps that a GPU has recorded, where weights do not move; 0: they cannot be."""
+    """Generating: bytes of decoding steps that a GPU has recorded, where weights stay meanwhile; 0: they cannot be."""
     prefills: int = 1
     """Generating: visits that read the prompts."""
     swapped: int = 0
     """Generating: bytes of a KV cache on the host, all of which every decoding step reads."""
+    copy_bytes: int = 0
+    """Generating: bytes of a packed copy of the model, which answers."""
+    copy_scratch: int = 0
+    """Generating: bytes that making it takes, before there is a cache."""
     teacher_bytes: int = 0
     """Bytes of what a teacher says of all micro-batches."""
     visited_by: tuple[int, int] = (0, 0)
@@ -109,7 +113,7 @@ def activations_of(group: Sequence[tuple[Pass, bool]], recompute: bool | None) -
     for at in range(max(map(len, passes))):
         current = [visits[min(at, len(visits) - 1)] for visits in passes]
         fullest = max(fullest, sum(visit.lasting for visit in current) + max(visit.passing for visit in current))
-    return fullest + max(each.cache_bytes + each.teacher_bytes for each, _ in group)
+    return fullest + max(each.cache_bytes + each.copy_bytes + each.teacher_bytes for each, _ in group)
 
 
 def visits_of(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
@@ -117,7 +121,7 @@ def visits_of(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
     work = each.work
     if each.kind == "generate":
         fullest = max(visit.lasting + visit.passing for visit in _forward(work, 1))
-        return [Visit(0, max(fullest, each.sampling + work.context))]
+        return [Visit(0, max(fullest, each.sampling + work.context, each.copy_scratch - each.cache_bytes))]
     if each.kind == "evaluate":
         return _forward(work, each.count if moves or recompute else 1)
     if plan.recomputes(moves, recompute):

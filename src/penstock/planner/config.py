@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from penstock.config import PlacementFlags
+from penstock.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class PlanConfig(PlacementFlags):
     """ppo: passes over each experience."""
     rollout_batch_size: int | None = None
     """ppo: answers that one process generates together. Default: all of its answers."""
+    rollout_dtype: Literal["int8", "nf4"] | None = None
+    """ppo, grpo: what the blocks of a copy that answers are kept in. Default: the actor itself answers."""
     group_size: int = 8
     """grpo: answers per prompt."""
     temperature: float = 1.0
@@ -93,3 +96,15 @@ class PlanConfig(PlacementFlags):
     """Also run the engine on tensors without memory, and print what it takes next to what is planned."""
     json: bool = False
     """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = f"--rollout-dtype {self.rollout_dtype}"
+        if self.rollout_dtype is None:
+            return
+        if self.stage not in ("ppo", "grpo"):
+            raise UserError(f"{given}: --stage {self.stage} answers with no copy; leave it out.")
+        if self.base_dtype is not None:
+            raise UserError(
+                f"{given} with --base-dtype {self.base_dtype}: the blocks are packed already; leave one out."
+            )

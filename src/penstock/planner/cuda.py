@@ -65,7 +65,11 @@ def besides(forecast: Forecast, models: Mapping[str, Model], phases: Mapping[str
     if not workspace:
         return forecast
     answering = [each for of_phase in phases.values() for each in of_phase if each.kind == "generate"]
-    records = any(each.recorded and not each.swapped and not models[each.model].moving(world) for each in answering)
+    records = any(
+        each.recorded and not each.swapped
+        and (each.copy_bytes or plan.fit_at_once(models[each.model].moving(world), forecast.slots.weights))
+        for each in answering
+    )  # fmt: skip
     terms = _terms(workspace, phases, records)
     slots = [*forecast.slots.weights, *forecast.slots.gradients]
     terms["rounding"] = sum(map(rounding, [*_runs(models.values(), world), *slots]))

@@ -13,8 +13,16 @@ from typing import Any
 
 from penstock.memory.chunks import ITEMSIZE
 from penstock.models.config import DecoderConfig
-from penstock.models.lora_targets import LoraSpec, LoraTarget, adapted_targets, group_of
-from penstock.models.tiling import PRODUCT_TILE, SINK_COLUMNS, Arithmetic, head_tile, score_tile
+from penstock.models.lora_targets import LoraSpec, LoraTarget, adapted_targets, group_of, groups_of
+from penstock.models.tiling import (
+    PACK_TILE,
+    PACK_WIDTH,
+    PRODUCT_TILE,
+    SINK_COLUMNS,
+    Arithmetic,
+    head_tile,
+    score_tile,
+)  # fmt: skip
 from penstock.models.weight_shapes import BaseDtype
 from penstock.planner.activations import Batch, PartWork, Work
 
@@ -75,6 +83,18 @@ def work_of(
     return dataclasses.replace(
         work, parts=tuple(parts), forward_head=work.forward_head + head, backward_head=work.backward_head + 2 * head
     )
+
+
+def copy_of(config: DecoderConfig, dtype: str, spec: LoraSpec | None, packed: BaseDtype | None) -> tuple[int, int]:
+    """Bytes of models.surgery.packed_copy, where a copy answers, and those that making it takes for a moment."""
+    if packed is None:
+        return 0, 0
+    groups = groups_of(config, dtype, spec, trained=False, scalar=False, packed=packed)
+    weights = [weight for _, members in groups for weight in members]
+    nbytes = sum(weight.numel * ITEMSIZE[weight.dtype] for weight in weights)
+    numels = [weight.numel * (2 if weight.dtype == "uint8" else 1) for weight in weights if "int8" in weight.dtype]
+    width = PACK_WIDTH[packed] + (4 if ITEMSIZE[dtype] < FP32 else 0)
+    return nbytes, int(min(max(numels), PACK_TILE) * width)
 
 
 def _unkept(config: DecoderConfig) -> int:

@@ -48,7 +48,7 @@ class Forecast:
     few_tokens: int
     """Tokens of a visit, while generating, up to which only the experts that they chose come."""
     gathers_once: bool = False
-    """Whether FSDP2 gathers all of the actor for a rollout."""
+    """Whether all of the actor's weights that move come once for a rollout, and stay until it ends."""
     outside: int = 0
     """Bytes of the device's peaks that a dry run does not have: see planner/cuda.py."""
 
@@ -118,8 +118,7 @@ def forecast(
 ) -> Forecast:
     """What these models need, placed as they are, for one iteration of these phases within the budgets, in bytes.
 
-    Without `timed` there is no traffic and no seconds, in a tenth of the time. update_tile: elements that an update on
-    the device works on at once.
+    Without `timed` it has no traffic and no seconds, in a tenth of the time. update_tile: as `_update_scratch`'s tile.
     """
     at_home = plan.homes([model.placed for model in models.values()], world)
     needs = _needs(models, phases, world, recompute)
@@ -137,16 +136,16 @@ def forecast(
     for phase, passes in phases.items():
         nbytes, group = max(needs[phase], key=lambda pair: pair[0])
         trains = any(each.kind == "step" for each in passes)
+        taken = with_slack(max(nbytes, scratch["device"] if trains else 0))
         peaks[phase] = {
-            "device": at_home.get("device", 0) + slots.nbytes
-            + with_slack(max(nbytes, scratch["device"] if trains else 0)),
+            "device": at_home.get("device", 0) + slots.nbytes + taken,
             "host": on_host[phase],
             "disk": at_home.get("disk", 0),
-        }  # fmt: skip
+        }
         worst[phase] = f"{', '.join(each.model for each in group)} {group[0].kind}"
     traffic: dict[str, dict[str, int]] = {}
     seconds: dict[str, Seconds] = {}
-    few = _few_tokens(models, phases, world, rates or Rates(), sum(slots.weights))
+    few = _few_tokens(models, phases, world, rates or Rates(), slots)
     if timed:
         account = Account(models, slots.weights, world, AHEAD, recompute, rates or Rates(), few)
         for phase in [*phases, *phases]:  # the first iteration fills the slots
@@ -164,6 +163,7 @@ def forecast(
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
         offloaded=_lent(needs["train"])[1] if "train" in needs else 0,
         few_tokens=few,
+        gathers_once=_gathers_once(models, phases, world, slots),
     )
 
 
@@ -191,15 +191,24 @@ def _lent(groups: Sequence[tuple[int, Sequence[Pass]]]) -> tuple[int, int]:
     return max(map(max, lent)), max(map(sum, lent))
 
 
-def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Any], world: int, rates: Rates, slots: int) -> int:
-    """plan.few_tokens of what generates, from where its weights are."""
+def _gathers_once(models: Mapping[str, Model], phases: Mapping[str, Any], world: int, slots: Slots) -> bool:
+    """Whether slots hold all of what generates: see [Note: one lease for a rollout] in memory/stream.py."""
+    names = {each.model for passes in phases.values() for each in passes if each.kind == "generate"}
+    moving = [models[name].moving(world) for name in names]
+    return any(moving) and all(plan.fit_at_once(chunks, slots.weights) for chunks in moving)
+
+
+def _few_tokens(models: Mapping[str, Model], phases: Mapping[str, Any], world: int, rates: Rates, slots: Slots) -> int:
+    """plan.few_tokens of what generates, from where its weights are; 0 where all of them stay."""
     few = [0]
+    if _gathers_once(models, phases, world, slots):
+        return 0
     for name in {each.model for passes in phases.values() for each in passes if each.kind == "generate"}:
         model = models[name]
         if not any(p.row.params.sharded and world > 1 for p in model.placed):  # a visit is a collective there
             from_disk = any(p.row.params.tier == "disk" for p in model.placed)
             link = min(rates.link, rates.disk_read) if from_disk else rates.link
-            few.append(plan.few_tokens(model, world, link, rates.flops, slots))
+            few.append(plan.few_tokens(model, world, link, rates.flops, sum(slots.weights)))
     return max(few)
 
 
@@ -283,7 +292,8 @@ def _objects(
         "grads": grads,
         "optimizer": dict(optimizer),
         "slots": {"device": slots.nbytes},
-        "activations": {"device": max(nbytes - group[0].cache_bytes for nbytes, group in groups)},
+        "activations": {"device": max(nbytes - group[0].cache_bytes - group[0].copy_bytes for nbytes, group in groups)},
+        "rollout_copy": {"device": max((each.copy_bytes for each in generating), default=0)},
         "kv_cache": {
             "device": max((each.cache_bytes for each in generating), default=0),
             "host": max((each.swapped for each in generating), default=0),

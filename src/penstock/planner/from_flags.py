@@ -83,6 +83,8 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
     scalar_model = config_of(config.critic_model, "--critic-model") if config.critic_model else model
     if config.base_dtype is not None and config.lora is None:
         raise UserError(f"--base-dtype {config.base_dtype}: packed weights cannot learn; give --lora 16 beside it.")
+    if config.rollout_dtype is not None and model.foreign:
+        raise UserError(f"--rollout-dtype {config.rollout_dtype}: is for blocks of our own; leave it out.")
     adapters = None if config.lora is None else LoraSpec(config.lora, targets=config.lora_targets or ALL_LINEAR)
 
     def role(name: str, trained: bool, scalar: bool) -> RoleSpec:
@@ -112,7 +114,11 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
         config.max_new_tokens,
         config.rollout_batch_size,
         config.group_size if config.stage == "grpo" else 1,
-        reread=config.stage != "grpo" or config.epochs > 1 or (config.mini_batch_size or batch_size) < batch_size,
+        reread=config.stage != "grpo"
+        or config.epochs > 1
+        or (config.mini_batch_size or batch_size) < batch_size
+        or config.rollout_dtype is not None,
+        rollout_dtype=config.rollout_dtype,
         temperature=config.temperature,
         sampled_of=config.top_k,
         top_p=config.top_p,

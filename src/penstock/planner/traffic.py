@@ -81,7 +81,7 @@ class Account:
         self._models, self._world, self._ahead = models, world, ahead
         self._recompute, self._rates, self._few_tokens = recompute, rates, few_tokens
         self._random = random.Random(0)
-        self._table = SlotTable(map(Slot, sizes), lambda home: home.visits)
+        self._sizes, self._table = sizes, SlotTable(map(Slot, sizes), lambda home: home.visits)
         self._homes: dict[str, dict[str, list[_ImaginedHome]]] = {name: {} for name in models}
         """Per model and group: what must be fetched."""
         shared: dict[Hashable, _ImaginedHome] = {}
@@ -134,6 +134,10 @@ class Account:
 
     def _generation(self, group: Sequence[Pass]) -> None:
         (generation,) = group
+        fits = plan.fit_at_once(self._models[generation.model].moving(self._world), self._sizes)
+        if fits or generation.copy_bytes:
+            self._resident(generation, self._leased(generation.model) if fits else self._cycle(group))
+            return
         drawn = [tokens if tokens <= self._few_tokens else 0 for tokens in generation.visited_by]
         step: Counter[str] = Counter()
         means: dict[bool, Counter[str]] = {}
@@ -151,6 +155,29 @@ class Account:
                 else:
                     swap = Counter(host_read=generation.swapped, host_written=generation.swap_writes[1])
                     self._spend(step + swap, generation.decode_flops / generation.tokens, waits=drawn[1] > 0)
+
+    def _leased(self, name: str) -> Counter[str]:
+        """Bytes that come where a rollout keeps all weights: see [Note: one lease for a rollout] in stream.py."""
+        by_group, order = self._homes[name], _order(self._models[name])
+        moved, homes = Counter[str](), [home for of_group in by_group.values() for home in of_group]
+        for home, _ in self._table.pin(homes, Schedule(by_group, order, repeats=True).next_use):
+            self._count(home, moved, "ranks")
+        self._table.unpin(homes)
+        return moved
+
+    def _resident(self, generation: Pass, moved: Counter[str]) -> None:
+        """A rollout whose weights stay, once `moved` has come."""
+        for _ in range(generation.times):
+            swap = Counter(host_written=generation.swap_writes[0])
+            self._spend(moved + swap, generation.flops)
+            tokens, moved = generation.tokens, Counter()
+            swap = Counter(host_read=generation.swapped * tokens, host_written=generation.swap_writes[1] * tokens)
+            self._spend(swap, generation.decode_flops)
+
+    def _count(self, home: _ImaginedHome, moved: Counter[str], gathered: str) -> None:
+        """Adds what comes of a chunk, and from where; `gathered`: as what the other ranks' parts count."""
+        moved[f"{home.tier}_read"] += home.nbytes
+        moved[gathered] += home.chunk.nbytes - home.nbytes
 
     def _steps(self, group: Sequence[Pass]) -> None:
         """Optimizer steps: forward and backward side by side, then the updates one after the other."""
@@ -186,10 +213,7 @@ class Account:
 
     def _cycle(self, group: Sequence[Pass], drawn: int = 0) -> Counter[str]:
         """Bytes that are fetched when each model is visited once, without gradients; see `_walk`."""
-        orders = []
-        for each in group:
-            *visits, last = self._models[each.model].visits
-            orders.append([*visits, last[:1], last[1:]])
+        orders = [_order(self._models[each.model]) for each in group]
         return self._fetched(group, orders, repeats=True, drawn=drawn)
 
     def _fetched(
@@ -217,10 +241,6 @@ class Account:
         order = [groups[: len(groups) - len(few)] for groups, few in zip(order, choices, strict=True)]
         schedule = Schedule(homes, order, repeats=repeats, choices=choices)
 
-        def count(home: _ImaginedHome, gathered: str) -> None:
-            moved[f"{home.tier}_read"] += home.nbytes
-            moved[gathered] += home.chunk.nbytes - home.nbytes
-
         def lease(groups: Iterable[str]) -> list[Slot]:
             needed = [home for group in groups for home in homes.get(group, ())]
             leased = []
@@ -230,11 +250,11 @@ class Account:
                     slot = table.claim(home, home.chunk.nbytes, schedule.next_use)
                     if slot is None:  # too few slots: the engine raises there
                         continue
-                    count(home, "ranks")
+                    self._count(home, moved, "ranks")
                 slot.users += 1
                 leased.append(slot)
             for home, _ in schedule.prefetch(table, self._ahead):
-                count(home, "ahead")
+                self._count(home, moved, "ahead")
             return leased
 
         for groups, few in zip(order, choices, strict=True):
@@ -310,6 +330,12 @@ class Account:
     def _add(self, **seconds: float) -> None:
         for name, spent in seconds.items():
             self._seconds[name] += spent
+
+
+def _order(model: Model) -> list[tuple[str, ...]]:
+    """The visits of a pass without gradients: what reads the last part's states comes on its own."""
+    *visits, last = model.visits
+    return [*visits, last[:1], last[1:]]
 
 
 def updates_on_disk(model: Model) -> bool:

@@ -67,6 +67,8 @@ class Workload:
     """Answers that one process generates together. None: all answers of the process."""
     group_size: int = 1
     """Answers to one prompt, which is read once for all of them."""
+    rollout_dtype: weight_shapes.BaseDtype | None = None
+    """What the blocks of a copy that answers are packed in. None: the model itself answers."""
     reread: bool = True
     """grpo: whether the actor reads its own answers before it learns from them."""
     temperature: float = 1.0
@@ -122,8 +124,9 @@ class Setting:
 def refusal(setting: Setting) -> str | None:
     """Why a run of this would be refused; see placement.refused."""
     packed = any(role.base_dtype for role in setting.workload.roles)
-    limits = {"chunk_size": setting.chunk_size, "activation_budget": setting.activation_budget}
-    return refused(setting.strategy, setting.world, packed=packed, **limits)
+    limits: Any = {"chunk_size": setting.chunk_size, "activation_budget": setting.activation_budget}
+    copies = setting.workload.rollout_dtype is not None
+    return refused(setting.strategy, setting.world, packed=packed, copies=copies, **limits)
 
 
 SCORED = ("actor", "reference", "critic", "reward", "teacher")
@@ -163,8 +166,9 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
     groups = [slice(0, rows)] if actor.foreign else tiling.prefills([work.prompt_length] * prompts)
     batch = Batch(groups[0].stop, work.prompt_length, prompts)
     prefill = footprint.work_of(
-        actor, dtype, role.spec, batch, scalar=False, packed=role.base_dtype, arithmetic=setting.arithmetic
-    )
+        actor, dtype, role.spec, batch, scalar=False, packed=role.base_dtype or work.rollout_dtype,
+        arithmetic=setting.arithmetic,
+    )  # fmt: skip
     decode_flops = sum(
         footprint.flops_of(actor, [(1, work.prompt_length + i)]) + footprint.head_flops(actor, 1)
         for i in range(1, response)
@@ -172,10 +176,13 @@ def _generation(setting: Setting, answers: int, swap: bool) -> Pass:
     cache, token = (footprint.cache_of(actor, dtype, rows, slots) for slots in (work.length, 1))
     if actor.foreign:
         prefill, cache = _in_step(setting, role, rows, prefill, cache)
+    copy_bytes, copy_scratch = footprint.copy_of(actor, dtype, role.spec, work.rollout_dtype)
     return Pass(
         role.name,
         "generate",
         prefill,
+        copy_bytes=copy_bytes,
+        copy_scratch=copy_scratch,
         times=math.ceil(answers / rows),
         tokens=response - 1,
         flops=_flops(actor, prompts, work.prompt_length, prompts),

@@ -4,7 +4,8 @@
 them from Python takes longer than running them. A graph launches them all at once, but only for the shapes and
 addresses it was recorded with: so rows and the slots that attention sees are rounded up to one of a few sizes, inputs
 are copied to where the graph reads them, and weights must stay where they are. Updates happen in place, and the next
-replay sees them. Weights that stream and a swapped cache are not recorded: their addresses change. The cache is not
+replay sees them. Weights that stream and a swapped cache are not recorded: their addresses change; but those of a
+rollout that leases all weights are, anew for each lease (memory.stream). The cache is not
 paged: PPO's answers have one common length.
 
 [Note: one stream per recorder] The library of products keeps a workspace (34 MB on an H100) for every stream that it

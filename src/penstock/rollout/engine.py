@@ -119,10 +119,9 @@ class Engine:
         self._waiting: list[_Run] = []
         self._running: list[_Run] = []
         self._cache: KVCache | None = None
-        moves = decoder.feed.moves or swap is not None or self._in_step is not None
-        moves = moves or decoder.config.num_experts > 0  # which weights are read is known once a router has chosen
-        self._fixed = fixed if fixed is not None else decoder.device.type == "cuda" and not moves
-        self._steps: Steps | None = None
+        self._fixed = fixed
+        self._steps: tuple[int, Steps] | None = None
+        """Steps at fixed addresses, under the lease of that number."""
         self._prompts: WeakValueDictionary[tuple[int, ...], _Prompt] = WeakValueDictionary()
         """Prompts of answers that wait or run, by their tokens."""
 
@@ -208,7 +207,6 @@ class Engine:
         feed, old = self.decoder.feed, len(self._running)
         if self._cache is None and self._waiting:
             self._cache = KVCache(self.decoder, self.rows, self.length, self._swap)
-            self._steps = Steps(self.decoder, self._cache, self.rows, self.length) if self._fixed else None
         new = self._waiting[: self.free]
         del self._waiting[: len(new)]
         states = []
@@ -245,12 +243,22 @@ class Engine:
         device, runs = self.decoder.device, self._running
         last = [run.answer.response_ids[-1] for run in runs]
         positions = [run.length - 1 for run in runs]
-        if self._steps is not None:
-            return self._steps.run(last, positions)
         assert self._cache is not None
+        if self._is_fixed():
+            leased = self.decoder.feed.leased
+            if self._steps is None or self._steps[0] != leased:
+                self._steps = leased, Steps(self.decoder, self._cache, self.rows, self.length)
+            return self._steps[1].run(last, positions)
         slots = torch.tensor(positions, device=device)
         with self._cache.lend(0, len(runs), slots) as layers:
             return self.decoder.decode(torch.tensor(last, device=device), layers, slots, max(positions) + 1)
+
+    def _is_fixed(self) -> bool:
+        """Whether weights and cache have fixed addresses now, on a GPU."""
+        if self._fixed is not None:
+            return self._fixed
+        chosen = self.decoder.config.num_experts > 0  # which experts are read is known once a router has chosen
+        return self.decoder.device.type == "cuda" and self.decoder.feed.fixed and not (chosen or self._swap)
 
     def _split(self, new: list[_Run]) -> tuple[dict[int, int], list[_Run], list[_Run]]:
         """Which of these prompts must be read and which answers copy a row: (prompt -> its row, unread, copies)."""
