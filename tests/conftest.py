@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ from penstock.memory.placement import NAMES, PYTORCH
 from penstock.models import pretrained
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.run import report
+from tests.zygote import stand_ins, zygotic
 
 PATIENCE = 600
 """Seconds that a test waits for another process or thread at most. No test fails because the machine is busy."""
@@ -39,6 +40,8 @@ UNHURRIED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("penstock", derandomize=True, deadline=None, suppress_health_check=UNHURRIED)
 settings.load_profile("penstock")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
+DRAWN, report._picture = report._picture, lambda *_: "data:image/png;base64,"
+"""A report's pictures take longer than the run of a tiny model: the fixture `drawn` has them."""
 
 TINY = DecoderConfig(
     family="gpt2", vocab_size=16, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32,
@@ -58,6 +61,11 @@ def save_tiny(path: Path, seed: int = 0, **changes: Any) -> str:
 def tiny_model(tmp_path: Path) -> Callable[..., str]:
     """Makes a model directory: tiny_model(name="model", seed=0, **changes to the config)."""
     return lambda name="model", seed=0, **changes: save_tiny(tmp_path / name, seed, **changes)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_picture", DRAWN)
 
 
 @pytest.fixture
@@ -241,10 +249,9 @@ def rank_environments(size: int, **changes: str) -> list[dict[str, str]]:
 
 def torchrun(*command: Any, ranks: int = 2, **environment: str) -> str:
     """What a script, or `-m` and a module, prints on so many ranks. It succeeds."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = (*launch, *map(str, command))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=settings)
+    launch = zygotic("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command)
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(stand_ins() / "python"), **environment}
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=PATIENCE, env=settings)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

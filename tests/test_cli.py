@@ -14,11 +14,12 @@ from penstock.data.toyland import save_tokenizer
 from penstock.flags import flags_of, from_dict, parse, to_dict, with_absolute_paths
 from penstock.serve.config import ServeConfig
 from tests.conftest import PATIENCE, comparisons, demonstrations, last_model
+from tests.zygote import zygotic
 
 
 def run(*arguments, **options):
     """The real command in a process of its own."""
-    command = [sys.executable, "-m", "penstock", *map(str, arguments)]
+    command = zygotic("-m", "penstock", *arguments)
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **options)
 
 

@@ -17,6 +17,7 @@ from benchmarks.__main__ import BENCHMARKS
 from penstock import cli
 from penstock.data.toyland import save_tokenizer
 from tests.conftest import PATIENCE
+from tests.zygote import stand_ins, zygotic
 from tools import cli_page
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,8 @@ BLOCK = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def run_page(page, directory, model):
     """Runs a page's blocks from top to bottom in one directory: `json NAME` is a file, bash and python are run."""
     environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        **os.environ, "PATH": f"{stand_ins()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHON_EXEC": str(stand_ins() / "python"), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     ran = 0
@@ -36,7 +38,7 @@ def run_page(page, directory, model):
         if name:
             (directory / name).write_text(text, encoding="utf-8")
         elif language in ("bash", "python"):
-            command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+            command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else zygotic("-c", text)
             done = subprocess.run(
                 command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE
             )

@@ -9,6 +9,7 @@ import pytest
 
 from penstock.data.toyland import save_tokenizer
 from tests.conftest import PATIENCE, metrics
+from tests.zygote import stand_ins
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.sh"))
@@ -19,8 +20,9 @@ def test_a_recipe_runs(recipe, tmp_path, tiny_model):
     model = tiny_model(vocab_size=400, max_length=256)
     save_tokenizer(Path(model), ["What is a penstock? The gated pipe that feeds a turbine."], vocab_size=400)
     environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "MODEL": model, "TEACHER": model, "STEPS": "1", "OUT": str(tmp_path / "runs" / "run"),
+        **os.environ, "PATH": f"{stand_ins()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MODEL": model, "TEACHER": model, "STEPS": "1",
+        "OUT": str(tmp_path / "runs" / "run"),
     }  # fmt: skip
     done = subprocess.run(
         ["bash", recipe], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE

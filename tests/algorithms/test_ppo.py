@@ -100,7 +100,7 @@ def test_micro_batch_size_never_changes_the_curve(task, micro, temperature):
             assert parts[key] == pytest.approx(whole[key], rel=1e-3, abs=2e-5), key
 
 
-def test_whole_run_with_every_option_on(tmp_path, tiny_model, jsonl):
+def test_whole_run_with_every_option_on(tmp_path, tiny_model, jsonl, drawn):
     demonstrations = jsonl([{"prompt_ids": [1, 3], "response_ids": [5, 6]}] * 4, "ptx.jsonl")
     model, data = tiny_model(), jsonl([{"prompt_ids": [1, 3 + i]} for i in range(8)])
     reward_fn = write_reward_fn(tmp_path, REWARD_FN.format(table={3: 1.0, 5: -9.0}))

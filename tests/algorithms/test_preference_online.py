@@ -52,7 +52,7 @@ def test_the_one_token_task_ends_at_its_optimum(seed, tmp_path, tiny_model, json
     assert 0.5 * (next_token_distribution(last_model(run)) - optimum).abs().sum() <= 0.03
 
 
-def test_it_answers_ranks_and_learns(tmp_path, tiny_model, jsonl):
+def test_it_answers_ranks_and_learns(tmp_path, tiny_model, jsonl, drawn):
     judge = write_reward_fn(tmp_path, COUNT)
     changes = {"optim": {"batch_size": 32, "micro_batch_size": 64, "steps": 30, "lr": 1e-2}, "heldout": 0.4}
     changes |= {"dpo": {"group_size": 4, "pairs": "best-worst", "missing_eos_penalty": None}}

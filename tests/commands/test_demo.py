@@ -42,7 +42,7 @@ def test_scatter_is_no_over_optimisation():
     assert over_optimised({"gold": (steps, [1.0] * 14 + falling), "proxy": (steps, [0.1] * 14 + rising)})
 
 
-def test_the_page_shows_every_seed_and_needs_nothing_from_outside():
+def test_the_page_shows_every_seed_and_needs_nothing_from_outside(drawn):
     page = page_of([result(0), result(1)])
     assert "+10.0" in page  # PPO above SFT in standard errors
     assert page.count("data:image/png") == 2

@@ -1,15 +1,16 @@
 """A rank that dies, hangs or fails is named to the others, who stop; one that is done is not missed."""
 
+import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 
 from tests.conftest import PATIENCE, rank_environments
+from tests.zygote import zygotic
 
 WORKER = """
 import os, sys, time, torch
@@ -49,11 +50,10 @@ class Ranks:
     """Three processes in one group, without a launcher that would end them."""
 
     def __init__(self, case, beat=0.2, silence=20):
-        command = [sys.executable, "-c", WORKER, case, str(beat), str(silence)]
+        command = zygotic("-c", WORKER, case, beat, silence)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.processes = [subprocess.Popen(command, env=each, **pipes) for each in rank_environments(3)]
-        for process in self.processes:  # all have joined
-            assert process.stdout.readline().startswith("pid")
+        self.pids = [int(process.stdout.readline().removeprefix("pid ")) for process in self.processes]  # all joined
         time.sleep(1.0)
 
     def ends(self, *ranks):
@@ -80,18 +80,18 @@ def ranks():
 @pytest.mark.parametrize("victim", [1, 2])
 def test_a_killed_rank_is_named_by_all_others(ranks, victim):
     three = ranks("run")
-    three.processes[victim].send_signal(signal.SIGKILL)
+    os.kill(three.pids[victim], signal.SIGKILL)
     for out, err, code in three.ends(*({0, 1, 2} - {victim})):
         assert code == 3, err
         named = re.findall(r"rank (\d) \(([^,]+), process (\d+)\) gave no sign", out + err)
         # where a collective fails while the watcher speaks, both say so
-        assert set(named) == {(str(victim), socket.gethostname(), str(three.processes[victim].pid))}
+        assert set(named) == {(str(victim), socket.gethostname(), str(three.pids[victim]))}
         assert "penstock resume" in out + err
 
 
 def test_when_the_rank_with_the_store_is_killed_the_others_still_name_it(ranks):
     three = ranks("run")
-    three.processes[0].send_signal(signal.SIGKILL)
+    os.kill(three.pids[0], signal.SIGKILL)
     for out, err, code in three.ends(1, 2):
         assert code == 3, err
         assert "rank 0" in out + err
@@ -99,10 +99,10 @@ def test_when_the_rank_with_the_store_is_killed_the_others_still_name_it(ranks):
 
 def test_a_rank_that_hangs_is_named_and_holds_nobody(ranks):
     three = ranks("run")
-    three.processes[1].send_signal(signal.SIGSTOP)
+    os.kill(three.pids[1], signal.SIGSTOP)
     for out, err, code in three.ends(0, 2):
         assert code == 3, out + err
-        assert f"process {three.processes[1].pid}) gave no sign" in out + err
+        assert f"process {three.pids[1]}) gave no sign" in out + err
 
 
 def test_a_rank_that_fails_is_named_and_says_itself_why(ranks):
@@ -116,11 +116,11 @@ def test_a_rank_that_fails_is_named_and_says_itself_why(ranks):
 
 def test_a_stop_of_the_whole_job_is_nobodys_silence(ranks):
     three = ranks("all run", beat=0.1, silence=20)
-    for process in three.processes:
-        process.send_signal(signal.SIGSTOP)
+    for pid in three.pids:
+        os.kill(pid, signal.SIGSTOP)
     time.sleep(3)
-    for process in reversed(three.processes):
-        process.send_signal(signal.SIGCONT)
+    for pid in reversed(three.pids):
+        os.kill(pid, signal.SIGCONT)
     for out, err, code in three.ends(0, 1, 2):
         assert code == 0, err
         assert "done" in out

@@ -3,7 +3,6 @@ nothing that it has not. See tests/imagined.py. PyTorch's rows (fsdp, hsdp) need
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from penstock.run import report
 from tests import imagined
 from tests.algorithms.test_ranks import assert_near, command_line
 from tests.conftest import PATIENCE, cli, metrics, save_tiny
+from tests.zygote import zygotic
 
 RUNS = {"sft": "gemini_cpu", "ppo": "gemini"}
 CAMPAIGN = {
@@ -56,7 +56,7 @@ def both_ways(runs, folder):
             assert cli(*job) == 0
     (together / "jobs.json").write_text(json.dumps(list(jobs(runs, together, "--device", "cuda"))))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.imagined", "cuda", "4", together / "jobs.json"], capture_output=True, text=True,
+        zygotic("-m", "tests.imagined", "cuda", "4", together / "jobs.json"), capture_output=True, text=True,
         cwd=Path(__file__).parents[2], timeout=PATIENCE,
     )  # fmt: skip
     return {stage: [metrics(side / "runs" / stage) for side in (alone, together)] for stage in runs}, done.stderr

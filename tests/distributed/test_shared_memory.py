@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import PATIENCE, rank_environments
+from tests.zygote import zygotic
 
 WORKER = """
 import os, sys, time, torch
@@ -63,7 +63,7 @@ assert ranks._mailboxes is None
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no memory without a name")
 @pytest.mark.parametrize(("size", "case"), [(2, "together"), (3, "together"), (2, "apart")])
 def test_shards_are_those_of_plain_sums_and_concatenations(size, case):
-    command = [sys.executable, "-c", WORKER, case]
+    command = zygotic("-c", WORKER, case)
     environments = rank_environments(size, PYTHONPATH=str(Path(__file__).parents[2] / "src"))
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=each) for each in environments]
     ended = [(rank.communicate(timeout=PATIENCE)[1][-2000:], rank.returncode) for rank in ranks]

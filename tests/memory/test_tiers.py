@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from penstock.errors import ResourceError, UserError
 from penstock.memory import tiers
 from penstock.memory.tiers import Disk, Ram, empty_pages
 from penstock.units import parse_bytes, show_bytes
+from tests.zygote import zygotic
 
 CPU = torch.device("cpu")
 
@@ -103,7 +103,7 @@ def test_nothing_is_left_behind_whatever_kills_the_process(tmp_path):
         "home = Disk(sys.argv[1]).home(1 << 20, torch.float32, 'x'); home.write(torch.ones(1 << 20))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
+    assert subprocess.run(zygotic("-c", code, tmp_path), check=False).returncode == -9
     assert list(tmp_path.iterdir()) == []
 
 

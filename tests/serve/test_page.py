@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +29,7 @@ from penstock.data.toyland import Toyland, save_tokenizer
 from tests.conftest import EOS, PATIENCE, save_tiny
 from tests.serve.conftest import eventually
 from tests.serve.page_payloads import PAYLOADS
+from tests.zygote import zygotic
 
 CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
@@ -64,7 +64,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPage]:
     home = tmp_path_factory.mktemp("served")
     for seed, name in enumerate(("left", "right")):
         _save_babbler(home / name, seed)
-    command = [sys.executable, "-m", "penstock", "serve", str(home / "left"), str(home / "right")]
+    command = zygotic("-m", "penstock", "serve", home / "left", home / "right")
     flags = ["--port", "0", "--key", KEY, "--data-dir", str(home / "data"), "--rows", "4"]
     with open(home / "log", "wb") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny models: threads only wait for each other

@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -17,6 +16,7 @@ from penstock import cli
 from penstock.run import checkpoint
 from tests.conftest import PATIENCE
 from tests.serve.conftest import KEY, eventually, paused, running, save_chatty
+from tests.zygote import zygotic
 
 
 def refused(capsys, *arguments):
@@ -33,7 +33,7 @@ def model(tmp_path):
 
 def start(tmp_path, model, *flags):
     """The real command, and the address and key lines that it prints."""
-    command = [sys.executable, "-m", "penstock", "serve", model, "--port", "0", "--data-dir", str(tmp_path / "data")]
+    command = zygotic("-m", "penstock", "serve", model, "--port", "0", "--data-dir", tmp_path / "data")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, "--threads", "1", *flags], **pipes)
     address = process.stdout.readline().strip().removeprefix("penstock serve: ")
