@@ -119,6 +119,9 @@ def test_an_imagined_device_refuses_what_a_real_one_would(apple):
     assert (ours + 1).sum().item() == 4
     assert (ours * torch.tensor(2.0)).cpu().tolist() == [2, 2]
     assert ours[torch.tensor([0])].device == apple
+    leaf = torch.ones(3, device=apple).requires_grad_()
+    leaf.split([1, 2])[1].sum().backward()  # autograd makes zeros for the other part
+    assert leaf.grad.cpu().tolist() == [0, 1, 1]
     for mix in (lambda: ours + theirs, lambda: torch.cat([ours, theirs]), lambda: theirs[ours.long()]):
         with pytest.raises(imagined.MixedDevices):
             mix()
