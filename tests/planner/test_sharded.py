@@ -115,11 +115,11 @@ def test_a_rollout_gathers_all_once_where_it_fits_and_every_block_for_every_toke
 
 
 def test_a_rollout_that_gathers_once_fits_where_its_own_peak_does():
-    """Gradients are gone by then."""
+    """Gradients, a tenth of it, are gone by then; CUDA's libraries are a few percent."""
     flags = {"stage": "ppo", "strategy": "fsdp", "world": 4, "micro_batch_size": 1}
     peak = forecast_of(plan(**flags)).phases["rollout"]["device"]
-    for room, fits in ((peak, True), (peak - 1, False)):
-        assert forecast_of(plan(**flags, device_memory=f"{room}B")).gathers_once == fits
+    for share, fits in ((1.03, True), (0.97, False)):
+        assert forecast_of(plan(**flags, device_memory=f"{int(share * peak)}B")).gathers_once == fits
 
 
 def test_an_update_touches_what_is_trained_alone():
