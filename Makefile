@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint format bench-peers gpu-check clean
+.PHONY: setup update demo test test-slow lint format bench-peers gpu-check clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt tools/setup.sh
 	@PYTHON="$(PYTHON)" sh tools/setup.sh $(VENV)
 	@touch $(STAMP)
+
+# The newest versions that pyproject.toml allows, for every platform and Python, into constraints.txt.
+update: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --upgrade --universal --python-version 3.11 --extra dev --extra serve --extra verify \
+	    --no-annotate --no-emit-index-url --custom-compile-command "make update" --quiet \
+	    --output-file constraints.txt pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/penstock demo

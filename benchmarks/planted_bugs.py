@@ -436,6 +436,8 @@ BUGS: list[Bug] = [
     ("kernels/compile.py", "code that the group can write is loaded", "facts.st_mode & 0o022", "facts.st_mode & 0o002"),
     (LINEAR, "on a GPU heads of a token change places", "return mixed.flatten(1, 2).unsqueeze(2)", "return mixed.transpose(1, 2).flatten(1, 2).unsqueeze(2)"),
     ("rollout/cuda_graphs.py", "all recorders capture on torch's one stream", "pool=self._pool, stream=self._stream,", "pool=self._pool,"),
+    # wheels
+    ("kernels/prebuilt.py", "a wheel's code is taken that the processor cannot run", "if LEVELS[level][1] <= instructions and library.exists()", "if library.exists()"),
     # model cards
     ("run/model_card.py", "a card names paths of the machine", "return Path(text).name if Path(text).is_absolute() else text", "return text"),
     ("run/model_card.py", "a card tells of the last stage alone", "for run, config in reversed(line):", "for run, config in line[:1]:"),

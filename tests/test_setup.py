@@ -1,10 +1,17 @@
 """tools/setup.sh without a network: a stand-in for Python records what pip is asked for, and refuses what it must."""
 
 import os
+import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
@@ -20,7 +27,9 @@ esac
 FROM_PYTORCH = "--index-url https://download.pytorch.org/whl/cpu"
 
 
-def setup(tmp_path: Path, refused: str, system: str = "Linux", gpu: bool = False) -> tuple[str, list[str]]:
+def setup(
+    tmp_path: Path, refused: str, system: str = "Linux", gpu: bool = False, **variables: str
+) -> tuple[str, list[str]]:
     """What `sh tools/setup.sh` prints, and what it asks pip to install, without the options that are always there."""
     smi = {"nvidia-smi": "#!/bin/sh\n"} if gpu else {}
     programs = {"python": PYTHON, "uname": f"#!/bin/sh\necho {system}\n"} | smi
@@ -29,6 +38,7 @@ def setup(tmp_path: Path, refused: str, system: str = "Linux", gpu: bool = False
         (tmp_path / name).chmod(0o755)
     log = tmp_path / "log"
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python"), "LOG": str(log), "REFUSED": refused}
+    env |= variables
     command = ["sh", "tools/setup.sh", str(tmp_path / "venv")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
@@ -64,3 +74,57 @@ def test_without_a_python_it_says_which_ones_will_do():
     done = subprocess.run(["sh", "tools/setup.sh", "x"], cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True)
     assert done.returncode == 2
     assert b"Python 3.11 to 3.14" in done.stderr
+
+
+@pytest.mark.parametrize(("wanted", "packages"), [("cuda", [TORCH]), ("cpu", [f"--no-deps {TORCH}+cpu"])])
+def test_a_container_says_which_torch_it_wants_whatever_the_machine_has(tmp_path, wanted, packages):
+    _, asked = setup(tmp_path, "nothing", gpu=wanted == "cpu", TORCH=wanted, EXTRAS="serve,hub")
+    assert asked == [*packages, "--editable .[serve,hub]"]
+
+
+def dockerfile() -> list[list[str]]:
+    """The words of its instructions."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    return [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_containers_steps_have_all_files_that_they_need(tmp_path):
+    for word, *arguments in dockerfile():
+        if word == "COPY":
+            *files, target = arguments
+            for file in files:
+                place = tmp_path / "image" / target / (file if target == "./" else "")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (shutil.copytree if (ROOT / file).is_dir() else shutil.copy)(ROOT / file, place)
+    (install,) = (" ".join(words[1:]) for words in dockerfile() if "tools/setup.sh" in words)
+    assert "EXTRAS=serve,verify,hub,gguf sh tools/setup.sh /opt/venv && penstock doctor" in install
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path / "image", capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_dockerfile_has_no_fault_that_hadolint_knows():
+    program = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([program, "Dockerfile"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.14"])
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_the_lock_has_a_version_that_every_platform_may_take(python, system):
+    marks = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": system, "extra": ""}
+    locked = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate(marks):
+                assert canonicalize_name(pin.name) not in locked, f"two versions of {pin.name}"
+                locked[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["dev"], *extras["serve"], *extras["verify"]]:
+        wanted = Requirement(text)
+        if wanted.marker is None or wanted.marker.evaluate(marks):
+            assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text

@@ -3,11 +3,13 @@
 #
 # torch comes first and by itself, because its default build for Linux brings several gigabytes of CUDA packages. Without
 # an NVIDIA GPU the CPU build is tried first: from the index that pip is configured with, then from TORCH_INDEX. The
-# default build is the last resort; with an NVIDIA GPU, and on macOS, it is the right one.
+# default build is the last resort; with an NVIDIA GPU, and on macOS, it is the right one. TORCH=cuda or TORCH=cpu says
+# which, whatever this machine has; EXTRAS are those of pyproject.toml that are installed.
 set -eu
 venv=$1
 index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
-torch=$(sed -n 's/^torch==//p' constraints.txt)
+torch=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' constraints.txt)
+extras=${EXTRAS:-dev,serve,verify}
 
 say() { echo "setup: $*"; }
 install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
@@ -21,7 +23,7 @@ fi
 
 if "$venv/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch')" 2>/dev/null; then
     say "torch $torch is installed already"
-elif command -v nvidia-smi >/dev/null 2>&1 || [ "$(uname -s)" = Darwin ]; then
+elif [ "${TORCH:-}" != cpu ] && { [ "${TORCH:-}" = cuda ] || command -v nvidia-smi >/dev/null 2>&1 || [ "$(uname -s)" = Darwin ]; }; then
     say "torch $torch, the default build for this machine"
     install "torch==$torch"
 else
@@ -35,4 +37,4 @@ else
     fi
 fi
 say "penstock and its other packages"
-install --editable ".[dev,serve,verify]"
+install --editable ".[$extras]"

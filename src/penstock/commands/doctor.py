@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 from penstock.commands.config import DoctorConfig
 
@@ -55,12 +56,15 @@ def doctor(config: DoctorConfig) -> int:
 
 def _compiler() -> str:
     from penstock.kernels import compile as compiler
+    from penstock.kernels import prebuilt
     from penstock.memory import adamw
 
     library = compiler.compiled(adamw.SOURCE)
     if isinstance(library, str):
         return f"none ({library}): decoding and optimizer updates on this CPU take two to five times as long"
-    return "compiled for this CPU: decoding and optimizer updates"
+    path = Path(library._name)
+    how = f"the wheel's, for {path.stem.split('-')[1]}" if path.parent == prebuilt.PLACE else "compiled for this CPU"
+    return f"{how}: decoding and optimizer updates"
 
 
 def _devices() -> list[str]:

@@ -12,6 +12,7 @@ memory; adamw.c takes one, with the same roundings. torch.compile would need the
 other bits.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,23 +22,31 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from penstock.kernels import prebuilt
 from penstock.kernels.machine import cache_directory, cpu_facts
 
-FLAGS = (
-    "-O3", "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native", "-ffp-contract=off",
-    "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
-)  # fmt: skip
+FLAGS = (*prebuilt.FLAGS, "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native")
 SECONDS = 60
 """That the compiler may take."""
 
 
 @functools.cache
 def compiled(*files: Path) -> ctypes.CDLL | str:
-    """One library of these C files, compiled for this machine, or why it is not; headers are named beside them."""
+    """One library of these C files, compiled for this machine, or else the one that the wheel brought, or why there is
+    none; headers are named beside them."""
+    library = _compile(files)
+    if isinstance(library, str) and (ready := prebuilt.best(files[0].stem)):
+        with contextlib.suppress(OSError):  # made for another C library
+            return ctypes.CDLL(str(ready))
+    return library
+
+
+def _compile(files: Sequence[Path]) -> ctypes.CDLL | str:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "no C compiler: install gcc or clang as cc, or set CC"
