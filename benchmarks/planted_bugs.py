@@ -408,6 +408,10 @@ BUGS: list[Bug] = [
     ("memory/homes.py", "a checkpoint gathers a whole chunk on the device", "plan.GATHER_BYTES // (world.size * part.itemsize)", "len(part)"),
     (SHAPES, "sorted logits have no places", "(FP32 + INDEX) + 2 * FP32", "FP32 + 2 * FP32"),
     ("planner/sharded.py", "gradients of the root are not counted", "max(root + gradients[ROOT] + 2 * widest", "max(root + 2 * widest"),
+    ("run/optimizer_files.py", "a checkpoint is written from states that training goes on to change", "staging.stage(shards)", "shards"),
+    ("run/shares.py", "a share begins where its weight does", "at = offset + start - home.share.start", "at = offset + start"),
+    ("run/optimizer_files.py", "a disk that is full on another rank ends with a traceback", "raise next(iter(error.failures.values()))[0] from error", "raise"),
+    ("models/foreign/anatomy.py", "layers that only record are gathered", 'module.__dict__["forward"] = module.__dict__["_compiled_call_impl"] = function', 'module.__dict__["forward"] = function'),
     ("rollout/in_step.py", "rows that go on get the cache of others", "reorder_cache(torch.tensor(rows,", "reorder_cache(torch.arange(len(rows),"),
     # several ranks, and devices that are not the CPU
     (DECODER, "a rank without rows returns states on the CPU", "dtype=self.dtype, device=self.device)", "dtype=self.dtype)"),

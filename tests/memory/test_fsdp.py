@@ -31,6 +31,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.roles import RewardModel
 from penstock.rollout.engine import generate
 from penstock.rollout.sampling import Sampling
+from penstock.run import optimizer_files
 from penstock.run.optimizer_files import read_optimizer, saved_states, write_optimizer
 from tests.memory.test_fsdp import model_of
 from tests.memory.test_stream import FAMILIES, batches, weights_of
@@ -90,12 +91,16 @@ for name in names:
                 other = Strategy.named(row, device="cpu", disk=disk)
                 other_stream = other.prepare(model_of(model))
                 read_optimizer(saved, 20, other_stream)
-                again, digest = written(other, other_stream, f"{row}-{name}-{model}")
-                digests.add(digest)
-                back = strategy.prepare(model_of(model))
-                read_optimizer(again, 20, back)
-                digests.add(written(strategy, back, f"back-{row}-{name}-{model}")[1])
-                strategy.world.broadcast(None)
+                for most in (1 << 40, 0):  # one file, or every rank its share
+                    optimizer_files.GATHERED = most
+                    again, digest = written(other, other_stream, f"{row}-{most}-{name}-{model}")
+                    digests.add(digest)
+                    parts = bool(other_stream.sink.shards()) or (most == 0 and other_stream.sink.collective)
+                    assert again.is_dir() == parts
+                    back = strategy.prepare(model_of(model))
+                    read_optimizer(again, 20, back)
+                    digests.add(written(strategy, back, f"back-{row}-{most}-{name}-{model}")[1])
+                    strategy.world.broadcast(None)
         gathered = strategy.world.gather(answers[0])
         facts = {"losses": losses, "weights": weights_of(stream), "digests": digests, "answers": gathered}
         results[name, model] = facts

@@ -3,6 +3,7 @@
 `-m slow` runs all architectures of the table, make test those that differ most.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.distributed.world import World
 from penstock.errors import UserError
 from penstock.memory.prepare import groups_of
 from penstock.memory.program import visits_of
@@ -22,12 +24,13 @@ from penstock.models import lora_targets, pretrained, weight_shapes
 from penstock.models.foreign.family import path_of
 from penstock.models.lora_targets import LoraSpec
 from penstock.models.roles import Actor, Critic
-from penstock.planner.from_flags import config_of
+from penstock.planner.config import PlanConfig
+from penstock.planner.from_flags import config_of, setting_of
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 from tests.algorithms.test_ppo import REWARD_FN, write_reward_fn
 from tests.algorithms.test_ppo import config as ppo_settings
-from tests.conftest import cli, last_model, metrics
+from tests.conftest import cli, last_model, metrics, torchrun
 from tests.models.foreign_architectures import ALL, QUICK, saved
 
 LENGTHS = (9, 14, 2, 6)
@@ -132,7 +135,12 @@ def trained(directory: Path, strategy_name: str, tmp_path: Path, **options: Any)
         return -response_logprobs(actor, hidden, rows).sum() / int(VALID.sum()), {}
 
     with strategy.phase("train"):
-        losses = [strategy.step(stream, batches, loss_of, lr=1e-3).sums["loss"] for _ in range(2)]
+        own = strategy.world.share_of(batches)
+        losses = [strategy.step(stream, own, loss_of, lr=1e-3).sums["loss"] for _ in range(2)]
+    for phase in ("rollout", "score") if strategy_name == "fsdp" else ():  # gathered once, and visit by visit
+        with strategy.phase(phase):
+            answers = [answer.response_ids for answer in sampled(actor.decoder)]
+        assert strategy.world.gather(answers) == [answers] * strategy.world.size
     return actor, losses
 
 
@@ -214,6 +222,55 @@ def test_the_plan_knows_the_weights_of_the_model_without_reading_them(models, na
         real = {(w.name, w.shape, w.dtype, w.trained) for _, members in groups_of(model) for w in members}
         assert {(w.name, w.shape, w.dtype, w.trained) for _, members in planned for w in members} == real
         assert weight_shapes.visits_of(config, scalar=options["scalar"]) == visits_of(model)
+
+
+SHARDED = {"qwen3_5_text": {"lora": 4}, "deepseek_v3": {}, "gptj": {}}
+WORKER = """
+import json, sys
+from pathlib import Path
+from penstock.distributed.world import World
+from tests.models.test_foreign import SHARDED, trained
+
+folder = Path(sys.argv[1])
+for name, options in SHARDED.items():
+    actor, losses = trained(folder / name, "fsdp", folder, **options)
+    world = World.join("cpu")
+    actor.save_pretrained(folder / f"{name}-fsdp" if world.first else None)
+    if world.first:
+        print(json.dumps([name, losses]))
+World.join("cpu").leave()
+"""
+
+
+def test_two_ranks_of_fsdp2_learn_what_one_learns(models, tmp_path):
+    """Of a hybrid with adapters, a mixture, and a head with a bias."""
+    for name in SHARDED:
+        (tmp_path / name).symlink_to(models(name)[1])
+    (tmp_path / "worker.py").write_text(WORKER)
+    root = Path(__file__).parents[2]
+    printed = torchrun(tmp_path / "worker.py", tmp_path, PYTHONPATH=f"{root / 'src'}:{root}")
+    of_two = dict(map(json.loads, printed.splitlines()))
+    for name, options in SHARDED.items():
+        actor, losses = trained(tmp_path / name, "ddp", tmp_path, **options)
+        assert of_two[name] == pytest.approx(losses, abs=1e-5)
+        weights = weights_of(actor, tmp_path / f"{name}-ddp")
+        sharded = load_file(next((tmp_path / f"{name}-fsdp").glob("*.safetensors")))
+        assert weights.keys() == sharded.keys()
+        for weight, tensor in weights.items():
+            assert torch.allclose(sharded[weight], tensor, atol=1e-5, rtol=0), (name, weight)
+
+
+def test_fsdp2_does_not_take_layers_that_share_weights(models):
+    directory = str(models("zamba")[1])
+    strategy = Strategy("fsdp", World(0, 2, torch.device("cpu")), torch.float32)
+    with strategy.init():
+        actor = Actor.from_pretrained(directory)
+    for refused in (
+        lambda: strategy.prepare(actor),
+        lambda: setting_of(PlanConfig(model=directory, stage="sft", strategy="fsdp", world=2, prompt_length=32)),
+    ):
+        with pytest.raises(UserError, match="--strategy fsdp: FSDP2 does not shard weights that layers share"):
+            refused()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

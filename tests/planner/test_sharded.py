@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from penstock.commands.dry_run import dry_run
-from penstock.commands.plan import on_this_machine
+from penstock.commands.plan import as_dict, on_this_machine
 from penstock.errors import UserError
 from penstock.memory.placement import PYTORCH
 from penstock.models import presets
@@ -126,6 +126,17 @@ def test_an_update_touches_what_is_trained_alone():
     forecast = forecast_of(plan(strategy="fsdp", world=8, lora=16))
     nbytes = forecast.objects["optimizer"]["device"] * 3.5  # two moments and the weights, read and written; gradients
     assert forecast.seconds["train"].optimizer == pytest.approx(nbytes / 1.5e12)
+
+
+def test_what_a_checkpoint_is_written_from_is_counted_where_host_memory_has_room_for_it():
+    forecast = forecast_of(plan(strategy="fsdp", world=16))
+    states = forecast.objects["weights"]["device"] + forecast.objects["optimizer"]["device"]
+    assert forecast.objects["checkpoints"] == {"host": states}
+    assert {phase["host"] for phase in forecast.phases.values()} == {states}
+    narrow = plan(strategy="fsdp", world=16, host_memory="1GB")
+    result = as_dict(narrow, forecast_of(narrow))
+    assert result["predicted"]["host"] == 0
+    assert "checkpoints keep training waiting: --host-memory has no room" in result["notes"][-1]
 
 
 def test_what_cannot_be_planned_is_refused():

@@ -148,28 +148,28 @@ def test_disk_full_at_every_file_operation(scene, tmp_path):
         assert_promise_kept(parent, scene)
 
 
-def in_place(final, step, write, meta):
-    """The mistake that the tests above are for: writing under the final name."""
+def in_place(unfinished, final, step, meta):
+    """The mistake that the tests above are for: files one by one under the final name."""
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
-    write(final)
-    return final
+    for path in unfinished.iterdir():
+        path.rename(final / path.name)
 
 
-def old_first(final, step, write, meta):
+def old_first(unfinished, final, step, meta):
     """Another one: making room before the new one is there."""
     for path in checkpoint._all(final.parent):
         shutil.rmtree(path)
-    return real(final, step, write, meta)
+    real(unfinished, final, step, meta)
 
 
-real = checkpoint._write
+real = checkpoint._publish
 
 
 @pytest.mark.parametrize("mistake", [in_place, old_first])
 def test_these_tests_notice_a_save_that_is_not_atomic(mistake, tmp_path, monkeypatch):
     scene, caught = "a new one, the old ones go", 0
-    monkeypatch.setattr(checkpoint, "_write", mistake)
+    monkeypatch.setattr(checkpoint, "_publish", mistake)
     for _, parent in every_point(tmp_path, scene, die):
         try:
             assert_promise_kept(parent, scene)

@@ -58,7 +58,7 @@ def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
             **{phase: dataclasses.asdict(seconds) for phase, seconds in forecast.seconds.items()},
             "total": forecast.total,
         },
-        "notes": [*notes(setting), *_of_copy(setting, forecast)],
+        "notes": [*notes(setting), *_of_copy(setting, forecast), *forecast.notes],
         "lacking": lacking,
         "advice": advice(setting) if lacking else None,
     }

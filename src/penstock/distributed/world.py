@@ -45,6 +45,8 @@ _mailboxes: shared_memory.Mailboxes | None = None
 """Of the same group, where it computes on the CPUs of one machine."""
 _gathers: "Gathers | None" = None
 """Of the same ranks, once they have gathered ahead."""
+_background: Any = None
+"""All ranks' group for a thread beside the main one; see `World.background`."""
 
 
 def device_types() -> list[str]:
@@ -86,7 +88,7 @@ class World:
 
     def leave(self, well: bool = True) -> None:
         """Ends the process group that `join` began. `well` False: this rank failed, and counts as gone."""
-        global _heartbeat, _mailboxes, _gathers
+        global _heartbeat, _mailboxes, _gathers, _background
         if self.size > 1 and dist.is_initialized():
             if _gathers is not None:
                 _gathers.close(well)
@@ -94,7 +96,7 @@ class World:
             if _heartbeat is not None:
                 _heartbeat.leave(well)
                 _heartbeat = None
-            _mailboxes = None
+            _mailboxes = _background = None
             dist.destroy_process_group()
 
     @property
@@ -185,6 +187,14 @@ class World:
         with _naming_lost_ranks():
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def background(self) -> Any:
+        """All ranks' process group on their CPUs, for collectives of one other thread: in a group of their own they
+        cannot be taken for those of training. The first call makes it, on all ranks together."""
+        global _background
+        if _background is None:
+            _background = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return _background
 
     def share_of(self, items: list[Any]) -> list[Any]:
         """This rank's share of a list that every rank holds: every size-th item, so long and short rows mix."""

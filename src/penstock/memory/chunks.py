@@ -98,6 +98,24 @@ def layout(
     return chunks
 
 
+def boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The blocks, as (offsets, sizes), that elements start..stop of a weight of that shape fall into, in order."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), stop // inner
+    edges = [(start, first * inner), (last * inner, stop)] if first <= last else [(start, stop)]
+    for i, (begin, end) in enumerate(edges):
+        if i and first < last:
+            yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+        row = begin // inner
+        for offsets, sizes in boxes(begin - row * inner, end - row * inner, shape[1:]):
+            yield (row, *offsets), (1, *sizes)
+
+
 def even_runs(weights: Sequence[Weight], max_numel: int | None) -> list[list[Weight]]:
     """Consecutive weights in the fewest runs of at most `max_numel` elements, the longest run as short as it can be.
 

@@ -16,7 +16,8 @@ stream.py.
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,8 @@ from penstock.memory.prepare import Homes, first_values, groups_of
 from penstock.memory.program import owners
 from penstock.memory.sink import SAVED, Sink
 from penstock.memory.stream import Losses, LossOf, Stream, Visits
-from penstock.memory.tiers import Ram
+from penstock.memory.tiers import Disk, Ram
+from penstock.units import show_bytes
 
 Groups = Sequence[tuple[str, Sequence[Weight]]]
 ZEROS = "set_reduce_scatter_unused_params"
@@ -178,8 +180,11 @@ class ShardedStream(Stream):
 class ShardedSink(Sink):
     """Gradients and AdamW's states of one model's shards. `weights`: what is trained, by name."""
 
-    def __init__(self, weights: dict[str, nn.Parameter], shapes: Sequence[Weight], world: World, rule: AdamW) -> None:
+    def __init__(
+        self, weights: dict[str, nn.Parameter], shapes: Sequence[Weight], world: World, rule: AdamW, staged: bool
+    ) -> None:
         super().__init__((), world, rule, Homes(world, {}))
+        self.staged = staged
         self._shapes = list(shapes)
         self._shards = [_Shard(weight.name, weights[weight.name]) for weight in shapes]
 
@@ -289,7 +294,7 @@ class _Shard:
 
 
 def prepare(
-    model: Any, world: World, mesh: DeviceMesh, tier: Ram, *, dtype: torch.dtype, recompute: bool,
+    model: Any, world: World, mesh: DeviceMesh, tiers: Mapping[str, Ram | Disk], *, dtype: torch.dtype, recompute: bool,
     gathers_once: bool | None, adamw: dict[str, Any],
 ) -> ShardedStream:  # fmt: skip
     """The model's weights as FSDP2's shards, block by block: at no time is more than one block whole on a rank.
@@ -305,13 +310,18 @@ def prepare(
         )
     weights = [weight for _, members in groups for weight in members]
     homes = plan.shard_homes(weights, mesh.size(mesh.ndim - 1))
-    tier.take(homes["weights"] + homes["optimizer"], f"the shards of {type(model).__name__}")
+    tiers["device"].take(homes["weights"] + homes["optimizer"], f"the shards of {type(model).__name__}")
+    host = tiers["host"]
+    staged = plan.stages(homes, host.used, host.budget)
+    host.take(homes["staged"] if staged else 0, f"checkpoints of {type(model).__name__}")
+    if world.first and not staged:
+        warnings.warn(plan.UNSTAGED.format(type(model).__name__, show_bytes(homes["staged"])), stacklevel=2)
     root = Root(model)
     modules = _sharded(root, groups, mesh, dtype)
     trained = [weight for weight in weights if weight.trained]
     model.train(bool(trained))
     parameters = dict(model.named_parameters())
-    sink = ShardedSink(parameters, trained, world, AdamW(**adamw)) if trained else None
+    sink = ShardedSink(parameters, trained, world, AdamW(**adamw), staged) if trained else None
     return ShardedStream(model, root, modules, world, sink, recompute, dtype, gathers_once)
 
 

@@ -2,6 +2,7 @@
 limits of these memories as a user writes them."""
 
 import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,10 +75,17 @@ def known(name: str) -> str:
 
 
 def refused(
-    name: str, world: int, *, packed: bool = False, chunk_size: int | None = None, activation_budget: int | None = None,
-    copies: bool = False,
+    name: str, world: int, *, visits: Iterable[Sequence[Sequence[str]]] = (), packed: bool = False,
+    chunk_size: int | None = None, activation_budget: int | None = None, copies: bool = False,
 ) -> str | None:  # fmt: skip
-    """What FSDP2 does not do of these, as a user is told. None: it does it all, or does not run this."""
+    """What FSDP2 does not do of these, as a user is told. None: it does it all, or does not run this. `visits`: of each
+    model, as in plan.Layout."""
+    if name not in PYTORCH or world == 1:
+        return None
+    for of_model in visits:
+        groups = [group for visit in of_model[1:-1] for group in visit]
+        if len(set(groups)) < len(groups):
+            return f"--strategy {name}: FSDP2 does not shard weights that layers share; take --strategy gemini."
     reasons = {
         "--base-dtype": packed and "FSDP2 does not shard packed weights",
         "--chunk-size": chunk_size and "FSDP2 gathers whole blocks",
@@ -85,7 +93,7 @@ def refused(
         "--activation-budget": activation_budget and "FSDP2 gathers a block that is called, and slices do not call it",
     }
     flag = next((flag for flag, reason in reasons.items() if reason), None)
-    if flag is None or name not in PYTORCH or world == 1:
+    if flag is None:
         return None
     return f"{flag} with --strategy {name}: {reasons[flag]}; leave {flag} out, or take --strategy gemini."
 

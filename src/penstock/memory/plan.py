@@ -15,7 +15,7 @@ themselves, where ranks gather theirs; nothing comes down but gradients.
 """
 
 from collections import Counter
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -295,7 +295,8 @@ MASTER = 4
 
 
 def shard_homes(weights: Iterable[Weight], shards: int) -> Counter[str]:
-    """Bytes of a rank's shards on FSDP2: weights, grads, optimizer. It cuts each weight's first dimension."""
+    """Bytes of a rank's shards on FSDP2: weights, grads, optimizer; staged: copies in host memory of what a
+    checkpoint keeps. It cuts each weight's first dimension."""
     nbytes: Counter[str] = Counter()
     for weight in weights:
         count = -(-weight.shape[0] // shards) * (weight.numel // weight.shape[0])
@@ -303,7 +304,16 @@ def shard_homes(weights: Iterable[Weight], shards: int) -> Counter[str]:
         if weight.trained:
             nbytes["grads"] += count * MASTER
             nbytes["optimizer"] += 2 * count * MASTER
+            nbytes["staged"] += 3 * count * MASTER
     return nbytes
+
+
+UNSTAGED = "checkpoints keep training waiting: --host-memory has no room for copies of what they keep of {}, {}"
+
+
+def stages(homes: Mapping[str, int], used: int, budget: int | None) -> bool:
+    """Whether copies of these `shard_homes` have room in host memory: a checkpoint is then written beside training."""
+    return budget is None or used + homes["staged"] <= budget
 
 
 def buffers(models: Iterable[Sequence[Placed]]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from penstock.distributed.world import World
 from penstock.memory.adamw import AdamW, join, narrow, split, sum_of_squares, widen
 from penstock.memory.chunks import Weight
-from penstock.memory.homes import ChunkHome, rounded, unrounded
+from penstock.memory.homes import CPU, ChunkHome, bring, rounded, unrounded
 from penstock.memory.plan import PIECE, SETS
 from penstock.memory.prepare import Homes
 from penstock.memory.tiers import DiskHome, Home, Offload, RamHome, bring_home, copy_ahead, worker
@@ -305,13 +305,7 @@ class Sink:
     def saved_states(self) -> Iterator[Tensor]:
         """Every weight's `SAVED` states, whole, fp32, on the CPU. Where ranks share, all of them go through it."""
         for home in self.homes:
-            whole = widen(home.whole_states(self.world))
-            weights = home.whole_weights(self.world)
-            if "remainder" in whole:
-                master = torch.empty(home.chunk.numel)
-                join(weights, whole.pop("remainder"), master)
-                weights = master
-            whole["master"] = weights
+            whole = _saved(home.whole_weights(self.world), home.whole_states(self.world))
             for weight, offset in zip(home.chunk.weights, home.chunk.offsets, strict=True):
                 for name in SAVED:
                     yield whole[name][offset : offset + weight.numel].view(weight.shape)
@@ -345,9 +339,12 @@ class Sink:
                 home.shadow.write(weights[home.share])
 
     def shards(self) -> dict[str, Tensor]:
-        """This rank's parts of what `saved_states` gives whole, by weight.state, where PyTorch can write and read them
-        as they lie; else nothing."""
+        """This rank's parts of what `saved_states` gives whole, by weight.state, where they are PyTorch's own tensors,
+        which it writes and reads as they lie; else nothing, see `own_states`."""
         return {}
+
+    staged = False
+    """Whether host memory has room for copies of `shards`: a checkpoint is then written from them, beside training."""
 
     @property
     def collective(self) -> bool:
@@ -358,6 +355,24 @@ class Sink:
     def weights(self) -> list[Weight]:
         """The trained weights, in the order of `saved_states`."""
         return [weight for home in self.homes for weight in home.chunk.weights]
+
+
+def own_states(home: ChunkHome) -> dict[str, Tensor]:
+    """This rank's share of the chunk's `SAVED` states, fp32 on the CPU: [share_numel] each."""
+    home.update.wait()
+    weights = bring(home.weights, CPU)
+    states = {name: bring(state, CPU) for name, state in home.states.items()}
+    return _saved(weights[home.share] if home.whole else weights, states)
+
+
+def _saved(weights: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a run of weights, by SAVED."""
+    saved = widen(states)
+    if "remainder" in saved:
+        master = torch.empty(len(weights))
+        join(weights, saved.pop("remainder"), master)
+        weights = master
+    return {**saved, "master": weights}
 
 
 def _tensor_homes(home: ChunkHome) -> dict[str, Home]:

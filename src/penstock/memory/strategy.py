@@ -202,16 +202,14 @@ class Strategy:
 
         packed = any(weight.dtype not in ("float32", "bfloat16") for _, group in groups_of(model) for weight in group)
         limits: Any = {"chunk_size": self.chunk_size, "activation_budget": self.activation_budget}
-        if reason := refused(self.name, self.world.size, packed=packed, **limits):
+        if reason := refused(self.name, self.world.size, visits=[visits_of(model)], packed=packed, **limits):
             raise UserError(reason)
-        tier = self.tiers["device"]
-        assert isinstance(tier, Ram)
         if self.mesh is None:
             self.mesh = fsdp.mesh_of(self.name, self.world)
         recompute = plan.recomputes(True, self.recompute)
         return fsdp.prepare(
-            model, self.world, self.mesh, tier, dtype=self.dtype, recompute=recompute, gathers_once=self.gathers_once,
-            adamw=adamw,
+            model, self.world, self.mesh, self.tiers, dtype=self.dtype, recompute=recompute,
+            gathers_once=self.gathers_once, adamw=adamw,
         )  # fmt: skip
 
     def _stream(self, model: Any, homes: list[ChunkHome], moves: bool, adamw: dict[str, Any]) -> Stream:

@@ -51,6 +51,8 @@ class Forecast:
     """Whether all of the actor's weights that move come once for a rollout, and stay until it ends."""
     outside: int = 0
     """Bytes of the device's peaks that a dry run does not have: see planner/cuda.py."""
+    notes: tuple[str, ...] = ()
+    """What there is to say of it, a line each."""
 
     @property
     def peak(self) -> dict[TierName, int]:

@@ -16,6 +16,7 @@ from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
 from penstock.planner.activations import Pass, activations_of, kept, visits_of
 from penstock.planner.forecast import Forecast, with_slack
 from penstock.planner.traffic import Rates, Seconds, inside_machine
+from penstock.units import show_bytes
 
 ROOT = -1
 STILL = dict.fromkeys(("host_read", "host_written", "disk_read", "disk_written"), 0)
@@ -66,18 +67,19 @@ def _weights(model: Model) -> list[tuple[str, Weight]]:
 
 def forecast(
     models: Mapping[str, Model], phases: Mapping[str, Sequence[Pass]], *, shards: int, nodes: int, copies: int,
-    device: int | None, recompute: bool | None, rates: Rates,
+    budgets: Mapping[TierName, int | None], recompute: bool | None, rates: Rates,
 ) -> Forecast:  # fmt: skip
     """As forecast.forecast, of ranks on `nodes` machines, `shards` of which hold one of `copies` of the models."""
     homes = {name: plan.shard_homes((w for _, w in _weights(model)), shards) for name, model in models.items()}
     resting = sum(home["weights"] + home["optimizer"] for home in homes.values())
     grads = max(home["grads"] for home in homes.values())  # one model steps at a time
+    staged, unstaged = _staged(homes, budgets.get("host"))
     gathered = {name: whole(model) for name, model in models.items()}
     scratch = max((_update_scratch(model, shards) for model in models.values()), default=0)
     passes = [each for of_phase in phases.values() for each in of_phase]
     activations = with_slack(max(*(_activations(each, recompute) for each in passes), scratch))
 
-    once = device is None or all(
+    once = (device := budgets.get("device")) is None or all(
         resting + _peak(each, gathered[each.model], recompute, True, scratch) <= device
         for each in passes
         if each.kind == "generate"
@@ -106,11 +108,11 @@ def forecast(
     most_whole = max(max(model.backward, model.all if answering else 0) for model in gathered.values())
     return Forecast(
         phases={
-            phase: {"device": resting + (grads if phase == "train" else 0) + nbytes, "host": 0, "disk": 0}
+            phase: {"device": resting + (grads if phase == "train" else 0) + nbytes, "host": staged, "disk": 0}
             for phase, (nbytes, _) in peaks.items()
         },
         worst={phase: f"{each.model} {each.kind}" for phase, (_, each) in peaks.items()},
-        objects=_objects(homes, passes, grads, most_whole, recompute),
+        objects=_objects(homes, passes, grads, most_whole, recompute) | {"checkpoints": {"host": staged}},
         traffic={phase: {**STILL, "ranks": sum(map(sum, nbytes))} for phase, nbytes in between.items()},
         seconds={phase: Seconds(*map(sum, zip(*spent, strict=True))) for phase, spent in seconds.items()},
         slots=Slots([most_whole], [], most_whole),
@@ -121,7 +123,19 @@ def forecast(
         offloaded=0,
         few_tokens=0,
         gathers_once=once,
+        notes=unstaged,
     )
+
+
+def _staged(homes: Mapping[str, Mapping[str, int]], host: int | None) -> tuple[int, tuple[str, ...]]:
+    """Bytes of host memory that checkpoints are written from; and what is to say where it has no room for a model's."""
+    staged, notes = 0, []
+    for name, home in homes.items():
+        if plan.stages(home, staged, host):
+            staged += home["staged"]
+        else:
+            notes.append(plan.UNSTAGED.format(name, show_bytes(home["staged"])))
+    return staged, tuple(notes)
 
 
 def _objects(

@@ -125,8 +125,9 @@ def refusal(setting: Setting) -> str | None:
     """Why a run of this would be refused; see placement.refused."""
     packed = any(role.base_dtype for role in setting.workload.roles)
     limits: Any = {"chunk_size": setting.chunk_size, "activation_budget": setting.activation_budget}
-    copies = setting.workload.rollout_dtype is not None
-    return refused(setting.strategy, setting.world, packed=packed, copies=copies, **limits)
+    laid = (_laid(role, DTYPES[setting.dtype], 1, None) for role in setting.workload.roles)
+    limits |= {"visits": (visits for _, visits in laid), "copies": setting.workload.rollout_dtype is not None}
+    return refused(setting.strategy, setting.world, packed=packed, **limits)
 
 
 SCORED = ("actor", "reference", "critic", "reward", "teacher")
@@ -374,7 +375,7 @@ def _forecast(setting: Setting, timed: bool, moves: bool, swap: bool = False, of
     if setting.strategy in PYTORCH and world > 1:
         copies = setting.nodes if setting.strategy == "hsdp" else 1
         planned = sharded.forecast(
-            models, phases, shards=world // copies, nodes=setting.nodes, copies=copies, device=budgets.get("device"),
+            models, phases, shards=world // copies, nodes=setting.nodes, copies=copies, budgets=budgets,
             recompute=recompute, rates=setting.rates,
         )  # fmt: skip
         return cuda.besides(planned, models, phases, world, setting.blas_workspace, outside)

@@ -3,7 +3,7 @@
 checkpoints/step-000100/manifest.json        size and sha256 of every other file
 checkpoints/step-000100/model/ [critic/]     Hugging Face directories
 checkpoints/step-000100/model.optimizer.safetensors    fp32 masters and moments, by weight name [critic. ...]; of
-                        model.optimizer/               FSDP2's shards: a file of torch.distributed.checkpoint per rank
+                        model.optimizer/               ranks' shares: a file of torch.distributed.checkpoint for each
 checkpoints/step-000100/state.safetensors    tensors of generators and of experience in flight
 checkpoints/step-000100/state.json           everything else
 checkpoints/weights-000120/                  as above without optimizer and state: the best, between two checkpoints
@@ -12,6 +12,7 @@ checkpoints/latest, checkpoints/best         names of checkpoints; nothing resum
 A name with `.tmp-` in it is the unfinished work of a running or killed process: never read, removed by `sweep`.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,7 +21,7 @@ import platform
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,35 +46,64 @@ class DamagedError(PenstockError):
     """A checkpoint that does not match its manifest."""
 
 
-def save(
+Writer = Callable[[Path], Callable[[], None] | None]
+"""Fills a directory; what it returns fills the rest."""
+
+
+def save(parent: Path, step: int, write: Writer, meta: Mapping[str, Any], **options: Any) -> Path:
+    """`begin`, and what is left at once."""
+    return begin(parent, step, write, meta, **options)()
+
+
+def begin(
     parent: Path,
     step: int,
-    write: Callable[[Path], None],
+    write: Writer,
     meta: Mapping[str, Any],
     *,
     keep: int = 2,
     best: bool = False,
     whole: bool = True,
-) -> Path:
-    """`write` fills a directory, which one rename makes the newest checkpoint; older ones are removed afterwards.
+) -> Callable[[], Path]:
+    """`write` fills a directory. The result, called from any thread, fills the rest; then one rename makes it the
+    newest checkpoint, and older ones are removed.
 
     `meta` goes into the manifest (config digest, world size). With `best` the file `best` names it too; the best
     checkpoint is never deleted. Not `whole`: it has weights alone, and is no checkpoint to resume from. A full disk is
     a ResourceError, and leaves the earlier checkpoints as they were.
     """
-    try:
+    final = parent / f"{'step' if whole else 'weights'}-{step:06d}"
+    unfinished = parent / f"{final.name}.tmp-{os.getpid()}"
+    with _whole_or_gone(unfinished, step):
         parent.mkdir(parents=True, exist_ok=True)
-        final = parent / f"{'step' if whole else 'weights'}-{step:06d}"
-        _write(final, step, write, meta)
-        if whole:
-            write_whole(parent / "latest", final.name)
-        if best:
-            write_whole(parent / "best", final.name)
-        _prune(parent, step, keep)
-        return final
-    except Exception as error:
-        reason = out_of_space(error)
-        if reason is None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        rest = write(unfinished)
+
+    def publish() -> Path:
+        with _whole_or_gone(unfinished, step):
+            if rest is not None:
+                rest()
+            _publish(unfinished, final, step, meta)
+            if whole:
+                write_whole(parent / "latest", final.name)
+            if best:
+                write_whole(parent / "best", final.name)
+            _prune(parent, step, keep)
+            return final
+
+    return publish
+
+
+@contextlib.contextmanager
+def _whole_or_gone(unfinished: Path, step: int) -> Iterator[None]:
+    """No part of the checkpoint stays when something inside raises. Raises ResourceError for a full disk."""
+    parent = unfinished.parent
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if (reason := out_of_space(error)) is None:
             raise
         finished = _all(parent)
         intact = f"{finished[-1].name} is intact" if finished else "there is no earlier one"
@@ -253,15 +283,10 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _write(final: Path, step: int, write: Callable[[Path], None], meta: Mapping[str, Any]) -> None:
-    """A whole checkpoint, synced to the disk; no part of it stays when this raises."""
-    parent = final.parent
-    unfinished = parent / f"{final.name}.tmp-{os.getpid()}"
-    replaced = parent / f"{final.name}.tmp-old-{os.getpid()}"
+def _publish(unfinished: Path, final: Path, step: int, meta: Mapping[str, Any]) -> None:
+    """Makes the directory a checkpoint, synced to the disk, in place of one of the same name."""
+    replaced = final.with_name(f"{final.name}.tmp-old-{os.getpid()}")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        write(unfinished)
         files = {
             str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(unfinished.rglob("*"))
@@ -276,11 +301,10 @@ def _write(final: Path, step: int, write: Callable[[Path], None], meta: Mapping[
         if final.exists():  # the same step again: a stop in the middle of the next one, or a damaged one passed over
             final.rename(replaced)
         unfinished.rename(final)
-        _sync(parent)
+        _sync(final.parent)
     except BaseException:
         if replaced.exists() and not final.exists():
             replaced.rename(final)
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 

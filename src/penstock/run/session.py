@@ -12,8 +12,10 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +33,7 @@ from penstock.run import checkpoint
 from penstock.run.directory import RunDirectory
 from penstock.run.loggers import Loggers, require
 from penstock.run.metrics import Lines, peak_rss_bytes
-from penstock.run.optimizer_files import read_optimizer, write_optimizer
+from penstock.run.optimizer_files import read_optimizer, stager, write_optimizer
 from penstock.run.progress import Progress
 
 STREAMS = ("metrics", "perf", "samples", "health")
@@ -81,6 +83,10 @@ class Session:
         self._since = time.perf_counter()
         self._progress: Progress | None = None
         self._handlers: dict[int, Any] = {}
+        self._saving: Future | None = None
+        """The checkpoint that a thread writes. See [Note: saved beside training] in optimizer_files.py."""
+        self._stager: Any = None
+        """Has the host memory that it is written from."""
         if config.run.resume_if_present and len(set(world.gather(resume))) > 1:
             raise UserError(f"--out {self.path}: some ranks see a run in it and some do not; it must be one directory.")
         if world.first:  # before a large model is loaded
@@ -124,6 +130,8 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._saving is not None and not isinstance(error, KeyboardInterrupt):
+            wait([self._saving])  # after an error too: the heartbeat still watches the ranks that it needs
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         if self._progress is not None:
@@ -293,8 +301,11 @@ class Session:
         """At the end of a step: saves when it is due, the last, or when a signal has arrived; else of the best the
         weights alone."""
         stopping = self._stopping()
-        if stopping or step == self.total or step % self.config.run.checkpoint_every == 0:
-            self._save(step, models, state(), best)
+        if self._saving is not None and self._saving.done():
+            self._end_saving()  # its error is the run's, at once
+        ends = bool(stopping) or step == self.total
+        if ends or step % self.config.run.checkpoint_every == 0:
+            self._save(step, models, state(), best, ends)
         elif best:
             self._save(step, models, None, best)
         if stopping and step < self.total:
@@ -325,35 +336,77 @@ class Session:
         name = signal.Signals(signum).name
         raise StoppedError(f"{name}: stopped after a checkpoint; go on with: penstock resume {self.path}", signum)
 
-    def _save(self, step: int, models: Mapping[str, Stream], state: dict[str, Any] | None, best: bool) -> None:
-        """A checkpoint; without a state, the weights alone."""
+    def _save(
+        self, step: int, models: Mapping[str, Stream], state: dict[str, Any] | None, best: bool, waits: bool = True
+    ) -> None:
+        """A checkpoint; without a state, the weights alone. Not `waits`: training goes on while a thread writes what it
+        can of it."""
+        self._end_saving()
         rng = self.world.gather(checkpoint.rng_state())
         if self.world.first:
             offsets = {name: lines.sync() for name, lines in self._lines.items()}
             updates = {name: stream.sink.steps for name, stream in models.items() if stream.sink}
             own: dict[str, Any] = {"updates": updates, "rng": rng, "offsets": offsets, "data": self._data}
             own |= {"episode": self.episode, "skips": self._skips, "warnings": self._warnings}
-
-            def write(directory: Path) -> None:
-                for name, stream in models.items():
-                    stream.model.save_pretrained(directory / name)
-                    self.finishing(directory / name)
-                    if state is not None:
-                        write_optimizer(directory / f"{name}.optimizer", stream)
-                if state is not None:
-                    checkpoint.write_state(directory / "state", state | own)
-
+            state = None if state is None else state | own
+        later = not waits and all(stream.sink is None or stream.sink.staged for stream in models.values())
+        if later and self._stager is None:
+            self._stager = stager(self.world.device)
+        write = partial(self._write, models, state, self._stager if later else None)
+        end: Callable[[], Any]
+        if self.world.first:
             digest = hashlib.sha256(json.dumps(self._flags, sort_keys=True).encode()).hexdigest()
             meta = {"command": self.command, "config_sha256": digest, "world_size": self.world.size}
-            keep = self.config.run.keep
-            whole = state is not None
-            checkpoint.save(self.path / "checkpoints", step, write, meta, keep=keep, best=best, whole=whole)
+            kept = {"keep": self.config.run.keep, "best": best, "whole": state is not None}
+            end = checkpoint.begin(self.path / "checkpoints", step, write, meta, **kept)
         else:
-            for stream in models.values():  # gathers with the first rank what ranks share
-                stream.model.save_pretrained(None)
-                if state is not None:
-                    write_optimizer(None, stream)
-        self.world.broadcast(None)  # no rank goes on before the checkpoint is whole
+            end = write(None)
+        if later:
+            self._saving = in_thread(end)
+        else:
+            end()
+        self.world.broadcast(None)  # no rank goes on before the checkpoint is whole, or copied
+
+    def _write(
+        self, models: Mapping[str, Stream], state: dict[str, Any] | None, staging: Any, directory: Path | None
+    ) -> Callable[[], None]:
+        """Fills the directory and returns what fills the rest. All ranks call it, to gather what they share; directory:
+        None on those but the first."""
+        rest = []
+        for name, stream in models.items():
+            stream.model.save_pretrained(directory and directory / name)
+            if directory is not None:
+                self.finishing(directory / name)
+            if state is not None:
+                rest.append(write_optimizer(directory and directory / f"{name}.optimizer", stream, staging))
+        if directory is not None and state is not None:
+            checkpoint.write_state(directory / "state", state)
+
+        def end() -> None:
+            for write in rest:
+                write()
+
+        return end
+
+    def _end_saving(self) -> None:
+        """Waits for the checkpoint that a thread writes. Raises what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+
+def in_thread(work: Callable[[], Any]) -> Future:
+    """work() in a thread that does not keep a failing process alive."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def _with_commits(config: Any, world: World) -> Any:

@@ -69,14 +69,15 @@ class Anatomy:
 
 @contextlib.contextmanager
 def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these modules run these functions."""
+    """Inside, these modules run these functions, without hooks: FSDP2's gather the weights of a layer."""
     for module, function in replaced.items():
-        module.__dict__["forward"] = function
+        module.__dict__["forward"] = module.__dict__["_compiled_call_impl"] = function
     try:
         yield
     finally:
         for module in replaced:
             module.__dict__.pop("forward", None)
+            module.__dict__.pop("_compiled_call_impl", None)
 
 
 def take_apart(model: Any) -> Anatomy:
