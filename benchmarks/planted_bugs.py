@@ -440,6 +440,10 @@ BUGS: list[Bug] = [
     ("kernels/compile.py", "code that the group can write is loaded", "facts.st_mode & 0o022", "facts.st_mode & 0o002"),
     (LINEAR, "on a GPU heads of a token change places", "return mixed.flatten(1, 2).unsqueeze(2)", "return mixed.transpose(1, 2).flatten(1, 2).unsqueeze(2)"),
     ("rollout/cuda_graphs.py", "all recorders capture on torch's one stream", "pool=self._pool, stream=self._stream,", "pool=self._pool,"),
+    # evaluation
+    ("commands/evaluate.py", "a judge's preference for what it reads first counts", "first + 1 - second", "first + first"),
+    ("commands/evaluate.py", "a tie is a loss", "(numpy.sign(gaps) + 1) / 2", "(gaps > 0) * 1.0"),
+    ("commands/evaluate.py", "the length is not controlled for", "-columns @ weights))\n        slope", "-columns[:, :1] @ weights[:1]))\n        slope"),
     # wheels
     ("kernels/prebuilt.py", "a wheel's code is taken that the processor cannot run", "if LEVELS[level][1] <= instructions and library.exists()", "if library.exists()"),
     # model cards

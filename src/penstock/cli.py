@@ -70,6 +70,11 @@ COMMANDS: dict[str, Command] = {
         "answer prompts from a file", "commands.config:GenerateConfig", "commands.generate:generate",
         example="penstock generate --model runs/ppo --data prompts.jsonl --out answers.jsonl",
     ),
+    "eval": Command(
+        "measure a model on held-out prompts, or compare two", "commands.config:EvalConfig",
+        "commands.evaluate:evaluate", "model",
+        "penstock eval runs/ppo --against runs/sft --data heldout.jsonl --reward runs/reward",
+    ),
     "export": Command(
         "write a run's model as a Hugging Face directory", "commands.config:ExportConfig", "commands.export:export",
         "run", "penstock export runs/ppo --out my-model",

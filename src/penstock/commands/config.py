@@ -53,6 +53,35 @@ class GenerateConfig(TemplateFlags, SamplingFlags, InferenceFlags, RewardFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig(TemplateFlags, SamplingFlags, InferenceFlags, RewardFlags):
+    """Measure a model on prompts that it was not trained on: its mean score, or how often its answers beat those of
+    another model, with a 95 % interval and at equal lengths."""
+
+    model: str
+    """Hugging Face directory, hub id or run directory; a run keeps the result, and its report shows it."""
+    data: str
+    """Prompts, as ppo reads them."""
+    against: str | None = None
+    """The model to compare with."""
+    judge: str | None = None
+    """Address of an OpenAI-compatible server that compares the answers, in both orders: http://localhost:8000/v1."""
+    judge_model: str | None = None
+    """The model there that judges."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token."""
+    batch_size: int = 32
+    """Answers that are decoded together."""
+    skip_bad: bool = False
+    """Leave bad prompts out, instead of stopping at them."""
+    apply_chat_template: bool = False
+    """Read plain prompts as a user's turn, through the chat template."""
+    out: str | None = None
+    """Also write the result to this file, as one JSON object."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatConfig(TemplateFlags, SamplingFlags, InferenceFlags):
     """Talk with a model in the terminal; the conversation is kept until /reset."""
 

@@ -34,22 +34,8 @@ def generate(config: GenerateConfig) -> None:
         raise UserError("--best-of needs a judge: give --reward RUN or --reward-fn file.py:name.")
     if config.best_of and config.best_of < config.n:
         raise UserError(f"--best-of {config.best_of} keeps the best --n {config.n} answers; give at least as many.")
-    sampling = sampling_of(config, n=max(config.n, config.best_of))
-    strategy, actor, encoder = load(config)
-    flags = as_data_flags(config, data=(config.data or "",), truncate="right")  # a long prompt is an error
-    say = functools.partial(print, file=sys.stderr)
-    source = _source(config, strategy, encoder, flags, say) if config.reward or config.reward_fn else None
-    if config.prompt is not None:
-        records: list[Any] = [Prompt(prompt=config.prompt, where="--prompt")]
-        prompts = [encoder.encode_prompt(records[0])]
-        print_notes(encoder)
-    else:
-        reads = source.reads_field if source else reads_none
-        records, prompts = read(say, encoder, flags.data, "prompts", flags, reads)
-    if source is not None:
-        source.check(records, say)
-        records, prompts = scorable((records, prompts), source, flags, say)
-    lines = _answers(config, actor, encoder, records, prompts, sampling, source)
+    encoder, answers = answered(config, functools.partial(print, file=sys.stderr))
+    lines = (line for _, line in answers)
     if config.out is None:
         for line in lines:
             as_text = line["response"] if encoder.tokenizer else " ".join(map(str, line["response_ids"]))
@@ -69,6 +55,28 @@ def generate(config: GenerateConfig) -> None:
     print(f"wrote {config.out}", file=sys.stderr)
 
 
+def answered(
+    config: GenerateConfig, say: Callable[[str], None]
+) -> tuple[Encoder, Iterator[tuple[Prompt, dict[str, Any]]]]:
+    """The model's encoder, and each prompt with its answers as lines of --out, in order, as they are made; `say` gets
+    what was read and left out."""
+    sampling = sampling_of(config, n=max(config.n, config.best_of))
+    strategy, actor, encoder = load(config)
+    flags = as_data_flags(config, data=(config.data or "",), truncate="right")  # a long prompt is an error
+    source = _source(config, strategy, encoder, flags, say) if config.reward or config.reward_fn else None
+    if config.prompt is not None:
+        records: list[Any] = [Prompt(prompt=config.prompt, where="--prompt")]
+        prompts = [encoder.encode_prompt(records[0])]
+        print_notes(encoder)
+    else:
+        reads = source.reads_field if source else reads_none
+        records, prompts = read(say, encoder, flags.data, "prompts", flags, reads)
+    if source is not None:
+        source.check(records, say)
+        records, prompts = scorable((records, prompts), source, flags, say)
+    return encoder, _answers(config, actor, encoder, records, prompts, sampling, source)
+
+
 WINDOW = 16
 """Batches of answers in work at once: long prompts stand together within them, and answers are written in order."""
 
@@ -76,7 +84,7 @@ WINDOW = 16
 def _answers(
     config: GenerateConfig, actor: Actor, encoder: Encoder, records: list[Any], prompts: list[list[int]],
     sampling: Sampling, source: RewardSource | None,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+) -> Iterator[tuple[Prompt, dict[str, Any]]]:  # fmt: skip
     words: Any = {"tokenizer": encoder.tokenizer, "hidden": encoder.hidden}
     engine = Engine(actor.decoder, eos_ids=encoder.eos_ids, rows=config.batch_size, **words)
     n = sampling.n
@@ -91,7 +99,7 @@ def _answers(
             if config.best_of:
                 scored = sorted(scored, key=lambda pair: -pair[1] if pair[1] is not None else 0)[: config.n]
             for answer, score in scored:
-                yield _line(encoder, answer, score)
+                yield records[start + i // n], _line(encoder, answer, score)
 
 
 def _line(encoder: Encoder, answer: Answer, score: float | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import tomli_w
 
 from penstock import __version__
+from penstock.run import evaluations
 from penstock.run.directory import RunDirectory
 from penstock.run.metrics import read_lines
 from penstock.run.report import headlines, warnings
@@ -60,7 +61,8 @@ def card(run: Path, checkpoint: Path, *, name: str, adapter: bool, licence: str 
         "## What was measured",
         _table(("", "value"), _measured(rows)),
         *(f"> WARNING {text}" for text in warnings(read_lines(run / "health.jsonl"))),
-        "All figures are of the run's own data, in metrics.jsonl of the run; no benchmark was run.",
+        "These figures are of the run's own data, from its metrics.jsonl.",
+        *([_table(evaluations.HEADER, measured)] if (measured := evaluations.rows_of(run)) else []),
         "## How to use it",
         _usage(adapter, command, base),
         "<details><summary>All settings (config.toml)</summary>",

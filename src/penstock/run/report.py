@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.run import evaluations
 from penstock.run.checkpoint import write_whole
 from penstock.run.directory import RunDirectory
 from penstock.run.metrics import read_lines
@@ -163,6 +164,8 @@ class RunFiles:
     """metrics.jsonl, then perf.jsonl."""
     samples: Sequence[Mapping[str, Any]]
     health: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Sequence[str]] = ()
+    """As evaluations.HEADER names them."""
 
     @staticmethod
     def read(path: Path) -> "RunFiles":
@@ -170,7 +173,7 @@ class RunFiles:
         metrics, perf, samples, health = (
             read_lines(path / f"{name}.jsonl") for name in ("metrics", "perf", "samples", "health")
         )
-        return RunFiles(RunDirectory.peek(path), [*metrics, *perf], samples, health)
+        return RunFiles(RunDirectory.peek(path), [*metrics, *perf], samples, health, evaluations.rows_of(path))
 
     @property
     def steps(self) -> int:
@@ -190,6 +193,8 @@ def sections_of(runs: Mapping[str, RunFiles]) -> list[Section]:
         sections += [Figures(values) for values in figures.values() if values]
     else:
         sections.append(Table("Runs", ["", *runs], _side_by_side(figures)))
+    if measured := [(name, *row) for name, run in runs.items() for row in run.evaluations]:
+        sections.append(Table("Evaluations", ("run", *evaluations.HEADER), measured))
     if pairs := _answers(runs):
         sections.append(Samples("Answers before and after", pairs))
     sections += [Curves(title, pictures) for title, pictures in _curves_of(runs).items()]

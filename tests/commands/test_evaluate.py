@@ -1,0 +1,157 @@
+"""`penstock eval`: who wins, how sure that is, and what length has to do with it."""
+
+import http.server
+import json
+import math
+import threading
+
+import numpy
+import pytest
+
+from penstock.commands import evaluate
+from tests.conftest import cli
+
+REWARD = """
+def score(prompts, responses, response_ids, **_):
+    return [float(sum(ids)) for ids in response_ids]
+"""
+
+
+@pytest.fixture
+def files(tmp_path, tiny_model, make_tokenizer, jsonl):
+    """Two models with a tokenizer, prompts, and a reward function."""
+    first, second = tiny_model("first", seed=0, vocab_size=320), tiny_model("second", seed=1, vocab_size=320)
+    make_tokenizer("first")
+    make_tokenizer("second")
+    (tmp_path / "reward.py").write_text(REWARD)
+    data = jsonl([{"prompt": f"Say {word} to me"} for word in "abcdefghijklmnop"])
+    return first, second, ("--data", data, "--max-new-tokens", 6), ("--reward-fn", f"{tmp_path / 'reward.py'}:score")
+
+
+def result_of(capsys, *arguments):
+    assert cli("eval", *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_win_rate_is_that_of_the_scores(files, capsys):
+    first, second, data, reward = files
+    alone = [result_of(capsys, model, *data, *reward)["score"] for model in (first, second)]
+    both = result_of(capsys, first, "--against", second, *data, *reward)
+    assert [both["score"], both["score_against"]] == alone
+    assert both["prompts"] == 16
+    assert both["win_rate"] == pytest.approx((both["wins"] + both["ties"] / 2) / 16)
+    swapped = result_of(capsys, second, "--against", first, *data, *reward)
+    assert swapped["win_rate"] == pytest.approx(1 - both["win_rate"])
+    assert swapped["win_rate_length_controlled"] == pytest.approx(1 - both["win_rate_length_controlled"])
+    same = result_of(capsys, first, "--against", first, *data, *reward)
+    assert (same["win_rate"], same["ties"], same["win_rate_interval"]) == (0.5, 16, [0.5, 0.5])
+
+
+def test_an_interval_is_that_of_the_normal_distribution_where_the_mean_has_it():
+    values = numpy.random.default_rng(1).normal(size=400)
+    error = values.std() / 20
+    bounds = [values.mean() - 1.96 * error, values.mean() + 1.96 * error]
+    assert evaluate.interval(values) == pytest.approx(bounds, abs=0.1 * error)
+
+
+def test_a_judge_that_counts_letters_is_seen_through():
+    rng = numpy.random.default_rng(0)
+    lengths = rng.normal(40, 50, size=400)
+    outcomes = (rng.random(400) < 1 / (1 + numpy.exp(-lengths / 40))).astype(float)
+    assert outcomes.mean() > 0.65
+    assert abs(evaluate.length_controlled(outcomes, lengths) - 0.5) < 0.05
+    better = (rng.random(400) < 0.8).astype(float)  # whatever its length
+    assert evaluate.length_controlled(better, rng.normal(0, 50, size=400)) == pytest.approx(better.mean(), abs=0.03)
+    assert evaluate.length_controlled(better, numpy.zeros(400)) == better.mean()
+    assert math.isfinite(evaluate.length_controlled((lengths > 100).astype(float), lengths - 100))
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """Answers as an OpenAI-compatible server, with what `server.verdict` says of the two answers."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][0]["content"]
+        first, second = text.rsplit("Answer A:\n", 1)[1].rsplit("\n\nAnswer B:\n", 1)
+        message = {"role": "assistant", "content": self.server.verdict(first, second.rstrip("\n"))}
+        answer = {
+            "id": "1", "object": "chat.completion", "created": 1, "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        }  # fmt: skip
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        (lambda first, second: "[[A]]" if first >= second else "so: [[B]]", None),
+        (lambda first, second: "It is always [[A]].", 0.5),  # the first one, whatever it is: a contradiction
+        (lambda first, second: "[[A]] or [[B]]? [[tie]]", 0.5),
+    ],
+)
+def test_a_judge_reads_both_orders(files, capsys, judge, verdict, expected):
+    judge.verdict = verdict
+    first, second, data, _ = files
+    flags = ("--judge", f"http://127.0.0.1:{judge.server_port}/v1", "--judge-model", "m")
+    result = result_of(capsys, first, "--against", second, *data, *flags)
+    assert (result["by"], result["without_verdict"]) == ("m", 0)
+    if expected is None:
+        assert result["wins"] + result["ties"] <= 16
+        other = result_of(capsys, second, "--against", first, *data, *flags)
+        assert other["win_rate"] == pytest.approx(1 - result["win_rate"])
+    else:
+        assert (result["win_rate"], result["ties"]) == (expected, 16)
+
+
+def test_pairs_without_a_verdict_are_left_out_and_counted(files, capsys, judge):
+    first, second, data, _ = files
+    flags = ("--judge", f"http://127.0.0.1:{judge.server_port}/v1", "--judge-model", "m")
+    judge.verdict = lambda first, second: "I cannot say."
+    assert cli("eval", first, "--against", second, *data, *flags) == 3
+    assert "16 of 16 pairs have no verdict; an answer of the judge has no verdict in it" in capsys.readouterr().err
+
+
+def test_a_run_keeps_what_was_measured_and_its_report_and_card_show_it(files, tmp_path, capsys, jsonl):
+    first, second, data, reward = files
+    out = tmp_path / "run"
+    prompts = data[1]
+    rows = jsonl([{"prompt": "a", "response": "b"}] * 2, name="rows.jsonl")
+    flags = ("--steps", 1, "--batch-size", 1, "--heldout", 0, "--max-length", 24)
+    assert cli("sft", "--model", first, "--data", rows, "--out", out, *flags) == 0
+    for _ in range(2):
+        assert cli("eval", out, "--against", second, "--data", prompts, "--max-new-tokens", 6, *reward) == 0
+    assert len((out / "evaluations.jsonl").read_text().splitlines()) == 2
+    assert (out / "report.html").read_text().count("reward.py:score") >= 2
+    assert cli("export", out, "--out", tmp_path / "exported") == 0
+    assert "| second |" in (tmp_path / "exported" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ((), "eval needs a score"),
+        (("--judge", "http://127.0.0.1:1/v1"), "add --against MODEL"),
+        (("--judge", "http://127.0.0.1:1/v1", "--reward-fn", "length"), "goes without --reward"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(files, capsys, flags, complaint):
+    first, _, data, _ = files
+    assert cli("eval", first, *data, *flags) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
