@@ -202,6 +202,7 @@ def test_what_is_wrong_with_a_table_is_named_with_its_line(tmp_path, table, prob
     (b"prompt,response\nQ,A\n", True), (b"prompt\nQ\n", True), (b'"user question"\tanswer\nQ\tA\n', True),
     (b'{"prompt": "a", "b": 1}\n', False), (b'not json\n{"prompt": 1}\n', False), (b"null\n1\n", False), (b"", False),
     (b"what\n", False), (b"\nprompt,,b\n", True), (b"a,b", False),
+    (b'a,b\n{"prompt": 1}\n', False), (b'prompt,response\nQ,"x\n{y"\n', True), (b"prompt\n[\n", False),
     (b"once upon a time\nthere was\n", False), (b"[\n", False), (b"1,2\n3,4\n", False),
 ])  # fmt: skip
 def test_without_a_suffix_a_table_is_told_from_its_first_lines(tmp_path, head, separates):

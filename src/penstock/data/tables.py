@@ -15,9 +15,9 @@ from penstock.errors import DataError, UserError
 NAME = rb"(?!null|true|false|NaN|Infinity)[A-Za-z_]\w*"
 CELL = rb'(?:"[^"\r\n]+"|' + NAME + rb"(?: [\w ]+)?)"
 HEADER = re.compile(
-    rb"(?:\xef\xbb\xbf)?\s*(?:" + NAME + rb"\r?\n\s*\S|" + CELL + rb"(?:[,;\t](?:" + CELL + rb")?)+\r?\n)"
-)
-OBJECT = re.compile(rb"(?:\A|\n)(?:\xef\xbb\xbf)?\s*[\[{]")
+    rb"(?:\xef\xbb\xbf)?\s*(?:"
+    + NAME + rb"\r?\n\s*[^\s\[{]|" + CELL + rb"(?:[,;\t](?:" + CELL + rb")?)+\r?\n(?!\s*[\[{]))"
+)  # fmt: skip
 
 
 class Cells(dict[str, Any]):
@@ -25,8 +25,8 @@ class Cells(dict[str, Any]):
 
 
 def looks_separated(head: bytes) -> bool:
-    """Whether a file whose name does not say it begins as CSV does: with names, and with no JSON behind them."""
-    return bool(HEADER.match(head)) and not OBJECT.search(head)
+    """Whether a file whose name does not say it begins as CSV does: with a line of names, and no JSON in the next."""
+    return HEADER.match(head) is not None
 
 
 def separated(file: BinaryIO) -> Iterator[Item]:
