@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -699,6 +700,7 @@ def test_the_text_names_the_command_to_run(capsys):
     assert "torchrun --nproc_per_node 2 -m penstock ppo --strategy gemini_cpu --dtype bf16" in out
     out = plan_of(capsys, *models, "--strategy", "hsdp", "--world", "16", "--nodes", "2")[1]
     assert "torchrun --nnodes 2 --nproc_per_node 8 -m penstock ppo --strategy hsdp" in out
+    assert re.search(r"\bwritten       ranks   seconds  limit\nrollout( +0 bytes){4} +[\d.]+ [GT]B +[\d.]+  ", out)
     for disk, flag in (("2TB", "PATH:2TB"), ("/scratch:2TB", "/scratch:2TB"), ("/scratch", "/scratch")):
         out = plan_of(capsys, *models, "--strategy", "gemini_nvme", "--disk", disk)[1]
         assert f"--strategy gemini_nvme --dtype bf16 --disk {flag} ..." in out

@@ -196,6 +196,7 @@ def difference(setting: Setting, change: Setting) -> str:
 
 
 def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str:
+    ranks = "       ranks" if setting.world > 1 else ""
     lines = [
         f"{config.stage} of {config.model}"
         + (f" with critic and reward model {config.critic_model}" if config.critic_model else "")
@@ -207,12 +208,12 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         "",
         *_table("what", result["objects"], result),
         "",
-        "traffic and time     host read     written   disk read     written   seconds  limit",
+        "traffic and time     host read     written   disk read     written" + ranks + "   seconds  limit",
     ]
     for phase, moved in result["traffic"].items():
         seconds = result["seconds"][phase]
         limit = max(("compute", "link", "disk", "optimizer", "network"), key=lambda key: seconds[key])
-        cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[:4])
+        cells = "".join(f"{show_bytes(moved[key]):>12}" for key in list(moved)[: 5 if ranks else 4])
         lines.append(f"{phase:18}{cells}{seconds['total']:10.1f}  {limit}")
     if result["gathers_once"]:
         lines += ["", "the actor's weights come once for a rollout, and stay until it ends"]
