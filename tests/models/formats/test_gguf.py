@@ -4,6 +4,7 @@ The oracles are transformers' own reader of GGUF and, in benchmarks/gguf.py, lla
 """
 
 import dataclasses
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,14 @@ def test_a_file_that_is_cut_short_anywhere_is_refused_and_leaves_nothing(tmp_pat
         with pytest.raises(UserError, match=r"cut\.gguf: (is no GGUF file, or is damaged|cannot be read)"):
             pretrained.load(cut)
     assert not list(cache.rglob("config.json"))
+
+
+def test_lists_of_lists_without_end_are_damage(tmp_path):
+    deep = struct.pack("<IQ", gguf_file.ARRAY, 1) * 5000
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sI", 1, b"k", gguf_file.ARRAY)
+    (tmp_path / "deep.gguf").write_bytes(header + deep)
+    with pytest.raises(UserError, match="is no GGUF file, or is damaged"):
+        gguf_file.GGUFFile(tmp_path / "deep.gguf")
 
 
 def edited(

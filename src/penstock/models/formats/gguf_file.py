@@ -56,7 +56,7 @@ class GGUFFile:
             self.meta, self.tensors = _parsed(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-        except (ValueError, KeyError, IndexError, OverflowError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, IndexError, OverflowError, TypeError, RecursionError, struct.error) as error:
             text = " ".join(str(error).split())
             raise UserError(f"{path}: is no GGUF file, or is damaged ({text}); fetch it again.") from error
         self.path = path
