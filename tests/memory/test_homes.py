@@ -1,11 +1,13 @@
-"""What is gathered for a checkpoint, and how much of it is on the device at once."""
+"""What is gathered for a checkpoint, and how much of it is on the device; updates that several threads wait for."""
+
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 from penstock.distributed.world import World
 from penstock.memory import plan
-from penstock.memory.homes import gather
+from penstock.memory.homes import Pending, gather
 
 
 class Twin(World):
@@ -27,3 +29,17 @@ def test_shares_are_gathered_in_pieces_and_come_in_rank_order(numel, dtype, monk
     whole = gather(part, Twin(0, 2, torch.device("cpu")))
     assert whole.equal(torch.cat([part, part]))
     assert 0 < Twin.largest <= 8192
+
+
+def test_a_thread_that_has_waited_for_an_update_does_not_forget_the_next_one():
+    pending, following = Pending(), Future()
+
+    class Late(Future):
+        def result(self, timeout=None):
+            self.set_result(None)
+            pending.future = following  # the main thread was faster
+
+    pending.future = Late()
+    pending.wait()
+    assert pending.future is following
+    assert pending.running

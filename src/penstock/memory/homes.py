@@ -21,18 +21,17 @@ HEAD = 1 << 16
 
 @dataclass(eq=False)
 class Pending:
-    """An update that another thread makes. See [Note: updates overlap] in sink.py."""
+    """An update that another thread makes. See [Note: updates overlap] in sink.py. Several threads may wait for it, and
+    the main thread alone names the next one."""
 
     future: Future | None = None
-    """None: all are done."""
+    """None: there was none yet."""
 
     def wait(self) -> None:
         """Returns when it is done. Raises what it raised, to everyone who asks."""
-        future = self.future
-        if future is not None:
+        if (future := self.future) is not None and self.running:
             with record_function("optimizer.wait"):
                 future.result()
-            self.future = None
 
     @property
     def running(self) -> bool:
