@@ -555,7 +555,7 @@ def main(arguments: list[str]) -> int:
     began, verdicts = time.time(), {}
     bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}"]
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(options.jobs, get_context("fork")) as pool:
-        for tree in ("src", "tests"):
+        for tree in ("src", "tests", "benchmarks/results"):  # tests/planner reads measured machines there
             ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
             shutil.copytree(ROOT / tree, Path(directory) / tree, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", directory)

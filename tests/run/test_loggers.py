@@ -9,20 +9,23 @@ import importlib.util
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 
+import numpy
 import pytest
+import torch
 
 from penstock.algorithms.sft import sft
 from penstock.commands.config import ResumeConfig
 from penstock.config import SFTConfig
 from penstock.errors import UserError
 from penstock.flags import from_dict, parse, to_dict
-from penstock.run import loggers
+from penstock.run import checkpoint, loggers
 from penstock.run.metrics import read_lines, to_json
 from penstock.run.session import Session
 from tests.conftest import PATIENCE, cli, metrics, stage_config
@@ -55,20 +58,17 @@ def names_of(run):
     return json.loads((run / "loggers.json").read_text())
 
 
-SUFFIX = "/text_summary"
-"""Of TensorBoard's texts."""
-
-
 def read_tensorboard(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     numbers = [(event.step, name, event.value) for name in events.Tags()["scalars"] for event in events.Scalars(name)]
-    texts = {
-        name: [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(name + SUFFIX)]
-        for name in ("config", "samples")
-    }
-    return numbers, Counter(step for step, _ in texts["samples"]), texts["config"][0][1]
+    texts = [
+        (event.step, name.removesuffix("/text_summary"), event.tensor_proto.string_val[0].decode())
+        for name in events.Tags()["tensors"] for event in events.Tensors(name)
+    ]  # fmt: skip
+    (config,) = [text for _, name, text in texts if name == "config"]
+    return numbers, Counter((step, name) for step, name, _ in texts if name != "config"), config
 
 
 def read_wandb(run):
@@ -80,7 +80,7 @@ def read_wandb(run):
     assert {path.name.split("-")[-1] for path in files} == {names_of(run)["wandb"]["id"]}
     values = [(row["_step"], name, float(value)) for row in rows for name, value in row.items()
               if name[0] != "_" and not name.startswith("samples")]  # fmt: skip
-    samples = Counter(row["_step"] for row in rows if "samples.nrows" in row)
+    samples = Counter((row["_step"], name[:-6]) for row in rows for name in row if name.endswith(".nrows"))
     return values, samples, str(next(record["run"] for record in records if record["type"] == "run")["config"])
 
 
@@ -93,7 +93,7 @@ def read_mlflow(run):
     numbers = [(metric.step, name, metric.value) for name in own.data.metrics
                for metric in client.get_metric_history(run_id, name)]  # fmt: skip
     files = [file.path for file in client.list_artifacts(run_id, "samples")]
-    return numbers, Counter(int(path[-11:-5]) for path in files), str(own.data.params)
+    return numbers, Counter((int(path[-11:-5]), path[:-12]) for path in files), str(own.data.params)
 
 
 def read_trackio(run):
@@ -102,13 +102,13 @@ def read_trackio(run):
     name = names_of(run)["trackio"]["name"]
     rows = SQLiteStorage.get_logs("penstock", name)
     numbers = [(row["step"], name, value) for row in rows for name, value in row.items()
-               if name not in ("step", "timestamp", "samples")]  # fmt: skip
-    samples = Counter(row["step"] for row in rows if "samples" in row)
+               if name not in ("step", "timestamp") and not name.startswith("samples/")]  # fmt: skip
+    samples = Counter((row["step"], name) for row in rows for name in row if name.startswith("samples/"))
     return numbers, samples, str(SQLiteStorage.get_run_config("penstock", name))
 
 
 READ = {"tensorboard": read_tensorboard, "wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio}
-"""Logger -> a function of the run: its numbers (step, name, value), its steps with samples, its flags as text."""
+"""Logger -> a function of the run: its numbers (step, name, value), its samples (step, name), its flags as text."""
 SECONDS_BEFORE_THE_KILL = {"trackio": 2}
 """So that some rows have arrived; the others write at once."""
 
@@ -145,7 +145,7 @@ def test_a_killed_and_resumed_run_is_one_run_there(name, tmp_path, home):
         for row in metrics(run) for key, value in row.items() if key != "step"
     }  # fmt: skip
     assert {(row["step"], key) for row in read_lines(run / "perf.jsonl") for key in row if key != "step"} <= set(counts)
-    assert sampled == {0: 1, STEPS: 1}
+    assert sampled == {(0, "samples/greedy"): 1, (STEPS, "samples/greedy"): 1}
     assert "micro_batch_size" in flags
     assert str(run) in flags
 
@@ -158,7 +158,7 @@ def test_a_logger_that_is_new_to_a_run_gets_its_whole_record(tmp_path):
     pytest.importorskip("tensorboard")
     write(tmp_path, "metrics", [{"step": step, "loss": None if step == 2 else 1 / step} for step in (1, 2, 3)])
     write(tmp_path, "perf", [{"step": step, "timing/step_seconds": step} for step in (1, 2, 3)])
-    write(tmp_path, "samples", [{"step": step, "prompt": "# p", "response": "r"} for step in (0, 0, 3, 4)])
+    write(tmp_path, "samples", [{"step": step, "kind": "greedy", "prompt": "# p"} for step in (0, 0, 3, 4)])
     for first in (4, 5):  # a kill after the first of these two
         opened = loggers.Loggers(["tensorboard", "tensorboard"], tmp_path, {"lr": 1}, pytest.fail)
         opened.log(first, {"loss": 1 / first, "timing/step_seconds": first})
@@ -167,7 +167,7 @@ def test_a_logger_that_is_new_to_a_run_gets_its_whole_record(tmp_path):
     assert [step for step, name, _ in numbers if name == "timing/step_seconds"] == [1, 2, 3, 4, 5]
     losses = [value for _, name, value in numbers if name == "loss"]
     assert losses == pytest.approx([1, math.nan, 1 / 3, 1 / 4, 1 / 5], nan_ok=True)
-    assert sampled == {0: 1, 3: 1, 4: 1}  # each step's in a text of its own, once
+    assert sampled == {(step, "samples/greedy"): 1 for step in (0, 3, 4)}  # each step's in one text
     assert flags == '    {\n     "lr": 1\n    }'
 
 
@@ -178,12 +178,15 @@ class Recorder:
         self.calls, self.steps, self.failing = [], steps, failing
 
     def open(self, path, config, names, last):
-        return loggers.Logger({}, self.steps, self.log, self.log, self.calls.append)
+        return loggers.Logger({}, self.steps, self.log, self.sample, self.calls.append)
 
     def log(self, values, step):
         if step in self.failing:
             raise ConnectionError("no route to host\nand more")
         self.calls.append((step, values))
+
+    def sample(self, kind, table, step):
+        self.calls.append((step, kind, table))
 
 
 def test_samples_wait_for_the_numbers_of_their_step_and_no_step_is_sent_twice(tmp_path, monkeypatch):
@@ -191,14 +194,31 @@ def test_samples_wait_for_the_numbers_of_their_step_and_no_step_is_sent_twice(tm
     monkeypatch.setitem(loggers.OPEN, "wandb", recorder.open)
     opened = loggers.Loggers(["wandb"], tmp_path, {}, pytest.fail)
     for step in range(1, 5):
-        opened.sample(step, [{"prompt": "a", "score": 1.0}, {"prompt": "b"}])
+        opened.sample(step, [{"kind": "rollout", "prompt": "a", "score": 1.0}, {"kind": "rollout", "prompt": "b"}])
         opened.log(step, {"loss": float("inf")})
-    opened.sample(4, [{"prompt": "late"}])
+    opened.sample(4, [{"kind": "greedy", "prompt": "late"}])
     opened.close(True)
-    table = str((["prompt", "score"], [["a", 1.0], ["b", None]]))
-    expected = [(3, "{'loss': nan}"), (3, table), (4, "{'loss': nan}"), (4, table), (4, "(['prompt'], [['late']])")]
-    assert [(step, str(values)) for step, values in recorder.calls[:-1]] == expected
-    assert recorder.calls[-1] is True
+    table = ("samples/rollout", (["prompt", "score"], [["a", 1.0], ["b", None]]))
+    assert str(recorder.calls) == str([
+        (3, {"loss": math.nan}), (3, *table), (4, {"loss": math.nan}), (4, *table),
+        (4, "samples/greedy", (["prompt"], [["late"]])), True,
+    ])  # fmt: skip
+
+
+def test_a_logger_takes_no_random_number_of_the_run(tmp_path, monkeypatch):
+    """trackio draws a name: with it, answers of a --reward-fn that draws differed, and again after a resume."""
+
+    def draw(*_):
+        return loggers.Logger({str(random.random()): str(numpy.random.rand())}, (), draw, draw, lambda _: torch.rand(1))
+
+    monkeypatch.setitem(loggers.OPEN, "trackio", draw)
+    checkpoint.seed_everything(3)
+    expected = random.random(), numpy.random.rand(), torch.rand(1)
+    checkpoint.seed_everything(3)
+    opened = loggers.Loggers(["trackio"], tmp_path, {}, pytest.fail)
+    opened.log(1, {"loss": 1.0})
+    opened.close(True)
+    assert (random.random(), numpy.random.rand(), torch.rand(1)) == expected
 
 
 def test_a_logger_that_fails_never_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -216,7 +236,7 @@ def test_a_logger_that_fails_never_ends_the_run(tmp_path, monkeypatch, capsys):
     assert printed.count("WARNING: --log wandb: ConnectionError: no route to host; the run goes on") == 1
     assert "WARNING: --log wandb: failed 2 times" in (run / "log.txt").read_text()
     assert "WARNING: --log mlflow: has nothing of this run" in (run / "log.txt").read_text()
-    assert [call[0] for call in recorder.calls[:-1] if isinstance(call[1], dict)] == [1, 4, 5, 6, 7, 8]
+    assert [call[0] for call in recorder.calls[:-1] if len(call) == 2] == [1, 4, 5, 6, 7, 8]
     assert recorder.calls[-1] is True
 
 

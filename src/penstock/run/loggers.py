@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from penstock.errors import UserError
-from penstock.run.checkpoint import write_whole
+from penstock.run.checkpoint import rng_state, set_rng_state, write_whole
 from penstock.run.metrics import read_lines
 
 PROJECT = "penstock"
@@ -37,8 +37,8 @@ class Logger(NamedTuple):
     """Steps that it has. See [Note: steps that a logger has]."""
     log: Callable[[dict[str, float], int], Any]
     """Numbers of a step."""
-    sample: Callable[[Table, int], Any]
-    """Samples of a step."""
+    sample: Callable[[str, Table, int], Any]
+    """Samples of a step, and of which kind they are: samples/greedy, samples/rollout."""
     close: Callable[[bool], Any]
     """Ends the run there: well or not."""
 
@@ -95,21 +95,22 @@ class Loggers:
             self._say(f"WARNING: --log {name}: {outcome}")
 
     def _send_samples(self, last: int) -> None:
-        """Those of steps up to `last`, a table for each step."""
-        ready: dict[int, list[Row]] = {}
+        """Those of steps up to `last`, a table for each step and kind."""
+        ready: dict[tuple[int, str], list[Row]] = {}
         for step, rows in self._waiting:
-            if step <= last:
-                ready.setdefault(step, []).extend(rows)
+            for row in rows if step <= last else ():
+                ready.setdefault((step, f"samples/{row.get('kind', 'answers')}"), []).append(row)
         self._waiting = [(step, rows) for step, rows in self._waiting if step > last]
-        for step, rows in ready.items():
-            columns = list(dict.fromkeys(column for row in rows for column in row if column != "step"))
+        for (step, kind), rows in ready.items():
+            columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "kind")))
             cells = [[row.get(column) for column in columns] for row in rows]
             for name, logger in self._open.items():
                 if step not in logger.steps:
-                    self._attempt(name, logger.sample, (columns, cells), step)
+                    self._attempt(name, logger.sample, kind, (columns, cells), step)
 
     def _attempt(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
         """What the action returns, or None where a network, a disk or a key refuses."""
+        generators = rng_state()  # trackio draws a name from Python's, and a --reward-fn may draw from any
         try:
             return action(*arguments)
         except Exception as error:
@@ -117,6 +118,8 @@ class Loggers:
             if self._failures[name] == 1:
                 reason = (str(error).strip().splitlines() or [""])[0]
                 self._say(f"WARNING: --log {name}: {type(error).__name__}: {reason}; the run goes on")
+        finally:
+            set_rng_state(generators)
 
 
 def require(names: Sequence[str]) -> None:
@@ -152,9 +155,9 @@ def _tensorboard(path: Path, config: Row, names: Row, last: int) -> Logger:
             writer.add_scalar(name, value, step)
         writer.flush()  # a checkpoint may follow, and then a kill
 
-    def sample(table: Table, step: int) -> None:
+    def sample(kind: str, table: Table, step: int) -> None:
         cells = [pair for row in table[1] for pair in zip(table[0], row, strict=True)]
-        writer.add_text("samples", "\n\n".join(f"{name}\n\n{_verbatim(str(cell))}" for name, cell in cells), step)
+        writer.add_text(kind, "\n\n".join(f"{name}\n\n{_verbatim(str(cell))}" for name, cell in cells), step)
         writer.flush()
 
     has = range(last + 1 if names else 0)
@@ -179,7 +182,7 @@ def _wandb(path: Path, config: Row, names: Row, last: int) -> Logger:
     return Logger(
         {name: getattr(run, name) for name in ("id", "project", "entity") if getattr(run, name)},
         range(run.starting_step), run.log,
-        lambda table, step: run.log({"samples": wandb.Table(*table, allow_mixed_types=True)}, step),
+        lambda kind, table, step: run.log({kind: wandb.Table(*table, allow_mixed_types=True)}, step),
         lambda ended_well: run.finish(0 if ended_well else 1),
     )  # fmt: skip
 
@@ -207,8 +210,8 @@ def _mlflow(path: Path, config: Row, names: Row, last: int) -> Logger:
         now = int(time.time() * 1000)
         client.log_batch(run_id, [Metric(name, value, now, step) for name, value in numbers.items()])
 
-    def sample(table: Table, step: int) -> None:
-        client.log_dict(run_id, {"columns": table[0], "data": table[1]}, f"samples/step-{step:06d}.json")
+    def sample(kind: str, table: Table, step: int) -> None:
+        client.log_dict(run_id, {"columns": table[0], "data": table[1]}, f"{kind}-{step:06d}.json")
 
     def close(ended_well: bool) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for --json
@@ -231,7 +234,7 @@ def _trackio(path: Path, config: Row, names: Row, last: int) -> Logger:
 
     has = range(run._next_step)  # rows arrive in order; there is no public name for it
     return Logger(
-        {"name": name}, has, run.log, lambda table, step: run.log({"samples": trackio.Table(*table)}, step), close
+        {"name": name}, has, run.log, lambda kind, table, step: run.log({kind: trackio.Table(*table)}, step), close
     )
 
 
