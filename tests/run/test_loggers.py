@@ -59,15 +59,17 @@ def names_of(run):
 
 
 def read_tensorboard(run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """As TensorBoard's own server reads: every value is a tensor, and what was purged is gone."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    numbers = [(event.step, name, event.value) for name in events.Tags()["scalars"] for event in events.Scalars(name)]
-    texts = [
-        (event.step, name.removesuffix("/text_summary"), event.tensor_proto.string_val[0].decode())
-        for name in events.Tags()["tensors"] for event in events.Tensors(name)
-    ]  # fmt: skip
+    events = EventAccumulator(str(run / "tensorboard"), tensor_size_guidance={"scalars": 0, "text": 0}).Reload()
+    values = [(event.step, name, make_ndarray(event.tensor_proto).item())
+              for name in events.Tags()["tensors"] for event in events.Tensors(name)]  # fmt: skip
+    texts = [(step, name.removesuffix("/text_summary"), value.decode()) for step, name, value in values
+             if isinstance(value, bytes)]  # fmt: skip
     (config,) = [text for _, name, text in texts if name == "config"]
+    numbers = [value for value in values if isinstance(value[2], float)]
     return numbers, Counter((step, name) for step, name, _ in texts if name != "config"), config
 
 

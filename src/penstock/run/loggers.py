@@ -145,8 +145,9 @@ def _record(path: Path) -> dict[int, dict[str, Any]]:
 def _tensorboard(path: Path, config: Row, names: Row, last: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
-    # Readers drop what earlier files have from purge_step on: steps after the checkpoint, which are made again.
-    writer = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1 if names else None)
+    # Readers drop what earlier files have from purge_step on: steps after the checkpoint, which are made again. A first
+    # purge_step is needed too: TensorBoard takes the first that it reads for the beginning, and drops nothing.
+    writer = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1 if names else 0)
     if not names:
         writer.add_text("config", _verbatim(json.dumps(config, indent=1)), 0)
 
