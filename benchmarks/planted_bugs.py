@@ -424,7 +424,7 @@ BUGS: list[Bug] = [
      "if step not in logger.steps:\n                self._attempt(name, logger.log",
      "if True:\n                self._attempt(name, logger.log"),
     ("run/loggers.py", "a logger that cannot be reached ends the run", "except Exception as error:", "except KeyError as error:"),
-    ("run/loggers.py", "samples come before the numbers of their step", "if step <= last:", "if step <= last + 1:"),
+    ("run/loggers.py", "samples come before the numbers of their step", "in rows if step <= last else", "in rows if step <= last + 1 else"),
     ("run/loggers.py", "a logger draws from the run's random numbers", "set_rng_state(generators)", "del generators"),
     ("run/report.py", "one run's curve takes the place of another's", "if line == \"held-out\" else name] = curve",
      "if line == \"held-out\" else line] = curve"),
