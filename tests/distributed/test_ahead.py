@@ -58,11 +58,12 @@ def learn(case, disk, overlapped):
     AdamW.update = late if overlapped else update
     world.World.join_ahead = join_ahead if overlapped else joined_when_needed
     prepare.worker = pool if overlapped else (lambda name: _AtOnce())
-    budgets = {"device_memory": "150kB", "host_memory": "256.2MB"} if name == "auto" else {}
+    size = world.World.join("cpu").size
+    budgets = {"device_memory": f"{75 * size}kB", "host_memory": "256.2MB"} if name == "auto" else {}
     on = disk if "nvme" in name or name == "auto" else None
     name = "gemini_auto" if name == "auto" else name
     strategy = Strategy.named(name, dtype=dtype, device="cpu", disk=on, recompute=False if kept else None, **budgets)
-    rank, size = strategy.world.rank, strategy.world.size
+    rank = strategy.world.rank
     # none, one or two micro-batches: another number on each rank and in each step
     test_overlap.batches = lambda step: list(batches(step))[: (rank + step) % 3]
     return test_overlap.steps_of_two(strategy, steps=2)
