@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
+import transformers
 
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
@@ -74,8 +75,9 @@ def test_bad_input_names_the_key_and_the_limit(server, change, param, says):
     ("change", "param"),
     [
         ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": [400]}, "prompt"),
-        ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": ["a"] * 5, "n": 16}, "prompt"), ({"echo": True}, "echo"),
-        ({"suffix": "x"}, "suffix"), ({"best_of": 4}, "best_of"), ({"logprobs": 6}, "logprobs"), ({}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": ["a"] * 5, "n": 16}, "prompt"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"), ({"suffix": "x"}, "suffix"),
+        ({"best_of": 4}, "best_of"), ({"logprobs": 6}, "logprobs"), ({}, "prompt"),
     ],
 )  # fmt: skip
 def test_bad_completions_are_refused_too(server, change, param):
@@ -349,6 +351,56 @@ def test_who_leaves_frees_his_rows_at_once(tmp_path, streamed):
         assert server.idle()
         assert scheduler.tokens_made < 3 * 3900
         assert server.post(ASK).status == 200
+
+
+# --- prompts that are read --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("new", [0, 3])
+def test_echo_is_what_transformers_says_of_the_prompts(server, new):
+    """Prompts of several lengths in one request, as token ids; as lm-eval asks."""
+    path = server.service.catalogue.sources["tiny"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompts = [[5, 17, 300, 8], [399], [9] * 40, [21, 4, 250]]
+    body = {"model": "tiny", "prompt": prompts, "echo": True, "logprobs": 3, "max_tokens": new, "temperature": 0}
+    reply = server.post({**body, "logit_bias": {"2": -100}}, "/v1/completions")
+    assert reply.status == 200, reply.body
+    assert reply.json["usage"]["completion_tokens"] == new * len(prompts)
+    for prompt, choice in zip(prompts, reply.json["choices"], strict=True):
+        logprobs, end = choice["logprobs"], len(prompt)
+        assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == end + new
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        with torch.no_grad():
+            expected = theirs(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        own = expected[torch.arange(end - 1), torch.tensor(prompt[1:], dtype=torch.int64)]
+        assert logprobs["token_logprobs"][1:end] == pytest.approx(own.tolist(), abs=1e-4)
+        best = [max(top.values()) for top in logprobs["top_logprobs"][1:end]]
+        assert best == pytest.approx(expected[: end - 1].max(-1).values.tolist(), abs=1e-4)
+        offsets = logprobs["text_offset"]
+        assert offsets == sorted(offsets)
+        assert choice["finish_reason"] == "length"
+
+
+def test_echo_of_a_text_is_the_text_before_its_answers_and_streams(server):
+    body = {"model": "tiny", "prompt": "What is a", "echo": True, "max_tokens": 4, "seed": 3, "n": 2}
+    plain = server.post({**body, "echo": False}, "/v1/completions").json["choices"]
+    whole = server.post(body, "/v1/completions").json["choices"]
+    assert [choice["text"] for choice in whole] == ["What is a" + choice["text"] for choice in plain]
+    streamed = ["", ""]
+    for event in server.post({**body, "stream": True}, "/v1/completions").events[:-1]:
+        for choice in event["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == [choice["text"] for choice in whole]
+    assert "logprobs" in whole[0]
+    assert whole[0]["logprobs"] is None
+
+
+def test_a_model_that_fails_while_it_reads_is_an_error_and_the_next_request_is_answered(server, monkeypatch):
+    model = server.service.catalogue.models["tiny"]
+    body = {"model": "tiny", "prompt": "x", "echo": True, "logprobs": 1, "max_tokens": 0}
+    with monkeypatch.context() as broken:
+        broken.setattr(model.decoder, "forward", None)
+        reply = server.post(body, "/v1/completions")
+    assert (reply.status, reply.error["code"]) == (500, "model_failed")
+    assert server.post(body, "/v1/completions").status == 200
 
 
 def test_the_openapi_document_promises_our_errors(server):

@@ -134,6 +134,8 @@ class CompletionRequest(Sampled):
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31, description="0 with echo: the prompt alone.")] | None = None
+    echo: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,10 @@ class EncodedRequest:
     stops: tuple[str, ...]
     wants_tokens: bool
     """Whether the answer holds log-probabilities."""
+    echo: bool = False
+    """Whether the prompt, and its log-probabilities, come first."""
+    answers: bool = True
+    """False: the prompt is all that comes."""
 
 
 # --- from the request to the engine's terms ---------------------------------------------------------------------------
@@ -186,8 +192,14 @@ def encode_text(request: CompletionRequest, model: ServedModel) -> EncodedReques
         param = "prompt" if len(texts) == 1 else f"prompt[{i}]"
         source: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"prompt_ids": tuple(text)}
         prompts.append(_encode(model, Prompt(**source, where=param), param))
-    sampling = _sampling(request, model, request.max_tokens or 16, request.logprobs or 0)  # 16: OpenAI's default
-    return EncodedRequest(prompts, sampling, request.stops, request.logprobs is not None)
+    echo, answers = bool(request.echo), request.max_tokens != 0
+    if not (echo or answers):
+        raise ApiError(
+            400, "max_tokens: 0 makes no answer; add echo: true to have the prompt read.", param="max_tokens"
+        )
+    limit = 16 if request.max_tokens is None else max(request.max_tokens, 1)  # 16: OpenAI's default
+    sampling = _sampling(request, model, limit, request.logprobs or 0)
+    return EncodedRequest(prompts, sampling, request.stops, request.logprobs is not None, echo, answers)
 
 
 def _encode(model: ServedModel, record: Prompt, param: str) -> list[int]:
@@ -242,7 +254,7 @@ CHANGES_SAMPLED: dict[str, Any] = {
 }  # fmt: skip
 """Keys that change what an answer means, with the values that do not; null never does."""
 CHANGES_CHAT = {**CHANGES_SAMPLED, "prediction": (), "continue_final_message": (False,)}
-CHANGES_TEXT = {**CHANGES_SAMPLED, "echo": (False,), "suffix": ("",), "best_of": (1,)}
+CHANGES_TEXT = {**CHANGES_SAMPLED, "suffix": ("",), "best_of": (1,)}
 CHANGES_MESSAGE: dict[str, Any] = {"tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": ()}
 
 

@@ -83,8 +83,8 @@ class TextLogprobs(BaseModel):
     """Of a completion's tokens, in columns."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -219,17 +219,27 @@ def logprobs_of(generation: Generation, tokens: Sequence[Token], chat: bool) -> 
     model = generation.model
     if chat:
         content = [
-            {**_spelled(model, token.id, token.logprob), "top_logprobs": [_spelled(model, *top) for top in token.top]}
+            {
+                **_spelled(model, token.id, token.logprob or 0.0),
+                "top_logprobs": [_spelled(model, *top) for top in token.top],
+            }
             for token in tokens
         ]
         return {"content": content}
-    tops = [{_name(model, token_id): _finite(logprob) for token_id, logprob in token.top} for token in tokens]
     return {
         "tokens": [_name(model, token.id) for token in tokens],
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
-        "top_logprobs": tops if generation.sampling.top_logprobs else None,
+        "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
+        "top_logprobs": [_by_name(model, token.top) for token in tokens] if generation.sampling.top_logprobs else None,
         "text_offset": [token.start for token in tokens],
     }
+
+
+def _by_name(model: ServedModel, top: Sequence[tuple[int, float]]) -> dict[str, float] | None:
+    """The likeliest tokens by their texts; of two with the same text the likelier one."""
+    named: dict[str, float] = {}
+    for token_id, logprob in top:
+        named.setdefault(_name(model, token_id), _finite(logprob))
+    return named or None
 
 
 def _spelled(model: ServedModel, token_id: int, logprob: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from penstock.rollout.engine import Answer, Engine
+from penstock.rollout.prompt_logprobs import Scored, prompt_logprobs
 from penstock.rollout.sampling import Sampling
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.detokenize import TextStream
@@ -31,10 +32,11 @@ class BusyError(Exception):
 
 @dataclass(frozen=True)
 class Token:
-    """One sampled token. Example: Token(17, -0.5, 3, ((17, -0.5),))."""
+    """One sampled token, or one of a prompt. Example: Token(17, -0.5, 3, ((17, -0.5),))."""
 
     id: int
-    logprob: float
+    logprob: float | None
+    """None: a prompt's first."""
     start: int
     """Where its text begins in the answer, in characters."""
     top: tuple[tuple[int, float], ...] = ()
@@ -66,6 +68,10 @@ class Generation:
     """Without stop strings, which are in `stops`. See [Note: stop strings are found in the text]."""
     stops: tuple[str, ...] = ()
     wants_tokens: bool = False
+    echo: bool = False
+    """Whether prompts come before their answers."""
+    answers: bool = True
+    """False: prompts are all that comes."""
     cancelled: bool = False
     tokens_made: int = 0
     first_token_at: float | None = None
@@ -99,6 +105,8 @@ class _Job:
     limit: int
     """Tokens at most."""
     text: TextStream
+    start: int = 0
+    """Characters of the prompt before it."""
     processed: int = 0
     """Tokens of the answer that went into the text."""
     tokens: list[Token] = field(default_factory=list)
@@ -193,6 +201,17 @@ class Scheduler:
             self._release(model, generation.count)
             return
         engine = model.engine
+        starts = [0] * len(generation.prompts)
+        if generation.echo:
+            try:
+                pieces = _echoed(generation, engine)
+            except Exception as error:  # as in a step
+                pieces = [self._broken(model, error)]
+            self._deliver([(generation, piece) for piece in pieces])
+            if pieces[0].error or not generation.answers:
+                self._release(model, generation.count)
+                return
+            starts = [len(piece.text) for piece in pieces[:: sampling.n]]
         jobs = self._jobs.setdefault(engine, {})
         self._models[engine] = model
         refused = []
@@ -200,7 +219,7 @@ class Scheduler:
             for j, answer in enumerate(engine.submit(prompt, sampling)):
                 limit = min(sampling.max_new_tokens, engine.length - len(prompt))
                 text = TextStream(model.decode, generation.stops)
-                job = _Job(generation, i * sampling.n + j, answer, limit, text)
+                job = _Job(generation, i * sampling.n + j, answer, limit, text, starts[i])
                 if answer.error:
                     refused.append((generation, _failed(job, ApiError(400, answer.error))))
                 else:
@@ -221,11 +240,9 @@ class Scheduler:
         try:
             answers = engine.step()
         except Exception as error:  # a model or a device may fail in any way; the server goes on
-            traceback.print_exc(file=sys.stderr)
-            model = self._models[engine]
-            text = f"the model failed ({type(error).__name__}); the server's log says more."
-            self._fail(engine, ApiError(500, text, code="model_failed"))
-            model.renew()
+            piece = self._broken(self._models[engine], error)
+            assert piece.error is not None
+            self._fail(engine, piece.error)
             return
         self.steps += 1
         self.tokens_made += len(answers)
@@ -240,6 +257,13 @@ class Scheduler:
                 pieces.append((generation, piece))
         self._deliver(pieces)
         self._forget_if_idle(engine)
+
+    def _broken(self, model: ServedModel, error: Exception) -> Piece:
+        """What is left of a model that failed: its error, and a new engine for the next request."""
+        traceback.print_exc(file=sys.stderr)
+        model.renew()
+        text = f"the model failed ({type(error).__name__}); the server's log says more."
+        return Piece(0, "", finish_reason="error", error=ApiError(500, text, code="model_failed"))
 
     def _advance(self, engine: Engine, job: _Job) -> Piece | None:
         """One answer's new piece after a step; None while its text waits for the next token."""
@@ -264,7 +288,7 @@ class Scheduler:
             return None
         tokens, job.tokens = job.tokens, []
         if job.text.ended:  # tokens of the stop string alone are not shown
-            tokens = [token for token in tokens if token.start < job.text.length]
+            tokens = [token for token in tokens if token.start < job.start + job.text.length]
         return Piece(job.index, text, tuple(tokens), reason)
 
     def _read_tokens(self, engine: Engine, job: _Job) -> str:
@@ -275,7 +299,8 @@ class Scheduler:
             if token not in engine.eos_ids:
                 if generation.wants_tokens:
                     top = tuple(answer.top_logprobs[i]) if answer.top_logprobs else ()
-                    job.tokens.append(Token(token, answer.logprobs[i], job.text.position, top))
+                    start = job.start + job.text.position
+                    job.tokens.append(Token(token, answer.logprobs[i], start, top))
                 text += job.text.push(token)
             job.processed = i + 1
         generation.tokens_made += job.processed - first
@@ -310,6 +335,23 @@ class Scheduler:
             generation.inbox.append(piece)
         if pieces and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_wake, {generation for generation, _ in pieces})
+
+
+def _echoed(generation: Generation, engine: Engine) -> list[Piece]:
+    """A piece per answer with its prompt's text and tokens; the last one where no answer is wanted."""
+    top, pieces = generation.sampling.top_logprobs, list[Piece]()
+    scored: Sequence[Sequence[Scored]] = [[(None, ())] * len(prompt) for prompt in generation.prompts]
+    if generation.wants_tokens:
+        scored = prompt_logprobs(engine.decoder, generation.prompts, top)
+    for prompt, scores in zip(generation.prompts, scored, strict=True):
+        stream, shown, tokens = TextStream(generation.model.decode), list[str](), list[Token]()
+        for token, (logprob, likeliest) in zip(prompt, scores, strict=True):
+            tokens.append(Token(token, logprob, stream.position, likeliest))
+            shown.append(stream.push(token))
+        text, read = "".join([*shown, stream.finish()]), tuple(tokens) if generation.wants_tokens else ()
+        reason = None if generation.answers else "length"
+        pieces += [Piece(len(pieces) + j, text, read, reason) for j in range(generation.sampling.n)]
+    return pieces
 
 
 def _failed(job: _Job, error: ApiError) -> Piece:

@@ -101,7 +101,9 @@ class Service:
 
     def begin(self, model: ServedModel, request: EncodedRequest) -> Generation:
         """Hands a request to the scheduler. Raises ApiError 429 when there is no room, 400 when there never is."""
-        generation = Generation(model, request.prompts, request.sampling, request.stops, request.wants_tokens)
+        generation = Generation(
+            model, request.prompts, request.sampling, request.stops, request.wants_tokens, request.echo, request.answers
+        )
         room = model.rows + self.config.queue
         if generation.count > room:
             raise ApiError(400, f"{generation.count} answers are more than the {room} there is room for.", param="n")
