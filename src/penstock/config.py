@@ -481,9 +481,11 @@ class PPOConfig(EvalFlags, RewardFlags):
 
 
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "sft": {"max_eval_samples": "none", "truncate": "right"},
-    "reward": {"max_eval_samples": "none", "truncate": "right"},
+    **{command: {"padding_free": False} for command in ("dpo", "kto", "grpo", "distill")},
+    "sft": {"padding_free": False, "max_eval_samples": "none", "truncate": "right"},
+    "reward": {"padding_free": False, "max_eval_samples": "none", "truncate": "right"},
     "ppo": {
+        "padding_free": False,
         "heldout": 0.0,
         "max_eval_samples": "none",
         "truncate": "right",

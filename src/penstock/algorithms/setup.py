@@ -98,7 +98,16 @@ def read_model(role: Any, source: str, config: Any, strategy: Strategy, session:
     )
     say_lr(model.decoder.adapted is not None, config, session)
     say_padding(model.decoder.config, config.run, session)
+    say_placement(strategy, config.run, session)
     return model, encoder
+
+
+def say_placement(strategy: Strategy, run: RunFlags, session: Session) -> None:
+    """Says which flags the strategy has no use for."""
+    if run.disk and "disk" not in strategy.tiers:
+        session.say(f"--disk {run.disk}: --strategy {strategy.name} keeps nothing on a disk, and does not use it")
+    if strategy.name == "hsdp" and 1 < strategy.world.size == strategy.world.local_size:
+        session.say("--strategy hsdp: all ranks are on one machine (LOCAL_WORLD_SIZE), so it is what fsdp is")
 
 
 def say_padding(config: DecoderConfig, run: RunFlags, session: Session) -> None:

@@ -240,9 +240,9 @@ class Scheduler:
         try:
             answers = engine.step()
         except Exception as error:  # a model or a device may fail in any way; the server goes on
-            piece = self._broken(self._models[engine], error)
-            assert piece.error is not None
-            self._fail(engine, piece.error)
+            failure = self._broken(self._models[engine], error).error
+            assert failure is not None
+            self._fail(engine, failure)
             return
         self.steps += 1
         self.tokens_made += len(answers)
