@@ -1,6 +1,24 @@
 """Flags that a run cannot use are said."""
 
-from tests.conftest import cli, demonstrations
+import dataclasses
+
+import pytest
+
+from penstock.algorithms.setup import reserve_activations
+from penstock.errors import ResourceError
+from penstock.memory.strategy import Strategy
+from penstock.planner.workload import RoleSpec, Workload
+from tests.conftest import TINY, cli, demonstrations
+
+
+def test_fsdp_keeps_to_a_device_budget_by_refusing_what_the_plan_says_is_more():
+    strategy = Strategy.named("gemini", device="cpu", device_memory="1MB")
+    strategy.name, strategy.world = "fsdp", dataclasses.replace(strategy.world, size=2)
+    work = Workload("sft", (RoleSpec("model", TINY, True, False),), 2, 2, 2, 1, 16, 0)
+    reserve_activations(strategy, work)
+    strategy.tiers["device"].budget = 30_000
+    with pytest.raises(ResourceError, match=r"--device-memory 30.00 kB: under --strategy fsdp each rank needs \d"):
+        reserve_activations(strategy, work)
 
 
 def test_a_disk_that_the_strategy_has_no_use_for_is_said(tmp_path, tiny_model, jsonl, capsys):

@@ -16,8 +16,8 @@ from penstock.data.formats import Reads, reads_none
 from penstock.data.limits import TooLongError
 from penstock.data.records import Kind
 from penstock.distributed.world import device_types
-from penstock.errors import DataError, UserError
-from penstock.memory.placement import AUTO
+from penstock.errors import DataError, ResourceError, UserError
+from penstock.memory.placement import AUTO, PYTORCH
 from penstock.memory.prepare import groups_of
 from penstock.memory.strategy import DTYPES, Strategy
 from penstock.memory.stream import Stream
@@ -34,6 +34,7 @@ from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, 
 from penstock.rollout.engine import Answer
 from penstock.run.directory import resolve_model
 from penstock.run.session import Session
+from penstock.units import show_bytes
 
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 Flags = TypeVar("Flags", bound=EngineFlags)
@@ -150,12 +151,19 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
 
     Call it before the models are prepared. Returns the host tier if the KV cache must be swapped to it.
     """
-    if strategy.tiers["device"].budget is None:
+    budget = strategy.tiers["device"].budget
+    if budget is None:
         return None
     setting = setting_of(strategy, work)
     planned = forecast_of(setting)
     for note in notes(setting):
         warnings.warn(note, stacklevel=2)
+    most = max(phase["device"] for phase in planned.phases.values())
+    if strategy.name in PYTORCH and strategy.world.size > 1 and most > budget:  # FSDP2 knows no budgets
+        raise ResourceError(
+            f"--device-memory {show_bytes(budget)}: under --strategy {strategy.name} each rank needs "
+            f"{show_bytes(most)}; give that, more ranks, a smaller --micro-batch-size, or --strategy gemini_cpu."
+        )
     strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
     strategy.few_tokens, strategy.gathers_once = planned.few_tokens, planned.gathers_once
     strategy.offloaded = planned.offloaded
