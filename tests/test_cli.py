@@ -11,6 +11,7 @@ from penstock import cli
 from penstock.commands.config import ChatConfig, GenerateConfig
 from penstock.config import PPOConfig, SFTConfig
 from penstock.data.toyland import save_tokenizer
+from penstock.errors import UserError
 from penstock.flags import flags_of, from_dict, parse, to_dict, with_absolute_paths
 from penstock.serve.config import ServeConfig
 from tests.conftest import PATIENCE, comparisons, demonstrations, last_model
@@ -337,3 +338,18 @@ def test_a_quiet_run_prints_warnings_alone_and_logs_everything(tmp_path, tiny_mo
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "sft 2/2" in log
     assert "wrote" in log
+
+
+def test_a_config_is_made_of_flags_by_their_names():
+    config = SFTConfig.of(model="m", data="a.jsonl", out="runs/a", lr=1e-4, lora_targets=["q_proj"], steps=None, lora=4)
+    words = "--model m --data a.jsonl --out runs/a --lr 1e-4 --lora-targets q_proj --lora 4"
+    same = parse(SFTConfig, words.split())
+    assert config == same
+    for flags, complaint in (
+        ({"model": "m", "data": "a", "out": "b", "learning_rate": 1}, "SFTConfig: unknown key 'learning_rate'"),
+        ({"model": "m", "data": "a"}, "SFTConfig: out is missing"),
+        ({"model": "m", "data": "a", "out": "b", "steps": "many"}, "SFTConfig: steps"),
+        ({"model": "m", "data": "a", "out": "b", "batch_size": 0}, "--batch-size 0"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            SFTConfig.of(**flags)

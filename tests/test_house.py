@@ -18,7 +18,8 @@ FLOORS = [  # top to bottom; a file imports its own folder and lower floors
     {"memory"},
     {"autochunk", "distributed"},
     {"kernels"},
-    {"config", "flags", "hub"},
+    {"config", "hub"},
+    {"flags"},
     {"units", "sources"},
     {"errors"},
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from penstock.algorithms.preference import dpo as dpo
     from penstock.algorithms.reward import reward as reward
     from penstock.algorithms.sft import sft as sft
+    from penstock.commands.plan import plan as plan
     from penstock.config import PPOConfig as PPOConfig
     from penstock.config import RewardConfig as RewardConfig
     from penstock.config import SFTConfig as SFTConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from penstock.models.roles import Actor as Actor
     from penstock.models.roles import Critic as Critic
     from penstock.models.roles import RewardModel as RewardModel
+    from penstock.planner.config import PlanConfig as PlanConfig
     from penstock.rollout.engine import Engine as Engine
     from penstock.rollout.engine import Rollout as Rollout
     from penstock.rollout.sampling import Sampling as Sampling
@@ -35,6 +37,7 @@ _HOMES = {
     "grpo": "algorithms.grpo", "GRPOConfig": "algorithms.config",
     "distill": "algorithms.distillation.distill", "DistillConfig": "algorithms.config",
     "kto": "algorithms.kto", "KTOConfig": "algorithms.config",
+    "plan": "commands.plan", "PlanConfig": "planner.config",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
     "Strategy": "memory.strategy", "Decoder": "models.decoder",
     "Engine": "rollout.engine", "Rollout": "rollout.engine", "Sampling": "rollout.sampling",

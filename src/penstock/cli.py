@@ -277,7 +277,6 @@ def _fail(name: str, error: PenstockError) -> int:
 
 def resume(config: Any) -> None:
     """Continues the training command that config.toml names; flags of `penstock resume` win over those in the file."""
-    from penstock.config import OLD_DEFAULTS
     from penstock.flags import from_dict, to_dict
     from penstock.run.directory import RunDirectory
 
@@ -297,6 +296,20 @@ def resume(config: Any) -> None:
     load(command.function)(run_config, resume=True)
 
 
+OLD_DEFAULTS: dict[str, dict[str, Any]] = {
+    **{command: {"padding_free": False} for command in ("dpo", "kto", "grpo", "distill")},
+    "sft": {"padding_free": False, "max_eval_samples": "none", "truncate": "right"},
+    "reward": {"padding_free": False, "max_eval_samples": "none", "truncate": "right"},
+    "ppo": {
+        "padding_free": False,
+        "heldout": 0.0,
+        "max_eval_samples": "none",
+        "truncate": "right",
+        "missing_eos_penalty": "none",
+        "scale_rewards": "none",
+    },
+}
+"""What a run did that was begun before a flag existed, by command: values for a config.toml that lacks the flag."""
 MAY_CHANGE = (
     "device",
     "strategy",
@@ -317,7 +330,6 @@ def as_begun(config: Any, name: str) -> Any:
 
     Raises UserError where this command line has others, but for placement; the length is the run's own, and said.
     """
-    from penstock.config import OLD_DEFAULTS
     from penstock.flags import from_dict, to_dict, with_absolute_paths, with_sources
     from penstock.hub import unpinned
     from penstock.run.directory import RunDirectory

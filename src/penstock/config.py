@@ -8,7 +8,7 @@ a field again, or holds as a field. On the command line and in TOML files all na
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from penstock.errors import UserError
 
@@ -44,6 +44,17 @@ class Flags:
                 value = getattr(self, name, None)
                 if isinstance(value, int | float) and not fits(value):
                     raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}.")
+
+    @classmethod
+    def of(cls, **flags: Any) -> Self:
+        """With these flags, flat, whatever their groups: SFTConfig.of(model="gpt2", data="talks.jsonl", out="runs/a").
+
+        Raises UserError for a name that is no flag, with the nearest, for a flag that is missing, and for a value that
+        it cannot take.
+        """
+        from penstock.flags import from_keywords
+
+        return from_keywords(cls, flags)
 
 
 def recompute_of(flags: "PlacementFlags") -> bool | None:
@@ -478,19 +489,3 @@ class PPOConfig(EvalFlags, RewardFlags):
     def rollout(self) -> PPOFlags:
         """What algorithms share: each config names its own flags."""
         return self.ppo
-
-
-OLD_DEFAULTS: dict[str, dict[str, Any]] = {
-    **{command: {"padding_free": False} for command in ("dpo", "kto", "grpo", "distill")},
-    "sft": {"padding_free": False, "max_eval_samples": "none", "truncate": "right"},
-    "reward": {"padding_free": False, "max_eval_samples": "none", "truncate": "right"},
-    "ppo": {
-        "padding_free": False,
-        "heldout": 0.0,
-        "max_eval_samples": "none",
-        "truncate": "right",
-        "missing_eos_penalty": "none",
-        "scale_rewards": "none",
-    },
-}
-"""What a run did that was begun before a flag existed, by command: values for a config.toml that lacks the flag."""

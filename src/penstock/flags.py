@@ -160,6 +160,15 @@ def from_dict(config_class: type[Config], flat: Mapping[str, Any]) -> Config:
     return _build(config_class, _from_table(config_class, flat, "config.toml"))
 
 
+def from_keywords(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config with these flags, by their names in Python, flat. Raises UserError as the command line does."""
+    name = config_class.__name__
+    chosen = _from_table(config_class, values, name)
+    if missing := [flag.name for flag in flags_of(config_class) if flag.default is MISSING and flag.name not in chosen]:
+        raise UserError(f"{name}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.")
+    return _build(config_class, chosen)
+
+
 def parse(config_class: type[Config], arguments: Sequence[str], command: str = "", positional: str = "") -> Config:
     """Flags, and the TOML file that --config names, as one checked dataclass.
 
@@ -370,7 +379,7 @@ def _from_table(config_class: type, table: Mapping[str, Any], file: str) -> dict
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
             raise UserError(f"{file}: unknown key {key!r}; {hint}")
-        words = value if isinstance(value, list) else [value]
+        words = value if isinstance(value, list | tuple) else [value]
         try:
             converted = tuple(_converted(known[name], word) for word in words)
         except argparse.ArgumentTypeError as error:

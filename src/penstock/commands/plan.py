@@ -17,6 +17,13 @@ from penstock.units import parse_bytes, show_bytes
 
 def run(config: PlanConfig) -> int:
     """Prints the plan and returns the exit code: 0 where everything fits, 3 where it does not."""
+    result = plan(config)
+    print(json.dumps(result, indent=2) if config.json else as_text(config, setting_of(config), result))
+    return 0 if result["fits"] else 3
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """What a run needs, moves and takes: the object that `penstock plan --json` prints."""
     setting = setting_of(config)
     result = as_dict(setting, forecast_of(setting))
     result["slices"] = slices(setting)
@@ -26,8 +33,7 @@ def run(config: PlanConfig) -> int:
         measured = dry_run(setting)
         result["measured_traffic"] = measured.pop("traffic")  # of the engine alone: result["outside"] is not in it
         result["measured"] = measured
-    print(json.dumps(result, indent=2) if config.json else as_text(config, setting, result))
-    return 0 if result["fits"] else 3
+    return result
 
 
 def as_dict(setting: Setting, forecast: Forecast) -> dict[str, Any]:
