@@ -130,11 +130,13 @@ def visits_of(each: Pass, moves: bool, recompute: bool | None) -> list[Visit]:
     return [Visit(fullest, 0) if moves else Visit(0, fullest)]
 
 
-def between_visits(each: Pass, moves: bool, recompute: bool | None) -> int:
-    """The most bytes that a step holds between two visits, where gradients go home."""
+def resting(each: Pass, moves: bool, recompute: bool | None) -> list[int]:
+    """Bytes that a step holds when a visit's gradients go home: the head's, and of each part before it, backward."""
+    parts, context = each.work.parts, each.work.context
     if plan.recomputes(moves, recompute):
-        return max(visit.lasting for visit in visits_of(each, moves, recompute))
-    return each.work.context + sum(part.saved for part in each.work.parts) + each.work.parts[-1].output
+        return [visit.lasting for visit in visits_of(each, moves, recompute)[len(parts) :]]
+    saved = [sum(part.saved for part in parts[:stop]) for stop in range(len(parts) + 1)]
+    return [context + saved[stop] + parts[max(stop - 1, 0)].output for stop in reversed(range(len(parts) + 1))]
 
 
 def _forward(work: Work, count: int) -> list[Visit]:

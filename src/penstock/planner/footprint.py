@@ -7,7 +7,7 @@ N = tokens of a micro-batch (rows * length), D = width, F = feed-forward, E = he
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,41 +45,26 @@ def work_of(
     if spec is None and packed is None:
         return work
     tokens = batch.rows * batch.length
-    by_product: dict[Any, list[LoraTarget]] = {}
-    for target in adapted_targets(config, spec, scalar):
-        # the experts of a block are alike: together they are one product of all the tokens that they are called for
-        own = group_of(target).partition(".experts.")[0]
-        key = target.ours if target.expert is None else (own, target.theirs)
-        if target.expert in (None, 0):
-            by_product.setdefault(key, []).append(target)
-    extra: dict[str, tuple[int, int, int]] = {}
-    for targets in by_product.values():
-        assert spec is not None
-        calls = 1 if targets[0].expert is None else config.experts_per_token
-        narrow = tokens * max(map(spec.rank_of, targets)) * s  # A x, scaled: saved for B's gradient
-        high = tokens * sum(target.height for target in targets) * s
-        low = tokens * targets[0].width * s  # the gradient that comes back through A; before it, B's, scaled
-        group = group_of(targets[0]).partition(".experts.")[0]
-        saved, forward, backward = extra.get(group, (0, 0, 0))
-        extra[group] = (
-            saved + narrow * len(targets) * calls,
-            max(forward, high * (1 if len(targets) == 1 else 2) + 2 * narrow),
-            max(backward, max(high, low) + 2 * narrow),
-        )
+    adapters = {} if spec is None else _adapters(config, spec, scalar, tokens, s)
     parts, frozen = [], tokens * _unkept(config)
-    largest = config.d_model * max(_widths(config)) * (2 if config.gated else 1)
-    tile = min(largest, PRODUCT_TILE) * s
-    unpacked = 2 * tile if packed else 0
-    if packed == "nf4":  # two weights a byte: linear._tiles takes twice as many rows at once
-        unpacked = max(3 * tile, 2 * min(largest, 2 * PRODUCT_TILE) * s)
-    for part in work.parts:
-        saved, forward, backward = extra.get(part.groups[-1], (0, 0, 0))
-        saved -= frozen if part.groups[-1] != "embed" else 0
-        fullest = part.forward if part.groups[-1] == "embed" else part.backward  # a frozen table has no gradient
-        forward += part.forward + unpacked
-        backward += fullest + saved + unpacked
+    for i, part in enumerate(work.parts):
+        own = adapters.get(part.groups[-1], {})
+        saved = sum(each.saved for each in own.values())
+        most = [max((getattr(each, name) for each in own.values()), default=0) for name in ("forward", "backward")]
+        if not i:  # a frozen table has no gradient
+            forward, backward = part.forward + most[0], part.forward + saved + most[1]
+        elif has_experts_in(config, i - 1):
+            saved, unpacking = saved - frozen, _unpacking(config.d_model, _raised(config), tokens, s, packed)
+            forward, backward = part.forward + most[0] + unpacking, part.backward + saved + most[1] + unpacking
+        else:
+            saved -= frozen
+            forward = part.forward + _beyond(config, tokens, s, part.forward, own, packed)
+            slopes = part.backward - part.saved
+            backward = (
+                part.saved + saved + max(slopes, _before_down(config, tokens, s, slopes, own, packed, arithmetic))
+            )
         parts.append(dataclasses.replace(part, saved=part.saved + saved, forward=forward, backward=backward))
-    head = batch.read * spec.rank_of(by_product[""][0]) * s if spec and "" in by_product else 0
+    head = adapters["head"][""].saved * batch.read // tokens if "head" in adapters else 0
     return dataclasses.replace(
         work, parts=tuple(parts), forward_head=work.forward_head + head, backward_head=work.backward_head + 2 * head
     )
@@ -95,6 +80,98 @@ def copy_of(config: DecoderConfig, dtype: str, spec: LoraSpec | None, packed: Ba
     numels = [weight.numel * (2 if weight.dtype == "uint8" else 1) for weight in weights if "int8" in weight.dtype]
     width = PACK_WIDTH[packed] + (4 if ITEMSIZE[dtype] < FP32 else 0)
     return nbytes, int(min(max(numels), PACK_TILE) * width)
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """Bytes of a product's adapters: what autograd keeps, and what they hold for a moment beside it."""
+
+    saved: int
+    forward: int
+    low: int
+    """The gradient that comes back through A."""
+    backward: int
+
+
+def _adapters(
+    config: DecoderConfig, spec: LoraSpec, scalar: bool, tokens: int, s: int
+) -> dict[str, dict[str, _Adapter]]:
+    """By group and product."""
+    by_product: dict[tuple[str, str], list[LoraTarget]] = {}
+    for target in adapted_targets(config, spec, scalar):
+        # the experts of a block are alike: together they are one product of all the tokens that they are called for
+        if target.expert in (None, 0):
+            name = target.ours.rpartition(".")[2] if target.expert is None else target.theirs
+            by_product.setdefault((group_of(target).partition(".experts.")[0], name), []).append(target)
+    adapters: dict[str, dict[str, _Adapter]] = {}
+    for (group, name), targets in by_product.items():
+        calls = 1 if targets[0].expert is None else config.experts_per_token
+        narrow = tokens * max(map(spec.rank_of, targets)) * s  # A x, scaled: saved for B's gradient
+        high = tokens * sum(target.height for target in targets) * s
+        low = tokens * targets[0].width * s  # before it, B's, scaled
+        adapters.setdefault(group, {})[name] = _Adapter(
+            narrow * len(targets) * calls,
+            high * (1 if len(targets) == 1 else 2) + 2 * narrow,
+            low + 2 * narrow,
+            max(high, low) + 2 * narrow,
+        )
+    return adapters
+
+
+def _raised(c: DecoderConfig) -> int:
+    """Outputs of the widest product of an MLP or an expert."""
+    return max(_widths(c)) * (2 if c.gated else 1)
+
+
+def _unpacking(inputs: int, outputs: int, result: int, s: int, packed: BaseDtype | None) -> int:
+    """Bytes that a packed product holds for a moment: what a tile of its weight is unpacked from and into, or the tile
+    and its part of the result, of which there are `result` numbers for each output."""
+    if packed is None:
+        return 0
+    tile = PRODUCT_TILE * (2 if packed == "nf4" else 1)  # linear._tiles: of nf4, two weights a byte
+    outputs = min(max(tile // inputs, 1), outputs)
+    return outputs * s * (inputs + max(inputs, result))
+
+
+def _beyond(
+    c: DecoderConfig, tokens: int, s: int, fullest: int, own: Mapping[str, _Adapter], packed: BaseDtype | None
+) -> int:
+    """Bytes by which unpacking and adapters pass the fullest instant of a block's forward: each where its product is,
+    whose result is there and what comes later is not."""
+    state, inner = tokens * c.d_model * s, tokens * c.d_ff * s
+    queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
+    projected, raised = queries + 2 * keys, c.d_ff * (2 if c.gated else 1)
+    rooms = {  # of each product: inputs, outputs, bytes between its instant and the fullest one
+        "qkv": (c.d_model, projected // (tokens * s), fullest - state - projected),
+        "out": (
+            queries // (tokens * s), c.d_model,
+            fullest - 2 * (state + projected + queries) - tokens * c.num_heads * FP32,
+        ),
+        "up": (c.d_model, raised, inner * (2 if c.gated else 1)),
+        "down": (c.d_ff, c.d_model, inner - state),
+    }  # fmt: skip
+    return max(
+        0,
+        *(
+            max(_unpacking(inputs, outputs, tokens, s, packed), own[name].forward if name in own else 0) - max(room, 0)
+            for name, (inputs, outputs, room) in rooms.items()
+        ),
+    )
+
+
+def _before_down(
+    c: DecoderConfig, tokens: int, s: int, slopes: int, own: Mapping[str, _Adapter], packed: BaseDtype | None,
+    arithmetic: Arithmetic,
+) -> int:  # fmt: skip
+    """Bytes of a block's backward beside what is saved, where the gradient of what its last product reads is made: that
+    of the frozen weight, and before it the adapters'. slopes: without both."""
+    inner = tokens * c.d_ff * s
+    plain = inner if arithmetic == "narrow" else slopes
+    if packed:  # each tile's part is added to the sum
+        rows = min(max(PRODUCT_TILE * (2 if packed == "nf4" else 1) // c.d_ff, 1), c.d_model)
+        tile = rows * c.d_ff * s
+        plain = max(plain, tile + max(tile, inner) + (inner if rows < c.d_model else 0))
+    return plain + (own["down"].low if "down" in own else 0)
 
 
 def _unkept(config: DecoderConfig) -> int:
@@ -333,7 +410,8 @@ def _head(
     if not grad:
         return forward
     backs = read * width * FP32  # summed over the tiles before they are rounded
-    slopes = hidden + states + backs + numbers + logits * FP32 + max(narrow + rows * width * s, partial)
+    bent = logits * FP32 if c.logit_softcap else 0  # how steep its tanh is
+    slopes = hidden + states + backs + numbers + logits * FP32 + bent + max(narrow + rows * width * s, partial)
     rounded = hidden + states + backs + read * width * s * (s < FP32) + numbers
     return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s)
 

@@ -13,7 +13,7 @@ from typing import Any
 from penstock.memory import plan
 from penstock.memory.placement import TierName
 from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
-from penstock.planner.activations import Pass, activations_of, between_visits
+from penstock.planner.activations import Pass, activations_of, resting
 from penstock.planner.traffic import Account, Rates, Seconds
 
 AHEAD = 1
@@ -91,11 +91,23 @@ def bytes_of(
     """Bytes of activations of passes that go side by side, and of gradients that ranks then sum; `moves`: whether a
     model's weights do."""
     fullest = activations_of([(each, moves[each.model]) for each in group], recompute)
-    placed = [each for step in group if step.kind == "step" for each in models[step.model].placed]
-    settling = max((plan.settling_bytes(each.chunk, each.row, world) for each in placed), default=0)
-    if settling:
-        settling += sum(between_visits(each, moves[each.model], recompute) for each in group)
+    steps = [each for each in group if each.kind == "step" and world > 1]
+    rests = [resting(each, moves[each.model], recompute) for each in steps]
+    leaving = [_leaving(models[each.model], world) for each in steps]
+    settling = 0
+    for at in range(max(map(len, rests), default=0)):
+        rest = sum(nbytes[min(at, len(nbytes) - 1)] for nbytes in rests)
+        settling = max(settling, rest + max(nbytes[min(at, len(nbytes) - 1)] for nbytes in leaving))
     return max(fullest, settling)
+
+
+def _leaving(model: Model, world: int) -> list[int]:
+    """plan.settling_bytes of each visit's largest chunk, the last visit first."""
+    largest: dict[str, int] = {}
+    for placed in model.placed:
+        nbytes = plan.settling_bytes(placed.chunk, placed.row, world)
+        largest[placed.chunk.group] = max(largest.get(placed.chunk.group, 0), nbytes)
+    return [max(largest.get(group, 0) for group in groups) for groups in reversed(model.visits)]
 
 
 def sharing_groups(passes: Sequence[Pass], keys: Mapping[str, set[Hashable]]) -> list[list[Pass]]:
