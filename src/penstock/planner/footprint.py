@@ -9,7 +9,6 @@ N = tokens of a micro-batch (rows * length), D = width, F = feed-forward, E = he
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from penstock.memory.chunks import ITEMSIZE
 from penstock.models.config import DecoderConfig
