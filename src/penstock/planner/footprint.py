@@ -163,14 +163,14 @@ def _before_down(
     arithmetic: Arithmetic,
 ) -> int:  # fmt: skip
     """Bytes of a block's backward beside what is saved, where the gradient of what its last product reads is made: that
-    of the frozen weight, and before it the adapters'. slopes: without both."""
+    of the frozen weight, and before it the adapters', and their sum. slopes: without all that."""
     inner = tokens * c.d_ff * s
     plain = inner if arithmetic == "narrow" else slopes
     if packed:  # each tile's part is added to the sum
         rows = min(max(PRODUCT_TILE * (2 if packed == "nf4" else 1) // c.d_ff, 1), c.d_model)
         tile = rows * c.d_ff * s
         plain = max(plain, tile + max(tile, inner) + (inner if rows < c.d_model else 0))
-    return plain + (own["down"].low if "down" in own else 0)
+    return max(plain, 2 * inner) + own["down"].low if "down" in own else plain
 
 
 def _unkept(config: DecoderConfig) -> int:
