@@ -349,9 +349,9 @@ def weight_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]], ahead
     return largest_of_each(needs)
 
 
-def settling_bytes(chunk: Chunk, row: Row, world: int) -> int:
+def settling_bytes(chunk: Chunk, row: Row, world: int, again: bool) -> int:
     """Bytes beside a visit's slots that its gradients take on their way home: this rank's part of the sum over ranks,
-    and what it is added to, where that comes from elsewhere. See sink.Sink.settle."""
+    and, after another visit, what it is added to, where that comes from elsewhere. See sink.Sink.settle."""
     if not (world > 1 and chunk.trained and row.grads.sharded):
         return 0
     return (
