@@ -354,11 +354,8 @@ def settling_bytes(chunk: Chunk, row: Row, world: int, again: bool) -> int:
     and, after another visit, what it is added to, where that comes from elsewhere. See sink.Sink.settle."""
     if not (world > 1 and chunk.trained and row.grads.sharded):
         return 0
-    return (
-        chunk.numel
-        // world
-        * (ITEMSIZE[SUMS] + (ITEMSIZE[gradient_dtype(chunk, row)] if row.grads.tier != "device" else 0))
-    )
+    comes = ITEMSIZE[gradient_dtype(chunk, row)] if again and row.grads.tier != "device" else 0
+    return chunk.numel // world * (ITEMSIZE[SUMS] + comes)
 
 
 def gradient_slots(chunks: Sequence[Chunk], visits: Sequence[Sequence[str]]) -> list[int]:

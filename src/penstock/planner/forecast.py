@@ -12,7 +12,7 @@ from typing import Any
 
 from penstock.memory import plan
 from penstock.memory.placement import TierName
-from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Slots
+from penstock.memory.plan import UPDATE_TILE, UPDATE_WIDTH, Model, Placed, Slots
 from penstock.planner.activations import Pass, activations_of, resting
 from penstock.planner.traffic import Account, Rates, Seconds
 
@@ -93,7 +93,10 @@ def bytes_of(
     fullest = activations_of([(each, moves[each.model]) for each in group], recompute)
     steps = [each for each in group if each.kind == "step" and world > 1]
     rests = [resting(each, moves[each.model], recompute) for each in steps]
-    leaving = [_leaving(models[each.model], world) for each in steps]
+    leaving = [
+        _leaving(models[each.model], world, each.count > 1 and not plan.recomputes(moves[each.model], recompute))
+        for each in steps
+    ]
     settling = 0
     for at in range(max(map(len, rests), default=0)):
         rest = sum(nbytes[min(at, len(nbytes) - 1)] for nbytes in rests)
@@ -101,13 +104,20 @@ def bytes_of(
     return max(fullest, settling)
 
 
-def _leaving(model: Model, world: int) -> list[int]:
-    """plan.settling_bytes of each visit's largest chunk, the last visit first."""
-    largest: dict[str, int] = {}
+def _leaving(model: Model, world: int, again: bool) -> list[int]:
+    """plan.settling_bytes of each visit's largest chunk, the last visit first. again: all were visited before."""
+    by_group: dict[str, list[Placed]] = {}
     for placed in model.placed:
-        nbytes = plan.settling_bytes(placed.chunk, placed.row, world)
-        largest[placed.chunk.group] = max(largest.get(placed.chunk.group, 0), nbytes)
-    return [max(largest.get(group, 0) for group in groups) for groups in reversed(model.visits)]
+        by_group.setdefault(placed.chunk.group, []).append(placed)
+    visited = set(by_group) if again else set()
+    largest = []
+    for groups in reversed(model.visits):
+        chunks = [
+            (placed.chunk, placed.row, group in visited) for group in groups for placed in by_group.get(group, ())
+        ]
+        largest.append(max((plan.settling_bytes(chunk, row, world, seen) for chunk, row, seen in chunks), default=0))
+        visited.update(groups)
+    return largest
 
 
 def sharing_groups(passes: Sequence[Pass], keys: Mapping[str, set[Hashable]]) -> list[list[Pass]]:
