@@ -246,6 +246,14 @@ def test_the_plan_of_a_rollout_knows_how_tokens_are_chosen():
     assert sampling(top_k=50) - sampling() == 8 * 50257 * 4
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt 350m", "llama", "qwen3_moe"])
+def test_what_a_cpu_widens_is_foretold(name):
+    """bf16 without instructions for it: fp32 copies of rows and of a weight's tile, at the product that needs them."""
+    of = dataclasses.replace(one_model("sft", FAMILIES[name]), prompt_length=100)
+    setting = Setting(of, "ddp", "bf16", recompute=True, arithmetic="wide")
+    assert_near(forecast_of(setting), dry_run(setting))
+
+
 @pytest.mark.parametrize("strategy", ["gemini", "gemini_cpu", "zero2"])
 def test_gradients_that_ranks_sum_are_foretold(strategy):
     """Of a table of 200,000 words a rank's part, in fp32, outweighs the activations of a few tokens."""
