@@ -314,7 +314,7 @@ def _block(
     widening, adding = _widened(c, tokens, c.expert_ff if experts else c.d_ff, s, arithmetic)
     inner = tokens * c.d_ff * s
     at_down = rising if experts else 3 * inner if c.gated else inner  # what the last product finds
-    backward = saved + max(slopes, loose, (slopes if experts else 0) + adding)
+    backward = saved + max(slopes, (slopes if experts else loose) + adding, loose)
     before_mlp = 2 * state + norm.saved
     capped = 0
     if c.attention_softcap:
