@@ -287,7 +287,7 @@ def _block(
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
     norm = _norm(c.norm, tokens, c.d_model, s)
     projected = queries + 2 * keys
-    turned, mixing = _turned(c, tokens, s, rotates)
+    normed, turned, mixing = _turned(c, tokens, s, rotates)
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
     apart = apart and not c.attention_softcap
     if rotates or apart:
@@ -297,7 +297,7 @@ def _block(
     # of q, k, v and the bias, and what attention makes of them
     copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
     copies += queries if apart else 0  # what attention makes of them, head by head; keys are repeated by a stride of 0
-    attention = norm.saved + (attended + copies if wide else projected + turned + attended)
+    attention = norm.saved + attended + (normed + copies if wide else projected + turned)
     if c.sinks and not wide:  # which keeps the copies alone
         attention -= projected + turned
     kept, rising, slopes = (_experts if experts else _mlp)(c, tokens, s)
@@ -314,7 +314,7 @@ def _block(
     widening, adding = _widened(c, tokens, c.expert_ff if experts else c.d_ff, s, arithmetic)
     inner = tokens * c.d_ff * s
     at_down = rising if experts else 3 * inner if c.gated else inner  # what the last product finds
-    backward = saved + max(slopes, (slopes if experts else loose) + adding, loose)
+    backward = saved + max(slopes, loose, (slopes if experts else 0) + adding)
     before_mlp = 2 * state + norm.saved
     capped = 0
     if c.attention_softcap:
@@ -334,19 +334,20 @@ def _block(
     return saved, forward, backward
 
 
-def _turned(c: DecoderConfig, tokens: int, s: int, rotates: bool) -> tuple[int, int]:
-    """What autograd keeps of queries and keys that are normed and turned, and what turning takes for a moment."""
+def _turned(c: DecoderConfig, tokens: int, s: int, rotates: bool) -> tuple[int, int, int]:
+    """What autograd keeps of queries and keys that are normed, and then turned, and what turning takes for a moment."""
     queries, keys = (tokens * heads * c.head_dim * s for heads in (c.num_heads, c.num_kv_heads))
     turned = mixing = 0
     if c.qk_norm:
         for heads in (c.num_heads, c.num_kv_heads):
             rows, width = (tokens, heads * c.head_dim) if c.qk_norm_wide else (tokens * heads, c.head_dim)
             turned += _norm("rms", rows, width, s).saved
+    normed = turned
     if rotates:
         turned += queries + keys
         part = c.rotary_dim / c.head_dim
         mixing = int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part))
-    return turned, mixing
+    return normed, turned, mixing
 
 
 def _widened(c: DecoderConfig, tokens: int, d_ff: int, s: int, arithmetic: Arithmetic) -> tuple[int, int]:
