@@ -63,6 +63,17 @@ def tiny_model(tmp_path: Path) -> Callable[..., str]:
     return lambda name="model", seed=0, **changes: save_tiny(tmp_path / name, seed, **changes)
 
 
+LONG = ("planner/test_planning.py", "memory/test_fsdp.py", "test_docs.py", "memory/test_two_ranks.py",
+        "models/test_config_keys.py", "algorithms/test_ranks.py", "planner/test_budgets.py")  # fmt: skip
+"""Files that take longest: they begin first, so that no worker has one of them alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    long = {tests / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: long.get(item.path, len(long)))
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_picture", DRAWN)

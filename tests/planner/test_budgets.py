@@ -22,7 +22,7 @@ def workload(stage: str, lora: bool, shape: DecoderConfig = BASE):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(
     name=st.sampled_from(["gemini_cpu", "gemini_nvme", "gemini_auto", "zero2_cpu"]),
     dtype=st.sampled_from(["fp32", "bf16"]),
