@@ -253,7 +253,7 @@ BUGS: list[Bug] = [
     (FN, "a copy's choices weigh what the actor's would under the copy", "return log_ratio(logprobs, sampling_logprobs).detach()", "return log_ratio(sampling_logprobs, logprobs).detach()"),
     (GRPO, "a copy's answers have no weight in the loss", "advantages = weighted(part.advantages, part, flags)", "advantages = part.advantages"),
     ("planner/activations.py", "a copy that answers takes no memory", "each.cache_bytes + each.copy_bytes + each.teacher_bytes", "each.cache_bytes + each.teacher_bytes"),
-    (PLAN, "a lease for a rollout takes more than there are slots", "return len(sizes) <= len(rooms) and all(", "return all("),
+    (PLAN, "a lease for a rollout takes more than there are slots", "return len(sizes) <= len(rooms) and all(", "return True or all("),
     (STRATEGY, "a lease outlives its rollout", "                stream.end_lease()\n", "                stream.leasing = False\n"),
     (ENGINE, "a new lease's steps are those recorded under the old one", "if self._steps is None or self._steps[0] != leased:", "if self._steps is None:"),
     ("memory/arena.py", "weights of another visit are used", "        if slot.bound_for != bound_for:\n", "        if slot.bound_for is None:\n"),

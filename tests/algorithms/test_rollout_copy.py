@@ -201,6 +201,7 @@ def test_the_loss_weighs_every_token_that_a_copy_chose(stage, task, coarse, monk
     assert abs(weighed - plain) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_same_optimum_is_reached_from_another_policys_answers(task, coarse):  # noqa: F811
     """As in test_grpo: weighed, what a copy answers leads to the actor's own optimum."""
     beta, table = 0.5, {3: 1.0, 4: 0.5, 5: -0.5, 6: 0.25}
