@@ -103,10 +103,11 @@ def test_only_a_gpu_of_nvidias_has_them_and_rollouts_that_can_be_recorded():
         return forecast_of(Setting(work(), strategy, "fp32", budgets=limits, blas_workspace=workspace))
 
     assert terms(workspace=0).outside == 0
-    recorded, streamed = terms(), terms("gemini_cpu")
+    recorded, streamed = terms(), terms("gemini_cpu", device=1)
     assert recorded.objects["workspaces"]["device"] == 3 * cuda.WORKSPACE
     assert recorded.objects["graph_pool"]["device"] == 22 * MIB
     assert streamed.objects["workspaces"]["device"] == 2 * cuda.WORKSPACE
+    assert terms("gemini_cpu").objects["workspaces"]["device"] == 3 * cuda.WORKSPACE  # slots hold the actor
     assert streamed.objects["graph_pool"]["device"] == 0
 
 
