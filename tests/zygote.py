@@ -8,6 +8,7 @@ fork is no child of the client and has another id, shares memory with the zygote
 """
 
 import atexit
+import ctypes
 import functools
 import gc
 import json
@@ -119,6 +120,7 @@ def _watch(connection: socket.socket) -> list[str]:
         request += connection.recv(1 << 20)
     alive, living = os.pipe()
     if (child := os.fork()) == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its watcher
         os.close(alive)
         connection.close()
         return _become(json.loads(request), streams)
