@@ -355,6 +355,11 @@ def _sharded(root: Root, groups: Groups, mesh: DeviceMesh, dtype: torch.dtype) -
             path = _common_path([name for group in part.groups for name in names[group]])
             shard(model.get_submodule(path), part.groups)
         shard(root, [group for group in names if group not in modules])
+    # By itself FSDP2 gathers what its list of forwards has before a block: passes without gradients too, of which ranks
+    # have different numbers, so that they would gather different blocks and wait for ever.
+    blocks: list[Any] = [module for module in dict.fromkeys(modules.values()) if module is not root]
+    for before, block in itertools.pairwise([root, *blocks]):
+        block.set_modules_to_backward_prefetch([before])
     return modules
 
 
