@@ -97,7 +97,7 @@ def compared(model: str, items: int) -> dict[str, Any]:
         directory = Path(name)
         write_tasks(directory, items)
         theirs = evaluated(directory, "hf", "hf", f"pretrained={model},dtype=float32")
-        with serving(directory, f"served={model}", "--dtype", "fp32") as server:
+        with serving(directory, f"served={model}", "--dtype", "fp32", "--max-length", "256") as server:
             url = f"base_url={server.address}/v1/completions,model=served,tokenizer={model},max_length=256"
             ours = evaluated(
                 directory, "ours", "local-completions", f"{url},tokenized_requests=True,add_bos_token=True"

@@ -379,6 +379,15 @@ def test_echo_is_what_transformers_says_of_the_prompts(server, new):
         assert choice["finish_reason"] == "length"
 
 
+def test_behind_an_echo_an_end_of_sequence_is_listed_too(server):
+    """lm-eval asks for one token more, and takes the last one of the list for it."""
+    body = {"model": "tiny", "prompt": [5, 17, 300], "echo": True, "logprobs": 1, "max_tokens": 1}
+    choice = server.post({**body, "logit_bias": {"2": 100}}, "/v1/completions").json["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["logprobs"]["token_logprobs"]) == 4
+    assert choice["logprobs"]["token_logprobs"][-1] == pytest.approx(0, abs=1e-3)
+
+
 def test_echo_of_a_text_is_the_text_before_its_answers_and_streams(server):
     body = {"model": "tiny", "prompt": "What is a", "echo": True, "max_tokens": 4, "seed": 3, "n": 2}
     plain = server.post({**body, "echo": False}, "/v1/completions").json["choices"]

@@ -296,12 +296,12 @@ class Scheduler:
         answer, generation = job.answer, job.generation
         text, first = "", job.processed
         for i, token in enumerate(answer.response_ids[first:], first):
-            if token not in engine.eos_ids:
-                if generation.wants_tokens:
-                    top = tuple(answer.top_logprobs[i]) if answer.top_logprobs else ()
-                    start = job.start + job.text.position
-                    job.tokens.append(Token(token, answer.logprobs[i], start, top))
-                text += job.text.push(token)
+            ends = token in engine.eos_ids
+            if generation.wants_tokens and (generation.echo or not ends):  # behind an echo every token is counted on
+                top = tuple(answer.top_logprobs[i]) if answer.top_logprobs else ()
+                start = job.start + job.text.position
+                job.tokens.append(Token(token, answer.logprobs[i], start, top))
+            text += "" if ends else job.text.push(token)
             job.processed = i + 1
         generation.tokens_made += job.processed - first
         return text
