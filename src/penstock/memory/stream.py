@@ -94,6 +94,9 @@ class Stream:
         """Whether any weight comes and goes."""
         self._holds: dict[ChunkHome, list[Hold]] = {home: [] for home in self.homes}
         self._reader = worker("prefetch")
+        self.leasing, self.leased = False, 0
+        """A rollout has begun, and its first visit takes all weights if they fit; the number of the lease under which
+        they are here. See [Note: one lease for a rollout]."""
         self._cycle, self._choosing = self._schedules(few_tokens)
         """One pass after the other, all of a visit's groups at once; and where chosen ones come when chosen."""
         self._few_tokens = few_tokens
@@ -106,9 +109,6 @@ class Stream:
                 if home.in_place:
                     assert home.grads is not None
                     self._parameters.bind_gradients(home.chunk, home.grads.tensor)
-        self.leasing, self.leased = False, 0
-        """A rollout has begun, and its first visit takes all weights if they fit; the number of the lease under which
-        they are here. See [Note: one lease for a rollout]."""
         self._leases = 0
         self._landing: dict[str, list[ChunkHome]] = {}
         """Groups that are on their way under that lease, and `_landed` what is bound."""
