@@ -188,6 +188,7 @@ def test_two_ranks_have_the_gradient_of_one_to_1e_6(tmp_path, tiny_model):
 
 def test_fewer_episodes_than_ranks_are_refused(tmp_path, tiny_model, jsonl, monkeypatch):
     monkeypatch.setattr(World, "join", staticmethod(lambda device: World(0, 4, torch.device("cpu"))))
+    monkeypatch.setattr(World, "gather", lambda self, item: [item] * 4)
     config = ppo_config(
         actor=tiny_model(), reward_fn="f.py:score", data=DataFlags(data=(jsonl([{"prompt_ids": [1]}]),)),
         run=RunFlags(out=str(tmp_path / "run")), optim=OptimFlags(lr=1e-3, batch_size=3),

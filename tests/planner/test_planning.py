@@ -414,7 +414,7 @@ def test_one_base_and_its_adapters_take_a_fraction_of_four_models():
     assert forecast(four, "gemini_cpu", "bf16").peak["host"] > 15 * base
 
 
-@pytest.mark.parametrize(("one_base", "device"), [(True, 6_300_000), (False, 8_000_000)])
+@pytest.mark.parametrize(("one_base", "device"), [(True, 6_400_000), (False, 8_000_000)])
 def test_traffic_is_foretold(tmp_path, one_base, device):
     """Bytes that scoring and learning fetch; on one base, four roles share what moves."""
     of = work(mini_batch_size=4, epochs=2)
@@ -672,8 +672,8 @@ def test_the_command_says_as_json_what_fits(capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--device-memory 24GB --host-memory 128GB", "--device-memory 8GB --host-memory 400GB",
-     "--device-memory 7GB --batch-size 32", "--host-memory 128GB --device-memory 80GB --strategy ddp --stage sft"],
+    ["--device-memory 24GB --host-memory 128GB", "--device-memory 3GB --host-memory 400GB",
+     "--device-memory 3GB --batch-size 32", "--host-memory 128GB --device-memory 80GB --strategy ddp --stage sft"],
 )  # fmt: skip
 def test_the_change_it_advises_fits(capsys, flags):
     base = ["--model", "8b", "--strategy", "gemini_cpu", *flags.split()]

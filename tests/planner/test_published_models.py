@@ -105,7 +105,7 @@ def test_a_published_model_is_planned_from_its_config_with_the_published_paramet
 def test_the_plan_of_a_mixture_says_what_a_token_meets_and_when_only_the_chosen_experts_come(tmp_path, capsys):
     config = {**PUBLISHED["Qwen3 30B A3B"][1], "num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    flags = ["--stage", "grpo", "--lora", "16", "--strategy", "gemini_cpu", "--device-memory", "16GB"]
+    flags = ["--stage", "grpo", "--lora", "16", "--strategy", "gemini_cpu", "--device-memory", "5GB"]
     with pytest.raises(SystemExit):
         main(["plan", *flags, "--model", str(tmp_path), "--rollout-batch-size", "4"])
     out = capsys.readouterr().out
