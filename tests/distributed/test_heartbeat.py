@@ -5,12 +5,12 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.conftest import PATIENCE, rank_environments
-from tests.zygote import zygotic
 
 WORKER = """
 import os, sys, time, torch
@@ -50,7 +50,14 @@ class Ranks:
     """Three processes in one group, without a launcher that would end them."""
 
     def __init__(self, case, beat=0.2, silence=20):
-        command = zygotic("-c", WORKER, case, beat, silence)
+        command = [
+            sys.executable,
+            "-c",
+            WORKER,
+            case,
+            str(beat),
+            str(silence),
+        ]  # how Python itself ends is a part of this
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.processes = [subprocess.Popen(command, env=each, **pipes) for each in rank_environments(3)]
         self.pids = [int(process.stdout.readline().removeprefix("pid ")) for process in self.processes]  # all joined

@@ -324,12 +324,12 @@ def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures
     say(page, "Tell me all", wait=False)
     expect(page.locator(".prose")).to_have_text(re.compile(".{20}", re.DOTALL))
     if control == "button":
-        page.screenshot(path=pictures / "streaming.png")
         page.get_by_role("button", name="Stop").click()
     else:
         page.keyboard.press("Escape")
     settled(page)
     expect(page.locator(".note")).to_contain_text("Stopped.")
+    page.screenshot(path=pictures / "stopped.png")  # not before: the context ends after seconds
     assert eventually(lambda: conversation_of(page, served)[1]["finish_reason"] is not None)
     message = conversation_of(page, served)[1]
     assert message["finish_reason"] == "cancelled"
