@@ -2,12 +2,15 @@
 
 import contextlib
 import gzip
+import io
 import json
+import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.data import jsonl
@@ -119,6 +122,51 @@ def test_the_longest_line_that_is_allowed_is_read(file):
 )  # fmt: skip
 def test_mistakes_in_an_array(file, data, objects):
     assert read(file, data) == objects
+
+
+def items(data: bytes, chunk_bytes: int) -> list[tuple[int, str]]:
+    return [(n, f"{x.name}: {x.problem}" if isinstance(x, FieldError) else repr(x))
+            for n, x in jsonl.array(io.BytesIO(data), chunk_bytes)]  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=st.lists(st.deferred(lambda: JSON), min_size=1, max_size=6),
+    form=st.sampled_from([{}, {"indent": 1}, {"ensure_ascii": False}, {"separators": (" \n,  ", ": ")}]),
+    changes=st.lists(st.tuples(st.integers(1, 300), st.binary(max_size=3)), max_size=2),
+    chunk_bytes=st.integers(3, 40),
+)
+@example([{"a": 1.5e300}, 1.5e-7, True, {"a": -math.inf}, {"a": "\U0001f600\\\n"}], {"indent": 1}, [], 3)
+@example([{"a": 1}], {}, [(9, b" " * 40)], 3)
+@example([{"a": 1}], {}, [(9, b" " * 40 + b"x")], 3)
+@example([{"a": 1}] * 4, {}, [(35, b"\xff")], 3)
+def test_an_array_reads_the_same_in_chunks_of_any_size(rows, form, changes, chunk_bytes):
+    data = json.dumps(rows, **form).encode("utf-8", "surrogatepass")
+    for at, inserted in changes:
+        data = data[:at] + inserted + data[at:]
+    assert items(data, chunk_bytes) == items(data, len(data) + 3)
+    if not changes:
+        objects = [value for _, value in jsonl.array(io.BytesIO(data), chunk_bytes) if isinstance(value, dict)]
+        assert repr(objects) == repr([row for row in rows if isinstance(row, dict) and finite(row)])
+
+
+def finite(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(finite, inner)) and not (isinstance(value, float) and not math.isfinite(value))
+
+
+@pytest.mark.parametrize("form", [{}, {"indent": 1}])
+def test_what_an_array_takes_does_not_grow_with_the_file(form, tmp_path):
+    rows = [{"prompt": str(i) * 100, "n": i} for i in range(20_000)]
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps(rows, **form), encoding="utf-8")
+    tracemalloc.start()
+    count = sum(1 for _ in objects(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == len(rows)
+    assert path.stat().st_size > 8 * jsonl.CHUNK_BYTES
+    assert peak < 6 * jsonl.CHUNK_BYTES
 
 
 def test_an_empty_file_has_no_objects(file):

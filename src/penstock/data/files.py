@@ -72,6 +72,6 @@ def _texts(file: BinaryIO, path: Path) -> Iterator[Item]:
     if suffix in (".csv", ".tsv") or (suffix not in FORMATS and tables.looks_separated(head)):
         yield from tables.separated(file)
     elif jsonl.ARRAY.match(head[:64]):
-        yield from jsonl.array(file.read())
+        yield from jsonl.array(file)
     else:
         yield from jsonl.lines(file)

@@ -3,6 +3,7 @@
 Knows bytes and JSON, not what a record means.
 """
 
+import codecs
 import json
 import math
 import re
@@ -15,7 +16,11 @@ BOM = b"\xef\xbb\xbf"
 """UTF-8's byte-order mark, as Windows editors write it; it is skipped."""
 ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
 """A file that begins so is one array of objects, as alpaca's and ShareGPT's own files are."""
-OPENING, COMMA, CLOSING = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*\Z")
+OPENING, BLANKS = re.compile(r"\s*\["), re.compile(r"\s*")
+CHUNK_BYTES = 1 << 20
+"""Of an array that are read at a time."""
+MARGIN = 16
+"""Characters: what ends nearer to the end of what was read may go on behind it: 1 as 1.5e+3, -Inf as -Infinity."""
 
 Item = tuple[int, "dict[str, Any] | FieldError"]
 """A line number (of a binary table: a row number) from 1, and the object there or what is wrong with it."""
@@ -64,32 +69,120 @@ def _parse(line: bytes) -> dict[str, Any] | FieldError:
         return _not_json(error, "line")
 
 
-def array(data: bytes) -> Iterator[Item]:
-    """The objects of one array, each with the line it begins on. It ends at the first mistake."""
-    data = data.removeprefix(BOM)
+def array(file: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Item]:
+    """The objects of one array, each with the line it begins on. It ends at the first mistake.
+
+    As much of the file is held as the longest object takes, and `chunk_bytes`.
+    """
+    text = _Text(file, chunk_bytes)
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield data.count(b"\n", 0, error.start) + 1, not_utf8(data, error)
-        return
-    del data  # the text alone is as much again
-    number, counted, at = 1, 0, cast(re.Match[str], OPENING.match(text)).end()
+        yield from _items(text)
+    except FieldError as problem:  # bytes that are no text
+        yield text.line, problem
+
+
+def _items(text: "_Text") -> Iterator[Item]:
+    while (opening := OPENING.match(text.held)) is None and text.grow():
+        pass
+    text.go_to(opening.end() if opening else 0)
     while True:
-        number, counted = number + text.count("\n", counted, at), at
+        start, value, mistake = text.skip_blanks(text.at), None, None
+        end = close = start
         try:
-            value, at = DECODER.raw_decode(text, at)
+            value, end = DECODER.raw_decode(text.held, start)
+            close = text.skip_blanks(end)
         except (ValueError, RecursionError, FieldError) as error:
-            yield getattr(error, "lineno", number), _not_json(error, "file")
+            mistake = error
+        if _may_change(mistake, len(text.held) - close) and text.grow():
+            continue
+        text.go_to(start)
+        if mistake is not None:
+            if isinstance(mistake, json.JSONDecodeError):
+                text.go_to(mistake.pos)
+                mistake.colno = text.column
+            yield text.line, _not_json(mistake, "file")
             return
-        yield number, _object(value, text[counted:at])
-        if CLOSING.match(text, at):
+        yield text.line, _object(value, text.held[start:end])
+        text.go_to(end)
+        if text.held[close : close + 1] != ",":
+            number = text.line
+            if text.held[close : close + 1] != "]" or not text.is_blank_behind(close + 1):
+                yield number, FieldError("line", "a comma or the array's end is expected here; is the file cut short?")
             return
-        comma = COMMA.match(text, at)
-        if comma is None:
-            number += text.count("\n", counted, at)
-            yield number, FieldError("line", "a comma or the array's end is expected here; is the file cut short?")
-            return
-        at = comma.end()
+        text.go_to(close + 1)
+
+
+def _may_change(mistake: Exception | None, left: int) -> bool:
+    """Whether text behind what is held could make another value, or no mistake, of what was read.
+
+    left: characters held behind the value. A parser sees no mistake before it is there, but that of a string.
+    """
+    if isinstance(mistake, json.JSONDecodeError):
+        left = len(mistake.doc) - mistake.pos
+        return left < MARGIN or mistake.msg.startswith("Unterminated string")
+    return mistake is None and left < MARGIN
+
+
+class _Text:
+    """A file's text. What is held of it begins where the reader was when it last grew."""
+
+    def __init__(self, file: BinaryIO, chunk_bytes: int) -> None:
+        self.held, self.at, self.line = "", 0, 1
+        """`at` is the reader's place in what is held, and on that line of the file."""
+        self._file, self._chunk_bytes, self._decoder = file, chunk_bytes, codecs.getincrementaldecoder("utf-8")()
+        self._columns = 0
+        """Characters of its first line that are no longer held."""
+        self._bytes = 0
+        """Read and decoded; the byte-order mark does not count."""
+        self._bad: FieldError | None = None
+        """The bytes that come next are no text."""
+
+    @property
+    def column(self) -> int:
+        """Of the reader's place, from 1."""
+        newline = self.held.rfind("\n", 0, self.at)
+        return self.at - newline + (self._columns if newline < 0 else 0)
+
+    def go_to(self, at: int) -> None:
+        self.line += self.held.count("\n", self.at, at)
+        self.at = at
+
+    def skip_blanks(self, at: int) -> int:
+        """The place of the first character from there on that is no blank."""
+        return cast(re.Match[str], BLANKS.match(self.held, at)).end()
+
+    def is_blank_behind(self, at: int) -> bool:
+        """Whether only blanks follow to the file's end."""
+        self.go_to(at)
+        while True:
+            self.go_to(self.skip_blanks(self.at))
+            if self.at < len(self.held):
+                return False
+            if not self.grow():
+                return True
+
+    def grow(self) -> bool:
+        """Reads on, as much as is held at least, and lets go of what is behind the reader. False at the file's end;
+        raises FieldError, with `line`, where bytes are no text."""
+        if self._bad is not None:
+            self.go_to(len(self.held))
+            raise self._bad
+        data = self._file.read(max(self._chunk_bytes, len(self.held) - self.at))
+        if self._bytes == 0:
+            data = data.removeprefix(BOM)
+        pending = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            text = error.object[: error.start].decode()
+            self._bad = not_utf8(error.object, error, self._bytes)
+        else:
+            if not data:
+                return False
+            self._bytes += len(data) + pending - len(self._decoder.getstate()[0])
+        self._columns = self.column - 1
+        self.held, self.at = self.held[self.at :] + text, 0
+        return True
 
 
 def _object(value: Any, text: str) -> dict[str, Any] | FieldError:
@@ -116,11 +209,12 @@ def _non_finite(value: dict[str, Any]) -> str | None:
     return None
 
 
-def not_utf8(data: bytes, error: UnicodeDecodeError) -> FieldError:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+def not_utf8(data: bytes, error: UnicodeDecodeError, before: int = 0) -> FieldError:
+    """before: bytes of the line, or of the file, before these."""
+    if not before and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return FieldError("line", "UTF-16; save the file as UTF-8.")
     return FieldError(
-        "line", f"byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8; save the file as UTF-8."
+        "line", f"byte {before + error.start + 1} (0x{data[error.start]:02x}) is not UTF-8; save the file as UTF-8."
     )
 
 
