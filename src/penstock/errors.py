@@ -9,6 +9,10 @@ class PenstockError(Exception):
 
     exit_code = 5
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows (IPython asks for it): the message, as the command line does."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UserError(PenstockError):
     """A flag, a path or a model that cannot work as given."""

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,14 @@ def test_sigterm_in_the_middle_of_a_ppo_step_keeps_the_experience_in_flight(stag
     assert state["experience"] is not None
     assert 0 < state["update"] < 4
     assert outcome(ppo(config, resume=True)) == whole
+
+
+def test_a_thread_trains_as_the_main_one_does(stage_config):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with ThreadPoolExecutor(1) as pool:
+        threaded = outcome(pool.submit(sft, stage_config("sft", "thread")).result(conftest.PATIENCE))
+    assert threaded == outcome(sft(stage_config("sft", "run")))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_a_flipped_byte_falls_back_to_the_older_checkpoint(stage_config, capsys):

@@ -1,4 +1,4 @@
-"""Progress of a run: one live line in a terminal, one plain line per step elsewhere, or JSON."""
+"""Progress of a run: live lines in a terminal or a notebook, one plain line per step elsewhere, or JSON."""
 
 import sys
 import time
@@ -33,6 +33,10 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
+REFRESHES = 4
+"""Times a second that live lines change."""
+
+
 class Progress:
     """Shows steps start + 1 .. total, unless `quiet`. `note` gets the plain line too, for log.txt."""
 
@@ -43,13 +47,17 @@ class Progress:
         self.total, self.title, self.note, self.json, self.quiet = total, title, note, json, quiet
         self._start, self._began = start, time.perf_counter()
         self._widths: dict[str, int] = {}
-        self._live = None
-        if sys.stderr.isatty() and not json and not quiet:
+        self._live = self._cell = None
+        if json or quiet:
+            return
+        if sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=False)
+            self._live = Live(console=Console(stderr=True), refresh_per_second=REFRESHES, transient=False)
             self._live.start()
+        elif in_notebook():
+            self._cell = _Cell()
 
     def update(self, step: int, stats: Mapping[str, float]) -> None:
         if self.json:
@@ -61,6 +69,8 @@ class Progress:
         self.note(plain)
         if self._live is not None:
             self._live.update(self._screen(step, fields, left))
+        elif self._cell is not None:
+            self._cell.update(plain, self._page(step, fields, left))
         elif not self.json and not self.quiet:
             print(plain, file=sys.stderr, flush=True)
 
@@ -69,9 +79,11 @@ class Progress:
         return (time.perf_counter() - self._began) / max(step - self._start, 1)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Leaves the terminal as it was, with the last step's lines."""
         if self._live is not None:
             self._live.stop()
+        if self._cell is not None:
+            self._cell.show()
 
     def _fields(self, stats: Mapping[str, float]) -> list[tuple[str, str]]:
         """(label, text) of each column this run has shown so far; a dash where this step did not measure it."""
@@ -104,6 +116,39 @@ class Progress:
         )
         numbers = [Text.assemble((f"{label} ", "dim"), value.strip()) for label, value in fields]
         return Group(head, Columns(numbers, padding=(0, 2), equal=True))
+
+    def _page(self, step: int, fields: list[tuple[str, str]], left: str) -> str:
+        """The same as HTML."""
+        numbers = " &nbsp; ".join(f"<small>{label}</small> {value.strip()}" for label, value in fields)
+        bar = f'<progress value="{step}" max="{self.total}"></progress>'
+        return f"<b>{self.title}</b> {bar} step {step} of {self.total}, {left} left<br>{numbers}"
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process's code: Jupyter's own, an editor's or Colab's."""
+    shell = sys.modules.get("ipykernel.zmqshell")
+    return shell is not None and shell.ZMQInteractiveShell.initialized()
+
+
+class _Cell:
+    """Lines in a notebook's output, written over. rich's Live would need ipywidgets in the kernel and the front end."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self._content = {"text/plain": ""}
+        self._handle = display(self._content, raw=True, display_id=True)
+        self._due = 0.0
+
+    def update(self, plain: str, html: str) -> None:
+        self._content = {"text/plain": plain, "text/html": html}
+        if time.perf_counter() >= self._due:
+            self.show()
+
+    def show(self) -> None:
+        """The newest content."""
+        self._handle.update(self._content, raw=True)
+        self._due = time.perf_counter() + 1 / REFRESHES
 
 
 def clock(seconds: float) -> str:

@@ -123,7 +123,9 @@ class Session:
                 self._lines["health"].write({"step": 0, "text": text})
             settings = {"command": self.command, **self._flags, "out": str(self.path.absolute())}
             self._loggers = Loggers(self.config.run.log, self.path, settings, partial(self.say, loud=True))
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        # Python lets the main thread alone handle signals; a run in another one ends with its process, as by kill -9.
+        main = threading.current_thread() is threading.main_thread()
+        for signum in (signal.SIGTERM, signal.SIGINT) if main else ():
             self._handlers[signum] = signal.signal(signum, self._note_signal)
         return self
 
