@@ -1,7 +1,7 @@
 """What somebody may get a model to say so that a page which shows it runs their code, or fetches something of theirs.
 
 Each would open a dialog, set `window.hurt`, or ask the host evil.invalid for something, in a page that is careless in
-one particular way: raw HTML, URLs, attributes, markdown's own syntax, parsers that disagree, clobbered names.
+one particular way: raw HTML, URLs, attributes, markdown's own syntax, formulas, parsers that disagree, clobbered names.
 """
 
 HANDLERS = [
@@ -105,4 +105,13 @@ PARSERS = [
     "javascript:/*--></title></style></textarea></script></xmp><svg/onload='+/\"/+/onmouseover=1/+/[*/[]/+alert(1)//'>",
     "\"'--></style></script><svg onload=alert(1)>",
 ]  # fmt: skip
-PAYLOADS = [*HANDLERS, *SCRIPTS, *FETCHES, *LINKS, *MARKDOWN, *PARSERS]
+FORMULAS = [
+    r"\(\href{javascript:alert(1)}{x}\)", r"$$\includegraphics{http://evil.invalid/x.png}$$",
+    r"$\url{javascript:alert(1)}$",
+    r"\(\htmlData{onload=alert(1)}{x}\)", r"\(\htmlStyle{background:url(http://evil.invalid/y.png)}{x}\)",
+    r"\[\htmlId{app}{x}\htmlClass{send}{y}\]", r"\(\text{<img src=x onerror=alert(1)>}\)",
+    "$<img src=x onerror=alert(1)>$",
+    r"\(\color{red;background:url(http://evil.invalid/z.png)}x\)", "\\(\"><img src=x onerror=alert(1)>\\)",
+    r"$$\def\x{<script>alert(1)</script>}\x$$", r"\(\unicode{60}script\)", r"\(\rule{1em}{1em} onload=alert(1)\)",
+]  # fmt: skip
+PAYLOADS = [*HANDLERS, *SCRIPTS, *FETCHES, *LINKS, *MARKDOWN, *PARSERS, *FORMULAS]

@@ -6,7 +6,8 @@ import { answering, chat, forget, newChat, openChat, send, setSystem, stop, watc
 import { $, announce, copy, h, icon, replace, toast } from "./dom.js";
 import { change, makeControls, settings } from "./settings.js";
 import { loadList, setCurrent, startSidebar, touch, whenRenamed } from "./sidebar.js";
-import { drawText, drawThread, isDrawn, nearEnd, toEnd } from "./thread.js";
+import { farFromEnd, keepUp, startScroll, toEnd } from "./scroll.js";
+import { drawText, drawThread, isDrawn } from "./thread.js";
 
 const REMEMBERED = "penstock.remembered"; // this browser logged in before: ask the server before asking for the key
 const THEMES = ["system", "light", "dark"];
@@ -102,7 +103,7 @@ async function route() {
     newChat();
   }
   setCurrent(chat.id);
-  toEnd($("scroll"));
+  toEnd();
 }
 
 function goToNewChat() {
@@ -182,19 +183,18 @@ function drawGrown(now) {
     frame = requestAnimationFrame(drawGrown);
     return;
   }
-  const stuck = nearEnd($("scroll"));
   for (const message of growing) {
     if (isDrawn(message)) drawText(message);
     else if (chat.tree.messages.has(message.id)) drawThread(guard);
   }
   growing.clear();
   restUntil = now + 4 * (performance.now() - now);
-  if (stuck) toEnd($("scroll"));
+  keepUp();
   drawLatest();
 }
 
 function drawLatest() {
-  $("to-latest").hidden = nearEnd($("scroll"));
+  $("to-latest").hidden = !farFromEnd();
 }
 
 setInterval(() => {
@@ -287,11 +287,11 @@ $("composer").onsubmit = async (event) => {
   if (!text.trim() || $("send").dataset.sending) return;
   $("send").dataset.sending = "yes"; // until the server has the message; then the button is Stop
   fill("");
-  toEnd($("scroll"));
+  toEnd();
   if (!(await guard(() => send(text)))) fill(text);
   delete $("send").dataset.sending;
   if (chat.id !== null) touch(chat);
-  toEnd($("scroll"));
+  toEnd();
 };
 
 $("prompt").onkeydown = (event) => {
@@ -326,8 +326,9 @@ $("thread").addEventListener("click", async (event) => {
   button.lastChild.textContent = "Copied";
   setTimeout(() => (button.lastChild.textContent = "Copy"), 1500);
 });
-$("scroll").onscroll = drawLatest;
-$("to-latest").onclick = () => toEnd($("scroll"));
+$("thread").addEventListener("resized", keepUp); // formulas are drawn late
+startScroll(drawLatest);
+$("to-latest").onclick = toEnd;
 
 function openSidebar() {
   document.body.classList.add("sidebar-open");

@@ -13,6 +13,9 @@ export function h(tag, props = {}, ...children) {
   return element;
 }
 
+/** Text as HTML, for what goes through the sanitiser. */
+export const escaped = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
+
 /** A picture from the sprite in index.html. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -46,6 +49,48 @@ export function replace(container, ...children) {
   while (container.childNodes.length > children.length) container.lastChild.remove();
   if (!before?.dataset.key || document.activeElement === before) return;
   [...container.querySelectorAll("[data-key]")].find((one) => one.dataset.key === before.dataset.key)?.focus();
+}
+
+/** Makes `old` look like `fresh` and keeps every node that need not change, with the selection, focus and scrolling in it. */
+export function morph(old, fresh) {
+  const wanted = [...fresh.childNodes];
+  wanted.forEach((next, i) => {
+    const there = old.childNodes[i];
+    if (!there) old.append(next);
+    else if (!alike(there, next)) there.replaceWith(next);
+    else if (next instanceof Text) morphText(there, next.data);
+    else if (!next.matches(".math")) {
+      morphAttributes(there, next);
+      morph(there, next);
+    }
+  });
+  while (old.childNodes.length > wanted.length) old.lastChild.remove();
+}
+
+/** A formula is drawn once: it is another one as soon as its source is. */
+const alike = (there, next) => there.nodeName === next.nodeName && there.dataset?.tex === next.dataset?.tex;
+
+function morphText(node, text) {
+  let kept = 0;
+  while (kept < text.length && node.data[kept] === text[kept]) kept++;
+  if (kept < Math.max(text.length, node.length)) node.replaceData(kept, node.length - kept, text.slice(kept));
+}
+
+function morphAttributes(there, next) {
+  for (const { name, value } of next.attributes) if (there.getAttribute(name) !== value) there.setAttribute(name, value);
+  for (const { name } of [...there.attributes]) {
+    if (!next.hasAttribute(name) && name !== "open") there.removeAttribute(name); // what a person opened stays open
+  }
+}
+
+/** Does something that moves elements, and selects again what was selected. */
+export function keepSelection(action) {
+  const selection = getSelection();
+  const { anchorNode, anchorOffset, focusNode, focusOffset, isCollapsed } = selection;
+  action();
+  if (isCollapsed || !anchorNode.isConnected || !focusNode.isConnected) return;
+  if (selection.anchorNode === anchorNode && selection.focusNode === focusNode && !selection.isCollapsed) return;
+  selection.setBaseAndExtent(anchorNode, anchorOffset, focusNode, focusOffset);
 }
 
 export const $ = (id) => document.getElementById(id);

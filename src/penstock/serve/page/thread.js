@@ -1,8 +1,11 @@
 // Draws the path of the open conversation. Called again after every change; the text of an unfinished answer is drawn
 // alone (`drawText`), so that a token costs one paragraph and not the page.
 
-import { $, announce, copy, h, icon, iconButton, replace, toast } from "./dom.js";
+import { $, announce, copy, h, icon, iconButton, keepSelection, morph, replace, toast } from "./dom.js";
 import { render } from "./markdown.js";
+import { typeset } from "./maths.js";
+import { keepUp } from "./scroll.js";
+import { splitThinking } from "./thinking.js";
 import { answer, answering, chat, edit, goOn, judge, pick, run, thumb } from "./chat.js";
 import { pairOf, path } from "./tree.js";
 
@@ -13,16 +16,8 @@ let editing = null; // {id, content}: the message whose wording is being changed
 /** Draws everything. */
 export function drawThread(guarded) {
   const steps = path(chat.tree);
-  const scroll = $("scroll");
-  const stuck = nearEnd(scroll);
-  replace($("thread"), ...steps.map((step, i) => drawStep(step, i === steps.length - 1, guarded)));
-  if (stuck) toEnd(scroll);
-}
-
-export const nearEnd = (scroll) => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
-
-export function toEnd(scroll) {
-  scroll.scrollTop = scroll.scrollHeight;
+  keepSelection(() => replace($("thread"), ...steps.map((step, i) => drawStep(step, i === steps.length - 1, guarded))));
+  keepUp();
 }
 
 /** Makes a turn again only if it looks different: the cost of a message must not grow with the conversation. */
@@ -35,7 +30,13 @@ function drawStep(step, isLast, guarded) {
     return drawn.element;
   }
   const draw = option.length === 2 ? drawPair : option[0].role === "user" ? drawUser : drawAnswer;
-  const element = draw(step, option, isLast, guarded);
+  let element;
+  try {
+    element = draw(step, option, isLast, guarded);
+  } catch (error) { // the other turns are drawn, and of this the text
+    console.error(error);
+    element = h("article", { class: "turn" }, option.map(({ content }) => h("p", { class: "plain" }, content)));
+  }
   turns.set(option[0], { element, looks });
   return element;
 }
@@ -218,9 +219,10 @@ function drawBody(message) {
 
 /** The element with an answer's text, made again only if the text has changed. */
 export function drawText(message) {
-  const drawn = texts.get(message) ?? { element: h("div", { class: "prose", dir: "auto" }), content: null };
+  const drawn = texts.get(message) ?? { element: h("div", { class: "prose" }), content: null };
   if (drawn.content !== message.content) {
-    drawn.element.replaceChildren(render(message.content));
+    morph(drawn.element, render(message.content));
+    typeset(drawn.element);
     drawn.content = message.content;
     texts.set(message, drawn);
   }
@@ -269,7 +271,7 @@ function switcher({ options, index, message }) {
 }
 
 const copyButton = (message) =>
-  iconButton("copy", "Copy this answer", (event) => copyFrom(event, message.content), { key: `copy ${message.id}` });
+  iconButton("copy", "Copy this answer", (event) => copyFrom(event, splitThinking(message.content).answer), { key: `copy ${message.id}` });
 
 function thumbs(message, guarded) {
   const value = chat.tree.thumbs.get(message.id) ?? 0;
