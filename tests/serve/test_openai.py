@@ -25,6 +25,18 @@ def test_there_are_forty_cases():
     assert len(CASES) == 40
 
 
+def test_a_last_turn_of_the_assistant_is_gone_on_with(client):
+    """The tests' template writes nothing around a turn, so that the same text without a template is the oracle."""
+    beginning = "A pipe that"
+    asked = {**ASK, "messages": [*ASK["messages"], {"role": "assistant", "content": beginning}]}
+    assert fails(openai.BadRequestError, lambda: client.chat.completions.create(**asked)).param == "messages[1].role"
+    answer = client.chat.completions.create(**asked, extra_body={"continue_final_message": True})
+    text = ASK["messages"][0]["content"] + "\n" + beginning
+    wanted = client.completions.create(model="tiny", prompt=text, max_tokens=ASK["max_tokens"], seed=ASK["seed"])
+    assert answer.choices[0].message.content == wanted.choices[0].text
+    assert answer.usage == wanted.usage
+
+
 def test_a_full_server_is_a_rate_limit_and_the_client_tries_again(tmp_path):
     model = save_chatty(tmp_path / "tiny")
     with (

@@ -99,9 +99,17 @@ class Encoder:
         self.notes.clear()
         return lines
 
-    def encode_prompt(self, record: Prompt) -> list[int]:
-        """What precedes the response. Raises TooLongError when it leaves no room for `reserve` tokens."""
-        prompt = self._prompt(self._prepared(record))
+    def encode_prompt(self, record: Prompt, beginning: str = "") -> list[int]:
+        """What precedes the response, or of a chat's response that begins so what precedes its rest: that beginning
+        stands right behind what opens an answer, as if the model had sampled it.
+
+        Raises TooLongError when it leaves no room for `reserve` tokens.
+        """
+        record = self._prepared(record)
+        prompt = self._prompt(record)
+        if beginning:
+            opened = self._render(record, record.messages or (), answer=True)
+            prompt += self._tokens(self._pieces.quote(beginning), record.where, opened)
         return self.limits.shortened(prompt, self.max_length - self.limits.reserve, record.where)
 
     def encode_demonstration(self, record: Demonstration) -> Example:

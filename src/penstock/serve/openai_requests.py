@@ -117,6 +117,7 @@ class ChatRequest(Sampled):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
+    continue_final_message: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -162,20 +163,39 @@ def encode_chat(request: ChatRequest, model: ServedModel) -> EncodedRequest:
     _refuse(request, CHANGES_CHAT)
     for i, message in enumerate(request.messages):
         _refuse(message, CHANGES_MESSAGE, f"messages[{i}].")
-        if message.role in ("system", "developer") and i > 0:
-            raise ApiError(400, "a system message belongs at the start; move it there.", param=f"messages[{i}].role")
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true beside it.", param="top_logprobs")
     limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens")
-    turns = tuple(
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        for message in request.messages
-    )
-    prompt = _encode(model, Prompt(messages=turns, where="messages"), "messages")
+    turns, beginning = _turns(request)
+    prompt = _encode(model, Prompt(messages=turns, where="messages"), "messages", beginning)
     sampling = _sampling(request, model, max(limits, default=model.length), request.top_logprobs or 0)
     return EncodedRequest([prompt], sampling, request.stops, bool(request.logprobs))
+
+
+def _turns(request: ChatRequest) -> tuple[tuple[dict[str, str], ...], str]:
+    """The turns that precede the answer, and how it begins: the assistant's last turn, where it is to be continued.
+
+    An empty turn of the assistant says nothing, and some templates fail on it: it is left out.
+    """
+    turns = [{"role": message.role, "content": message.text} for message in request.messages]
+    turns = [turn for turn in turns if turn["role"] != "assistant" or turn["content"]]
+    if not turns:
+        raise ApiError(400, "messages holds empty turns of the assistant only; add a user's.", param="messages")
+    last = f"messages[{len(request.messages) - 1}].role"
+    if turns[-1]["role"] != "assistant":
+        # An empty one at the end is a place for the answer, and going on with nothing is answering.
+        if request.continue_final_message and request.messages[-1].role != "assistant":
+            text = "continue_final_message goes on with an assistant's turn, and the last one is not; leave it out."
+            raise ApiError(400, text, param="continue_final_message")
+        return tuple(turns), ""
+    if not request.continue_final_message:
+        text = "the last turn is the assistant's; end with a user's, or go on with it: continue_final_message: true."
+        raise ApiError(400, text, param=last)
+    if len(turns) == 1:
+        raise ApiError(400, "an answer is continued behind what it answers; put a user's turn in front.", param=last)
+    return tuple(turns[:-1]), turns[-1]["content"]
 
 
 def encode_text(request: CompletionRequest, model: ServedModel) -> EncodedRequest:
@@ -202,10 +222,10 @@ def encode_text(request: CompletionRequest, model: ServedModel) -> EncodedReques
     return EncodedRequest(prompts, sampling, request.stops, request.logprobs is not None, echo, answers)
 
 
-def _encode(model: ServedModel, record: Prompt, param: str) -> list[int]:
-    """A prompt's token ids. Raises ApiError when the chat template or the context refuses it."""
+def _encode(model: ServedModel, record: Prompt, param: str, beginning: str = "") -> list[int]:
+    """Token ids of a prompt and of how its answer begins. Raises ApiError where the template or the context refuses."""
     try:
-        ids = model.encoder.encode_prompt(record)
+        ids = model.encoder.encode_prompt(record, beginning)
     except DataError as error:
         raise ApiError(400, str(error), param=param) from error
     if len(ids) >= model.length:
@@ -253,7 +273,7 @@ CHANGES_SAMPLED: dict[str, Any] = {
     "use_beam_search": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
 }  # fmt: skip
 """Keys that change what an answer means, with the values that do not; null never does."""
-CHANGES_CHAT = {**CHANGES_SAMPLED, "prediction": (), "continue_final_message": (False,)}
+CHANGES_CHAT = {**CHANGES_SAMPLED, "prediction": ()}
 CHANGES_TEXT = {**CHANGES_SAMPLED, "suffix": ("",), "best_of": (1,)}
 CHANGES_MESSAGE: dict[str, Any] = {"tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": ()}
 
