@@ -3,6 +3,10 @@
 import asyncio
 import contextlib
 import json
+import os
+import shutil
+import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -11,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from penstock.data.toyland import save_tokenizer
 from penstock.serve import auth
@@ -20,9 +25,11 @@ from penstock.serve.listener import address_of, listen
 from penstock.serve.server import Web
 from penstock.serve.service import Service
 from penstock.serve.store import open_store
-from tests.conftest import PATIENCE, save_tiny
+from tests.conftest import PATIENCE, free_port, save_tiny
 
 KEY = "a key for the tests"
+DEBIANS = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")))
+PG_CTL = shutil.which("pg_ctl") or next(iter(DEBIANS), None)
 TEXTS = ["What is a penstock? The gated pipe that feeds a turbine."]
 
 
@@ -155,3 +162,37 @@ def server(tmp_path_factory):
     with running(directory / "data", *models, rows=8, queue=32) as shared:
         yield shared
         assert shared.idle(), "a test left something running"
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL of our own for the session, or a skip where there is none: makes a new database's URL."""
+    if PG_CTL is None:
+        pytest.skip("no pg_ctl; Debian has it in the package postgresql")
+    base = Path(tempfile.mkdtemp(prefix="penstock-postgres-"))
+    programs, data = Path(PG_CTL).resolve().parent, base / "data"
+    port = free_port()
+    user: dict = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        shutil.chown(base, "nobody")
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": base, **user}
+    initdb = [str(programs / "initdb"), "-D", str(data), "-U", "penstock", "-A", "trust", "-E", "UTF8", "--no-sync"]
+    subprocess.run([*initdb, "--locale=C"], **quiet)
+    options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
+    logged = ["-w", "-t", str(PATIENCE), "-o", options, "-l", str(base / "log")]
+    subprocess.run([PG_CTL, "-D", str(data), *logged, "start"], **quiet)
+    names = []
+
+    def database():
+        names.append(f"test{len(names)}")
+        url = f"postgresql://penstock@127.0.0.1:{port}/"
+        engine = create_engine(url.replace("://", "+psycopg://") + "postgres", isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {names[-1]}"))
+        engine.dispose()
+        return url + names[-1]
+
+    yield database
+    subprocess.run([PG_CTL, "-D", str(data), "-m", "immediate", "stop"], **quiet)
+    shutil.rmtree(base)

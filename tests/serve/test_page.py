@@ -246,8 +246,11 @@ def speak(page: Any, served: ServedPage, *texts: str) -> None:
         body, text = route.request.post_data_json, queue.pop(0)
         conversation = urlsplit(route.request.url).path.split("/")[3]
         parent, model = body["parent_id"], body["model"]
-        message = served.store.add_message(conversation, parent, "assistant", "", model=model, sampling={})
-        ended = served.store.end_message(message["id"], text, "stop")
+        message = served.store.add_message(
+            conversation, parent, "assistant", "", model=model, sampling={}, message_id=body["id"]
+        )
+        ended = {**message, "content": text, "finish_reason": "stop"}
+        served.store.save_answers([ended])
         delta = {"type": "delta", "content": text}
         stream(route, [{"type": "message", "message": message}, delta, {"type": "done", "message": ended}])
 
@@ -330,6 +333,105 @@ def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures
     expect(page.locator(".note")).to_contain_text("Stopped.")
 
 
+def grows(page: Any, *, beyond: int = 0) -> int:
+    """Waits until the answer on the screen is longer; its length."""
+    page.wait_for_function("n => (document.querySelector('.prose')?.textContent.length ?? 0) > n", arg=beyond)
+    return page.evaluate("document.querySelector('.prose').textContent.length")
+
+
+def test_an_answer_is_seen_to_grow_after_a_reload_and_in_a_second_tab_and_is_stopped_there(open_page, served, watch):
+    page = open_page(sampling={"temperature": 0, "seed": 1})  # goes on to the end of the context
+    say(page, "Tell me more", wait=False)
+    length = grows(page)
+    page.reload()
+    length = grows(page, beyond=length)
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    other = page.context.new_page()
+    watch.over(other)
+    other.goto(page.url)
+    grows(other, beyond=length)
+    other.get_by_role("button", name="Stop").click()
+    settled(other)
+    settled(page)  # the first tab is told
+    expect(page.locator(".note")).to_contain_text("Stopped.")
+    [_, answer] = conversation_of(page, served)
+    assert answer["finish_reason"] == "cancelled"
+    assert page.locator(".prose").inner_text() == other.locator(".prose").inner_text()
+    other.close()
+
+
+def test_a_connection_that_is_lost_loses_nothing_of_an_answer(open_page, served):
+    page = open_page(sampling={"temperature": 0, "max_tokens": 40}, allowed=["ERR_FAILED"])
+    cut = []
+
+    def cut_off(route: Any) -> None:
+        """The answer begins on the server, and its events end after the first."""
+        cut.append(route.fetch(timeout=WAIT).text().split("\n\n")[0] + "\n\n")
+        route.fulfill(content_type="text/event-stream", body=cut[0])
+
+    page.route("**/replies", cut_off, times=1)
+    say(page, "A long one")
+    [_, answer] = conversation_of(page, served)
+    assert json.loads(cut[0].removeprefix("data: "))["message"]["id"] == answer["id"]
+    assert len(answers(page)) == 1
+    assert answers(page)[0].split() == answer["content"].split()
+    page.route("**/replies", lambda route: route.abort(), times=1)  # neither the request nor an answer gets through
+    say(page, "Another")
+    page.route("**/messages", lambda route: (route.fetch(), route.abort()), times=1)  # its reply is lost
+    say(page, "A third", wait=False)
+    expect(page.get_by_label("Message", exact=True)).to_have_value("A third")
+    page.get_by_label("Message", exact=True).press("Enter")
+    settled(page, "A third")
+    roles = [(message["role"], message["content"]) for message in conversation_of(page, served)]
+    assert [content for role, content in roles if role == "user"] == ["A long one", "Another", "A third"]
+    assert len(roles) == 6
+
+
+def test_a_tab_that_comes_back_shows_what_another_wrote(open_page, served):
+    page = open_page()
+    say(page, "Hello")
+    other = page.context.new_page()
+    other.goto(page.url)
+    settled(other, "Hello")
+    say(other, "And the owl?")
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    settled(page, "And the owl?")
+    assert answers(page) == answers(other)
+    other.close()
+
+
+def test_what_a_server_left_unfinished_goes_on_in_place(open_page, served):
+    page = open_page(sampling={"max_tokens": 12, "temperature": 0})
+    say(page, "Hello")
+    [_, answer] = conversation_of(page, served)
+    served.store.save_answers([{**answer, "content": "Half", "finish_reason": "interrupted"}])  # as the next start does
+    reload(page)
+    expect(page.locator(".note")).to_contain_text("The server ended while it wrote this.")
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator(".prose")).to_have_text(re.compile("Half.+", re.DOTALL))
+    settled(page)
+    assert conversation_of(page, served)[1]["content"].startswith("Half")
+    assert len(conversation_of(page, served)) == 2
+
+
+def test_editing_and_deleting_stop_the_answer_that_is_being_written(open_page, served):
+    page = open_page(sampling={"temperature": 0, "seed": 1})
+    say(page, "Tell me all", wait=False)
+    grows(page)
+    page.get_by_role("button", name="Edit this message").click()
+    page.get_by_label("Edit the message").fill("Tell me less")
+    page.keyboard.press("Enter")
+    page.locator(".bubble").filter(has_text="Tell me less").wait_for()
+    assert eventually(lambda: conversation_of(page, served)[1]["finish_reason"] == "cancelled")
+    grows(page)
+    line = page.locator(".conversations li.current")
+    line.hover()
+    line.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator(".welcome")).to_be_visible()
+    assert eventually(lambda: "penstock_serve_rows_used 0.0" in page.request.get(f"{served.url}/metrics").text())
+
+
 def test_answering_again_adds_an_alternative_and_keeps_the_first(open_page, served):
     page = open_page(sampling={"max_tokens": 12})
     say(page, "Hello")
@@ -368,14 +470,22 @@ def test_editing_a_message_starts_a_branch_with_the_old_one_beside_it(open_page,
     assert page.locator(".bubble").count() == 2
 
 
-def test_an_answer_cut_by_its_length_can_go_on(open_page, served):
+def test_an_answer_cut_by_its_length_goes_on_in_place(open_page, served):
     page = open_page(sampling={"max_tokens": 3, "temperature": 0})
     say(page, "Count")
     expect(page.locator(".note")).to_contain_text("Stopped at the length limit.")
+    [before] = answers(page)
     page.get_by_role("button", name="Continue").click()
-    settled(page, "Continue.")
-    texts = [message["content"] for message in conversation_of(page, served) if message["role"] == "user"]
-    assert texts == ["Count", "Continue."]
+    expect(page.locator(".prose")).not_to_have_text(before)
+    settled(page)
+    [after] = answers(page)
+    [question, answer] = conversation_of(page, served)
+    assert question["content"] == "Count"
+    assert answer["content"].startswith(before)
+    assert (answer["content"].split(), len(answer["sampling"]["continued"])) == (after.split(), 1)
+    reload(page)
+    assert answers(page) == [after]
+    say(page, "And then?")
     expect(page.get_by_role("button", name="Continue")).to_have_count(1)  # only behind the last
 
 
@@ -673,8 +783,9 @@ def test_no_payload_runs_from_history_titles_or_exports(open_page, served):
     conversation, parent = store.add_conversation("payloads", PAYLOADS[0])["id"], None
     for payload in PAYLOADS:
         question = store.add_message(conversation, parent, "user", payload)["id"]
-        parent = store.add_message(conversation, question, "assistant", "", model=payload, sampling={})["id"]
-        store.end_message(parent, payload, "stop")
+        answer = store.add_message(conversation, question, "assistant", "", model=payload, sampling={})
+        store.save_answers([{**answer, "content": payload, "finish_reason": "stop"}])
+        parent = answer["id"]
     page = open_page()
     page.goto(f"{served.url}/#/{conversation}")
     settled(page)
@@ -733,24 +844,21 @@ def test_a_failed_answer_says_why_and_can_be_tried_again(open_page, served):
     assert page.locator(".bubble").all_inner_texts() == ["Shorter"]
 
     failure = {"type": "error", "error": {"message": "the model failed", "type": "t", "param": None, "code": "c"}}
-    endings = [[failure], []]
 
     def break_off(route: Any) -> None:
         conversation = conversation_of(page, served)[0]["conversation_id"]
-        parent = route.request.post_data_json["parent_id"]
-        message = served.store.add_message(conversation, parent, "assistant", "", model="left")
-        served.store.end_message(message["id"], "Half an", "error")
-        delta = {"type": "delta", "content": "Half an"}
-        stream(route, [{"type": "message", "message": message}, delta, *endings.pop(0)])
+        asked = route.request.post_data_json
+        parent = asked["parent_id"]
+        message = served.store.add_message(conversation, parent, "assistant", "", model="left", message_id=asked["id"])
+        served.store.save_answers([{**message, "content": "Half an", "finish_reason": "error"}])
+        stream(route, [{"type": "message", "message": message}, {"type": "delta", "content": "Half an"}, failure])
 
-    page.route("**/replies", break_off, times=2)
+    page.route("**/replies", break_off, times=1)
     say(page, "Break", wait=False)
     expect(page.locator(".note.failed")).to_contain_text("the model failed")
     assert answers(page)[-1] == "Half an"
     page.get_by_role("button", name="Try again").click()
-    expect(page.locator(".note.failed")).to_contain_text("The connection was lost")
-    page.get_by_role("button", name="Try again").click()
-    expect(page.locator(".switcher span").last).to_have_text("3/3")
+    expect(page.locator(".switcher span").last).to_have_text("2/2")
     settled(page)
 
 

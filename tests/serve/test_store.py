@@ -1,60 +1,16 @@
 """The store in SQLite and in a real PostgreSQL: the same schema, the same rows; and errors of a damaged one."""
 
 import contextlib
-import os
-import shutil
 import sqlite3
-import subprocess
-import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
 
 from penstock.errors import DataError, UserError
 from penstock.serve.store import open_store
 from penstock.serve.tables import metadata
-from tests.conftest import PATIENCE, free_port
-
-DEBIANS = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")))
-PG_CTL = shutil.which("pg_ctl") or next(iter(DEBIANS), None)
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    """A PostgreSQL of our own for the session, or a skip where there is none: makes a new database's URL."""
-    if PG_CTL is None:
-        pytest.skip("no pg_ctl; Debian has it in the package postgresql")
-    base = Path(tempfile.mkdtemp(prefix="penstock-postgres-"))
-    programs, data = Path(PG_CTL).resolve().parent, base / "data"
-    port = free_port()
-    user: dict = {}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
-        shutil.chown(base, "nobody")
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": base, **user}
-    initdb = [str(programs / "initdb"), "-D", str(data), "-U", "penstock", "-A", "trust", "-E", "UTF8", "--no-sync"]
-    subprocess.run([*initdb, "--locale=C"], **quiet)
-    options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
-    logged = ["-w", "-t", str(PATIENCE), "-o", options, "-l", str(base / "log")]
-    subprocess.run([PG_CTL, "-D", str(data), *logged, "start"], **quiet)
-    names = []
-
-    def database():
-        names.append(f"test{len(names)}")
-        url = f"postgresql://penstock@127.0.0.1:{port}/"
-        engine = create_engine(url.replace("://", "+psycopg://") + "postgres", isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {names[-1]}"))
-        engine.dispose()
-        return url + names[-1]
-
-    yield database
-    subprocess.run([PG_CTL, "-D", str(data), "-m", "immediate", "stop"], **quiet)
-    shutil.rmtree(base)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -65,6 +21,11 @@ def store(request, tmp_path):
         yield opened
 
 
+def end(store, message, content, finish_reason="stop"):
+    """Stores how an answer ended. Returns the ids of deleted ones."""
+    return store.save_answers([{**message, "content": content, "finish_reason": finish_reason}])
+
+
 def add_example(store, system="Be brief."):
     """A conversation with one question and two answers; their ids."""
     conversation = store.add_conversation("", system)["id"]
@@ -73,7 +34,8 @@ def add_example(store, system="Be brief."):
     for i, words in enumerate(("A gate.", "A fish.")):
         source = {"model": "tiny", "model_digest": f"{i}" * 64, "sampling": {"seed": i}}
         message = store.add_message(conversation, question, "assistant", "", **source)
-        answers.append(store.end_message(message["id"], words, "stop")["id"])
+        end(store, message, words)
+        answers.append(message["id"])
     return conversation, question, answers
 
 
@@ -136,6 +98,7 @@ def test_conversations_come_newest_first_page_by_page(store):
 
 def test_titles_and_system_prompts_change_and_all_goes_with_a_conversation(store):
     conversation, _, answers = add_example(store)
+    row = store.message(answers[0], conversation)
     store.vote_thumb(answers[0], 1)
     assert store.change_conversation(conversation, {"title": "mine"})["title"] == "mine"
     assert store.change_conversation(conversation, {"system": ""})["system"] == ""
@@ -146,7 +109,7 @@ def test_titles_and_system_prompts_change_and_all_goes_with_a_conversation(store
         store.messages(conversation)
     with pytest.raises(LookupError):
         store.remove_conversation(conversation)
-    assert store.end_message(answers[0], "too late", "stop") is None
+    assert end(store, row, "too late") == {answers[0]}
 
 
 def test_a_vote_keeps_the_whole_comparison_and_a_second_one_replaces_it(store):
@@ -197,7 +160,66 @@ def test_an_answer_that_a_killed_server_left_is_ended(store):
     conversation, question, _ = add_example(store)
     store.add_message(conversation, question, "assistant", "")
     store.end_unfinished()
-    assert [row["finish_reason"] for row in store.messages(conversation)] == [None, "stop", "stop", "cancelled"]
+    assert [row["finish_reason"] for row in store.messages(conversation)] == [None, "stop", "stop", "interrupted"]
+
+
+def test_a_message_that_is_sent_again_is_there_once_though_it_is_sent_at_once(store):
+    conversation = store.add_conversation("", "")["id"]
+    name, rows, failures = "msg_" + "a" * 24, [], []
+
+    def send():
+        try:
+            rows.append(store.add_message(conversation, None, "user", "Hello", message_id=name))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=send) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert [row["id"] for row in rows] == [name] * 8
+    assert [row["id"] for row in store.messages(conversation)] == [name]
+    other = store.add_conversation("", "")["id"]
+    for changes in ((other, None, "user", "Hello"), (conversation, None, "user", "Bye")):
+        with pytest.raises(ValueError, match="draw another id"):
+            store.add_message(*changes, message_id=name)
+
+
+def test_texts_of_answers_are_stored_in_one_go_and_deleted_ones_are_named(store):
+    conversation, question, (first, second) = add_example(store)
+    other, _, (gone, _) = add_example(store)
+    rows = [store.message(first, conversation), store.message(second, conversation), store.message(gone, other)]
+    store.remove_conversation(other)
+    assert store.save_answers([{**row, "content": "more", "finish_reason": None} for row in rows]) == {gone}
+    stored = store.messages(conversation)[1:]
+    assert [(row["content"], row["finish_reason"]) for row in stored] == [("more", None)] * 2
+    assert store.save_answers([]) == set()
+    assert store.message(question, conversation)["content"] == "What is\na penstock?"
+
+
+def test_an_answer_that_goes_on_keeps_how_each_part_was_sampled(store):
+    conversation, question, (answer, other) = add_example(store)
+    for seed in (5, 6):
+        row = store.reopen_answer(answer, conversation, {"seed": seed})
+        assert (row["content"], row["finish_reason"]) == ("A gate.", None)
+        end(store, row, "A gate.", "length")
+    parts = [{"at": 7, "seed": 5}, {"at": 7, "seed": 6}]
+    assert store.message(answer, conversation)["sampling"] == {"seed": 0, "continued": parts}
+    store.add_message(conversation, other, "user", "Really?")
+    for name, says in ((question, "is no answer"), (other, "follows this answer")):
+        with pytest.raises(ValueError, match=says):
+            store.reopen_answer(name, conversation, {})
+
+
+def test_what_is_below_a_message(store):
+    conversation, question, (first, second) = add_example(store)
+    follow_up = store.add_message(conversation, second, "user", "Really?")["id"]
+    edited = store.add_message(conversation, None, "user", "What is a weir?")["id"]
+    assert store.below(second, conversation) == {second, follow_up}
+    assert store.below(question, conversation) == {question, first, second, follow_up}
+    assert store.below(None, conversation) >= {question, first, second, follow_up, edited}
 
 
 def test_many_threads_write_at_once(store):

@@ -27,7 +27,7 @@ RENDERED = ("name", "tool_call_id", "tool_calls", *REASONING)
 """Fields of a turn that are handed to the template as they are."""
 LEARNED = ("weight", "train", "loss")
 """0 or false on an assistant's turn: read and not learned (OpenAI's, axolotl's and ms-swift's names)."""
-TURN = {"role", "content", "from", "value", "function_call", *RENDERED, *LEARNED}
+TURN = {"role", "content", "from", "value", "function_call", *RENDERED, *LEARNED, "finish_reason"}
 
 NO_TEXT = ("messages", "conversations", "responses", "ranking", "prompt_ids", "response_ids", "tools", "functions",
            "history", "label", "weight")  # fmt: skip

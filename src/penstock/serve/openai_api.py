@@ -1,8 +1,9 @@
 """OpenAI's routes under /v1. They are thin: `openai_requests` reads a request, the scheduler runs it, and
-`openai_responses` writes the answer.
+`openai_responses` writes the answer, which ends when its client leaves.
 """
 
 import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -12,7 +13,6 @@ from starlette.responses import JSONResponse
 from penstock.serve import openai_requests, openai_responses
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import documented
-from penstock.serve.event_stream import EventStream, cancel_on_disconnect
 from penstock.serve.openai_requests import ChatRequest, CompletionRequest
 from penstock.serve.scheduler import Generation
 from penstock.serve.service import LARGE_BYTES, Service, service_of
@@ -81,3 +81,33 @@ async def _answer(
 
 def _card(model: ServedModel) -> dict[str, Any]:
     return {"id": model.id, "object": "model", "created": model.created, "owned_by": "penstock"}
+
+
+class EventStream(Response):
+    """Sends a generation as server-sent events, and cancels it as soon as the client disconnects."""
+
+    def __init__(self, service: Service, generation: Generation, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._service, self._generation, self._events = service, generation, events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Sends all events, or those until the client disconnects."""
+        watch = asyncio.create_task(cancel_on_disconnect(receive, self._service, self._generation))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            watch.cancel()
+            self._service.cancel(self._generation)
+            await self._events.aclose()
+            self._service.metrics.generated(self._generation)
+
+
+async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], service: Service, generation: Generation) -> None:
+    """Waits until the client disconnects, then cancels the generation."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    service.cancel(generation)

@@ -3,26 +3,28 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from penstock.serve import openai_requests
+from penstock.serve.answers import Answer
 from penstock.serve.auth import COOKIE, SESSION_SECONDS, csrf_of
+from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import ApiError, documented
-from penstock.serve.event_stream import EventStream
 from penstock.serve.openai_requests import Str
-from penstock.serve.scheduler import Generation
 from penstock.serve.service import Service, service_of
 
 MAX_CHARACTERS = 500_000
 """Of one message: it fits the body of a request, and is about the longest context of a model."""
 api = APIRouter(prefix="/api", tags=["page"], dependencies=[Depends(HTTPBearer(auto_error=False))])
+MessageId = Annotated[str, Field(pattern=r"^msg_[0-9a-f]{24}$")]
+"""Drawn by the client: a request that is sent again, because its reply was lost, adds nothing twice."""
 FAILS = documented(400, 401, 403, 404, 408, 413, 429)
 
 
@@ -54,16 +56,15 @@ class ConversationChanges(Strict):
 class NewMessage(Strict):
     """A user's turn: under an answer, or at the top (null). Another one there is another branch."""
 
+    id: MessageId | None = None
     parent_id: str | None = None
     role: Literal["user"]
     content: Annotated[Str, Field(min_length=1, max_length=MAX_CHARACTERS)]
 
 
-class NewReply(Strict):
-    """Which model shall answer which message, and how."""
+class Continuation(Strict):
+    """How an answer goes on; what is left out is as it was, but for the seed."""
 
-    parent_id: str
-    model: str
     temperature: openai_requests.Temperature | None = None
     top_p: openai_requests.Share | None = None
     top_k: openai_requests.TopK | None = None
@@ -71,6 +72,14 @@ class NewReply(Strict):
     max_tokens: openai_requests.Count | None = None
     seed: openai_requests.Seed | None = None
     repetition_penalty: openai_requests.RepetitionPenalty | None = None
+
+
+class NewReply(Continuation):
+    """Which model shall answer which message, and how."""
+
+    id: MessageId | None = None
+    parent_id: str
+    model: str
 
 
 class ThumbVote(Strict):
@@ -100,7 +109,10 @@ class Conversation(BaseModel):
 
 
 class StoredMessage(BaseModel):
-    """A message in a conversation's tree; an answer says which model gave it, how, and why it ended."""
+    """A message in a conversation's tree; an answer says which model gave it, how, and why it ended.
+
+    finish_reason: null while it is being written; `cancelled` by who watched; `interrupted` by a server's end.
+    """
 
     id: str
     conversation_id: str
@@ -109,7 +121,7 @@ class StoredMessage(BaseModel):
     content: str
     model: str | None
     sampling: dict[str, Any] | None
-    finish_reason: Literal["stop", "length", "cancelled", "error"] | None
+    finish_reason: Literal["stop", "length", "cancelled", "interrupted", "error"] | None
     created_at: str
 
 
@@ -239,94 +251,135 @@ def change_conversation(conversation_id: str, body: ConversationChanges, request
 
 
 @api.delete("/conversations/{conversation_id}", status_code=204, responses=FAILS)
-def remove_conversation(conversation_id: str, request: Request) -> Response:
-    """Removes a conversation with its messages and votes."""
+async def remove_conversation(conversation_id: str, request: Request) -> Response:
+    """Removes a conversation with its messages and votes, and stops its answers."""
+    service = service_of(request)
+    await service.answers.stop(service.answers.of(conversation_id))
     with _store_errors():
-        service_of(request).store.remove_conversation(conversation_id)
+        await asyncio.to_thread(service.store.remove_conversation, conversation_id)
     return Response(status_code=204)
 
 
 @api.post("/conversations/{conversation_id}/messages", status_code=201, response_model=StoredMessage, responses=FAILS)
-def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSONResponse:
-    """A user's message. Editing one is adding another under the same parent."""
+async def add_message(conversation_id: str, body: NewMessage, request: Request) -> JSONResponse:
+    """A user's message. Editing one is adding another under the same parent; it stops the answers below that."""
+    service = service_of(request)
+    store = service.store
     with _store_errors():
-        row = service_of(request).store.add_message(conversation_id, body.parent_id, "user", body.content)
+        row = await asyncio.to_thread(
+            store.add_message, conversation_id, body.parent_id, "user", body.content, message_id=body.id
+        )
+        if writing := service.answers.of(conversation_id):
+            below = await asyncio.to_thread(store.below, body.parent_id, conversation_id)
+            below -= await asyncio.to_thread(store.below, row["id"], conversation_id)  # where it was sent again
+            await service.answers.stop(answer for answer in writing if answer.row["id"] in below)
     return JSONResponse(_with_times(row), 201)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-@api.post(
-    "/conversations/{conversation_id}/replies", response_class=Response,
-    responses={
-        200: {"content": {"text/event-stream": {}}},
-        **documented(400, 401, 403, 404, 408, 413, 429, 503),
-    },
-)  # fmt: skip
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+ANSWER_FAILS = documented(400, 401, 403, 404, 408, 413, 429, 503)
+MESSAGE = "/conversations/{conversation_id}/messages/{message_id}"
+
+
+@api.post("/conversations/{conversation_id}/replies", response_class=Response, responses={**EVENTS, **ANSWER_FAILS})
 async def add_reply(conversation_id: str, body: NewReply, request: Request) -> Response:
-    """Has a model answer a message, as events: the stored message, what it gains, and how it ended."""
+    """Has a model answer a message, and shows it as GET .../events does. Who leaves does not stop it."""
     service = service_of(request)
+    if body.id is not None and (answer := service.answers.find(body.id)):
+        return _shown(answer)
     model = service.find(body.model)
     with _store_errors():
         turns = await asyncio.to_thread(service.store.turns, body.parent_id, conversation_id)
-    sampling = body.model_dump(exclude={"parent_id", "model"}, exclude_none=True)
+    sampling = body.model_dump(exclude={"id", "parent_id", "model"}, exclude_none=True)
+
+    def add(drawn: dict[str, Any]) -> dict[str, Any]:
+        return service.store.add_message(
+            conversation_id, body.parent_id, "assistant", "", model=model.id, model_digest=model.digest,
+            sampling=drawn, message_id=body.id,
+        )  # fmt: skip
+
+    return _shown(await _begin(service, model, {"messages": turns, **sampling}, sampling, add))
+
+
+@api.post(MESSAGE + "/continuation", response_class=Response, responses={**EVENTS, **ANSWER_FAILS})
+async def continue_answer(conversation_id: str, message_id: str, body: Continuation, request: Request) -> Response:
+    """Has an answer's model go on with it in place, and shows it as GET .../events does."""
+    service = service_of(request)
+    with _store_errors():
+        message = await asyncio.to_thread(service.store.message, message_id, conversation_id)
+        turns = await asyncio.to_thread(service.store.turns, message_id, conversation_id)
+    if writing := service.answers.find(message_id):
+        return _shown(writing)
+    model = service.find(message["model"] or "")
+    kept = {name: value for name, value in (message["sampling"] or {}).items() if name not in ("seed", "continued")}
+    sampling = {**kept, **body.model_dump(exclude_none=True)}
+    chat = {"messages": turns, "continue_final_message": bool(message["content"]), **sampling}
+
+    def reopen(drawn: dict[str, Any]) -> dict[str, Any]:
+        return service.store.reopen_answer(message_id, conversation_id, {**drawn, "model_digest": model.digest})
+
+    return _shown(await _begin(service, model, chat, sampling, reopen))
+
+
+@api.get(MESSAGE + "/events", response_class=Response, responses={**EVENTS, **FAILS})
+async def watch_answer(conversation_id: str, message_id: str, request: Request) -> Response:
+    """An answer as events: the message with its text so far, what it gains, and how it ended; at any time, to any
+    number of viewers."""
+    with _store_errors():
+        message = await asyncio.to_thread(service_of(request).store.message, message_id, conversation_id)
+    return _shown(service_of(request).answers.find(message_id) or Answer(message))
+
+
+@api.post(MESSAGE + "/stop", response_model=StoredMessage, responses=FAILS)
+async def stop_answer(conversation_id: str, message_id: str, request: Request) -> JSONResponse:
+    """Ends an answer as it is; one that has ended stays so."""
+    service = service_of(request)
+    with _store_errors():
+        await asyncio.to_thread(service.store.message, message_id, conversation_id)
+        await service.answers.stop(filter(None, [service.answers.find(message_id)]))
+        row = await asyncio.to_thread(service.store.message, message_id, conversation_id)
+    return JSONResponse(_with_times(row))
+
+
+async def _begin(
+    service: Service, model: ServedModel, chat: dict[str, Any], sampling: dict[str, Any],
+    store: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Answer:  # fmt: skip
+    """Begins to write an answer. `store`: stores its message, given the sampling with the seed that was drawn."""
     try:
-        chat = openai_requests.ChatRequest.model_validate({"model": body.model, "messages": turns, **sampling})
+        body = openai_requests.ChatRequest.model_validate({"model": model.id, **chat})
     except ValidationError as error:  # more turns than one request may have
         raise ApiError(400, f"this conversation cannot be sent: {error.errors()[0]['msg']}.") from error
-    size = sum(len(turn["content"]) for turn in turns)
-    encoded = await service.encode(size, openai_requests.encode_chat, chat, model)
-    sampling["seed"] = encoded.sampling.seed  # drawn by default: with it the same answer can be generated again
+    size = sum(len(message.text) for message in body.messages)
+    encoded = await service.encode(size, openai_requests.encode_chat, body, model)
     generation = service.begin(model, encoded)  # before the store: a refused request leaves no message
     try:
         with _store_errors():
-            message = await asyncio.to_thread(
-                service.store.add_message,
-                conversation_id,
-                body.parent_id,
-                "assistant",
-                "",
-                model=model.id,
-                model_digest=model.digest,
-                sampling=sampling,
-            )
+            # With the seed the same answer can be generated again.
+            message = await asyncio.to_thread(store, {**sampling, "seed": encoded.sampling.seed})
     except BaseException:
         service.cancel(generation)
         raise
-    return EventStream(service, generation, _reply_events(service, generation, message))
+    return service.answers.begin(message, generation)
 
 
-async def _reply_events(
-    service: Service, generation: Generation, message: dict[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    """The events of one answer. Its text is stored however it ends."""
-    texts: list[str] = []
-    reason, failure = "cancelled", None
+def _shown(answer: Answer) -> Response:
+    headers = {"x-accel-buffering": "no"}
+    return StreamingResponse(_events(answer), media_type="text/event-stream", headers=headers)
 
-    async def store() -> dict[str, Any] | None:
-        return await asyncio.to_thread(service.store.end_message, message["id"], "".join(texts), reason)
 
-    try:
-        yield _event(type="message", message=_with_times(message))
-        while reason == "cancelled":
-            pieces = await generation.pieces()
-            if not pieces:
-                return
-            for piece in pieces:
-                texts.append(piece.text)
-                reason, failure = piece.finish_reason or reason, piece.error
-            if text := "".join(piece.text for piece in pieces):
-                yield _event(type="delta", content=text)
-        stored = await store()
-        if failure is not None:
-            yield _event(type="error", **failure.body)
-        else:
-            whole = {**message, "content": "".join(texts), "finish_reason": reason}
-            yield _event(type="done", message=_with_times(stored or whole))
-    finally:
-        if reason == "cancelled":
-            await asyncio.shield(store())
+async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
+    message, seen = answer.message, len(answer.texts)
+    yield _event(type="message", message=_with_times(message))
+    async for text in answer.growth(seen):
+        yield _event(type="delta", content=text) if text else b": still here\n\n"
+    if answer.failure is not None:
+        yield _event(type="error", **answer.failure.body)
+    else:
+        yield _event(type="done", message=_with_times(answer.message))
 
 
 def _event(**fields: Any) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from penstock.serve.answers import Answers
 from penstock.serve.auth import Keys
 from penstock.serve.catalogue import Catalogue, ServedModel
 from penstock.serve.config import ServeConfig
@@ -46,6 +47,7 @@ class Service:
         self.config, self.store = config, store
         self.catalogue, self.metrics = Catalogue(config), Metrics()
         self.keys = Keys(store, config.per_key)
+        self.answers = Answers(store, self.cancel, self.metrics.generated)
         self.scheduler: Scheduler | None = None
         self.draining = False
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
@@ -73,6 +75,7 @@ class Service:
                 while self.scheduler.outstanding:
                     await asyncio.sleep(0.02)
         self.stop()
+        await self.answers.close()
         await asyncio.sleep(0.1)  # the last pieces are on their way to the clients
 
     def stop(self) -> None:

@@ -119,38 +119,77 @@ class Store:
             query = _tree_query(conversation_id).limit(MAX_MESSAGES)
             return [_only(row, MESSAGE) for row in connection.execute(query).mappings()]
 
+    def message(self, message_id: str, conversation_id: str) -> Row:
+        with self._engine.connect() as connection:
+            return _only(_message(connection, message_id, conversation_id), MESSAGE)
+
+    def below(self, message_id: str | None, conversation_id: str) -> set[str | None]:
+        """Ids of a message and of all that follow it; of all messages for None."""
+        ids = {message_id}
+        for row in self.messages(conversation_id):  # a parent comes before its children
+            if row["parent_id"] in ids:
+                ids.add(row["id"])
+        return ids
+
     def add_message(
         self, conversation_id: str, parent_id: str | None, role: str, content: str, *, model: str | None = None,
-        model_digest: str | None = None, sampling: Row | None = None,
+        model_digest: str | None = None, sampling: Row | None = None, message_id: str | None = None,
     ) -> Row:  # fmt: skip
-        """A user's message under an answer or at the top, or an answer under a user's. ValueError: any other place."""
+        """A user's message under an answer or at the top, or an answer under a user's. ValueError: any other place.
+
+        With an id of the caller's, adding it again returns what is there: a lost reply can be asked for twice.
+        """
         now = time.time()
         row = {
-            "id": _new_id("msg"), "conversation_id": conversation_id, "parent_id": parent_id, "role": role,
-            "content": content, "model": model, "model_digest": model_digest, "sampling": sampling,
+            "id": message_id or _new_id("msg"), "conversation_id": conversation_id, "parent_id": parent_id,
+            "role": role, "content": content, "model": model, "model_digest": model_digest, "sampling": sampling,
             "finish_reason": None, "created_at": now,
         }  # fmt: skip
         with self._engine.begin() as connection:
             conversation = _conversation(connection, conversation_id)
+            changes: Row = {"updated_at": now}
+            if not conversation["title"] and role == "user":
+                changes["title"] = " ".join(content.split())[:TITLE_LENGTH]
+            # First: PostgreSQL locks the row, and so adds no message twice at once.
+            connection.execute(sa.update(conversations).where(conversations.c.id == conversation_id).values(changes))
+            same = None if message_id is None else _row(connection, messages, message_id)
+            if same is not None:
+                _check_same(same, row)
+                return _only(same, MESSAGE)
             parent = None if parent_id is None else _message(connection, parent_id, conversation_id)
             if role == "assistant" and (parent is None or parent["role"] != "user"):
                 raise ValueError("an answer belongs under a user's message.")
             if role == "user" and parent is not None and parent["role"] != "assistant":
                 raise ValueError("a user's message belongs under an answer, or at the top (parent_id null).")
             connection.execute(sa.insert(messages).values(row))
-            changes: Row = {"updated_at": now}
-            if not conversation["title"] and role == "user":
-                changes["title"] = " ".join(content.split())[:TITLE_LENGTH]
-            connection.execute(sa.update(conversations).where(conversations.c.id == conversation_id).values(changes))
         return _only(row, MESSAGE)
 
-    def end_message(self, message_id: str, content: str, finish_reason: str) -> Row | None:
-        """Stores an answer's text and why it ended. None when the message has been deleted."""
+    def save_answers(self, rows: Collection[Row]) -> set[str]:
+        """Stores text and finish_reason of answers. Returns the ids of those that have been deleted."""
+        missing = set()
         with self._engine.begin() as connection:
-            changes = {"content": content, "finish_reason": finish_reason}
+            for row in rows:
+                changes = _only(row, ("content", "finish_reason"))
+                if not connection.execute(
+                    sa.update(messages).where(messages.c.id == row["id"]).values(changes)
+                ).rowcount:
+                    missing.add(row["id"])
+        return missing
+
+    def reopen_answer(self, message_id: str, conversation_id: str, part: Row) -> Row:
+        """Lets an answer go on in place. `part`: how; it is kept with the answer's sampling. ValueError: it cannot."""
+        with self._engine.begin() as connection:
+            answer = _message(connection, message_id, conversation_id)
+            follows = sa.select(messages.c.id).where(messages.c.parent_id == message_id).limit(1)
+            if answer["role"] != "assistant":
+                raise ValueError(f"{message_id} is no answer; only an answer is gone on with.")
+            if connection.scalar(follows) is not None:
+                raise ValueError("a message follows this answer; answer again instead.")
+            sampling = answer["sampling"] or {}
+            parts = [*sampling.get("continued", ()), {"at": len(answer["content"]), **part}]
+            changes = {"finish_reason": None, "sampling": {**sampling, "continued": parts}}
             connection.execute(sa.update(messages).where(messages.c.id == message_id).values(changes))
-            row = connection.execute(sa.select(messages).where(messages.c.id == message_id)).mappings().first()
-            return None if row is None else _only(row, MESSAGE)
+            return _only({**answer, **changes}, MESSAGE)
 
     def turns(self, message_id: str, conversation_id: str) -> list[dict[str, str]]:
         """The system prompt and the messages from the top down to this one, as roles and contents."""
@@ -162,7 +201,8 @@ class Store:
     def leaves(self, conversation_id: str | None = None) -> Iterator[list[dict[str, Any]]]:
         """Each path through the tree of one conversation or of all, from the top to a message without a successor.
 
-        An answer that was disliked or cut short has weight 0: training reads it and does not learn it.
+        An answer that was disliked or cut short has weight 0: training reads it and does not learn it. One that was cut
+        says why, as its finish_reason.
         """
         with self._engine.connect() as connection:
             if conversation_id is not None:
@@ -174,16 +214,15 @@ class Store:
             for conversation in rows:
                 tree = _tree(connection, conversation)
                 parents = {row["parent_id"] for row in tree.values()}
-                cut = {row["id"] for row in tree.values() if row["finish_reason"] not in (None, "stop")}
                 for message_id in tree:
                     if message_id not in parents:
-                        yield _path(tree, conversation, message_id, disliked | cut)
+                        yield _path(tree, conversation, message_id, disliked)
 
     def end_unfinished(self) -> None:
-        """Marks the answers that a killed server did not end as cancelled."""
+        """Marks the answers that a killed server did not end as interrupted."""
         unfinished = sa.and_(messages.c.role == "assistant", messages.c.finish_reason.is_(None))
         with self._engine.begin() as connection:
-            connection.execute(sa.update(messages).where(unfinished).values(finish_reason="cancelled"))
+            connection.execute(sa.update(messages).where(unfinished).values(finish_reason="interrupted"))
 
     # --- votes --------------------------------------------------------------------------------------------------------
 
@@ -245,10 +284,19 @@ def _message(connection: sa.Connection, message_id: str, conversation_id: str | 
     return row
 
 
+def _check_same(stored: Row, row: Row) -> None:
+    """Raises ValueError unless a message that is added again is the one that is stored."""
+    columns = ("conversation_id", "parent_id", "role") + (("content",) if row["role"] == "user" else ())
+    if any(stored[column] != row[column] for column in columns):
+        raise ValueError(f"there is another message {row['id']} already; draw another id.")
+
+
 def _answer(connection: sa.Connection, message_id: str) -> Row:
     row = _message(connection, message_id)
     if row["role"] != "assistant":
         raise ValueError(f"{message_id} is no answer; votes are about answers.")
+    if row["finish_reason"] is None:
+        raise ValueError("this answer is being written; vote when it has ended.")
     return row
 
 
@@ -262,14 +310,22 @@ def _tree(connection: sa.Connection, conversation: Row) -> dict[str, Row]:
 
 
 def _path(
-    tree: dict[str, Row], conversation: Row, message_id: str, unlearned: Collection[str] = ()
+    tree: dict[str, Row], conversation: Row, message_id: str, disliked: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The turns from the top of a tree down to a message, the system prompt first; the unlearned have weight 0."""
+    """The turns from the top of a tree down to a message, the system prompt first, without empty answers.
+
+    With the disliked, those and what was cut have weight 0, and what was cut its finish_reason.
+    """
     turns: list[dict[str, Any]] = []
     message = tree.get(message_id)
     while message is not None:
-        weight = {"weight": 0} if message["id"] in unlearned else {}
-        turns.append({"role": message["role"], "content": message["content"]} | weight)
+        turn = {"role": message["role"], "content": message["content"]}
+        if disliked is not None and message["role"] == "assistant":
+            cut = message["finish_reason"] != "stop"
+            turn |= {"weight": 0} if cut or message["id"] in disliked else {}
+            turn |= {"finish_reason": message["finish_reason"] or "interrupted"} if cut else {}
+        if message["role"] != "assistant" or message["content"]:
+            turns.append(turn)
         message = tree.get(message["parent_id"])
     if conversation["system"]:
         turns.append({"role": "system", "content": conversation["system"]})

@@ -51,7 +51,7 @@ export const conversations = {
   get: (id) => json("GET", at(id)),
   change: (id, fields) => json("PATCH", at(id), fields),
   remove: (id) => json("DELETE", at(id)),
-  say: (id, parent_id, content) => json("POST", `${at(id)}/messages`, { parent_id, role: "user", content }),
+  say: (id, message) => json("POST", `${at(id)}/messages`, { ...message, role: "user" }),
   exportUrl: (id) => `${at(id)}/export`,
 };
 
@@ -61,26 +61,31 @@ export const votes = {
   pair: (shown, chosen_id) => json("POST", "/api/votes", { kind: "pair", shown, chosen_id }),
 };
 
-/** The events of a reply as they arrive: message, then deltas, then done or error. */
-export async function* reply(id, request, signal) {
-  const response = await send("POST", `${at(id)}/replies`, request, signal);
+const message = (id, messageId) => `${at(id)}/messages/${encodeURIComponent(messageId)}`;
+
+/** Answers live on the server. Three ways to see one grow: each gives its events as they arrive: the message with its
+ * text so far, then deltas, then done or error. */
+export const answers = {
+  begin: (id, request, signal) => events("POST", `${at(id)}/replies`, request, signal),
+  goOn: (id, messageId, request, signal) => events("POST", `${message(id, messageId)}/continuation`, request, signal),
+  watch: (id, messageId, signal) => events("GET", `${message(id, messageId)}/events`, undefined, signal),
+  stop: (id, messageId) => json("POST", `${message(id, messageId)}/stop`),
+};
+
+async function* events(method, url, request, signal) {
+  const response = await send(method, url, request, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   while (true) {
-    const { value, done } = await reader.read().catch(lost);
+    const { value, done } = await reader.read().catch((error) => {
+      throw signal.aborted ? error : new ApiError(0, { message: "The connection was lost before the answer ended." });
+    });
     if (done) return;
     text += value;
     const lines = text.split("\n");
     text = lines.pop();
-    for (const line of lines) {
-      if (line.startsWith("data:") && line.trim() !== "data: [DONE]") yield JSON.parse(line.slice(5));
-    }
+    for (const line of lines) if (line.startsWith("data:")) yield JSON.parse(line.slice(5));
   }
-}
-
-function lost(error) {
-  if (error.name === "AbortError") throw error;
-  throw new ApiError(0, { message: "The connection was lost before the answer ended." });
 }
 
 async function json(method, url, body) {
@@ -96,7 +101,7 @@ async function send(method, url, body, signal, again = false) {
   try {
     response = await fetch(url, { method, headers, body: body && JSON.stringify(body), signal });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
+    if (signal?.aborted) throw error;
     onReachable(false);
     throw new ApiError(0, { message: "The server cannot be reached." });
   }

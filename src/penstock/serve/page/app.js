@@ -2,7 +2,7 @@
 // their looks: thread.js, sidebar.js, style.css; the server's routes: api.js.
 
 import { listen, models, session, conversations } from "./api.js";
-import { answering, chat, forget, newChat, openChat, send, setSystem, stop, watch } from "./chat.js";
+import { answering, chat, forget, newChat, openChat, refresh, send, setSystem, stop, watch } from "./chat.js";
 import { $, announce, copy, h, icon, replace, toast } from "./dom.js";
 import { change, makeControls, settings } from "./settings.js";
 import { loadList, setCurrent, startSidebar, touch, whenRenamed } from "./sidebar.js";
@@ -95,7 +95,7 @@ async function guard(action) {
 async function route() {
   const id = /^#\/(.+)$/.exec(location.hash)?.[1];
   if (!id && location.hash) return; // "#prompt": a jump within the page
-  if (id && id === chat.id) return;
+  if (id && id === chat.id) return guard(refresh);
   closeSidebar();
   const opened = id && (await guard(() => openChat(id)));
   if (!opened) {
@@ -267,6 +267,8 @@ $("new-chat").onclick = goToNewChat;
 $("new-chat-narrow").onclick = goToNewChat;
 window.addEventListener("hashchange", () => $("app").hidden || route());
 window.addEventListener("offline", () => setReachable(false));
+window.addEventListener("online", () => guard(refresh));
+document.addEventListener("visibilitychange", () => document.hidden || $("app").hidden || guard(refresh));
 
 $("theme").onclick = () => {
   const { dataset } = document.documentElement;
@@ -282,7 +284,7 @@ $("compare").onclick = () => {
 
 $("composer").onsubmit = async (event) => {
   event.preventDefault();
-  if (answering().length > 0) return stop();
+  if (answering().length > 0) return guard(stop);
   const text = $("prompt").value;
   if (!text.trim() || $("send").dataset.sending) return;
   $("send").dataset.sending = "yes"; // until the server has the message; then the button is Stop
@@ -311,7 +313,7 @@ document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, select, [contenteditable]");
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
     if (document.body.classList.contains("sidebar-open")) closeSidebar();
-    else stop();
+    else guard(stop);
   } else if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !$("app").hidden) {
     event.preventDefault();
     $("prompt").focus();

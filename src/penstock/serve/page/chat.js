@@ -1,18 +1,19 @@
-// The open conversation and its actions. Owns the tree of messages and the answers that are being written; reports
-// changes to the page through `watch`, and never touches an element.
+// The open conversation and its actions. Owns the tree of messages, and watches the answers that the server writes;
+// reports changes to the page through `watch`, and never touches an element.
 
-import { conversations, reply, votes } from "./api.js";
+import { answers, conversations, votes } from "./api.js";
 import { requests, settings } from "./settings.js";
-import { addPair, addVote, makeTree, path, rename } from "./tree.js";
+import { addPair, addVote, makeTree, path } from "./tree.js";
 
 const ATTEMPTS = 6; // of a request that the server was too busy for
+const LOST_SECONDS = 2; // until a lost connection is tried again
 const PAIRS = "penstock.pairs"; // pairs without a vote are known to this browser only
 
 const fresh = () => ({ id: null, title: "", system: "", tree: makeTree([], [], []) });
 
 /** The conversation on the screen; `id` is null until its first message is sent. */
 export let chat = fresh();
-const busyChats = new Set(); // those with answers under way, on the screen or not
+const unsent = new Set(); // conversations with a draft that the server has not taken yet, on the screen or not
 
 let changed = () => {};
 let grew = () => {};
@@ -27,17 +28,46 @@ let opened = 0; // counts, so that a conversation that arrives late does not pus
 
 export function newChat() {
   opened++;
+  leave();
   chat = fresh();
   changed();
 }
 
-/** Opens a stored conversation, or returns to one with an unfinished answer. */
+/** Opens a stored conversation, and watches the answers in it that are being written. */
 export async function openChat(id) {
-  const mine = ++opened;
-  const one = [...busyChats].find((busy) => busy.id === id) ?? (await load(id));
-  if (mine !== opened) return;
-  chat = one;
+  const order = ++opened;
+  const loaded = [...unsent].find((waiting) => waiting.id === id) ?? (await load(id));
+  if (order !== opened) return;
+  leave();
+  chat = loaded;
   changed();
+  watchAll(chat);
+}
+
+/** Stops watching: the server writes on, and a browser has few connections. */
+function leave() {
+  for (const message of answering()) if (!message.local) message.controller.abort();
+}
+
+function watchAll(one) {
+  for (const message of one.tree.messages.values()) {
+    if (message.role === "assistant" && !message.local && !message.controller && message.finish_reason === null) run(one, message);
+  }
+}
+
+/** Reads the conversation again after a sleep or a loss: what another tab wrote, and answers from where they are now. */
+export async function refresh() {
+  const one = chat;
+  if (one.id === null) return;
+  const { tree } = await load(one.id);
+  if (one !== chat) return;
+  for (const [id, message] of tree.messages) {
+    const known = one.tree.messages.get(id);
+    if (!known?.controller) one.tree.messages.set(id, Object.assign(known ?? {}, message, { error: null }));
+    else if (!known.local && !known.waiting) known.controller.abort(AGAIN);
+  }
+  changed();
+  watchAll(one);
 }
 
 async function load(id) {
@@ -56,15 +86,22 @@ export async function setSystem(system) {
 
 export const answering = (one = chat) => [...one.tree.messages.values()].filter((message) => message.controller);
 
-export function stop() {
-  for (const message of answering()) message.controller.abort();
+/** Ends the answers of this conversation; the server stores what there is. */
+export async function stop() {
+  const ends = answering().map((message) => {
+    message.stopping = true; // one that the server does not have yet is stopped when it has
+    if (!message.local) return answers.stop(chat.id, message.id);
+    if (message.waiting) message.controller.abort();
+    return null;
+  });
+  await Promise.all(ends);
 }
 
 /** Sends a message at the end of the path on the screen. */
 export async function send(content) {
   const last = path(chat.tree).at(-1)?.message;
   if (!last) return say(null, content);
-  if (last.role === "assistant" && !last.local) return say(last.id, content);
+  if (last.role === "assistant" && !last.local && last.content) return say(last.id, content);
   // The last message has no answer: this one replaces it, as an edit would.
   const unanswered = last.role === "user" ? last : chat.tree.messages.get(last.parent_id);
   return say(unanswered.parent_id, content);
@@ -73,7 +110,14 @@ export async function send(content) {
 /** Another wording of a message: a new branch under the same parent. */
 export const edit = (message, content) => say(message.parent_id, content);
 
-export const goOn = (message) => say(message.id, "Continue.");
+/** Goes on with an answer that was cut, in place. */
+export function goOn(message) {
+  const { seed: _, ...sampling } = settings.sampling;
+  return run(chat, message, (signal) => answers.goOn(chat.id, message.id, sampling, signal));
+}
+
+const newId = () => `msg_${[...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+let lastSaid = null; // sent again with the same id: the server may have it, and only its reply was lost
 
 async function say(parentId, content) {
   const one = chat;
@@ -82,7 +126,12 @@ async function say(parentId, content) {
     Object.assign(one, await conversations.create({ title, ...(one.system && { system: one.system }) }));
     named(one);
   }
-  const message = await conversations.say(one.id, parentId, content);
+  const said = { parent_id: parentId, content };
+  if (lastSaid?.chat !== one.id || lastSaid.parent_id !== parentId || lastSaid.content !== content) {
+    lastSaid = { ...said, chat: one.id, id: newId() };
+  }
+  const message = await conversations.say(one.id, { ...said, id: lastSaid.id });
+  lastSaid = null;
   one.tree.messages.set(message.id, message);
   one.tree.picked.delete(parentId);
   answer(one, message.id);
@@ -101,78 +150,96 @@ export function answer(one, parentId) {
   for (const message of drafts) run(one, message);
 }
 
-let draftCount = 0;
-
-/** An answer that the server does not store yet. local: its id is not the server's. */
+/** An answer that the server does not have yet. */
 const draft = (parentId, request) => ({
-  id: `draft-${draftCount++}`, local: true, parent_id: parentId, role: "assistant", content: "", model: request.model,
+  id: newId(), local: true, parent_id: parentId, role: "assistant", content: "", model: request.model,
   finish_reason: null, request, error: null, waitUntil: null, controller: null,
 });
 
-/** Receives an answer to its end or failure; also tries a failed draft again. */
-export async function run(one, message) {
-  message.controller = new AbortController();
+const AGAIN = "again"; // why a connection is dropped: to watch from where the answer is now
+
+/** Watches an answer to its end or failure. `begin`: what makes the server write it; a draft is always begun. */
+export async function run(one, message, begin = null) {
   message.error = null;
-  busyChats.add(one);
+  message.stopping = false;
+  message.controller = new AbortController();
+  if (message.local) unsent.add(one);
   changed();
   try {
-    await receive(one, message);
+    await receive(one, message, begin);
   } catch (error) {
-    if (error.name === "AbortError") message.finish_reason = "cancelled";
-    else message.error = error;
+    if (!message.controller.signal.aborted) message.error = error;
+    else if (message.local) message.finish_reason = "cancelled";
   }
   message.controller = null;
-  message.waitUntil = null;
-  if (answering(one).length === 0) busyChats.delete(one);
-  changed(message);
+  if (!answering(one).some(({ local }) => local)) unsent.delete(one);
+  if (message.error || message.finish_reason !== null) changed(message);
+  else changed(); // left while it grows
 }
 
-async function receive(one, message) {
-  const { parent_id, request, controller } = message;
+async function receive(one, message, begin) {
   for (let attempt = 1; ; attempt++) {
+    const { signal } = message.controller;
+    let busySeconds = 0;
     try {
-      for await (const event of reply(one.id, { parent_id, ...request }, controller.signal)) take(one, message, event);
-      if (message.finish_reason === null) throw new Error("The connection was lost before the answer ended.");
-      return;
+      for await (const event of source(one, message, begin, signal)) {
+        take(one, message, event);
+        if (event.type === "done") return;
+      }
+      begin = null;
     } catch (error) {
-      if (!error.busy || !message.local || attempt === ATTEMPTS) throw error;
-      await pause(message, error.retryAfter ?? 2 ** (attempt - 1));
+      if (signal.reason === AGAIN) {
+        message.controller = new AbortController();
+        begin = null;
+        continue;
+      }
+      if (signal.aborted || !(error.status === 0 || (error.busy && attempt < ATTEMPTS))) throw error;
+      if (error.busy) busySeconds = error.retryAfter ?? 2 ** (attempt - 1);
+      else begin = null; // it may have begun: watching shows whether it has
     }
+    await pause(message, busySeconds || LOST_SECONDS, busySeconds > 0);
   }
+}
+
+function source(one, message, begin, signal) {
+  if (message.local) return answers.begin(one.id, { id: message.id, parent_id: message.parent_id, ...message.request }, signal);
+  return begin?.(signal) ?? answers.watch(one.id, message.id, signal);
 }
 
 function take(one, message, event) {
   if (event.type === "message") {
-    rename(one.tree, message, event.message.id);
     Object.assign(message, event.message, { local: false });
     remember(one);
+    if (message.stopping) answers.stop(one.id, message.id).catch(() => {});
+    else if (one !== chat) message.controller.abort(); // left before the server had it
     changed();
   } else if (event.type === "delta") {
     message.content += event.content;
     grew(message);
   } else if (event.type === "done") {
     Object.assign(message, event.message);
+    message.finish_reason ??= "interrupted"; // by the end of a server that this one knows nothing of
   } else if (event.type === "error") {
     message.finish_reason = "error";
     throw new Error(event.error.message);
   }
 }
 
-/** Waits for the time of retry-after; stop ends the wait. */
-function pause(message, seconds) {
-  message.waitUntil = Date.now() + 1000 * seconds;
+/** Waits; stop ends the wait. `shown`: the page counts the seconds. */
+async function pause(message, seconds, shown) {
+  message.waiting = true;
+  if (shown) message.waitUntil = Date.now() + 1000 * seconds;
   changed();
-  return new Promise((resolve, reject) => {
-    const { signal } = message.controller;
-    const stopped = () => reject(signal.reason);
-    signal.addEventListener("abort", stopped, { once: true });
-    setTimeout(() => {
-      signal.removeEventListener("abort", stopped);
-      message.waitUntil = null;
-      changed();
-      resolve();
-    }, 1000 * seconds);
-  });
+  try {
+    await new Promise((resolve, reject) => {
+      setTimeout(resolve, 1000 * seconds);
+      message.controller.signal.addEventListener("abort", reject, { once: true });
+    });
+  } finally {
+    message.waiting = false;
+    message.waitUntil = null;
+    changed();
+  }
 }
 
 /** Which answers stand side by side, for the next time this browser opens the conversation. */

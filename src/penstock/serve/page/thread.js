@@ -164,7 +164,7 @@ function drawPair(step, option, isLast, guarded) {
         verdict === message.id && h("span", { class: "won" }, icon("check"), "better"),
       ),
       drawBody(message),
-      drawEnd(message, false, guarded),
+      drawEnd(message, isLast, guarded),
       !message.controller && !message.local && h("div", { class: "actions shown" }, copyButton(message)),
     );
   const choice = (label, id) =>
@@ -203,7 +203,7 @@ const nameInPair = (message, option) =>
   option[0].model === option[1].model ? `${message.model}, seed ${(message.sampling ?? message.request)?.seed ?? "?"}` : message.model;
 
 function samplingOf(message) {
-  const given = Object.entries(message.sampling ?? {}).filter(([, value]) => value !== null);
+  const given = Object.entries(message.sampling ?? {}).filter(([name, value]) => value !== null && name !== "continued");
   return given.map(([name, value]) => `${name} ${value}`).join(", ");
 }
 
@@ -248,13 +248,12 @@ function drawEnd(message, isLast, guarded) {
   }
   if (message.controller) return null;
   if (message.error) return h("p", { class: "note failed", role: "alert" }, message.error.message, " ", button("Try again", retry));
-  if (message.finish_reason === "length") {
-    const more = isLast && answering().length === 0 && button("Continue", () => guarded(() => goOn(message)));
-    return h("p", { class: "note" }, "Stopped at the length limit. ", more);
-  }
-  if (message.finish_reason === "error") return h("p", { class: "note failed" }, "This answer failed. ", button("Try again", retry));
   if (message.finish_reason === "stop") return message.content ? null : h("p", { class: "note" }, "An empty answer.");
-  return h("p", { class: "note" }, "Stopped. ", message.local && button("Try again", retry));
+  if (message.finish_reason === "error") return h("p", { class: "note failed" }, "This answer failed. ", button("Try again", retry));
+  if (message.local) return h("p", { class: "note" }, "Stopped. ", button("Try again", retry));
+  const why = { length: "Stopped at the length limit. ", interrupted: "The server ended while it wrote this. " };
+  const more = isLast && answering().length === 0 && button("Continue", () => guarded(() => goOn(message)));
+  return h("p", { class: "note" }, why[message.finish_reason] ?? "Stopped. ", more);
 }
 
 /** "2/3" with arrows, where a message has alternatives. */

@@ -70,12 +70,3 @@ function goesOn(tree, option) {
     option[0]
   );
 }
-
-/** Gives a message its id from the server. */
-export function rename(tree, message, id) {
-  tree.messages.delete(message.id);
-  for (const pair of tree.pairs) pair.shown = pair.shown.map((one) => (one === message.id ? id : one));
-  for (const [parent, child] of tree.picked) if (child === message.id) tree.picked.set(parent, id);
-  message.id = id;
-  tree.messages.set(id, message);
-}
