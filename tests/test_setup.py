@@ -76,6 +76,24 @@ def test_without_a_python_it_says_which_ones_will_do():
     assert b"Python 3.11 to 3.14" in done.stderr
 
 
+def test_a_python_without_venv_is_told_which_package_has_it(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n[ $1 = --version ]\n")  # as Debian's python3 without python3-venv
+    python.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
+    command = ["sh", "tools/setup.sh", str(tmp_path / "venv")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.endswith("On Debian and Ubuntu: sudo apt install python3-venv\n")
+
+
+@pytest.mark.parametrize(("compiler", "lines"), [("sh", 0), ("no-such-compiler", 1)])
+def test_a_missing_compiler_is_named_with_what_it_costs(tmp_path, compiler, lines):
+    printed, _ = setup(tmp_path, "nothing", CC=compiler)
+    assert printed.count("no C compiler: a CPU takes two to five times as long.") == lines
+    assert printed.count("sudo apt install gcc") == lines
+
+
 @pytest.mark.parametrize(("wanted", "packages"), [("cuda", [TORCH]), ("cpu", [f"--no-deps {TORCH}+cpu"])])
 def test_a_container_says_which_torch_it_wants_whatever_the_machine_has(tmp_path, wanted, packages):
     _, asked = setup(tmp_path, "nothing", gpu=wanted == "cpu", TORCH=wanted, EXTRAS="serve,hub")

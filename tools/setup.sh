@@ -18,8 +18,11 @@ try() { install --no-deps "$@" >>"$venv/setup.log" 2>&1; } # what torch needs is
 [ -n "${PYTHON:-}" ] || { say "penstock needs Python 3.11 to 3.14. Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     say "virtual environment $venv with $("$PYTHON" --version)"
-    "$PYTHON" -m venv "$venv"
+    "$PYTHON" -m venv "$venv" || {
+        say "$PYTHON made no virtual environment. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
 fi
+command -v "${CC:-cc}" >/dev/null ||
+    say "no C compiler: a CPU takes two to five times as long. On Debian and Ubuntu: sudo apt install gcc"
 
 if "$venv/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch')" 2>/dev/null; then
     say "torch $torch is installed already"

@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from penstock import sources
 from penstock.errors import UserError
 
 Config = TypeVar("Config")
@@ -132,6 +131,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """The same flags, so that they mean the same from any directory; text that names no file (a hub id) stays."""
+    from penstock import sources  # late: it opens files and hashes, and --help does neither
 
     def absolute(text: str, flag: str) -> str:
         if flag in SOURCES:

@@ -100,6 +100,21 @@ with cpu_ops.one_token():
     assert not [*empty.iterdir()]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_wheel_trains_the_demo_in_an_empty_folder(kernels, wheels, tmp_path):
+    """Without a file of the checkout; with libraries inside also without a compiler."""
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheels[kernels])
+    empty.mkdir()
+    where = {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    compiler = {"CC": "no-such-compiler"} if kernels else {}
+    printed = run(sys.executable, site / "bin" / "penstock", "demo", cwd=empty, **where, **compiler)
+    assert printed.endswith(f"wrote {Path('runs', 'demo', 'report.html')}\n")
+    assert [path.name for path in empty.iterdir()] == ["runs"]
+    assert bool([*(tmp_path / "cache").rglob("*.so")]) != kernels
+
+
 def test_the_libraries_are_those_that_are_asked_for():
     asked = {files[0].stem: files for files in (cpu_ops.SOURCES, [adamw.SOURCE])}
     assert asked.keys() == prebuilt.LIBRARIES.keys()

@@ -115,10 +115,18 @@ SECONDS_BEFORE_THE_KILL = {"trackio": 2}
 """So that some rows have arrived; the others write at once."""
 
 
-@pytest.mark.parametrize("name", READ)
-def test_a_killed_and_resumed_run_is_one_run_there(name, tmp_path, home):
+FILE_STORE = {"MLFLOW_TRACKING_URI": "file:mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
+"""MLflow's older store, without SQLite."""
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"), [*((name, {}) for name in READ), pytest.param("mlflow", FILE_STORE, id="mlflow-files")]
+)
+def test_a_killed_and_resumed_run_is_one_run_there(name, variables, tmp_path, home, monkeypatch):
     """Killed with kill -9 two steps after a checkpoint. On a CPU the rows that are made again are the same."""
     pytest.importorskip(name, reason=f"needs {name}")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
     config = logging_config(tmp_path, name)
     child = os.fork()
     if child == 0:
