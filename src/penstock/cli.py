@@ -1,8 +1,11 @@
 """The `penstock` command: one table of commands; a command's modules are imported when it runs."""
 
+import codecs
 import importlib
+import io
 import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,6 +145,10 @@ Several processes: torchrun --nproc_per_node N -m penstock ppo ..."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its code; a user's error is one paragraph on stderr, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    codecs.register_error("nearest", _nearest)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="nearest")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, not a line of source too
     name = arguments[0] if arguments else ""
     try:
@@ -268,6 +275,25 @@ def load(address: str) -> Any:
     """What module:name names, within the package."""
     module, name = address.split(":")
     return getattr(importlib.import_module(f"penstock.{module}"), name)
+
+
+PLAIN = {
+    "'": "\u2018\u2019\u201a", '"': "\u201c\u201d\u201e", "-": "\u2010\u2011\u2012\u2013\u2014\u2212", "*": "\u2022",
+    "/": "\u2044", "->": "\u2192", "EUR": "\u20ac",
+}  # fmt: skip
+"""Signs that Unicode takes for no form of a plainer one."""
+LETTERS = {ord(letter): plain for plain, letters in PLAIN.items() for letter in letters}
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal shows that lacks a letter: plain marks, the letter without its accents, else a question mark."""
+    assert isinstance(error, UnicodeEncodeError)
+    shown = ""
+    for letter in error.object[error.start : error.end]:
+        plain = unicodedata.normalize("NFKD", letter).translate(LETTERS).encode(error.encoding, "ignore")
+        modifies = unicodedata.category(letter) in ("Mn", "Me", "Cf")  # the letter before it
+        shown += plain.decode(error.encoding) or "?" * (not modifies)
+    return shown, error.end
 
 
 def _fail(name: str, error: PenstockError) -> int:

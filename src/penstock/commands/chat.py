@@ -1,16 +1,20 @@
 """`penstock chat`: a conversation with a trained model in the terminal."""
 
+import contextlib
 import io
-import json
 import sys
+import termios
+from collections.abc import Iterator
 
 from penstock.commands.config import ChatConfig
-from penstock.commands.generate import load, print_notes, sampling_of
+from penstock.commands.generate import as_json, load, print_notes, sampling_of
 from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
 from penstock.errors import DataError, UserError
 from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
+
+PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
 def chat(config: ChatConfig) -> None:
@@ -25,14 +29,19 @@ def chat(config: ChatConfig) -> None:
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    with _marked_pastes() if interactive and sys.stdout.isatty() else contextlib.nullcontext():
+        _talk(config, encoder, engine, sampling, interactive)
+
+
+def _talk(config: ChatConfig, encoder: Encoder, engine: Engine, sampling: Sampling, interactive: bool) -> None:
+    """Messages and answers, until /quit or the end of stdin."""
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn = list(opening), 0
     if interactive:
         print(f"{config.model}: type a message; /reset forgets the conversation, /quit ends.")
     while True:
-        try:
-            text = input("you> " if interactive else "")
-        except EOFError:
+        text = _message("you> " if interactive else "")
+        if text is None:
             return
         if text.strip() in ("/quit", "/exit"):
             return
@@ -51,6 +60,32 @@ def chat(config: ChatConfig) -> None:
         reply = _say(config, engine, encoder, prompt, sampling, turn)
         messages.append({"role": "assistant", "content": reply})
         turn += 1
+
+
+@contextlib.contextmanager
+def _marked_pastes() -> Iterator[None]:
+    """Inside, the terminal puts marks around what is pasted, and does not show them (xterm's bracketed paste)."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHOCTL  # else it shows a mark as ^[[200~
+    termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
+    print("\x1b[?2004h", end="", flush=True)
+    try:
+        yield
+    finally:
+        print("\x1b[?2004l", end="", flush=True)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def _message(prompt: str) -> str | None:
+    """A line, with all lines that were pasted with it; None at the end of stdin."""
+    print(prompt, end="", flush=True)
+    text = line = sys.stdin.readline()
+    while line and text.count(PASTE_BEGINS) > text.count(PASTE_ENDS):
+        line = sys.stdin.readline()
+        text += line
+    return text.replace(PASTE_BEGINS, "").replace(PASTE_ENDS, "").rstrip("\n") if text else None
 
 
 def _fit(
@@ -84,5 +119,5 @@ def _say(config: ChatConfig, engine: Engine, encoder: Encoder, prompt: list[int]
             shown = text
     except KeyboardInterrupt:
         print(" (stopped)", file=sys.stderr)
-    print(json.dumps({"response": shown}, ensure_ascii=False) if config.json else "", flush=True)
+    print(as_json({"response": shown}) if config.json else "", flush=True)
     return shown

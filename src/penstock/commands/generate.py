@@ -39,7 +39,7 @@ def generate(config: GenerateConfig) -> None:
     if config.out is None:
         for line in lines:
             as_text = line["response"] if encoder.tokenizer else " ".join(map(str, line["response_ids"]))
-            print(json.dumps(line, ensure_ascii=False) if config.json else as_text)
+            print(as_json(line) if config.json else as_text)
         return
     unfinished = Path(config.out + ".tmp")
     try:
@@ -53,6 +53,12 @@ def generate(config: GenerateConfig) -> None:
             unfinished.unlink()
         raise refused(f"--out {config.out}", error) from error
     print(f"wrote {config.out}", file=sys.stderr)
+
+
+def as_json(line: dict[str, Any]) -> str:
+    """One line of JSON for stdout: letters as they are where it takes all of Unicode, else escaped, so that none is
+    lost."""
+    return json.dumps(line, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
 
 
 def answered(
