@@ -264,7 +264,7 @@ BUGS: list[Bug] = [
     (SAMPLING, "every episode has the same stream", "manual_seed(_mix(_mix(seed) ^ episode))", "manual_seed(_mix(seed))"),
     (SAMPLING, "log-prob of the truncated distribution", "logprobs = torch.log_softmax(logits, dim=-1)\n    if", "logprobs = _truncate(torch.log_softmax(logits, dim=-1), sampling).log_softmax(-1)\n    if"),
     (ENGINE, "EOS is left out of the answer", "        answer.response_ids.append(token)\n", "        answer.response_ids += [token] * (token not in self.eos_ids)\n"),
-    (ENGINE, "answers go on after EOS", "if token in self.eos_ids or (", "if ("),
+    (ENGINE, "answers go on after EOS", "if token in run.ends or (", "if ("),
     # adapters and fewer bits
     (LINEAR, "an adapter's scale is forgotten", "y.add_(adapters[0](x).mul_(adapters[0].scale))", "y.add_(adapters[0](x))"),
     (RECIPE, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),

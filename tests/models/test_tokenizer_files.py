@@ -15,6 +15,10 @@ def test_both_configs_name_ends(tiny_model, tmp_path):
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2], "temperature": 0.5}))
     assert read_ends(directory) == (2, 5)
     assert pretrained.load(directory)[0].config.eos_ids == (2, 5)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"eos_token_id": None, "text_config": {"eos_token_id": [7, 2]}}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert read_ends(directory) == (7, 2, 5)
 
 
 def test_what_is_written_is_what_transformers_reads(tiny_model, tmp_path):

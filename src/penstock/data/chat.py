@@ -99,17 +99,17 @@ class Encoder:
         self.notes.clear()
         return lines
 
-    def encode_prompt(self, record: Prompt, beginning: str = "") -> list[int]:
+    def encode_prompt(self, record: Prompt, beginning: str = "", *, opened: bool = True) -> list[int]:
         """What precedes the response, or of a chat's response that begins so what precedes its rest: that beginning
-        stands right behind what opens an answer, as if the model had sampled it.
+        stands right behind what opens an answer, as if the model had sampled it. Not `opened`: of messages without it.
 
         Raises TooLongError when it leaves no room for `reserve` tokens.
         """
         record = self._prepared(record)
-        prompt = self._prompt(record)
+        prompt = self._prompt(record, opened)
         if beginning:
-            opened = self._render(record, record.messages or (), answer=True)
-            prompt += self._tokens(self._pieces.quote(beginning), record.where, opened)
+            before = self._render(record, record.messages or (), answer=True)
+            prompt += self._tokens(self._pieces.quote(beginning), record.where, before)
         return self.limits.shortened(prompt, self.max_length - self.limits.reserve, record.where)
 
     def encode_demonstration(self, record: Demonstration) -> Example:
@@ -236,12 +236,12 @@ class Encoder:
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
-    def _prompt(self, record: Prompt) -> list[int]:
+    def _prompt(self, record: Prompt, opened: bool = True) -> list[int]:
         """The whole prompt's ids, however many."""
         if record.prompt_ids is not None:
             ids = self._checked(record.prompt_ids, record.where, "prompt_ids")
         elif record.messages is not None:
-            ids = self._prompt_of(record, record.messages)
+            ids = self._prompt_of(record, record.messages, opened)
         else:
             ids = self._with_bos(self._tokens(record.prompt or "", record.where))
         if not ids:
@@ -280,13 +280,13 @@ class Encoder:
         content = next((text for text in (turn["content"], turn["content"].strip()) if text in body), "")
         return self._tokens(body[: body.rindex(content) + len(content)] if content else "", record.where, before)
 
-    def _prompt_of(self, record: Prompt, messages: Sequence[Message]) -> list[int]:
-        row = self._dialogue(record, messages)
+    def _prompt_of(self, record: Prompt, messages: Sequence[Message], opened: bool = True) -> list[int]:
+        row = self._dialogue(record, messages, opened)
         if row is not None:
             return row.tokens
-        return self._with_bos(self._tokens(self._render(record, messages, answer=True), record.where))
+        return self._with_bos(self._tokens(self._render(record, messages, answer=opened), record.where))
 
-    def _dialogue(self, record: Prompt, messages: Sequence[Message]) -> Example | None:
+    def _dialogue(self, record: Prompt, messages: Sequence[Message], opened: bool = True) -> Example | None:
         """The conversation's row, with the opening of the next answer where it ends with a question.
 
         Each answer is tokenized by itself, as when it was sampled, so that prompts, demonstrations and rollouts of one
@@ -298,7 +298,7 @@ class Encoder:
         shown, end = "", ""  # text that is tokenized already, up to an answer's end; that end
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         for i in answers if answers[-1:] == [len(messages) - 1] else [*answers, len(messages)]:
-            before = self._render(record, messages[:i], answer=True)
+            before = self._render(record, messages[:i], answer=opened or i < len(messages))
             if not before.startswith(shown):
                 return None
             text = before[len(shown) :]

@@ -84,6 +84,10 @@ class AdapterFile:
                     "another base."
                 )
 
+    def holds_more(self, config: DecoderConfig) -> bool:
+        """Whether there is more in the file than low-rank additions: whole weights, biases or a score head."""
+        return bool(plain_weights(self.directory, config) or read_extras(self.directory)[0])
+
     def fill(self, decoder: nn.Module, weights: dict[str, Tensor]) -> None:
         """Reads these adapter weights of the decoder, by our names."""
         with _open(self.directory) as file:

@@ -33,7 +33,7 @@ from penstock.kernels import cpu_ops
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import Linear, add_to, attention, layer_norm, linear, precise, rows_of
+from penstock.models.linear import Linear, RowAdapters, add_to, attention, layer_norm, linear, precise, rows_of
 from penstock.models.lora import Adapted
 from penstock.models.moe.balance import Balance
 from penstock.models.moe.experts import ALONE, Routing, everyone, mixture
@@ -291,6 +291,8 @@ class Decoder(nn.Module):
         """A low-rank addition to the head; see models.lora."""
         self.adapted: Adapted | None = None
         """Describes its adapters, if it has any."""
+        self.row_adapters: RowAdapters | None = None
+        """Where rows of a batch have different adapters: which; see surgery.add_adapters_by_row."""
         self.feed: Any = ALWAYS_THERE
         """Brings the weights to the device: a memory.stream.Stream once a strategy has prepared the model."""
         self.slicer: Any = None

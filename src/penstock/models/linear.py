@@ -266,8 +266,15 @@ class Linear(nn.Linear):
 def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
     """y [..., O], in place, with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I].
 
+    Where rows of the batch have different adapters, `adapters` is an AdaptersByRow, and x and y are [B, ..., I or O].
     Scaled behind both products, as peft does: the other way round its logits and ours differ by more than one rounding.
     """
+    if isinstance(adapters, AdaptersByRow):
+        for adapter, rows in adapters.chosen():
+            if rows is None:
+                return add_to(y, x, adapter)
+            y[rows] = add_to(y[rows], x[rows], adapter)
+        return y
     if len(adapters) == 1 and adapters[0].target.height == y.shape[-1]:
         return y.add_(adapters[0](x).mul_(adapters[0].scale))
     pieces, end = [], 0
@@ -279,6 +286,38 @@ def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
     if end < y.shape[-1]:
         pieces.append(y.new_zeros(*y.shape[:-1], y.shape[-1] - end))
     return y.add_(torch.cat(pieces, dim=-1))
+
+
+class RowAdapters:
+    """Which row of the batch has which of several adapters: one object for all products of a decoder, written before
+    each of its forward passes by who runs it."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[int, Tensor | None]] = []
+        """(adapter, its rows); None: all rows, however many."""
+
+    def choose(self, adapters: Sequence[int | None], device: torch.device) -> None:
+        """From now on row i of a batch has the adapter adapters[i], or none."""
+        kinds = set(adapters)
+        if len(kinds) == 1:
+            self.groups = [(kind, None) for kind in kinds if kind is not None]
+            return
+        places = {kind: [row for row, own in enumerate(adapters) if own == kind] for kind in kinds if kind is not None}
+        self.groups = [(kind, torch.tensor(rows, device=device)) for kind, rows in places.items()]
+
+
+class AdaptersByRow(nn.ModuleDict):
+    """What each of several adapters adds to one product, by the adapter's number. Only for answering."""
+
+    def __init__(self, rows: RowAdapters) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def chosen(self) -> Iterator[tuple[Any, Tensor | None]]:
+        """The adapters that the batch's rows have here, and these rows."""
+        for number, rows in self._rows.groups:
+            if str(number) in self:
+                yield self[str(number)], rows
 
 
 class _Product(torch.autograd.Function):

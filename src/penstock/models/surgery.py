@@ -18,7 +18,7 @@ from penstock.memory.program import ALWAYS_THERE, owners
 from penstock.models import recipe
 from penstock.models.adapter_files import AdapterFile
 from penstock.models.decoder import Decoder
-from penstock.models.linear import Linear
+from penstock.models.linear import AdaptersByRow, Linear, RowAdapters
 from penstock.models.lora import Adapted, Adapter, adapters_of, is_adapter
 from penstock.models.lora_targets import LoraSpec, LoraTarget, lora_targets_of
 from penstock.models.packed import as_int8, pack
@@ -66,6 +66,36 @@ def add_adapters(
         for adapter in adapters_of(decoder):
             adapter.to_empty(device=device)
         recipe.fill(decoder, {name: weight for name, weight in decoder.named_parameters() if is_adapter(name)})
+
+
+def add_adapters_by_row(decoder: Decoder, adapters: Sequence[tuple[LoraSpec, AdapterFile]], *, base: str = "") -> None:
+    """Adds several saved adapters to a decoder that answers: each row of a batch has one of them, by its number here,
+    or none; `decoder.row_adapters` says which. Raises UserError as `add_adapters`, and for those that are more than
+    additions to products of whole rows."""
+    decoder.row_adapters = RowAdapters()
+    digest = "" if decoder.source is None else decoder.source.digest()
+    by_holder: dict[Any, AdaptersByRow] = {}
+    for number, (spec, file) in enumerate(adapters):
+        wanted = [target for target in lora_targets_of(decoder.config) if spec.wants(target)]
+        what = "weights of the model's own beside its additions" if file.holds_more(decoder.config) else ""
+        what = "additions to experts" if any(target.expert is not None for target in wanted) else what
+        what = "additions to the token table" if any(target.ours == "embed" for target in wanted) else what
+        if decoder.config.foreign:
+            what = "additions to transformers' own layers"
+        if what:
+            raise UserError(
+                f"{file.directory}: has {what}, which cannot differ from row to row of a batch; serve it as a model of "
+                "its own, or penstock export --merge it."
+            )
+        add_adapters(decoder, spec, base=base, digest=digest, saved=file)
+        holder: Any
+        for holder in list(decoder.modules()):
+            if getattr(holder, "lora", None) is not None:
+                by_holder.setdefault(holder, AdaptersByRow(decoder.row_adapters))[str(number)] = holder.lora
+                holder.lora = None
+        decoder.adapted = None
+    for holder, of_rows in by_holder.items():
+        holder.lora = of_rows.requires_grad_(False)
 
 
 def _check_targets(spec: LoraSpec, targets: Sequence[LoraTarget], wanted: Sequence[LoraTarget]) -> None:

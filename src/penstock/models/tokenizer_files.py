@@ -50,7 +50,9 @@ def read_ends(directory: Path) -> tuple[int, ...]:
     ids: list[int] = []
     for name in ENDS_FILES:
         content = _read(directory / name)
-        named = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
+        named = content.get("eos_token_id")
+        if named is None:  # of the whole model, if this is the text model of one that also sees or hears
+            named = (content.get("text_config") or {}).get("eos_token_id")
         ids += [token for token in (named if isinstance(named, list) else [named]) if token is not None]
     return tuple(dict.fromkeys(ids))
 

@@ -63,8 +63,8 @@ MOST_ANSWERS = 4096
 class _Prompt:
     """A prompt that several answers may share."""
 
-    def __init__(self, ids: list[int]) -> None:
-        self.ids = ids
+    def __init__(self, ids: list[int], adapter: int | None = None) -> None:
+        self.ids, self.adapter = ids, adapter
         self.state: Tensor | None = None
         """[D], the hidden state behind its last token, once it has been read."""
 
@@ -80,6 +80,8 @@ class _Run:
     """The random numbers that pick its tokens."""
     limit: int
     """Tokens it may have."""
+    ends: frozenset[int]
+    """Tokens that end it."""
 
     @property
     def length(self) -> int:
@@ -122,8 +124,8 @@ class Engine:
         self._fixed = fixed
         self._steps: tuple[int, Steps] | None = None
         """Steps at fixed addresses, under the lease of that number."""
-        self._prompts: WeakValueDictionary[tuple[int, ...], _Prompt] = WeakValueDictionary()
-        """Prompts of answers that wait or run, by their tokens."""
+        self._prompts: WeakValueDictionary[tuple[int | None, ...], _Prompt] = WeakValueDictionary()
+        """Prompts of answers that wait or run, by their adapter and tokens."""
 
     @staticmethod
     def from_pretrained(source: str, *, dtype: str = "fp32", device: str | None = None, rows: int = 32) -> "Engine":
@@ -136,9 +138,15 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(
-        self, prompt: str | Sequence[int], sampling: Sampling, *, episodes: Sequence[int] | None = None
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling,
+        *,
+        episodes: Sequence[int] | None = None,
+        adapter: int | None = None,
     ) -> list[Answer]:
         """Queues `sampling.n` answers to one prompt; `episodes` are their random streams (0, 1, 2 ... by default).
+        `adapter`: the number of theirs, where the decoder has several (surgery.add_adapters_by_row).
 
         A request that cannot be answered comes back with its `error` and takes no part; nothing is raised.
         """
@@ -147,12 +155,17 @@ class Engine:
         if wrong:
             return [Answer([], finish_reason="error", error=wrong) for _ in range(min(sampling.n, MOST_ANSWERS))]
         answers = [Answer(list(map(int, ids))) for _ in range(sampling.n)]
-        shared = self._prompts.setdefault(tuple(answers[0].prompt_ids), _Prompt(answers[0].prompt_ids))
-        limit = min(sampling.max_new_tokens, self.length - len(shared.ids))
+        prompt_ids = answers[0].prompt_ids
+        shared = self._prompts.setdefault((adapter, *prompt_ids), _Prompt(prompt_ids, adapter))
+        limit, ends = min(sampling.max_new_tokens, self.length - len(shared.ids)), self.ends_of(sampling)
         for answer, episode in zip(answers, episodes or range(sampling.n), strict=True):
             numbers = stream(sampling.seed, episode, limit).tolist()
-            self._waiting.append(_Run(answer, shared, sampling, numbers, limit))
+            self._waiting.append(_Run(answer, shared, sampling, numbers, limit, ends))
         return answers
+
+    def ends_of(self, sampling: Sampling) -> frozenset[int]:
+        """Tokens that end answers which are sampled so."""
+        return frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
 
     def _ids(self, prompt: str) -> list[int]:
         """A text's ids, without the end that some tokenizers (T5's) put behind every text."""
@@ -169,8 +182,8 @@ class Engine:
             return "an empty prompt has no state to continue from; give it a BOS token"
         if len(ids) >= self.length:
             return f"a prompt of {len(ids)} tokens leaves no room in the model's {self.length}"
-        if not all(0 <= token < self.decoder.config.vocab_size for token in ids):
-            return f"a prompt holds token ids outside 0 .. {self.decoder.config.vocab_size - 1}"
+        if not all(0 <= token < self.decoder.config.vocab_size for token in (*ids, *sampling.stop_ids)):
+            return f"a prompt or stop_ids hold token ids outside 0 .. {self.decoder.config.vocab_size - 1}"
         if sampling.stop and self.tokenizer is None:
             return "stop strings need a tokenizer, and this model has none"
         return None
@@ -226,6 +239,7 @@ class Engine:
             self._cache.copy_row(first[id(run.prompt)], len(self._running), len(run.prompt.ids))
             self._running.append(run)
         states += [run.prompt.state[None] for run in (*unread, *copies) if run.prompt.state is not None]
+        self._choose_adapters(self._running)
         with cpu_ops.one_token():
             logits = self.decoder.logits(torch.cat(states))  # a visit, even without rows
         return self._give_tokens(logits.float(), list(self._running)) if self._running else []
@@ -244,6 +258,7 @@ class Engine:
         last = [run.answer.response_ids[-1] for run in runs]
         positions = [run.length - 1 for run in runs]
         assert self._cache is not None
+        self._choose_adapters(runs)
         if self._is_fixed():
             leased = self.decoder.feed.leased
             if self._steps is None or self._steps[0] != leased:
@@ -253,11 +268,17 @@ class Engine:
         with self._cache.lend(0, len(runs), slots) as layers:
             return self.decoder.decode(torch.tensor(last, device=device), layers, slots, max(positions) + 1)
 
+    def _choose_adapters(self, runs: Sequence[_Run]) -> None:
+        """Of the rows of the next forward pass."""
+        if self.decoder.row_adapters is not None:
+            self.decoder.row_adapters.choose([run.prompt.adapter for run in runs], self.decoder.device)
+
     def _is_fixed(self) -> bool:
         """Whether weights and cache have fixed addresses now, on a GPU."""
         if self._fixed is not None:
             return self._fixed
-        chosen = self.decoder.config.num_experts > 0  # which experts are read is known once a router has chosen
+        # Which experts are read is known once a router has chosen, and which adapters a row has is known to the host.
+        chosen = self.decoder.config.num_experts > 0 or self.decoder.row_adapters is not None
         return self.decoder.device.type == "cuda" and self.decoder.feed.fixed and not (chosen or self._swap)
 
     def _split(self, new: list[_Run]) -> tuple[dict[int, int], list[_Run], list[_Run]]:
@@ -281,6 +302,7 @@ class Engine:
         tokens = torch.zeros(len(new), int(lengths.max()), dtype=torch.int64, device=device)
         for row, run in enumerate(new):
             tokens[row, : len(run.prompt.ids)] = torch.tensor(run.prompt.ids, device=device)
+        self._choose_adapters(new)
         with self._cache.lend(start, start + len(new)) as layers:
             hidden = self.decoder.forward(tokens, lengths, layers)
         for run, state in zip(new, hidden[torch.arange(len(new), device=device), lengths - 1], strict=True):
@@ -293,8 +315,8 @@ class Engine:
         for row, run in enumerate(runs):
             rules.setdefault(run.sampling.rule, []).append(row)
             adjust(logits[row], run.sampling, run.prompt.ids, run.answer.response_ids)
-            if len(run.answer.response_ids) + 1 < run.sampling.min_new_tokens:
-                logits[row, sorted(self.eos_ids)] = -math.inf
+            if run.ends and len(run.answer.response_ids) + 1 < run.sampling.min_new_tokens:
+                logits[row, sorted(run.ends)] = -math.inf
         numbers = torch.tensor([run.numbers[len(run.answer.response_ids)] for run in runs], device=logits.device)
         tokens: list[int] = [0] * len(runs)
         logprobs: list[float] = [0.0] * len(runs)
@@ -323,7 +345,7 @@ class Engine:
             temperature = run.sampling.temperature or 1.0
             likely = torch.log_softmax(logits / temperature, dim=-1).topk(run.sampling.top_logprobs)
             answer.top_logprobs.append(list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True)))
-        if token in self.eos_ids or (run.sampling.stop and self._stopped(run)):
+        if token in run.ends or (run.sampling.stop and self._stopped(run)):
             _end(run, "stop")
         elif len(answer.response_ids) == run.limit:
             _end(run, "length")
@@ -338,7 +360,9 @@ class Engine:
         return any(stop in text for stop in stops)
 
     def _text(self, run: _Run) -> str:
-        text = words_of(self.tokenizer, run.answer.response_ids, self._hidden)
+        ids = run.answer.response_ids
+        ids = ids[:-1] if ids[-1] in run.ends else ids
+        text = words_of(self.tokenizer, ids, self._hidden)
         ends = [text.index(stop) for stop in run.sampling.stop if stop in text]
         return text[: min(ends)] if ends else text
 

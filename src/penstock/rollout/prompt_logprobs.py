@@ -15,8 +15,13 @@ Scored = tuple[float | None, tuple[tuple[int, float], ...]]
 
 
 @torch.no_grad()
-def prompt_logprobs(decoder: Decoder, prompts: Sequence[Sequence[int]], top: int) -> list[list[Scored]]:
-    """One `Scored` per token of each prompt, with the `top` likeliest tokens at its place."""
+def prompt_logprobs(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], top: int, adapter: int | None = None
+) -> list[list[Scored]]:
+    """One `Scored` per token of each prompt, with the `top` likeliest tokens at its place. `adapter`: of several that
+    the decoder has (surgery.add_adapters_by_row), the one it reads them with."""
+    if decoder.row_adapters is not None:
+        decoder.row_adapters.choose([adapter], decoder.device)
     lengths = [len(prompt) for prompt in prompts]
     alone = [slice(i, i + 1) for i in range(len(prompts))]  # transformers' own layers want no padding
     results: list[list[Scored]] = []

@@ -47,7 +47,11 @@ class Sampling:
     top_logprobs: int = 0
     """The number of likeliest tokens that are returned with each token."""
     min_new_tokens: int = 0
-    """No EOS before so many tokens, which it counts among: 2 forbids it as the first."""
+    """No EOS before so many tokens, which it counts among: 2 forbids it as the first, max_new_tokens + 1 altogether."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer as an EOS does."""
+    ignore_eos: bool = False
+    """An EOS is a token as others are: an answer goes on behind it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -64,8 +68,8 @@ class Sampling:
             (self.temperature >= 0, f"temperature={self.temperature} is below 0; 0 is greedy, 1 is the model's own"),
             (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} leaves no room for an answer; give >= 1"),
             (
-                0 <= self.min_new_tokens <= self.max_new_tokens,
-                f"min_new_tokens={self.min_new_tokens} is not in 0 .. max_new_tokens={self.max_new_tokens}",
+                0 <= self.min_new_tokens <= self.max_new_tokens + 1,
+                f"min_new_tokens={self.min_new_tokens} is not in 0 .. max_new_tokens + 1 = {self.max_new_tokens + 1}",
             ),
             (self.n >= 1, f"n={self.n} answers per prompt; give >= 1"),
             (self.top_k >= 0, f"top_k={self.top_k} is below 0; 0 turns it off"),
