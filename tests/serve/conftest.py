@@ -129,8 +129,8 @@ class RunningServer:
 @contextlib.contextmanager
 def running(directory: Path, *models: str, wait=True, **flags):
     """A server in a thread, as penstock serve runs it but for the signals."""
-    flags = {"rows": 4, "queue": 8, **flags}
-    config = ServeConfig(model=models, port=0, key=KEY, data_dir=str(directory), device="cpu", **flags)
+    flags = {"rows": 4, "queue": 8, "key": KEY, **flags}
+    config = ServeConfig(model=models, port=0, data_dir=str(directory), device="cpu", **flags)
     store = open_store(config.data_dir, config.database)
     auth.settle(store, config.key, False)
     service, listener, started = Service(config, store), listen(config.host, config.port), {}
@@ -143,7 +143,9 @@ def running(directory: Path, *models: str, wait=True, **flags):
     thread.start()
     try:
         if wait:
-            assert service.catalogue.ready.wait(PATIENCE), service.catalogue.problem
+            catalogue = service.catalogue
+            assert eventually(lambda: catalogue.ready.is_set() or catalogue.problem)
+            assert catalogue.ready.is_set(), catalogue.problem
         assert eventually(lambda: service.scheduler is not None)
         yield RunningServer(service, address_of(listener))
     finally:

@@ -199,7 +199,8 @@ def test_a_wrong_key_opens_no_session(server):
     reply = server.ask("POST", "/api/session", {"key": "wrong"}, key=None)
     assert reply.status == 401
     assert "set-cookie" not in reply.headers
-    assert server.ask("GET", "/api/session", key=None, headers={"cookie": "penstock_session=made-up"}).status == 401
+    name = f"penstock_session_{server.port}"
+    assert server.ask("GET", "/api/session", key=None, headers={"cookie": f"{name}=made-up"}).status == 401
 
 
 def test_keys_and_sessions_are_kept_as_hashes_only(server):

@@ -1,10 +1,19 @@
 """A served model ends its answers where the template, the tokenizer and both configs say, and reads text as trained."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from penstock.errors import UserError
 from penstock.serve.catalogue import Catalogue
 from penstock.serve.config import ServeConfig
 from tests.conftest import CHATML
+from tests.serve.conftest import paused, running, save_chatty
 
 
 def test_a_served_model_ends_at_every_end_and_says_so(make_tokenizer, tiny_model, capsys):
@@ -26,3 +35,57 @@ def test_a_served_model_without_any_end_answers_to_the_limit(make_tokenizer, tin
     assert "names no token that ends an answer, so all go on to their limit" in capsys.readouterr().err
     ids = model.encoder.tokenizer("<bos><think>Hm").input_ids
     assert model.decode(ids) == "<think>Hm"
+
+
+def save_adapter(base, directory, seed, **settings):
+    """An adapter of peft's that adds something."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", target_modules=["c_attn"], **settings)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(directory)
+    return str(directory)
+
+
+def test_adapters_answer_by_name_in_one_batch_each_as_alone(tmp_path):
+    base = save_chatty(tmp_path / "base")
+    adapters = [save_adapter(base, tmp_path / name, i, r=4 + i) for i, name in enumerate(("left", "right.v2"))]
+    (tmp_path / "left" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    names = ["base", "left", "right.v2"]
+    with running(tmp_path / "data", base, lora_modules=(adapters[0], f"right.v2={adapters[1]}"), rows=6) as server:
+        cards = server.ask("GET", "/v1/models").json["data"]
+        assert [card["id"] for card in cards] == names
+        ask = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 12, "seed": 1, "min_tokens": 12}
+
+        def texts(run):
+            replies = list(run(lambda name: server.post({**ask, "model": name}), names * 2))
+            assert {reply.status for reply in replies} == {200}
+            return [reply.json["choices"][0]["message"]["content"] for reply in replies]
+
+        alone = texts(map)
+        assert len(set(alone)) == 3
+        model, scheduler = server.service.catalogue.models["base"], server.service.scheduler
+        before = scheduler.steps
+        arrived = threading.Event()
+
+        def all_arrived():
+            if scheduler.outstanding == 6:
+                arrived.set()
+            return arrived.is_set()
+
+        with paused(model, all_arrived, after=1), ThreadPoolExecutor(6) as pool:
+            assert texts(pool.map) == alone
+        assert scheduler.steps - before <= 2 * 12, "six answers of twelve tokens were made one after the other"
+        ends = {name: model.encoder.eos_ids for name, model in server.service.catalogue.models.items()}
+        assert ends == {"base": (2,), "left": (2, 0), "right.v2": (2,)}
+        prints = {server.post({**ask, "model": name}).json["system_fingerprint"] for name in names}
+        assert len(prints) == 3
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ({"model": ("a=x", "b=y"), "lora_modules": ("c=z",)}, "adapters of one model"),
+    ({"model": ("a=x",), "lora_modules": ("c=z",), "follow": True}, "without --follow"),
+    ({"model": ("a=x",), "lora_modules": ("a=z",)}, "a is the model's own name"),
+    ({"model": ("a=x",), "lora_modules": ("c=z", "c=w")}, "--lora-modules c=w: there is a model named c"),
+])  # fmt: skip
+def test_adapters_that_cannot_be_served_are_refused_at_once(flags, says):
+    with pytest.raises(UserError, match=says):
+        Catalogue(ServeConfig(**flags))

@@ -107,3 +107,10 @@ def test_sentencepiece_words_are_spelled_too(word, spelled):
             return word
 
     assert Vocabulary(Tokenizer()).bytes_of(5) == spelled
+
+
+def test_stop_strings_count_from_where_they_may(encoder):
+    ids = ids_of(encoder, "stop and stop and stop")
+    text = TextStream(decoder_of(encoder), ["stop"])
+    shown = "".join(text.push(token, may_stop=i >= 1) for i, token in enumerate(ids) if not text.ended)
+    assert (shown, text.ended) == ("stop and ", True)

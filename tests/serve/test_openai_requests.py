@@ -29,7 +29,11 @@ TEMPLATES = {
 def model_of(directory):
     encoder = encoder_of(directory, max_length=2**31)
     return SimpleNamespace(
-        id="tiny", encoder=encoder, length=1000, decoder=SimpleNamespace(config=SimpleNamespace(vocab_size=320))
+        id="tiny",
+        encoder=encoder,
+        encoder_with=lambda _: encoder,
+        length=1000,
+        decoder=SimpleNamespace(config=SimpleNamespace(vocab_size=320)),
     )
 
 

@@ -28,6 +28,7 @@ from penstock.data.toyland import Toyland, save_tokenizer
 from tests.conftest import EOS, PATIENCE, save_tiny
 from tests.serve.conftest import eventually
 from tests.serve.page_payloads import PAYLOADS
+from tests.serve.test_middleware import proxied
 from tests.zygote import zygotic
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -1016,6 +1017,31 @@ def test_a_phone_shows_everything_without_sideways_scrolling(open_page, served, 
           .map((one) => one.getAttribute("aria-label") || one.textContent)"""
     )
     assert small == []
+
+
+def test_the_page_works_below_a_proxys_prefix(browser, served, watch):
+    """Log-in, answers, a reload, links and the log-out, through a proxy that takes the prefix off."""
+    with proxied(urlsplit(served.url).port, "/lab/chat") as address:
+        page = browser.new_page()
+        page.set_default_timeout(WAIT)
+        watch.over(page)
+        page.goto(f"{address}/lab/chat/#key={KEY}")
+        page.wait_for_selector(".welcome")
+        say(page, "Is this below a prefix?")
+        assert page.url.startswith(f"{address}/lab/chat/#/conv_")
+        reload(page, "Is this below a prefix?")
+        for link in ("#export-all", "#export-one"):
+            href = page.locator(link).evaluate("link => link.href")
+            assert href.startswith(f"{address}/lab/chat/api/")
+            assert "Is this below a prefix?" in page.evaluate("url => fetch(url).then(answer => answer.text())", href)
+        page.locator("#new-chat").click()
+        assert page.url == f"{address}/lab/chat/"
+        page.locator("#log-out").click()
+        page.wait_for_selector("#key")
+        page.reload()
+        page.wait_for_selector("#key")
+        page.close()
+        watch.check(f"{address}/lab/chat")
 
 
 def test_pictures_of_the_page(open_page, served, pictures):

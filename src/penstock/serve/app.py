@@ -6,14 +6,18 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from penstock.serve import openai_api, openai_requests, page_api, static_files
-from penstock.serve.errors import ApiError, documented
+from penstock.serve.catalogue import ServedModel
+from penstock.serve.errors import ApiError, busy_database, documented
 from penstock.serve.metrics import CONTENT_TYPE
 from penstock.serve.middleware import AccessMiddleware, Application
+from penstock.serve.scoring import score_api
 from penstock.serve.service import Life, Service, service_of
 
 
@@ -21,36 +25,44 @@ def build(service: Service) -> Application:
     """The application: routes, error shapes, and the access check in front."""
     handlers: dict[Any, Any] = {
         ApiError: _api_error,
+        OperationalError: _database_error,
+        PoolTimeout: _database_error,
         HTTPException: _http_error,
         RequestValidationError: _validation_error,
         Exception: _internal_error,
     }
     app = FastAPI(
-        title="penstock", docs_url=None, redoc_url=None, openapi_url="/openapi.json", exception_handlers=handlers
+        title="penstock",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        exception_handlers=handlers,
+        redirect_slashes=False,
+        servers=[{"url": service.config.root_path}] if service.config.root_path else None,
     )
     app.state.service = service
-    for router in (openai_api.v1, server_api, page_api.api, static_files.pages):
+    for router in (openai_api.v1, score_api.scores, server_api, page_api.api, static_files.pages):
         app.include_router(router)
     app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]
-    inner: Application = AccessMiddleware(app, lambda: service.keys, service.metrics)
+    inner: Application = AccessMiddleware(app, lambda: service.keys, service.metrics, service.config.root_path)
     if service.config.cors:
         inner = CORSMiddleware(
             inner,
             allow_origins=list(service.config.cors),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_methods=["GET", "HEAD", "POST", "PATCH", "DELETE"],
+            allow_headers=["*"],  # clients add headers of their own (x-stainless-...); a key is needed all the same
+            expose_headers=["x-request-id", "retry-after", "content-disposition", "www-authenticate"],
         )
     return inner
 
 
 def _document(app: FastAPI, service: Service) -> dict[str, Any]:
     """The OpenAPI document: 400 in our shape where the framework would say 422, and the names of the models."""
-    document = get_openapi(title=app.title, version="1", routes=app.routes)
+    document = get_openapi(title=app.title, version="1", routes=app.routes, servers=app.servers)
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
-    known = list(service.catalogue.models)
+    known = [name for name, model in service.catalogue.models.items() if isinstance(model, ServedModel)]
     if known:
         for schema in document["components"]["schemas"].values():
             if schema["title"] in ("ChatRequest", "CompletionRequest", "NewReply"):
@@ -86,6 +98,10 @@ async def metrics(request: Request) -> Response:
 
 async def _api_error(request: Request, error: Any) -> Response:
     return Response(error.encoded, error.status, headers=error.headers, media_type="application/json")
+
+
+async def _database_error(request: Request, error: Any) -> Response:
+    return await _api_error(request, busy_database(error))
 
 
 async def _http_error(request: Request, error: Any) -> Response:

@@ -4,24 +4,43 @@ A session is a random cookie, and its CSRF token is derived from it. Our page re
 site can make a browser send the cookie, but cannot read the token.
 """
 
+import contextlib
 import hashlib
 import hmac
 import secrets
 import time
+import unicodedata
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from penstock.errors import UserError
 from penstock.serve.store import Store
 
-COOKIE = "penstock_session"
 SESSION_SECONDS = 30 * 24 * 3600
 SHORTEST_KEY = 16
 """Characters. The hash of a shorter key could be found by trying all keys."""
 
 
 def hashed(secret: str) -> str:
-    """sha256 in hex. Keys and sessions are random and long, so a slow hash would not protect them better."""
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+    """sha256 in hex. Keys and sessions are random and long, so a slow hash would not protect them better.
+
+    A letter with an accent is the same in one code point or two: keyboards differ.
+    """
+    return hashlib.sha256(unicodedata.normalize("NFC", secret).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def spellings(key: bytes) -> list[str]:
+    """What a key in a header may say: clients write letters beyond ASCII in UTF-8 or in latin-1."""
+    texts = [key.decode("latin-1").strip()]
+    with contextlib.suppress(UnicodeDecodeError):
+        texts.append(key.decode().strip())
+    return texts
+
+
+def cookie_of(scope: Mapping[str, Any]) -> str:
+    """The name of a session's cookie: a browser keeps the cookies of all ports of a host together."""
+    return f"penstock_session_{scope['server'][1]}"
 
 
 def csrf_of(session: str) -> str:
@@ -56,9 +75,14 @@ class Keys:
         sha256 = hashed(key)
         return sum(hmac.compare_digest(sha256, known) for known in self._hashes) > 0
 
+    def remembers(self, session: str) -> bool:
+        """Whether it is a session that has been looked up before; reads no database."""
+        return self._sessions.get(hashed(session), 0.0) >= time.time()
+
     def knows(self, session: str) -> bool:
+        """Whether it is a session. Reads the database: not for the event loop."""
         sha256 = hashed(session)
-        end = self._sessions.get(sha256) or self._store.session_ends(sha256)
+        end = self._store.session_ends(sha256)
         if end is None or end < time.time():
             return False
         self._sessions[sha256] = end
@@ -84,6 +108,8 @@ def settle(store: Store, key: str | None, new: bool) -> str | None:
     if key is not None:
         if len(key) < SHORTEST_KEY:
             raise UserError(f"--key: has {len(key)} characters; give {SHORTEST_KEY} or more, or none to have one made.")
+        if key != key.strip() or not key.isprintable():
+            raise UserError("--key: a header cannot hold its control characters or spaces at its ends; leave them out.")
         if store.key_hashes() != [hashed(key)]:
             store.replace_key(hashed(key))
         return None

@@ -4,7 +4,9 @@ A `ServedModel` is one version of one model. With --follow a run's newer checkpo
 the same name. Running answers keep the old one, which is freed when the last of them ends.
 """
 
+import copy
 import hashlib
+import inspect
 import json
 import sys
 import threading
@@ -17,17 +19,24 @@ from typing import Any
 from penstock.config import as_data_flags
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
+from penstock.models.adapter_files import AdapterFile, read_spec
+from penstock.models.chat_template import ChatTemplate
 from penstock.models.decoder import Decoder
+from penstock.models.pretrained import ends_named
+from penstock.models.surgery import add_adapters_by_row
 from penstock.rollout import engine as engines
 from penstock.rollout.engine import Engine
 from penstock.run import checkpoint
 from penstock.run.directory import resolve_model
 from penstock.serve.config import ServeConfig
 from penstock.serve.detokenize import Vocabulary, decoder_of
+from penstock.serve.scoring import reward_models
+from penstock.serve.scoring.reward_models import ServedReward, is_reward_model
 from penstock.sources import file_digest
 
 NO_LIMIT = 2**31
 """The encoder checks no length: `openai_requests` refuses a prompt that is too long, with both numbers."""
+MOST_ENCODERS = 8
 POLL_SECONDS = 1.0
 """Between two reads of a followed run."""
 
@@ -46,18 +55,58 @@ class ServedModel:
     rows: int
     length: int
     """Tokens of prompt and answer together."""
+    base: "ServedModel | None" = None
+    """Of an adapter: the model whose weights and rows it shares."""
+    adapter: int | None = None
+    """Its number there."""
     decode: Callable[[Sequence[int]], str] = field(init=False)
     vocabulary: Vocabulary = field(init=False)
-    engine: Engine = field(init=False)
+    _engine: Engine = field(init=False)
+    _encoders: dict[str, Encoder] = field(init=False, default_factory=dict)
+    """By the arguments of requests for the chat template, the last few."""
 
     def __post_init__(self) -> None:
         self.length = min(self.length, self.decoder.config.max_length)
         self.decode, self.vocabulary = decoder_of(self.encoder), Vocabulary(self.encoder.tokenizer)
-        self.renew()
+        if self.base is None:
+            self.renew()
+
+    @property
+    def owner(self) -> "ServedModel":
+        """The model whose weights and rows it uses: itself, or an adapter's base."""
+        return self.base or self
+
+    @property
+    def engine(self) -> Engine:
+        """What answers."""
+        return self.owner._engine
+
+    def encoder_with(self, arguments: dict[str, Any]) -> Encoder:
+        """The encoder whose chat template gets these arguments too. Raises KeyError for one that is not a template's to
+        read, or that this one does not read."""
+        if not arguments:
+            return self.encoder
+        key = json.dumps(arguments, sort_keys=True)
+        if key not in self._encoders:
+            own = self.encoder.template
+            settled = {"messages", *inspect.signature(own.tokenizer.apply_chat_template).parameters}
+            for name in arguments:
+                if name in settled:
+                    raise KeyError(name)
+            template = ChatTemplate(own.tokenizer, {**own.arguments, **arguments}, self.encoder.flags.date)
+            for name in template.unread:
+                raise KeyError(name)
+            encoder = copy.copy(self.encoder)
+            encoder.template = template
+            while len(self._encoders) >= MOST_ENCODERS:
+                self._encoders.pop(next(iter(self._encoders)), None)
+            self._encoders[key] = encoder
+        return self._encoders[key]
 
     def renew(self) -> None:
         """Makes a new engine over the same weights, after a step that failed."""
-        self.engine = Engine(self.decoder, eos_ids=self.encoder.eos_ids, rows=self.rows, length=self.length)
+        own = self.owner
+        own._engine = Engine(own.decoder, eos_ids=own.encoder.eos_ids, rows=own.rows, length=own.length)
 
 
 class Catalogue:
@@ -65,8 +114,15 @@ class Catalogue:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self.sources = named_sources(config.model)
-        self.models: dict[str, ServedModel] = {}
+        self.sources, self.adapters = named_sources(config.model), named_sources(config.lora_modules, "--lora-modules")
+        if self.adapters and (len(self.sources) > 1 or config.follow):
+            raise UserError(
+                "--lora-modules: are adapters of one model, and it stays: give one MODEL, without --follow."
+            )
+        if both := self.sources.keys() & self.adapters.keys():
+            raise UserError(f"--lora-modules: {min(both)} is the model's own name; give another: NAME=DIRECTORY.")
+        self.models: dict[str, ServedModel | ServedReward] = {}
+        self._started = int(time.time())
         self.ready = threading.Event()
         self.problem: Exception | None = None
         self.swaps = 0
@@ -75,6 +131,16 @@ class Catalogue:
         self._thread: threading.Thread | None = None
         self._seen: dict[str, str] = {}
         """The checkpoint of each followed run that was loaded or refused last."""
+
+    def cards(self) -> list[dict[str, Any]]:
+        """OpenAI's description of each model, of those too that still load."""
+        models, cards = dict(self.models), []
+        for name in (*self.sources, *self.adapters):
+            model = models.get(name)
+            card = {"id": name, "object": "model", "created": model.created if model else self._started}
+            task = "score" if isinstance(model, ServedReward) else "generate"
+            cards.append({**card, "owned_by": "penstock", "task": task})
+        return cards
 
     def start(self, on_failure: Callable[[], None]) -> None:
         """Loads all models in a thread, then follows their runs with --follow."""
@@ -92,6 +158,8 @@ class Catalogue:
         try:
             for name, source in self.sources.items():
                 self.models[name] = self._load(name, source)
+            if self.adapters:
+                self._add_adapters(*self.models.values())
         except Exception as error:  # the command raises it again
             self.problem = error
             on_failure()
@@ -115,7 +183,7 @@ class Catalogue:
         self.swaps += 1
         print(f"{name}: now answers from {self._seen[name]}", file=sys.stderr, flush=True)
 
-    def _load(self, name: str, source: str) -> ServedModel:
+    def _load(self, name: str, source: str) -> ServedModel | ServedReward:
         config = self._config
         path = resolve_model(source)
         if config.follow:
@@ -126,21 +194,49 @@ class Catalogue:
                 )
             path = resolve_model(str(Path(source) / "checkpoints" / newest))
             self._seen[name] = newest
+        if is_reward_model(path):
+            model = reward_models.load(path, config.dtype, config.device)
+            own, length = model.decoder.config, config.max_length or NO_LIMIT
+            encoder = self._encoder(path, own.eos_ids, own.vocab_size)
+            return ServedReward(name, *fingerprint(Path(path)), encoder, model, min(length, own.max_length))
         decoder = engines.load(path, config.dtype, config.device)[1].decoder
-        facts: Any = {"eos_ids": decoder.config.eos_ids, "vocab_size": decoder.config.vocab_size}
-        flags = as_data_flags(config, max_length=NO_LIMIT)
-        encoder = Encoder.for_model(path, **facts, max_length=NO_LIMIT, flags=flags, task="answer")
-        for line in encoder.take_notes():
-            print(line, file=sys.stderr, flush=True)
-        if encoder.tokenizer is None:
-            raise UserError(
-                f"{source}: has no tokenizer, so it cannot chat; put the model's tokenizer files beside it."
-            )
+        encoder = self._encoder(path, decoder.config.eos_ids, decoder.config.vocab_size)
         digest, created = fingerprint(Path(path))
         return ServedModel(name, digest, created, encoder, decoder, config.rows, config.max_length or NO_LIMIT)
 
+    def _add_adapters(self, base: ServedModel | ServedReward) -> None:
+        """Serves the adapters of --lora-modules as models of their own, with the base's weights and rows."""
+        if not isinstance(base, ServedModel):
+            raise UserError(f"--lora-modules: {base.id} is a reward model, which has no adapters here; leave them out.")
+        (source,) = self.sources.values()
+        path = resolve_model(source)
+        directories = [Path(resolve_model(adapter)) for adapter in self.adapters.values()]
+        adapters = [(read_spec(directory)[0], AdapterFile(directory.resolve())) for directory in directories]
+        add_adapters_by_row(base.decoder, adapters, base=path)
+        for number, (name, directory) in enumerate(zip(self.adapters, directories, strict=True)):
+            ends = ends_named(directory, path)
+            encoder = self._encoder(str(directory), ends, base.decoder.config.vocab_size, base.encoder)
+            digest, created = fingerprint(directory)
+            digest = hashlib.sha256((base.digest + digest).encode()).hexdigest()
+            self.models[name] = ServedModel(
+                name, digest, created, encoder, base.decoder, base.rows, base.length, base, number
+            )
 
-def named_sources(arguments: Sequence[str]) -> dict[str, str]:
+    def _encoder(self, path: str, ends: Sequence[int], vocab_size: int, base: Encoder | None = None) -> Encoder:
+        """Of the model at `path`; an adapter without a tokenizer has its base's."""
+        flags = as_data_flags(self._config, max_length=NO_LIMIT)
+        options: Any = {"vocab_size": vocab_size, "max_length": NO_LIMIT, "flags": flags, "task": "answer"}
+        encoder = Encoder.for_model(path, eos_ids=ends, **options)
+        for line in encoder.take_notes():
+            print(line, file=sys.stderr, flush=True)
+        if encoder.tokenizer is None and base is not None:
+            return base
+        if encoder.tokenizer is None:
+            raise UserError(f"{path}: has no tokenizer, so it cannot chat; put the model's tokenizer files beside it.")
+        return encoder
+
+
+def named_sources(arguments: Sequence[str], flag: str = "--model") -> dict[str, str]:
     """Names of models: NAME of NAME=PATH, or the last part of a path, with its parent if another has the same name."""
     names: dict[str, str] = {}
     for argument in arguments:
@@ -152,7 +248,7 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
             if name in names and path.exists():
                 name = f"{path.absolute().parent.name}/{name}"
         if name in names:
-            text = f"--model {argument}: there is a model named {name} already; give it a name: other={source}."
+            text = f"{flag} {argument}: there is a model named {name} already; give it a name: other={source}."
             raise UserError(text)
         names[name] = source
     return names

@@ -11,6 +11,8 @@ class ServeConfig(TemplateFlags, InferenceFlags):
 
     model: tuple[str, ...]
     """Hugging Face directories, hub ids or run directories; NAME=PATH gives the name that clients use."""
+    lora_modules: tuple[str, ...] = ()
+    """Adapters of the one model, answered in the same batches under names of their own: NAME=DIRECTORY, or runs."""
     host: str = "127.0.0.1"
     """Address to listen at; one that other machines can reach needs --key."""
     port: int = 8000
@@ -35,6 +37,8 @@ class ServeConfig(TemplateFlags, InferenceFlags):
     """Requests with one key that may be in progress at once."""
     max_length: int | None = None
     """Tokens of prompt and answer together; it bounds the memory of the rows. Default: the model's limit."""
+    root_path: str = ""
+    """Prefix below which a proxy serves this server: /penstock. Default: none."""
     cors: tuple[str, ...] = ()
     """Web origins whose pages may call the API: https://example.org. Default: none."""
     threads: int | None = None

@@ -43,8 +43,8 @@ class TextStream:
         """Index of the next character: behind those shown and those waiting."""
         return self.length + len(self._waiting)
 
-    def push(self, token: int) -> str:
-        """The text to show after this token; empty after a stop string."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text to show after this token; empty after a stop string. `may_stop`: whether stop strings count yet."""
         if self.ended:
             return ""
         self._ids.append(token)
@@ -58,7 +58,7 @@ class TextStream:
             # Half of the window stays, because decoders look at what precedes (spaces, runs of bytes).
             del self._ids[: WINDOW // 2]
             self._released = len(self._decode(self._ids))
-        return self._show(new)
+        return self._show(new, may_stop)
 
     def finish(self) -> str:
         """The text that still waits, after the last token."""
@@ -71,9 +71,9 @@ class TextStream:
         self._ids, self._released, self._waiting = [], 0, ""
         return shown
 
-    def _show(self, new: str) -> str:
+    def _show(self, new: str, may_stop: bool = True) -> str:
         text = self._waiting + new
-        if not self._stops:
+        if not (self._stops and may_stop):
             self.length += len(text)
             return text
         starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]

@@ -65,6 +65,12 @@ class ApiError(Exception):
         return json.dumps(self.body).encode()
 
 
+def busy_database(error: Exception) -> ApiError:
+    """The answer where the database is locked by another program, or cannot be reached."""
+    reason = " ".join(str(getattr(error, "orig", error)).split())
+    return ApiError(503, f"the database does not answer ({reason}); try again in a moment.", code="database_busy")
+
+
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """These failures, for the OpenAPI document."""
     return {status: {"model": ErrorAnswer, "description": KINDS[status][1].replace("_", " ")} for status in statuses}

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
-from penstock.serve.auth import COOKIE, Keys, csrf_of, hashed
-from penstock.serve.errors import ApiError
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from penstock.serve.auth import Keys, cookie_of, csrf_of, hashed, spellings
+from penstock.serve.errors import ApiError, busy_database
 from penstock.serve.metrics import Metrics
 
 Message = MutableMapping[str, Any]
@@ -55,6 +58,8 @@ class _Exchange:
     receive: Receive
     send: Send
     id: bytes
+    bodiless: bool
+    """HEAD: the answer is its headers alone."""
     status: int = 0
     """Of the answer; 0 before it begins."""
     sha256: str | None = None
@@ -67,8 +72,8 @@ class _Exchange:
 class AccessMiddleware:
     """Identifies each request, reads its body, passes it on, and counts it. Errors leave in OpenAI's shape."""
 
-    def __init__(self, inner: Application, keys: Callable[[], Keys], metrics: Metrics) -> None:
-        self._inner, self._keys, self._metrics = inner, keys, metrics
+    def __init__(self, inner: Application, keys: Callable[[], Keys], metrics: Metrics, root_path: str = "") -> None:
+        self._inner, self._keys, self._metrics, self._root_path = inner, keys, metrics, root_path
         self._exchanges: set[_Exchange] = set()
         self._watching = False
 
@@ -84,14 +89,18 @@ class AccessMiddleware:
         request_id = headers.get(b"x-request-id", b"")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = b"req_" + secrets.token_hex(12).encode()
-        exchange = _Exchange(scope, receive, send, request_id, task=asyncio.current_task())
+        method, scope = scope["method"], _routed(scope, self._root_path)
+        exchange = _Exchange(scope, receive, send, request_id, method == "HEAD", task=asyncio.current_task())
         started = time.monotonic()
         self._exchanges.add(exchange)
         if not self._watching:
             self._watching = True
             self._cancel_slow_clients()
         try:
-            self._identify(exchange, headers)
+            if scope["path"] == "":
+                await _redirect(exchange, f"{self._root_path}/")
+                return
+            await self._identify(exchange, headers)
             length = headers.get(b"content-length", b"")
             if length.isdigit() and int(length) > MAX_BODY_BYTES:
                 raise _too_large()
@@ -100,6 +109,8 @@ class AccessMiddleware:
                 await self._inner(scope, _replay(exchange, body), _with_headers(exchange))
         except ApiError as error:
             await _refuse(exchange, error)
+        except (OperationalError, PoolTimeout) as error:  # of the look-up of a session
+            await _refuse(exchange, busy_database(error))
         except Exception as error:  # a bug: details go to the log, not to the client
             name = request_id.decode()
             print(f"request {name}: {scope['method']} {scope['path']!a}", file=sys.stderr)
@@ -111,7 +122,7 @@ class AccessMiddleware:
             self._exchanges.discard(exchange)
             if exchange.sha256 is not None:
                 self._keys().leave(exchange.sha256)
-            self._metrics.answered(scope, exchange.status, time.monotonic() - started)
+            self._metrics.answered({**scope, "method": method}, exchange.status, time.monotonic() - started)
 
     def _cancel_slow_clients(self) -> None:
         """Cancels, every few seconds, the requests whose clients stopped reading. A timer for each send costs more."""
@@ -122,22 +133,22 @@ class AccessMiddleware:
                 exchange.task.cancel()
         loop.call_later(SEND_SECONDS / 12, self._cancel_slow_clients)
 
-    def _identify(self, exchange: _Exchange, headers: dict[bytes, bytes]) -> None:
+    async def _identify(self, exchange: _Exchange, headers: dict[bytes, bytes]) -> None:
         """Finds the key or the session of a request. Raises ApiError 401, 403 or 429."""
         method, path = exchange.scope["method"], exchange.scope["path"]
         if PUBLIC.fullmatch(path) or (path == "/api/session" and method == "POST"):
             return
         keys, sha256 = self._keys(), None
-        scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        session = _session_of(headers)
-        if scheme.lower() == "bearer":
-            if not keys.holds(key.strip()):
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        session = _session_of(headers, cookie_of(exchange.scope))
+        if scheme.lower() == b"bearer":
+            sha256 = next((hashed(text) for text in spellings(key) if keys.holds(text)), None)
+            if sha256 is None:
                 raise ApiError(401, "this key is not the server's; penstock serve printed it when it first started.")
-            sha256 = hashed(key.strip())
-        elif session is not None and keys.knows(session):
+        elif session and (keys.remembers(session) or await asyncio.to_thread(keys.knows, session)):
             sha256 = hashed(session)
             token = headers.get(b"x-csrf-token", b"").decode("latin-1")
-            if method not in ("GET", "HEAD") and not secrets.compare_digest(token.encode(), csrf_of(session).encode()):
+            if method != "GET" and not secrets.compare_digest(token.encode(), csrf_of(session).encode()):
                 raise ApiError(403, "the X-CSRF-Token header is missing or not this session's; reload the page.")
             exchange.scope["penstock.session"] = session
         if sha256 is None:
@@ -150,9 +161,19 @@ class AccessMiddleware:
         exchange.sha256 = sha256
 
 
-def _session_of(headers: dict[bytes, bytes]) -> str | None:
+def _routed(scope: Message, root_path: str) -> Message:
+    """The request as routes see it, whichever way it came: HEAD as GET, and a path without the prefix of a proxy and
+    without slashes at its end; empty: the prefix alone, below which the page's relative addresses do not work."""
+    path = scope["path"]
+    if root_path and (path == root_path or path.startswith(f"{root_path}/")):
+        path = path.removeprefix(root_path)
+    path = path and (path.rstrip("/") or "/")
+    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+
+
+def _session_of(headers: dict[bytes, bytes], name: str) -> str | None:
     try:
-        cookie = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1")).get(COOKIE)
+        cookie = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1")).get(name)
     except CookieError:
         return None
     return None if cookie is None else cookie.value
@@ -202,11 +223,19 @@ def _with_headers(exchange: _Exchange) -> Send:
             message["headers"] = [*message["headers"], *added, (b"x-request-id", exchange.id)]
             if b"cache-control" not in present:
                 message["headers"].append((b"cache-control", b"no-store"))
+        elif exchange.bodiless:
+            message = {**message, "body": b""}
         exchange.sending_since = loop.time()
         await exchange.send(message)
         exchange.sending_since = None
 
     return send
+
+
+async def _redirect(exchange: _Exchange, address: str) -> None:
+    send, headers = _with_headers(exchange), [(b"location", address.encode()), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 308, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _refuse(exchange: _Exchange, error: ApiError) -> None:
@@ -220,8 +249,6 @@ async def _refuse(exchange: _Exchange, error: ApiError) -> None:
     if early:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    if exchange.scope["method"] == "HEAD":
-        body = b""
     await send({"type": "http.response.body", "body": body, "more_body": early})
     if not early:
         return

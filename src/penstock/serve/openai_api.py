@@ -11,11 +11,10 @@ from fastapi.security import HTTPBearer
 from starlette.responses import JSONResponse
 
 from penstock.serve import openai_requests, openai_responses
-from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import documented
 from penstock.serve.openai_requests import ChatRequest, CompletionRequest
 from penstock.serve.scheduler import Generation
-from penstock.serve.service import LARGE_BYTES, Service, service_of
+from penstock.serve.service import Service, request_bytes, service_of
 
 v1 = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(HTTPBearer(auto_error=False))])
 COMPLETION_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -29,7 +28,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation; as server-sent events with `stream`."""
     service = service_of(request)
     model = service.find(body.model)
-    encoded = await service.encode(_size(request), openai_requests.encode_chat, body, model)
+    encoded = await service.encode(request_bytes(request), openai_requests.encode_chat, body, model)
     return await _answer(request, service, service.begin(model, encoded), body)
 
 
@@ -38,15 +37,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Goes on with a text or with token ids, without a chat template."""
     service = service_of(request)
     model = service.find(body.model)
-    encoded = await service.encode(_size(request), openai_requests.encode_text, body, model)
+    encoded = await service.encode(request_bytes(request), openai_requests.encode_text, body, model)
     return await _answer(request, service, service.begin(model, encoded), body)
 
 
 @v1.get("/models", response_model=openai_responses.ModelList, responses=documented(401, 403, 429, 503))
 async def list_models(request: Request) -> JSONResponse:
-    """The models that are served."""
-    cards = [_card(model) for model in list(service_of(request).catalogue.models.values())]
-    return JSONResponse({"object": "list", "data": cards})
+    """The models that are served, those that still load among them."""
+    return JSONResponse({"object": "list", "data": service_of(request).catalogue.cards()})
 
 
 @v1.get(
@@ -54,13 +52,11 @@ async def list_models(request: Request) -> JSONResponse:
 )
 async def one_model(model: str, request: Request) -> JSONResponse:
     """One of them."""
-    return JSONResponse(_card(service_of(request).find(model)))
-
-
-def _size(request: Request) -> int:
-    """Bytes of the body; counts as large when the client does not say."""
-    length = request.headers.get("content-length", "")
-    return int(length) if length.isdigit() else LARGE_BYTES + 1
+    service = service_of(request)
+    card = next((card for card in service.catalogue.cards() if card["id"] == model), None)
+    if card is None:
+        raise service.unknown(model)
+    return JSONResponse(card)
 
 
 async def _answer(
@@ -77,10 +73,6 @@ async def _answer(
         watch.cancel()
         service.cancel(generation)
         service.metrics.generated(generation)
-
-
-def _card(model: ServedModel) -> dict[str, Any]:
-    return {"id": model.id, "object": "model", "created": model.created, "owned_by": "penstock"}
 
 
 class EventStream(Response):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
 from penstock.errors import DataError
 from penstock.rollout.sampling import Sampling
@@ -23,6 +24,7 @@ MAX_PROMPTS = 64
 """In one request to /v1/completions."""
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 64
+MAX_STOP_IDS = 64
 MAX_BIASES = 300
 MIN_TEMPERATURE = 1e-3
 """A temperature below it takes the likeliest token, as 0 does: logits divided by less leave the range of fp32."""
@@ -81,6 +83,7 @@ SEED_BITS = 53
 """Of a drawn seed: JavaScript, and so the page, represents no larger whole numbers exactly."""
 Stop = Annotated[Str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Sampled(Loose):
@@ -101,6 +104,9 @@ class Sampled(Loose):
     top_k: TopK | None = None
     min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS, description="As vLLM's.")] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31, description="As vLLM's: no end before them.")] | None = None
+    ignore_eos: Annotated[bool, Field(description="As vLLM's.")] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -120,9 +126,14 @@ class ChatRequest(Sampled):
     continue_final_message: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(description="As vLLM's: what the template reads.")] | None = (
+        None
+    )
+    reasoning_effort: Annotated[Str, Field(description="For chat templates that read it.")] | None = None
+    add_generation_prompt: Annotated[bool, Field(description="As vLLM's: false opens no answer.")] | None = None
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class CompletionRequest(Sampled):
@@ -160,16 +171,18 @@ class EncodedRequest:
 
 def encode_chat(request: ChatRequest, model: ServedModel) -> EncodedRequest:
     """A chat request, encoded. Raises ApiError, with the key at fault, for what this server cannot do."""
-    _refuse(request, CHANGES_CHAT)
+    refuse_unsupported(request, CHANGES_CHAT)
     for i, message in enumerate(request.messages):
-        _refuse(message, CHANGES_MESSAGE, f"messages[{i}].")
+        refuse_unsupported(message, CHANGES_MESSAGE, f"messages[{i}].")
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true beside it.", param="top_logprobs")
     limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens")
     turns, beginning = _turns(request)
-    prompt = _encode(model, Prompt(messages=turns, where="messages"), "messages", beginning)
+    encoder = _encoder(request, model)
+    opened = request.add_generation_prompt is not False
+    prompt = _encode(model, encoder, Prompt(messages=turns, where="messages"), "messages", beginning, opened)
     sampling = _sampling(request, model, max(limits, default=model.length), request.top_logprobs or 0)
     return EncodedRequest([prompt], sampling, request.stops, bool(request.logprobs))
 
@@ -200,7 +213,7 @@ def _turns(request: ChatRequest) -> tuple[tuple[dict[str, str], ...], str]:
 
 def encode_text(request: CompletionRequest, model: ServedModel) -> EncodedRequest:
     """A plain completion, encoded. Raises ApiError as `encode_chat` does."""
-    _refuse(request, CHANGES_TEXT)
+    refuse_unsupported(request, CHANGES_TEXT)
     texts: Any = request.prompt  # a text, token ids, or a list of either
     if isinstance(texts, str) or isinstance(texts[0], int):
         texts = [texts]
@@ -211,7 +224,7 @@ def encode_text(request: CompletionRequest, model: ServedModel) -> EncodedReques
     for i, text in enumerate(texts):
         param = "prompt" if len(texts) == 1 else f"prompt[{i}]"
         source: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"prompt_ids": tuple(text)}
-        prompts.append(_encode(model, Prompt(**source, where=param), param))
+        prompts.append(_encode(model, model.encoder, Prompt(**source, where=param), param))
     echo, answers = bool(request.echo), request.max_tokens != 0
     if not (echo or answers):
         raise ApiError(
@@ -222,10 +235,28 @@ def encode_text(request: CompletionRequest, model: ServedModel) -> EncodedReques
     return EncodedRequest(prompts, sampling, request.stops, request.logprobs is not None, echo, answers)
 
 
-def _encode(model: ServedModel, record: Prompt, param: str, beginning: str = "") -> list[int]:
+def _encoder(request: ChatRequest, model: ServedModel) -> Encoder:
+    """The model's, with the request's arguments for the chat template."""
+    arguments = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        arguments["reasoning_effort"] = request.reasoning_effort
+    try:
+        return model.encoder_with(arguments)
+    except KeyError as error:
+        name = error.args[0]
+        text = f"{ascii(name)[:60]} is nothing that a request may set in the chat template of {model.id}; leave it out."
+        raise ApiError(
+            400, text, code="unsupported_parameter",
+            param=name if name == "reasoning_effort" else "chat_template_kwargs",
+        ) from error  # fmt: skip
+
+
+def _encode(
+    model: ServedModel, encoder: Encoder, record: Prompt, param: str, beginning: str = "", opened: bool = True
+) -> list[int]:
     """Token ids of a prompt and of how its answer begins. Raises ApiError where the template or the context refuses."""
     try:
-        ids = model.encoder.encode_prompt(record, beginning)
+        ids = encoder.encode_prompt(record, beginning, opened=opened)
     except DataError as error:
         raise ApiError(400, str(error), param=param) from error
     if len(ids) >= model.length:
@@ -241,9 +272,16 @@ def _sampling(request: Sampled, model: ServedModel, limit: int, top_logprobs: in
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options needs stream: true beside it.", param="stream_options")
     temperature = 1.0 if request.temperature is None else request.temperature
+    vocab_size, limit, fewest = model.decoder.config.vocab_size, min(limit, model.length), request.min_tokens or 0
+    if fewest > limit:
+        raise ApiError(400, f"min_tokens is {fewest}, and {limit} are the most there can be.", param="min_tokens")
+    for token in request.stop_token_ids or ():
+        if token >= vocab_size:
+            text = f"{token} is no token of this model; its ids are 0 to {vocab_size - 1}."
+            raise ApiError(400, text, param="stop_token_ids")
     return Sampling(
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-        max_new_tokens=min(limit, model.length),
+        max_new_tokens=limit,
         n=request.n or 1,
         top_k=request.top_k or 0,
         top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),  # 0: the likeliest token alone
@@ -252,8 +290,12 @@ def _sampling(request: Sampled, model: ServedModel, limit: int, top_logprobs: in
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        logit_bias=_biases(request.logit_bias or {}, model.decoder.config.vocab_size),
+        logit_bias=_biases(request.logit_bias or {}, vocab_size),
         top_logprobs=top_logprobs,
+        min_new_tokens=fewest and fewest + 1,  # ours counts the end among them
+        # All that end an answer: an adapter may have others than its base, whose engine it shares.
+        stop_ids=(*(() if request.ignore_eos else model.encoder.eos_ids), *(request.stop_token_ids or ())),
+        ignore_eos=True,
     )
 
 
@@ -270,15 +312,34 @@ def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float
 CHANGES_SAMPLED: dict[str, Any] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "audio": (), "modalities": (["text"], []), "web_search_options": (),
-    "use_beam_search": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
+    "verbosity": ("medium",), "thinking": (), "reasoning": (), "best_of": (1,), "extra_body": ({},),
+    # vLLM's and SGLang's
+    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
+    "guided_json_object": (False,), "guided_whitespace_pattern": (), "structural_tag": (), "ebnf": (), "regex": (),
+    "bad_words": ([],), "allowed_token_ids": (), "logits_processors": ([],), "use_beam_search": (False,),
+    "length_penalty": (1,), "early_stopping": (False,), "truncate_prompt_tokens": (), "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "no_stop_trim": (False,), "stop_regex": (), "chat_template": (), "documents": ([],), "mm_processor_kwargs": ({},),
+    "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "lora_path": (),
+    # llama.cpp's, Ollama's and transformers'
+    "json_schema": (), "grammar": ("",), "n_predict": (-1,), "repeat_penalty": (1,), "typical_p": (1,), "tfs_z": (1,),
+    "mirostat": (0,), "dynatemp_range": (0,), "xtc_probability": (0,), "dry_multiplier": (0,), "samplers": (),
+    "lora": ([],), "format": ("",), "options": ({},), "images": ([],), "max_new_tokens": (), "min_new_tokens": (),
+    "max_length": (), "min_length": (), "do_sample": (True,), "num_beams": (1,), "no_repeat_ngram_size": (0,),
 }  # fmt: skip
 """Keys that change what an answer means, with the values that do not; null never does."""
-CHANGES_CHAT = {**CHANGES_SAMPLED, "prediction": ()}
-CHANGES_TEXT = {**CHANGES_SAMPLED, "suffix": ("",), "best_of": (1,)}
+CHANGES_CHAT = {
+    **CHANGES_SAMPLED, "prediction": (), "echo": (False,),
+    "add_special_tokens": (False,),
+}  # fmt: skip
+CHANGES_TEXT = {
+    **CHANGES_SAMPLED, "suffix": ("",), "add_special_tokens": (True,), "messages": (), "chat_template_kwargs": ({},),
+}  # fmt: skip
 CHANGES_MESSAGE: dict[str, Any] = {"tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": ()}
 
 
-def _refuse(request: Loose, changes: dict[str, Any], prefix: str = "") -> None:
+def refuse_unsupported(request: Loose, changes: dict[str, Any], prefix: str = "") -> None:
+    """Raises ApiError for a key of a table as CHANGES_SAMPLED, with a value that changes something."""
     for key, value in (request.model_extra or {}).items():
         if key in changes and value is not None and value not in changes[key]:
             text = f"{key} would change what the answer means, and this server does not do it; leave it out."

@@ -116,6 +116,7 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    task: Literal["generate", "score"]
 
 
 class ModelList(BaseModel):

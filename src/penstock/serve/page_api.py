@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from penstock.serve import openai_requests
 from penstock.serve.answers import Answer
-from penstock.serve.auth import COOKIE, SESSION_SECONDS, csrf_of
+from penstock.serve.auth import SESSION_SECONDS, cookie_of, csrf_of
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import ApiError, documented
 from penstock.serve.openai_requests import Str
@@ -182,14 +183,19 @@ def _with_times(row: dict[str, Any]) -> dict[str, Any]:
 @api.post("/session", response_model=Csrf, responses=documented(400, 401, 408, 413))
 def log_in(body: Login, request: Request) -> JSONResponse:
     """Opens a session for who knows the key: an HttpOnly cookie, and a token that must come beside it."""
-    session = service_of(request).keys.open_session(body.key)
+    service = service_of(request)
+    session = service.keys.open_session(body.key.strip())
     if session is None:
         raise ApiError(
             401, "this key is not the server's; penstock serve printed it when it first started.", param="key"
         )
     answer = JSONResponse({"csrf": csrf_of(session)})
-    secure = request.url.scheme == "https"
-    answer.set_cookie(COOKIE, session, max_age=SESSION_SECONDS, httponly=True, samesite="strict", secure=secure)
+    # A proxy with TLS says so. A client that lies about it loses its own cookie.
+    scheme = request.headers.get("x-forwarded-proto", request.url.scheme).split(",")[0].strip().lower()
+    answer.set_cookie(
+        cookie_of(request.scope), session, max_age=SESSION_SECONDS, path=service.config.root_path or "/",
+        secure=scheme == "https", httponly=True, samesite="strict",
+    )  # fmt: skip
     return answer
 
 
@@ -206,10 +212,12 @@ def see_session(request: Request) -> JSONResponse:
 def log_out(request: Request) -> Response:
     """Ends the session that the cookie names."""
     session = request.scope.get("penstock.session")
+    service = service_of(request)
     if session is not None:
-        service_of(request).keys.close_session(session)
+        service.keys.close_session(session)
     answer = Response(status_code=204)
-    answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    path = service.config.root_path or "/"
+    answer.delete_cookie(cookie_of(request.scope), path=path, httponly=True, samesite="strict")
     return answer
 
 
@@ -423,11 +431,12 @@ JSON_LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/js
 
 
 def _lines(request: Request, conversation_id: str | None, name: str) -> Response:
-    with _store_errors():
-        leaves = list(service_of(request).store.leaves(conversation_id))
-    lines = [json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for turns in leaves]
+    leaves = service_of(request).store.leaves(conversation_id)
+    with _store_errors():  # before the answer begins
+        first = list(itertools.islice(leaves, 1))
+    lines = (json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for turns in itertools.chain(first, leaves))
     headers = {"content-disposition": f'attachment; filename="{name}.jsonl"'}
-    return Response("".join(lines).encode(), media_type="application/jsonl", headers=headers)
+    return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
 
 @api.get("/conversations/{conversation_id}/export", response_class=Response, responses={**FAILS, **JSON_LINES})

@@ -16,7 +16,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from penstock.rollout.engine import Answer, Engine
 from penstock.rollout.prompt_logprobs import Scored, prompt_logprobs
@@ -24,6 +26,8 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.detokenize import TextStream
 from penstock.serve.errors import ApiError
+
+Result = TypeVar("Result")
 
 
 class BusyError(Exception):
@@ -105,6 +109,8 @@ class _Job:
     limit: int
     """Tokens at most."""
     text: TextStream
+    ends: frozenset[int]
+    """Tokens that end it, and are no part of its text."""
     start: int = 0
     """Characters of the prompt before it."""
     processed: int = 0
@@ -140,13 +146,13 @@ class Scheduler:
         model = generation.model
         room = model.rows + self.queue_length
         with self._lock:
-            outstanding = self._outstanding.get(model.id, 0)
+            outstanding = self._outstanding.get(model.owner.id, 0)
             if outstanding + generation.count > room:
                 raise BusyError(
                     f"{model.id} has {outstanding} answers running or waiting, and room for {room} with {model.rows} "
                     "at once; try again in a moment."
                 )
-            self._outstanding[model.id] = outstanding + generation.count
+            self._outstanding[model.owner.id] = outstanding + generation.count
         self._orders.put(lambda: self._begin(generation))
 
     def cancel(self, generation: Generation) -> None:
@@ -154,6 +160,21 @@ class Scheduler:
         generation.cancelled = True
         generation.wake.set()
         self._orders.put(lambda: self._drop(generation))
+
+    def run(self, function: Callable[[], Result]) -> Future[Result]:
+        """Calls a function on the engines' thread, between two steps."""
+        result: Future[Result] = Future()
+
+        def call() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
+            try:
+                result.set_result(function())
+            except Exception as error:  # its caller's to answer
+                result.set_exception(error)
+
+        self._orders.put(call)
+        return result
 
     @property
     def outstanding(self) -> int:
@@ -216,10 +237,10 @@ class Scheduler:
         self._models[engine] = model
         refused = []
         for i, prompt in enumerate(generation.prompts):
-            for j, answer in enumerate(engine.submit(prompt, sampling)):
+            for j, answer in enumerate(engine.submit(prompt, sampling, adapter=model.adapter)):
                 limit = min(sampling.max_new_tokens, engine.length - len(prompt))
                 text = TextStream(model.decode, generation.stops)
-                job = _Job(generation, i * sampling.n + j, answer, limit, text, starts[i])
+                job = _Job(generation, i * sampling.n + j, answer, limit, text, engine.ends_of(sampling), starts[i])
                 if answer.error:
                     refused.append((generation, _failed(job, ApiError(400, answer.error))))
                 else:
@@ -296,12 +317,12 @@ class Scheduler:
         answer, generation = job.answer, job.generation
         text, first = "", job.processed
         for i, token in enumerate(answer.response_ids[first:], first):
-            ends = token in engine.eos_ids
+            ends = token in job.ends
             if generation.wants_tokens and (generation.echo or not ends):  # behind an echo every token is counted on
                 top = tuple(answer.top_logprobs[i]) if answer.top_logprobs else ()
                 start = job.start + job.text.position
                 job.tokens.append(Token(token, answer.logprobs[i], start, top))
-            text += "" if ends else job.text.push(token)
+            text += "" if ends else job.text.push(token, may_stop=i + 1 >= generation.sampling.min_new_tokens)
             job.processed = i + 1
         generation.tokens_made += job.processed - first
         return text
@@ -322,7 +343,7 @@ class Scheduler:
 
     def _release(self, model: ServedModel, count: int) -> None:
         with self._lock:
-            self._outstanding[model.id] -= count
+            self._outstanding[model.owner.id] -= count
 
     def _forget_if_idle(self, engine: Engine) -> None:
         """Drops an engine without answers, and with it weights that a newer version has replaced."""
@@ -342,7 +363,7 @@ def _echoed(generation: Generation, engine: Engine) -> list[Piece]:
     top, pieces = generation.sampling.top_logprobs, list[Piece]()
     scored: Sequence[Sequence[Scored]] = [[(None, ())] * len(prompt) for prompt in generation.prompts]
     if generation.wants_tokens:
-        scored = prompt_logprobs(engine.decoder, generation.prompts, top)
+        scored = prompt_logprobs(engine.decoder, generation.prompts, top, generation.model.adapter)
     for prompt, scores in zip(generation.prompts, scored, strict=True):
         stream, shown, tokens = TextStream(generation.model.decode), list[str](), list[Token]()
         for token, (logprob, likeliest) in zip(prompt, scores, strict=True):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ except ModuleNotFoundError as error:
         raise
     raise UserError(f"penstock serve needs {error.name}: pip install 'penstock[serve]'.") from error
 
+ROOT_PATH = re.compile(r"(?!/(api|v1|assets)(/|$))(/[A-Za-z0-9_.~-]+)+")
 IDLE_SECONDS = 60
 """A connection without a request is closed after this time."""
 
@@ -41,6 +43,11 @@ def serve(config: ServeConfig) -> None:
         )
     if config.key is not None and config.new_key:
         raise UserError("--new-key makes a key, and --key gives one; leave one of them out.")
+    if config.root_path and not ROOT_PATH.fullmatch(config.root_path):
+        raise UserError(
+            f"--root-path {config.root_path}: give a path that begins with a slash and ends without one, as /penstock, "
+            "and that is no route of the server's own (/api, /v1, /assets)."
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     store = open_store(config.data_dir, config.database, move_damaged=config.move_damaged)
@@ -73,10 +80,11 @@ async def _run(service: Service, listener: socket.socket, new_key: str | None) -
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    print(f"penstock serve: {address_of(listener)}")
+    address = address_of(listener) + service.config.root_path
+    print(f"penstock serve: {address}")
     print(f"key: {new_key or 'the one of the first start, or of --key (lost it? --new-key makes another)'}")
     if new_key:
-        print(f"page: {address_of(listener)}/#key={new_key}")
+        print(f"page: {address}/#key={new_key}")
     sys.stdout.flush()
     await server.run_service(listener)
 

@@ -23,9 +23,11 @@ from penstock.serve.errors import ApiError
 from penstock.serve.metrics import Metrics
 from penstock.serve.openai_requests import EncodedRequest
 from penstock.serve.scheduler import BusyError, Generation, Scheduler
+from penstock.serve.scoring.reward_models import ServedReward
 from penstock.serve.store import Store
 
 Result = TypeVar("Result")
+Kind = TypeVar("Kind", ServedModel, ServedReward)
 DRAIN_SECONDS = 30.0
 """From SIGTERM until answers that still run are cut off."""
 LARGE_BYTES = 4096
@@ -87,14 +89,29 @@ class Service:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     def find(self, name: str) -> ServedModel:
-        """A model by name. Raises ApiError 503 while loading or draining, 404 with the known names."""
+        """A model by name. Raises ApiError 503 while loading or draining, 404 with the known names, 400 for one that
+        does something else."""
+        return self._find(name, ServedModel, "/v1/score")
+
+    def _find(self, name: str, kind: type[Kind], other_route: str) -> Kind:
         if self.life is not Life.SERVING:
             raise ApiError(503, f"the server is {self.life.value}; try again in a moment.", code=self.life.value)
         if name not in self.catalogue.models:
-            known = ", ".join(self.catalogue.models)
-            text = f"there is no model {ascii(name)[:80]} here; there are: {known}."
-            raise ApiError(404, text, param="model", code="model_not_found")
-        return self.catalogue.models[name]
+            raise self.unknown(name)
+        model = self.catalogue.models[name]
+        if not isinstance(model, kind):
+            raise ApiError(400, f"{name} is for {other_route}.", param="model", code="model_not_supported")
+        return model
+
+    def find_reward(self, name: str) -> ServedReward:
+        """A reward model by name. Raises ApiError as `find` does."""
+        return self._find(name, ServedReward, "/v1/chat/completions and /v1/completions")
+
+    def unknown(self, name: str) -> ApiError:
+        """The answer to a name that no model has."""
+        known = ", ".join(card["id"] for card in self.catalogue.cards())
+        text = f"there is no model {ascii(name)[:80]} here; there are: {known}."
+        return ApiError(404, text, param="model", code="model_not_found")
 
     async def encode(self, size: int, encode: Callable[..., Result], *arguments: Any) -> Result:
         """Calls a function that tokenizes `size` bytes: at once if they are few, in the thread otherwise."""
@@ -122,6 +139,12 @@ class Service:
         """Frees the rows of a generation that no client waits for."""
         if self.scheduler is not None:
             self.scheduler.cancel(generation)
+
+
+def request_bytes(request: Request) -> int:
+    """Bytes of the body; counts as large when the client does not say."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdigit() else LARGE_BYTES + 1
 
 
 def service_of(request: Request) -> Service:

@@ -1,7 +1,7 @@
 """The page's files: index.html at /, everything else under /assets/, each with the hash of its bytes in its address.
 
-index.html is served with `?v=HASH` behind every address in /assets/, so that a browser may keep those files for ever
-and still gets a new version at once.
+index.html is served with `?v=HASH` behind every address in assets/, so that a browser may keep those files for ever
+and still gets a new version at once. Addresses are relative, so that the page works below any prefix of a proxy's.
 """
 
 import functools
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parent / "page"
 SUFFIXES = (".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".woff2", ".json")
 FOREVER = "public, max-age=31536000, immutable"
 pages = APIRouter(include_in_schema=False)
-ADDRESS = re.compile(r"""(["'])/?(assets/[\w./-]+)(?:\?v=\w*)?\1""")
+ADDRESS = re.compile(r"""(["'])(assets/[\w./-]+)(?:\?v=\w*)?\1""")
 
 
 @functools.cache
@@ -41,13 +41,13 @@ def hashed(text: str) -> str:
     def with_hash(match: re.Match[str]) -> str:
         quote, address = match[1], match[2]
         file = files().get(address.removeprefix("assets/"))
-        return f"{quote}/{address}?v={file[1]}{quote}" if file else match[0]
+        return f"{quote}{address}?v={file[1]}{quote}" if file else match[0]
 
     return ADDRESS.sub(with_hash, text)
 
 
 @pages.get("/")
-def index(request: Request) -> Response:
+async def index(request: Request) -> Response:
     """The page."""
     if "index.html" not in files():
         raise ApiError(404, "this installation has no chat page; the API is at /v1.")
@@ -60,7 +60,7 @@ def index(request: Request) -> Response:
 
 
 @pages.get("/assets/{path:path}")
-def asset(path: str, request: Request) -> Response:
+async def asset(path: str, request: Request) -> Response:
     """One of its files."""
     if path not in files() or path == "index.html":
         raise ApiError(404, "the page has no such file.")

@@ -22,6 +22,10 @@ from penstock.serve.tables import conversations, keys, messages, sessions, votes
 ID = re.compile(r"[a-z]+_[0-9a-f]{24}")
 TITLE_LENGTH = 60
 """Characters of the first message that become a conversation's title."""
+READS = "penstock_reads"
+"""The option of a connection whose transaction writes nothing."""
+BUSY_SECONDS = 30.0
+"""How long a write waits for another program's."""
 MAX_MESSAGES = 100_000
 """Messages that are read of a conversation."""
 
@@ -35,7 +39,7 @@ class Store:
     """An open database, made by `open_store`."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+        self._engine, self._reader = engine, engine.execution_options(**{READS: True})
 
     def close(self) -> None:
         self._engine.dispose()
@@ -43,7 +47,7 @@ class Store:
     # --- keys and sessions --------------------------------------------------------------------------------------------
 
     def key_hashes(self) -> list[str]:
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return list(connection.scalars(sa.select(keys.c.sha256)))
 
     def replace_key(self, sha256: str) -> None:
@@ -61,7 +65,7 @@ class Store:
 
     def session_ends(self, sha256: str) -> float | None:
         """When a session ends (seconds since 1970), or None if there is no such session."""
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return connection.scalar(sa.select(sessions.c.ends_at).where(sessions.c.sha256 == sha256))
 
     def remove_session(self, sha256: str) -> None:
@@ -74,7 +78,7 @@ class Store:
         """The most recently used ones after the conversation `before`, and whether there are more."""
         table = conversations
         query = sa.select(table).order_by(table.c.updated_at.desc(), table.c.place.desc()).limit(limit + 1)
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             if before is not None:
                 last = _conversation(connection, before)
                 earlier = sa.and_(table.c.updated_at == last["updated_at"], table.c.place < last["place"])
@@ -91,7 +95,7 @@ class Store:
         return row
 
     def conversation(self, conversation_id: str) -> Row:
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return _only(_conversation(connection, conversation_id), CONVERSATION)
 
     def change_conversation(self, conversation_id: str, changes: Row) -> Row:
@@ -114,13 +118,13 @@ class Store:
 
     def messages(self, conversation_id: str) -> list[Row]:
         """The whole tree, oldest first."""
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             _conversation(connection, conversation_id)
             query = _tree_query(conversation_id).limit(MAX_MESSAGES)
             return [_only(row, MESSAGE) for row in connection.execute(query).mappings()]
 
     def message(self, message_id: str, conversation_id: str) -> Row:
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return _only(_message(connection, message_id, conversation_id), MESSAGE)
 
     def below(self, message_id: str | None, conversation_id: str) -> set[str | None]:
@@ -193,7 +197,7 @@ class Store:
 
     def turns(self, message_id: str, conversation_id: str) -> list[dict[str, str]]:
         """The system prompt and the messages from the top down to this one, as roles and contents."""
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             conversation = _conversation(connection, conversation_id)
             _message(connection, message_id, conversation_id)
             return _path(_tree(connection, conversation), conversation, message_id)
@@ -204,7 +208,7 @@ class Store:
         An answer that was disliked or cut short has weight 0: training reads it and does not learn it. One that was cut
         says why, as its finish_reason.
         """
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             if conversation_id is not None:
                 rows = [_conversation(connection, conversation_id)]
             else:
@@ -245,7 +249,7 @@ class Store:
     def votes(self, conversation_id: str | None = None) -> list[Row]:
         """All votes, or those in one conversation, oldest first, with prompt and answers."""
         query = sa.select(votes).order_by(votes.c.place)
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             if conversation_id is not None:
                 _conversation(connection, conversation_id)
                 query = query.where(votes.c.conversation_id == conversation_id)
@@ -383,18 +387,21 @@ def open_store(data_dir: str, database: str | None, *, move_damaged: bool = Fals
 
 
 def _sqlite(path: Path) -> sa.Engine:
-    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+    # As many connections as threads that routes run in: a read never waits for the connection of a write that waits.
+    engine = sa.create_engine(f"sqlite:///{path}", pool_size=40, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _settings(connection: sqlite3.Connection, _: object) -> None:
         connection.isolation_level = None  # _begin begins transactions, not the driver
-        for line in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+        for line in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {line}")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        # Otherwise SQLite refuses a reader that turns writer after another connection has written.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        # A reader sees the last state that was written and waits for nobody. What writes says so from the start:
+        # SQLite refuses a reader that turns writer after another connection has written.
+        reads = connection.get_execution_options().get(READS)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
 

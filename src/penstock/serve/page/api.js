@@ -1,4 +1,5 @@
 // The server's routes, as functions. Knows HTTP: the session's CSRF token, errors, and streams of events.
+// Addresses are relative to the page, which a proxy may serve below a prefix.
 
 export class ApiError extends Error {
   /** status 0: the server cannot be reached. */
@@ -25,29 +26,29 @@ export function listen({ signedOut, reachable }) {
 
 export const session = {
   async open(key) {
-    ({ csrf } = await json("POST", "/api/session", { key }));
+    ({ csrf } = await json("POST", "api/session", { key }));
   },
   async resume() {
-    ({ csrf } = await json("GET", "/api/session"));
+    ({ csrf } = await json("GET", "api/session"));
   },
   async close() {
-    await json("DELETE", "/api/session");
+    await json("DELETE", "api/session");
     csrf = null;
   },
 };
 
 /** Names of the models. Throws an error that is `busy` while they load. */
 export async function models() {
-  await json("GET", "/health");
-  return (await json("GET", "/v1/models")).data.map((model) => model.id);
+  await json("GET", "health");
+  return (await json("GET", "v1/models")).data.filter((model) => model.task === "generate").map((model) => model.id);
 }
 
-const at = (id) => `/api/conversations/${encodeURIComponent(id)}`;
+const at = (id) => `api/conversations/${encodeURIComponent(id)}`;
 
 export const conversations = {
   list: (before = null) =>
-    json("GET", `/api/conversations?limit=50${before === null ? "" : `&before=${encodeURIComponent(before)}`}`),
-  create: (fields) => json("POST", "/api/conversations", fields),
+    json("GET", `api/conversations?limit=50${before === null ? "" : `&before=${encodeURIComponent(before)}`}`),
+  create: (fields) => json("POST", "api/conversations", fields),
   get: (id) => json("GET", at(id)),
   change: (id, fields) => json("PATCH", at(id), fields),
   remove: (id) => json("DELETE", at(id)),
@@ -56,9 +57,9 @@ export const conversations = {
 };
 
 export const votes = {
-  of: async (id) => (await json("GET", `/api/votes?conversation_id=${encodeURIComponent(id)}`)).data,
-  thumb: (message_id, value) => json("POST", "/api/votes", { kind: "thumb", message_id, value }),
-  pair: (shown, chosen_id) => json("POST", "/api/votes", { kind: "pair", shown, chosen_id }),
+  of: async (id) => (await json("GET", `api/votes?conversation_id=${encodeURIComponent(id)}`)).data,
+  thumb: (message_id, value) => json("POST", "api/votes", { kind: "thumb", message_id, value }),
+  pair: (shown, chosen_id) => json("POST", "api/votes", { kind: "pair", shown, chosen_id }),
 };
 
 const message = (id, messageId) => `${at(id)}/messages/${encodeURIComponent(messageId)}`;
@@ -112,7 +113,7 @@ async function send(method, url, body, signal, again = false) {
     return send(method, url, body, signal, true);
   }
   const error = await failure(response);
-  if (response.status === 401 && url !== "/api/session") onSignedOut();
+  if (response.status === 401 && url !== "api/session") onSignedOut();
   throw error;
 }
 

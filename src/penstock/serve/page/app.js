@@ -18,7 +18,7 @@ const IDEAS = ["What colour is the fox?", "Explain how a penstock works", "Write
 async function start() {
   const given = /^#key=(.+)$/.exec(location.hash)?.[1]; // the address that `penstock serve` prints may carry the key
   if (given) {
-    history.replaceState(null, "", "/");
+    history.replaceState(null, "", location.pathname);
     return logIn(decodeURIComponent(given));
   }
   if (!localStorage.getItem(REMEMBERED)) return askForKey();
@@ -99,7 +99,7 @@ async function route() {
   closeSidebar();
   const opened = id && (await guard(() => openChat(id)));
   if (!opened) {
-    history.replaceState(null, "", "/");
+    history.replaceState(null, "", location.pathname);
     newChat();
   }
   setCurrent(chat.id);
@@ -107,7 +107,7 @@ async function route() {
 }
 
 function goToNewChat() {
-  history.pushState(null, "", "/");
+  history.pushState(null, "", location.pathname);
   closeSidebar();
   newChat();
   setCurrent(null);
@@ -260,7 +260,7 @@ $("login-form").onsubmit = (event) => {
 $("log-out").onclick = async () => {
   await guard(session.close);
   localStorage.removeItem(REMEMBERED);
-  location.href = "/";
+  location.href = location.pathname;
 };
 
 $("new-chat").onclick = goToNewChat;
