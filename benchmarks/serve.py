@@ -2,7 +2,7 @@
 
     python -m benchmarks serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
     python -m benchmarks serve fuzz          5,000 requests made from the OpenAPI document
-    python -m benchmarks serve clients       the same cases with three generations of the openai client
+    python -m benchmarks serve clients       three generations of the openai client, npm's, llm, LangChain, LiteLLM
 
 Each writes benchmarks/results/serve_NAME.json.
 """
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,29 +321,42 @@ def fuzz(examples: int = 300) -> dict[str, Any]:
 
 
 def clients() -> dict[str, Any]:
-    """The forty cases with the last openai 1.x, the last 2.x and the newest, each in an environment of its own."""
-    cases = facts.ROOT / "tests" / "serve" / "openai_cases.py"
-    versions: dict[str, Any] = {}
+    """The same cases with the last openai 1.x, the last 2.x and the newest; what llm, LangChain, LiteLLM and, where
+    node is installed, npm's openai see. Each in an environment of its own."""
+    tests, versions = facts.ROOT / "tests" / "serve", dict[str, Any]()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = f"tiny={small_model(directory)}"
         with serving(directory, model, "--threads", "1") as server:
             for wanted in ("openai<2", "openai<3", "openai"):
-                environment = directory / f"client{len(versions)}"
-                subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-                python = str(environment / "bin" / "python")
-                subprocess.run([python, "-m", "pip", "install", "-q", wanted], check=True)
-                command = [python, str(cases), server.address, KEY]
-                report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                results = report["results"]
-                failed = {case: outcome for case, outcome in results.items() if outcome != "passed"}
-                versions[report["openai"]] = {
-                    "cases": len(results),
-                    "passed": len(results) - len(failed),
-                    "failed": failed,
-                }
-                print(report["openai"], versions[report["openai"]], flush=True)
+                report = asked(directory, tests / "openai_cases.py", [wanted], server)
+                versions[f"openai {report['openai']}"] = counted(report["results"])
+            report = asked(directory, tests / "other_clients.py", ["llm", "langchain-openai", "litellm"], server)
+            versions |= {package: counted(results) for package, results in report.items()}
+            if shutil.which("npm"):
+                subprocess.run(["npm", "install", "--silent", "openai"], cwd=directory, check=True)
+                command = ["node", str(tests / "npm_client.mjs"), server.address, KEY]
+                done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True)
+                report = json.loads(done.stdout)
+                versions[f"npm openai {report['openai']}"] = counted(report["results"])
     return {"clients": versions}
+
+
+def asked(directory: Path, script: Path, packages: list[str], server: Server) -> dict[str, Any]:
+    """What a script reports that runs in an environment with these packages."""
+    environment = directory / f"client{len(list(directory.glob('client*')))}"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = str(environment / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    command = [python, str(script), server.address, KEY]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def counted(results: dict[str, str]) -> dict[str, Any]:
+    """How many cases passed, and what the others said."""
+    failed = {case: outcome for case, outcome in results.items() if outcome != "passed"}
+    print(len(results), failed, flush=True)
+    return {"cases": len(results), "passed": len(results) - len(failed), "failed": failed}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,12 +1,13 @@
 // What OpenAI's client for JavaScript must see, as openai_cases.py for Python: node npm_client.mjs ADDRESS KEY, run in a
 // folder with `npm install openai`. Prints one JSON object.
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 
 const require = createRequire(pathToFileURL(`${process.cwd()}/`));
 const { default: OpenAI } = await import(pathToFileURL(require.resolve("openai")));
-const { version } = require("openai/package.json");
+const { version } = JSON.parse(readFileSync("node_modules/openai/package.json", "utf8"));
 const [address, apiKey] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${address}/v1`, apiKey, maxRetries: 0 });
 const ask = { model: "tiny", messages: [{ role: "user", content: "What is a penstock?" }], max_tokens: 12, seed: 7 };

@@ -28,53 +28,95 @@ def plain(path, **body):
     return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
-def litellm():
-    from litellm import acompletion, completion, text_completion
+def litellm_is_answered():
+    from litellm import acompletion, completion
 
     options = {"model": "openai/tiny", "api_base": BASE, "api_key": KEY, "temperature": 0, "max_tokens": 12}
     wanted = plain("/chat/completions", messages=MESSAGES)
     assert completion(messages=MESSAGES, **options).choices[0].message.content == wanted
-    chunks = completion(messages=MESSAGES, stream=True, **options)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
     assert asyncio.run(acompletion(messages=MESSAGES, **options)).choices[0].message.content == wanted
-    options["model"] = "text-completion-openai/tiny"
-    assert text_completion(prompt=QUESTION, **options).choices[0].text == plain("/completions", prompt=QUESTION)
 
 
-def langchain():
-    from langchain_openai import ChatOpenAI, OpenAI
+def litellm_streams():
+    from litellm import completion
 
-    options = {"model": "tiny", "base_url": BASE, "api_key": KEY, "temperature": 0, "max_tokens": 12}
-    chat, wanted = ChatOpenAI(**options), plain("/chat/completions", messages=MESSAGES)
+    options = {"model": "openai/tiny", "api_base": BASE, "api_key": KEY, "temperature": 0, "max_tokens": 12}
+    chunks = completion(messages=MESSAGES, stream=True, **options)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == plain("/chat/completions", messages=MESSAGES)
+
+
+def litellm_goes_on_with_a_text():
+    from litellm import text_completion
+
+    options = {"model": "text-completion-openai/tiny", "api_base": BASE, "api_key": KEY}
+    answer = text_completion(prompt=QUESTION, temperature=0, max_tokens=12, **options)
+    assert answer.choices[0].text == plain("/completions", prompt=QUESTION)
+
+
+LANGCHAIN = {"model": "tiny", "base_url": BASE, "api_key": KEY, "temperature": 0, "max_tokens": 12}
+
+
+def langchain_is_answered():
+    from langchain_openai import ChatOpenAI
+
+    chat, wanted = ChatOpenAI(**LANGCHAIN), plain("/chat/completions", messages=MESSAGES)
     assert chat.invoke(QUESTION).content == wanted
-    assert "".join(chunk.content for chunk in chat.stream(QUESTION)) == wanted
     assert [message.content for message in chat.batch([QUESTION] * 3)] == [wanted] * 3
     assert chat.invoke([("system", "Be brief."), ("human", QUESTION)]).usage_metadata["output_tokens"] <= 12
-    assert OpenAI(**options).invoke(QUESTION) == plain("/completions", prompt=QUESTION)
 
 
-def llm():
+def langchain_streams():
+    from langchain_openai import ChatOpenAI
+
+    chunks = ChatOpenAI(**LANGCHAIN).stream(QUESTION)
+    assert "".join(chunk.content for chunk in chunks) == plain("/chat/completions", messages=MESSAGES)
+
+
+def langchain_goes_on_with_a_text():
+    from langchain_openai import OpenAI
+
+    assert OpenAI(**LANGCHAIN).invoke(QUESTION) == plain("/completions", prompt=QUESTION)
+
+
+def llm(*flags):
     with tempfile.TemporaryDirectory() as home:
         entry = f"- model_id: ours\n  model_name: tiny\n  api_base: {BASE}\n"
         (Path(home) / "extra-openai-models.yaml").write_text(entry)
         command = [str(Path(sys.executable).parent / "llm"), "-m", "ours", "--key", KEY, "-o", "temperature", "0"]
-        command += ["-o", "max_tokens", "12", QUESTION]
+        command += ["-o", "max_tokens", "12", QUESTION, *flags]
+        environment = {**os.environ, "LLM_USER_PATH": home}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         wanted = plain("/chat/completions", messages=MESSAGES)
-        for flags in ([], ["--no-stream"]):
-            environment = {**os.environ, "LLM_USER_PATH": home}
-            done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
-            assert done.stdout.rstrip("\n") == wanted.rstrip("\n"), done.stderr
+        assert done.stdout.rstrip("\n") == wanted.rstrip("\n"), done.stderr
+
+
+def llm_streams():
+    llm()
+
+
+def llm_is_answered():
+    llm("--no-stream")
+
+
+CASES = {
+    "litellm": (litellm_is_answered, litellm_streams, litellm_goes_on_with_a_text),
+    "langchain-openai": (langchain_is_answered, langchain_streams, langchain_goes_on_with_a_text),
+    "llm": (llm_streams, llm_is_answered),
+}
+
+
+def outcome(case):
+    try:
+        case()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "passed"
 
 
 def main():
-    """Runs every client; prints one JSON object: versions and results."""
-    results = {}
-    for package, case in (("litellm", litellm), ("langchain-openai", langchain), ("llm", llm)):
-        try:
-            case()
-            results[f"{package} {version(package)}"] = "passed"
-        except Exception as error:
-            results[f"{package} {version(package)}"] = f"{type(error).__name__}: {error}"
+    """Runs every case; prints one JSON object: package and version -> case -> result."""
+    results = {f"{name} {version(name)}": {case.__name__: outcome(case) for case in CASES[name]} for name in CASES}
     print(json.dumps(results))
 
 

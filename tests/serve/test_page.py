@@ -1030,10 +1030,12 @@ def test_the_page_works_below_a_proxys_prefix(browser, served, watch):
         say(page, "Is this below a prefix?")
         assert page.url.startswith(f"{address}/lab/chat/#/conv_")
         reload(page, "Is this below a prefix?")
+        page.locator("#open-settings").click()
         for link in ("#export-all", "#export-one"):
             href = page.locator(link).evaluate("link => link.href")
             assert href.startswith(f"{address}/lab/chat/api/")
             assert "Is this below a prefix?" in page.evaluate("url => fetch(url).then(answer => answer.text())", href)
+        page.keyboard.press("Escape")
         page.locator("#new-chat").click()
         assert page.url == f"{address}/lab/chat/"
         page.locator("#log-out").click()

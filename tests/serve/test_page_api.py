@@ -272,7 +272,7 @@ def page(tmp_path, monkeypatch):
 def test_files_have_the_hash_of_their_bytes_and_are_kept_for_ever(server, page):
     reply = server.ask("GET", "/", key=None)
     version = static_files.files()["app.js"][1]
-    linked = f'<script src="/assets/app.js?v={version}"></script><link href="assets/no.css"> "assets"'
+    linked = f'<script src="assets/app.js?v={version}"></script><link href="assets/no.css"> "assets"'
     assert reply.body.decode() == linked
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert reply.headers["cache-control"] == "no-cache"

@@ -18,7 +18,7 @@ PAGE = Path(__file__).parent / "page"
 SUFFIXES = (".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".woff2", ".json")
 FOREVER = "public, max-age=31536000, immutable"
 pages = APIRouter(include_in_schema=False)
-ADDRESS = re.compile(r"""(["'])(assets/[\w./-]+)(?:\?v=\w*)?\1""")
+ADDRESS = re.compile(r"""(["'])/?(assets/[\w./-]+)(?:\?v=\w*)?\1""")
 
 
 @functools.cache
