@@ -1,10 +1,12 @@
 """`penstock generate`: answers in order, judged and picked where that was asked for."""
 
+import io
 import json
 
 import pytest
 
-from penstock.commands.config import GenerateConfig
+from penstock.commands import chat
+from penstock.commands.config import ChatConfig, GenerateConfig
 from penstock.commands.generate import generate
 from penstock.errors import UserError
 from tests.conftest import CHATML
@@ -102,3 +104,17 @@ def test_a_model_without_any_end_answers_to_the_limit_and_says_so(chat_model, ca
     line = json.loads(output.out)
     assert (len(line["response_ids"]), line["finish_reason"]) == (5, "length")
     assert "the model names no token that ends an answer, so all go on to their limit" in output.err
+
+
+def test_an_answer_without_a_word_is_no_turn_of_a_conversation(chat_model, monkeypatch):
+    prompts, replies = [], iter(["", "Hello", "Well"])
+
+    def say(config, engine, encoder, prompt, sampling, turn):
+        prompts.append(encoder.decode(prompt))
+        return next(replies)
+
+    monkeypatch.setattr(chat, "_say", say)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nYou?\nBye\n"))
+    chat.chat(ChatConfig(model=chat_model(), device="cpu"))
+    opened = "user\nYou?\nassistant\n"
+    assert prompts == ["user\nHi\nassistant\n", opened, f"{opened}Hello\nuser\nBye\nassistant\n"]

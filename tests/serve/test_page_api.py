@@ -191,6 +191,8 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
     digests = {name: model.digest for name, model in server.service.catalogue.models.items()}
     shown = [(answer["model"], answer["digest"], answer["sampling"]["seed"]) for answer in line["shown"]]
     assert shown == [("other", digests["other"], 1), ("tiny", digests["tiny"], 1)]
+    ends = {row["id"]: row["finish_reason"] for row in tree(server, pair)}
+    assert [answer["finish_reason"] for answer in line["shown"]] == [ends[b], ends[a]]  # cut ones too
 
 
 def test_votes_are_exported_one_by_one_as_kto_reads_them(server, tmp_path, capsys):

@@ -58,7 +58,10 @@ def _talk(config: ChatConfig, encoder: Encoder, engine: Engine, sampling: Sampli
             print("(that message is too long for the model's context and was not sent)", file=sys.stderr)
             continue
         reply = _say(config, engine, encoder, prompt, sampling, turn)
-        messages.append({"role": "assistant", "content": reply})
+        if reply:
+            messages.append({"role": "assistant", "content": reply})
+        else:  # the next message takes the place of one that was not answered, as on the page
+            messages.pop()
         turn += 1
 
 
