@@ -655,7 +655,8 @@ def test_export_writes_json_lines_of_every_branch(open_page, served, tmp_path):
     texts = [message["content"] for message in conversation_of(page, served) if message["role"] == "assistant"]
     answers = [line["messages"][-1] for line in lines]
     for answer in answers:
-        assert answer.pop("weight", 0) == 0  # an answer that max_tokens cut is not to be learned
+        # An answer that max_tokens cut is not to be learned, and says so.
+        assert (answer.pop("weight", 1), answer.pop("finish_reason", "stop")) in ((0, "length"), (1, "stop"))
     assert answers == [{"role": "assistant", "content": text} for text in texts]
     assert all(line["messages"][0] == {"role": "user", "content": "What does the crow eat?"} for line in lines)
     both = Path(everything.value.path()).read_text()

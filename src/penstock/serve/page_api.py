@@ -1,6 +1,5 @@
 """The page's routes under /api: sessions, conversations as trees, answers that stream into them, votes, export."""
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, StreamingResponse
 
 from penstock.serve import openai_requests
@@ -264,7 +264,7 @@ async def remove_conversation(conversation_id: str, request: Request) -> Respons
     service = service_of(request)
     await service.answers.stop(service.answers.of(conversation_id))
     with _store_errors():
-        await asyncio.to_thread(service.store.remove_conversation, conversation_id)
+        await run_in_threadpool(service.store.remove_conversation, conversation_id)
     return Response(status_code=204)
 
 
@@ -274,12 +274,12 @@ async def add_message(conversation_id: str, body: NewMessage, request: Request) 
     service = service_of(request)
     store = service.store
     with _store_errors():
-        row = await asyncio.to_thread(
+        row = await run_in_threadpool(
             store.add_message, conversation_id, body.parent_id, "user", body.content, message_id=body.id
         )
         if writing := service.answers.of(conversation_id):
-            below = await asyncio.to_thread(store.below, body.parent_id, conversation_id)
-            below -= await asyncio.to_thread(store.below, row["id"], conversation_id)  # where it was sent again
+            below = await run_in_threadpool(store.below, body.parent_id, conversation_id)
+            below -= await run_in_threadpool(store.below, row["id"], conversation_id)  # where it was sent again
             await service.answers.stop(answer for answer in writing if answer.row["id"] in below)
     return JSONResponse(_with_times(row), 201)
 
@@ -300,7 +300,7 @@ async def add_reply(conversation_id: str, body: NewReply, request: Request) -> R
         return _shown(answer)
     model = service.find(body.model)
     with _store_errors():
-        turns = await asyncio.to_thread(service.store.turns, body.parent_id, conversation_id)
+        turns = await run_in_threadpool(service.store.turns, body.parent_id, conversation_id)
     sampling = body.model_dump(exclude={"id", "parent_id", "model"}, exclude_none=True)
 
     def add(drawn: dict[str, Any]) -> dict[str, Any]:
@@ -317,8 +317,8 @@ async def continue_answer(conversation_id: str, message_id: str, body: Continuat
     """Has an answer's model go on with it in place, and shows it as GET .../events does."""
     service = service_of(request)
     with _store_errors():
-        message = await asyncio.to_thread(service.store.message, message_id, conversation_id)
-        turns = await asyncio.to_thread(service.store.turns, message_id, conversation_id)
+        message = await run_in_threadpool(service.store.message, message_id, conversation_id)
+        turns = await run_in_threadpool(service.store.turns, message_id, conversation_id)
     if writing := service.answers.find(message_id):
         return _shown(writing)
     model = service.find(message["model"] or "")
@@ -337,7 +337,7 @@ async def watch_answer(conversation_id: str, message_id: str, request: Request) 
     """An answer as events: the message with its text so far, what it gains, and how it ended; at any time, to any
     number of viewers."""
     with _store_errors():
-        message = await asyncio.to_thread(service_of(request).store.message, message_id, conversation_id)
+        message = await run_in_threadpool(service_of(request).store.message, message_id, conversation_id)
     return _shown(service_of(request).answers.find(message_id) or Answer(message))
 
 
@@ -346,9 +346,9 @@ async def stop_answer(conversation_id: str, message_id: str, request: Request) -
     """Ends an answer as it is; one that has ended stays so."""
     service = service_of(request)
     with _store_errors():
-        await asyncio.to_thread(service.store.message, message_id, conversation_id)
+        await run_in_threadpool(service.store.message, message_id, conversation_id)
         await service.answers.stop(filter(None, [service.answers.find(message_id)]))
-        row = await asyncio.to_thread(service.store.message, message_id, conversation_id)
+        row = await run_in_threadpool(service.store.message, message_id, conversation_id)
     return JSONResponse(_with_times(row))
 
 
@@ -367,7 +367,7 @@ async def _begin(
     try:
         with _store_errors():
             # With the seed the same answer can be generated again.
-            message = await asyncio.to_thread(store, {**sampling, "seed": encoded.sampling.seed})
+            message = await run_in_threadpool(store, {**sampling, "seed": encoded.sampling.seed})
     except BaseException:
         service.cancel(generation)
         raise
