@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from penstock.algorithms.preference import dpo as dpo
     from penstock.algorithms.reward import reward as reward
     from penstock.algorithms.sft import sft as sft
+    from penstock.commands.align.command import align as align
+    from penstock.commands.align.config import AlignConfig as AlignConfig
     from penstock.commands.plan import plan as plan
     from penstock.config import PPOConfig as PPOConfig
     from penstock.config import RewardConfig as RewardConfig
@@ -37,6 +39,7 @@ _HOMES = {
     "grpo": "algorithms.grpo", "GRPOConfig": "algorithms.config",
     "distill": "algorithms.distillation.distill", "DistillConfig": "algorithms.config",
     "kto": "algorithms.kto", "KTOConfig": "algorithms.config",
+    "align": "commands.align.command", "AlignConfig": "commands.align.config",
     "plan": "commands.plan", "PlanConfig": "planner.config",
     "SFTConfig": "config", "RewardConfig": "config", "PPOConfig": "config",
     "Strategy": "memory.strategy", "Decoder": "models.decoder",

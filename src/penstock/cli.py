@@ -30,6 +30,11 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "align": Command(
+        "from a model and data to an aligned model: plan, check, train, measure, report",
+        "commands.align.config:AlignConfig", "commands.align.command:align",
+        example="penstock align --model Qwen/Qwen3-0.6B --data comparisons.jsonl --out runs/align --dry-run",
+    ),
     "sft": Command(
         "teach a language model to answer from demonstrations", "config:SFTConfig", "algorithms.sft:sft",
         example="penstock sft --model gpt2 --data demonstrations.jsonl --out runs/sft --steps 500",

@@ -49,12 +49,17 @@ def interval(config: EvalFlags, total: int, count: int, batch_size: int, session
 
     In a short run less often: an evaluation reads no more rows than were trained on since the last.
     """
-    steps = config.eval_every or max(math.ceil(total / 20), math.ceil(count / batch_size))
+    steps = interval_of(config.eval_every, total, count, batch_size)
     times = math.ceil(total / steps)
     session.say(
         f"held out: {count} rows, evaluated {times} times, every {steps} steps" if count else "nothing held out"
     )
     return steps
+
+
+def interval_of(eval_every: int | None, total: int, count: int, batch_size: int) -> int:
+    """`interval`, without a word."""
+    return eval_every or max(math.ceil(total / 20), math.ceil(count / batch_size))
 
 
 @dataclass

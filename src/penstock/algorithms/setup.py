@@ -238,26 +238,35 @@ def read_all(
     keys = formats.parse_keys(flags.keys)
     dataset = formats.read(files, kind, keys=keys, skip_bad=flags.skip_bad, reads=reads)
     say(dataset.decision)
+    records, encoded, bad, long = encode_all(encoder, dataset.records, kind)
+    if long:
+        say(f"--truncate drop left out {len(long)} of {len(dataset.records)} {kind}, the first: {long[0]}")
+    for line in encoder.take_notes():
+        say(line)
+    return records, encoded, [*dataset.bad, *bad]
+
+
+def encode_all(
+    encoder: Encoder, records: Sequence[Any], kind: Kind
+) -> tuple[list[Any], list[Any], list[str], list[str]]:
+    """The records and the tokens of each, as `read` returns them; a line for each that does not fit the model, and for
+    each that is only too long and may be left out."""
     encoders: dict[Kind, Callable[[Any], list[Any]]] = {
         "demonstrations": encoder.encode_rows,
         "comparisons": lambda record: [encoder.encode_comparison(record)],
         "votes": lambda record: [encoder.encode_vote(record)],
         "prompts": lambda record: [encoder.encode_prompt(record)],
     }
-    records, encoded, bad, long = [], [], list(dataset.bad), list[str]()
-    for record in dataset.records:
+    kept, encoded, bad, long = [], [], list[str](), list[str]()
+    for record in records:
         try:
             rows = encoders[kind](record)
             encoded += rows
-            records += [record] * len(rows)
+            kept += [record] * len(rows)
         except DataError as error:
-            drops = isinstance(error, TooLongError) and flags.truncate == "drop"
+            drops = isinstance(error, TooLongError) and encoder.flags.truncate == "drop"
             (long if drops else bad).append(str(error))
-    if long:
-        say(f"--truncate drop left out {len(long)} of {len(dataset.records)} {kind}, the first: {long[0]}")
-    for line in encoder.take_notes():
-        say(line)
-    return records, encoded, bad
+    return kept, encoded, bad, long
 
 
 def sample_rows(

@@ -121,11 +121,6 @@ FLAGS: dict[TierName, str] = {"device": "--device-memory", "host": "--host-memor
 
 def advice(setting: Setting) -> str:
     """The fastest change that fits these budgets: with this hardware if there is one, else with more processes."""
-
-    def fitting(changes: Iterable[Setting]) -> list[Setting]:
-        allowed = [change for change in changes if refusal(change) is None]
-        return [change for change in allowed if not short(forecast_of(change, timed=False), change)]
-
     changes = fitting(on_this_machine(setting)) or fitting(
         dataclasses.replace(setting, world=setting.world * times) for times in (2, 4, 8)
     )
@@ -135,6 +130,12 @@ def advice(setting: Setting) -> str:
         peaks = ", ".join(f"{show_bytes(forecast.peak[tier])} of {tier}" for tier in TIERS if forecast.peak[tier])
         return f"{difference(setting, change)} fits: {peaks}, {forecast.total:.0f} s per iteration."
     return f"nothing else fits, up to {setting.world * 8} processes; {larger_budgets(setting)} would."
+
+
+def fitting(changes: Iterable[Setting]) -> list[Setting]:
+    """Those that would not be refused and whose peaks are within their budgets."""
+    allowed = (change for change in changes if refusal(change) is None)
+    return [change for change in allowed if not short(forecast_of(change, timed=False), change)]
 
 
 def larger_budgets(setting: Setting) -> str:

@@ -155,6 +155,10 @@ class Encoder:
         """Text without ends and the tokens of the template; empty when the model has no tokenizer."""
         return "" if self.tokenizer is None else words_of(self.tokenizer, ids, self.hidden)
 
+    def spells(self, text: str) -> bool:
+        """Whether a text has tokens of the chat template in it, written out."""
+        return self.tokenizer is not None and bool(self._pieces.spells(text))
+
     def same_ids(self, encoder: "Encoder") -> bool:
         """True when both mean the same by an id; how they cut a text into ids, and templates, may differ."""
         if self.tokenizer is None or encoder.tokenizer is None:

@@ -283,14 +283,14 @@ def _filled(item: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in item.items() if value is not None}
 
 
-def kind_of(text: str) -> Kind:
-    """The first of KINDS that the first good line of a source can be read as."""
+def kind_of(text: str, keys: Mapping[str, str] | None = None) -> Kind:
+    """The first of KINDS that the first good line of a source can be read as; `keys` as in `read`."""
     for _, items in opened(source_of(text))[0]:
         for _, value in items:
             if not isinstance(value, FieldError):
                 with contextlib.suppress(FieldError):
                     value = field_checks.uncelled(value) if isinstance(value, Cells) else value
-                return _likely_kind(value) or "prompts"
+                return _likely_kind(_renamed(value, keys or {})) or "prompts"
     return "prompts"
 
 

@@ -362,3 +362,26 @@ FORMS: dict[Kind, tuple[Form, ...]] = {
         Form("chosen/rejected dialogues", ("chosen", "rejected"), _only_prompt(_dialogues), TURNS),
     ),
 }
+
+
+def line_of(record: Prompt) -> dict[str, Any]:
+    """The record as a line that is read as the same record again; of a prompt all its fields, for reward functions."""
+    if type(record) is Prompt and record.fields:
+        return dict(record.fields)
+    line: dict[str, Any] = {"tools": list(record.tools)} if record.tools else {}
+    if record.prompt_ids is not None:
+        line["prompt_ids"] = list(record.prompt_ids)
+    elif isinstance(record, Demonstration) and record.messages is not None:
+        return line | {"messages": list(record.messages)}
+    elif record.messages is not None:
+        line["messages" if type(record) is Prompt else "prompt"] = list(record.messages)
+    else:
+        line["prompt"] = record.prompt
+    if isinstance(record, Comparison):
+        ids = record.response_ids
+        line |= {"responses": record.responses} if ids is None else {"response_ids": ids}
+        levels = sorted(set(record.ranks))
+        return line | {"ranking": [[i for i, rank in enumerate(record.ranks) if rank == level] for level in levels]}
+    if isinstance(record, Demonstration | Vote):
+        line |= {"response": record.response} if record.response_ids is None else {"response_ids": record.response_ids}
+    return line | ({"label": record.label} if isinstance(record, Vote) else {})

@@ -24,8 +24,9 @@ ARITHMETIC: dict[str, tiling.Arithmetic] = {"gpu": "narrow", "cpu": "wide sums",
 """What --arithmetic names."""
 
 
-def setting_of(config: PlanConfig) -> Setting:
-    """What the flags of `penstock plan` describe, parsed. Raises UserError for a flag that cannot be read."""
+def setting_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Setting:
+    """What the flags of `penstock plan` describe, parsed; `shape` replaces the decoder that --model names. Raises
+    UserError for a flag that cannot be read."""
     if config.world % config.nodes:
         raise UserError(f"--nodes {config.nodes}: does not divide --world {config.world}; give the same ranks to each.")
     device = bytes_of(config.device_memory, "--device-memory")
@@ -41,7 +42,7 @@ def setting_of(config: PlanConfig) -> Setting:
             "host": bytes_of(config.host_memory, "--host-memory"),
             "disk": bytes_of(None if "/" in disk else disk or None, "--disk"),
         },
-        workload=workload_of(config),
+        workload=workload_of(config, shape),
         dtype=config.dtype,
         world=config.world,
         chunk_size=elements_of(config.chunk_size, config.dtype),

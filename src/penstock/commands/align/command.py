@@ -1,0 +1,228 @@
+"""`penstock align`: looks, plans, tries, trains, measures, reports. A second start goes on from OUT/align.json."""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from penstock.commands.align import report
+from penstock.commands.align.choice import KIND, SAMPLES, unused
+from penstock.commands.align.config import AlignConfig, show_seconds
+from penstock.commands.align.evaluation import Judge, compare, likelihoods
+from penstock.commands.align.inventory import Inventory, look
+from penstock.commands.align.planning import Machine, Plan, Planner, corrected, within
+from penstock.commands.align.stages import Stage, run
+from penstock.commands.align.trial import ASKED, memory_meter, score_sanity, try_stages
+from penstock.config import EngineFlags, as_data_flags
+from penstock.errors import UserError
+from penstock.flags import to_dict, with_absolute_paths
+from penstock.run.checkpoint import write_whole
+from penstock.run.directory import RunDirectory, refused
+from penstock.run.session import StoppedError
+
+STATE = "align.json"
+MAY_CHANGE = ("json", "quiet", "dry_run", "check")
+"""Flags with which a second start may differ from the first."""
+
+
+def align(config: AlignConfig) -> dict[str, Any]:
+    """Does all of it, prints what it does, and returns the result that --json prints: `plan`, and but for a dry run
+    `run` (the last run directory), `evaluation`, `taken` (per stage) and `report`.
+
+    Raises UserError, DataError or ResourceError, each with the fix.
+    """
+    began, out = time.perf_counter(), Path(config.out)
+    say, state = speaker(config), saved_state(out, config)
+    if state is None:
+        state = begin(config, out, began)
+    elif config.dry_run and not config.json:
+        print(report.plan_text(state))
+    elif not config.dry_run:
+        say(f"{out}: goes on; done: {', '.join(state['taken']) or 'nothing'}")
+    if config.dry_run:
+        if config.json:
+            print(json.dumps(state))
+        return state
+    try:
+        train(state, out, say)
+        measure(config, state, out, say)
+    except StoppedError as error:
+        raise StoppedError(f"{error}, or with the same penstock align command.", error.exit_code - 128) from error
+    state["report"] = str(report.write(out, state))
+    save(out, state)
+    print(json.dumps(state) if config.json else report.ending(state))
+    return state
+
+
+def speaker(config: AlignConfig) -> Callable[[str], None]:
+    """Prints lines on the way to stderr, but under --quiet."""
+    return (lambda text: None) if config.quiet else functools.partial(print, file=sys.stderr, flush=True)
+
+
+def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
+    """Looks, plans and tries; returns the state that the stages begin with."""
+    RunDirectory.refuse_used(out)
+    inventory = look(config, speaker(config))
+    plans, better = Planner(config, inventory, Machine.of(config)).plans()
+    plan, late = within(plans, config.seconds)
+    state = described(config, inventory, plan, [*plan.route.better, *better, *late])
+    if not config.json:
+        print(report.plan_text(state), flush=True)
+    if config.dry_run:
+        return state
+    try:
+        inventory.write(out / "data")
+    except OSError as error:
+        raise refused(f"--out {out}", error) from error
+    plan = with_data(plan, out)
+    if config.check:
+        places = [with_data(each, out) for each in plans]
+        plan, late, facts = tried(config, inventory, places, plan, state, began)
+        state = described(config, inventory, plan, [*plan.route.better, *better, *late]) | facts
+        if not config.json:
+            print(report.plan_text(state), flush=True)
+    state["stages"] = [dataclasses.asdict(stage.stage) | {"steps": stage.duration.steps} for stage in plan.stages]
+    save(out, state)
+    return state
+
+
+def tried(
+    config: AlignConfig, inventory: Inventory, plans: list[Plan], plan: Plan, state: dict[str, Any], began: float
+) -> tuple[Plan, list[str], dict[str, Any]]:
+    """The plan after its trial, what would be better with more time, and what the trial showed."""
+    out, say = Path(config.out), speaker(config)
+    say("pre-flight: a few steps of every stage")
+    judge, spent, said = judge_of(config, state, out), 0.0, list[str]()
+    asked = time.perf_counter()
+    if judge is not None and not judge.own:
+        said = score_sanity(judge, config.model)
+        rows = len(judge.prompts.read_text(encoding="utf-8").splitlines())
+        spent = (time.perf_counter() - asked) * 2 * max(rows / ASKED, 1)
+    for _ in plans:  # each once at most
+        measured = try_stages(plan.stages, out / "trial", lambda stage: heldout_rows(stage, inventory))
+        plans = corrected(plans, plan, [each.duration for each in measured])
+        best, late = within(plans, config.seconds, spent + time.perf_counter() - began)
+        if best.route.stages == plan.route.stages:
+            break
+        plan = best
+    peaks = {stage.stage.command: each.peak_bytes for stage, each in zip(plan.stages, measured, strict=True)}
+    said += [f"{stage.stage.command}: trained, evaluated, saved and resumed" for stage in plan.stages]
+    for line in said:
+        say(f"  {line}")
+    return best, late, {"checked": said, "measured_peak": peaks, "evaluation_seconds": spent}
+
+
+def described(config: AlignConfig, inventory: Inventory, plan: Plan, better: list[str]) -> dict[str, Any]:
+    """What is kept of inventory and plan, as JSON has it."""
+    return {
+        "command": "align", "flags": comparable(config), "model": config.model, "out": config.out,
+        "lines": inventory.lines, "why": list(plan.route.why), "better": better,
+        "unused": unused(plan.route, inventory.facts), "learns": plan.learns, "seconds": plan.seconds,
+        "plan": [stage.as_dict() for stage in plan.stages], "verifier": inventory.verifier,
+        "max_new_tokens": inventory.max_new_tokens, "apply_chat_template": inventory.flags.apply_chat_template,
+        "taken": {}, "evaluation": None,
+    }  # fmt: skip
+
+
+def comparable(config: AlignConfig) -> dict[str, Any]:
+    """The flags that a second start must have again."""
+    flags = with_absolute_paths(to_dict(config))
+    return {name: value for name, value in flags.items() if name not in MAY_CHANGE}
+
+
+def saved_state(out: Path, config: AlignConfig) -> dict[str, Any] | None:
+    """What an earlier start left. Raises UserError where it was another command line."""
+    file = out / STATE
+    if not file.exists():
+        return None
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        before = dict(state["flags"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: is damaged ({error}); choose another --out.") from error
+    flags = comparable(config)
+    for name in sorted({*before, *flags}):
+        if before.get(name) != flags.get(name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: {out} was begun with {before.get(name, 'none')}; give that to go on, or "
+                "another --out."
+            )
+    return state
+
+
+def save(out: Path, state: Mapping[str, Any]) -> None:
+    """Writes align.json, whole or not at all."""
+    write_whole(out / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def with_data(plan: Plan, out: Path) -> Plan:
+    """The plan with the files that its stages read."""
+    stages = []
+    for planned in plan.stages:
+        kind = KIND[planned.stage.command]
+        flags = {**planned.stage.flags, "data": [str(out / "data" / f"{kind}.jsonl")]}
+        if (held := out / "data" / f"heldout-{kind}.jsonl").exists():
+            flags["eval_data"] = [str(held)]
+        stages.append(dataclasses.replace(planned, stage=dataclasses.replace(planned.stage, flags=flags)))
+    return dataclasses.replace(plan, stages=tuple(stages))
+
+
+def heldout_rows(stage: Stage, inventory: Inventory) -> int:
+    """Rows that a stage is evaluated on."""
+    count = len(inventory.heldout.get(KIND[stage.command], ()))
+    return min(count, 64) if stage.command in SAMPLES else count
+
+
+def train(state: dict[str, Any], out: Path, say: Any) -> None:
+    """Runs the stages that are not done."""
+    for saved in state["stages"]:
+        steps, stage = saved["steps"], Stage(**{name: saved[name] for name in saved if name != "steps"})
+        if stage.directory in state["taken"]:
+            continue
+        began = time.perf_counter()
+        begun = (out / stage.directory / "config.toml").exists()
+        with memory_meter() as peak:
+            run(stage, out, **({} if begun else {"steps": steps}))
+        seconds = time.perf_counter() - began
+        state["taken"][stage.directory] = {"seconds": seconds, "peak_bytes": peak[0], "whole": not begun}
+        save(out, state)
+        say(f"{stage.directory}: {show_seconds(seconds)}")
+
+
+def judge_of(config: AlignConfig, state: Mapping[str, Any], out: Path) -> Judge | None:
+    """What scores answers to held-out prompts: what was given, or a verifier, or the reward model that is made."""
+    prompts = out / "data" / "heldout-prompts.jsonl"
+    reward_fn = config.reward_fn or ((state["verifier"],) if state["verifier"] else ())
+    own = not (config.reward or reward_fn)
+    if not prompts.exists() or (own and "reward" not in (row["stage"] for row in state["plan"])):
+        return None
+    names = ("reward_weights", "reward_timeout", "reward_workers", "system", "template_args", "eos", "device", "seed")
+    flags = {name: getattr(config, name) for name in names}
+    flags |= {"reward": str(out / "reward") if own else config.reward, "reward_fn": tuple(reward_fn)}
+    return Judge(prompts, flags | {name: state[name] for name in ("apply_chat_template", "max_new_tokens")}, own)
+
+
+def measure(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> None:
+    """The end against the start, on what was held out; kept in the state."""
+    if state["evaluation"] is not None:
+        return
+    last = state["stages"][-1]
+    end, kind, judge = out / (last["name"] or last["command"]), KIND[last["command"]], judge_of(config, state, out)
+    state["run"] = str(end)
+    file = out / "data" / f"heldout-{kind}.jsonl"
+    if judge is not None:
+        result = compare(judge, end, config.model, out / "evaluation.json")
+        result["own"] = judge.own
+    elif file.exists() and kind != "prompts":
+        engine = EngineFlags(**{f.name: getattr(config, f.name) for f in dataclasses.fields(EngineFlags)})
+        flags = as_data_flags(config, keys=(), apply_chat_template=state["apply_chat_template"])
+        result = likelihoods(kind, file, config.model, end, (flags, engine))
+    else:
+        result = {}
+        say("nothing was held out, so the end is not measured against the start")
+    state["evaluation"] = result
+    save(out, state)

@@ -1,0 +1,121 @@
+"""The end against the start, on records that no stage saw: by a score of their answers, else by how likely the better
+answers are to each.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from penstock.algorithms import functional as fn
+from penstock.algorithms.setup import encode_all, encoder_of, placed, strategy_of
+from penstock.algorithms.sft import Rows, response_logprobs, rows_of
+from penstock.commands.config import EvalConfig
+from penstock.commands.evaluate import answers_of, evaluate, interval
+from penstock.config import DataFlags, EngineFlags
+from penstock.data import formats
+from penstock.data.chat import Example
+from penstock.data.records import Kind
+from penstock.models.roles import Actor
+from penstock.run.directory import resolve_model
+
+TOGETHER = 8
+"""Rows of a pass."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What scores answers to held-out prompts."""
+
+    prompts: Path
+    flags: dict[str, Any]
+    """--reward, --reward-fn and how prompts are read, as `penstock eval` takes them."""
+    own: bool = False
+    """Whether it is the reward model that the run made, and was optimised against."""
+
+    @property
+    def name(self) -> str:
+        return ", ".join([*filter(None, [self.flags.get("reward")]), *self.flags.get("reward_fn", ())])
+
+    def config(self, model: str, **changes: Any) -> EvalConfig:
+        flags = {**self.flags, "model": model, "data": str(self.prompts), **changes}
+        return EvalConfig.of(**{name: value for name, value in flags.items() if value not in (None, ())})
+
+
+def sampled(judge: Judge, model: str, count: int) -> list[dict[str, Any]]:
+    """A few sampled answers of a model with their scores."""
+    rows = judge.prompts.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    few = judge.prompts.with_name("few-prompts.jsonl")
+    few.write_text("".join(rows), encoding="utf-8")
+    try:
+        return [line for _, line in answers_of(judge.config(model, data=str(few), temperature=1.0), model)]
+    finally:
+        few.unlink()
+
+
+def compare(judge: Judge, end: Path, start: str, out: Path) -> dict[str, Any]:
+    """`penstock eval` of the end against the start: its result, which the end's run keeps too."""
+    evaluate(judge.config(str(end), against=start, out=str(out)))
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+LIKELIHOOD: dict[Kind, str] = {
+    "demonstrations": "log-probability per token of held-out answers",
+    "comparisons": "held-out pairs whose better answer is likelier per token",
+    "votes": "held-out votes that it moved with: liked answers likelier, disliked ones less",
+}
+"""What is measured without a score, by kind of data; more is better."""
+
+
+def likelihoods(kind: Kind, file: Path, start: str, end: Path, flags: tuple[DataFlags, EngineFlags]) -> dict[str, Any]:
+    """How likely held-out answers are to start and end: of each the mean, and the difference's 95 % interval."""
+    before, after = (_values(kind, file, str(model), *flags) for model in (start, end))
+    records = formats.read([str(file)], kind).records
+    if kind == "votes":
+        signs = numpy.array([1.0 if record.label else -1.0 for record in records])
+        after, before = (numpy.sign((after - before) * signs) + 1) / 2, numpy.full(len(signs), 0.5)
+    gain = after - before
+    return {
+        "by": LIKELIHOOD[kind], "records": len(gain), "start": float(before.mean()), "end": float(after.mean()),
+        "gain": float(gain.mean()), "gain_interval": interval(gain),
+    }  # fmt: skip
+
+
+def _values(kind: Kind, file: Path, model: str, data: DataFlags, engine: EngineFlags) -> Any:
+    """Of each record its answer's log-probability per token; of each comparison the share of pairs in the right
+    order."""
+    source, strategy = resolve_model(model), strategy_of(placed(engine))
+    with strategy.init():
+        actor = Actor.from_pretrained(source).eval().requires_grad_(False)
+    encoder = encoder_of(source, actor.decoder.config, data)
+    records, encoded, _, _ = encode_all(encoder, formats.read([str(file)], kind).records, kind)
+    stream = strategy.prepare(actor)
+
+    def read(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+        counts = rows.trained.sum(1)
+        return fn.unpack(response_logprobs(actor, hidden, rows), counts).sum(1).double().cpu() / counts.cpu()
+
+    def of(examples: Sequence[Example]) -> Any:
+        batches = [
+            rows_of(examples[i : i + TOGETHER], strategy.world.device) for i in range(0, len(examples), TOGETHER)
+        ]
+        with strategy.phase("score"):
+            return torch.cat(strategy.evaluate(stream, batches, read)).numpy()
+
+    if kind != "comparisons":
+        values = dict(zip(map(id, records), of(encoded), strict=True))  # the last row of a record that is several
+        return numpy.array([*values.values()])
+    examples = [
+        Example([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
+        for prompt, rows in encoded for ids in rows if ids  # those that fit
+    ]  # fmt: skip
+    logprobs, shares = iter(of(examples)), []
+    for record, (_, rows) in zip(records, encoded, strict=True):
+        own = [(rank, next(logprobs)) for rank, ids in zip(record.ranks, rows, strict=True) if ids]
+        pairs = [(a > b) + (a == b) / 2 for better, a in own for worse, b in own if better < worse]
+        shares.append(float(numpy.mean(pairs)) if pairs else 0.5)
+    return numpy.array(shares)
