@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from penstock.commands.config import CheckConfig
 from penstock.commands.data import check
 from penstock.data import formats
-from penstock.data.records import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt, Vote
+from penstock.data.records import FORMS, KINDS, Comparison, Demonstration, Kind, Prompt, Vote, line_of
 from penstock.errors import DataError, PenstockError, UserError
 
 Write = Callable[..., str]
@@ -205,6 +205,25 @@ def test_each_format_is_told_from_its_fields_and_the_decision_is_said(write, kin
     assert [bare(row) for row in dataset.records] == [record]
     assert dataset.records[0].where == f"{path}:1"
     assert type(dataset.records[0]) is RECORDS[kind]
+
+
+@pytest.mark.parametrize(("kind", "row", "form", "record"), READ)
+def test_a_record_that_is_written_is_read_as_the_same(write, kind, row, form, record):
+    (before,) = formats.read(write(row), kind).records
+    path = write(line_of(before), name="written.jsonl")
+    assert formats.kind_of(path) == kind or kind == "prompts"
+    (after,) = formats.read(path, kind).records
+    assert (bare(after), after.fields) == (bare(before), before.fields)
+    (asked,) = formats.read(write(line_of(Prompt(where="", **questions(before)))), "prompts").records
+    assert questions(asked) == questions(before)
+
+
+def questions(record: Prompt) -> dict[str, Any]:
+    """What a record asks, without what it answers."""
+    messages = record.messages
+    if isinstance(record, Demonstration) and messages is not None:
+        messages = messages[: next(i for i, turn in enumerate(messages) if turn["role"] == "assistant")] or TALK[:1]
+    return {"prompt": record.prompt, "messages": messages, "prompt_ids": record.prompt_ids, "tools": record.tools}
 
 
 @pytest.mark.parametrize(("kind", "row", "form", "record"), READ)

@@ -1,7 +1,7 @@
 """`penstock demo`: base model, SFT, labellers, reward model, PPO, and a report, on Toyland.
 
-Every stage runs as a user would run it, through the same functions and run directories; only the base model's corpus,
-the demonstrations and the labels come from Toyland. Gold scores are measured here, on questions that no stage ever
+Every stage runs as a user would run it, chained as `penstock align` chains them; only the base model's corpus, the
+demonstrations and the labels come from Toyland. Gold scores are measured here, on questions that no stage ever
 saw, and hidden from every stage (PPO.md 25).
 """
 
@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 
-from penstock.algorithms.ppo import ppo
-from penstock.algorithms.reward import reward
-from penstock.algorithms.sft import sft
+from penstock.commands.align.stages import Stage, run_stage
 from penstock.commands.config import DemoConfig
 from penstock.commands.demo_algorithms import compare
 from penstock.commands.demo_runs import (
@@ -27,11 +25,9 @@ from penstock.commands.demo_runs import (
     RESPONSE_TOKENS,
     answer,
     best_of,
-    data_flags,
-    run_flags,
+    flags_of_run,
     write_lines,
 )
-from penstock.config import OptimFlags, PPOConfig, PPOFlags, RewardConfig, SFTConfig
 from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
 from penstock.errors import UserError
 from penstock.models import presets, pretrained
@@ -111,47 +107,27 @@ def one_seed(out: Path, seed: int, algorithms: bool = False) -> SeedResult:
     demonstrators = [(q, world.demonstration(q, rng)) for q in trained_on[:1500]]
     save_untrained(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]], seed)
     write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
-    base = sft(
-        SFTConfig(
-            model=str(untrained), data=data_flags(data / "corpus.jsonl"), run=run_flags(out / "base", seed),
-            optim=OptimFlags(lr=5e-3, batch_size=32, micro_batch_size=32), heldout=0.02, samples=0,
-        )
-    )  # fmt: skip
+    flags = {"model": str(untrained), "lr": 5e-3, "heldout": 0.02, "samples": 0}
+    base = run_stage(Stage("sft", {**flags_of_run(data / "corpus.jsonl", seed), **flags}, name="base"), out)
 
     # Stage 1: demonstrations.
     write_lines(data / "demonstrations.jsonl", [{"prompt": q.prompt, "response": a} for q, a in demonstrators])
-    tuned = sft(
-        SFTConfig(
-            model=str(base),
-            data=data_flags(data / "demonstrations.jsonl"),
-            run=run_flags(out / "sft", seed),
-            optim=OptimFlags(lr=1.5e-3, batch_size=32, micro_batch_size=32, epochs=3),
-            max_new_tokens=RESPONSE_TOKENS,
-        )
-    )
+    flags = {"lr": 1.5e-3, "epochs": 3, "max_new_tokens": RESPONSE_TOKENS}
+    tuned = run_stage(Stage("sft", {**flags_of_run(data / "demonstrations.jsonl", seed), **flags}, begins="base"), out)
 
     # Stage 2: labellers rank K = 4 answers of the SFT model by gold plus noise; the reward model sees ranks only.
     comparisons = label(world, tuned, trained_on[1500:3000], seed + 1, rng)
     write_lines(data / "comparisons.jsonl", comparisons)
-    judge = reward(
-        RewardConfig(
-            model=str(tuned), data=data_flags(data / "comparisons.jsonl"), run=run_flags(out / "reward", seed),
-            optim=OptimFlags(lr=3e-4, batch_size=16, micro_batch_size=64, epochs=1),
-            heldout=0.15, eval_every=40,
-        )
-    )  # fmt: skip
+    flags = {"lr": 3e-4, "batch_size": 16, "micro_batch_size": 64, "heldout": 0.15, "eval_every": 40}
+    judge = run_stage(Stage("reward", {**flags_of_run(data / "comparisons.jsonl", seed), **flags}, begins="sft"), out)
 
     # Stage 3: PPO sees prompts and the reward model.
     write_lines(data / "prompts.jsonl", [{"prompt": q.prompt} for q in trained_on[3000:]])
-    aligned = ppo(
-        PPOConfig(
-            actor=str(tuned), reward=str(judge),
-            data=data_flags(data / "prompts.jsonl"),
-            run=run_flags(out / "ppo", seed), heldout=0.0,  # the world holds questions out by itself
-            optim=OptimFlags(lr=3e-4, batch_size=64, micro_batch_size=64, epochs=2, steps=28),
-            ppo=PPOFlags(critic_lr=1e-3, max_new_tokens=RESPONSE_TOKENS, kl_coef=0.1), samples=64,
-        )
-    )  # fmt: skip
+    flags = {"lr": 3e-4, "critic_lr": 1e-3, "batch_size": 64, "micro_batch_size": 64, "epochs": 2, "steps": 28}
+    flags |= {"max_new_tokens": RESPONSE_TOKENS, "kl_coef": 0.1, "samples": 64}
+    flags |= {"heldout": 0.0}  # the world holds questions out by itself
+    learner = Stage("ppo", {**flags_of_run(data / "prompts.jsonl", seed), **flags}, begins="sft", judge="reward")
+    aligned = run_stage(learner, out)
     runs = {"base": base, "sft": tuned, "ppo": aligned}
     result = measure(out, seed, world, heldout, runs, judge, started)
     if algorithms:

@@ -7,16 +7,11 @@ the labels that the reward model was made of. Gold and KL are measured on held-o
 import math
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from penstock.algorithms.config import DPOConfig, DPOFlags, GRPOConfig, GRPOFlags, KTOConfig, KTOFlags
-from penstock.algorithms.grpo import grpo
-from penstock.algorithms.kto import kto
-from penstock.algorithms.preference import dpo
-from penstock.commands.demo_runs import RESPONSE_TOKENS, answer, data_flags, kl_of, run_flags, write_lines
-from penstock.config import OptimFlags
+from penstock.commands.align.stages import Stage, run_stage
+from penstock.commands.demo_runs import RESPONSE_TOKENS, answer, flags_of_run, kl_of, write_lines
 from penstock.data.toyland import Question, Toyland
 from penstock.rollout.sampling import Sampling
 from penstock.run.metrics import read_lines
@@ -32,9 +27,9 @@ def compare(out: Path, seed: int, world: Toyland, heldout: list[Question], best:
     """
     seconds, sft = {}, out / "sft"
     trained = {"sft": sft, "ppo": out / "ppo"}
-    for name, (train, config) in algorithms(out, seed).items():
+    for name, stage in algorithms(out, seed).items():
         started = time.perf_counter()
-        trained[name] = train(config)
+        trained[name] = run_stage(stage, out)
         seconds[name] = time.perf_counter() - started
     rows = [row_of("best of 8", best, math.log(8) - 7 / 8, None)]  # an upper bound (Stiennon et al. 2020, appendix G)
     sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
@@ -53,50 +48,26 @@ def row_of(name: str, golds: list[float], kl: float, seconds: float | None) -> d
     return {"name": name, "gold": statistics.mean(golds), "se": error, "kl": kl, "seconds": seconds}
 
 
-def algorithms(out: Path, seed: int) -> dict[str, tuple[Callable[[Any], Path], Any]]:
-    """Name -> command and its config. Learning rates are those of the demo's PPO, less where labels are learned from: a
-    model of a million parameters learns at ten to a hundred times the defaults."""
-    sft, judge = out / "sft", out / "reward"
-    prompts, pairs = (data_flags(out / "data" / f"{name}.jsonl") for name in ("prompts", "comparisons"))
+def algorithms(out: Path, seed: int) -> dict[str, Stage]:
+    """Name -> stage. Learning rates are those of the demo's PPO, less where labels are learned from: a model of a
+    million parameters learns at ten to a hundred times the defaults."""
+    prompts, pairs, judged = (
+        flags_of_run(out / "data" / f"{n}.jsonl", seed) for n in ("prompts", "comparisons", "votes")
+    )
     write_lines(out / "data" / "votes.jsonl", votes(read_lines(out / "data" / "comparisons.jsonl")))
+    sampled = {**prompts, "lr": 3e-4, "steps": STEPS, "max_new_tokens": RESPONSE_TOKENS, "heldout": 0.0}
 
-    def group(name: str, **flags: Any) -> tuple[Callable[[Any], Path], Any]:
-        optim = OptimFlags(lr=3e-4, batch_size=ANSWERS, micro_batch_size=ANSWERS, epochs=2, steps=STEPS)
-        own = GRPOFlags(max_new_tokens=RESPONSE_TOKENS, group_size=8, **flags)
-        run = run_flags(out / name, seed)
-        return grpo, GRPOConfig(
-            model=str(sft), reward=str(judge), data=prompts, run=run, optim=optim, grpo=own, heldout=0.0, samples=8
-        )
-
-    def labelled(lr: float) -> OptimFlags:
-        return OptimFlags(lr=lr, batch_size=32, micro_batch_size=32)
+    def group(name: str, **flags: Any) -> Stage:
+        own = {"batch_size": ANSWERS, "micro_batch_size": ANSWERS, "epochs": 2, "group_size": 8, "samples": 8}
+        return Stage("grpo", {**sampled, **own, **flags}, "sft", "reward", name)
 
     return {
         "grpo": group("grpo", kl_coef=0.2),  # rewards are in units of a group's deviation, about a half
         "rloo": group("rloo", advantage="rloo", kl_in="reward", kl_estimator="k1", kl_coef=0.1),
-        "dpo": (
-            dpo,
-            DPOConfig(
-                model=str(sft), data=pairs, run=run_flags(out / "dpo", seed), optim=labelled(5e-5),
-                dpo=DPOFlags(beta=0.1),
-            ),
-        ),
-        "online dpo": (
-            dpo,
-            DPOConfig(
-                model=str(sft), reward=str(judge), data=prompts, online=True, run=run_flags(out / "online-dpo", seed),
-                optim=OptimFlags(lr=3e-4, batch_size=ANSWERS // 2, micro_batch_size=ANSWERS // 2, steps=STEPS),
-                dpo=DPOFlags(beta=0.1, max_new_tokens=RESPONSE_TOKENS), heldout=0.0,
-            ),
-        ),
-        "kto": (
-            kto,
-            KTOConfig(
-                model=str(sft), data=data_flags(out / "data" / "votes.jsonl"), run=run_flags(out / "kto", seed),
-                optim=labelled(3e-5), kto=KTOFlags(beta=0.1),
-            ),
-        ),
-    }  # fmt: skip
+        "dpo": Stage("dpo", {**pairs, "lr": 5e-5, "beta": 0.1}, "sft"),
+        "online dpo": Stage("dpo", {**sampled, "online": True, "beta": 0.1}, "sft", "reward", "online-dpo"),
+        "kto": Stage("kto", {**judged, "lr": 3e-5, "beta": 0.1}, "sft"),
+    }
 
 
 def votes(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:

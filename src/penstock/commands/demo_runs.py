@@ -12,7 +12,7 @@ from penstock.algorithms.experience import logprobs_of, scoring_batches
 from penstock.algorithms.setup import encoder_of
 from penstock.commands.config import GenerateConfig
 from penstock.commands.generate import generate as answer_file
-from penstock.config import DataFlags, RunFlags
+from penstock.config import DataFlags
 from penstock.data.records import Prompt
 from penstock.data.toyland import Question
 from penstock.models.roles import Actor
@@ -26,14 +26,10 @@ BEST_OF = 8
 """Answers of the SFT model from which the reward model takes one: what PPO has to beat at an eighth of the price."""
 
 
-def data_flags(path: Path) -> DataFlags:
-    """A file of rows of at most 64 tokens."""
-    return DataFlags(data=(str(path),), max_length=64)
-
-
-def run_flags(out: Path, seed: int) -> RunFlags:
-    """A run that keeps its last checkpoint."""
-    return RunFlags(out=str(out), seed=seed, checkpoint_every=10_000, keep=1, strategy="ddp", dtype="fp32")
+def flags_of_run(data: Path, seed: int) -> dict[str, Any]:
+    """Of a stage on a file of rows of at most 64 tokens, which keeps its last checkpoint."""
+    placement = {"strategy": "ddp", "dtype": "fp32", "checkpoint_every": 10_000, "keep": 1}
+    return {"data": str(data), "max_length": 64, "seed": seed, "batch_size": 32, "micro_batch_size": 32, **placement}
 
 
 def answer(run: Path, questions: list[Question], sampling: Sampling) -> tuple[list[Answer], list[tuple[str, bool]]]:
@@ -41,7 +37,7 @@ def answer(run: Path, questions: list[Question], sampling: Sampling) -> tuple[li
     itself)."""
     source = resolve_model(str(run))
     actor = Actor.from_pretrained(source).eval()
-    encoder = encoder_of(source, actor.decoder.config, data_flags(Path()), reserve=RESPONSE_TOKENS)
+    encoder = encoder_of(source, actor.decoder.config, DataFlags((), max_length=64), reserve=RESPONSE_TOKENS)
     prompts = [encoder.encode_prompt(Prompt(prompt=q.prompt, where="toyland")) for q in questions]
     answers = generate(actor.decoder, prompts, sampling, eos_ids=encoder.eos_ids, batch_size=256)
     return answers, [(encoder.decode(a.response_ids), a.finish_reason == "stop") for a in answers]

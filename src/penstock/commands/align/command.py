@@ -11,11 +11,11 @@ from typing import Any
 
 from penstock.commands.align import report
 from penstock.commands.align.choice import KIND, SAMPLES, unused
-from penstock.commands.align.config import AlignConfig, show_seconds
+from penstock.commands.align.config import AlignConfig, show_seconds, split_setting
 from penstock.commands.align.evaluation import Judge, compare, likelihoods
 from penstock.commands.align.inventory import Inventory, look
 from penstock.commands.align.planning import Machine, Plan, Planner, corrected, within
-from penstock.commands.align.stages import Stage, run
+from penstock.commands.align.stages import Stage, run_stage
 from penstock.commands.align.trial import ASKED, memory_meter, score_sanity, try_stages
 from penstock.config import EngineFlags, as_data_flags
 from penstock.errors import UserError
@@ -69,6 +69,7 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
     inventory = look(config, speaker(config))
     plans, better = Planner(config, inventory, Machine.of(config)).plans()
     plan, late = within(plans, config.seconds)
+    check_settings(config, plan)
     state = described(config, inventory, plan, [*plan.route.better, *better, *late])
     if not config.json:
         print(report.plan_text(state), flush=True)
@@ -88,6 +89,17 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
     state["stages"] = [dataclasses.asdict(stage.stage) | {"steps": stage.duration.steps} for stage in plan.stages]
     save(out, state)
     return state
+
+
+def check_settings(config: AlignConfig, plan: Plan) -> None:
+    """Raises UserError for a --set of a stage that is not run."""
+    for text in config.set:
+        stage = split_setting(text)[0]
+        if stage not in plan.route.stages:
+            stages = ", ".join(plan.route.stages)
+            raise UserError(
+                f"--set {text}: {stage} is no stage of this plan, which has {stages}; --stages names others."
+            )
 
 
 def tried(
@@ -186,7 +198,7 @@ def train(state: dict[str, Any], out: Path, say: Any) -> None:
         began = time.perf_counter()
         begun = (out / stage.directory / "config.toml").exists()
         with memory_meter() as peak:
-            run(stage, out, **({} if begun else {"steps": steps}))
+            run_stage(stage, out, **({} if begun else {"steps": steps}))
         seconds = time.perf_counter() - began
         state["taken"][stage.directory] = {"seconds": seconds, "peak_bytes": peak[0], "whole": not begun}
         save(out, state)

@@ -4,6 +4,7 @@
 
 import dataclasses
 import math
+import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ class Machine:
     rates: Rates
     given: bool
     """Whether --strategy was given, and no other may be taken."""
+    base: int = 0
+    """Bytes of this process before any model; 0 on a GPU, where its own memory counts."""
 
     @staticmethod
     def of(config: AlignConfig) -> "Machine":
@@ -71,13 +74,20 @@ class Machine:
             limit = config.disk.rpartition(":")[2]
             budgets["disk"] = None if "/" in limit else parse_bytes(limit, "--disk")
         rates = rates_of(kind, flags.dtype or "fp32")
-        return Machine(kind, flags.strategy or "ddp", flags.dtype, budgets, rates, bool(config.strategy))
+        base = resident_bytes() if kind == "cpu" else 0
+        return Machine(kind, flags.strategy or "ddp", flags.dtype, budgets, rates, bool(config.strategy), base)
 
     def allows(self, setting: Setting) -> bool:
         """Whether all tiers of its strategy are there."""
         if self.given or set(self.budgets) == {"device"}:  # a CPU's host memory is its device's
             return setting.strategy == self.strategy
         return setting.strategy == self.strategy or {*tiers_of(setting.strategy)} <= {*self.budgets}
+
+
+def resident_bytes() -> int:
+    """Physical memory of this process now, where the kernel says it; else 0."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text(encoding="ascii").split()[1]) * resource.getpagesize() if file.exists() else 0
 
 
 def rates_of(kind: str, dtype: str) -> Rates:
@@ -99,7 +109,8 @@ class StagePlan:
     stage: Stage
     duration: Duration
     peak: dict[str, int]
-    """Bytes per tier; `run` is the disk that its run directory takes."""
+    """Bytes per tier; `run`: the disk that its run directory takes; `process`: what is compared with a measurement,
+    device memory on a GPU, else the whole process."""
     records: int
     why: str
 
@@ -189,7 +200,8 @@ class Planner:
         per_step = forecast_of(typical).total
         duration = Duration(steps, per_step, OVERHEAD + EVALUATIONS * per_step * steps)
         peak: dict[str, int] = {tier: forecast.peak[tier] for tier in TIERS}
-        peak["run"] = self.checkpoints(setting)
+        on_cpu = forecast.peak["host"] if self.machine.base else 0
+        peak |= {"run": self.checkpoints(setting), "process": self.machine.base + peak["device"] + on_cpu}
         return StagePlan(stage, duration, peak, records, self.why(built, setting))
 
     def flags(self, command: str, records: int, lengths: Lengths, learns: str) -> dict[str, Any]:

@@ -34,8 +34,9 @@ def plan_text(state: Mapping[str, Any]) -> str:
 def memory_text(peak: Mapping[str, int], measured: int | None) -> str:
     """Bytes per tier, in words."""
     parts = [f"{name} {show_bytes(peak[name])}" for name in TIERS if peak.get(name)]
-    whole = f"; the whole process took {show_bytes(measured)} in its trial" if measured else ""
-    return "memory: " + ", ".join(parts).replace("run ", "checkpoints ") + whole
+    whole = f"; the process takes {show_bytes(peak['process'])}"
+    trial = f", and took {show_bytes(measured)} in its trial" if measured else ""
+    return "memory: " + ", ".join(parts).replace("run ", "checkpoints ") + whole + trial
 
 
 def evaluation_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -76,14 +77,13 @@ def ending(state: Mapping[str, Any]) -> str:
 def write(out: Path, state: Mapping[str, Any]) -> Path:
     """Writes OUT/report.html."""
     runs = {stage["name"] or stage["command"]: stage for stage in state["stages"]}
-    header = ("stage", "records", "steps", "planned", "took", "memory planned", "memory of the process", "how")
+    header = ("stage", "records", "steps", "planned", "took", "memory planned", "memory taken", "how")
     rows = []
     for planned, (name, taken) in zip(state["plan"], state["taken"].items(), strict=True):
-        of_tiers = sum(planned["peak"][tier] for tier in ("device", "host"))
         rows.append((
             name, f"{planned['records']:,}", str(planned["steps"]), show_seconds(planned["seconds"]),
-            show_seconds(taken["seconds"]) + ("" if taken["whole"] else ", its last start"), show_bytes(of_tiers),
-            show_bytes(taken["peak_bytes"]), planned["why"],
+            show_seconds(taken["seconds"]) + ("" if taken["whole"] else ", its last start"),
+            show_bytes(planned["peak"]["process"]), show_bytes(taken["peak_bytes"]), planned["why"],
         ))  # fmt: skip
     sections: list[Section] = [
         Figures(dict(evaluation_rows(state["evaluation"]))),

@@ -80,7 +80,7 @@ def parsed(command: str, settings: Mapping[str, str]) -> dict[str, Any]:
     return {name: text.split(",") if flags[name].several else text for name, text in settings.items()}
 
 
-def run(stage: Stage, root: Path, **changes: Any) -> Path:
+def run_stage(stage: Stage, root: Path, **changes: Any) -> Path:
     """Runs a stage, or goes on with the run that is there: with its own flags, but for `changes`."""
     trainer, path = TRAINERS[stage.command], root / stage.directory
     if (path / "config.toml").exists():

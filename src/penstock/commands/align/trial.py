@@ -22,7 +22,7 @@ from penstock.algorithms.heldout import interval_of
 from penstock.commands.align.choice import Duration
 from penstock.commands.align.evaluation import Judge, sampled
 from penstock.commands.align.planning import StagePlan
-from penstock.commands.align.stages import Stage, run
+from penstock.commands.align.stages import Stage, run_stage
 from penstock.errors import ResourceError, UserError
 from penstock.run.metrics import peak_rss_bytes, read_lines
 
@@ -73,9 +73,9 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
         with memory_meter() as peak:
             began = time.perf_counter()
             flags: dict[str, Any] = {"checkpoint_every": NEVER, "eval_every": NEVER, "quiet": True, "json": False}
-            path = run(planned.stage, root, steps=STEPS, **flags)
+            path = run_stage(planned.stage, root, steps=STEPS, **flags)
             seconds = time.perf_counter() - began
-            run(planned.stage, root, steps=STEPS + 1)
+            run_stage(planned.stage, root, steps=STEPS + 1)
         measured.append(Measured(extrapolated(planned, path, seconds, heldout(planned.stage)), peak[0]))
         check_finite(planned.stage, path)
     shutil.rmtree(root, ignore_errors=True)
