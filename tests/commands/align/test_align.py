@@ -41,8 +41,9 @@ def prompts(jsonl):
 
 
 def result_of(capsys, *arguments):
+    capsys.readouterr()
     assert cli("align", *arguments, "--json", "--quiet") == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return json.loads(capsys.readouterr().out)
 
 
 def lines(path):
@@ -108,7 +109,8 @@ def test_comparisons_enough_make_a_reward_model_and_ppo(tmp_path, model, jsonl, 
     monkeypatch.setattr("penstock.commands.align.choice.ENOUGH", 30)
     rows = [{"prompt": f"Say {w}", "responses": ["Hello", w, "no no no"], "ranking": [0, 1, 2]} for w in WORDS]
     flags = ("--model", model, "--data", jsonl(rows), "--out", tmp_path / "out", "--steps", 2, "--batch-size", 8)
-    result = result_of(capsys, *flags, "--max-new-tokens", 8)
+    result = result_of(capsys, *flags, "--max-new-tokens", 8, "--learns", "lora", "--lora", 2)
+    assert "lora = 2" in (tmp_path / "out" / "ppo" / "config.toml").read_text()
     assert [row["stage"] for row in result["plan"]] == ["reward", "ppo"]
     assert result["evaluation"]["own"] is True
 
@@ -169,7 +171,7 @@ def test_another_machine_is_planned_for_by_flags(tmp_path, model, pairs, capsys)
 REFUSED = [
     (("--stages", "kto"), "--data has none"),
     (("--set", "dpo.betta=1"), "dpo has no such flag"),
-    (("--set", "sft.lr=1"), "sft is no stage of this plan, dpo"),
+    (("--set", "sft.lr=1"), "sft is no stage of this plan"),
     (("--max-length", "6"), "too many to leave out"),
     (("--lr", "-1"), "must be above 0"),
 ]

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +20,12 @@ from penstock.commands.align.planning import Machine, Plan, Planner, corrected, 
 from penstock.commands.align.stages import Stage, run_stage
 from penstock.commands.align.trial import ASKED, memory_meter, score_sanity, try_stages
 from penstock.config import EngineFlags, as_data_flags
-from penstock.errors import UserError
+from penstock.errors import ResourceError, UserError
 from penstock.flags import to_dict, with_absolute_paths
 from penstock.run.checkpoint import write_whole
 from penstock.run.directory import RunDirectory, refused
 from penstock.run.session import StoppedError
+from penstock.units import show_bytes
 
 STATE = "align.json"
 MAY_CHANGE = ("json", "quiet", "dry_run", "check")
@@ -36,6 +39,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     Raises UserError, DataError or ResourceError, each with the fix.
     """
     began, out = time.perf_counter(), Path(config.out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("align: chooses for one process; take its plan, and give its stages' commands to torchrun.")
     say, state = speaker(config), saved_state(out, config)
     if state is None:
         state = begin(config, out, began)
@@ -65,7 +70,8 @@ def speaker(config: AlignConfig) -> Callable[[str], None]:
 
 def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
     """Looks, plans and tries; returns the state that the stages begin with."""
-    RunDirectory.refuse_used(out)
+    if not (out / STATE).exists():  # else a start that ended before its stages did not begin them
+        RunDirectory.refuse_used(out)
     inventory = look(config, speaker(config))
     plans, better = Planner(config, inventory, Machine.of(config)).plans()
     plan, late = within(plans, config.seconds)
@@ -75,7 +81,10 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
         print(report.plan_text(state), flush=True)
     if config.dry_run:
         return state
+    check_disk(plan, out)
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        save(out, state)
         inventory.write(out / "data")
     except OSError as error:
         raise refused(f"--out {out}", error) from error
@@ -102,6 +111,17 @@ def check_settings(config: AlignConfig, plan: Plan) -> None:
             )
 
 
+def check_disk(plan: Plan, out: Path) -> None:
+    """Raises ResourceError where the runs do not fit on the disk."""
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    needed, free = sum(stage.peak["run"] for stage in plan.stages), shutil.disk_usage(place).free
+    if needed > free:
+        raise ResourceError(
+            f"--out {out}: checkpoints take {show_bytes(needed)}, and {show_bytes(free)} of the disk are free; free "
+            "some space, choose another disk, or train an adapter: --learns lora."
+        )
+
+
 def tried(
     config: AlignConfig, inventory: Inventory, plans: list[Plan], plan: Plan, state: dict[str, Any], began: float
 ) -> tuple[Plan, list[str], dict[str, Any]]:
@@ -114,14 +134,15 @@ def tried(
         said = score_sanity(judge, config.model)
         rows = len(judge.prompts.read_text(encoding="utf-8").splitlines())
         spent = (time.perf_counter() - asked) * 2 * max(rows / ASKED, 1)
+    peaks: dict[str, int] = {}
     for _ in plans:  # each once at most
         measured = try_stages(plan.stages, out / "trial", lambda stage: heldout_rows(stage, inventory))
+        peaks |= {stage.stage.command: each.peak_bytes for stage, each in zip(plan.stages, measured, strict=True)}
         plans = corrected(plans, plan, [each.duration for each in measured])
         best, late = within(plans, config.seconds, spent + time.perf_counter() - began)
         if best.route.stages == plan.route.stages:
             break
         plan = best
-    peaks = {stage.stage.command: each.peak_bytes for stage, each in zip(plan.stages, measured, strict=True)}
     said += [f"{stage.stage.command}: trained, evaluated, saved and resumed" for stage in plan.stages]
     for line in said:
         say(f"  {line}")
@@ -147,7 +168,7 @@ def comparable(config: AlignConfig) -> dict[str, Any]:
 
 
 def saved_state(out: Path, config: AlignConfig) -> dict[str, Any] | None:
-    """What an earlier start left. Raises UserError where it was another command line."""
+    """What an earlier start left, if it began its stages. Raises UserError where it was another command line."""
     file = out / STATE
     if not file.exists():
         return None
@@ -157,13 +178,13 @@ def saved_state(out: Path, config: AlignConfig) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is damaged ({error}); choose another --out.") from error
     flags = comparable(config)
-    for name in sorted({*before, *flags}):
+    for name in sorted({*before, *flags}) if "stages" in state else ():
         if before.get(name) != flags.get(name):
             raise UserError(
                 f"--{name.replace('_', '-')}: {out} was begun with {before.get(name, 'none')}; give that to go on, or "
                 "another --out."
             )
-    return state
+    return state if "stages" in state else None
 
 
 def save(out: Path, state: Mapping[str, Any]) -> None:

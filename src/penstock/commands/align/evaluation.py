@@ -2,7 +2,9 @@
 answers are to each.
 """
 
+import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +61,8 @@ def sampled(judge: Judge, model: str, count: int) -> list[dict[str, Any]]:
 
 def compare(judge: Judge, end: Path, start: str, out: Path) -> dict[str, Any]:
     """`penstock eval` of the end against the start: its result, which the end's run keeps too."""
-    evaluate(judge.config(str(end), against=start, out=str(out)))
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the plan and the result
+        evaluate(judge.config(str(end), against=start, out=str(out)))
     return json.loads(out.read_text(encoding="utf-8"))
 
 

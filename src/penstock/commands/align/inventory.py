@@ -117,7 +117,7 @@ def look(config: AlignConfig, say: Callable[[str], None]) -> Inventory:
     facts = Facts({kind: len(train[kind]) for kind in train}, score, chats=speaks(encoder))
     count = sum(parameter.numel() for parameter in decoder.parameters())
     return Inventory(
-        [*_found(config, sources, train, heldout, encoder, count), *([_checks(verifier)] if verifier else [])],
+        [*_found(config, sources, train, heldout, encoder, count), _rows(lengths, encoder), *_checks(verifier)],
         train, heldout, lengths, facts, decoder.config, count, decoder.adapted.spec.rank if decoder.adapted else None,
         verifier, flags, new,
     )  # fmt: skip
@@ -178,7 +178,7 @@ def _prompts_of(records: Sequence[Any]) -> list[Prompt]:
             messages = messages[:first]
         ids = {"prompt": record.prompt, "messages": messages, "prompt_ids": record.prompt_ids, "tools": record.tools}
         if messages != ():
-            prompts.setdefault(record.prompt_key, Prompt(where=record.where, **ids))
+            prompts.setdefault(same(record), Prompt(where=record.where, **ids))
     return [*prompts.values()]
 
 
@@ -192,8 +192,16 @@ def verifier_of(prompts: Sequence[Prompt]) -> str | None:
     return "number" if all(value_of(text) is not None for text in answers) else "exact_match"
 
 
-def _checks(verifier: str) -> str:
-    return f"their answers can be checked: --reward-fn {verifier}"
+def _checks(verifier: str | None) -> list[str]:
+    return [f"answers can be checked: --reward-fn {verifier}"] if verifier else []
+
+
+def _rows(lengths: Mapping[Kind, Lengths], encoder: Encoder) -> str:
+    """What encoding has shown of all rows."""
+    longest = max(of_kind.longest for of_kind in lengths.values())
+    ends = encoder.eos_ids if encoder.tokenizer is None else encoder.tokenizer.convert_ids_to_tokens(encoder.eos_ids)
+    room = f"{longest} of {encoder.max_length} tokens"
+    return f"every row renders and teaches; the longest has {room}; answers end at {' or '.join(map(str, ends))}"
 
 
 def split(
