@@ -26,8 +26,9 @@ from penstock.commands.align.stages import Stage, run_stage
 from penstock.errors import ResourceError, UserError
 from penstock.run.metrics import peak_rss_bytes, read_lines
 
-STEPS = 4
-"""Steps of a stage's trial, of which the first warms up and the last is evaluated; one more follows its checkpoint."""
+STEPS, SAVED = 5, 3
+"""Steps of a stage's trial: the first warms up, a checkpoint follows the third, the last is evaluated; and one more
+goes on from the last checkpoint."""
 ASKED = 16
 """Held-out prompts that the start answers, to see that its answers can be scored and end."""
 NEVER = 1_000_000
@@ -72,7 +73,7 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
     for planned in stages:
         with memory_meter() as peak:
             began = time.perf_counter()
-            flags: dict[str, Any] = {"checkpoint_every": NEVER, "eval_every": NEVER, "quiet": True, "json": False}
+            flags: dict[str, Any] = {"checkpoint_every": SAVED, "eval_every": NEVER, "quiet": True, "json": False}
             path = run_stage(planned.stage, root, steps=STEPS, **flags)
             seconds = time.perf_counter() - began
             run_stage(planned.stage, root, steps=STEPS + 1)
@@ -85,13 +86,13 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
 def extrapolated(planned: StagePlan, path: Path, seconds: float, rows: int) -> Duration:
     """What all steps of a stage take, by the steps of its trial; `seconds`: of the trial without its resumed step."""
     steps = [row["timing/step_seconds"] for row in read_lines(path / "perf.jsonl")]
-    first, *middle = steps[: STEPS - 1]
-    per_step = statistics.mean(middle)
+    per_step = statistics.mean(steps[1:SAVED])
+    saving = max(steps[SAVED] - per_step, 0.0)
     evaluation = max(statistics.mean(steps[STEPS - 1 :]) - per_step, 0.0) if rows else 0.0
-    total = planned.duration.steps
-    batch = planned.stage.config(path.parent, data="-").optim.batch_size
-    times = math.ceil(total / interval_of(None, total, rows, batch)) if rows else 0
-    fixed = seconds - sum(steps[:STEPS]) + max(first - per_step, 0.0) + times * evaluation
+    total, config = planned.duration.steps, planned.stage.config(path.parent, data="-")
+    times = math.ceil(total / interval_of(None, total, rows, config.optim.batch_size)) if rows else 0
+    fixed = seconds - sum(steps[:STEPS]) + max(steps[0] - per_step, 0.0)
+    fixed += times * evaluation + (total - 1) // config.run.checkpoint_every * saving
     return Duration(total, per_step, fixed)
 
 
