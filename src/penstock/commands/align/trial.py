@@ -90,7 +90,7 @@ def extrapolated(planned: StagePlan, path: Path, seconds: float, rows: int) -> D
     saving = max(steps[SAVED] - per_step, 0.0)
     evaluation = max(statistics.mean(steps[STEPS - 1 :]) - per_step, 0.0) if rows else 0.0
     total, config = planned.duration.steps, planned.stage.config(path.parent, data="-")
-    times = math.ceil(total / interval_of(None, total, rows, config.optim.batch_size)) if rows else 0
+    times = math.ceil(total / interval_of(config.eval_every, total, rows, config.optim.batch_size)) if rows else 0
     fixed = seconds - sum(steps[:STEPS]) + max(steps[0] - per_step, 0.0)
     fixed += times * evaluation + (total - 1) // config.run.checkpoint_every * saving
     return Duration(total, per_step, fixed)
