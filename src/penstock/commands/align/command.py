@@ -128,10 +128,10 @@ def tried(
     """The plan after its trial, what would be better with more time, and what the trial showed."""
     out, say = Path(config.out), speaker(config)
     say("pre-flight: a few steps of every stage")
-    judge, spent, said = judge_of(config, state, out), 0.0, list[str]()
+    judge, spent, shown = judge_of(config, state, out), 0.0, list[str]()
     asked = time.perf_counter()
     if judge is not None and not judge.own:
-        said = score_sanity(judge, config.model)
+        shown = score_sanity(judge, config.model)
         rows = len(judge.prompts.read_text(encoding="utf-8").splitlines())
         spent = (time.perf_counter() - asked) * 2 * max(rows / ASKED, 1)
     peaks: dict[str, int] = {}
@@ -143,10 +143,10 @@ def tried(
         if best.route.stages == plan.route.stages:
             break
         plan = best
-    said += [f"{stage.stage.command}: trained, evaluated, saved and resumed" for stage in plan.stages]
-    for line in said:
+    shown += [f"{stage.stage.command}: trained, evaluated, saved and resumed" for stage in plan.stages]
+    for line in shown:
         say(f"  {line}")
-    return best, late, {"checked": said, "measured_peak": peaks, "evaluation_seconds": spent}
+    return best, late, {"checked": shown, "measured_peak": peaks, "evaluation_seconds": spent}
 
 
 def described(config: AlignConfig, inventory: Inventory, plan: Plan, better: list[str]) -> dict[str, Any]:

@@ -138,8 +138,8 @@ class Plan:
 class Planner:
     """Plans routes for one machine and one inventory."""
 
-    def __init__(self, config: AlignConfig, inventory: Inventory, here: Machine) -> None:
-        self.config, self.inventory, self.machine = config, inventory, here
+    def __init__(self, config: AlignConfig, inventory: Inventory, place: Machine) -> None:
+        self.config, self.inventory, self.machine = config, inventory, place
         self.lacking = ""
         """Flags with which the last way that did not fit would."""
 

@@ -45,22 +45,22 @@ class Measured:
 
 
 def score_sanity(judge: Judge, model: str) -> list[str]:
-    """Has the start answer a few held-out prompts, and returns what is to be said of answers and scores.
+    """Has the start answer a few held-out prompts, and returns what is to be facts of answers and scores.
 
     Raises UserError where scores are not numbers, or all the same: nothing could be learned from them.
     """
     lines = sampled(judge, model, ASKED)
     scores, cut = [line["score"] for line in lines], sum(line["finish_reason"] != "stop" for line in lines)
-    said = [f"{len(lines)} answers of the start: {len(lines) - cut} end by themselves"]
+    facts = [f"{len(lines)} answers of the start: {len(lines) - cut} end by themselves"]
     if not all(math.isfinite(score) for score in scores):
         raise UserError(f"{judge.name}: gives {scores} for {len(scores)} answers; a score must be a finite number.")
-    said.append(f"their scores by {judge.name}: {min(scores):.3g} to {max(scores):.3g}")
+    facts.append(f"their scores by {judge.name}: {min(scores):.3g} to {max(scores):.3g}")
     if len(scores) > 1 and max(scores) - min(scores) < 1e-9:
         raise UserError(
             f"{judge.name}: gives {scores[0]:.3g} for each of {len(scores)} answers of {model}, so nothing can be "
             "learned from it; mend the score, give easier prompts, or begin with demonstrations."
         )
-    return said
+    return facts
 
 
 def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage], int]) -> list[Measured]:
