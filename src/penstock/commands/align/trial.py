@@ -45,7 +45,7 @@ class Measured:
 
 
 def score_sanity(judge: Judge, model: str) -> list[str]:
-    """Has the start answer a few held-out prompts, and returns what is to be facts of answers and scores.
+    """Has the start answer a few held-out prompts, and returns facts of its answers and their scores.
 
     Raises UserError where scores are not numbers, or all the same: nothing could be learned from them.
     """
