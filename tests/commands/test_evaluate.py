@@ -4,6 +4,7 @@ import http.server
 import json
 import math
 import threading
+import tracemalloc
 
 import numpy
 import pytest
@@ -52,6 +53,16 @@ def test_an_interval_is_that_of_the_normal_distribution_where_the_mean_has_it():
     error = values.std() / 20
     bounds = [values.mean() - 1.96 * error, values.mean() + 1.96 * error]
     assert evaluate.interval(values) == pytest.approx(bounds, abs=0.1 * error)
+
+
+def test_an_interval_takes_no_memory_for_all_resamples_at_once():
+    values = numpy.arange(1000) % 2
+    tracemalloc.start()
+    low, high = evaluate.interval(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert low < 0.5 < high
+    assert peak < evaluate.RESAMPLES * len(values)  # bytes: an index has eight
 
 
 def test_a_judge_that_counts_letters_is_seen_through():
@@ -149,9 +160,24 @@ def test_a_run_keeps_what_was_measured_and_its_report_and_card_show_it(files, tm
         ((), "eval needs a score"),
         (("--judge", "http://127.0.0.1:1/v1"), "add --against MODEL"),
         (("--judge", "http://127.0.0.1:1/v1", "--reward-fn", "length"), "goes without --reward"),
+        (("--judge-model", "m", "--reward-fn", "length"), "--judge-model m: nothing asks it"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(files, capsys, flags, complaint):
     first, _, data, _ = files
     assert cli("eval", first, *data, *flags) == 2
     assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_result_that_cannot_be_written_is_printed_and_kept_by_the_run(files, tmp_path, capsys, jsonl):
+    first, _, data, reward = files
+    out = tmp_path / "run"
+    rows = jsonl([{"prompt": "a", "response": "b"}] * 2, name="rows.jsonl")
+    flags = ("--steps", 1, "--batch-size", 1, "--heldout", 0, "--max-length", 24)
+    assert cli("sft", "--model", first, "--data", rows, "--out", out, *flags) == 0
+    capsys.readouterr()
+    assert cli("eval", out, *data, *reward, "--out", tmp_path / "nowhere" / "result.json", "--json") == 2
+    printed, errors = capsys.readouterr()
+    assert json.loads(printed.splitlines()[-1])["prompts"] == 16
+    assert f"--out {tmp_path / 'nowhere' / 'result.json'}: cannot be written" in " ".join(errors.split())
+    assert len((out / "evaluations.jsonl").read_text().splitlines()) == 1

@@ -27,7 +27,7 @@ from penstock.commands.config import EvalConfig, GenerateConfig
 from penstock.commands.generate import answered
 from penstock.data.records import Prompt
 from penstock.errors import ResourceError, UserError
-from penstock.run.directory import RunDirectory
+from penstock.run.directory import RunDirectory, refused
 from penstock.run.evaluations import FILE
 from penstock.run.metrics import Lines
 from penstock.run.report import run_report
@@ -64,6 +64,8 @@ def evaluate(config: EvalConfig) -> None:
         raise UserError(
             "--judge compares two models: add --against MODEL, and --judge-model NAME of the one that judges."
         )
+    if config.judge_model and not config.judge:
+        raise UserError(f"--judge-model {config.judge_model}: nothing asks it; add --judge, the address of its server.")
     if not config.judge:
         config.need_score("eval")
     own = answers_of(config, config.model)
@@ -76,14 +78,17 @@ def evaluate(config: EvalConfig) -> None:
     else:
         result |= {"against": config.against, **comparison(config, own, answers_of(config, config.against))}
     print(json.dumps(result) if config.json else as_text(config, result))
-    if config.out:
-        Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     run = Path(config.model)
     if (run / "config.toml").exists():
         lines = Lines(run / FILE, (run / FILE).stat().st_size if (run / FILE).exists() else 0)
         lines.write(result)
         lines.close()
         print(f"wrote {run_report(run, RunDirectory.peek(run)['command'])}", file=sys.stderr)
+    if config.out:
+        try:
+            Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise refused(f"--out {config.out}", error) from error
 
 
 def answers_of(config: EvalConfig, model: str) -> Side:
@@ -124,8 +129,9 @@ def comparison(config: EvalConfig, own: Side, other: Side) -> dict[str, Any]:
 
 def interval(values: Any) -> list[float]:
     """95 % of the mean of values [n], by resampling; the same values give the same bounds."""
-    draws = numpy.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    return [float(bound) for bound in numpy.percentile(values[draws].mean(1), [2.5, 97.5])]
+    rng, count = numpy.random.default_rng(0), len(values)  # one resample in memory at a time
+    means = [values[rng.integers(count, size=count)].mean() for _ in range(RESAMPLES)]
+    return [float(bound) for bound in numpy.percentile(means, [2.5, 97.5])]
 
 
 def length_controlled(outcomes: Any, lengths: Any) -> float:
