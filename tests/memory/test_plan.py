@@ -4,7 +4,7 @@ import pytest
 
 from penstock.memory.chunks import Weight, layout
 from penstock.memory.placement import STRATEGIES
-from penstock.memory.plan import Model, Placed, few_tokens, sharing_groups
+from penstock.memory.plan import Model, Placed, few_tokens, homes, place, sharing_groups
 from penstock.memory.schedule import NEVER, Schedule, Slot, SlotTable
 
 
@@ -84,3 +84,18 @@ def test_what_may_be_chosen_is_kept_for_its_visit_and_not_prefetched():
     assert [schedule.next_use(homes[group][0]) for group in homes] == [2, 2, 1, 1]
     table = SlotTable(Slot(homes["a"][0].chunk.nbytes) for _ in range(4))
     assert [home.chunk.group for home, _ in schedule.prefetch(table, ahead=1)] == ["b"]
+
+
+@pytest.mark.parametrize(("room", "on_host"), [(64, 7), (40, 1)])
+def test_weights_that_may_be_on_a_disk_make_room_for_gradients_that_may_not(room, on_host):
+    """room: MB of host memory beside the buffers of an update; weights and gradients take 34 each."""
+    million, buffers = 10**6, 255_852_544
+    groups = [(f"b.{i}", [Weight(f"b.{i}.weight", (1024, 1024), "float32", True)]) for i in range(8)]
+    models = [(layout(groups), [(group,) for group, _ in groups])]
+    budgets = {"device": 20 * million, "host": buffers + room * million, "disk": None}
+    (placed,) = place("gemini_auto", models, 1, budgets)
+    at_home = homes([placed], 1)
+    assert at_home["host"] <= room * million
+    assert at_home["device"] <= budgets["device"]
+    assert [each.row.grads.tier for each in placed] == ["host"] * 8
+    assert [each.row.params.tier for each in placed].count("host") == on_host

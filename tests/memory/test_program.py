@@ -5,6 +5,8 @@ import torch
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.sft import Rows, response_logprobs
+from penstock.distributed.world import World
+from penstock.memory import plan
 from penstock.memory.program import Inputs
 from penstock.memory.strategy import Strategy
 from penstock.memory.tiers import Ram
@@ -92,6 +94,22 @@ def test_the_pages_of_one_pass_are_the_next_ones():
         del passes, inputs
     assert host.used == 16
     assert host.peak == 32
+
+
+def test_a_caches_pages_go_where_models_side_by_side_have_no_room_beside_them():
+    """The first of them takes the pages, however many they are, and the second needs its own."""
+    each = plan.UPDATE_ROOM + 1024
+    tiers = {"device": Ram("device", CPU), "host": Ram("host", CPU, 2 * each + plan.UPDATE_ROOM)}
+    strategy = Strategy("gemini_cpu", World(0, 1, CPU), torch.float32, offloaded=2 * each, further=each, tiers=tiers)
+    cache = Inputs(None, 1)  # any object
+    tiers["host"].lend(2 * each, "a cache", cache)
+    del cache
+    assert tiers["host"].used == 2 * each
+    with strategy.phase("train"):
+        passes = [Inputs(tiers["host"], 2) for _ in range(2)]
+        for inputs in passes:
+            inputs.keep([torch.zeros(each // 4)])
+        assert tiers["host"].used == 2 * each
 
 
 def test_a_rank_without_rows_offloads_nothing():

@@ -472,6 +472,20 @@ def test_auto_stays_within_its_budget_when_roles_step_side_by_side():
         assert forecast(of, "gemini_auto", "bf16", device=device).peak["device"] <= device
 
 
+@pytest.mark.parametrize(("lora", "host"), [(16, "10GB"), (None, "16GB")])
+def test_auto_leaves_host_memory_to_what_no_disk_holds(lora, host):
+    """A KV cache, gradients, and inputs of blocks, of models that stand on one base two at a time."""
+    config = PlanConfig(
+        model="xl", lora=lora, device_memory="3GB", host_memory=host, disk="500GB", prompt_length=256, arithmetic="cpu"
+    )
+    setting = setting_of(config)
+    planned = forecast_of(setting, timed=False)
+    assert planned.swapped
+    assert planned.offloaded
+    assert bool(planned.further) == bool(lora)
+    assert planned.peak["host"] <= setting.budgets["host"]
+
+
 @pytest.mark.parametrize(("stage", "scalar"), [("sft", False), ("reward", True)])
 def test_other_stages_are_foretold(stage, scalar):
     of = one_model(stage, scalar=scalar)

@@ -166,7 +166,7 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
         )
     strategy.reserve, strategy.recompute, strategy.swapped = planned.activations, planned.recompute, planned.swapped
     strategy.few_tokens, strategy.gathers_once = planned.few_tokens, planned.gathers_once
-    strategy.offloaded = planned.offloaded
+    strategy.offloaded, strategy.further = planned.offloaded, planned.further
     host = strategy.tiers["host"]
     return host if planned.swapped and isinstance(host, Ram) else None
 

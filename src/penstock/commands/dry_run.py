@@ -72,7 +72,7 @@ def dry_run(setting: Setting) -> dict[str, Any]:
     strategy = Strategy(
         setting.strategy, ranks, DTYPES[setting.dtype], planned.recompute, setting.chunk_size,
         setting.activation_budget, reserve=planned.activations, swapped=planned.swapped,
-        offloaded=planned.offloaded, tiers=tiers,
+        offloaded=planned.offloaded, further=planned.further, tiers=tiers,
     )  # fmt: skip
     models = models_of(setting.workload, strategy)
     with pretend(ranks), linear.computing(setting.arithmetic):

@@ -156,33 +156,40 @@ class _Room:
     """Bytes that are left on each tier; None: no end. Tiers that do not exist are not in it."""
 
     def __init__(self, left: dict[TierName, int | None]) -> None:
-        self._left = left
-        self._shared: dict[Hashable, Placement] = {}
+        self._left = dict(left)
 
     @property
     def tiers(self) -> list[Placement]:
         """The fastest first."""
         return [placement for placement in (SHARD, HOST, DISK) if placement.tier in self._left]
 
+    def fits(self, nbytes: int, placements: Sequence[Placement]) -> bool:
+        """Whether one of them has room for so many bytes."""
+        return any((left := self._left[each.tier]) is None or left >= nbytes for each in placements)
+
     def take(self, nbytes: int, placements: Sequence[Placement], shadow: int = 0) -> Placement:
         """The first with room for so many bytes; on the host for `shadow` more."""
         for placement in placements:
-            if placement.tier in self._left:
-                left = self._left[placement.tier]
-                if left is None:
-                    return placement
-                needed = nbytes + (shadow if placement.tier == "host" else 0)
-                if left >= needed:
-                    self._left[placement.tier] = left - needed
-                    return placement
+            needed = nbytes + (shadow if placement.tier == "host" else 0)
+            if self.fits(needed, [placement]):
+                self.give(placement.tier, -needed)
+                return placement
         return placements[-1]  # too little everywhere: the tier itself raises
 
-    def take_weights(self, chunk: Chunk, world: int) -> Placement:
-        """The same for a chunk's weights, once for all models that share it."""
-        placement = self._shared.get(chunk.shared) or self.take(chunk.nbytes // world, self.tiers)
-        if chunk.shared is not None:
-            self._shared[chunk.shared] = placement
-        return placement
+    def give(self, tier: TierName, nbytes: int) -> None:
+        """Adds to what is left."""
+        left = self._left[tier]
+        self._left[tier] = None if left is None else left + nbytes
+
+    def take_weights(self, models: Sequence[Layout], world: int) -> list[list[Placement]]:
+        """Of each chunk of each model; what models share is taken once."""
+        shared: dict[Hashable, Placement] = {}
+        taken = []
+        for chunks, _ in models:
+            taken.append([shared.get(chunk.shared) or self.take(chunk.nbytes // world, self.tiers) for chunk in chunks])
+            pairs = zip(chunks, taken[-1], strict=True)
+            shared |= {chunk.shared: placement for chunk, placement in pairs if chunk.shared is not None}
+        return taken
 
 
 def place(
@@ -196,7 +203,8 @@ def place(
 
     [Note: gemini_auto] It places chunk by chunk: the device is filled first, then host memory, then the disk; weights
     before gradients before optimizer states, because a weight is read in every pass and a state once a step; and within
-    each the models in order. So it has to see all models at once.
+    each the models in order. So it has to see all models at once. A disk holds no gradients: where host memory does not
+    hold both, it is weights that go there.
     """
     name, bits = bits_of(name)
     if name != AUTO:
@@ -216,11 +224,17 @@ def place(
         between = SETS * SET_BYTES + RING_BYTES + LANDING_BYTES
         left["host"] = max(host - between - UPDATE_TILE * (UPDATE_WIDTH[bits] + 4), 0)
     room = _Room(left)
-    params = [[room.take_weights(chunk, world) for chunk in chunks] for chunks, _ in models]
+    params = room.take_weights(models, world)
     moves = world > 1 or any(weights.tier != "device" for of_model in params for weights in of_model)
     add_up = not recomputes(moves, recompute)
-    nbytes = _gradient_bytes(models, replace(gemini, add_up=add_up))
-    grads = room.take(nbytes // world, [each for each in room.tiers if each.tier != "disk"])
+    nbytes = _gradient_bytes(models, replace(gemini, add_up=add_up)) // world
+    in_ram = [each for each in room.tiers if each.tier != "disk"]
+    if not room.fits(nbytes, in_ram) and (host := left.get("host")):  # a disk holds no gradients: weights make room
+        aside = min(nbytes, host)
+        room = _Room({**left, "host": host - aside})
+        params = room.take_weights(models, world)
+        room.give("host", aside)
+    grads = room.take(nbytes, in_ram)
     placed = []
     for (chunks, _), weights_of_chunks in zip(models, params, strict=True):
         rows = []

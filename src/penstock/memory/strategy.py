@@ -65,6 +65,8 @@ class Strategy:
     """Bytes of host memory that are left to a KV cache."""
     offloaded: int = 0
     """The same, to inputs of blocks between forward and backward. 0: these stay on the device."""
+    further: int = 0
+    """Of these, what models that go side by side have on top of the one with most."""
     ahead: int = 1
     """Visits whose weights are prefetched."""
     few_tokens: int = 0
@@ -258,8 +260,8 @@ class Strategy:
         if self.latest not in (None, name) and self.world.device.type == "cpu":
             compiler.give_back()  # what the other phase freed is scattered among live blocks; a KV cache fits in none
         self.latest = name
-        if name != "rollout":
-            self.homes.host.make_room(plan.UPDATE_ROOM)  # which a KV cache's spare pages may be in the way of
+        if name != "rollout":  # a KV cache's spare pages, which one model takes, may be in the way
+            self.homes.host.make_room(plan.UPDATE_ROOM + self.further)
         for stream in self.streams:
             stream.leasing = stream.moves and name == "rollout"
         try:

@@ -45,6 +45,8 @@ class Forecast:
     """Bytes of a KV cache that lives in host memory; 0: on the device."""
     offloaded: int
     """The same of inputs of blocks, from forward to backward."""
+    further: int
+    """Of these, what models that go side by side have on top of the one with most."""
     few_tokens: int
     """Tokens of a visit, while generating, up to which only the experts that they chose come."""
     gathers_once: bool = False
@@ -76,8 +78,8 @@ def one_after_the_other(forecasts: Sequence[Forecast]) -> Forecast:
         before = objects.get(name, {})
         objects[name] = {tier: max(before.get(tier, 0), sizes.get(tier, 0)) for tier in TIERS}
     largest = max(forecasts, key=lambda forecast: forecast.slots.nbytes)
-    offloaded = max(forecast.offloaded for forecast in forecasts)
-    return dataclasses.replace(largest, objects=objects, offloaded=offloaded, **merged)
+    most = {name: max(getattr(forecast, name) for forecast in forecasts) for name in ("offloaded", "further")}
+    return dataclasses.replace(largest, objects=objects, **most, **merged)
 
 
 def with_slack(activations: int) -> int:
@@ -186,6 +188,7 @@ def forecast(
         recompute=recompute,
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
         offloaded=_lent(needs["train"])[1] if "train" in needs else 0,
+        further=_further(needs),
         few_tokens=few,
         gathers_once=_gathers_once(models, phases, world, slots),
     )
@@ -201,7 +204,7 @@ def _on_host(needs: Needs, homes: int, scratch: int, buffers: Mapping[str, int],
     lasting, passing = homes + buffers["disk_buffers"], buffers["update_buffers"] + buffers["gradient_buffer"]
     lent = {phase: _lent(groups) for phase, groups in needs.items()}
     spare = max(most for most, _ in lent.values())
-    stays = budget is None or lasting + passing + spare + plan.UPDATE_ROOM <= budget
+    stays = budget is None or lasting + passing + spare + plan.UPDATE_ROOM + _further(needs) <= budget
     trains = {phase for phase, groups in needs.items() if any(group[0].kind == "step" for _, group in groups)}
     return {
         phase: lasting + (scratch + passing if phase in trains else 0) + sums + (max(spare - most, 0) if stays else 0)
@@ -213,6 +216,11 @@ def _lent(groups: Sequence[tuple[int, Sequence[Pass]]]) -> tuple[int, int]:
     """Bytes of host memory that one phase's passes borrow: the most of one, and of those that go side by side."""
     lent = [[each.swapped + each.offloaded for each in group] for _, group in groups]
     return max(map(max, lent)), max(map(sum, lent))
+
+
+def _further(needs: Needs) -> int:
+    """Bytes of host memory that passes side by side borrow on top of the one that borrows most."""
+    return max(sums - most for most, sums in map(_lent, needs.values()))
 
 
 def _gathers_once(models: Mapping[str, Model], phases: Mapping[str, Any], world: int, slots: Slots) -> bool:
