@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
+import tomli_w
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -61,6 +63,31 @@ def test_warnings_and_a_missing_licence_are_said(run, tmp_path):
     assert "license" not in head
     assert "No licence was given with it" in text
     assert "> WARNING from step 2: loss: is not finite" in text
+
+
+def amend(run, **flags):
+    config = tomllib.loads((run / "config.toml").read_text())
+    (run / "config.toml").write_text(tomli_w.dumps(config | flags))
+
+
+def test_the_head_names_datasets_of_the_hub_whatever_share_of_them_was_used(run, tmp_path):
+    amend(run, data=[f"us/pairs@{'a' * 40}*0.3", "us/pairs:test", str(tmp_path / "pairs.jsonl")])
+    amend(tmp_path / "sft", data=["them/talks*2"])
+    assert cli("export", run, "--out", tmp_path / "mine") == 0
+    head, _ = card_of(tmp_path / "mine" / "README.md")
+    assert head["datasets"] == ["them/talks", "us/pairs"]
+
+
+def test_a_run_that_began_from_a_checkpoint_began_from_its_run(run, tmp_path):
+    amend(run, model=str(tmp_path / "sft" / "checkpoints" / "step-000002"))
+    assert cli("export", run, "--out", tmp_path / "mine") == 0
+    assert "(sft -> dpo), step 2." in card_of(tmp_path / "mine" / "README.md")[1]
+
+
+def test_what_only_an_upload_knows_is_refused_without(run, tmp_path, capsys):
+    assert cli("export", run, "--out", tmp_path / "mine", "--private") == 2
+    assert "--private: nothing is uploaded" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
 
 
 @pytest.fixture

@@ -253,6 +253,16 @@ def test_a_logger_that_fails_never_ends_the_run(tmp_path, monkeypatch, capsys):
     assert recorder.calls[-1] is True
 
 
+def test_names_that_cannot_be_kept_are_no_loggers_fault(tmp_path, monkeypatch):
+    recorder, said = Recorder(failing=()), []
+    monkeypatch.setitem(loggers.OPEN, "wandb", recorder.open)
+    (tmp_path / "loggers.json").mkdir()
+    loggers.Loggers(["wandb"], tmp_path, {}, said.append).close(True)
+    assert recorder.calls == [True]
+    assert [line.split(": ")[:2] for line in said] == [["WARNING", "loggers.json"]] * 2
+    assert said[1] == "WARNING: loggers.json: failed 2 times"
+
+
 def test_a_library_that_is_missing_is_said_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "runs_of_wandb").mkdir()

@@ -28,6 +28,8 @@ def export(config: ExportConfig) -> None:
     """Writes the model or the adapter of the best, or else the newest verified, checkpoint, with a card; with --push it
     uploads both."""
     RunDirectory.peek(config.run)
+    if config.private and not config.push:
+        raise UserError("--private: nothing is uploaded; give --push USER/NAME too, or leave it out.")
     push = Push(config) if config.push else None
     files = export_gguf(config) if config.format == "gguf" else export_directory(config)
     print(f"wrote {config.out}")

@@ -61,8 +61,7 @@ class Loggers:
         if not names:
             return
         file, record = path / "loggers.json", _record(path)
-        text = file.read_text(encoding="utf-8") if file.exists() else "{}"
-        known: dict[str, dict[str, str]] = self._attempt(file.name, json.loads, text) or {}
+        known: dict[str, dict[str, str]] = self._attempt(file.name, _names_in, file) or {}
         for name in dict.fromkeys(names):
             logger = self._attempt(name, OPEN[name], path, config, known.get(name, {}), max(record, default=0))
             if logger is not None:
@@ -91,8 +90,8 @@ class Loggers:
         for name, logger in self._open.items():
             self._attempt(name, logger.close, ended_well)
         for name, count in self._failures.items():
-            outcome = f"failed {count} times" if name in self._open else "has nothing of this run"
-            self._say(f"WARNING: --log {name}: {outcome}")
+            outcome = "has nothing of this run" if name in OPEN and name not in self._open else f"failed {count} times"
+            self._say(f"WARNING: {_shown(name)}: {outcome}")
 
     def _send_samples(self, last: int) -> None:
         """Those of steps up to `last`, a table for each step and kind."""
@@ -117,7 +116,7 @@ class Loggers:
             self._failures[name] += 1
             if self._failures[name] == 1:
                 reason = (str(error).strip().splitlines() or [""])[0]
-                self._say(f"WARNING: --log {name}: {type(error).__name__}: {reason}; the run goes on")
+                self._say(f"WARNING: {_shown(name)}: {type(error).__name__}: {reason}; the run goes on")
         finally:
             set_rng_state(generators)
 
@@ -128,6 +127,15 @@ def require(names: Sequence[str]) -> None:
         library = importlib.util.find_spec(name)
         if library is None or library.origin is None:  # a directory ./wandb of earlier runs is no library
             raise UserError(f"--log {name}: {name} is not installed: pip install 'penstock[{name}]', or leave it out.")
+
+
+def _names_in(file: Path) -> dict[str, dict[str, str]]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _shown(name: str) -> str:
+    """What messages call a logger, or the file of their names."""
+    return f"--log {name}" if name in OPEN else name
 
 
 def _record(path: Path) -> dict[int, dict[str, Any]]:

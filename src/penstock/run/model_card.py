@@ -14,10 +14,11 @@ import tomli_w
 
 from penstock import __version__
 from penstock.run import evaluations
+from penstock.run.checkpoint import NAME
 from penstock.run.directory import RunDirectory
 from penstock.run.metrics import read_lines
 from penstock.run.report import headlines, warnings
-from penstock.sources import hub_of
+from penstock.sources import hub_of, weighed
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PEFT = """from peft import AutoPeftModelForCausalLM
@@ -40,10 +41,10 @@ def card(run: Path, checkpoint: Path, *, name: str, adapter: bool, licence: str 
     line = [*lineage(run)]
     base = _shown(line[-1][1][_parent(line[-1][1])])
     command, config = line[0][1]["command"], line[0][1]
-    data = [text for _, of_run in line for text in of_run.get("data", ())]
+    data = [weighed(text)[0] for _, of_run in line for text in of_run.get("data", ())]
     head = ModelCardData(
         base_model=base if HUB_NAME.fullmatch(base) else None,
-        datasets=sorted({hub.repo for text in data if (hub := hub_of(text))}) or None,
+        datasets=sorted({hub.repo for source in data if (hub := hub_of(source))}) or None,
         library_name="peft" if adapter else "transformers",
         license=licence,
         pipeline_tag="text-classification" if command == "reward" else "text-generation",
@@ -78,7 +79,8 @@ def lineage(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         seen.add(run.resolve())
         config = RunDirectory.peek(run)
         yield run, config
-        run = Path(config[_parent(config)])
+        start = Path(config[_parent(config)])
+        run = start.parent.parent if NAME.fullmatch(start.name) else start
 
 
 def _parent(config: Mapping[str, Any]) -> str:
