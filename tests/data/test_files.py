@@ -238,6 +238,17 @@ def test_a_folder_that_datasets_saved_reads_as_the_lines_that_it_was_made_from(t
     assert decision == f"{tmp_path}/0 splits: 2 prompts (prompt/response; split train; not read: test)."
 
 
+def test_a_cell_that_is_no_json_in_a_column_of_json_is_a_bad_line(tmp_path):
+    cells = pyarrow.array(['{"a": 1}', "no json", None])
+    table = {"prompt": ["a", "b", "c"], "facts": pyarrow.ExtensionArray.from_storage(pyarrow.json_(), cells)}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    (_, good), (_, bad), (_, empty) = objects(tmp_path / "t.parquet")
+    assert good == {"prompt": "a", "facts": {"a": 1}}
+    assert empty == {"prompt": "c", "facts": None}
+    assert isinstance(bad, FieldError)
+    assert (bad.name, bad.problem[:38]) == ("facts", "a column of JSON, and this is none (Ex")
+
+
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.arrow").write_bytes(arrow(PAIRS))
     (tmp_path / "a.jsonl.zst").write_bytes(zstd(lines(*PAIRS)))

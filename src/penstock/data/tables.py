@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,13 +149,17 @@ def rows(batches: Iterable[Any]) -> Iterator[Item]:
         decoders = {field.name: _decoder(field.type) for field in batch.schema}
         for row in batch.to_pylist():
             number += 1
-            yield (
-                number,
-                {
-                    name: _without_nulls(decode(value) if (decode := decoders[name]) else value)
-                    for name, value in row.items()
-                },
-            )
+            yield number, _decoded(row, decoders)
+
+
+def _decoded(row: dict[str, Any], decoders: Mapping[str, Callable[[Any], Any] | None]) -> dict[str, Any] | FieldError:
+    values: dict[str, Any] = {}
+    for name, value in row.items():
+        try:
+            values[name] = _without_nulls(decode(value) if (decode := decoders[name]) else value)
+        except (ValueError, RecursionError) as error:
+            return FieldError(name, f"a column of JSON, and this is none ({error}); write the table again.")
+    return values
 
 
 def _decoder(kind: Any) -> Callable[[Any], Any] | None:
