@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from penstock.algorithms.setup import reserve_activations
+from penstock.distributed.world import World
 from penstock.errors import ResourceError
 from penstock.memory.strategy import Strategy
 from penstock.planner.workload import RoleSpec, Workload
@@ -13,12 +14,30 @@ from tests.conftest import TINY, cli, demonstrations
 
 def test_fsdp_keeps_to_a_device_budget_by_refusing_what_the_plan_says_is_more():
     strategy = Strategy.named("gemini", device="cpu", device_memory="1MB")
-    strategy.name, strategy.world = "fsdp", dataclasses.replace(strategy.world, size=2)
+    strategy.name, strategy.world = "fsdp", Second(1, 2, strategy.world.device)
     work = Workload("sft", (RoleSpec("model", TINY, True, False),), 2, 2, 2, 1, 16, 0)
     reserve_activations(strategy, work)
     strategy.tiers["device"].budget = 30_000
     with pytest.raises(ResourceError, match=r"--device-memory 30.00 kB: under --strategy fsdp each rank needs \d"):
         reserve_activations(strategy, work)
+
+
+@dataclasses.dataclass(frozen=True)
+class Second(World):
+    """The second of two ranks; `changes`: what the first one has planned otherwise."""
+
+    changes: dict = dataclasses.field(default_factory=dict)
+
+    def broadcast(self, item):
+        return dataclasses.replace(item, **self.changes)
+
+
+def test_ranks_reserve_what_the_first_one_plans_whatever_each_of_them_has_measured():
+    strategy = Strategy.named("gemini_cpu", device="cpu", device_memory="1MB", host_memory="1GB")
+    strategy.world = Second(1, 2, strategy.world.device, {"activations": 1234, "offloaded": 56, "further": 7})
+    work = Workload("sft", (RoleSpec("model", TINY, True, False),), 2, 2, 2, 1, 16, 0)
+    reserve_activations(strategy, work)
+    assert (strategy.reserve, strategy.offloaded, strategy.further) == (1234, 56, 7)
 
 
 def test_a_disk_that_the_strategy_has_no_use_for_is_said(tmp_path, tiny_model, jsonl, capsys):

@@ -155,7 +155,8 @@ def reserve_activations(strategy: Strategy, work: Workload) -> Ram | None:
     if budget is None:
         return None
     setting = setting_of(strategy, work)
-    planned = forecast_of(setting)
+    # The first rank's: others may have measured other rates, and ranks must cut slots alike to gather in one order.
+    planned = strategy.world.broadcast(forecast_of(setting))
     for note in notes(setting):
         warnings.warn(note, stacklevel=2)
     most = max(phase["device"] for phase in planned.phases.values())
