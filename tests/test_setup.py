@@ -121,6 +121,16 @@ def test_the_containers_steps_have_all_files_that_they_need(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_whoever_runs_the_container_has_a_cache_that_root_has_not_made():
+    """Nobody else may read there: the container's own kernels would not be compiled."""
+    caches, made = [""], []
+    for word, *arguments in dockerfile():
+        caches += [text.partition("=")[2] for text in arguments if word == "ENV" and text.startswith("XDG_CACHE_HOME=")]
+        made += caches[-1:] if word == "RUN" else []
+    assert caches[-1] == "/tmp"
+    assert caches[-1] not in made
+
+
 def test_the_dockerfile_has_no_fault_that_hadolint_knows():
     program = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
     if program is None:
