@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -135,3 +136,20 @@ def test_the_best_library_that_the_processor_can_run(instructions, choice, tmp_p
         (tmp_path / f"adamw-{level}.so").touch()
     library = prebuilt.best("adamw")
     assert (library and library.stem) == (choice and f"adamw-{choice}")
+
+
+SPELLED = {"BMI": "bmi1", "LZCNT": "abm", "AVX512BF16": "avx512_bf16"}
+"""/proc/cpuinfo's names of what compilers call otherwise."""
+IMPLIED = {"SSE", "SSE2", "SSE3", "SSE4_1", "AVX"}
+"""Every processor that has what is asked for has these too."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of another processor")
+@pytest.mark.parametrize("level", prebuilt.levels_of("x86_64"))
+def test_a_processor_is_asked_for_all_that_the_compiler_may_use(level):
+    options, asked = prebuilt.LEVELS[level]
+    macros = run(shutil.which("cc") or pytest.skip("no compiler"), *options, "-dM", "-E", "-x", "c", "/dev/null")
+    names = set(re.findall(r"#define __((?:SSE|SSSE|AVX|AMX|BMI|F16C|FMA|LZCNT|MOVBE|POPCNT)\w*?)__ 1", macros))
+    used = {SPELLED.get(name, name.lower()) for name in names - IMPLIED if not name.endswith("MATH")}
+    assert "popcnt" in used
+    assert used - asked <= (set() if level == "x86" else prebuilt.LEVELS["x86"][1])

@@ -15,7 +15,7 @@ FLAGS = (
     "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 """For every compiler: results do not depend on whether a product and a sum were one instruction."""
-AVX2 = frozenset(["avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"])
+AVX2 = frozenset(["abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"])
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     # name: what the compiler is told, and the flags of /proc/cpuinfo that a processor must have; the best ones first
