@@ -2,6 +2,7 @@
 what goes wrong with them ends the run."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,16 @@ from tests.algorithms.test_ranks import command_line
 from tests.conftest import PATIENCE, metrics
 
 WORKER = """
-import json, os, resource, signal, sys, time
+import json, os, resource, signal, sys, threading, time
 from pathlib import Path
 import penstock.algorithms.ppo, penstock.memory.fsdp, torch._dynamo, torch.distributed.checkpoint  # once for all
 from penstock.run import checkpoint, optimizer_files, report
+from penstock.run.session import Session
 from tests.conftest import cli, rank_environments
 
 folder, run = Path(sys.argv[1]), json.loads(sys.argv[2])
 publish, write_parts = checkpoint._publish, optimizer_files._write_parts
+end_saving, waits = Session._end_saving, threading.Event()
 report.run_report = lambda path, _: path  # charts take longer than such a run
 
 def late(shards, directory, **options):
@@ -52,6 +55,19 @@ def full(shards, directory, **options):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     write_parts(shards, directory, **options)
 
+def stopped(shards, directory, **options):
+    "SIGTERM comes while the first checkpoint is written, which is done when the one of the stop waits for it."
+    if "step-000001" in directory and not waits.is_set():
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        waits.wait()
+    write_parts(shards, directory, **options)
+
+def waiting(self):
+    if self._saving is not None:
+        waits.set()
+    end_saving(self)
+
 def ranks(name, *arguments):
     codes = []
     (folder / "pids").unlink(missing_ok=True)
@@ -61,8 +77,9 @@ def ranks(name, *arguments):
             os.environ.update(environment)
             with (folder / "pids").open("a") as file:
                 print(os.getpid(), file=file)
-            optimizer_files._write_parts = full if name == "full" else late
+            optimizer_files._write_parts = {"full": full, "stopped": stopped}.get(name, late)
             checkpoint._publish = {"beside": noted, "killed": killed}.get(name, publish)
+            Session._end_saving = waiting
             sys.stderr.flush()
             code = cli(*arguments)
             sys.stderr.flush()
@@ -70,9 +87,10 @@ def ranks(name, *arguments):
         children.append(child)
     print(json.dumps([name, [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]]), flush=True)
 
-for name in ("beside", "killed", "full"):
+for name in ("beside", "killed", "full", "stopped"):
     ranks(name, *run, "--out", str(folder / name))
 ranks("resumed", "resume", str(folder / "killed"))
+ranks("continued", "resume", str(folder / "stopped"))
 """
 
 
@@ -120,6 +138,16 @@ def test_a_run_that_was_killed_in_the_middle_of_it_goes_on_from_the_one_before(r
     assert metrics(folder / "killed") == metrics(folder / "beside")
     assert files(folder / "killed") == files(folder / "beside")
     assert "critic.optimizer/__1_0.distcp" in files(folder / "killed")
+
+
+def test_a_signal_while_it_is_written_stops_the_run_behind_a_checkpoint_of_its_own(runs):
+    folder, codes, errors = runs
+    assert codes["stopped"] == [128 + signal.SIGTERM] * 2, errors[-3000:]
+    assert f"SIGTERM: stopped after a checkpoint; go on with: penstock resume {folder / 'stopped'}" in errors
+    assert codes["continued"] == [0, 0], errors[-3000:]
+    assert not [*(folder / "stopped" / "checkpoints").glob("*.tmp-*")]
+    assert metrics(folder / "stopped") == metrics(folder / "beside")
+    assert files(folder / "stopped") == files(folder / "beside")
 
 
 def test_a_disk_that_is_full_on_another_rank_ends_the_run_with_its_exit_code(runs):
