@@ -109,13 +109,15 @@ def saved_states(path: Path) -> Iterator[Callable[[str, str], Tensor]]:
         return
     import torch.distributed.checkpoint as dcp
 
-    sizes: Any = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    reader: Any = dcp.FileSystemReader(path)
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda *_, **__: metadata  # it lists every rank's blocks: a second for each tensor
 
     def read(weight: str, kind: str) -> Tensor:
         name = f"{weight}.{kind}"
-        whole = torch.empty(sizes[name].size)
+        whole = torch.empty(metadata.state_dict_metadata[name].size)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it reads alone
-            dcp.load({name: whole}, checkpoint_id=path, no_dist=True)
+            dcp.load({name: whole}, storage_reader=reader, no_dist=True)
         return whole
 
     yield read
