@@ -74,8 +74,9 @@ def test_the_head_names_datasets_of_the_hub_whatever_share_of_them_was_used(run,
     amend(run, data=[f"us/pairs@{'a' * 40}*0.3", "us/pairs:test", str(tmp_path / "pairs.jsonl")])
     amend(tmp_path / "sft", data=["them/talks*2"])
     assert cli("export", run, "--out", tmp_path / "mine") == 0
-    head, _ = card_of(tmp_path / "mine" / "README.md")
+    head, text = card_of(tmp_path / "mine" / "README.md")
     assert head["datasets"] == ["them/talks", "us/pairs"]
+    assert f"| us/pairs@{'a' * 40}*0.3 | as of its commit |" in text
 
 
 def test_a_run_that_began_from_a_checkpoint_began_from_its_run(run, tmp_path):

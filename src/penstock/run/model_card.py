@@ -98,9 +98,14 @@ def _stages(line: Sequence[tuple[Path, Mapping[str, Any]]]) -> Iterator[str]:
         tail = f", with {', '.join(others)}" if others else ""
         yield f"**{config['command']}** on {_shown(config[_parent(config)])}{tail}."
         digests = _digests(run)
-        rows = [(_shown(text), f"`{digests.get(text, 'not recorded')}`") for text in config.get("data", ())]
+        rows = [(_shown(text), _identity(text, digests)) for text in config.get("data", ())]
         if rows:
             yield _table(("data", "sha256"), rows)
+
+
+def _identity(text: str, digests: Mapping[str, str]) -> str:
+    """What says which bytes a source of data had: of a dataset on the hub the digest is that of its name."""
+    return "as of its commit" if hub_of(weighed(text)[0]) else f"`{digests.get(text, 'not recorded')}`"
 
 
 def _digests(run: Path) -> dict[str, str]:
