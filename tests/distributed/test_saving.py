@@ -60,7 +60,7 @@ def stopped(shards, directory, **options):
     if "step-000001" in directory and not waits.is_set():
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        waits.wait()
+        waits.wait(300)
     write_parts(shards, directory, **options)
 
 def waiting(self):
