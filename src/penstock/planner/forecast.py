@@ -45,12 +45,12 @@ class Forecast:
     """Bytes of a KV cache that lives in host memory; 0: on the device."""
     offloaded: int
     """The same of inputs of blocks, from forward to backward."""
-    further: int
-    """Of these, what models that go side by side have on top of the one with most."""
     few_tokens: int
     """Tokens of a visit, while generating, up to which only the experts that they chose come."""
     gathers_once: bool = False
     """Whether all of the actor's weights that move come once for a rollout, and stay until it ends."""
+    further: int = 0
+    """Of `offloaded`, what models that go side by side have on top of the one with most."""
     outside: int = 0
     """Bytes of the device's peaks that a dry run does not have: see planner/cuda.py."""
     notes: tuple[str, ...] = ()
@@ -187,8 +187,7 @@ def forecast(
         ahead=AHEAD,
         recompute=recompute,
         swapped=max((each.swapped for passes in phases.values() for each in passes), default=0),
-        offloaded=_lent(needs["train"])[1] if "train" in needs else 0,
-        further=_further(needs),
+        **_offloaded(needs),
         few_tokens=few,
         gathers_once=_gathers_once(models, phases, world, slots),
     )
@@ -216,6 +215,11 @@ def _lent(groups: Sequence[tuple[int, Sequence[Pass]]]) -> tuple[int, int]:
     """Bytes of host memory that one phase's passes borrow: the most of one, and of those that go side by side."""
     lent = [[each.swapped + each.offloaded for each in group] for _, group in groups]
     return max(map(max, lent)), max(map(sum, lent))
+
+
+def _offloaded(needs: Needs) -> dict[str, int]:
+    """Those of inputs of blocks, as Forecast names them."""
+    return {"offloaded": _lent(needs["train"])[1] if "train" in needs else 0, "further": _further(needs)}
 
 
 def _further(needs: Needs) -> int:

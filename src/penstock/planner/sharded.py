@@ -121,7 +121,6 @@ def forecast(
         recompute=recompute,
         swapped=0,
         offloaded=0,
-        further=0,
         few_tokens=0,
         gathers_once=once,
         notes=unstaged,
