@@ -217,7 +217,7 @@ def _lent(groups: Sequence[tuple[int, Sequence[Pass]]]) -> tuple[int, int]:
     return max(map(max, lent)), max(map(sum, lent))
 
 
-def _offloaded(needs: Needs) -> dict[str, int]:
+def _offloaded(needs: Needs) -> dict[str, Any]:
     """Those of inputs of blocks, as Forecast names them."""
     return {"offloaded": _lent(needs["train"])[1] if "train" in needs else 0, "further": _further(needs)}
 
