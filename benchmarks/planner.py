@@ -126,7 +126,7 @@ def compare(name: str, asked: dict[str, Any], arithmetic: Arithmetic) -> dict[st
     if config.strategy in STREAMS and config.world == 1:
         least, most = (forecast_of(within(setting, device), timed=False).peak["device"] for device in (1, None))
         setting = within(setting, (least + most) // 2)
-    planned, measured = forecast_of(setting), dry_run(setting)
+    planned, measured = forecast_of(setting), dry_run(setting, iterations=2)
     traffic = measured.pop("traffic")
     keys = ("host_read", "host_written", "disk_read", "disk_written")
     moved = {

@@ -51,15 +51,16 @@ from penstock.rollout.sampling import Sampling
 CPU = torch.device("cpu")
 
 
-def dry_run(setting: Setting) -> dict[str, Any]:
-    """Runs one iteration; returns peak bytes per tier, and per phase and tier the bytes read and written.
+def dry_run(setting: Setting, iterations: int = 1) -> dict[str, Any]:
+    """Returns peak bytes per tier, and per phase and tier the bytes read and written. Traffic is that of the last
+    iteration: the first one fetches what then stays, so a forecast's is that of the second.
 
     Raises ResourceError where a budget does not suffice.
     """
     if setting.strategy in PYTORCH and setting.world > 1:
         raise UserError(f"--dry-run runs our own engine, and --strategy {setting.strategy} PyTorch's; leave it out.")
     if setting.workload.stored:
-        parts = [dry_run(part) for part in one_by_one(setting)]
+        parts = [dry_run(part, iterations) for part in one_by_one(setting)]
         traffic = {phase: moved for part in parts for phase, moved in part.pop("traffic").items()}
         return {**{tier: max(part[tier] for part in parts) for tier in parts[0]}, "traffic": traffic}
     planned = forecast_of(setting)
@@ -76,7 +77,7 @@ def dry_run(setting: Setting) -> dict[str, Any]:
     )  # fmt: skip
     models = models_of(setting.workload, strategy)
     with pretend(ranks), linear.computing(setting.arithmetic):
-        return iterate(setting.workload, strategy, models, swap=planned.swapped > 0)
+        return iterate(setting.workload, strategy, models, swap=planned.swapped > 0, iterations=iterations)
 
 
 def models_of(work: Workload, strategy: Strategy) -> list[Any]:
@@ -85,8 +86,10 @@ def models_of(work: Workload, strategy: Strategy) -> list[Any]:
         return [_model(role) for role in work.roles]
 
 
-def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: bool = False) -> dict[str, Any]:
-    """One iteration under an unused strategy, with the result of `dry_run`. `swap`: the KV cache is on the host."""
+def iterate(
+    work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: bool = False, iterations: int = 1
+) -> dict[str, Any]:
+    """Iterations under an unused strategy, with the result of `dry_run`. `swap`: the KV cache is on the host."""
     streams = dict(zip((role.name for role in work.roles), strategy.prepare_all(*models), strict=True))
     traffic: dict[str, dict[str, int]] = {}
     peaks: Counter[str] = Counter()
@@ -107,10 +110,12 @@ def iterate(work: Workload, strategy: Strategy, models: Sequence[Any], *, swap: 
 
         if work.rolls_out or work.stage == "distill":
             host, run = strategy.tiers["host"], _distill if work.stage == "distill" else _policy
-            run(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
+            for _ in range(iterations):
+                run(work, strategy, streams, phase, host if swap and isinstance(host, Ram) else None)
         else:
             stages = {"sft": _sft, "reward": _reward, "dpo": _dpo, "kto": _kto}
-            stages[work.stage](work, strategy, streams, phase)
+            for _ in range(iterations):
+                stages[work.stage](work, strategy, streams, phase)
     return {**peaks, "traffic": traffic}
 
 

@@ -119,7 +119,8 @@ def _adapters(
 
 def _raised(c: DecoderConfig) -> int:
     """Outputs of the widest product of an MLP or an expert."""
-    return max(_widths(c)) * (2 if c.gated else 1)
+    widest = max(c.expert_ff if has_experts_in(c, i) else c.d_ff for i in range(c.num_layers))
+    return widest * (2 if c.gated else 1)
 
 
 def _unpacking(inputs: int, outputs: int, result: int, s: int, packed: BaseDtype | None) -> int:
@@ -225,8 +226,14 @@ def _norm(kind: str, rows: int, width: int, s: int) -> _Kept:
     n = rows * width
     if kind == "layer":
         return _Kept(n * s + 2 * rows * FP32, 0)
-    wide = n * FP32 if s < FP32 else 0  # rms_norm computes in fp32
-    return _Kept(n * s + n * FP32 + wide + rows * FP32, n * FP32 + rows * FP32)
+    kept = 2 * n if s < FP32 else n  # rms_norm computes in fp32
+    return _Kept(n * s + kept * FP32 + rows * FP32, n * FP32 + rows * FP32)
+
+
+def _norm_backward(kind: str, rows: int, width: int, s: int) -> int:
+    """Bytes at the fullest instant of a norm's backward, what it kept and the gradient of its output included."""
+    n = rows * width
+    return 3 * n * s if kind == "layer" else 6 * n * FP32 + n * s  # of six in fp32 its graph keeps two
 
 
 def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
@@ -244,11 +251,6 @@ def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
 def has_experts_in(c: DecoderConfig, i: int) -> bool:
     """Whether block i has experts in the place of an MLP."""
     return c.num_experts > 0 and i not in c.dense_layers
-
-
-def _widths(c: DecoderConfig) -> list[int]:
-    """d_ff of the MLPs and of the experts, of those that there are."""
-    return [c.expert_ff if has_experts_in(c, i) else c.d_ff for i in range(c.num_layers)]
 
 
 def _mlp(c: DecoderConfig, tokens: int, s: int) -> tuple[int, int, int]:
@@ -315,6 +317,8 @@ def _block(
     inner = tokens * c.d_ff * s
     at_down = rising if experts else 3 * inner if c.gated else inner  # what the last product finds
     backward = saved + max(slopes, loose, (slopes if experts else 0) + adding)
+    if c.out_norms:
+        backward = max(backward, saved - norm.saved + _norm_backward(c.norm, tokens, c.d_model, s))
     before_mlp = 2 * state + norm.saved
     capped = 0
     if c.attention_softcap:
@@ -393,9 +397,10 @@ def _head(
     if c.embed_dim:
         hidden += tokens * width * s
     states = read * width * s
+    norm_backward = _norm_backward(c.norm, tokens, c.d_model, s) if c.final_norm and grad else 0
     if scalar:
         back = 2 * tokens * width * s if grad else 0
-        return hidden + states + read * width * FP32 * (2 if grad else 1) + back
+        return max(hidden + states + read * width * FP32 * (2 if grad else 1) + back, norm_backward)
     rows, columns = head_tile(read, c.vocab_size, arithmetic)
     logits = rows * columns
     narrow = logits * s if s < FP32 else 0  # a product's own dtype, on the way to fp32 and back
@@ -413,7 +418,7 @@ def _head(
     bent = logits * FP32 if c.logit_softcap else 0  # how steep its tanh is
     slopes = hidden + states + backs + numbers + logits * FP32 + bent + max(narrow + rows * width * s, partial)
     rounded = hidden + states + backs + read * width * s * (s < FP32) + numbers
-    return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s)
+    return max(forward, slopes, rounded, hidden + 2 * states + numbers + tokens * width * s, norm_backward)
 
 
 def with_top_k(work: Work, config: DecoderConfig, read: int, k: int, arithmetic: Arithmetic) -> Work:
