@@ -230,10 +230,10 @@ def _norm(kind: str, rows: int, width: int, s: int) -> _Kept:
     return _Kept(n * s + kept * FP32 + rows * FP32, n * FP32 + rows * FP32)
 
 
-def _norm_backward(kind: str, rows: int, width: int, s: int) -> int:
-    """Bytes at the fullest instant of a norm's backward, what it kept and the gradient of its output included."""
-    n = rows * width
-    return 3 * n * s if kind == "layer" else 6 * n * FP32 + n * s  # of six in fp32 its graph keeps two
+def _offset_backward(c: DecoderConfig, tokens: int) -> int:
+    """Bytes at the fullest instant of the backward of a norm under an offset, what it kept included: it keeps the states
+    that it widened; without an offset they are gone, and what is counted for blocks is more."""
+    return 6 * tokens * c.d_model * FP32 if c.norm_offset else 0
 
 
 def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
@@ -317,8 +317,7 @@ def _block(
     inner = tokens * c.d_ff * s
     at_down = rising if experts else 3 * inner if c.gated else inner  # what the last product finds
     backward = saved + max(slopes, loose, (slopes if experts else 0) + adding)
-    if c.out_norms:
-        backward = max(backward, saved - norm.saved + _norm_backward(c.norm, tokens, c.d_model, s))
+    backward = max(backward, saved - norm.saved + _offset_backward(c, tokens))
     before_mlp = 2 * state + norm.saved
     capped = 0
     if c.attention_softcap:
@@ -397,7 +396,7 @@ def _head(
     if c.embed_dim:
         hidden += tokens * width * s
     states = read * width * s
-    norm_backward = _norm_backward(c.norm, tokens, c.d_model, s) if c.final_norm and grad else 0
+    norm_backward = _offset_backward(c, tokens) if grad else 0
     if scalar:
         back = 2 * tokens * width * s if grad else 0
         return max(hidden + states + read * width * FP32 * (2 if grad else 1) + back, norm_backward)
