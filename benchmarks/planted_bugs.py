@@ -246,7 +246,7 @@ BUGS: list[Bug] = [
     (PLAN, "experts are waited for however many are chosen", "if chosen < max(ahead, tokens * (fixed + called)):", "if True:"),
     (STREAM, "many tokens wait for their experts, and few do not", "tokens <= self._few_tokens", "tokens > self._few_tokens"),
     ("models/pretrained.py", "files stay open however much was read", "if self._keeps and self._mapped < MAPPED else None", "if self._keeps else None"),
-    (PLAN, "auto gives the device's room twice", "                    self._left[placement.tier] = left - needed\n", ""),
+    (PLAN, "auto gives the device's room twice", "                self.give(placement.tier, -needed)\n", ""),
     (PASSES, "the inputs of blocks are not counted", "inputs(i, 2) + states[i]), work.parts[i].backward", "states[i]), work.parts[i].backward"),
     (SHAPES, "relu's result is counted once", "inner * (2 if c.activation == \"relu\" else 1)", "inner"),
     (STREAM, "statistics keep their graph", "{key: value.detach() for key, value in stats.items()}", "stats"),
