@@ -142,7 +142,7 @@ def test_a_gpu_decodes_at_fixed_addresses_where_weights_and_cache_stay(swap, exp
     engine._swap = swap
 
     def fixed(device):
-        engine.decoder = SimpleNamespace(feed=stream, config=config, device=torch.device(device))
+        engine.decoder = SimpleNamespace(feed=stream, config=config, device=torch.device(device), row_adapters=None)
         return engine._is_fixed()
 
     assert not fixed("cuda")
