@@ -231,8 +231,8 @@ def _norm(kind: str, rows: int, width: int, s: int) -> _Kept:
 
 
 def _offset_backward(c: DecoderConfig, tokens: int) -> int:
-    """Bytes at the fullest instant of the backward of a norm under an offset, what it kept included: it keeps the states
-    that it widened; without an offset they are gone, and what is counted for blocks is more."""
+    """Bytes at the fullest instant of the backward of a norm under an offset, what it kept included: it keeps the
+    states that it widened; without an offset they are gone, and what is counted for blocks is more."""
     return 6 * tokens * c.d_model * FP32 if c.norm_offset else 0
 
 
