@@ -1,266 +1,46 @@
 """The chat page as a person meets it: Debian's Chromium against a real `penstock serve` with two tiny random models.
 
-Every page that a test opens is watched: it must ask no other host for anything, open no dialog and write no error to
-the console. Answers that a random model cannot give (markdown, attacks, failures) come from `speak` and `refuse`.
-Pictures are kept in $PENSTOCK_SCREENSHOTS, or in pytest's temporary directory.
+Answers that a random model cannot give (markdown, attacks, failures) come from `speak` and `refuse`.
 """
 
-import contextlib
 import json
-import os
 import re
-import signal
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from penstock.data.toyland import Toyland, save_tokenizer
-from tests.conftest import EOS, PATIENCE, save_tiny
+from tests.serve.browser import (
+    CHROMIUM,
+    KEY,
+    WAIT,
+    answers,
+    ask,
+    conversation_of,
+    reload,
+    say,
+    settled,
+    speak,
+    stream,
+)
 from tests.serve.conftest import eventually
 from tests.serve.page_payloads import PAYLOADS
 from tests.serve.test_middleware import proxied
-from tests.zygote import zygotic
 
-CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
     pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 pytest.importorskip("fastapi", reason="needs the server: pip install 'penstock[serve]'")
 expect = playwright.expect
 
-from penstock.serve.store import Store, open_store  # noqa: E402
-
 PAGE = Path(__file__).parent.parent.parent / "src" / "penstock" / "serve" / "page"
-KEY = "a key that only tests know"
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-WAIT = PATIENCE * 1000
-"""Milliseconds for anything to appear."""
 expect.set_options(timeout=WAIT)
-
-
-@dataclass
-class ServedPage:
-    """A server that runs, and its store, for changes that no route makes."""
-
-    url: str
-    store: Store
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPage]:
-    home = tmp_path_factory.mktemp("served")
-    for seed, name in enumerate(("left", "right")):
-        _save_babbler(home / name, seed)
-    command = zygotic("-m", "penstock", "serve", home / "left", home / "right")
-    flags = ["--port", "0", "--key", KEY, "--data-dir", str(home / "data"), "--rows", "4"]
-    with open(home / "log", "wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny models: threads only wait for each other
-        process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-    try:
-        first = process.stdout.readline()
-        assert "http://" in first, first + (home / "log").read_text()
-        url = re.search(r"http://\S+", first)[0]
-        _wait_for_models(url, process)
-        store = open_store(str(home / "data"), None)
-        yield ServedPage(url, store)
-        store.close()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0, (home / "log").read_text()
-    assert "Traceback" not in (home / "log").read_text()
-
-
-def _save_babbler(directory: Path, seed: int) -> None:
-    """A random model that says whole words: the last norm's bias points away from every other token."""
-    tokenizer = save_tokenizer(directory, [question.prompt for question in Toyland(0).questions[:500]])
-    save_tiny(directory, seed, vocab_size=len(tokenizer), max_length=8192)
-    weights = load_file(directory / "model.safetensors")
-    weights["transformer.ln_f.bias"][0] = 10.0
-    words = [bool(re.fullmatch(r" ?[A-Za-z]{2,}|\.", tokenizer.decode([i]))) for i in range(len(tokenizer))]
-    words[EOS] = True
-    weights["transformer.wte.weight"][:, 0] = torch.where(torch.tensor(words), 0.0, -10.0)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _wait_for_models(url: str, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None:
-        with contextlib.suppress(urllib.error.HTTPError):  # 503 while they are loaded
-            urllib.request.urlopen(f"{url}/health")
-            return
-        time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@dataclass
-class Watch:
-    """Requests, dialogs and errors of a page. `allowed`: words of the console errors that a test causes."""
-
-    errors: list[str] = field(default_factory=list)
-    dialogs: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    allowed: list[str] = field(default_factory=list)
-
-    def over(self, page: Any) -> None:
-        """Watches from now on."""
-        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
-        page.on("websocket", lambda socket: self.requests.append(socket.url))
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("popup", lambda other: self.errors.append(f"another page was opened: {other.url}"))
-
-    def check(self, url: str) -> None:
-        """Fails if there was any that should not be."""
-        assert not self.dialogs
-        assert not [request for request in self.requests if not request.startswith(("data:", "blob:", url + "/"))]
-        assert not [error for error in self.errors if not any(words in error for words in self.allowed)]
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def watch() -> Watch:
-    return Watch()
-
-
-@pytest.fixture(scope="module")
-def contexts(browser: Any) -> dict[bool, Any]:
-    """Two browser contexts, a wide one and a phone (True), shared to save time: open_page clears them."""
-    shared = {"permissions": ["clipboard-read", "clipboard-write"], "reduced_motion": "reduce"}
-    wide = browser.new_context(**shared)
-    phone = browser.new_context(**shared, has_touch=True, is_mobile=True, device_scale_factor=2)
-    for context in (wide, phone):
-        context.set_default_timeout(WAIT)
-    return {False: wide, True: phone}
-
-
-@pytest.fixture
-def open_page(served: ServedPage, contexts: dict[bool, Any], watch: Watch) -> Iterator[Open]:
-    """open_page(width=390, sampling={...}): the page, logged in, in a browser that has these settings only."""
-    pages = []
-
-    def open_it(*, width: int = 1280, scheme: str = "light", log_in: bool = True, allowed=(), **settings: Any) -> Any:
-        watch.allowed += allowed
-        context = contexts[width < 600]
-        context.clear_cookies()
-        page = context.new_page()
-        pages.append(page)
-        page.set_viewport_size({"width": width, "height": 844 if width < 600 else 820})
-        page.emulate_media(color_scheme=scheme)
-        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, **settings})
-        page.add_init_script(
-            f"""if (!sessionStorage.begun) {{
-              localStorage.clear();
-              localStorage["penstock.settings"] = {json.dumps(known)};
-              sessionStorage.begun = "yes";
-            }}"""
-        )
-        watch.over(page)
-        page.goto(f"{served.url}/#key={KEY}" if log_in else served.url)
-        if log_in:
-            page.wait_for_selector(".welcome")
-        return page
-
-    yield open_it
-    for page in pages:
-        page.close()
-    watch.check(served.url)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chosen = os.environ.get("PENSTOCK_SCREENSHOTS")
-    directory = Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
-# --- what a person does -----------------------------------------------------------------------------------------------
-def say(page: Any, text: str, *, wait: bool = True) -> None:
-    """Types a message and sends it."""
-    page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-    if wait:
-        settled(page, text)
-
-
-def settled(page: Any, text: str | None = None) -> None:
-    """Waits until a message is shown and all its answers have ended."""
-    if text is not None:
-        page.locator(".bubble").filter(has_text=text).last.wait_for()  # sooner than expect(), which polls
-    page.wait_for_selector("#thread .turn:last-child:is(.assistant, .pair) .actions")
-    page.wait_for_selector("#send:not(.busy)")
-
-
-def reload(page: Any, text: str | None = None) -> None:
-    page.reload()
-    settled(page, text)
 
 
 def answer_again(page: Any) -> None:
     page.get_by_role("button", name="Answer again").click()
     expect(page.locator(".switcher span")).to_have_text("2/2")
     settled(page)
-
-
-def answers(page: Any) -> list[str]:
-    """The texts of the answers on the screen."""
-    return page.locator(".prose").all_inner_texts()
-
-
-def conversation_of(page: Any, served: ServedPage) -> list[dict[str, Any]]:
-    """The messages in the server's store."""
-    return served.store.messages(page.url.split("#/")[1])
-
-
-def ask(page: Any, path: str) -> Any:
-    """The server's answer to this page's session."""
-    return page.evaluate("path => fetch(path).then(answer => answer.json())", path)
-
-
-def speak(page: Any, served: ServedPage, *texts: str) -> None:
-    """The next answers are these texts, stored as the server stores a model's."""
-    queue = list(texts)
-
-    def answer(route: Any) -> None:
-        body, text = route.request.post_data_json, queue.pop(0)
-        conversation = urlsplit(route.request.url).path.split("/")[3]
-        parent, model = body["parent_id"], body["model"]
-        message = served.store.add_message(
-            conversation, parent, "assistant", "", model=model, sampling={}, message_id=body["id"]
-        )
-        ended = {**message, "content": text, "finish_reason": "stop"}
-        served.store.save_answers([ended])
-        delta = {"type": "delta", "content": text}
-        stream(route, [{"type": "message", "message": message}, delta, {"type": "done", "message": ended}])
-
-    page.route("**/replies", answer, times=len(texts))
-
-
-def stream(route: Any, events: list[dict[str, Any]]) -> None:
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
-    route.fulfill(content_type="text/event-stream", body=body)
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -444,7 +224,9 @@ def test_answering_again_adds_an_alternative_and_keeps_the_first(open_page, serv
     expect(page.locator(".switcher span")).to_have_text("1/2")
     assert answers(page) == [first]
     reload(page)
-    expect(page.locator(".switcher span")).to_have_text("2/2")
+    expect(page.locator(".switcher span")).to_have_text("1/2")  # the branch that was picked
+    assert answers(page) == [first]
+    page.get_by_role("button", name="Next branch").click()
     assert answers(page) == [second]
     question, *both = conversation_of(page, served)
     assert [message["parent_id"] for message in both] == [question["id"]] * 2

@@ -18,7 +18,8 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import ApiError
 
-MAX_MESSAGES = 256
+MAX_MESSAGES = 16_384
+"""In one request; the model's context ends most conversations earlier."""
 MAX_ANSWERS = 16
 MAX_PROMPTS = 64
 """In one request to /v1/completions."""

@@ -8,6 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
+import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class Store:
             conversation = _conversation(connection, conversation_id)
             changes: Row = {"updated_at": now}
             if not conversation["title"] and role == "user":
-                changes["title"] = " ".join(content.split())[:TITLE_LENGTH]
+                changes["title"] = _title(content)
             # First: PostgreSQL locks the row, and so adds no message twice at once.
             connection.execute(sa.update(conversations).where(conversations.c.id == conversation_id).values(changes))
             same = None if message_id is None else _row(connection, messages, message_id)
@@ -257,6 +258,20 @@ class Store:
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _title(content: str) -> str:
+    """The beginning of a message, cut before a letter: an emoji of several characters is one."""
+    title = " ".join(content.split())
+    end = min(TITLE_LENGTH, len(title))
+    # What joins, modifies or marks the character before it (Unicode's UAX 29, without its tables).
+    while 0 < end < len(title) and (_extends(title[end]) or title[end - 1] == "\u200d"):
+        end -= 1
+    return title[: end or TITLE_LENGTH].rstrip()
+
+
+def _extends(letter: str) -> bool:
+    return unicodedata.category(letter) in ("Mn", "Me", "Mc", "Cf") or "\U0001f3fb" <= letter <= "\U0001f3ff"
 
 
 def _new_id(prefix: str) -> str:

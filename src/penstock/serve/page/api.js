@@ -89,6 +89,9 @@ async function* events(method, url, request, signal) {
   }
 }
 
+/** The server refuses zero bytes and halves of characters, which pasted text may hold. */
+const storable = (_, value) => (typeof value === "string" ? value.replaceAll("\0", "").toWellFormed() : value);
+
 async function json(method, url, body) {
   const response = await send(method, url, body);
   return response.status === 204 ? null : response.json();
@@ -100,7 +103,7 @@ async function send(method, url, body, signal, again = false) {
   if (csrf && method !== "GET") headers["x-csrf-token"] = csrf;
   let response;
   try {
-    response = await fetch(url, { method, headers, body: body && JSON.stringify(body), signal });
+    response = await fetch(url, { method, headers, body: body && JSON.stringify(body, storable), signal });
   } catch (error) {
     if (signal?.aborted) throw error;
     onReachable(false);

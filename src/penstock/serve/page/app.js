@@ -3,11 +3,12 @@
 
 import { listen, models, session, conversations } from "./api.js";
 import { answering, chat, forget, newChat, openChat, refresh, send, setSystem, stop, watch } from "./chat.js";
-import { $, announce, copy, h, icon, replace, toast } from "./dom.js";
+import { $, announce, composing, copy, h, icon, replace, sends, toast } from "./dom.js";
 import { change, makeControls, settings } from "./settings.js";
 import { loadList, setCurrent, startSidebar, touch, whenRenamed } from "./sidebar.js";
 import { farFromEnd, keepUp, startScroll, toEnd } from "./scroll.js";
 import { drawText, drawThread, isDrawn } from "./thread.js";
+import { dropUnsent, keepUnsent, unsentOf } from "./unsent.js";
 
 const REMEMBERED = "penstock.remembered"; // this browser logged in before: ask the server before asking for the key
 const THEMES = ["system", "light", "dark"];
@@ -103,6 +104,7 @@ async function route() {
     newChat();
   }
   setCurrent(chat.id);
+  write(unsentOf(chat.id));
   toEnd();
 }
 
@@ -111,6 +113,7 @@ function goToNewChat() {
   closeSidebar();
   newChat();
   setCurrent(null);
+  write(unsentOf(null));
   focusPrompt();
 }
 
@@ -143,9 +146,15 @@ function drawWelcome() {
 }
 
 function fill(text) {
-  $("prompt").value = text;
-  sizePrompt();
+  write(text);
   $("prompt").focus();
+}
+
+/** Puts a text into the message field. */
+function write(text) {
+  $("prompt").value = text;
+  keepUnsent(chat.id, text);
+  sizePrompt();
 }
 
 function drawSend() {
@@ -241,6 +250,7 @@ startSidebar({
   guard,
   removed: (id) => {
     forget(id);
+    keepUnsent(id, "");
     if (chat.id === id) goToNewChat();
   },
 });
@@ -260,6 +270,7 @@ $("login-form").onsubmit = (event) => {
 $("log-out").onclick = async () => {
   await guard(session.close);
   localStorage.removeItem(REMEMBERED);
+  dropUnsent();
   location.href = location.pathname;
 };
 
@@ -288,29 +299,58 @@ $("composer").onsubmit = async (event) => {
   const text = $("prompt").value;
   if (!text.trim() || $("send").dataset.sending) return;
   $("send").dataset.sending = "yes"; // until the server has the message; then the button is Stop
+  const one = chat;
   fill("");
   toEnd();
-  if (!(await guard(() => send(text)))) fill(text);
-  delete $("send").dataset.sending;
+  let sent = false;
+  try {
+    sent = await guard(() => send(text));
+  } finally {
+    delete $("send").dataset.sending;
+    if (!sent) takeBack(one, text);
+  }
   if (chat.id !== null) touch(chat);
   toEnd();
 };
 
+/** A text that could not be sent goes before what has been written since, in its own conversation. */
+function takeBack(one, text) {
+  const whole = [text, unsentOf(one.id)].filter(Boolean).join("\n");
+  if (chat === one) fill(whole);
+  else keepUnsent(one.id, whole);
+}
+
 $("prompt").onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (!sends(event)) return;
   event.preventDefault();
   if (answering().length === 0) $("composer").requestSubmit();
 };
-$("prompt").oninput = sizePrompt;
+$("prompt").oninput = () => {
+  keepUnsent(chat.id, $("prompt").value);
+  sizePrompt();
+};
 
 function sizePrompt() {
-  $("prompt").style.height = "auto";
-  $("prompt").style.height = `${$("prompt").scrollHeight}px`;
+  const { style, value } = $("prompt");
+  style.height = value.length < MUCH ? "auto" : "40dvh";
+  if (value.length < MUCH) style.height = `${$("prompt").scrollHeight}px`;
   drawSend();
 }
 
+const MUCH = 10_000; // characters, which browsers lay out and edit slowly: 100,000 pasted ones took minutes
+
+document.addEventListener("paste", (event) => {
+  const { target, clipboardData } = event;
+  const text = clipboardData.getData("text/plain");
+  if (text.length < MUCH || !target.matches("textarea")) return;
+  event.preventDefault();
+  target.setRangeText(text, target.selectionStart, target.selectionEnd, "end");
+  target.dispatchEvent(new Event("input"));
+});
+
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, select, [contenteditable]");
+  if (composing(event)) return;
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
     if (document.body.classList.contains("sidebar-open")) closeSidebar();
     else guard(stop);
@@ -331,6 +371,16 @@ $("thread").addEventListener("click", async (event) => {
 $("thread").addEventListener("resized", keepUp); // formulas are drawn late
 startScroll(drawLatest);
 $("to-latest").onclick = toEnd;
+
+// Paper cannot be unfolded: what is folded is printed open.
+let opened = [];
+window.addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("#thread details:not([open])")];
+  for (const details of opened) details.open = true;
+});
+window.addEventListener("afterprint", () => {
+  for (const details of opened) details.open = false;
+});
 
 function openSidebar() {
   document.body.classList.add("sidebar-open");

@@ -7,9 +7,9 @@ import { addPair, addVote, makeTree, path } from "./tree.js";
 
 const ATTEMPTS = 6; // of a request that the server was too busy for
 const LOST_SECONDS = 2; // until a lost connection is tried again
-const PAIRS = "penstock.pairs"; // pairs without a vote are known to this browser only
+const VIEWS = "penstock.views"; // pairs without a vote, and the branches on the screen: known to this browser only
 
-const fresh = () => ({ id: null, title: "", system: "", tree: makeTree([], [], []) });
+const fresh = () => ({ id: null, title: "", system: "", tree: makeTree([], []) });
 
 /** The conversation on the screen; `id` is null until its first message is sent. */
 export let chat = fresh();
@@ -72,8 +72,8 @@ export async function refresh() {
 
 async function load(id) {
   const [{ messages, ...conversation }, given] = await Promise.all([conversations.get(id), votes.of(id)]);
-  const remembered = JSON.parse(localStorage.getItem(PAIRS) ?? "{}")[id] ?? [];
-  return { ...conversation, tree: makeTree(messages.filter(said), given, remembered) };
+  const view = JSON.parse(localStorage.getItem(VIEWS) ?? "{}")[id];
+  return { ...conversation, tree: makeTree(messages.filter(said), given, view) };
 }
 
 /** False for an answer that failed before its first word: it has no text to show. */
@@ -122,7 +122,7 @@ let lastSaid = null; // sent again with the same id: the server may have it, and
 async function say(parentId, content) {
   const one = chat;
   if (one.id === null) {
-    const title = content.trim().split("\n")[0].slice(0, 60);
+    const title = titleOf(content);
     Object.assign(one, await conversations.create({ title, ...(one.system && { system: one.system }) }));
     named(one);
   }
@@ -137,6 +137,18 @@ async function say(parentId, content) {
   answer(one, message.id);
 }
 
+/** The first line, cut between letters as people see them: an emoji is one, whatever it is made of. */
+function titleOf(content) {
+  const [line] = content.trim().split("\n", 1);
+  let title = "";
+  let count = 0;
+  for (const { segment } of new Intl.Segmenter().segment(line.slice(0, 1000))) {
+    if (count++ === 60 || title.length + segment.length > 200) break; // 200: the server's limit
+    title += segment;
+  }
+  return title.trim();
+}
+
 /** Answers a user message: with one model, or with two side by side. Asking again adds an alternative. */
 export function answer(one, parentId) {
   const drafts = requests().map((request) => draft(parentId, request));
@@ -147,6 +159,7 @@ export function answer(one, parentId) {
     addPair(one.tree, shown, settings.blind);
   }
   one.tree.picked.delete(parentId);
+  remember(one);
   for (const message of drafts) run(one, message);
 }
 
@@ -242,22 +255,25 @@ async function pause(message, seconds, shown) {
   }
 }
 
-/** Which answers stand side by side, for the next time this browser opens the conversation. */
+/** What this browser shows when it opens the conversation again: pairs side by side, and the branches picked. */
 function remember(one) {
-  const pairs = one.tree.pairs.filter(({ shown }) => shown.every((id) => one.tree.messages.get(id)?.local !== true));
-  if (pairs.length === 0) return;
-  const all = JSON.parse(localStorage.getItem(PAIRS) ?? "{}");
-  localStorage.setItem(PAIRS, JSON.stringify({ ...all, [one.id]: pairs }));
+  const stored = (id) => id === null || one.tree.messages.get(id)?.local !== true;
+  const pairs = one.tree.pairs.filter(({ shown }) => shown.every(stored));
+  const picked = [...one.tree.picked].filter((ids) => ids.every(stored));
+  const { [one.id]: _, ...views } = JSON.parse(localStorage.getItem(VIEWS) ?? "{}");
+  if (pairs.length > 0 || picked.length > 0) views[one.id] = { pairs, picked };
+  localStorage.setItem(VIEWS, JSON.stringify(views));
 }
 
 export function forget(id) {
-  const { [id]: _, ...others } = JSON.parse(localStorage.getItem(PAIRS) ?? "{}");
-  localStorage.setItem(PAIRS, JSON.stringify(others));
+  const { [id]: _, ...others } = JSON.parse(localStorage.getItem(VIEWS) ?? "{}");
+  localStorage.setItem(VIEWS, JSON.stringify(others));
 }
 
 /** Shows another alternative of those under a parent. */
 export function pick(parentId, message) {
   chat.tree.picked.set(parentId, message.id);
+  remember(chat);
   changed();
 }
 

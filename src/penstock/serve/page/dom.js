@@ -93,6 +93,15 @@ export function keepSelection(action) {
   selection.setBaseAndExtent(anchorNode, anchorOffset, focusNode, focusOffset);
 }
 
+/** True while an input method is at work: its Return confirms a word, and its Escape drops one. */
+export const composing = (event) => event.isComposing || event.keyCode === 229; // 229: Safari, at the confirmation
+
+const phone = matchMedia("(hover: none) and (pointer: coarse)");
+
+/** Whether a key press sends a text: Return, but on a phone, where it makes a line; Ctrl or Cmd with it always. */
+export const sends = (event) =>
+  event.key === "Enter" && !event.shiftKey && !composing(event) && (!phone.matches || event.ctrlKey || event.metaKey);
+
 export const $ = (id) => document.getElementById(id);
 
 /** Announces a text to screen readers. */

@@ -2,11 +2,11 @@
 // server when the end of the list comes into view, and for a search.
 
 import { conversations } from "./api.js";
-import { $, h, iconButton, replace } from "./dom.js";
+import { $, composing, h, iconButton, replace } from "./dom.js";
 
 let list = []; // newest first
 let hasMore = false;
-let renaming = null; // the id whose title is being changed
+let renaming = null; // {id, title}: the conversation whose title is being changed, and what it is so far
 let current = null;
 let guarded = null;
 let onRemoved = null;
@@ -60,7 +60,16 @@ export function setCurrent(id) {
   draw();
 }
 
+let drawing = false;
+
 function draw() {
+  drawing = true; // a box that leaves the list loses the keyboard, and that is no end of the renaming
+  drawList();
+  drawing = false;
+  $("conversations").querySelector("input")?.focus();
+}
+
+function drawList() {
   const wanted = $("search").value.trim().toLowerCase();
   const shown = list.filter((one) => (one.title ?? "").toLowerCase().includes(wanted));
   const groups = new Map();
@@ -75,34 +84,35 @@ function draw() {
     ...(shown.length === 0 ? [h("p", { class: "nothing" }, empty)] : []),
     sentinel,
   );
-  $("conversations").querySelector("input")?.focus();
 }
 
 function line(one) {
-  if (renaming === one.id) return h("li", {}, renameBox(one));
+  if (renaming?.id === one.id) return h("li", {}, renameBox(one));
   const title = one.title || "Untitled";
   return h(
     "li",
     { class: one.id === current ? "current" : null },
-    h("a", { href: `#/${one.id}`, "aria-current": one.id === current ? "page" : null, "data-key": `open ${one.id}`, title }, title),
+    h("a", { href: `#/${one.id}`, "aria-current": one.id === current ? "page" : null, "data-key": `open ${one.id}`, title, dir: "auto" }, title),
     iconButton("edit", `Rename ${title}`, () => startRename(one), { key: `rename ${one.id}` }),
     iconButton("trash", `Delete ${title}`, () => guarded(() => remove(one)), { key: `delete ${one.id}` }),
   );
 }
 
 function startRename(one) {
-  renaming = one.id;
+  renaming = { id: one.id, title: one.title ?? "" };
   draw();
   $("conversations").querySelector("input").select();
 }
 
 function renameBox(one) {
-  const box = h("input", { type: "text", "aria-label": "New title", maxlength: "200", value: one.title ?? "" });
+  const box = h("input", { type: "text", "aria-label": "New title", maxlength: "200", dir: "auto", value: renaming.title });
+  box.oninput = () => (renaming.title = box.value);
   const close = () => {
     renaming = null;
     draw();
   };
   box.onkeydown = (event) => {
+    if (composing(event)) return;
     if (event.key === "Escape") {
       event.stopPropagation();
       box.onblur = null;
@@ -110,6 +120,7 @@ function renameBox(one) {
     } else if (event.key === "Enter") box.blur();
   };
   box.onblur = () => {
+    if (drawing) return;
     box.onblur = null;
     const title = box.value.trim();
     close();

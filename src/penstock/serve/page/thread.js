@@ -1,7 +1,7 @@
 // Draws the path of the open conversation. Called again after every change; the text of an unfinished answer is drawn
 // alone (`drawText`), so that a token costs one paragraph and not the page.
 
-import { $, announce, copy, h, icon, iconButton, keepSelection, morph, replace, toast } from "./dom.js";
+import { $, announce, composing, copy, h, icon, iconButton, keepSelection, morph, replace, sends, toast } from "./dom.js";
 import { render } from "./markdown.js";
 import { typeset } from "./maths.js";
 import { keepUp } from "./scroll.js";
@@ -35,7 +35,7 @@ function drawStep(step, isLast, guarded) {
     element = draw(step, option, isLast, guarded);
   } catch (error) { // the other turns are drawn, and of this the text
     console.error(error);
-    element = h("article", { class: "turn" }, option.map(({ content }) => h("p", { class: "plain" }, content)));
+    element = h("article", { class: "turn" }, option.map(({ content }) => h("p", { class: "plain", dir: "auto" }, content)));
   }
   turns.set(option[0], { element, looks });
   return element;
@@ -60,7 +60,7 @@ function drawUser(step, [message], isLast, guarded) {
   return h(
     "article",
     { class: "turn user", "aria-label": "Your message" },
-    h("div", { class: "bubble" }, message.content),
+    ...drawBubble(message),
     ask,
     h(
       "div",
@@ -72,6 +72,29 @@ function drawUser(step, [message], isLast, guarded) {
   );
 }
 
+const LONG = 2000; // characters of a message, or
+const MANY = 30; // lines, from which on it is folded
+const unfolded = new WeakSet(); // messages that somebody has opened
+
+function drawBubble(message) {
+  const { content } = message;
+  const bubble = h("div", { class: "bubble", dir: "auto" }, content);
+  if (content.length <= LONG && content.split("\n", MANY + 1).length <= MANY) return [bubble];
+  const button = h("button", { type: "button", class: "link", "data-key": `unfold ${message.id}` });
+  const show = () => {
+    const open = unfolded.has(message);
+    bubble.classList.toggle("folded", !open);
+    button.setAttribute("aria-expanded", String(open));
+    button.textContent = open ? "Show less" : `Show all ${content.length.toLocaleString("en")} characters`;
+  };
+  button.onclick = () => {
+    if (!unfolded.delete(message)) unfolded.add(message);
+    show();
+  };
+  show();
+  return [bubble, button];
+}
+
 function startEdit(message) {
   editing = { id: message.id, content: message.content };
   $("thread").dispatchEvent(new CustomEvent("redraw"));
@@ -81,7 +104,7 @@ function startEdit(message) {
 }
 
 function drawEditor(message, guarded) {
-  const box = h("textarea", { "aria-label": "Edit the message", rows: Math.min(12, editing.content.split("\n").length + 1), value: editing.content, "data-key": "editor" });
+  const box = h("textarea", { "aria-label": "Edit the message", dir: "auto", rows: Math.min(12, editing.content.split("\n").length + 1), value: editing.content, "data-key": "editor" });
   box.oninput = () => (editing.content = box.value);
   const close = () => {
     editing = null;
@@ -95,10 +118,11 @@ function drawEditor(message, guarded) {
     guarded(() => edit(message, content));
   };
   box.onkeydown = (event) => {
+    if (composing(event)) return;
     if (event.key === "Escape") {
       event.stopPropagation();
       close();
-    } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    } else if (sends(event)) {
       event.preventDefault();
       save();
     }

@@ -2,10 +2,10 @@
 // through it. Pure: knows neither the server nor the page.
 
 /** {messages: id -> message, oldest first; picked: parent id -> the child on the screen; pairs: [{shown, blind}]} */
-export function makeTree(messages, votes, remembered) {
-  const tree = { messages: new Map(), picked: new Map(), pairs: [], thumbs: new Map(), verdicts: new Map() };
+export function makeTree(messages, votes, { pairs = [], picked = [] } = {}) {
+  const tree = { messages: new Map(), picked: new Map(picked), pairs: [], thumbs: new Map(), verdicts: new Map() };
   for (const message of messages) tree.messages.set(message.id, message);
-  for (const pair of remembered) addPair(tree, pair.shown, pair.blind);
+  for (const pair of pairs) addPair(tree, pair.shown, pair.blind);
   for (const vote of votes) addVote(tree, vote);
   return tree;
 }
