@@ -189,7 +189,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def say(page: Any, text: str, *, wait: bool = True) -> None:
     """Types a message and sends it."""
     page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
+    page.keyboard.press("Control+Enter")  # on a phone too, where Return alone makes a line
     if wait:
         settled(page, text)
 

@@ -1,7 +1,7 @@
 """The text of one answer while its tokens come: what may be shown now, and what waits for the next token.
 
 An incomplete character waits, and so does text that may begin a stop string: neither is shown in pieces. Knows tokens
-and text, and nothing of requests.
+and text, and nothing of requests. Thoughts in <think> are told from the answer.
 
 [Note: stop strings are found in the text] The server finds them, not the engine: streamed and whole answers are made
 of the same pieces, and the engine does not have to decode its tokens.
@@ -10,7 +10,7 @@ of the same pieces, and the engine does not have to decode its tokens.
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from penstock.data.chat import Encoder
 
@@ -81,13 +81,13 @@ class TextStream:
             self.ended, self._waiting = True, ""
             text = text[: min(starts)]
         else:
-            end = len(text) - max(_overlap(stop, text) for stop in self._stops)
+            end = len(text) - max(overlap(stop, text) for stop in self._stops)
             text, self._waiting = text[:end], text[end:]
         self.length += len(text)
         return text
 
 
-def _overlap(stop: str, text: str) -> int:
+def overlap(stop: str, text: str) -> int:
     """How many of the last characters of the text begin the stop string."""
     for count in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:count]):
@@ -135,3 +135,65 @@ def _bytes_of_letters() -> dict[str, int]:
 
 
 BYTES = _bytes_of_letters()
+
+
+# --- thoughts ---------------------------------------------------------------------------------------------------------
+# A thought begins in the model's own text, or in the prompt where the chat template opens it (DeepSeek-R1, Qwen3's
+# thinking models). Elsewhere the tags are text. reasoning_content is DeepSeek's and vLLM's name.
+
+OPEN, CLOSE = "<think>", "</think>"
+LAST_TOKENS = 16
+"""Of a prompt: enough to spell OPEN and the line end behind it."""
+
+
+def opens_thought(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> bool:
+    """Whether a prompt ends with an opened thought."""
+    return decode(prompt[-LAST_TOKENS:]).rstrip().endswith(OPEN)
+
+
+class ThoughtSplitter:
+    """Text in, thoughts and answer out, without the tags and the white space around them."""
+
+    def __init__(self, opened: bool) -> None:
+        self._state: Literal["begin", "thought", "between", "answer"] = "thought" if opened else "begin"
+        self._waiting = ""
+        """What may be a part of a tag, or white space before one."""
+        self._thinks = False
+        """Whether the thought has a first letter."""
+
+    def push(self, text: str, last: bool) -> tuple[str, str]:
+        """What this text adds to the thought and to the answer; with `last` nothing waits any longer."""
+        if self._state == "answer":
+            return "", text
+        text, self._waiting = self._waiting + text, ""
+        if self._state == "begin":
+            start = text.lstrip()
+            if not start.startswith(OPEN):
+                if not last and OPEN.startswith(start):
+                    self._waiting = text
+                    return "", ""
+                self._state = "answer"
+                return "", text
+            self._state, text = "thought", start[len(OPEN) :]
+        thought = ""
+        if self._state == "thought":
+            thought, text = self._push_thought(text, last)
+        if self._state == "between":
+            text = text.lstrip()
+            self._state = "answer" if text else "between"
+        return thought, text
+
+    def _push_thought(self, text: str, last: bool) -> tuple[str, str]:
+        """The thought's text, and what is behind its end."""
+        if not self._thinks:
+            text = text.lstrip()
+            self._thinks = bool(text) and not CLOSE.startswith(text)
+        thought, close, rest = text.partition(CLOSE)
+        if close:
+            self._state = "between"
+            return thought.rstrip(), rest
+        if last:
+            return text.rstrip(), ""
+        shown = text[: len(text) - overlap(CLOSE, text)].rstrip()
+        self._waiting = text[len(shown) :]
+        return shown, ""

@@ -11,9 +11,10 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from penstock.serve.catalogue import ServedModel
+from penstock.serve.detokenize import ThoughtSplitter, opens_thought
 from penstock.serve.errors import ApiError
 from penstock.serve.scheduler import Generation, Piece, Token
 
@@ -55,6 +56,7 @@ class AnswerMessage(BaseModel):
 
     role: Literal["assistant"]
     content: str
+    reasoning_content: str | None = Field(None, description="Not OpenAI's: a thought in <think> before the content.")
     refusal: str | None
 
 
@@ -145,12 +147,20 @@ async def whole(generation: Generation, chat: bool) -> dict[str, Any]:
             if piece.finish_reason:
                 reasons[piece.index] = piece.finish_reason
     choices = []
+    opened = chat and opens_thought(generation.model.decode, generation.prompts[0])
     for i, text in enumerate(texts):
-        body = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
+        body = {"message": _message(text, opened)} if chat else {"text": text}
         logprobs = logprobs_of(generation, tokens[i], chat)
         choices.append({"index": i, **body, "logprobs": logprobs, "finish_reason": reasons[i]})
     head = _head("chat.completion" if chat else "text_completion", generation.model, chat)
     return {**head, "choices": choices, "usage": usage_of(generation)}
+
+
+def _message(text: str, opened: bool) -> dict[str, Any]:
+    thought, content = ThoughtSplitter(opened).push(text, last=True)
+    return {"role": "assistant", "content": content, "refusal": None} | (
+        {"reasoning_content": thought} if thought else {}
+    )
 
 
 def usage_of(generation: Generation) -> dict[str, int]:
@@ -179,6 +189,8 @@ async def events(generation: Generation, chat: bool, with_usage: bool) -> AsyncG
         indices = range(generation.count)
         yield "".join(f'{start}{i}, {opening}, "finish_reason": null}}]}}\n\n' for i in indices).encode()
     unfinished = generation.count
+    opened = chat and opens_thought(generation.model.decode, generation.prompts[0])
+    splitters = [ThoughtSplitter(opened) for _ in range(generation.count)]
     while unfinished:
         pieces = await generation.pieces()
         if not pieces:
@@ -189,7 +201,10 @@ async def events(generation: Generation, chat: bool, with_usage: bool) -> AsyncG
                 lines.append(f"data: {json.dumps(piece.error.body)}\n\n")
                 yield "".join(lines).encode()
                 return
-            lines += [f"{start}{piece.index}, {choice}}}]}}\n\n" for choice in _choices(generation, piece, chat)]
+            lines += [
+                f"{start}{piece.index}, {choice}}}]}}\n\n"
+                for choice in _choices(generation, piece, splitters[piece.index] if chat else None)
+            ]
             unfinished -= piece.finish_reason is not None
         yield "".join(lines).encode()
     if with_usage:
@@ -197,15 +212,21 @@ async def events(generation: Generation, chat: bool, with_usage: bool) -> AsyncG
     yield b"data: [DONE]\n\n"
 
 
-def _choices(generation: Generation, piece: Piece, chat: bool) -> Iterator[str]:
-    """A piece as the choices of one event or two, in JSON without the index."""
-    logprobs = json.dumps(logprobs_of(generation, piece.tokens, chat)) if generation.wants_tokens else "null"
-    text, reason = json.dumps(piece.text), json.dumps(piece.finish_reason)
-    if not chat:
-        yield f'"text": {text}, "logprobs": {logprobs}, "finish_reason": {reason}'
+def _choices(generation: Generation, piece: Piece, splitter: ThoughtSplitter | None) -> Iterator[str]:
+    """A piece as the choices of one event or more, in JSON without the index; without a splitter it is no chat."""
+    logprobs = "null"
+    if generation.wants_tokens:
+        logprobs = json.dumps(logprobs_of(generation, piece.tokens, splitter is not None))
+    reason = json.dumps(piece.finish_reason)
+    if splitter is None:
+        yield f'"text": {json.dumps(piece.text)}, "logprobs": {logprobs}, "finish_reason": {reason}'
         return
-    if piece.text or piece.tokens:
-        yield f'"delta": {{"content": {text}}}, "logprobs": {logprobs}, "finish_reason": null'
+    thought, text = splitter.push(piece.text, piece.finish_reason is not None)
+    if thought:
+        yield f'"delta": {{"reasoning_content": {json.dumps(thought)}}}, "logprobs": {logprobs}, "finish_reason": null'
+        logprobs = "null"  # of a piece they are sent once
+    if text or (piece.tokens and not thought):
+        yield f'"delta": {{"content": {json.dumps(text)}}}, "logprobs": {logprobs}, "finish_reason": null'
     if piece.finish_reason:
         yield f'"delta": {{}}, "logprobs": null, "finish_reason": {reason}'
 

@@ -17,6 +17,7 @@ from penstock.serve import openai_requests
 from penstock.serve.answers import Answer
 from penstock.serve.auth import SESSION_SECONDS, cookie_of, csrf_of
 from penstock.serve.catalogue import ServedModel
+from penstock.serve.detokenize import OPEN, opens_thought
 from penstock.serve.errors import ApiError, documented
 from penstock.serve.openai_requests import Str
 from penstock.serve.service import Service, service_of
@@ -371,6 +372,8 @@ async def _begin(
     except BaseException:
         service.cancel(generation)
         raise
+    if not message["content"] and opens_thought(model.decode, generation.prompts[0]):
+        message["content"] = OPEN  # the template wrote it: the stored text says by itself what is a thought
     return service.answers.begin(message, generation)
 
 
