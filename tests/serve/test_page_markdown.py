@@ -15,11 +15,11 @@ import pytest
 
 from penstock.serve import middleware, static_files
 from tests.conftest import PATIENCE
+from tests.serve.browser import CHROMIUM
 
-CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
     pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
+pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 
 HOST = "http://127.0.0.1"  # nothing is asked there: `hand_out` answers
 SHELL = '<!doctype html><link rel="stylesheet" href="/assets/style.css"><div id="app"><div class="prose"></div></div>'
@@ -39,29 +39,27 @@ def hand_out(route: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.set_default_timeout(PATIENCE * 1000)
-        errors: list[str] = []
-        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.route("**/*", hand_out)
-        page.goto(f"{HOST}/")
-        page.evaluate(
-            """async () => {
-              const [{ render }, { typeset }, { morph }] = await Promise.all(
-                ["markdown", "maths", "dom"].map((name) => import(`/assets/${name}.js`)));
-              const prose = document.querySelector(".prose");
-              window.prose = prose;
-              window.show = (text) => (prose.replaceChildren(render(text)), prose);
-              window.typeset = () => typeset(prose);
-              window.grow = (text) => (morph(prose, render(text)), typeset(prose), prose);
-            }"""
-        )
-        yield page
-        browser.close()
+def page(browser: Any) -> Iterator[Any]:
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    errors: list[str] = []
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.route("**/*", hand_out)
+    page.goto(f"{HOST}/")
+    page.evaluate(
+        """async () => {
+          const [{ render }, { typeset }, { morph }] = await Promise.all(
+            ["markdown", "maths", "dom"].map((name) => import(`/assets/${name}.js`)));
+          const prose = document.querySelector(".prose");
+          window.prose = prose;
+          window.show = (text) => (prose.replaceChildren(render(text)), prose);
+          window.typeset = () => typeset(prose);
+          window.grow = (text) => (morph(prose, render(text)), typeset(prose), prose);
+        }"""
+    )
+    yield page
+    page.close()
     assert errors == []
 
 
