@@ -8,7 +8,6 @@ style or another host fails here.
 import hashlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
