@@ -284,7 +284,7 @@ def test_everything_is_printed(open_page, served):
     assert shown["thoughts"] > 40 * 16
     assert shown["page"] > shown["bubble"] + shown["prose"]
     assert shown["composer"] == shown["list"] == 0
-    page.emulate_media(media="screen")
+    page.emulate_media(media="null")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert not page.evaluate("document.querySelector('.thinking').open")
     assert page.pdf().count(b"/Type /Page\n") >= 4
