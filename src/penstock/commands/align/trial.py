@@ -76,7 +76,7 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
             flags: dict[str, Any] = {"checkpoint_every": SAVED, "eval_every": NEVER, "quiet": True, "json": False}
             path = run_stage(planned.stage, root, steps=STEPS, **flags)
             seconds = time.perf_counter() - began
-            run_stage(planned.stage, root, steps=STEPS + 1)
+        run_stage(planned.stage, root, steps=STEPS + 1)  # its models may stand beside those of the run before
         measured.append(Measured(extrapolated(planned, path, seconds, heldout(planned.stage)), peak[0]))
         check_finite(planned.stage, path)
     shutil.rmtree(root, ignore_errors=True)
