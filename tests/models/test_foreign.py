@@ -36,6 +36,8 @@ from tests.models.foreign_architectures import ALL, QUICK, saved
 LENGTHS = (9, 14, 2, 6)
 TOKENS = torch.randint(96, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(3))
 VALID = torch.arange(TOKENS.shape[1]) < torch.tensor(LENGTHS)[:, None]
+NEAR = {"qwen3_5_text": 4e-4}
+"""Where 1e-4 is too near: its delta rule multiplies roundings, transformers' own fp32 logits are 0.8e-4 from its fp64."""
 every = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
@@ -70,7 +72,7 @@ def test_logits_and_gradients_are_those_of_transformers_on_ragged_rows(models, n
     expected = rows_alone(theirs)
     logits = ours.logits(ours(TOKENS))[VALID]
     assert expected.std() > 0.5  # else the comparison says nothing
-    assert (logits - expected).abs().max() <= 1e-4
+    assert (logits - expected).abs().max() <= NEAR.get(name, 1e-4)
     slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)) / len(expected)
     theirs.zero_grad()
     (expected * slopes).sum().backward()
@@ -80,7 +82,8 @@ def test_logits_and_gradients_are_those_of_transformers_on_ragged_rows(models, n
         wanted = of_theirs.get(ours.theirs[weight])
         if parameter.requires_grad and wanted is not None:
             assert parameter.grad is not None, weight
-            assert (parameter.grad - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max())), weight
+            limit = NEAR.get(name, 1e-4) * max(1.0, float(wanted.abs().max()))
+            assert (parameter.grad - wanted).abs().max() <= limit, weight
 
 
 @every
@@ -193,8 +196,8 @@ def test_a_ppo_iteration_reads_what_the_engine_wrote_and_saves_what_transformers
     }
     run = ppo(ppo_settings(tmp_path, str(models(name)[1]), prompts, rewards, **settings))
     (row,) = metrics(run)
-    assert row["val/first_ratio_gap"] <= 1e-4
-    assert row["val/engine_logprob_gap"] <= 1e-4
+    assert row["val/first_ratio_gap"] <= NEAR.get(name, 1e-4)
+    assert row["val/engine_logprob_gap"] <= NEAR.get(name, 1e-4)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(last_model(run), dtype=torch.float32)
     ours = pretrained.load(last_model(run))[0]
     with torch.no_grad():

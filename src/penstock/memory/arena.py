@@ -32,7 +32,7 @@ class Slot(schedule.Slot):
         self.leaving: Offload | None = None
         """The copy that takes gradients home; whoever writes next waits for it."""
         self.bound_for: object = None
-        """Which stream, chunk and use `parameters` were made for."""
+        """Which stream and chunk `parameters` were made for."""
         self.parameters: list[nn.Parameter] = []
         """The chunk's weights on this memory: cut once while it stays."""
 
@@ -97,18 +97,18 @@ class Parameters:
         self._graph: dict[ChunkHome, list[nn.Parameter]] = {}
         """The parameters of moving chunks in a graph that is kept. See [Note: a kept graph]."""
 
-    def bind(self, chunk: Chunk, weights: Tensor, *, trained: bool) -> list[nn.Parameter]:
-        """The model's own parameters become views of `weights`."""
-        bound = [weight_on(view, trained) for view in views(chunk, weights)]
+    def bind(self, chunk: Chunk, weights: Tensor) -> list[nn.Parameter]:
+        """The model's own parameters become views of `weights`. Trained ones ask for gradients in every visit, as they
+        do where they stay: torch's matmul takes another product for others, which rounds otherwise on some CPUs."""
+        bound = [weight_on(view, chunk.trained) for view in views(chunk, weights)]
         self._put(chunk, bound)
         return bound
 
-    def bind_slot(self, home: ChunkHome, slot: Slot, *, trained: bool) -> None:
+    def bind_slot(self, home: ChunkHome, slot: Slot) -> None:
         """The same for a chunk in a slot. While it stays there it is cut once: decoding visits it for every token."""
-        bound_for = (self, home, trained)
-        if slot.bound_for != bound_for:
+        if slot.bound_for != (self, home):
             weights = slot.memory[: home.chunk.nbytes].view(home.dtype)
-            slot.bound_for, slot.parameters = bound_for, self.bind(home.chunk, weights, trained=trained)
+            slot.bound_for, slot.parameters = (self, home), self.bind(home.chunk, weights)
         else:
             self._put(home.chunk, slot.parameters)
 

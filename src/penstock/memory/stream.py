@@ -105,7 +105,7 @@ class Stream:
             self._parameters.unbind(home.chunk)
             if home.resident:
                 assert isinstance(home.weights, RamHome)
-                self._parameters.bind(home.chunk, home.weights.tensor, trained=home.chunk.trained)
+                self._parameters.bind(home.chunk, home.weights.tensor)
                 if home.in_place:
                     assert home.grads is not None
                     self._parameters.bind_gradients(home.chunk, home.grads.tensor)
@@ -379,7 +379,7 @@ class Stream:
             if graph:
                 self._parameters.bind_graph(home, slot)
             else:
-                self._parameters.bind_slot(home, slot, trained=gradients)
+                self._parameters.bind_slot(home, slot)
         if grads is not None:
             self._parameters.bind_gradients(home.chunk, grads)
         hold = Hold(home, slot, gradient_slot, gradients)
