@@ -91,7 +91,7 @@ def _wait_for_models(url: str, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it runs, asyncio.run refuses
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
@@ -133,7 +133,7 @@ def watch() -> Watch:
     return Watch()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def contexts(browser: Any) -> dict[bool, Any]:
     """Two browser contexts, a wide one and a phone (True), shared to save time: open_page clears them."""
     shared = {"permissions": ["clipboard-read", "clipboard-write"], "reduced_motion": "reduce"}
