@@ -37,7 +37,7 @@ LENGTHS = (9, 14, 2, 6)
 TOKENS = torch.randint(96, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(3))
 VALID = torch.arange(TOKENS.shape[1]) < torch.tensor(LENGTHS)[:, None]
 NEAR = {"qwen3_5_text": 4e-4}
-"""Where 1e-4 is too near: its delta rule multiplies roundings, transformers' own fp32 logits are 0.8e-4 from its fp64."""
+"""Where 1e-4 is too near: a delta rule multiplies roundings. transformers' own fp32 logits are 0.8e-4 from its fp64."""
 every = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
