@@ -256,7 +256,7 @@ BUGS: list[Bug] = [
     (PLAN, "a lease for a rollout takes more than there are slots", "return len(sizes) <= len(rooms) and all(", "return True or all("),
     (STRATEGY, "a lease outlives its rollout", "                stream.end_lease()\n", "                stream.leasing = False\n"),
     (ENGINE, "a new lease's steps are those recorded under the old one", "if self._steps is None or self._steps[0] != leased:", "if self._steps is None:"),
-    ("memory/arena.py", "weights of another visit are used", "        if slot.bound_for != bound_for:\n", "        if slot.bound_for is None:\n"),
+    ("memory/arena.py", "weights of another visit are used", "        if slot.bound_for != (self, home):\n", "        if slot.bound_for is None:\n"),
     (STRATEGY, "gradients never cleared", "            sink.clear()\n", ""),
     (STRATEGY, "gradients scaled up to the norm", "max_grad_norm / (norm + 1e-6), max=1.0)", "max_grad_norm / (norm + 1e-6), min=1.0)"),
     (STRATEGY, "a NaN loss is stepped on", "        if finite:\n", "        if True:\n"),
