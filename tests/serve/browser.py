@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 
 from penstock.data.toyland import Toyland, save_tokenizer
 from tests.conftest import EOS, PATIENCE, save_tiny
+from tests.serve.gate import Gate
 from tests.zygote import zygotic
 
+ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "a key that only tests know"
 ARGUMENTS = [
@@ -39,10 +41,11 @@ WAIT = PATIENCE * 1000
 
 @dataclass
 class ServedPage:
-    """A server that runs, and its store, for changes that no route makes."""
+    """A server that runs, its store, for changes that no route makes, and a gate at which its answers wait."""
 
     url: str
     store: Any
+    gate: Gate
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +53,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPage]:
     home = tmp_path_factory.mktemp("served")
     for seed, name in enumerate(("left", "right")):
         _save_babbler(home / name, seed)
-    command = zygotic("-m", "penstock", "serve", home / "left", home / "right")
+    gate = Gate(home / "gate")
+    command = zygotic("-m", "tests.serve.gate", home / "gate", "serve", home / "left", home / "right")
     flags = ["--port", "0", "--key", KEY, "--data-dir", str(home / "data"), "--rows", "4"]
     with open(home / "log", "wb") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny models: threads only wait for each other
-        process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        streams = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+        process = subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, **streams)
     try:
         first = process.stdout.readline()
         assert "http://" in first, first + (home / "log").read_text()
@@ -63,7 +68,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPage]:
         from penstock.serve.store import open_store
 
         store = open_store(str(home / "data"), None)
-        yield ServedPage(url, store)
+        yield ServedPage(url, store, gate)
         store.close()
     finally:
         process.send_signal(signal.SIGTERM)
@@ -205,6 +210,13 @@ def settled(page: Any, text: str | None = None) -> None:
 def reload(page: Any, text: str | None = None) -> None:
     page.reload()
     settled(page, text)
+
+
+def grows(page: Any, *, beyond: int = 0) -> int:
+    """Waits until the last answer on the screen is longer; its length."""
+    length = "([...document.querySelectorAll('.prose')].at(-1)?.textContent.length ?? 0)"
+    page.wait_for_function(f"least => {length} > least", arg=beyond)
+    return page.evaluate(length)
 
 
 def answers(page: Any) -> list[str]:

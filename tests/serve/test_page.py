@@ -18,6 +18,7 @@ from tests.serve.browser import (
     answers,
     ask,
     conversation_of,
+    grows,
     reload,
     say,
     settled,
@@ -97,17 +98,17 @@ def test_a_conversation_of_several_turns_is_there_again_after_a_reload(open_page
 
 @pytest.mark.parametrize("control", ["button", "Escape"])
 def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures, control):
-    page = open_page(sampling={"temperature": 0, "seed": 1})  # goes on to the end of the context
-    say(page, "Tell me all", wait=False)
-    expect(page.locator(".prose")).to_have_text(re.compile(".{20}", re.DOTALL))
-    if control == "button":
-        page.get_by_role("button", name="Stop").click()
-    else:
-        page.keyboard.press("Escape")
-    settled(page)
+    page = open_page(sampling={"temperature": 0})
+    with served.gate.held(after=20):
+        say(page, "Tell me all", wait=False)
+        grows(page, beyond=19)
+        if control == "button":
+            page.get_by_role("button", name="Stop").click()
+        else:
+            page.keyboard.press("Escape")
+        settled(page)
     expect(page.locator(".note")).to_contain_text("Stopped.")
-    page.screenshot(path=pictures / "stopped.png")  # not before: the context ends after seconds
-    assert eventually(lambda: conversation_of(page, served)[1]["finish_reason"] is not None)
+    page.screenshot(path=pictures / "stopped.png")
     message = conversation_of(page, served)[1]
     assert message["finish_reason"] == "cancelled"
     assert message["content"]
@@ -115,26 +116,24 @@ def test_stop_ends_an_answer_and_keeps_what_was_said(open_page, served, pictures
     expect(page.locator(".note")).to_contain_text("Stopped.")
 
 
-def grows(page: Any, *, beyond: int = 0) -> int:
-    """Waits until the answer on the screen is longer; its length."""
-    page.wait_for_function("n => (document.querySelector('.prose')?.textContent.length ?? 0) > n", arg=beyond)
-    return page.evaluate("document.querySelector('.prose').textContent.length")
-
-
 def test_an_answer_is_seen_to_grow_after_a_reload_and_in_a_second_tab_and_is_stopped_there(open_page, served, watch):
-    page = open_page(sampling={"temperature": 0, "seed": 1})  # goes on to the end of the context
-    say(page, "Tell me more", wait=False)
-    length = grows(page)
-    page.reload()
-    length = grows(page, beyond=length)
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    other = page.context.new_page()
-    watch.over(other)
-    other.goto(page.url)
-    grows(other, beyond=length)
-    other.get_by_role("button", name="Stop").click()
-    settled(other)
-    settled(page)  # the first tab is told
+    page = open_page(sampling={"temperature": 0})
+    with served.gate.held(after=20) as gate:
+        say(page, "Tell me more", wait=False)
+        length = grows(page)
+        page.reload()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        gate.let(20)
+        length = grows(page, beyond=length)
+        other = page.context.new_page()
+        watch.over(other)
+        other.goto(page.url)
+        grows(other)
+        gate.let(20)
+        grows(other, beyond=length)
+        other.get_by_role("button", name="Stop").click()
+        settled(other)
+        settled(page)  # the first tab is told
     expect(page.locator(".note")).to_contain_text("Stopped.")
     [_, answer] = conversation_of(page, served)
     assert answer["finish_reason"] == "cancelled"
@@ -197,21 +196,23 @@ def test_what_a_server_left_unfinished_goes_on_in_place(open_page, served):
 
 
 def test_editing_and_deleting_stop_the_answer_that_is_being_written(open_page, served):
-    page = open_page(sampling={"temperature": 0, "seed": 1})
-    say(page, "Tell me all", wait=False)
-    grows(page)
-    page.get_by_role("button", name="Edit this message").click()
-    page.get_by_label("Edit the message").fill("Tell me less")
-    page.keyboard.press("Enter")
-    page.locator(".bubble").filter(has_text="Tell me less").wait_for()
-    assert eventually(lambda: conversation_of(page, served)[1]["finish_reason"] == "cancelled")
-    grows(page)
-    line = page.locator(".conversations li.current")
-    line.hover()
-    line.get_by_role("button", name="Delete").click()
-    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(page.locator(".welcome")).to_be_visible()
-    assert eventually(lambda: "penstock_serve_rows_used 0.0" in page.request.get(f"{served.url}/metrics").text())
+    page = open_page(sampling={"temperature": 0})
+    with served.gate.held(after=20) as gate:
+        say(page, "Tell me all", wait=False)
+        grows(page)
+        page.get_by_role("button", name="Edit this message").click()
+        page.get_by_label("Edit the message").fill("Tell me less")
+        page.keyboard.press("Enter")
+        page.locator(".bubble").filter(has_text="Tell me less").wait_for()
+        assert eventually(lambda: conversation_of(page, served)[1]["finish_reason"] == "cancelled")
+        gate.let(20)
+        grows(page)
+        line = page.locator(".conversations li.current")
+        line.hover()
+        line.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(page.locator(".welcome")).to_be_visible()
+        assert eventually(lambda: "penstock_serve_rows_used 0.0" in page.request.get(f"{served.url}/metrics").text())
 
 
 def test_answering_again_adds_an_alternative_and_keeps_the_first(open_page, served):
@@ -413,12 +414,15 @@ def test_conversations_can_be_renamed_found_and_deleted(open_page, served):
     expect(page.locator(".welcome")).to_be_visible()
 
 
-def test_an_answer_goes_on_while_another_conversation_is_open(open_page):
-    page = open_page(sampling={"temperature": 0, "max_tokens": 600})
-    say(page, "A long one", wait=False)
-    page.wait_for_selector(".prose")
-    page.get_by_role("button", name="New chat").click()
-    expect(page.locator(".welcome")).to_be_visible()
+def test_an_answer_goes_on_while_another_conversation_is_open(open_page, served):
+    page = open_page(sampling={"temperature": 0, "max_tokens": 60})
+    with served.gate.held(after=20):
+        say(page, "A long one", wait=False)
+        grows(page)
+        conversation = page.url.split("#/")[1]
+        page.get_by_role("button", name="New chat").click()
+        expect(page.locator(".welcome")).to_be_visible()
+    assert eventually(lambda: served.store.messages(conversation)[1]["finish_reason"] == "length")
     page.get_by_role("link", name="A long one").first.click()
     settled(page, "A long one")
     expect(page.locator(".note")).to_contain_text("Stopped at the length limit.")

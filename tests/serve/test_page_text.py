@@ -1,11 +1,10 @@
 """Texts of people on the page: from input methods and phones, of all lengths and directions, kept and printed."""
 
-import re
 from typing import Any
 
 import pytest
 
-from tests.serve.browser import CHROMIUM, WAIT, answers, conversation_of, reload, say, settled, speak
+from tests.serve.browser import CHROMIUM, WAIT, answers, conversation_of, grows, reload, say, settled, speak
 from tests.serve.conftest import eventually
 
 if not CHROMIUM.exists():
@@ -79,14 +78,17 @@ def test_keys_of_an_input_method_neither_send_nor_rename_nor_stop(open_page, mar
 
 
 @pytest.mark.parametrize("marks", KEYS, ids=["composing", "229"])
-def test_escape_of_an_input_method_does_not_stop_an_answer(open_page, marks):
-    page = open_page(sampling={"temperature": 0, "seed": 1})
-    say(page, "Tell me all", wait=False)
-    page.wait_for_selector(".prose")
-    press(prompt_of(page), "Escape", **marks)
-    expect(page.locator("#send")).to_have_class("send busy")
-    page.keyboard.press("Escape")
-    settled(page)
+def test_escape_of_an_input_method_does_not_stop_an_answer(open_page, served, marks):
+    page = open_page(sampling={"temperature": 0})
+    with served.gate.held(after=20) as gate:
+        say(page, "Tell me all", wait=False)
+        length = grows(page)
+        press(prompt_of(page), "Escape", **marks)
+        gate.let(20)
+        grows(page, beyond=length)
+        expect(page.locator("#send")).to_have_class("send busy")
+        page.keyboard.press("Escape")
+        settled(page)
     expect(page.locator(".note")).to_contain_text("Stopped.")
 
 
@@ -143,16 +145,16 @@ def test_what_could_not_be_sent_goes_back_to_its_own_conversation(open_page):
     expect(prompt_of(page)).to_have_value("lost?")
 
 
-def test_a_new_name_is_kept_while_the_list_changes(open_page):
-    page = open_page(sampling={"max_tokens": 40})
-    say(page, "Slow", wait=False)
-    line = page.locator(".conversations li.current")
-    line.hover()
-    line.get_by_role("button", name="Rename Slow").click()
-    page.get_by_label("New title").fill("a new na")
-    page.evaluate(
-        "import('/assets/sidebar.js').then((sidebar) => sidebar.loadList())"
-    )  # as another tab's message would
+def test_a_new_name_is_kept_while_the_list_changes(open_page, served):
+    page = open_page()
+    with served.gate.held():
+        say(page, "Slow", wait=False)
+        line = page.locator(".conversations li.current")
+        line.hover()
+        line.get_by_role("button", name="Rename Slow").click()
+        page.get_by_label("New title").fill("a new na")
+    settled(page)  # its end loads the list
+    page.evaluate("import('/assets/sidebar.js').then((sidebar) => sidebar.loadList())")  # as another tab's would
     expect(page.get_by_label("New title")).to_have_value("a new na")
     page.keyboard.press("Enter")
     expect(line).to_have_text("a new na")
@@ -209,17 +211,18 @@ def test_a_quote_that_is_too_deep_leaves_the_other_messages(open_page, served):
     assert len(answers(page)) == 2
 
 
-def test_a_selection_survives_an_answer_and_its_end(open_page):
-    page = open_page(sampling={"temperature": 0, "seed": 1, "max_tokens": 300})
-    say(page, "Tell me all", wait=False)
-    expect(page.locator(".prose")).to_have_text(re.compile(".{20}", re.DOTALL))
-    page.evaluate(
-        """() => {
-          const text = document.querySelector(".prose p").firstChild;
-          getSelection().setBaseAndExtent(text, 2, text, 12);
-          window.selected = getSelection().toString();
-        }"""
-    )
+def test_a_selection_survives_an_answer_and_its_end(open_page, served):
+    page = open_page(sampling={"temperature": 0, "max_tokens": 100})
+    with served.gate.held(after=20):
+        say(page, "Tell me all", wait=False)
+        grows(page, beyond=19)
+        page.evaluate(
+            """() => {
+              const text = document.querySelector(".prose p").firstChild;
+              getSelection().setBaseAndExtent(text, 2, text, 12);
+              window.selected = getSelection().toString();
+            }"""
+        )
     settled(page)
     assert page.evaluate("selected.length === 10 && getSelection().toString() === selected")
 
@@ -230,24 +233,27 @@ def test_scrolling_up_a_little_stays_up_until_the_end_is_reached(open_page, serv
         question = served.store.add_message(conversation, parent, "user", f"q{i}")["id"]
         parent = served.store.add_message(conversation, question, "assistant", "", model="left", sampling={})["id"]
         served.store.save_answers([{"id": parent, "content": f"a{i}", "finish_reason": "stop"}])
-    page = open_page(sampling={"temperature": 0, "seed": 1, "max_tokens": 7000})
+    page = open_page(sampling={"temperature": 0})
     page.goto(f"{served.url}/#/{conversation}")
     settled(page)
-    say(page, "Tell me all", wait=False)
-    expect(page.locator(".prose").last).to_have_text(re.compile(".{200}", re.DOTALL))
-    rest = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
-    rest += "(document.querySelector('#scroll'))"
-    assert eventually(lambda: page.evaluate(rest) < 8)
-    page.locator("#scroll").hover()
-    page.mouse.wheel(0, -40)
-    assert eventually(lambda: page.evaluate(rest) > 30)
-    top = page.evaluate("document.querySelector('#scroll').scrollTop")
-    assert eventually(lambda: page.evaluate(rest) > 300)  # it grows below
-    assert abs(page.evaluate("document.querySelector('#scroll').scrollTop") - top) < 40
-    page.get_by_role("button", name="Go to the latest message").click()
-    assert eventually(lambda: page.evaluate(rest) < 8)
-    page.keyboard.press("Escape")
-    settled(page)
+    with served.gate.held(after=100) as gate:
+        say(page, "Tell me all", wait=False)
+        length = grows(page, beyond=99)  # a letter or more for each token
+        rest = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
+        rest += "(document.querySelector('#scroll'))"
+        assert eventually(lambda: page.evaluate(rest) < 8)
+        page.locator("#scroll").hover()
+        page.mouse.wheel(0, -40)
+        assert eventually(lambda: page.evaluate(rest) > 30)
+        top, before = page.evaluate("document.querySelector('#scroll').scrollTop"), page.evaluate(rest)
+        gate.let(600)
+        grows(page, beyond=length + 599)
+        assert page.evaluate(rest) > before + 60  # it grew below
+        assert abs(page.evaluate("document.querySelector('#scroll').scrollTop") - top) < 40
+        page.get_by_role("button", name="Go to the latest message").click()
+        assert eventually(lambda: page.evaluate(rest) < 8)
+        page.keyboard.press("Escape")
+        settled(page)
 
 
 def test_each_text_has_its_own_direction(open_page):
