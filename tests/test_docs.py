@@ -66,7 +66,7 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    "name", ["memory.md", "distributed.md", "python.md", "benchmark.md", "align.md", "../README.md"]
+    "name", ["memory.md", "distributed.md", "python.md", "benchmark.md", "align.md", "improve.md", "../README.md"]
 )
 def test_the_other_pages_run_too(name, tmp_path, model):
     write_data(tmp_path)

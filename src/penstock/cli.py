@@ -66,6 +66,11 @@ COMMANDS: dict[str, Command] = {
         "algorithms.distillation.distill:distill",
         example="penstock distill --model gpt2 --teacher gpt2-xl --data demonstrations.jsonl --out runs/distill",
     ),
+    "improve": Command(
+        "learn from the votes of a served model's users, and serve what is measured to be better",
+        "commands.improve.config:ImproveConfig", "commands.improve.command:improve", "run",
+        "penstock improve runs/live --model runs/sft --data-dir runs/serve",
+    ),
     "chat": Command(
         "talk with a model or a run in the terminal", "commands.config:ChatConfig", "commands.chat:chat", "model",
         "penstock chat runs/ppo",

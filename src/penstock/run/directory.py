@@ -18,6 +18,7 @@ import tomli_w
 
 from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.run import checkpoint
+from penstock.run.versions import Versions, served_model
 
 UNCLAIMED = {"lock", "log.txt"}
 """Files of a run that was killed before it wrote config.toml; a directory with only these counts as empty."""
@@ -104,8 +105,11 @@ def resolve_model(source: str, which: str = "model") -> str:
     """A run directory's best (or newest) weights of that name; anything else is returned unchanged.
 
     One checkpoint of a run may be named too (RUN/checkpoints/step-000100), and is verified. `which` falls back to
-    `model`, so that a critic can start from a reward run as well as from a ppo run.
+    `model`, so that a critic can start from a reward run as well as from a ppo run. A folder of versions is the one
+    that it serves.
     """
+    if Versions.exist(source):
+        source = served_model(source)[1]
     path = Path(source)
     if (path / "config.toml").exists():
         chosen = checkpoint.trusted(path / "checkpoints", lambda text: print(text, file=sys.stderr))

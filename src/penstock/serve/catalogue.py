@@ -28,6 +28,7 @@ from penstock.rollout import engine as engines
 from penstock.rollout.engine import Engine
 from penstock.run import checkpoint
 from penstock.run.directory import resolve_model
+from penstock.run.versions import Versions, served_model
 from penstock.serve.config import ServeConfig
 from penstock.serve.detokenize import Vocabulary, decoder_of
 from penstock.serve.scoring import reward_models
@@ -192,7 +193,8 @@ class Catalogue:
                 raise UserError(
                     f"--follow: {source} is no run with a checkpoint; leave --follow out to serve it as is."
                 )
-            path = resolve_model(str(Path(source) / "checkpoints" / newest))
+            named = source if Versions.exist(source) else str(Path(source) / "checkpoints" / newest)
+            path = resolve_model(named)
             self._seen[name] = newest
         if is_reward_model(path):
             model = reward_models.load(path, config.dtype, config.device)
@@ -255,10 +257,12 @@ def named_sources(arguments: Sequence[str], flag: str = "--model") -> dict[str, 
 
 
 def _latest(source: str) -> str | None:
-    """The name of a run's newest checkpoint."""
+    """The name of a run's newest checkpoint, or of the version that a folder of versions serves."""
     try:
+        if Versions.exist(source):
+            return served_model(source)[0]
         text = (Path(source) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, UserError):
         return None
     return text if checkpoint.NAME.fullmatch(text) else None
 

@@ -20,7 +20,7 @@ from penstock.commands.config import EvalConfig
 from penstock.commands.evaluate import answers_of, evaluate, interval
 from penstock.config import DataFlags, EngineFlags
 from penstock.data import formats
-from penstock.data.chat import Example
+from penstock.data.chat import Encoder, Example
 from penstock.data.records import Kind
 from penstock.models.roles import Actor
 from penstock.run.directory import resolve_model
@@ -89,36 +89,58 @@ def likelihoods(kind: Kind, file: Path, start: str, end: Path, flags: tuple[Data
 
 
 def _values(kind: Kind, file: Path, model: str, data: DataFlags, engine: EngineFlags) -> Any:
+    """`values` of the records in a file."""
+    return values(kind, *answer_logprobs(kind, formats.read([str(file)], kind).records, model, data, engine))
+
+
+def values(kind: Kind, records: Sequence[Any], answers: Sequence[Sequence[tuple[float, int] | None]]) -> Any:
     """Of each record its answer's log-probability per token; of each comparison the share of pairs in the right
     order."""
+    per_token = [[None if answer is None else answer[0] / answer[1] for answer in row] for row in answers]
+    if kind != "comparisons":
+        return numpy.array([row[-1] for row in per_token])  # the last answer of a conversation
+    pairs = [in_order(record.ranks, row) for record, row in zip(records, per_token, strict=True)]
+    return numpy.array([numpy.mean(of_record) if of_record else 0.5 for of_record in pairs])
+
+
+def in_order(ranks: Sequence[int], row: Sequence[float | None]) -> list[float]:
+    """Of each pair of different rank, whether the better answer has the higher value: one half where they are equal."""
+    read = [(rank, value) for rank, value in zip(ranks, row, strict=True) if value is not None]
+    return [(a > b) + (a == b) / 2 for better, a in read for worse, b in read if better < worse]
+
+
+def answer_logprobs(
+    kind: Kind, records: Sequence[Any], model: str, data: DataFlags, engine: EngineFlags
+) -> tuple[list[Any], list[list[tuple[float, int] | None]]]:
+    """The records that a model can read, and of each its answers' log-probabilities, summed, and their tokens: None for
+    an answer that does not fit."""
     source, strategy = resolve_model(model), strategy_of(placed(engine))
     with strategy.init():
         actor = Actor.from_pretrained(source).eval().requires_grad_(False)
     encoder = encoder_of(source, actor.decoder.config, data)
-    records, encoded, _, _ = encode_all(encoder, formats.read([str(file)], kind).records, kind)
+    records, rows = answer_rows(encoder, records, kind)
     stream = strategy.prepare(actor)
 
-    def read(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
-        counts = rows.trained.sum(1)
-        return fn.unpack(response_logprobs(actor, hidden, rows), counts).sum(1).double().cpu() / counts.cpu()
+    def read(hidden: torch.Tensor, batch: Rows) -> torch.Tensor:
+        return fn.unpack(response_logprobs(actor, hidden, batch), batch.trained.sum(1)).sum(1).double().cpu()
 
-    def of(examples: Sequence[Example]) -> Any:
-        batches = [
-            rows_of(examples[i : i + TOGETHER], strategy.world.device) for i in range(0, len(examples), TOGETHER)
-        ]
-        with strategy.phase("score"):
-            return torch.cat(strategy.evaluate(stream, batches, read)).numpy()
+    examples = [example for row in rows for example in row if example is not None]
+    batches = [rows_of(examples[i : i + TOGETHER], strategy.world.device) for i in range(0, len(examples), TOGETHER)]
+    with strategy.phase("score"):
+        sums = iter(torch.cat(strategy.evaluate(stream, batches, read)).tolist() if batches else ())
+    tokens = [[None if example is None else sum(example.trained) for example in row] for row in rows]
+    return records, [[None if count is None else (next(sums), count) for count in row] for row in tokens]
 
+
+def answer_rows(encoder: Encoder, records: Sequence[Any], kind: Kind) -> tuple[list[Any], list[list[Example | None]]]:
+    """The records that a model can read, each once, and the rows of their answers: None for one that does not fit."""
+    kept, encoded, _, _ = encode_all(encoder, records, kind)
     if kind != "comparisons":
-        values = dict(zip(map(id, records), of(encoded), strict=True))  # the last row of a record that is several
-        return numpy.array([*values.values()])
-    examples = [
-        Example([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
-        for prompt, rows in encoded for ids in rows if ids  # those that fit
-    ]  # fmt: skip
-    logprobs, shares = iter(of(examples)), []
-    for record, (_, rows) in zip(records, encoded, strict=True):
-        own = [(rank, next(logprobs)) for rank, ids in zip(record.ranks, rows, strict=True) if ids]
-        pairs = [(a > b) + (a == b) / 2 for better, a in own for worse, b in own if better < worse]
-        shares.append(float(numpy.mean(pairs)) if pairs else 0.5)
-    return numpy.array(shares)
+        rows: dict[int, list[Example | None]] = {}
+        for record, example in zip(kept, encoded, strict=True):
+            rows.setdefault(id(record), []).append(example)
+        return [*{id(record): record for record in kept}.values()], [*rows.values()]
+    return kept, [
+        [Example([*prompt, *ids], [False] * len(prompt) + [True] * len(ids)) if ids else None for ids in answers]
+        for prompt, answers in encoded
+    ]

@@ -103,7 +103,7 @@ def look(config: AlignConfig, say: Callable[[str], None]) -> Inventory:
         records[kind], rows[kind] = _encoded(say, encoder, records[kind], kind, config)
     lengths = {kind: Lengths.of(rows[kind], len(records[kind])) for kind in records}
     if "prompts" not in records:
-        records["prompts"] = _prompts_of([record for kind in KINDS for record in records.get(kind, ())])
+        records["prompts"] = prompts_of([record for kind in KINDS for record in records.get(kind, ())])
         rows["prompts"] = [(len(encoder.encode_prompt(record)), 0) for record in records["prompts"]]
     verifier = None if config.reward or config.reward_fn else verifier_of(records["prompts"])
     answers = [tokens for kind, of_kind in rows.items() if kind != "prompts" for _, tokens in of_kind]
@@ -168,7 +168,7 @@ def speaks(encoder: Encoder) -> bool:
     return encoder.tokenizer is not None and encoder.template.own and encoder.template.chats
 
 
-def _prompts_of(records: Sequence[Any]) -> list[Prompt]:
+def prompts_of(records: Sequence[Any]) -> list[Prompt]:
     """What records that have answers ask, each once."""
     prompts: dict[str, Prompt] = {}
     for record in records:

@@ -1,0 +1,64 @@
+"""What the votes so far have taught, to judge new votes before anything learns from them.
+
+With comparisons it is a reward model of all trusted ones that are learned, made anew when they change. With votes on
+single answers alone, which make no reward model, it is the newest model that learned from trusted votes: the score is
+how its log-probabilities differ from those of the model to start from.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from penstock.commands.align.command import STATE
+from penstock.commands.improve import scores
+from penstock.commands.improve.config import ImproveConfig
+from penstock.commands.improve.labels import Label, counts, digest_of, folder_of, write
+from penstock.commands.improve.rule import Agreement, Scores, agreement
+from penstock.commands.improve.scores import Reading
+from penstock.commands.improve.training import Say, learned
+from penstock.run.versions import TRUSTED, Versions
+
+FEWEST = 40
+"""Comparisons that a reward model is made of at least; fewer say too little."""
+
+
+class Judge(NamedTuple):
+    """A model that scores answers as earlier votes would."""
+
+    model: str
+    reward: bool
+    """Whether it is a reward model; else its log-probabilities are compared with those of the start."""
+    start: str
+    apply_chat_template: bool
+    """How it reads plain prompts."""
+
+    def scores(self, labels: Sequence[Label], reading: Reading) -> Scores:
+        data = dataclasses.replace(reading.data, apply_chat_template=self.apply_chat_template)
+        reading = reading._replace(data=data)
+        if self.reward:
+            return scores.of_reward_model(self.model, labels, reading)
+        return scores.log_ratios(self.model, self.start, labels, reading)
+
+    def agreement(self, labels: Sequence[Label], reading: Reading) -> Agreement:
+        return agreement(labels, self.scores(labels, reading))
+
+
+def judge_of(config: ImproveConfig, versions: Versions, trusted: Sequence[Label], say: Say) -> Judge | None:
+    """What trusted labels of earlier rounds teach; None where that is too little."""
+    start = versions.model(0)
+    known = [label for label in trusted if label.kind == "comparisons" and not label.heldout]
+    if counts(known)["comparisons"] >= FEWEST:
+        out = versions.path / "judges" / digest_of(known)
+        file = out / "comparisons.jsonl"
+        if not file.exists():
+            write(file, [label.record for label in known])
+        say(f"a reward model of {len(known):,} comparisons of earlier rounds judges the new votes")
+        state = learned(config, start, [file], ("reward",), out, say)
+        return Judge(str(out / "reward"), True, start, state["apply_chat_template"])
+    for number, row in sorted(versions.numbered.items(), reverse=True):
+        sources = versions.learned(number)
+        if row.get("model") and sources and all(versions.states[source] == TRUSTED for source in sources):
+            state = json.loads((folder_of(versions, number) / STATE).read_text(encoding="utf-8"))
+            return Judge(versions.model(number), False, start, state["apply_chat_template"])
+    return None

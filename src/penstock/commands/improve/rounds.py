@@ -1,0 +1,183 @@
+"""One round: gather, judge the new votes, learn, measure, decide. A round that was stopped goes on where it was.
+
+[Note: what a round learns] Votes that are trusted and that the served version has not learned: those of this round,
+of rounds whose candidate was not better, and of none that was refused or withdrawn. It learns them from the served
+version, which is its reference too, so a version is one step away from the one before it. A reward model is made of all
+trusted comparisons, whoever learned them.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from penstock.commands.improve import measure, rule
+from penstock.commands.improve.config import ImproveConfig
+from penstock.commands.improve.judges import Judge, judge_of
+from penstock.commands.improve.labels import (
+    ARRIVED,
+    Gathered,
+    Label,
+    counts,
+    digest_of,
+    folder_of,
+    gather,
+    single,
+    write,
+)
+from penstock.commands.improve.measure import Models
+from penstock.commands.improve.scores import Reading
+from penstock.commands.improve.training import Say, learned
+from penstock.config import EngineFlags, as_data_flags
+from penstock.errors import UserError
+from penstock.run.checkpoint import write_whole
+from penstock.run.versions import TRUSTED, WAITING, Versions
+
+
+def improve_once(config: ImproveConfig, versions: Versions, say: Say) -> dict[str, Any] | None:
+    """Runs a round, or goes on with one; returns the version that it added, None where too few votes are new."""
+    with versions.round():
+        versions.read()
+        round_ = Round(config, versions, say)
+        if not round_.begin():
+            return None
+        row = round_.run()
+        versions.add(**row)
+        return versions.numbered[row["version"]]
+
+
+class Round:
+    """A round in work."""
+
+    def __init__(self, config: ImproveConfig, versions: Versions, say: Say) -> None:
+        self.config, self.versions, self.say = config, versions, say
+        self.number = max(versions.numbered) + 1
+        self.folder = folder_of(versions, self.number)
+        engine = EngineFlags(**{field.name: getattr(config, field.name) for field in dataclasses.fields(EngineFlags)})
+        self.reading = Reading(as_data_flags(config, apply_chat_template=bool(config.apply_chat_template)), engine)
+
+    def begin(self) -> bool:
+        """Gathers labels; False where there are too few new ones."""
+        config, file = self.config, self.folder / ARRIVED
+        self.parent, self.began = self.versions.current, time.time()
+        gathered = gather(config, self.versions, self.folder, self.number)
+        if file.exists():
+            state = json.loads(file.read_text(encoding="utf-8"))
+            self.parent, self.began, known = state["parent"], state["began"], set(state["new"])
+            new = [label for label in gathered.new if label.id in known]
+            late = {label.id for label in gathered.new} - known  # they come with the next round
+            gathered = Gathered([label for label in gathered.labels if label.id not in late], new)
+            self.say(f"version {self.number}: goes on")
+        elif len(gathered.new) < config.least:
+            shutil.rmtree(self.folder)
+            self.say(
+                f"{self.versions.path}: {len(gathered.new)} new votes and comparisons, and a round waits for "
+                f"{config.least} (--least); version {self.parent} stays"
+            )
+            return False
+        else:
+            ids = [label.id for label in gathered.new]
+            write_whole(file, json.dumps({"parent": self.parent, "began": self.began, "new": ids}))
+        self.labels, self.new = gathered
+        newer = counts(self.new)
+        self.say(f"version {self.number}: {newer['comparisons']:,} comparisons and {newer['votes']:,} votes are new")
+        return True
+
+    def run(self) -> dict[str, Any]:
+        """The new version's line."""
+        trusted = [label for label in self.labels if self.versions.states.get(label.version) == TRUSTED]
+        judge = judge_of(self.config, self.versions, trusted, self.say)
+        state, why, examined = self.examine(judge, trusted)
+        changed = self.again(judge, trusted) if state == TRUSTED else {}
+        row = {
+            "version": self.number, "parent": self.parent, "state": state, "changed": changed, "began": self.began,
+            "new": counts(self.new) | {"sha256": digest_of(self.new)}, "examined": examined, "learned": [],
+        }  # fmt: skip
+        self.say(f"new votes are {state}: {why}")
+        if state != TRUSTED:
+            return row | self.ended("refused", why)
+        allowed = {label.version for label in trusted} | {self.number}
+        allowed |= {number for number, now in changed.items() if now == TRUSTED}
+        usable = [label for label in self.labels if label.version in allowed]
+        heldout = [label for label in usable if label.heldout]
+        if (conversations := len({label.opening for label in heldout})) < rule.FEWEST:
+            few = f"{conversations} conversations are held out, and {rule.FEWEST} are the fewest that can tell a gain"
+            return row | self.ended("kept aside", few)
+        before = self.versions.learned(self.parent)
+        train = [label for label in usable if not label.heldout]
+        fresh = [label for label in train if label.version not in before]
+        row["learned"] = sorted({label.version for label in fresh})
+        return row | self.learn_and_measure(train, fresh, heldout, judge)
+
+    # --- the votes ----------------------------------------------------------------------------------------------------
+
+    def examine(self, judge: Judge | None, trusted: Sequence[Label]) -> tuple[str, str, dict[str, Any]]:
+        """Whether the new votes may be learned: the state, why, and the figures."""
+        if judge is None:
+            return *rule.verdict(None, None), {}
+        known = judge.agreement([label for label in trusted if label.heldout], self.reading)
+        self.known, agreed = known, judge.agreement(self.new, self.reading)
+        figures = {"new": agreed.as_dict(), "known": known.as_dict(), "by": "reward model" if judge.reward else "model"}
+        return *rule.verdict(agreed, known), figures
+
+    def again(self, judge: Judge | None, trusted: Sequence[Label]) -> dict[int, str]:
+        """Votes of earlier rounds that were too few to tell, judged by what is known now."""
+        changed = {}
+        for number, state in self.versions.states.items():
+            waiting = [label for label in self.labels if label.version == number]
+            if state == WAITING and judge is not None and waiting:
+                now, why = rule.verdict(judge.agreement(waiting, self.reading), self.known)
+                if now != WAITING:
+                    changed[number] = now
+                    self.say(f"votes that came with version {number} are {now}: {why}")
+        return changed
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def learn_and_measure(
+        self, train: Sequence[Label], fresh: Sequence[Label], heldout: Sequence[Label], judge: Judge | None
+    ) -> dict[str, Any]:
+        """Trains a candidate, measures it, and decides."""
+        config, versions = self.config, self.versions
+        stages, why = rule.way(counts(fresh), counts(train))
+        if config.stages:
+            stages, why = config.stages, "--stages says so"
+        self.say(f"{' + '.join(stages)}: {why}")
+        served, file = versions.model(self.parent), self.file(stages, train, fresh)
+        state = learned(config, served, [file], stages, self.folder, self.say)
+        run = f"{self.folder.name}/{stages[-1]}"
+        models = Models(str(versions.path / run), served, versions.model(0))
+        reading = self.reading._replace(data=as_data_flags(config, apply_chat_template=state["apply_chat_template"]))
+        checks, votes = measure.held_out_votes(models, heldout, self.number, reading)
+        flags = {name: state[name] for name in ("max_new_tokens", "apply_chat_template")}
+        more, answers = measure.answers(config, models, heldout, judge, self.folder, flags)
+        checks += measure.regressions(config, models, reading) + more
+        better, reason = rule.promoted(checks)
+        versions.read()
+        if versions.current != self.parent:
+            better, reason = False, f"version {versions.current} is served by now, and this was compared with another"
+        peaks = [max(stage["peak"]["process"] for stage in state["plan"]), 0]
+        peaks[1] = max(taken["peak_bytes"] for taken in state["taken"].values())
+        return {
+            "way": [*stages], "why_way": why, "model": run, "votes": counts(fresh) | {"sha256": digest_of(fresh)},
+            "heldout": counts(heldout) | {"sha256": digest_of(heldout)}, "agreement": votes, "answers": answers,
+            "checks": [check.as_dict() for check in checks], "memory": {"planned": peaks[0], "taken": peaks[1]},
+            **self.ended("promoted" if better else "kept aside", reason),
+        }  # fmt: skip
+
+    def file(self, stages: Sequence[str], train: Sequence[Label], fresh: Sequence[Label]) -> Path:
+        """What the stages learn from. See [Note: what a round learns]."""
+        if stages[-1] == "kto":
+            return write(self.folder / "learned" / "votes.jsonl", [*single(fresh)])
+        compared = train if "reward" in stages else fresh
+        records = [label.record for label in compared if label.kind == "comparisons"]
+        if not records:
+            raise UserError(f"--stages {' '.join(stages)}: learns from comparisons, and there are none; give kto.")
+        return write(self.folder / "learned" / "comparisons.jsonl", records)
+
+    def ended(self, decision: str, why: str) -> dict[str, Any]:
+        self.say(f"version {self.number}: {decision}: {why}")
+        return {"decision": decision, "why": why, "seconds": time.time() - self.began}

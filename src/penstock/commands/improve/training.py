@@ -1,0 +1,66 @@
+"""The training of a round: the stages, placements and batches of `penstock align`, on labels that are chosen here.
+
+Memory is what the planner says is free beside the server, or --device-memory and --host-memory; what does not fit is
+refused. A round that was stopped goes on from its checkpoints.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from penstock.commands.align.choice import Route
+from penstock.commands.align.command import STATE, check_disk, save, train, with_data
+from penstock.commands.align.config import AlignConfig
+from penstock.commands.align.inventory import look
+from penstock.commands.align.planning import Machine, Plan, Planner
+from penstock.commands.improve.config import ImproveConfig
+from penstock.errors import ResourceError
+from penstock.flags import flags_of, to_dict
+
+Say = Callable[[str], None]
+
+
+def learned(
+    config: ImproveConfig, model: str, files: Sequence[Path], stages: Sequence[str], out: Path, say: Say
+) -> dict[str, Any]:
+    """Runs stages on labels from a model, each a run in `out`, and returns what align.json keeps of them. Raises
+    ResourceError where they do not fit beside what is there."""
+    if (out / STATE).exists():
+        state = json.loads((out / STATE).read_text(encoding="utf-8"))
+    else:
+        state = begun(align_config(config, model, files, out), stages, out, say)
+    train(state, out, say)
+    return state
+
+
+def align_config(config: ImproveConfig, model: str, files: Sequence[Path], out: Path) -> AlignConfig:
+    """The flags of a round as `penstock align` has them; nothing is held out of what is to be learned."""
+    known = {flag.name for flag in flags_of(AlignConfig)} - {"stages", "data", "out", "model", "heldout"}
+    flags = {name: value for name, value in to_dict(config).items() if name in known and value != "none"}
+    return AlignConfig.of(**flags, model=model, data=tuple(map(str, files)), out=str(out), heldout=0.0)
+
+
+def begun(config: AlignConfig, stages: Sequence[str], out: Path, say: Say) -> dict[str, Any]:
+    """Looks at model and labels, plans, and writes what the stages read."""
+    of_stages = [text for text in config.set if text.split(".")[0] in stages]
+    config = dataclasses.replace(config, set=tuple(of_stages))
+    inventory = look(config, say)
+    planner = Planner(config, inventory, Machine.of(config))
+    plan: Plan | None = next(iter(planner.fitting(Route(tuple(stages), ()))), None)
+    if plan is None:
+        raise ResourceError(
+            f"{' + '.join(stages)} does not fit beside what runs here; with {planner.lacking} it would. Wait until "
+            "memory is free, give a smaller --max-length, or --learns lora."
+        )
+    check_disk(plan, out)
+    inventory.write(out / "data")
+    plan = with_data(plan, out)
+    state = {
+        "stages": [dataclasses.asdict(stage.stage) | {"steps": stage.duration.steps} for stage in plan.stages],
+        "plan": [stage.as_dict() for stage in plan.stages], "learns": plan.learns, "taken": {},
+        "max_new_tokens": inventory.max_new_tokens, "apply_chat_template": inventory.flags.apply_chat_template,
+    }  # fmt: skip
+    save(out, state)
+    return state
