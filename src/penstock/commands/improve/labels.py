@@ -93,8 +93,8 @@ def sources(config: ImproveConfig, folder: Path) -> dict[Kind, list[str]]:
         if kind not in KINDS:
             raise UserError(f"--data {text}: has {kind}; a round learns from comparisons and votes.")
         files[kind].append(text)
-    here = (Path(config.data_dir) / "penstock.db").exists()
-    if config.database is None and not here:
+    served = (Path(config.data_dir) / "penstock.db").exists()
+    if config.database is None and not served:
         if not config.data:
             raise UserError(
                 f"--data-dir {config.data_dir}: there is no penstock.db in it, and no --data; name the directory of "
