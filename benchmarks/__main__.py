@@ -22,6 +22,7 @@ BENCHMARKS = {
     "lm_eval": ("lm_eval:main", "lm-eval through our server against its own hf model: the same scores"),
     "serve": ("serve:main", "load, fuzz, clients: the chat service from outside"),
     "demo": ("demo:main", "what the demo takes and what it learns"),
+    "improve": ("improve:main", "the loop with simulated users, and rounds of flipped votes"),
     "reward_scale": ("reward_scale:main", "PPO under offsets and scales of the reward: the same policy"),
     "kills": ("kills:main", "kill -9 and resume: the same bytes as an undisturbed run"),
     "planted_bugs": ("planted_bugs:main", "wrong lines planted in the source: the tests must fail"),

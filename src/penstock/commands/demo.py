@@ -99,21 +99,8 @@ def one_seed(out: Path, seed: int, algorithms: bool = False) -> SeedResult:
     started = time.perf_counter()
     world, rng = Toyland(seed), random.Random(f"demo {seed}")
     trained_on, heldout = world.split(seed, HELDOUT)
-    data, untrained = out / "data", out / "untrained"
-    data.mkdir(parents=True, exist_ok=True)
-
-    # A base model that has read about animals but never answered anybody.
-    corpus = [world.text(rng) for _ in range(9600)]
-    demonstrators = [(q, world.demonstration(q, rng)) for q in trained_on[:1500]]
-    save_untrained(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]], seed)
-    write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
-    flags = {"model": str(untrained), "lr": 5e-3, "heldout": 0.02, "samples": 0}
-    base = run_stage(Stage("sft", {**flags_of_run(data / "corpus.jsonl", seed), **flags}, name="base"), out)
-
-    # Stage 1: demonstrations.
-    write_lines(data / "demonstrations.jsonl", [{"prompt": q.prompt, "response": a} for q, a in demonstrators])
-    flags = {"lr": 1.5e-3, "epochs": 3, "max_new_tokens": RESPONSE_TOKENS}
-    tuned = run_stage(Stage("sft", {**flags_of_run(data / "demonstrations.jsonl", seed), **flags}, begins="base"), out)
+    base, tuned = taught(out, seed, world, trained_on, rng)
+    data = out / "data"
 
     # Stage 2: labellers rank K = 4 answers of the SFT model by gold plus noise; the reward model sees ranks only.
     comparisons = label(world, tuned, trained_on[1500:3000], seed + 1, rng)
@@ -134,6 +121,25 @@ def one_seed(out: Path, seed: int, algorithms: bool = False) -> SeedResult:
         best = result.golds[f"best of {BEST_OF}"]
         result.facts["algorithms"] = compare(out, seed, world, heldout, best)
     return result
+
+
+def taught(out: Path, seed: int, world: Toyland, trained_on: list[Question], rng: random.Random) -> tuple[Path, Path]:
+    """The runs of a base model and of stage 1, which learns to answer from demonstrations."""
+    data, untrained = out / "data", out / "untrained"
+    data.mkdir(parents=True, exist_ok=True)
+
+    # The base model has read about animals but never answered anybody.
+    corpus = [world.text(rng) for _ in range(9600)]
+    demonstrators = [(q, world.demonstration(q, rng)) for q in trained_on[:1500]]
+    save_untrained(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]], seed)
+    write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
+    flags = {"model": str(untrained), "lr": 5e-3, "heldout": 0.02, "samples": 0}
+    base = run_stage(Stage("sft", {**flags_of_run(data / "corpus.jsonl", seed), **flags}, name="base"), out)
+
+    write_lines(data / "demonstrations.jsonl", [{"prompt": q.prompt, "response": a} for q, a in demonstrators])
+    flags = {"lr": 1.5e-3, "epochs": 3, "max_new_tokens": RESPONSE_TOKENS}
+    tuned = run_stage(Stage("sft", {**flags_of_run(data / "demonstrations.jsonl", seed), **flags}, begins="base"), out)
+    return base, tuned
 
 
 def save_untrained(directory: Path, texts: list[str], seed: int) -> None:
