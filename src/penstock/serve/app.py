@@ -19,6 +19,7 @@ from penstock.serve.metrics import CONTENT_TYPE
 from penstock.serve.middleware import AccessMiddleware, Application
 from penstock.serve.scoring import score_api
 from penstock.serve.service import Life, Service, service_of
+from penstock.serve.versions import versions_api
 
 
 def build(service: Service) -> Application:
@@ -41,7 +42,8 @@ def build(service: Service) -> Application:
         servers=[{"url": service.config.root_path}] if service.config.root_path else None,
     )
     app.state.service = service
-    for router in (openai_api.v1, score_api.scores, server_api, page_api.api, static_files.pages):
+    rooms = (versions_api.versions_api,)
+    for router in (openai_api.v1, score_api.scores, server_api, page_api.api, *rooms, static_files.pages):
         app.include_router(router)
     app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]
     inner: Application = AccessMiddleware(app, lambda: service.keys, service.metrics, service.config.root_path)

@@ -36,7 +36,7 @@ SEND_SECONDS = 60.0
 """For a client to read what was sent; the request of a slower one is cancelled."""
 LINGER_BYTES, LINGER_SECONDS = 256 * 2**20, 5.0
 """So much of a refused body is read and dropped: a connection that is closed at once loses the answer too."""
-PUBLIC = re.compile(r"/|/health|/favicon\.ico|/assets/.*")
+PUBLIC = re.compile(r"/|/versions|/health|/favicon\.ico|/assets/.*")
 """Paths that need no key: the page's files, which hold no secret, and the server's health."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 HEADERS = (

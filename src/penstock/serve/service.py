@@ -25,6 +25,7 @@ from penstock.serve.openai_requests import EncodedRequest
 from penstock.serve.scheduler import BusyError, Generation, Scheduler
 from penstock.serve.scoring.reward_models import ServedReward
 from penstock.serve.store import Store
+from penstock.serve.versions.rounds import Rounds
 
 Result = TypeVar("Result")
 Kind = TypeVar("Kind", ServedModel, ServedReward)
@@ -50,6 +51,7 @@ class Service:
         self.catalogue, self.metrics = Catalogue(config), Metrics()
         self.keys = Keys(store, config.per_key)
         self.answers = Answers(store, self.cancel, self.metrics.generated)
+        self.rounds = Rounds(config)
         self.scheduler: Scheduler | None = None
         self.draining = False
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")

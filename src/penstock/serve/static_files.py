@@ -48,10 +48,22 @@ def hashed(text: str) -> str:
 
 @pages.get("/")
 async def index(request: Request) -> Response:
-    """The page."""
-    if "index.html" not in files():
-        raise ApiError(404, "this installation has no chat page; the API is at /v1.")
-    body, _, media_type = files()["index.html"]
+    """The page to chat in."""
+    return _page("index.html", request)
+
+
+@pages.get("/versions")
+async def versions(request: Request) -> Response:
+    """The page of versions."""
+    if request.scope.get("raw_path", b"").endswith(b"/"):  # the page's relative addresses do not work below it
+        return Response(status_code=308, headers={"location": "../versions"})
+    return _page("versions/versions.html", request)
+
+
+def _page(name: str, request: Request) -> Response:
+    if name not in files():
+        raise ApiError(404, "this installation has no pages; the API is at /v1.")
+    body, _, media_type = files()[name]
     page = hashed(body.decode()).encode()
     tag = f'"{hashlib.sha256(page).hexdigest()[:16]}"'
     if request.headers.get("if-none-match") == tag:
@@ -62,7 +74,7 @@ async def index(request: Request) -> Response:
 @pages.get("/assets/{path:path}")
 async def asset(path: str, request: Request) -> Response:
     """One of its files."""
-    if path not in files() or path == "index.html":
+    if path not in files() or path.endswith(".html"):
         raise ApiError(404, "the page has no such file.")
     body, version, media_type = files()[path]
     cache = FOREVER if request.query_params.get("v") == version else "no-cache"

@@ -62,6 +62,14 @@ export const votes = {
   pair: (shown, chosen_id) => json("POST", "api/votes", { kind: "pair", shown, chosen_id }),
 };
 
+export const versions = {
+  list: () => json("GET", "api/versions"),
+  serve: (model, version) => json("POST", "api/versions/serve", { model, version }),
+  trust: (model, version, trusted) => json("POST", "api/versions/trust", { model, version, trusted }),
+  begin: (model) => json("POST", "api/versions/rounds", { model }),
+  stop: (model) => json("POST", "api/versions/rounds/stop", { model }),
+};
+
 const message = (id, messageId) => `${at(id)}/messages/${encodeURIComponent(messageId)}`;
 
 /** Answers live on the server. Three ways to see one grow: each gives its events as they arrive: the message with its
