@@ -1,6 +1,6 @@
 """Do the tests notice? Plants the classic mistakes of RLHF code, one at a time, and runs the tests on each.
 
-    python -m benchmarks planted_bugs [--only WORD] [--jobs 2]
+    python -m benchmarks planted_bugs [--only WORD | --new] [--jobs 2]
 
 Each line of BUGS is one wrong line in a copy of src/ (the tree itself is not touched). A bug is caught when a test of
 DIRECTORIES fails on it that passes on the unchanged copy. A bug meets first the test that caught it last time (results/
@@ -21,11 +21,13 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from benchmarks.facts import RESULTS, ROOT, flags, write
 
 DIRECTORIES = (
-    "algorithms", "data", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk", "run",
+    "algorithms", "data", "rollout", "memory", "models", "kernels", "distributed", "planner", "autochunk", "run", "commands",
+    "serve",
 )  # fmt: skip
 FIRST = (
     "algorithms/test_functional.py", "algorithms/test_experience.py", "algorithms/test_reading.py",
@@ -468,24 +470,29 @@ def plant(copy: Path, file: str, right: str, wrong: str) -> None:
 
 def files_in_order(file: str = "") -> list[str]:
     """Every file of tests: those of a source file first, then FIRST and the others of its folder, then FIRST."""
-    mirror = ROOT / "tests" / file
-    first = [ROOT / "tests" / path for path in FIRST]
+    tests = ROOT / "tests"
+    mirror, first = tests / file, [tests / path for path in FIRST]
     paths = sorted(mirror.parent.glob(f"test_{mirror.stem}*.py")) if file else []
     paths += sorted(mirror.parent.parent.glob(f"test_{mirror.parent.name}*.py")) if file else []
     paths += [path for path in first if path.parent == mirror.parent]
     paths += sorted(mirror.parent.glob("test_*.py")) if file else []
     paths += first
     for directory in DIRECTORIES:
-        paths += sorted((ROOT / "tests" / directory).glob("test_*.py"))
+        paths += sorted((tests / directory).rglob("test_*.py"))
     return [str(path) for path in dict.fromkeys(path.relative_to(ROOT) for path in paths)]
+
+
+def records() -> list[dict[str, Any]]:
+    """What is known of each bug from the last time."""
+    result = RESULTS / "planted_bugs.json"
+    return json.loads(result.read_text(encoding="utf-8"))["bugs"] if result.exists() else []
 
 
 def recorded_tests() -> dict[str, str]:
     """By bug, the test that caught it last time, where it is now: a test is found again by its name."""
-    result = RESULTS / "planted_bugs.json"
     texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in files_in_order()}
     tests = {}
-    for record in json.loads(result.read_text(encoding="utf-8"))["bugs"] if result.exists() else []:
+    for record in records():
         path, _, name = record["by"].partition("::")
         definition = "def " + re.split(r"\W", name)[0] + "("
         paths = [path, *texts]
@@ -547,6 +554,7 @@ def main(arguments: list[str]) -> int:
     """Returns 1 when a bug was missed, or a test fails without any."""
     parser = flags(__doc__)
     parser.add_argument("--only", default="", help="a word of the file or of the bug; writes no result")
+    parser.add_argument("--new", action="store_true", help="bugs that have no record; the records of others stay")
     parser.add_argument("--jobs", type=int, default=1, help="bugs at a time")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -554,7 +562,8 @@ def main(arguments: list[str]) -> int:
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
     began, verdicts = time.time(), {}
-    bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}"]
+    known = {record["bug"]: record for record in records() if record["caught"]} if options.new else {}
+    bugs = [bug for bug in BUGS if options.only in f"{bug[0]} {bug[1]}" and bug[1] not in known]
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(options.jobs, get_context("fork")) as pool:
         for tree in ("src", "tests", "benchmarks/results"):  # tests/planner reads measured machines there
             ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -565,17 +574,16 @@ def main(arguments: list[str]) -> int:
                 f"{'caught' if result['by'] else 'MISSED'} {bug[0]:28} {bug[1]}  {' '.join(result.values())}",
                 flush=True,
             )
-            verdicts[bug] = result
+            verdicts[bug[1]] = {"file": bug[0], "bug": bug[1], "caught": bool(result["by"]), **result}
         tests = sorted({result["by"] for result in verdicts.values()} - {""})
         code, text = run_tests(Path(directory), tests) if tests else (0, "")
     control = "passed" if code == 0 else text[-2000:]
     print(f"the {len(tests)} tests that caught them, without any bug: {control}")
-    results = [
-        {"file": bug[0], "bug": bug[1], "caught": bool(result["by"]), **result} for bug, result in verdicts.items()
-    ]
-    caught = sum(record["caught"] for record in results)
-    print(f"{caught} of {len(results)} planted bugs were caught, {time.time() - began:.0f} s")
+    caught = sum(record["caught"] for record in verdicts.values())
+    print(f"{caught} of {len(verdicts)} planted bugs were caught, {time.time() - began:.0f} s")
     if not options.only:
-        summary = {"planted": len(results), "caught": caught, "control": control}
-        write("planted_bugs", {**summary, "seconds": time.time() - began, "bugs": results})
-    return int(caught < len(results) or code != 0)
+        results = [record for bug in BUGS for record in (known | verdicts).values() if record["bug"] == bug[1]]
+        summary = {"planted": len(results), "caught": sum(record["caught"] for record in results), "control": control}
+        new = {"new": len(verdicts)} if options.new else {}
+        write("planted_bugs", {**summary, **new, "seconds": time.time() - began, "bugs": results})
+    return int(caught < len(verdicts) or code != 0)

@@ -21,3 +21,11 @@ def test_most_bugs_start_with_the_test_that_caught_them_last_time():
     for test in recorded.values():
         path, name = test.split("::", 1)
         assert f"def {name.split('[')[0].split(':')[0]}(" in (planted_bugs.ROOT / path).read_text()
+
+
+def test_the_tests_of_every_folder_run_on_a_bug():
+    tests = planted_bugs.ROOT / "tests"
+    folders = {path.relative_to(tests).parts[0] for path in tests.glob("*/**/test_*.py")} - {"benchmarks"}
+    assert folders == set(planted_bugs.DIRECTORIES)
+    run = {planted_bugs.ROOT / path for path in planted_bugs.files_in_order("serve/store.py")}
+    assert {path for folder in folders for path in (tests / folder).rglob("test_*.py")} <= run
