@@ -1,0 +1,258 @@
+"""The page in Debian's Chromium, Firefox and WebKit: what browsers do differently, and what was once wrong in each.
+
+tests/serve/test_page*.py go through all of the page, in Chromium alone.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.serve.browser import KEY, ServedPage
+from tests.serve.conftest import eventually
+from tests.serve.webdriver import NEEDS, Browser, started
+
+pytest.importorskip("fastapi", reason="needs the server: pip install 'penstock[serve]'")
+
+STARTED = "document.querySelector('.welcome')?.offsetParent"
+LAST = "document.querySelector('#thread .turn:last-child:is(.assistant, .pair) .actions')"
+ENDED = f"{LAST} && !document.querySelector('#send.busy')"
+LENGTH = "([...document.querySelectorAll('.prose')].at(-1)?.textContent.length ?? 0)"
+WATCH = """
+  window.forbidden = [];
+  document.addEventListener("securitypolicyviolation", (event) => forbidden.push(event.violatedDirective));
+"""
+"""Notes what the page's policy forbids. From now on: what is there at the start is the same in all browsers."""
+IME = [{"isComposing": True}, {"keyCode": 229}]
+"""How browsers mark the keys of an input method; WebKit only by the code, at the confirmation."""
+
+
+@pytest.fixture(scope="module", params=NEEDS)
+def any_browser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with started(request.param, tmp_path_factory.mktemp(request.param)) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(any_browser: Browser, served: ServedPage) -> Iterator[Browser]:
+    """The page, logged in, in a browser that remembers nothing of another test. It must keep its own policy."""
+    any_browser.goto(f"{served.url}/assets/style.css")
+    known = json.dumps({"sampling": {"max_tokens": 12, "temperature": 0}})
+    any_browser.run("localStorage.clear(); localStorage['penstock.settings'] = values[0]", known)
+    any_browser.goto(f"{served.url}/#key={KEY}")
+    any_browser.until(STARTED)
+    any_browser.run(WATCH)
+    yield any_browser
+    assert any_browser.value("forbidden") == []
+
+
+def say(page: Browser, text: str) -> None:
+    page.click("#prompt")
+    page.type(text)
+    page.press("Enter")
+    shown(page, text)
+
+
+def shown(page: Browser, text: str) -> None:
+    page.until("[...document.querySelectorAll('.bubble')].at(-1)?.textContent.includes(values[0])", text)
+
+
+def grows(page: Browser, beyond: int = 0) -> int:
+    page.until(f"{LENGTH} > values[0]", beyond)
+    return page.value(LENGTH)
+
+
+def stored(page: Browser, served: ServedPage) -> list[dict[str, Any]]:
+    return served.store.messages(page.value("location.hash.slice(2)"))
+
+
+def opened(page: Browser, served: ServedPage, *turns: tuple[str, str]) -> None:
+    """Opens a conversation of these questions and answers."""
+    conversation, parent = served.store.add_conversation("stored", "")["id"], None
+    for question, answer in turns:
+        asked = served.store.add_message(conversation, parent, "user", question)["id"]
+        parent = served.store.add_message(conversation, asked, "assistant", "", model="left", sampling={})["id"]
+        served.store.save_answers([{"id": parent, "content": answer, "finish_reason": "stop"}])
+    page.goto(f"{served.url}/#/{conversation}")
+    page.until(ENDED)
+
+
+def endless(page: Browser) -> None:
+    """The next answers go on until they are stopped."""
+    page.run("localStorage['penstock.settings'] = values[0]", json.dumps({"sampling": {"temperature": 0}}))
+    page.reload()
+    page.until(STARTED)
+    page.run(WATCH)
+
+
+# --- answers that live on the server ----------------------------------------------------------------------------------
+def test_an_answer_goes_on_through_a_reload_and_is_stopped(page, served):
+    endless(page)
+    with served.gate.held(after=20) as gate:
+        say(page, "Tell me more")
+        length = grows(page, 19)
+        page.reload()
+        page.run(WATCH)
+        grows(page, length - 1)
+        gate.let(200)
+        grows(page, 200)  # a letter or more for each token
+        page.click("#send")
+        page.until(ENDED)
+    page.until("document.querySelector('.note').textContent.includes('Stopped.')")
+    [_, answer] = stored(page, served)
+    assert answer["finish_reason"] == "cancelled"
+    assert page.value("document.querySelector('.prose').textContent").split() == answer["content"].split()
+
+
+def test_an_edited_message_stops_its_answer_and_gets_another(page, served):
+    endless(page)
+    with served.gate.held(after=20) as gate:
+        say(page, "Tell me all")
+        grows(page)
+        page.click("[aria-label='Edit this message']")
+        page.until("document.activeElement.matches('[aria-label=\"Edit the message\"]')")
+        page.type(" of it")
+        page.press("Enter")
+        shown(page, "Tell me all of it")
+        assert eventually(lambda: stored(page, served)[1]["finish_reason"] == "cancelled")
+        gate.let(20)
+        grows(page)
+        page.press("Escape")
+        page.until(ENDED)
+    assert [message["finish_reason"] for message in stored(page, served)] == [None, "cancelled", None, "cancelled"]
+
+
+# --- what a person writes ---------------------------------------------------------------------------------------------
+def test_keys_of_an_input_method_do_not_send(page):
+    page.click("#prompt")
+    page.type("nihao")
+    for marks in IME:
+        page.run(
+            """const options = { key: "Enter", bubbles: true, cancelable: true, ...values[0] };
+            document.querySelector("#prompt").dispatchEvent(new KeyboardEvent("keydown", options));""",
+            marks,
+        )
+        assert page.value("document.querySelectorAll('.bubble').length") == 0
+    page.press("Enter")
+    shown(page, "nihao")
+    page.until(ENDED)
+
+
+def test_what_is_not_sent_waits_in_its_conversation(page, served):
+    say(page, "First")
+    page.until(ENDED)
+    link = page.value("location.hash")
+    page.click("#prompt")
+    page.type("half a question")
+    page.click("#new-chat")
+    page.until(STARTED)
+    assert page.value("document.querySelector('#prompt').value") == ""
+    page.click(f".conversations a[href='{link}']")
+    page.until("document.querySelector('#prompt').value === 'half a question'")
+    page.reload()
+    page.run(WATCH)
+    page.until("document.querySelector('#prompt')?.value === 'half a question'")
+
+
+def test_a_long_paste_is_folded_and_sent_whole(page, served):
+    pasted = "\n".join(f"line {i} of a long text" for i in range(4200))[:100_000]
+    page.run(
+        """const box = document.createElement("textarea");
+        document.body.append(box);
+        box.value = values[0];
+        box.select();""",
+        pasted,
+    )
+    page.press("Control", "c")
+    page.click("#prompt")
+    page.press("Control", "v")
+    page.until("document.querySelector('#prompt').value")
+    assert page.value("document.querySelector('#prompt').value.length") == len(pasted)
+    page.click("#send")
+    height = "document.querySelector('.bubble')?.getBoundingClientRect().height"
+    page.until(f"{height} > 0")
+    assert page.value(height) < 400
+    page.click(".bubble ~ .link, .bubble .link")
+    assert page.value(height) > 50_000
+    assert eventually(lambda: page.value("location.hash") != "")
+    assert stored(page, served)[0]["content"] == pasted
+
+
+@pytest.mark.parametrize("letter", ["\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301"])
+def test_a_title_ends_between_letters(page, letter):
+    message = "a" * 59 + letter + "b" * 9
+    fill = "const box = document.querySelector('#prompt'); box.value = values[0]; box.dispatchEvent(new Event('input'))"
+    page.run(fill, message)
+    page.click("#send")
+    shown(page, message)
+    page.until("document.title === values[0]", f"{'a' * 59}{letter} - penstock")
+    page.until(ENDED)
+
+
+# --- what a model writes ----------------------------------------------------------------------------------------------
+def test_markdown_of_all_scripts_and_formulas_are_drawn(page, served):
+    chinese = "\u8fd9\u662f**\u91cd\u70b9\u3002**\u540e\u9762"
+    texts = ["1~3 and 5~7, ~~no~~", chinese, "- [x] done", r"\(a^2\) and $$\frac{1}{2}$$"]
+    opened(page, served, ("Show", "\n\n".join(texts)))
+    page.until("document.querySelectorAll('.prose .math.typeset .katex').length === 2")
+    assert page.value("[...document.querySelectorAll('.prose del')].map((e) => e.textContent)") == ["no"]
+    assert page.value("document.querySelector('.prose strong').textContent") == "\u91cd\u70b9\u3002"
+    assert page.value("document.querySelector('.prose li .tick').ariaLabel") == "Done:"
+    assert page.value("document.querySelector('.prose .katex-html .mfrac').getBoundingClientRect().height") > 10
+    font = page.value("getComputedStyle(document.querySelector('.prose .katex')).fontFamily")
+    assert "KaTeX_Main" in font
+    assert page.run("await document.fonts.ready; return document.fonts.check('16px KaTeX_Main')")
+
+
+def test_a_quote_that_is_too_deep_leaves_the_other_messages(page, served):
+    opened(page, served, ("One", ">" * 20_000 + " deep"), ("Two", "The **second**."))
+    assert page.value("[...document.querySelectorAll('.bubble')].map((e) => e.textContent.trim())") == ["One", "Two"]
+    assert page.value("document.querySelector('.prose').textContent").rstrip().endswith("> deep")
+    assert page.value("document.querySelector('.prose strong').textContent") == "second"
+
+
+def test_thoughts_are_folded_and_each_text_has_its_own_direction(page, served):
+    hebrew = "\u05e9\u05dc\u05d5\u05dd?"
+    opened(page, served, (hebrew, "<think>why</think>because"))
+    direction = "getComputedStyle(document.querySelector(values[0])).direction"
+    assert page.value(direction, ".bubble") == "rtl"
+    assert page.value(direction, ".prose > p") == "ltr"
+    assert not page.value("document.querySelector('.thinking').open")
+    page.click(".thinking summary")
+    page.until("document.querySelector('.thinking').open")
+
+
+def test_a_selection_survives_an_answer_that_grows(page, served):
+    endless(page)
+    with served.gate.held(after=30) as gate:
+        say(page, "Tell me all")
+        length = grows(page, 29)
+        page.run(
+            """const text = document.querySelector(".prose p").firstChild;
+            getSelection().setBaseAndExtent(text, 2, text, 12);"""
+        )
+        selected = page.value("getSelection().toString()")
+        gate.let(20)
+        grows(page, length)
+        assert page.value("getSelection().toString()") == selected
+        page.press("Escape")
+        page.until(ENDED)
+    assert len(selected) == 10
+    assert page.value("getSelection().toString()") == selected
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+def test_what_the_policy_forbids_is_noticed(any_browser, served):
+    """The oracle of `page`, behind each of the other tests."""
+    any_browser.goto(f"{served.url}/assets/style.css")
+    any_browser.goto(f"{served.url}/#key={KEY}")
+    any_browser.until(STARTED)
+    any_browser.run(WATCH)
+    any_browser.run(
+        """const script = document.createElement("script");
+        script.textContent = "window.hurt = 1";
+        document.body.append(script);"""
+    )
+    any_browser.until("forbidden.length === 1")
+    assert not any_browser.value("window.hurt")
