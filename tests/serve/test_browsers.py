@@ -139,6 +139,16 @@ def test_keys_of_an_input_method_do_not_send(page):
     page.until(ENDED)
 
 
+def test_return_that_confirms_the_word_of_an_input_method_does_not_send_it(page):
+    page.click("#prompt")
+    page.compose("\u4f60\u597d")
+    page.until("document.querySelector('#prompt').value === values[0]", "\u4f60\u597d")
+    assert page.value("document.querySelectorAll('.bubble').length") == 0
+    page.press("Enter")
+    shown(page, "\u4f60\u597d")
+    page.until(ENDED)
+
+
 def test_what_is_not_sent_waits_in_its_conversation(page, served):
     say(page, "First")
     page.until(ENDED)

@@ -37,6 +37,7 @@ KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Control": "\ue009"}
 PATHS = {
     "Navigate": "url", "Refresh": "refresh", "ExecuteAsyncScript": "execute/async", "FindElement": "element",
     "ElementClick": "element/{id}/click", "PerformActions": "actions", "SetTimeouts": "timeouts",
+    "DevTools": "goog/cdp/execute",
 }  # fmt: skip
 CHROMIUM = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]}
 FIREFOX = {"marionette.port": 0, "browser.shell.checkDefaultBrowser": False, "app.update.enabled": False}
@@ -45,6 +46,20 @@ SCRIPT = """
 const values = [...arguments], done = values.pop();
 (async () => { %s })().then((value) => done({ value }), (error) => done({ error: String(error) }));
 """
+
+
+INPUT_METHOD = """
+const browser = Services.wm.getMostRecentWindow("navigator:browser");
+const method = Cc["@mozilla.org/text-input-processor;1"].createInstance(Ci.nsITextInputProcessor);
+method.beginInputTransactionForTests(browser);
+method.setPendingCompositionString(arguments[0]);
+method.appendClauseToPendingComposition(arguments[0].length, method.ATTR_RAW_CLAUSE);
+method.flushPendingComposition();
+const enter = new browser.KeyboardEvent("", { key: "Enter", code: "Enter" });
+method.commitComposition(enter);
+method.keyup(enter);
+"""
+"""Runs in Firefox itself, not in a page."""
 
 
 class WebDriverError(Exception):
@@ -99,6 +114,10 @@ class Browser(ABC):
         for letter in text:
             self.press(letter)
 
+    def compose(self, text: str) -> None:
+        """Writes a word with an input method, and confirms it with Return; skips where no command does."""
+        pytest.skip("this driver has no input method")
+
 
 class HttpBrowser(Browser):
     """A browser behind a driver's HTTP server."""
@@ -127,13 +146,28 @@ class HttpBrowser(Browser):
             raise WebDriverError(error.read().decode()) from None
 
 
+class Chromium(HttpBrowser):
+    """Its driver passes commands of the DevTools protocol on."""
+
+    def __init__(self, ends: ExitStack) -> None:
+        super().__init__("chromedriver", {"goog:chromeOptions": CHROMIUM}, ends)
+
+    def compose(self, text: str) -> None:
+        end = {"selectionStart": len(text), "selectionEnd": len(text)}
+        key = {"type": "rawKeyDown", "windowsVirtualKeyCode": 229, "key": "Process", "code": "Enter"}
+        self.command("DevTools", cmd="Input.imeSetComposition", params={"text": text, **end})
+        self.command("DevTools", cmd="Input.dispatchKeyEvent", params=key)
+        self.command("DevTools", cmd="Input.insertText", params={"text": text})
+
+
 class Firefox(Browser):
     """Marionette: [0, number, command, parameters], answered by [1, number, error, result], each behind its length."""
 
     def __init__(self, profile: Path, ends: ExitStack) -> None:
         lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in FIREFOX.items()]
         (profile / "user.js").write_text("\n".join(lines))
-        flags = ["--headless", "--width=1280", "--height=900", "--no-remote", "--marionette", "--profile", str(profile)]
+        flags = ["--headless", "--width=1280", "--height=900", "--no-remote", "--marionette"]
+        flags += ["--remote-allow-system-access", "--profile", str(profile)]
         ends.enter_context(_process("firefox-esr", *flags))
         port = profile / "MarionetteActivePort"
         assert eventually(lambda: port.exists() and port.read_text())
@@ -144,12 +178,22 @@ class Firefox(Browser):
         self.command("NewSession")
 
     def command(self, name: str, **parameters: Any) -> Any:
-        message = json.dumps([0, next(self._numbers), f"WebDriver:{name}", parameters]).encode()
+        return self._send(f"WebDriver:{name}", **parameters)
+
+    def _send(self, name: str, **parameters: Any) -> Any:
+        message = json.dumps([0, next(self._numbers), name, parameters]).encode()
         self._socket.sendall(b"%d:%b" % (len(message), message))
         _, _, error, result = self._read()
         if error is not None:
             raise WebDriverError(f"{error['error']}: {error['message']}")
         return result.get("value", result)
+
+    def compose(self, text: str) -> None:
+        self._send("Marionette:SetContext", value="chrome")
+        try:
+            self.command("ExecuteScript", script=INPUT_METHOD, args=[text])
+        finally:
+            self._send("Marionette:SetContext", value="content")
 
     def _read(self) -> Any:
         length = b""
@@ -197,7 +241,7 @@ def started(name: str, folder: Path) -> Iterator[Browser]:
         if name == "firefox":
             browser = Firefox(folder, ends)
         elif name == "chromium":
-            browser = HttpBrowser("chromedriver", {"goog:chromeOptions": CHROMIUM}, ends)
+            browser = Chromium(ends)
         else:
             options = {"binary": MINI_BROWSERS[-1], "args": ["--automation", "--geometry=1280x900"]}
             display = ends.enter_context(_display())
