@@ -346,11 +346,12 @@ def open_stream(server, **changes):
 @pytest.mark.parametrize("streamed", [True, False])
 def test_who_leaves_frees_his_rows_at_once(tmp_path, streamed):
     with running(tmp_path / "data", save_chatty(tmp_path / "tiny", max_length=4000)) as server:
-        scheduler = server.service.scheduler
-        connection = open_stream(server, stream=streamed, max_tokens=3900, n=3)
-        assert eventually(lambda: scheduler.rows_used == 3)
-        connection.close()
-        assert server.idle()
+        scheduler, model = server.service.scheduler, server.service.catalogue.models["tiny"]
+        with paused(model, lambda: not scheduler._orders.empty(), after=20):  # waits for the order to cancel
+            connection = open_stream(server, stream=streamed, max_tokens=3900, n=3)
+            assert eventually(lambda: scheduler.rows_used == 3)
+            connection.close()
+            assert server.idle()
         assert scheduler.tokens_made < 3 * 3900
         assert server.post(ASK).status == 200
 

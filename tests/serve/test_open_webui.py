@@ -12,7 +12,7 @@ import socket
 import pytest
 
 from tests.conftest import PATIENCE
-from tests.serve.conftest import KEY, eventually, running, save_chatty
+from tests.serve.conftest import KEY, eventually, paused, running, save_chatty
 
 HEADERS = {
     "accept": "*/*", "accept-encoding": "gzip, deflate, br", "user-agent": "Python/3.11 aiohttp/3.13.0",
@@ -142,9 +142,11 @@ def test_stopping_closes_the_connection_and_frees_the_row(tmp_path):
         lines = [f"{name}: {value}" for name, value in HEADERS.items()]
         lines += ["host: x", f"authorization: Bearer {KEY}", "content-type: application/json"]
         head = "POST /v1/chat/completions HTTP/1.1\r\n" + "\r\n".join([*lines, f"content-length: {len(body)}"])
-        with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
-            connection.sendall(f"{head}\r\n\r\n{body}".encode())
-            assert b"200 OK" in connection.recv(1024)
-            assert eventually(lambda: server.service.scheduler.tokens_made > 0)
-        assert server.idle()
-        assert server.service.scheduler.tokens_made < 3900
+        scheduler, model = server.service.scheduler, server.service.catalogue.models["tiny"]
+        with paused(model, lambda: not scheduler._orders.empty(), after=20):  # waits for the order to cancel
+            with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
+                connection.sendall(f"{head}\r\n\r\n{body}".encode())
+                assert b"200 OK" in connection.recv(1024)
+                assert eventually(lambda: scheduler.tokens_made > 0)
+            assert server.idle()
+        assert scheduler.tokens_made < 3900
