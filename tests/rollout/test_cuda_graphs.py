@@ -104,7 +104,7 @@ def test_a_step_never_waits_for_the_device_nor_reads_host_memory(name, int8):
     decoder = Decoder(FAMILIES[name], device="meta")
     if int8:
         quantise(decoder)
-    steps = Steps(decoder, KVCache(decoder, 8, 64), 8, 64)
+    steps = Steps(decoder, KVCache(decoder, 8, 64))
     with FromHost() as watch, torch.no_grad():
         states = steps._step(4, 64)
     assert states.shape[0] == 4
@@ -121,7 +121,7 @@ def test_the_watch_finds_what_it_looks_for():
 
 
 def test_sizes_are_few():
-    steps = Steps(Decoder(TINY), KVCache(Decoder(TINY), 1, 8), 60, 1000)
+    steps = Steps(Decoder(TINY), KVCache(Decoder(TINY), 60, 1000))
     assert [steps.size_of(rows, 5)[0] for rows in (1, 2, 3, 5, 8, 9, 17, 57, 60)] == [1, 2, 4, 8, 8, 16, 24, 60, 60]
     assert [steps.size_of(1, seen)[1] for seen in (1, 128, 129, 512, 513, 1000)] == [128, 128, 256, 512, 1000, 1000]
 
@@ -199,7 +199,7 @@ class OnGpu:
 @torch.no_grad()
 def recorder(sizes=(1, 2, 4)):
     decoder = Decoder(TINY, device="meta")
-    steps = Steps(decoder, KVCache(decoder, 8, 32), 8, 32)
+    steps = Steps(decoder, KVCache(decoder, 8, 32))
     steps._inputs = OnGpu(steps._inputs)
     for rows in sizes:
         steps._record(rows, 32)

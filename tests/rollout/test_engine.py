@@ -292,3 +292,32 @@ def test_a_shape_that_no_published_model_has_decodes_as_whole_rows_do(changes, d
         n = len(answer.prompt_ids)
         expected = torch.log_softmax(logits[n - 1 : -1], -1).gather(1, row[0, n:, None])[:, 0]
         assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_cache_is_made_for_what_runs_and_grows_with_it(fixed):
+    """Late rows and long answers among running ones: each is what it is in a cache made whole, to the bit."""
+    decoder = Decoder(dataclasses.replace(TINY, max_length=1024), generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(max_new_tokens=200, seed=5, ignore_eos=True)
+    prompts = [[1, 3], [1] * 120, [1, 7, 8], [1, 5] * 140, [1, 9]]
+    rooms, all_answers = [], []
+    for whole in (False, True):
+        engine = Engine(decoder, eos_ids=(EOS,), rows=64, fixed=fixed)
+        if whole:
+            engine.reserve()
+        answers = engine.submit(prompts[0], sampling)
+        engine.step()
+        rooms.append([(engine._cache.rows, engine._cache.slots)])
+        for episode, prompt in enumerate(prompts[1:], 1):
+            answers += engine.submit(prompt, sampling, episodes=[episode])
+            engine.step()
+            rooms[-1].append((engine._cache.rows, engine._cache.slots))
+        engine.run()
+        rooms[-1].append((engine._cache.rows, engine._cache.slots))
+        all_answers.append([(answer.response_ids, answer.logprobs) for answer in answers])
+    assert rooms[0] == [(1, 128), (2, 128), (4, 128), (4, 512), (8, 512), (8, 512)]
+    assert rooms[1] == [(64, 1024)] * 6
+    if fixed:  # sums of the attention of as many slots as a recording sees differ in their order
+        assert [ids for ids, _ in all_answers[0]] == [ids for ids, _ in all_answers[1]]
+    else:
+        assert all_answers[0] == all_answers[1]

@@ -165,6 +165,7 @@ def _generate(strategy: Strategy, decoder: Decoder, rows: int, work: Workload, s
     """The prefill and the first decoding steps. The rest are like the last of these: counted, and not run."""
     prompt, sampling = work.prompt_length, Sampling(max_new_tokens=work.length - work.prompt_length)
     engine = Engine(decoder, eos_ids=(), rows=rows, length=work.length, swap=swap)
+    engine.reserve()
     answers = []
     for row in range(rows):
         number = row // work.group_size  # equal prompts share one prefill

@@ -4,6 +4,10 @@
 memory, and answers are the same to the bit. While block i computes, layer i is in one of two buffers on the device and
 layer i + 1 on its way to the other; the token that block i adds goes home when the next layer is asked for. The next
 rollout's cache takes the same pages: see [Note: pages stay pinned].
+
+[Note: a cache grows] A model reads 8,192 tokens or a million, and answers have a hundred: all rows and positions of 64
+rows of SmolLM2-135M would be 24 GB. So a cache is made for what runs, and doubles as rows and tokens come; a planned
+rollout knows both before, and has it whole.
 """
 
 import contextlib
@@ -19,14 +23,20 @@ from penstock.models.decoder import Decoder
 Layers = Sequence[tuple[Tensor, Tensor]]
 
 
+FEWEST_SLOTS = 128
+
+
 class KVCache:
     """`slots` positions for `rows` answers: per layer [2, rows, H_kv, slots, head_dim], keys and values."""
 
-    def __init__(self, decoder: Decoder, rows: int, slots: int, swap: Ram | None = None) -> None:
-        """With `swap`, layers live in that tier. Raises ResourceError when its budget is too small."""
-        c, dtype = decoder.config, decoder.dtype
+    def __init__(self, decoder: Decoder, rows: int, slots: int, swap: Ram | None = None, whole: bool = True) -> None:
+        """With `swap`, layers live in that tier, whole. Raises ResourceError when its budget is too small. Not `whole`:
+        `rows` and `slots` are the most, and it begins empty."""
+        c, dtype, self._most = decoder.config, decoder.dtype, (rows, slots)
+        if not (whole or swap):
+            rows = slots = 0
         shape = (2, rows, c.num_kv_heads, slots, c.head_dim)
-        self._swap = swap
+        self._swap, self.rows, self.slots = swap, rows, slots
         if swap is None:
             self._layers = [torch.zeros(shape, dtype=dtype, device=decoder.device) for _ in range(c.num_layers)]
             return
@@ -53,6 +63,19 @@ class KVCache:
         yield visit
         visit.settle()
         self._added = slots
+
+    def make_room(self, lengths: Sequence[int]) -> bool:
+        """For rows of these many tokens, to the next powers of two. Whether it grew: all addresses are new then."""
+        needed = len(lengths), max(lengths, default=0)
+        if needed[0] <= self.rows and needed[1] <= self.slots:
+            return False
+        rows, slots = max(needed[0], self.rows), max(needed[1], self.slots, FEWEST_SLOTS)
+        rows, slots = (min(1 << (n - 1).bit_length(), most) for n, most in zip((rows, slots), self._most, strict=True))
+        for i, old in enumerate(self._layers):  # one after the other: there is never more than one layer twice
+            self._layers[i] = old.new_zeros(2, rows, old.shape[2], slots, old.shape[4])
+            self._layers[i][:, : self.rows, :, : self.slots] = old
+        self.rows, self.slots = rows, slots
+        return True
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """The first `length` positions of one row, copied over another's."""

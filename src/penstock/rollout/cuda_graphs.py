@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from penstock.models.decoder import Decoder
-from penstock.rollout.cache import KVCache
+from penstock.rollout.cache import FEWEST_SLOTS, KVCache
 
-FEWEST_SLOTS = 128
 _FREE: dict[torch.device, list[Any]] = {}
 """Streams of recorders that are gone. torch has 32 of a device, and gives the first again after the last."""
 
@@ -34,10 +33,10 @@ _FREE: dict[torch.device, list[Any]] = {}
 class Steps:
     """Decoding steps of a decoder over the first rows of a cache. On a CPU they are run as they are."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, rows: int, slots: int) -> None:
-        """`rows` and `slots` are the cache's; every weight must be, and stay, on the device."""
-        self._decoder, self._cache, self._rows, self._slots = decoder, cache, rows, slots
-        self._inputs = torch.zeros(2, rows, dtype=torch.int64, device=decoder.device)
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        """Every weight must be, and stay, on the device, and the cache as large as it is."""
+        self._decoder, self._cache, self._rows, self._slots = decoder, cache, cache.rows, cache.slots
+        self._inputs = torch.zeros(2, cache.rows, dtype=torch.int64, device=decoder.device)
         """Tokens, and the slots they are written to."""
         self._recorded: dict[tuple[int, int], Callable[[], Tensor]] = {}
         """(rows, slots seen) -> the step: it reads the inputs and returns the states."""

@@ -5,8 +5,8 @@ are the trainer's own, wherever they live. An answer depends on its prompt, seed
 one random stream per answer] in `sampling`.
 
 [Note: running rows stand side by side] Running answers are rows 0 .. n-1 of the cache. When one ends, the last row
-moves into its place, and waiting prompts take the rows behind. So a step computes nothing for empty rows, needs no mask
-over them and allocates no cache.
+moves into its place, and waiting prompts take the rows behind. So a step computes nothing for empty rows and needs no
+mask over them.
 """
 
 import dataclasses
@@ -207,6 +207,11 @@ class Engine:
         """Rows that nobody uses."""
         return self.rows - len(self._running)
 
+    def reserve(self) -> None:
+        """Makes the cache for all rows and tokens now, as a plan counts it. Default: see [Note: a cache grows]."""
+        if self._in_step is None:
+            self._cache = KVCache(self.decoder, self.rows, self.length, self._swap)
+
     # --- one token each -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -219,9 +224,11 @@ class Engine:
             return self._step_in_step(self._in_step)
         feed, old = self.decoder.feed, len(self._running)
         if self._cache is None and self._waiting:
-            self._cache = KVCache(self.decoder, self.rows, self.length, self._swap)
+            self._cache = KVCache(self.decoder, self.rows, self.length, self._swap, whole=False)
         new = self._waiting[: self.free]
         del self._waiting[: len(new)]
+        if self._cache is not None and self._cache.make_room([run.length for run in (*self._running, *new)]):
+            self._steps = None
         states = []
         if feed.max_over_ranks(old):
             with cpu_ops.one_token():
@@ -262,7 +269,7 @@ class Engine:
         if self._is_fixed():
             leased = self.decoder.feed.leased
             if self._steps is None or self._steps[0] != leased:
-                self._steps = leased, Steps(self.decoder, self._cache, self.rows, self.length)
+                self._steps = leased, Steps(self.decoder, self._cache)
             return self._steps[1].run(last, positions)
         slots = torch.tensor(positions, device=device)
         with self._cache.lend(0, len(runs), slots) as layers:
@@ -473,7 +480,8 @@ def generate(
         return []
     longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
     count = len(prompts) * sampling.n
-    engine = Engine(decoder, eos_ids=eos_ids, rows=min(batch_size or count, count) or 1, length=longest, **options)
+    rows = min(batch_size or count, count) or 1
+    engine = Engine(decoder, eos_ids=eos_ids, rows=rows, length=longest, **options)
     answers = []
     for i, prompt in enumerate(prompts):
         own = slice(i * sampling.n, (i + 1) * sampling.n)
@@ -481,6 +489,8 @@ def generate(
     wrong = [answer.error for answer in answers if answer.error]
     if wrong:
         raise ValueError(wrong[0])
+    if answers:
+        engine.reserve()
     engine._waiting.sort(key=lambda run: len(run.prompt.ids))
     engine.run()
     return answers
