@@ -1,6 +1,7 @@
 """`penstock export`: a run's model as a directory that transformers can load, or as a GGUF file."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from penstock.models.surgery import merge_adapters
 from penstock.models.tokenizer_files import load_tokenizer
 from penstock.run.directory import RunDirectory, refused, resolve_model
 from penstock.run.model_card import HUB_NAME, card
+from penstock.run.versions import Versions, served_model
 
 CARD = "README.md"
 """As the hub and transformers name it."""
@@ -27,6 +29,8 @@ CARD = "README.md"
 def export(config: ExportConfig) -> None:
     """Writes the model or the adapter of the best, or else the newest verified, checkpoint, with a card; with --push it
     uploads both."""
+    if Versions.exist(config.run):
+        config = dataclasses.replace(config, run=served_model(config.run)[1])
     RunDirectory.peek(config.run)
     if config.private and not config.push:
         raise UserError("--private: nothing is uploaded; give --push USER/NAME too, or leave it out.")

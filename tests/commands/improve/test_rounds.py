@@ -1,6 +1,7 @@
 """`penstock improve`, round after round, on a model of ten thousand parameters and users who like "Hello"."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from penstock.commands.improve import rule
 from penstock.commands.improve.command import settled
 from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.rounds import improve_once
+from penstock.errors import ResourceError
 from penstock.run.directory import resolve_model
 from penstock.run.versions import REFUSED, TRUSTED, WITHDRAWN, Versions
 from tests.conftest import CHATML, cli
@@ -154,8 +156,11 @@ def test_a_round_says_what_it_lacks(tmp_path, model, capsys, jsonl):
     assert "give --model" in capsys.readouterr().err
     assert cli("improve", run, "--model", model, "--data-dir", tmp_path / "nowhere") == 2
     assert "there is no penstock.db" in capsys.readouterr().err
+    assert cli("improve", run, "--model", "a-typo", "--data-dir", tmp_path / "nowhere") == 2
+    assert Versions(run).model(0) == "a-typo"
     assert cli("improve", run, "--model", model) == 2
-    assert "has begun with another" in capsys.readouterr().err
+    assert Versions(run).model(0) == model
+    capsys.readouterr()
     file = jsonl([{"prompt": "Say a", "response": "b"}])
     assert cli("improve", run, "--data", file) == 2
     assert "has demonstrations; a round learns from comparisons and votes" in capsys.readouterr().err
@@ -173,3 +178,36 @@ def test_a_large_number_of_comparisons_makes_a_reward_model_and_ppo(live, monkey
     assert row["way"] == ["reward", "ppo"]
     assert row["model"] == "version-0001/ppo"
     assert row["memory"]["planned"] > 0
+
+
+def test_another_start_is_refused_once_rounds_have_begun(live, tmp_path, model, capsys):
+    live(WORDS[:80])
+    run = tmp_path / "live"
+    assert cli("improve", run, "--model", "gpt2") == 2
+    assert f"has begun with {model}" in capsys.readouterr().err
+    assert cli("improve", run, "--model", model) == 0  # a schedule names it each time
+
+
+def test_an_adapter_goes_on_learning_in_later_rounds_and_is_exported(live, tmp_path):
+    first, _ = live(WORDS[:80], learns="lora", lora=4, lr=1e-2)
+    second, versions = live(WORDS[80:160])
+    assert [row["decision"] for row in (first, second)] == ["promoted", "promoted"], second["why"]
+    adapter = Path(resolve_model(versions.model(2)))
+    assert (adapter / "adapter_model.safetensors").exists()
+    assert cli("export", tmp_path / "live", "--out", tmp_path / "merged", "--merge") == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_what_does_not_fit_beside_the_server_is_refused_and_goes_on_with_more_memory(live, tmp_path):
+    with pytest.raises(ResourceError, match="does not fit beside what runs here"):
+        live(WORDS[:80], device_memory="40KB", host_memory="40KB")
+    row, _ = live([], device_memory="4GB", host_memory="4GB")
+    assert row["version"] == 1
+    assert row["memory"]["planned"] < 4e9
+
+
+def test_votes_whose_learning_goes_against_earlier_ones_are_refused_where_no_judge_could_tell(live, monkeypatch):
+    live(WORDS[:80])
+    monkeypatch.setattr("penstock.commands.improve.rounds.judge_of", lambda *arguments: None)
+    row, versions = live(WORDS[80:160], flipped=True)
+    assert (row["decision"], row["state"], versions.current) == ("kept aside", REFUSED, 1), row["why"]

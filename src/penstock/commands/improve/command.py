@@ -64,27 +64,29 @@ def settled(config: ImproveConfig) -> tuple[ImproveConfig, Versions]:
     """The flags with those that were kept, and the versions: a new folder at the first round. Raises UserError."""
     from penstock.run.checkpoint import write_whole  # late: torch
 
-    path = Path(config.run)
+    path, start = Path(config.run), with_absolute_paths(to_dict(config)).get("model")
     given = {name: value for name, value in with_absolute_paths(to_dict(config)).items() if name not in OWN}
     given["data_dir"] = str(Path(config.data_dir).absolute())
     given["regression"] = [str(Path(text).absolute()) for text in config.regression]
     if Versions.exist(path):
-        if config.model is not None:
-            raise UserError(f"--model {config.model}: {path} has begun with another; leave it out, or name a new RUN.")
-        kept = saved(path)
+        versions, kept = Versions(path), saved(path)
+        if start is not None and start != versions.numbered[0]["model"]:
+            if len(versions.numbered) > 1:
+                text = f"{path} has begun with {versions.numbered[0]['model']}; leave it out, or name a new RUN."
+                raise UserError(f"--model {config.model}: {text}")
+            versions = Versions.begin(path, start)  # no round has begun from the other
         default = {flag.name: flag.default for flag in flags_of(ImproveConfig)}
         changed = {name: given[name] for name in given if getattr(config, name) != default[name]}
         for name in FIXED:
             if name in changed and changed[name] != kept[name]:
                 raise UserError(f"--{name}: {path} holds votes out by {kept[name]}, and that stays in all rounds.")
         given = given | kept | changed
-        versions = Versions(path)
     else:
-        if config.model is None:
+        if start is None:
             raise UserError(f"{path}: is no folder of versions yet; give --model, the model to start from.")
         if path.exists() and any(path.iterdir()):
             raise UserError(f"{path}: exists and is not empty; name a new folder for the versions.")
-        versions = Versions.begin(path, with_absolute_paths({"model": config.model})["model"])
+        versions = Versions.begin(path, start)
     write_whole(path / SETTINGS, tomli_w.dumps(given))
     own = {name: value for name, value in to_dict(config).items() if name in OWN}
     return from_dict(ImproveConfig, {**given, **own}), versions
@@ -149,13 +151,12 @@ def scheduled(config: ImproveConfig, say: Any) -> int:
 
 
 def words(config: ImproveConfig) -> list[str]:
-    """The command line of one round of a schedule. A --model is for the first round alone."""
+    """The command line of one round of a schedule."""
     default = {flag.name: flag.default for flag in flags_of(ImproveConfig)}
     line = [config.run]
     for flag in flags_of(ImproveConfig):
         value = getattr(config, flag.name)
-        first = flag.name == "model" and Versions.exist(config.run)
-        if flag.name in ("run", "every") or value == default[flag.name] or first:
+        if flag.name in ("run", "every") or value == default[flag.name]:
             continue
         line.append(flag.spelling if value is not False else f"--no-{flag.spelling[2:]}")
         if not isinstance(value, bool):

@@ -7,6 +7,7 @@ how its log-probabilities differ from those of the model to start from.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,6 +55,8 @@ def judge_of(config: ImproveConfig, versions: Versions, trusted: Sequence[Label]
         if not file.exists():
             write(file, [label.record for label in known])
         say(f"a reward model of {len(known):,} comparisons of earlier rounds judges the new votes")
+        for other in (folder for folder in out.parent.iterdir() if folder != out):
+            shutil.rmtree(other)  # of fewer comparisons
         state = learned(config, start, [file], ("reward",), out, say)
         return Judge(str(out / "reward"), True, start, state["apply_chat_template"])
     for number, row in sorted(versions.numbered.items(), reverse=True):

@@ -34,7 +34,7 @@ from penstock.commands.improve.training import Say, learned
 from penstock.config import EngineFlags, as_data_flags
 from penstock.errors import UserError
 from penstock.run.checkpoint import write_whole
-from penstock.run.versions import TRUSTED, WAITING, Versions
+from penstock.run.versions import REFUSED, TRUSTED, WAITING, Versions
 
 
 def improve_once(config: ImproveConfig, versions: Versions, say: Say) -> dict[str, Any] | None:
@@ -110,7 +110,11 @@ class Round:
         train = [label for label in usable if not label.heldout]
         fresh = [label for label in train if label.version not in before]
         row["learned"] = sorted({label.version for label in fresh})
-        return row | self.learn_and_measure(train, fresh, heldout, judge)
+        row |= self.learn_and_measure(train, fresh, heldout, judge)
+        if rule.against(row["agreement"]):
+            self.say("what learned the new votes moves against earlier ones: they are not learned again")
+            row["state"] = REFUSED
+        return row
 
     # --- the votes ----------------------------------------------------------------------------------------------------
 

@@ -130,6 +130,12 @@ def moves_with_votes(everyone: Agreement, earlier: Agreement | None) -> list[Che
     return checks
 
 
+def against(agreements: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a candidate moves against held-out votes of earlier rounds, below chance: then what it learned does."""
+    earlier = agreements.get("earlier")
+    return earlier is not None and earlier["conversations"] >= FEWEST and earlier["interval"][1] < CHANCE
+
+
 def no_worse(name: str, change: float, bounds: tuple[float, float], margin: float) -> Check:
     """A regression set, or the share of answers that end: the lower bound of the change is above -margin."""
     low, high = bounds
