@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from penstock.errors import UserError
 from penstock.run.metrics import read_lines, to_json
@@ -124,20 +124,28 @@ class Versions:
     def round(self) -> Iterator[None]:
         """Held while a round trains. Raises UserError where another process holds it."""
         with (self.path / "lock").open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.path}: another round is running; wait for it, or stop it first.") from error
+            for _ in range(10):  # `busy` holds it for a moment
+                if _lock(file, fcntl.LOCK_EX):
+                    break
+                time.sleep(0.05)
+            else:
+                raise UserError(f"{self.path}: another round is running; wait for it, or stop it first.")
             yield
 
     @property
     def busy(self) -> bool:
         """Whether a round runs now, in whatever process."""
-        try:
-            with self.round():
-                return False
-        except UserError:
-            return True
+        with (self.path / "lock").open("ab") as file:
+            return not _lock(file, fcntl.LOCK_SH)
+
+
+def _lock(file: IO[bytes], kind: int) -> bool:
+    """Whether the lock could be had at once; it goes with the file."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def served_model(path: str | Path) -> tuple[str, str]:
