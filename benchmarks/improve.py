@@ -15,6 +15,8 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +102,7 @@ def rounds(out: Path, start: str, world: World, seed: int, count: int, labels: i
     store, poisoned = open_store(str(out / "serve"), None), 2 + seed % max(count - 1, 1)
     known = {start: golds(start, world, seed)}
     for number in range(1, count + 1):
-        asked = world.questions[(number - 1) * labels : number * labels]
+        asked = [rng.choice(world.questions) for _ in range(labels)]
         served = Versions(out / "live").model(Versions(out / "live").current) if number > 1 else start
         vote(store, served, world, asked, rng, number == poisoned)
         first = {"model": start, "data_dir": str(out / "serve"), "seed": seed, **flags} if number == 1 else {}
@@ -146,18 +148,23 @@ def _last_gold(rows: Sequence[dict[str, Any]]) -> float:
     return float(last["gold_candidate"] if last["decision"] == "promoted" else last["gold_before"])
 
 
-def demo(seeds: int = 3, rounds_per_seed: int = 5, labels: int = 500) -> dict[str, Any]:
+def demo(seeds: int = 3, rounds_per_seed: int = 5, labels: int = 1000, processes: int = 1) -> dict[str, Any]:
     """The demo's world: animals, and a hidden gold that likes true, short, friendly answers."""
-    results = []
-    for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            out, world, rng = Path(folder), Toyland(seed), random.Random(f"demo {seed}")
-            trained_on, heldout = world.split(seed, HELDOUT)
-            _, tuned = taught(out, seed, world, trained_on, rng)
-            asking, held = ([q.prompt.strip() for q in side] for side in (trained_on[1500:], heldout))
-            users = World(asking, held, gold_of(world), LABEL_NOISE, 1.5, 40)
-            results.append(rounds(out, str(tuned), users, seed, rounds_per_seed, labels, max_length=64))
+    run = functools.partial(demo_seed, count=rounds_per_seed, labels=labels)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        results = [*pool.map(run, range(seeds))]
     return {"labels_per_round": labels, "seeds": results, **verdicts(results)}
+
+
+def demo_seed(seed: int, count: int, labels: int) -> list[dict[str, Any]]:
+    """The rounds of one seed, from a model that demonstrations have taught."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, world, rng = Path(folder), Toyland(seed), random.Random(f"demo {seed}")
+        trained_on, heldout = world.split(seed, HELDOUT)
+        _, tuned = taught(out, seed, world, trained_on, rng)
+        asking, held = ([q.prompt.strip() for q in side] for side in (trained_on[1500:], heldout))
+        users = World(asking, held, gold_of(world), LABEL_NOISE, 1.5, 40)
+        return rounds(out, str(tuned), users, seed, count, labels, max_length=64)
 
 
 def gold_of(world: Toyland) -> Gold:

@@ -57,6 +57,7 @@ def judge_of(config: ImproveConfig, versions: Versions, trusted: Sequence[Label]
         say(f"a reward model of {len(known):,} comparisons of earlier rounds judges the new votes")
         for other in (folder for folder in out.parent.iterdir() if folder != out):
             shutil.rmtree(other)  # of fewer comparisons
+        config = dataclasses.replace(config, lr=None, batch_size=None, epochs=None, steps=None)
         state = learned(config, start, [file], ("reward",), out, say)
         return Judge(str(out / "reward"), True, start, state["apply_chat_template"])
     for number, row in sorted(versions.numbered.items(), reverse=True):

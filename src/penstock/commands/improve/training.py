@@ -20,6 +20,8 @@ from penstock.errors import ResourceError
 from penstock.flags import flags_of, to_dict
 
 Say = Callable[[str], None]
+SETTINGS = ("reward.batch_size=8", "reward.micro_batch_size=8", "reward.epochs=2")
+"""Of a thousand comparisons of two answers, one pass of large batches leaves a reward model near chance."""
 
 
 def learned(
@@ -44,8 +46,9 @@ def align_config(config: ImproveConfig, model: str, files: Sequence[Path], out: 
 
 def begun(config: AlignConfig, stages: Sequence[str], out: Path, say: Say) -> dict[str, Any]:
     """Looks at model and labels, plans, and writes what the stages read."""
-    of_stages = [text for text in config.set if text.split(".")[0] in stages]
-    config = dataclasses.replace(config, set=tuple(of_stages))
+    given = {text.partition("=")[0] for text in config.set}
+    settings = [*config.set, *(text for text in SETTINGS if text.partition("=")[0] not in given)]
+    config = dataclasses.replace(config, set=tuple(text for text in settings if text.split(".")[0] in stages))
     inventory = look(config, say)
     planner = Planner(config, inventory, Machine.of(config))
     plan: Plan | None = next(iter(planner.fitting(Route(tuple(stages), ()))), None)
