@@ -6,7 +6,7 @@ import pytest
 
 from penstock.commands.improve import rule
 from penstock.commands.improve.labels import Label
-from penstock.commands.improve.rule import Agreement, agreement, no_worse, promoted, verdict, way
+from penstock.commands.improve.rule import Agreement, agreement, no_worse, promoted, verdict, ways
 from penstock.data.records import Comparison, Vote
 from penstock.run.versions import REFUSED, TRUSTED, WAITING
 
@@ -68,16 +68,15 @@ def test_flipped_votes_are_refused_and_unclear_ones_wait():
 def test_the_way_is_by_how_much_of_what_there_is(monkeypatch):
     monkeypatch.setattr(rule, "ENOUGH", 1000)
 
-    def stages(compared, voted, all_compared=0):
-        return way(
-            {"comparisons": compared, "votes": voted}, {"comparisons": all_compared or compared, "votes": voted}
-        )[0]
+    def stages(compared, voted, judged=0):
+        trusted = {"comparisons": judged or compared, "votes": voted}
+        return [way.stages for way in ways({"comparisons": compared, "votes": voted}, trusted)]
 
-    assert stages(0, 200) == ("kto",)
-    assert stages(20, 200) == ("kto",)
-    assert stages(100, 200) == ("dpo",)
-    assert stages(300, 0) == ("dpo",)
-    assert stages(200, 0, 1200) == ("reward", "ppo")
+    assert stages(0, 200) == [("kto",)]
+    assert stages(20, 200) == [("kto",)]
+    assert stages(100, 200) == [("dpo",)]
+    assert stages(300, 0) == [("dpo",)]
+    assert stages(200, 0, 1200) == [("reward", "ppo"), ("reward", "grpo"), ("dpo",)]
 
 
 def test_all_conditions_must_be_met():

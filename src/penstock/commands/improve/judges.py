@@ -15,7 +15,7 @@ from penstock.commands.align.command import STATE
 from penstock.commands.improve import scores
 from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.labels import Label, counts, digest_of, folder_of, write
-from penstock.commands.improve.rule import Agreement, Scores, agreement
+from penstock.commands.improve.rule import Agreement, Scores, Way, agreement
 from penstock.commands.improve.scores import Reading
 from penstock.commands.improve.training import Say, learned
 from penstock.run.versions import TRUSTED, Versions
@@ -58,7 +58,7 @@ def judge_of(config: ImproveConfig, versions: Versions, trusted: Sequence[Label]
         for other in (folder for folder in out.parent.iterdir() if folder != out):
             shutil.rmtree(other)  # of fewer comparisons
         config = dataclasses.replace(config, lr=None, batch_size=None, epochs=None, steps=None)
-        state = learned(config, start, [file], ("reward",), out, say)
+        state = learned(config, start, [Way(("reward",), "it judges")], lambda stages: file, out, say)
         return Judge(str(out / "reward"), True, start, state["apply_chat_template"])
     for number, row in sorted(versions.numbered.items(), reverse=True):
         sources = versions.learned(number)

@@ -29,6 +29,7 @@ from penstock.commands.improve.labels import (
     write,
 )
 from penstock.commands.improve.measure import Models
+from penstock.commands.improve.rule import Way
 from penstock.commands.improve.scores import Reading
 from penstock.commands.improve.training import Say, learned
 from penstock.config import EngineFlags, as_data_flags
@@ -146,13 +147,16 @@ class Round:
     ) -> dict[str, Any]:
         """Trains a candidate, measures it, and decides."""
         config, versions = self.config, self.versions
-        stages, why = rule.way(counts(fresh), counts(train))
-        if config.stages:
-            stages, why = config.stages, "--stages says so"
-        self.say(f"{' + '.join(stages)}: {why}")
-        served, file = versions.model(self.parent), self.file(stages, train, fresh)
-        state = learned(config, served, [file], stages, self.folder, self.say)
-        run = f"{self.folder.name}/{stages[-1]}"
+        possible = (
+            [Way(config.stages, "--stages says so")] if config.stages else rule.ways(counts(fresh), counts(train))
+        )
+        served = versions.model(self.parent)
+
+        def file(stages: Sequence[str]) -> Path:
+            return self.file(stages, train, fresh)
+
+        state = learned(config, served, possible, file, self.folder, self.say)
+        run = f"{self.folder.name}/{state['way'][-1]}"
         models = Models(str(versions.path / run), served, versions.model(0))
         reading = self.reading._replace(data=as_data_flags(config, apply_chat_template=state["apply_chat_template"]))
         checks, votes = measure.held_out_votes(models, heldout, self.number, reading)
@@ -166,7 +170,8 @@ class Round:
         peaks = [max(stage["peak"]["process"] for stage in state["plan"]), 0]
         peaks[1] = max(taken["peak_bytes"] for taken in state["taken"].values())
         return {
-            "way": [*stages], "why_way": why, "model": run, "votes": counts(fresh) | {"sha256": digest_of(fresh)},
+            "way": state["way"], "why_way": state["why"], "model": run,
+            "votes": counts(fresh) | {"sha256": digest_of(fresh)},
             "heldout": counts(heldout) | {"sha256": digest_of(heldout)}, "agreement": votes, "answers": answers,
             "checks": [check.as_dict() for check in checks], "memory": {"planned": peaks[0], "taken": peaks[1]},
             **self.ended("promoted" if better else "kept aside", reason),

@@ -13,7 +13,7 @@ is better for those who voted.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -91,19 +91,30 @@ def verdict(new: Agreement | None, known: Agreement | None) -> tuple[str, str]:
 # --- how are they learned? --------------------------------------------------------------------------------------------
 
 
-def way(unlearned: Mapping[str, int], trusted: Mapping[str, int]) -> tuple[tuple[str, ...], str]:
-    """The stages, the best first, and why: by labels that the served model has not learned, and all that are trusted.
+class Way(NamedTuple):
+    """How labels are learned. Example: Way(("dpo",), "300 comparisons teach the model directly")."""
 
-    A comparison says as much as two votes, and is about answers to one prompt.
+    stages: tuple[str, ...]
+    why: str
+
+
+def ways(unlearned: Mapping[str, int], trusted: Mapping[str, int]) -> list[Way]:
+    """The ways that fit what there is, the best first; those behind it are for machines on which it does not fit.
+
+    unlearned: labels that the served model has not learned, by kind; trusted: all. A comparison says as much as two
+    votes, and is about answers to one prompt.
     """
-    compared, voted = unlearned["comparisons"], unlearned["votes"]
-    if trusted["comparisons"] >= ENOUGH:
-        return ("reward", "ppo"), f"{trusted['comparisons']:,} comparisons make a reward model"
+    compared, voted, judged = unlearned["comparisons"], unlearned["votes"], trusted["comparisons"]
+    possible = []
+    if judged >= ENOUGH:
+        why = f"{judged:,} comparisons make a reward model"
+        possible += [Way(("reward", "ppo"), why), Way(("reward", "grpo"), f"{why}; PPO's critic does not fit")]
     if compared and 2 * compared >= voted:
-        return ("dpo",), f"{compared:,} comparisons teach the model directly; {ENOUGH:,} would make a reward model"
-    return ("kto",), f"{voted:,} votes on single answers" + (
-        f", and {compared:,} comparisons as votes" * bool(compared)
-    )
+        possible.append(Way(("dpo",), f"{compared:,} comparisons teach the model directly"))
+    else:
+        both = f", and {compared:,} comparisons as votes" * bool(compared)
+        possible.append(Way(("kto",), f"{voted:,} votes on single answers{both}"))
+    return possible
 
 
 # --- is what was made served? -----------------------------------------------------------------------------------------
