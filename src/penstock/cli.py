@@ -102,8 +102,8 @@ COMMANDS: dict[str, Command] = {
         "penstock data show demonstrations.jsonl --model Qwen/Qwen3-0.6B",
     ),
     "data export": Command(
-        "write the votes of the chat page as comparisons", "commands.config:VotesConfig", "commands.data:export",
-        example="penstock data export --votes --out rankings.jsonl",
+        "write the chat page's votes and the labelling room's rankings", "commands.config:VotesConfig",
+        "commands.data:export", example="penstock data export --votes --out rankings.jsonl",
     ),
     "plan": Command(
         "what a run needs, moves and takes, before it runs; and what to change if it does not fit",

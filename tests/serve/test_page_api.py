@@ -249,7 +249,7 @@ def test_a_vote_that_says_nothing_is_refused(server, body, param):
 def test_there_is_nothing_to_export_from_nowhere(tmp_path, capsys):
     for arguments, says in (
         (["--votes", "--data-dir", str(tmp_path), "--out", str(tmp_path / "x")], "there is no penstock.db in it"),
-        (["--out", str(tmp_path / "x")], "--votes is missing"),
+        (["--out", str(tmp_path / "x")], "--votes, --rankings or both"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["data", "export", *arguments])

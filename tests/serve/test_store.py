@@ -149,11 +149,11 @@ def test_one_key_and_sessions_that_end(store):
     store.add_session("b" * 64, 1e12)
     store.add_session("c" * 64, 1.0)
     assert store.key_hashes() == ["a" * 64]
-    assert (store.session_ends("b" * 64), store.session_ends("d" * 64)) == (1e12, None)
+    assert (store.session("b" * 64)["ends_at"], store.session("d" * 64)) == (1e12, None)
     store.add_session("e" * 64, 1e12)
-    assert store.session_ends("c" * 64) is None  # it had ended, and is forgotten
+    assert store.session("c" * 64) is None  # it had ended, and is forgotten
     store.replace_key("f" * 64)
-    assert store.session_ends("b" * 64) is None
+    assert store.session("b" * 64) is None
 
 
 def test_an_answer_that_a_killed_server_left_is_ended(store):

@@ -124,20 +124,22 @@ class ShowConfig(DataFlags):
 
 @dataclass(frozen=True)
 class VotesConfig(Flags):
-    """Write the votes of the chat page as comparisons, which penstock reward reads, or each by itself, which penstock
-    kto reads."""
+    """Write the votes of the chat page and the rankings of the labelling room as comparisons, which penstock reward
+    reads, or each vote by itself, which penstock kto reads."""
 
-    votes: bool
-    """Votes are all that can be exported so far."""
     out: str
     """JSON-lines file to write; must not exist yet."""
+    votes: bool = False
+    """Write the votes of the chat page."""
+    rankings: bool = False
+    """Write the rankings of the labelling room."""
     kind: Literal["comparisons", "votes"] = "comparisons"
     """What is written. comparisons: answers to one message against each other; votes: each judged answer alone, liked
     or disliked."""
     data_dir: str = "runs/serve"
-    """Directory in which penstock serve kept the votes."""
+    """Directory in which penstock serve kept them."""
     database: str | None = None
-    """PostgreSQL database in which penstock serve kept the votes: postgresql://USER:PASSWORD@HOST/NAME."""
+    """PostgreSQL database in which penstock serve kept them: postgresql://USER:PASSWORD@HOST/NAME."""
 
 
 @dataclass(frozen=True)

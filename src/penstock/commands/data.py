@@ -20,6 +20,7 @@ from penstock.data.chat import Encoder
 from penstock.data.records import Comparison, Demonstration, Kind, Prompt, Vote
 from penstock.errors import DataError, UserError
 from penstock.run.directory import refused
+from penstock.serve.labelling.export import rankings
 from penstock.serve.store import Row, open_store
 
 
@@ -124,15 +125,21 @@ def export(config: VotesConfig) -> None:
     out = Path(config.out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose another name or remove it.")
+    if not (config.votes or config.rankings):
+        raise UserError("penstock data export: say what to write: --votes, --rankings or both.")
+    if config.rankings and config.kind == "votes":
+        raise UserError("--rankings: are comparisons, and no votes on single answers; leave out one of the two flags.")
+    write, needs = EXPORTS[config.kind]
     store = open_store(config.data_dir, config.database, create=False)
     try:
-        votes = store.votes()
+        votes = store.votes() if config.votes else []
+        ranked = list(rankings(store)) if config.rankings else []
     finally:
         store.close()
-    write, needs = EXPORTS[config.kind]
-    lines = list(write(votes))
+    lines = [*write(votes), *ranked]
     if not lines:
-        raise DataError(f"{len(votes)} votes, and nothing to write from them; {needs}")
+        needs = needs if config.votes else "rankings are made in the labelling room, at /label."
+        raise DataError(f"{len(votes)} votes and {len(ranked)} rankings, and nothing to write from them; {needs}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
@@ -140,7 +147,9 @@ def export(config: VotesConfig) -> None:
         raise refused(f"--out {out}", error) from error
     liked = sum(line.get("label", False) for line in lines)
     how = f" ({liked} liked, {len(lines) - liked} disliked)" if config.kind == "votes" else ""
-    print(f"wrote {out}: {len(lines)} {config.kind}{how} from {len(votes)} votes of the page")
+    sources = [f"{len(votes)} votes of the page"] if config.votes else []
+    sources += ["the labelling room"] if config.rankings else []
+    print(f"wrote {out}: {len(lines)} {config.kind}{how} from {' and '.join(sources)}")
 
 
 def comparisons(votes: Sequence[Row]) -> Iterator[dict[str, Any]]:

@@ -12,9 +12,11 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from penstock.errors import UserError
+from penstock.serve.labelling import labellers
 from penstock.serve.store import Store
 
 SESSION_SECONDS = 30 * 24 * 3600
@@ -48,45 +50,80 @@ def csrf_of(session: str) -> str:
     return hmac.new(session.encode(), b"penstock csrf", hashlib.sha256).hexdigest()
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the owner, or a labeller. Example: Caller("lab_5c...")."""
+
+    labeller_id: str | None = None
+    """None: the owner."""
+
+
 class Keys:
-    """The keys and sessions of a server, and how many requests of each are in work."""
+    """The keys, labellers' tokens and sessions of a server, and how many requests of each are in work."""
 
     def __init__(self, store: Store, per_key: int) -> None:
         self._store, self._per_key = store, per_key
-        self._hashes = store.key_hashes()
-        self._sessions: dict[str, float] = {}
-        """Hash of a session -> when it ends, as last read from the store."""
+        self._callers = {sha256: Caller() for sha256 in store.key_hashes()}
+        for sha256, labeller_id in labellers.token_hashes(store).items():
+            self._callers[sha256] = Caller(labeller_id)
+        self._sessions: dict[str, tuple[float, Caller]] = {}
+        """Hash of a session -> when it ends and whose it is, as last read from the store."""
         self._busy: Counter[str] = Counter()
 
     def open_session(self, key: str) -> str | None:
         """A new session, or None when the key is wrong."""
-        if not self.holds(key):
+        caller = self.whose(key)
+        if caller is None:
             return None
-        session = secrets.token_urlsafe(32)
-        self._store.add_session(hashed(session), time.time() + SESSION_SECONDS)
+        session, end = secrets.token_urlsafe(32), time.time() + SESSION_SECONDS
+        self._store.add_session(hashed(session), end, caller.labeller_id)
+        self._sessions[hashed(session)] = end, caller
         return session
 
     def close_session(self, session: str) -> None:
         self._sessions.pop(hashed(session), None)
         self._store.remove_session(hashed(session))
 
-    def holds(self, key: str) -> bool:
-        """Whether this is a key of the server. Takes the same time for a wrong one."""
+    def add_labeller(self, name: str) -> tuple[dict[str, Any], str]:
+        """A labeller and a new token, which nobody can read again; one with this name loses the earlier token."""
+        token = f"lk-{secrets.token_urlsafe(24)}"
+        row = labellers.add(self._store, name, hashed(token))
+        self._forget(row["id"])
+        self._callers[hashed(token)] = Caller(row["id"])
+        return row, token
+
+    def end_labeller(self, labeller_id: str) -> None:
+        """Ends a labeller's token and sessions; what was judged stays. Raises LookupError."""
+        labellers.end(self._store, labeller_id)
+        self._forget(labeller_id)
+
+    def _forget(self, labeller_id: str) -> None:
+        caller = Caller(labeller_id)
+        # New ones in their place: requests on other threads read the old ones meanwhile.
+        self._callers = {sha256: known for sha256, known in self._callers.items() if known != caller}
+        self._sessions = {sha256: row for sha256, row in self._sessions.items() if row[1] != caller}
+
+    def whose(self, key: str) -> Caller | None:
+        """Who has this key or token. Takes the same time for a wrong one."""
         sha256 = hashed(key)
-        return sum(hmac.compare_digest(sha256, known) for known in self._hashes) > 0
+        matches = [known for known in self._callers if hmac.compare_digest(sha256, known)]
+        return self._callers.get(matches[0]) if matches else None
 
-    def remembers(self, session: str) -> bool:
-        """Whether it is a session that has been looked up before; reads no database."""
-        return self._sessions.get(hashed(session), 0.0) >= time.time()
+    def remembers(self, session: str) -> Caller | None:
+        """Whose session it is, if it has been looked up before; reads no database."""
+        end, caller = self._sessions.get(hashed(session), (0.0, None))
+        # A labeller may have ended between the reading of a session and its being remembered.
+        return caller if end >= time.time() and caller in self._callers.values() else None
 
-    def knows(self, session: str) -> bool:
-        """Whether it is a session. Reads the database: not for the event loop."""
+    def knows(self, session: str) -> Caller | None:
+        """Whose session it is. Reads the database: not for the event loop."""
         sha256 = hashed(session)
-        end = self._store.session_ends(sha256)
-        if end is None or end < time.time():
-            return False
-        self._sessions[sha256] = end
-        return True
+        row = self._store.session(sha256)
+        if row is None or row["ends_at"] < time.time():
+            return None
+        caller = Caller(row["labeller_id"])
+        self._sessions[sha256] = row["ends_at"], caller
+        return caller
 
     def enter(self, sha256: str) -> bool:
         """Counts a request of a key. False when the key has too many in work. `leave` ends what `enter` began."""

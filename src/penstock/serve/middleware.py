@@ -36,8 +36,10 @@ SEND_SECONDS = 60.0
 """For a client to read what was sent; the request of a slower one is cancelled."""
 LINGER_BYTES, LINGER_SECONDS = 256 * 2**20, 5.0
 """So much of a refused body is read and dropped: a connection that is closed at once loses the answer too."""
-PUBLIC = re.compile(r"/|/versions|/health|/favicon\.ico|/assets/.*")
-"""Paths that need no key: the page's files, which hold no secret, and the server's health."""
+PUBLIC = re.compile(r"/|/label|/versions|/health|/favicon\.ico|/assets/.*")
+"""Paths that need no key: the pages' files, which hold no secret, and the server's health."""
+LABELLERS = re.compile(r"/api/label/[a-z0-9_/]+|/api/session")
+"""All that a labeller's token opens; everything else is the owner's."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 HEADERS = (
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
@@ -138,24 +140,30 @@ class AccessMiddleware:
         method, path = exchange.scope["method"], exchange.scope["path"]
         if PUBLIC.fullmatch(path) or (path == "/api/session" and method == "POST"):
             return
-        keys, sha256 = self._keys(), None
+        keys, sha256, caller = self._keys(), None, None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         session = _session_of(headers, cookie_of(exchange.scope))
         if scheme.lower() == b"bearer":
-            sha256 = next((hashed(text) for text in spellings(key) if keys.holds(text)), None)
-            if sha256 is None:
+            for text in spellings(key):
+                if caller := keys.whose(text):
+                    sha256 = hashed(text)
+                    break
+            else:
                 raise ApiError(401, "this key is not the server's; penstock serve printed it when it first started.")
-        elif session and (keys.remembers(session) or await asyncio.to_thread(keys.knows, session)):
+        elif session and (caller := keys.remembers(session) or await asyncio.to_thread(keys.knows, session)):
             sha256 = hashed(session)
             token = headers.get(b"x-csrf-token", b"").decode("latin-1")
             if method != "GET" and not secrets.compare_digest(token.encode(), csrf_of(session).encode()):
                 raise ApiError(403, "the X-CSRF-Token header is missing or not this session's; reload the page.")
             exchange.scope["penstock.session"] = session
-        if sha256 is None:
+        if sha256 is None or caller is None:
             raise ApiError(
                 401, "a key is needed: Authorization: Bearer KEY. penstock serve printed it when it first started.",
                 code="missing_api_key", headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
+        if caller.labeller_id is not None and not LABELLERS.fullmatch(path):
+            raise ApiError(403, "a labeller's token opens the labelling room alone.", code="owner_only")
+        exchange.scope["penstock.caller"] = caller
         if not keys.enter(sha256):
             raise ApiError(429, "this key has too many requests in work already; wait for one to end.")
         exchange.sha256 = sha256

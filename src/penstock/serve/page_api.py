@@ -43,9 +43,10 @@ class Login(Strict):
 
 
 class Csrf(BaseModel):
-    """What X-CSRF-Token must say beside the session's cookie."""
+    """What X-CSRF-Token must say beside the session's cookie; and whether the session is the owner's."""
 
     csrf: str
+    owner: bool
 
 
 class ConversationChanges(Strict):
@@ -190,7 +191,7 @@ def log_in(body: Login, request: Request) -> JSONResponse:
         raise ApiError(
             401, "this key is not the server's; penstock serve printed it when it first started.", param="key"
         )
-    answer = JSONResponse({"csrf": csrf_of(session)})
+    answer = JSONResponse(_session(service, session))
     # A proxy with TLS says so. A client that lies about it loses its own cookie.
     scheme = request.headers.get("x-forwarded-proto", request.url.scheme).split(",")[0].strip().lower()
     answer.set_cookie(
@@ -206,7 +207,12 @@ def see_session(request: Request) -> JSONResponse:
     session = request.scope.get("penstock.session")
     if session is None:
         raise ApiError(401, "there is no session; POST the key to /api/session.", code="no_session")
-    return JSONResponse({"csrf": csrf_of(session)})
+    return JSONResponse(_session(service_of(request), session))
+
+
+def _session(service: Service, session: str) -> dict[str, Any]:
+    caller = service.keys.remembers(session)
+    return {"csrf": csrf_of(session), "owner": caller is not None and caller.labeller_id is None}
 
 
 @api.delete("/session", status_code=204, responses=documented(401, 403, 429))

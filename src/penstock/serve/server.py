@@ -21,6 +21,7 @@ try:
     from penstock.serve import auth
     from penstock.serve.app import build
     from penstock.serve.http_protocol import LimitedHttpProtocol
+    from penstock.serve.labelling.preparation import Preparation
     from penstock.serve.listener import address_of, listen
     from penstock.serve.service import Service
     from penstock.serve.store import open_store
@@ -121,9 +122,11 @@ class Web(uvicorn.Server):
             loop.call_soon_threadsafe(stop)
 
         self._service.start(on_failure)
+        preparing = asyncio.create_task(Preparation(self._service).run())
         try:
             await self.serve(sockets=[listener])
         finally:
+            preparing.cancel()
             self._service.stop()
 
     async def end(self) -> None:

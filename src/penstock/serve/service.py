@@ -54,6 +54,9 @@ class Service:
         self.rounds = Rounds(config)
         self.scheduler: Scheduler | None = None
         self.draining = False
+        self.new_items = asyncio.Event()
+        """Set when the labelling room has items that wait for answers or scores."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         """One thread: several must not use a tokenizer at once."""
 
@@ -65,7 +68,8 @@ class Service:
 
     def start(self, on_failure: Callable[[], None]) -> None:
         """Starts the scheduler in the running loop, and loading. Calls `on_failure` if a model cannot be loaded."""
-        self.scheduler = Scheduler(asyncio.get_running_loop(), queue_length=self.config.queue)
+        self._loop = asyncio.get_running_loop()
+        self.scheduler = Scheduler(self._loop, queue_length=self.config.queue)
         self.scheduler.start()
         self.metrics.watch(self.scheduler, self.catalogue)
         self.catalogue.start(on_failure)
@@ -114,6 +118,11 @@ class Service:
         known = ", ".join(card["id"] for card in self.catalogue.cards())
         text = f"there is no model {ascii(name)[:80]} here; there are: {known}."
         return ApiError(404, text, param="model", code="model_not_found")
+
+    def tell_items(self) -> None:
+        """Sets `new_items`, from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.new_items.set)
 
     async def encode(self, size: int, encode: Callable[..., Result], *arguments: Any) -> Result:
         """Calls a function that tokenizes `size` bytes: at once if they are few, in the thread otherwise."""

@@ -1,6 +1,7 @@
-"""The page's files: index.html at /, everything else under /assets/, each with the hash of its bytes in its address.
+"""The pages' files: index.html at /, others at addresses of their own, everything else under /assets/, each with the
+hash of its bytes in its address.
 
-index.html is served with `?v=HASH` behind every address in assets/, so that a browser may keep those files for ever
+The pages are served with `?v=HASH` behind every address in assets/, so that a browser may keep those files for ever
 and still gets a new version at once. Addresses are relative, so that the page works below any prefix of a proxy's.
 """
 
@@ -55,9 +56,20 @@ async def index(request: Request) -> Response:
 @pages.get("/versions")
 async def versions(request: Request) -> Response:
     """The page of versions."""
-    if request.scope.get("raw_path", b"").endswith(b"/"):  # the page's relative addresses do not work below it
-        return Response(status_code=308, headers={"location": "../versions"})
-    return _page("versions/versions.html", request)
+    return _page_below("versions/versions.html", request)
+
+
+@pages.get("/label")
+async def label(request: Request) -> Response:
+    """The labelling room."""
+    return _page_below("labelling/label.html", request)
+
+
+def _page_below(name: str, request: Request) -> Response:
+    path = request.scope.get("raw_path", b"").decode("latin-1")
+    if path.endswith("/"):  # the page's relative addresses do not work below it
+        return Response(status_code=308, headers={"location": f"../{path.rstrip('/').rpartition('/')[2]}"})
+    return _page(name, request)
 
 
 def _page(name: str, request: Request) -> Response:

@@ -10,6 +10,7 @@ import sqlite3
 import time
 import unicodedata
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
+    def reading(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction that writes nothing, and waits for nobody."""
+        return self._reader.connect()
+
+    def writing(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction that is stored at its end."""
+        return self._engine.begin()
+
     # --- keys and sessions --------------------------------------------------------------------------------------------
 
     def key_hashes(self) -> list[str]:
@@ -58,16 +67,17 @@ class Store:
             connection.execute(sa.delete(keys))
             connection.execute(sa.insert(keys).values(sha256=sha256, created_at=time.time()))
 
-    def add_session(self, sha256: str, ends_at: float) -> None:
-        """Stores a session, and removes those that have ended."""
+    def add_session(self, sha256: str, ends_at: float, labeller_id: str | None = None) -> None:
+        """Stores a session, a labeller's or the owner's, and removes those that have ended."""
         with self._engine.begin() as connection:
             connection.execute(sa.delete(sessions).where(sessions.c.ends_at < time.time()))
-            connection.execute(sa.insert(sessions).values(sha256=sha256, ends_at=ends_at))
+            connection.execute(sa.insert(sessions).values(sha256=sha256, ends_at=ends_at, labeller_id=labeller_id))
 
-    def session_ends(self, sha256: str) -> float | None:
-        """When a session ends (seconds since 1970), or None if there is no such session."""
+    def session(self, sha256: str) -> Row | None:
+        """When a session ends (seconds since 1970) and whose it is, or None if there is no such session."""
         with self._reader.connect() as connection:
-            return connection.scalar(sa.select(sessions.c.ends_at).where(sessions.c.sha256 == sha256))
+            row = connection.execute(sa.select(sessions).where(sessions.c.sha256 == sha256)).mappings().first()
+        return None if row is None else dict(row)
 
     def remove_session(self, sha256: str) -> None:
         with self._engine.begin() as connection:
@@ -90,7 +100,7 @@ class Store:
     def add_conversation(self, title: str, system: str) -> Row:
         """A new conversation without messages. Its first message becomes the title if `title` is empty."""
         now = time.time()
-        row = {"id": _new_id("conv"), "title": title, "system": system, "created_at": now, "updated_at": now}
+        row = {"id": new_id("conv"), "title": title, "system": system, "created_at": now, "updated_at": now}
         with self._engine.begin() as connection:
             connection.execute(sa.insert(conversations).values(row))
         return row
@@ -146,7 +156,7 @@ class Store:
         """
         now = time.time()
         row = {
-            "id": message_id or _new_id("msg"), "conversation_id": conversation_id, "parent_id": parent_id,
+            "id": message_id or new_id("msg"), "conversation_id": conversation_id, "parent_id": parent_id,
             "role": role, "content": content, "model": model, "model_digest": model_digest, "sampling": sampling,
             "finish_reason": None, "created_at": now,
         }  # fmt: skip
@@ -274,7 +284,7 @@ def _extends(letter: str) -> bool:
     return unicodedata.category(letter) in ("Mn", "Me", "Mc", "Cf") or "\U0001f3fb" <= letter <= "\U0001f3ff"
 
 
-def _new_id(prefix: str) -> str:
+def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(12)}"
 
 
@@ -360,7 +370,7 @@ def _vote(connection: sa.Connection, kind: str, shown: list[Row], *, value: int 
     columns = ("content", "model", "sampling", "finish_reason")
     answers = [{"message_id": row["id"], "digest": row["model_digest"], **_only(row, columns)} for row in shown]
     vote = {
-        "id": _new_id("vote"), "kind": kind, "conversation_id": conversation["id"], "message_id": first,
+        "id": new_id("vote"), "kind": kind, "conversation_id": conversation["id"], "message_id": first,
         "other_id": second, "value": value, "chosen_id": chosen_id,
         "prompt": _path(_tree(connection, conversation), conversation, shown[0]["parent_id"]),
         "shown": answers, "created_at": time.time(),

@@ -1,4 +1,6 @@
-"""The tables: keys, sessions, conversations as trees of messages, and votes. The same in SQLite and PostgreSQL.
+"""The tables: keys, sessions, conversations as trees of messages, votes, and those of the labelling room.
+
+The same in SQLite and PostgreSQL.
 
 A change here needs a migration beside it (migrations/versions); tests/serve/test_store.py compares the two.
 """
@@ -35,6 +37,7 @@ sessions = sa.Table(
     "sessions", metadata,
     sa.Column("sha256", sa.String(64), primary_key=True),
     sa.Column("ends_at", sa.Float, nullable=False),
+    _belongs_to("labellers", "labeller_id"),  # null: the owner's
 )  # fmt: skip
 
 conversations = sa.Table(
@@ -79,3 +82,67 @@ votes = sa.Table(
     sa.Column("shown", sa.JSON, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
 )  # fmt: skip
+
+# --- the labelling room -----------------------------------------------------------------------------------------------
+
+labellers = sa.Table(
+    "labellers", metadata,
+    sa.Column("place", COUNTER, sa.Identity(), primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("name", sa.String(60), nullable=False, unique=True),
+    sa.Column("sha256", sa.String(64), unique=True),  # of the token; null: none is valid
+    sa.Column("created_at", sa.Float, nullable=False),
+)  # fmt: skip
+
+label_settings = sa.Table(
+    "label_settings", metadata,
+    sa.Column("place", sa.Integer, primary_key=True),  # 1: there is one row
+    sa.Column("guidelines", sa.Text, nullable=False),
+    sa.Column("labellers_per_item", sa.Integer, nullable=False),
+    sa.Column("lease_minutes", sa.Integer, nullable=False),
+    sa.Column("gold_every", sa.Integer, nullable=False),
+)  # fmt: skip
+
+label_items = sa.Table(
+    "label_items", metadata,
+    sa.Column("place", COUNTER, sa.Identity(), primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("digest", sa.String(64), nullable=False, unique=True),  # of what was imported: the same comes in once
+    sa.Column("source_id", sa.Text, nullable=False),  # its id in the file that it came from
+    sa.Column("prompt", sa.JSON, nullable=False),  # a text, or turns
+    sa.Column("answers", sa.JSON, nullable=False),  # objects with content, and what made them; none yet: see draft
+    sa.Column("gold", sa.JSON(none_as_null=True)),  # the known ranking of an item that tests labellers
+    sa.Column("draft", sa.JSON(none_as_null=True)),  # how its answers are to be made
+    sa.Column("problem", sa.Text),  # why they could not be made
+    sa.Column("uncertainty", sa.Float),  # of the reward models; larger comes first
+    sa.Column("scored_by", sa.String(64)),
+    sa.Column("created_at", sa.Float, nullable=False),
+)  # fmt: skip
+
+label_slots = sa.Table(
+    "label_slots", metadata,
+    sa.Column("place", COUNTER, sa.Identity(), primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    _belongs_to("label_items", "item_id", nullable=False),
+    _belongs_to("labellers", "labeller_id"),  # who holds it, or has judged; null: open
+    sa.Column("leased_until", sa.Float),
+    sa.Column("outcome", sa.String(8)),  # ranked or skipped; null: open or held
+    sa.Column("ranking", sa.JSON(none_as_null=True)),
+    sa.Column("edits", sa.JSON(none_as_null=True)),
+    sa.Column("flag", sa.String(16)),
+    sa.Column("note", sa.Text),
+    sa.Column("seconds", sa.Float),
+    sa.Column("judged_at", sa.Float),
+    sa.UniqueConstraint("item_id", "labeller_id", name="uq_label_slots_item_labeller"),
+)  # fmt: skip
+
+label_events = sa.Table(
+    "label_events", metadata,
+    sa.Column("place", COUNTER, sa.Identity(), primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("actor", sa.String(60), nullable=False),  # a labeller's name, owner, or server
+    sa.Column("action", sa.String(24), nullable=False),
+    sa.Column("item_id", sa.String(40)),  # no foreign key: what was done stays when the item goes
+    sa.Column("detail", sa.JSON, nullable=False),
+)  # fmt: skip
+"""Rows are added and never changed or removed: triggers refuse both."""

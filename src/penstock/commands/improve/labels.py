@@ -19,6 +19,7 @@ from penstock.data import formats
 from penstock.data.records import Comparison, Kind, Prompt, Vote, line_of
 from penstock.errors import UserError
 from penstock.run.versions import Versions
+from penstock.serve.labelling.export import rankings
 from penstock.serve.store import Row, open_store
 
 ARRIVED = "labels.json"
@@ -86,7 +87,7 @@ def folder_of(versions: Versions, number: int) -> Path:
 
 
 def sources(config: ImproveConfig, folder: Path) -> dict[Kind, list[str]]:
-    """The files to read, by kind: the page's votes, written here, and --data."""
+    """The files to read, by kind: the page's votes and the labelling room's rankings, written here, and --data."""
     files: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
     for text in config.data:
         kind = formats.kind_of(text)
@@ -103,10 +104,11 @@ def sources(config: ImproveConfig, folder: Path) -> dict[Kind, list[str]]:
         return files
     store = open_store(config.data_dir, config.database, create=False)
     try:
-        rows = store.votes()
+        lines_of = page_lines(store.votes())
+        lines_of["comparisons"] += rankings(store)
     finally:
         store.close()
-    for kind, lines in page_lines(rows).items():
+    for kind, lines in lines_of.items():
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             file = folder / f"page-{kind}.jsonl"
