@@ -98,7 +98,10 @@ def features(device: str) -> dict[str, Any]:
     hold them; adapters streamed against resident; answers by recorded steps against steps launched one by one."""
     shape = dataclasses.replace(SMALL, max_length=128, num_layers=3)
     ways = {
-        "int8, logits": partial(packed_logits, shape, "int8"), "nf4, logits": partial(packed_logits, shape, "nf4"),
+        **{f"{kind}, logits": partial(packed_logits, shape, kind) for kind in ("int8", "fp8", "nf4")},
+        "fp8, logits in bf16, which Ada and Hopper multiply in fp8,": partial(
+            packed_logits, shape, "fp8", dtype=torch.bfloat16
+        ),
         "head, log-probabilities and gradients": head,
         "AdamW with 32-bit moments, weights": partial(updated, 32),
         "AdamW with 8-bit moments, weights": partial(updated, 8),
@@ -126,12 +129,13 @@ def hydra_gaps(shape: DecoderConfig, device: str) -> dict[str, float]:
     return {name: float((weights - adapters["naive"]).abs().max()) for name, weights in adapters.items()}
 
 
-def packed_logits(shape: DecoderConfig, bits: Any, device: str) -> Tensor:
+@torch.no_grad()
+def packed_logits(shape: DecoderConfig, kind: Any, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits of packed weights."""
     torch.manual_seed(0)
     tokens = torch.randint(400, (3, 24)).to(device)
-    decoder = Decoder(shape).requires_grad_(False).to(device)
-    quantise_base(decoder, bits)
+    decoder = Decoder(shape).requires_grad_(False).to(device, dtype)
+    quantise_base(decoder, kind)
     return decoder.logits(decoder(tokens))
 
 

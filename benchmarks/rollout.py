@@ -4,7 +4,8 @@
 
 GPT2-s shapes with random weights, bf16. `speed`: prompt 64, 128 new tokens, batch 1, 8 and 32, with the share of the
 machine's floor; `ragged`: 64 prompts of 16 to 256 tokens with responses of 8 to 256, their ends forced by a fixed
-table, against padded batches of 16; `samples`: 8 answers to one prompt of 256 tokens; `int8`: weight-only, batch 1;
+table, against padded batches of 16; `samples`: 8 answers to one prompt of 256 tokens; `int8`: weight-only, batch 1, and
+what --rollout-dtype answers with;
 `families`: as `speed`, a small shape of each family.
 `benchmarks gpu --only rollout` has the same on a card.
 """
@@ -13,7 +14,7 @@ import copy
 import dataclasses
 import tempfile
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -25,7 +26,8 @@ from penstock.commands.bench.micro import copies
 from penstock.kernels import cpu_ops
 from penstock.models import linear, presets, pretrained
 from penstock.models.decoder import Decoder
-from penstock.models.surgery import quantise
+from penstock.models.surgery import packed_copy, quantise
+from penstock.models.weight_shapes import BaseDtype
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
 
@@ -136,8 +138,15 @@ def families(repeats: int = 5, only: str = "") -> dict[str, Any]:
     return {"dtype": str(dtype), "families": rows}
 
 
+def copies_of(decoder: Decoder) -> dict[BaseDtype, Decoder]:
+    """What --rollout-dtype answers with."""
+    kinds: tuple[BaseDtype, ...] = get_args(BaseDtype)
+    return {kind: packed_copy(decoder, kind) for kind in kinds}
+
+
 def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
-    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64."""
+    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64; ours too by
+    copies whose blocks are packed."""
     prompt, new = (8, 4) if tiny else (PROMPT, NEW)
     rows: dict[str, Any] = {}
     for size in ("s",) if tiny else ("xl", "8b"):
@@ -156,6 +165,7 @@ def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
             calls: timing.Calls = {
                 "ours": partial(ours, True),
                 "ours, launched one by one": partial(ours, False),
+                **{f"ours, blocks in {kind}": partial(ours, True, each) for kind, each in copies_of(decoder).items()},
                 "transformers, dynamic cache": partial(peer_answers, peer, prompts.to(device), new),
                 "transformers, static cache": partial(peer_answers, peer, prompts.to(device), new, "static"),
             }
@@ -173,6 +183,7 @@ def int8(repeats: int = 5) -> dict[str, Any]:
     prompts = torch.randint(EOS, (1, PROMPT))
     calls: timing.Calls = {
         "int8": partial(answers, packed, prompts), "bf16": partial(answers, decoder, prompts),
+        **{f"blocks in {kind}": partial(answers, each, prompts) for kind, each in copies_of(decoder).items()},
         "transformers bf16": partial(peer_answers, peer, prompts),
     }  # fmt: skip
     rates = timing.rates(timing.in_turns(calls, repeats), NEW)

@@ -24,7 +24,7 @@ from penstock.memory.adamw import AdamW, states_of, sum_of_squares
 
 FLAGS = ("-O0", "-g1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=all")  # fmt: skip
-FLOATS = (torch.float32, torch.bfloat16)
+FLOATS, BYTES = (torch.float32, torch.bfloat16), (torch.int8, torch.float8_e4m3fn)
 ODD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, 3e38, -3e38)
 PAGE = mmap.PAGESIZE
 
@@ -44,8 +44,9 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def numbers(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Normal numbers of some size; in every third tensor a few are odd."""
     values = guarded(shape, dtype)
-    if dtype == torch.int8:
-        return values.copy_(torch.randint(-127, 128, shape))
+    if dtype in BYTES:
+        values.view(torch.int8).copy_(torch.randint(-128, 128, shape))
+        return values
     values.copy_(torch.randn(shape) * 10 ** rng.uniform(-3, 3))
     if rng.random() < 1 / 3:
         for _ in range(3 if values.numel() else 0):
@@ -59,9 +60,9 @@ def optional(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def product(rng: random.Random) -> None:
     rows, inputs, outputs = rng.choice((0, 1, 2, 3, 5, 17, 64, 70)), rng.randrange(1, 300), rng.randrange(0, 80)
-    kind = rng.choice((*FLOATS, torch.int8))
+    kind = rng.choice((*FLOATS, *BYTES))
     x, weight = numbers(rng, (rows, inputs), rng.choice(FLOATS)), numbers(rng, (outputs, inputs), kind)
-    scales = numbers(rng, (outputs,), torch.float32) if kind == torch.int8 else None
+    scales = numbers(rng, (outputs,), torch.float32) if kind in BYTES else None
     x = x[:, :: rng.choice((1, 2))]
     cpu_ops.product(x, weight[:, : x.shape[1]], optional(rng, (outputs,), rng.choice(FLOATS)), scales)
 

@@ -1,14 +1,18 @@
 """Products of few rows and attention over a cache, in C, against torch in fp64."""
 
+import ctypes
 import os
+import platform
 import shutil
+import subprocess
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from penstock.kernels import cpu_ops
+from penstock.kernels import cpu_ops, prebuilt
 from penstock.models import positions
+from tests.conftest import PATIENCE
 
 # where there is a compiler and it does not take the C files, all of these fail
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
@@ -46,12 +50,30 @@ def test_wide_activations_meet_a_bf16_weight_unrounded(rows, kept):
     near(cpu_ops.product(x, weight), F.linear(x.double(), weight.double()), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("rows", [1, 3, 8, 32])
-def test_int8_weights_have_a_scale_per_output(rows):
+def test_weights_of_8_bits_have_a_scale_per_output(dtype, rows):
     x, scales = torch.randn(rows, 100), torch.rand(17)
-    weight = torch.randint(-127, 128, (17, 100), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (17, 100)).to(dtype)
     exact = F.linear(x.double(), weight.double() * scales.double()[:, None])
     near(cpu_ops.product(x, weight, scales=scales), exact, torch.float32)
+
+
+@pytest.mark.parametrize("level", ["native", *reversed(prebuilt.levels_of(platform.machine()))])
+def test_every_number_of_fp8_is_read_as_torch_reads_it(level, tmp_path, monkeypatch):
+    """In vectors and, behind them, one by one; on each set of instructions that this processor has."""
+    if level != "native":
+        march, instructions = prebuilt.LEVELS[level]
+        if not instructions <= set(prebuilt.cpu_facts().split()):
+            pytest.skip(f"{level} is more than this processor has")
+        command = [os.environ.get("CC", "cc"), *prebuilt.FLAGS, *march, "-O1", str(prebuilt.HERE / "products.c")]
+        subprocess.run([*command, "-o", str(tmp_path / "products.so"), "-lm"], check=True, timeout=PATIENCE)
+        monkeypatch.setattr(cpu_ops, "_library", lambda: ctypes.CDLL(str(tmp_path / "products.so")))
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers.view(torch.uint8)[~numbers.float().isnan()].view(torch.float8_e4m3fn)
+    weight = torch.stack([numbers, numbers.view(torch.uint8).flip(0).view(numbers.dtype)])
+    ours = cpu_ops.product(torch.eye(254), weight, scales=torch.tensor([1.0, 0.5]))
+    assert torch.equal(ours.t(), weight.float() * torch.tensor([[1.0], [0.5]]))
 
 
 def test_leading_dimensions_and_gaps_in_the_activations_are_fine():

@@ -1,4 +1,4 @@
-"""int8 weights: what they give back, and that answering with them is one computation on every path."""
+"""Packed weights: what they give back, and that answering with them is one computation on every path."""
 
 import copy
 import dataclasses
@@ -11,6 +11,7 @@ from penstock.errors import UserError
 from penstock.memory import prepare
 from penstock.memory.strategy import Strategy
 from penstock.models import linear as linear_module
+from penstock.models import packed as packed_module
 from penstock.models import pretrained, surgery
 from penstock.models.decoder import Decoder
 from penstock.models.linear import linear
@@ -22,6 +23,7 @@ from penstock.models.weight_shapes import packed_shapes
 from penstock.planner.workload import RoleSpec
 from penstock.rollout.engine import Engine, generate
 from penstock.rollout.sampling import Sampling
+from tests.imagined import imagining
 from tests.models.test_decoder import KINDS, decoder  # noqa: F401  (the fixture)
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -69,7 +71,7 @@ def test_an_engine_reads_a_directory_into_int8(tiny_model):
 
 
 # --- under adapters ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("kind", "worst"), [("int8", 1 / 254), ("nf4", (NF4[1] - NF4[0]) / 2)])
+@pytest.mark.parametrize(("kind", "worst"), [("int8", 1 / 254), ("fp8", 16 / 448), ("nf4", (NF4[1] - NF4[0]) / 2)])
 @pytest.mark.parametrize("shape", [(24, 128), (7, 96), (5, 6)])
 def test_packed_weights_come_back_within_half_a_level_and_pack_to_themselves(kind, worst, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -85,7 +87,67 @@ def test_packed_weights_come_back_within_half_a_level_and_pack_to_themselves(kin
     assert torch.equal(dense(*packed, slice(1, 4), torch.float32), found[1:4])
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_numbers_of_fp8_are_those_of_torchs_own_cast():
+    weight = torch.randn(9, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 6, 9)[:, None]
+    numbers, scales = pack(weight, "fp8")
+    assert torch.allclose(scales * 448, weight.abs().amax(1))
+    assert torch.equal(numbers.float(), (weight / scales[:, None]).to(torch.float8_e4m3fn).float())
+    assert torch.equal(pack(-weight.bfloat16(), "fp8")[0].float().abs().amax(1), torch.full((9,), 448.0))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """An imagined GPU that multiplies in fp8."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    with imagining("cuda") as device:
+        yield device
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [64, 1 << 22])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_gpu_multiplies_fp8_as_it_lies_and_each_token_has_a_scale(tile, biased, hopper, monkeypatch):
+    """Against both factors as torch's cast rounds them, in fp64."""
+    monkeypatch.setattr(packed_module, "PRODUCT_TILE", tile)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(48, 32, generator=generator)
+    bias = torch.randn(48, generator=generator).bfloat16() if biased else None
+    x = (torch.randn(3, 5, 32, generator=generator) * torch.logspace(-3, 3, 5)[:, None]).bfloat16()
+    x[0, 0] = 0
+    numbers, scales = pack(weight, "fp8")
+    multiplied = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *a, of=torch._scaled_mm, **b: multiplied.append(a) or of(*a, **b))
+    y = linear(*(each if each is None else each.to(hopper) for each in (x, numbers, bias, scales)))
+    assert y.device == hopper
+    assert y.dtype == torch.bfloat16
+    assert len(multiplied) == (8 if tile == 64 else 1)
+    size = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    states = (x / size).to(torch.float8_e4m3fn).double() * size.double()
+    exact = states @ (numbers.double() * scales.double()[:, None]).t() + (0 if bias is None else bias.double())
+    assert ((y.cpu().double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * x.double().abs().amax(-1, True)).all()
+    assert ((states - x.double()).abs() <= 17 / 448 * x.double().abs().amax(-1, True)).all()
+
+
+def test_what_a_gpu_cannot_multiply_in_fp8_is_unpacked(hopper, monkeypatch):
+    monkeypatch.setattr(packed_module, "fp8_product", lambda *_: pytest.fail("multiplied in fp8"))
+
+    def product(dtype, shape=(16, 32)):
+        numbers, scales = pack(torch.randn(shape), "fp8")
+        x = torch.randn(2, shape[1]).to(dtype)
+        y = linear(x.to(hopper), numbers.to(hopper), None, scales.to(hopper))
+        expected = x.float() @ dense(numbers, scales, slice(None), dtype).float().t()
+        assert torch.allclose(y.detach().cpu().float(), expected, atol=1e-1 if dtype == torch.bfloat16 else 1e-4)
+
+    product(torch.bfloat16)  # for a gradient, states stay what they are
+    with torch.no_grad():
+        product(torch.float32)
+        product(torch.bfloat16, (16, 24))
+        product(torch.bfloat16, (24, 32))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+        product(torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 @pytest.mark.parametrize("tile", [64, 1 << 22])
 def test_products_and_gradients_are_those_of_the_restored_weight(kind, tile, monkeypatch):
     monkeypatch.setattr(linear_module, "PRODUCT_TILE", tile)
@@ -141,7 +203,7 @@ def test_a_packed_base_streams_and_learns_as_its_restored_values_do(kind, tiny_m
     assert ends["naive", "answers"] == ends["oracle", "answers"] == ends["gemini_nvme", "answers"]
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 def test_the_plan_knows_every_packed_weight(decoder, kind):  # noqa: F811
     config = decoder.config
     if kind == "nf4" and (config.d_model % 2 or config.d_ff % 2):

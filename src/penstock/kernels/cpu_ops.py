@@ -25,7 +25,7 @@ from penstock.kernels import compile as compiler
 SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "activations.c", "products.c", "vectors.h")]
 FEW = 64
 """Rows up to which a product is made here: with more, torch's blocking wins."""
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 
 
 def _struct(name: str, pointers: str, sizes: str, floats: str, kinds: str) -> type[ctypes.Structure]:
@@ -95,11 +95,11 @@ def unrounded(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
     """x [..., I] fp32 or bf16, weight [O, I], bias [O] -> [..., O] in x's dtype, summed in fp32.
 
-    The weight is fp32, bf16, or int8 with `scales` [O]. All on the CPU, weights without gaps.
+    The weight is fp32, bf16, or int8 or fp8 (e4m3) with `scales` [O]. All on the CPU, weights without gaps.
     """
     x, weight = x.contiguous(), weight.contiguous()
     assert x.shape[-1] == weight.shape[1]
-    assert weight.dtype != torch.int8 or scales is not None
+    assert weight.dtype.itemsize > 1 or scales is not None
     scales = scales if scales is None else scales.float()
     y = x.new_empty(*x.shape[:-1], len(weight))
     wide = x if x.dtype == torch.float32 else torch.empty(x.shape)

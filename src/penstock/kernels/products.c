@@ -1,6 +1,6 @@
 /* Products of few rows with a weight.
 
-   They are bound by reading the weight, once: it is fp32, bf16 or int8 with a scale per row, and is widened to fp32 in
+   They are bound by reading the weight, once: it is fp32, bf16, or int8 or fp8 with a scale per row, and is widened to fp32 in
    registers, or fed to the matrix unit as it lies; sums are made in fp32. Every output is summed in the same order
    whatever the other rows are, so a row's numbers do not depend on its company. */
 #include "vectors.h"
@@ -13,7 +13,7 @@ typedef struct {
     const void *x;       /* [rows, in], x_kind */
     const void *weight;  /* [out, in], kind */
     const void *bias;    /* [out], bias_kind, or NULL */
-    const float *scales; /* [out], INT8 only */
+    const float *scales; /* [out], INT8 and FP8 only */
     void *y;             /* [rows, out], x_kind */
     float *wide;         /* [rows, in], room for x in fp32 if it is not */
     uint32_t *packed;    /* BF16: [in / 32][rows / 16, rounded up][16][16], room for x as the matrix unit reads it */
@@ -30,9 +30,9 @@ INLINE void tile(const Product *p, int kind, int64_t row, int64_t column, int ro
     int64_t in = p->in, k = 0;
     const float *x = p->wide + row * in;
     vec sums[4][8] = {0};
-    int64_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
+    int64_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, ahead = size == 1 ? 2 : 1;
     /* Each group of rows sends for its share of the block after this one, so that reading goes on while all compute. */
-    const char *next = (const char *)p->weight + (column + BLOCK * (kind == INT8 ? 2 : 1)) * in * size;
+    const char *next = (const char *)p->weight + (column + BLOCK * ahead) * in * size;
     int64_t groups = (p->rows + 3) / 4, from = in * (row / 4) / groups, to = in * (row / 4 + 1) / groups;
     for (; k + LANES <= in; k += LANES) {
         vec w[8];
@@ -50,8 +50,8 @@ INLINE void tile(const Product *p, int kind, int64_t row, int64_t column, int ro
             float total = sum(sums[r][c]);
             for (int64_t rest = k; rest < in; rest++)
                 total = fmaf(x[r * in + rest], load_one(p->weight, kind, (column + c) * in + rest), total);
-            if (kind == INT8)
-                total *= p->scales[column + c];
+            if (size == 1)
+                total *= p->scales[column + c] * (kind == FP8 ? FP8_UNIT : 1);
             if (p->bias)
                 total += load_one(p->bias, p->bias_kind, column + c);
             store_one(p->y, p->x_kind, (row + r) * p->out + column + c, total);
@@ -100,8 +100,10 @@ static void by_lanes(const Product *p, int64_t first)
             block(p, FP32, column);
         else if (p->kind == BF16)
             block(p, BF16, column);
-        else
+        else if (p->kind == INT8)
             block(p, INT8, column);
+        else
+            block(p, FP8, column);
     }
 }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 ALIGN = 2048
 """Elements: 4096 bytes, a page, in two-byte dtypes."""
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "float8_e4m3fn": 1, "uint8": 1}
 """Bytes per element."""
 
 

@@ -86,6 +86,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor
     if not learning and cpu_ops.unrounded(x, weight):
         return cpu_ops.product(x, weight, bias)
     if scales is not None:
+        if not learning and packed.multiplied_in_fp8(x, weight):
+            return packed.fp8_product(x, weight, bias, scales)
         return _Product.apply(x, weight, bias, x.dtype == torch.bfloat16 and slow_in_bf16(x.device.type), scales)
     # Without a compiler: casting the weight for a token or a few would cost more than the slow product.
     many = learning or rows > FEW

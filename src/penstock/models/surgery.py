@@ -21,7 +21,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.linear import AdaptersByRow, Linear, RowAdapters
 from penstock.models.lora import Adapted, Adapter, adapters_of, is_adapter
 from penstock.models.lora_targets import LoraSpec, LoraTarget, lora_targets_of
-from penstock.models.packed import as_int8, pack
+from penstock.models.packed import by_row, pack
 from penstock.models.weight_shapes import BaseDtype
 
 DEVICES_THAT_UNPACK = ("cpu", "cuda", "meta")
@@ -177,11 +177,11 @@ def quantise(decoder: Decoder) -> None:
     """Replaces all products' weights, the token table and the head by int8, one after the other. Only for answering."""
     for module in decoder.modules():
         if isinstance(module, Linear) and not module.exact:
-            module.weight, module.scales = _frozen(*as_int8(module.weight))
-    decoder.embed.tokens, decoder.embed.scales = _frozen(*as_int8(decoder.embed.tokens))
+            module.weight, module.scales = _frozen(*by_row(module.weight, "int8"))
+    decoder.embed.tokens, decoder.embed.scales = _frozen(*by_row(decoder.embed.tokens, "int8"))
     decoder.head_scales = decoder.embed.scales
     if decoder.head is not None:
-        decoder.head, decoder.head_scales = _frozen(*as_int8(decoder.head))
+        decoder.head, decoder.head_scales = _frozen(*by_row(decoder.head, "int8"))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ HEAD_COLUMNS = 2048
 """Words that a tile of logits has at least: products with fewer would wait for memory."""
 PRODUCT_TILE = 1 << 22
 """Elements of a weight that are widened or unpacked at once: models.linear."""
-PACK_TILE, PACK_WIDTH = 1 << 20, {"int8": 8.1, "nf4": 11.7}
+PACK_TILE, PACK_WIDTH = 1 << 20, {"int8": 5.1, "fp8": 5.1, "nf4": 11.7}
 """Elements of a weight that are packed at once, and bytes that each takes meanwhile in fp32; from 16 bits 4 more:
 models.packed."""
 SCORE_TILE = 1 << 20

@@ -9,9 +9,11 @@ from typing import Literal
 from penstock.memory.chunks import Weight
 from penstock.models.config import DecoderConfig, Foreign
 
-BaseDtype = Literal["int8", "nf4"]
+BaseDtype = Literal["int8", "fp8", "nf4"]
 Named = list[tuple[str, tuple[int, ...]]]
 """Weights' names and shapes."""
+BY_ROW: dict[str, str] = {"int8": "int8", "fp8": "float8_e4m3fn"}
+"""Kinds with a scale per output, and their dtypes."""
 PACKED_BLOCK = 64
 """Inputs that share a scale in nf4."""
 
@@ -139,6 +141,6 @@ def count_of(config: DecoderConfig, *, scalar: bool, active: bool = False) -> in
 
 def packed_shapes(kind: BaseDtype, height: int, width: int) -> list[tuple[tuple[int, ...], str]]:
     """(shape, dtype) of a packed weight [height, width], and of its scales: models.packed."""
-    if kind == "int8":
-        return [((height, width), "int8"), ((height,), "float32")]
+    if kind in BY_ROW:
+        return [((height, width), BY_ROW[kind]), ((height,), "float32")]
     return [((height, width // 2), "uint8"), ((height, width // math.gcd(width, PACKED_BLOCK)), "float32")]

@@ -44,7 +44,7 @@ class PlanConfig(PlacementFlags):
     """ppo: passes over each experience."""
     rollout_batch_size: int | None = None
     """ppo: answers that one process generates together. Default: all of its answers."""
-    rollout_dtype: Literal["int8", "nf4"] | None = None
+    rollout_dtype: Literal["int8", "fp8", "nf4"] | None = None
     """ppo, grpo: what the blocks of a copy that answers are kept in. Default: the actor itself answers."""
     group_size: int = 8
     """grpo: answers per prompt."""

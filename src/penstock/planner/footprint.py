@@ -76,7 +76,7 @@ def copy_of(config: DecoderConfig, dtype: str, spec: LoraSpec | None, packed: Ba
     groups = groups_of(config, dtype, spec, trained=False, scalar=False, packed=packed)
     weights = [weight for _, members in groups for weight in members]
     nbytes = sum(weight.numel * ITEMSIZE[weight.dtype] for weight in weights)
-    numels = [weight.numel * (2 if weight.dtype == "uint8" else 1) for weight in weights if "int8" in weight.dtype]
+    numels = [weight.numel * (2 if weight.dtype == "uint8" else 1) for weight in weights if ITEMSIZE[weight.dtype] == 1]
     width = PACK_WIDTH[packed] + (4 if ITEMSIZE[dtype] < FP32 else 0)
     return nbytes, int(min(max(numels), PACK_TILE) * width)
 
