@@ -4,7 +4,6 @@ PENSTOCK_KERNELS=all pip wheel . --no-deps
 """
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,7 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 from penstock.kernels import prebuilt
 
-WANTED = os.environ.get("PENSTOCK_KERNELS", "").split()
-NAMES = prebuilt.levels_of(platform.machine()) if WANTED == ["all"] else WANTED
+NAMES = prebuilt.wanted(os.environ.get("PENSTOCK_KERNELS", ""))
 
 
 class BuildWithKernels(build_py):

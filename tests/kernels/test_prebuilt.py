@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.errors import UserError
 from penstock.kernels import cpu_ops, prebuilt
 from penstock.memory import adamw
 from tests.conftest import PATIENCE
@@ -136,6 +137,23 @@ def test_the_best_library_that_the_processor_can_run(instructions, choice, tmp_p
         (tmp_path / f"adamw-{level}.so").touch()
     library = prebuilt.best("adamw")
     assert (library and library.stem) == (choice and f"adamw-{choice}")
+
+
+def test_levels_are_wanted_by_name(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert prebuilt.wanted("") == []
+    assert prebuilt.wanted("all") == ["amx", "avx512bf16", "avx512", "avx2", "x86"]
+    assert prebuilt.wanted("avx2 arm") == ["avx2", "arm"]  # by a compiler for another machine
+    with pytest.raises(UserError, match="no level avx3; give all, or some of amx, avx512bf16, avx512, avx2, x86"):
+        prebuilt.wanted("avx2 avx3")
+
+
+def test_a_wheel_of_an_unknown_level_is_refused():
+    """Where it is built: setup.py asks."""
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=PYTHON | {"PENSTOCK_KERNELS": "sse9"}, capture_output=True, text=True)
+    assert done.returncode
+    assert "UserError: PENSTOCK_KERNELS=sse9: there is no level sse9" in done.stderr
 
 
 SPELLED = {"BMI": "bmi1", "LZCNT": "abm", "AVX512BF16": "avx512_bf16"}

@@ -7,6 +7,7 @@ itself (kernels/compile.py), and these are not looked at.
 import platform
 from pathlib import Path
 
+from penstock.errors import UserError
 from penstock.kernels.machine import cpu_facts
 
 LIBRARIES = {"decode": ("decode.c", "activations.c", "products.c"), "adamw": ("adamw.c",)}
@@ -37,6 +38,19 @@ def levels_of(machine: str) -> list[str]:
     """The levels that a compiler for this machine (platform.machine()) can make."""
     arm = machine in ("aarch64", "arm64")
     return [name for name in LEVELS if (name == "arm") == arm]
+
+
+def wanted(levels: str) -> list[str]:
+    """The levels that PENSTOCK_KERNELS names, or all. Raises UserError for others."""
+    own, names = levels_of(platform.machine()), levels.split()
+    if names == ["all"]:
+        return own
+    for name in names:
+        if name not in LEVELS:
+            raise UserError(
+                f"PENSTOCK_KERNELS={levels}: there is no level {name}; give all, or some of {', '.join(own)}."
+            )
+    return names
 
 
 def best(name: str) -> Path | None:
