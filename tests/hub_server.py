@@ -2,6 +2,7 @@
 are taken from who has the token.
 
 USER/NAME/COMMIT/files of the repository        USER/NAME/main: the commit that `main` is
+USER/NAME/BRANCH/files of it, with %2F for /
 models/USER/NAME/files of what was uploaded
 """
 
@@ -24,13 +25,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Answers for `server.folder`."""
 
     def do_GET(self):
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        path = urllib.parse.urlsplit(self.path).path
         if match := API.fullmatch(path):
-            repo, what, revision, below = match.groups()
+            repo, what, revision, below = decoded(match)
             if folder := self.checkout(repo, revision):
                 self.answer(self.described(folder, repo, what, below or ""))
-        elif (match := FILE.fullmatch(path)) and (folder := self.checkout(*match.groups()[:2])):
-            self.send_file(folder, match[3])
+        elif (match := FILE.fullmatch(path)) and (folder := self.checkout(*decoded(match)[:2])):
+            self.send_file(folder, decoded(match)[2])
         elif not match:
             self.fail("EntryNotFound")
 
@@ -42,7 +43,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not self.path.startswith("/api/datasets/"):
             self.take(body)
             return
-        repo, _, revision, _ = API.fullmatch(urllib.parse.unquote(self.path)).groups()
+        repo, _, revision, _ = decoded(API.fullmatch(self.path))
         paths = json.loads(body)["paths"] if body.startswith("{") else urllib.parse.parse_qs(body)["paths"]
         if folder := self.checkout(repo, revision):
             self.answer([entry(folder, folder / path) for path in paths if (folder / path).exists()])
@@ -77,7 +78,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         home = self.server.folder / repo
         if not home.is_dir():
             return self.fail("RepoNotFound", 401)
-        commit = (home / "main").read_text() if revision in (None, "main") else revision
+        commit = (home / "main").read_text() if revision in (None, "main") else urllib.parse.quote(revision, safe="")
         return home / commit if (home / commit).is_dir() else self.fail("RevisionNotFound")
 
     def described(self, folder, repo, what, below):
@@ -117,6 +118,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, template, *values):
         self.server.requests.append(f"{self.command} {self.path}")
+
+
+def decoded(match):
+    """Parts of an address. A revision's slashes are %2F there."""
+    return [part and urllib.parse.unquote(part) for part in match.groups()]
 
 
 def entry(folder, path):

@@ -232,6 +232,27 @@ def test_datasets_on_the_hub_are_read_by_name_and_again_without_a_network(lab):
         assert (name, read) == (text, dict(names)[text])
 
 
+def test_files_of_a_branch_with_a_slash_in_its_name_are_read_by_name_and_by_pattern(lab, tmp_path):
+    branches = ("refs%2Fconvert%2Fparquet", "more%2Fwords")
+    for branch in branches:
+        file = tmp_path / "lab" / "talks" / branch / "data" / "train.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text(rows(branch))
+    code = """
+import json, sys
+from penstock.hub import files_of
+from penstock.sources import source_of
+
+for text in sys.argv[1:]:
+    (part,) = files_of(source_of(text))
+    print(json.dumps([part.name, part.path.read_text()]))
+"""
+    roots = [f"hf://datasets/lab/talks@{branch}/data" for branch in branches]
+    printed = script(lab, code, *(f"{root}/{name}" for root in roots for name in ("train.jsonl", "*.jsonl")))
+    expected = [[f"{root}/train.jsonl", rows(branch)] for root, branch in zip(roots, branches, strict=True)]
+    assert [json.loads(line) for line in printed.splitlines()] == [expected[0], expected[0], expected[1], expected[1]]
+
+
 def test_a_run_keeps_the_commit_and_resumes_on_its_rows(lab, tmp_path, tiny_model, make_tokenizer):
     model = tiny_model(vocab_size=320)
     make_tokenizer()

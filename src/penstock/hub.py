@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from penstock.errors import UserError
 from penstock.sources import COMMIT, KEPT, STDIN, Hub, Part, Source, chosen_split, hub_of, weighed
@@ -72,12 +73,12 @@ def files_of(source: Source) -> tuple[Part, ...]:
     assert hub is not None
     assert hub.path is not None
     options: Any = {"repo_type": "dataset", "revision": hub.revision}
-    root = f"datasets/{hub.repo}" + (f"@{hub.revision}" if hub.revision else "")
+    root = f"datasets/{hub.repo}" + (f"@{quote(hub.revision, safe='')}" if hub.revision else "")
     with _naming(name):
         paths = [hub.path]
         if glob.has_magic(hub.path):
-            matches = sorted(HfFileSystem().glob(f"{root}/{hub.path}"))
-            paths = [path.split("/", root.count("/") + 1)[-1] for path in matches]
+            files = HfFileSystem()
+            paths = [files.resolve_path(path).path_in_repo for path in sorted(files.glob(f"{root}/{hub.path}"))]
         parts = tuple(Part(f"hf://{root}/{path}", Path(hf_hub_download(hub.repo, path, **options))) for path in paths)
     if not parts:
         raise UserError(f"--data {name}: no file on the hub matches; check the pattern.")
