@@ -1,6 +1,8 @@
 """What an exported model says of itself, and how it comes to the hub."""
 
+import errno
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -91,6 +93,17 @@ def test_what_only_an_upload_knows_is_refused_without(run, tmp_path, capsys):
     assert not (tmp_path / "mine").exists()
 
 
+def test_a_gguf_file_that_cannot_be_put_there_leaves_no_card(run, tmp_path, capsys, monkeypatch):
+    def full(path, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "rename", full)
+    before = sorted(tmp_path.iterdir())
+    assert cli("export", run, "--out", tmp_path / "mine.gguf", "--format", "gguf") == 3
+    assert "--out" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.fixture
 def hub(tmp_path):
     server = hub_server.serve(tmp_path / "hub")
@@ -128,3 +141,16 @@ def test_who_may_not_write_there_is_told_before_anything_is_made(run, tmp_path, 
     assert re.search(r"--push me/tiny: .*401.*hf auth login.*nothing was written", done.stderr, re.S), done.stderr
     assert not (tmp_path / "mine").exists()
     assert cli("export", run, "--out", tmp_path / "mine", "--push", "no-user") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [("--out sft", "exists and is not empty"), ("--out x --merge", "has no adapter"),
+     ("--out x --format gguf", "ends in .gguf"), ("--out x --type f16", "shapes a GGUF file")],
+)  # fmt: skip
+def test_no_repository_is_made_for_what_cannot_be_exported(run, tmp_path, hub, flags, why, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = push(hub, hub_server.TOKEN, run, *flags.split(), "--push", "me/tiny")
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert hub.made == hub.requests == []

@@ -34,26 +34,49 @@ def export(config: ExportConfig) -> None:
     RunDirectory.peek(config.run)
     if config.private and not config.push:
         raise UserError("--private: nothing is uploaded; give --push USER/NAME too, or leave it out.")
+    source = checked(config)
     push = Push(config) if config.push else None
-    files = export_gguf(config) if config.format == "gguf" else export_directory(config)
+    files = export_gguf(config, source) if config.format == "gguf" else export_directory(config, source)
     print(f"wrote {config.out}")
     if push:
         print(f"uploaded {push.upload(files)}")
 
 
-def export_directory(config: ExportConfig) -> dict[str, Path]:
+def checked(config: ExportConfig) -> Path:
+    """The model in its checkpoint. Raises UserError where flags do not fit together, and where something is already."""
+    out = Path(config.out)
+    if config.format == "gguf":
+        if out.suffix != ".gguf":
+            raise UserError(
+                f"--out {out}: a GGUF file's name ends in .gguf; give one, as in model-{config.type or 'f16'}.gguf."
+            )
+        for file in (out, out.with_suffix(".md")):
+            if file.exists():
+                raise UserError(f"--out {out}: {file} exists; choose another name.")
+        if config.dtype:
+            raise UserError("--dtype: of GGUF weights it is --type f32, f16 or q8_0; leave it out.")
+    else:
+        for flag, value in {"--type": config.type, "--lora-only": config.lora_only}.items():
+            if value:
+                raise UserError(f"{flag}: shapes a GGUF file; add --format gguf.")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out}: exists and is not empty; choose another directory.")
+    source = Path(resolve_model(config.run, config.which))
+    if source.name != config.which:
+        raise UserError(f"{config.run}: this run has no {config.which}; only ppo runs have a critic.")
+    adapter = is_adapter_directory(source)
+    if config.lora_only and (not adapter or config.type or config.merge):
+        reason = "goes without --type and --merge" if adapter else f"{config.run} trained all weights, no adapter"
+        raise UserError(f"--lora-only: {reason}.")
+    if config.merge and not adapter and config.format != "gguf":
+        raise UserError(f"--merge: {config.run} trained all weights and has no adapter; leave --merge out.")
+    return source
+
+
+def export_directory(config: ExportConfig, source: Path) -> dict[str, Path]:
     """Copies the files of the checkpoint's model; with --dtype the weights are rounded or widened, with --merge the
     base is written with the adapter merged into it. Returns what was written, by name."""
-    for flag, value in {"--type": config.type, "--lora-only": config.lora_only}.items():
-        if value:
-            raise UserError(f"{flag}: shapes a GGUF file; add --format gguf.")
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists and is not empty; choose another directory.")
-    source = _source(config)
-    adapter = is_adapter_directory(source)
-    if config.merge and not adapter:
-        raise UserError(f"--merge: {config.run} trained all weights and has no adapter; leave --merge out.")
+    out, adapter = Path(config.out), is_adapter_directory(source)
     unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
@@ -94,38 +117,18 @@ def _write_card(config: ExportConfig, source: Path, file: Path, *, adapter: bool
     file.write_text(text, encoding="utf-8")
 
 
-def _source(config: ExportConfig) -> Path:
-    source = Path(resolve_model(config.run, config.which))
-    if source.name != config.which:
-        raise UserError(f"{config.run}: this run has no {config.which}; only ppo runs have a critic.")
-    return source
-
-
-def export_gguf(config: ExportConfig) -> dict[str, Path]:
+def export_gguf(config: ExportConfig, source: Path) -> dict[str, Path]:
     """Writes the whole model, adapters merged, or the adapter alone, as one GGUF file, and its card beside it. Returns
     both, by the names that they have on the hub."""
     out = Path(config.out)
-    if out.suffix != ".gguf":
-        raise UserError(
-            f"--out {out}: a GGUF file's name ends in .gguf; give one, as in model-{config.type or 'f16'}.gguf."
-        )
-    for file in (out, out.with_suffix(".md")):
-        if file.exists():
-            raise UserError(f"--out {out}: {file} exists; choose another name.")
-    if config.dtype:
-        raise UserError("--dtype: of GGUF weights it is --type f32, f16 or q8_0; leave it out.")
-    source = _source(config)
-    adapter = is_adapter_directory(source)
-    if config.lora_only and (not adapter or config.type or config.merge):
-        reason = "goes without --type and --merge" if adapter else f"{config.run} trained all weights, no adapter"
-        raise UserError(f"--lora-only: {reason}.")
-    device = "cpu" if adapter else "meta"
+    device = "cpu" if is_adapter_directory(source) else "meta"
     decoder, extras = pretrained.load(source, dtype=torch.float32, device=device)
     if extras:
         raise UserError(f"{config.run}: llama.cpp has no score heads; export the reward model as safetensors.")
     tokenizer = load_tokenizer(str(source))
     ends = ends_of(None if tokenizer is None else ChatTemplate(tokenizer), pretrained.ends_named(source)).ids
-    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    names = {CARD: out.with_suffix(".md"), out.name: out}
+    unfinished, text = (name.with_name(f"{name.name}.tmp-{os.getpid()}") for name in (out, names[CARD]))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if config.lora_only:
@@ -134,15 +137,17 @@ def export_gguf(config: ExportConfig) -> dict[str, Path]:
             merge_adapters(decoder, keep=False)
             kind = config.type or "f16"
             notes = gguf_writer.write_model(decoder, unfinished, kind, name=out.stem, tokenizer=tokenizer, ends=ends)
-        _write_card(config, source, out.with_suffix(".md"), adapter=config.lora_only)
+        _write_card(config, source, text, adapter=config.lora_only)
         unfinished.rename(out)
+        text.rename(names[CARD])
     except OSError as error:
         raise refused(f"--out {out}", error) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        for file in (unfinished, text):
+            file.unlink(missing_ok=True)
     for note in notes:
         print(f"{out}: {note}")
-    return {out.name: out, CARD: out.with_suffix(".md")}
+    return names
 
 
 class Push:
