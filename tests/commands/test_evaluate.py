@@ -48,6 +48,12 @@ def test_the_win_rate_is_that_of_the_scores(files, capsys):
     assert (same["win_rate"], same["ties"], same["win_rate_interval"]) == (0.5, 16, [0.5, 0.5])
 
 
+def test_a_prompt_that_is_asked_twice_is_compared_with_its_own_repetition(files, capsys):
+    first, _, (_, data, *more), reward = files
+    twice = result_of(capsys, first, "--against", first, "--data", f"{data}*2", *more, *reward, "--temperature", 1)
+    assert (twice["prompts"], twice["ties"], twice["left_out"], twice["longer_by"]) == (32, 32, 0, 0)
+
+
 def test_an_interval_is_that_of_the_normal_distribution_where_the_mean_has_it():
     values = numpy.random.default_rng(1).normal(size=400)
     error = values.std() / 20

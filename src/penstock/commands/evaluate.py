@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -103,8 +104,8 @@ def answers_of(config: EvalConfig, model: str) -> Side:
 
 def comparison(config: EvalConfig, own: Side, other: Side) -> dict[str, Any]:
     """Who wins how often. Prompts that only one of the two could read are left out, and counted."""
-    others = {record.where: line for record, line in other}
-    pairs = [(record, line, others[record.where]) for record, line in own if record.where in others]
+    others = {place: line for place, (_, line) in by_place(other).items()}
+    pairs = [(*answer, others[place]) for place, answer in by_place(own).items() if place in others]
     if config.judge:
         verdicts = judged(config, pairs)
         kept = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not None]
@@ -125,6 +126,16 @@ def comparison(config: EvalConfig, own: Side, other: Side) -> dict[str, Any]:
         "win_rate_length_controlled": length_controlled(outcomes, lengths),
         "longer_by": float(lengths.mean()),
     }  # fmt: skip
+
+
+def by_place(side: Side) -> dict[tuple[str, int], tuple[Prompt, dict[str, Any]]]:
+    """By where a prompt is, and which of its repetitions it is: --data 2*FILE asks everything twice."""
+    seen: Counter[str] = Counter()
+    places = {}
+    for record, line in side:
+        places[record.where, seen[record.where]] = record, line
+        seen[record.where] += 1
+    return places
 
 
 def interval(values: Any) -> list[float]:
