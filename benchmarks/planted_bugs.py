@@ -233,7 +233,7 @@ BUGS: list[Bug] = [
     (SINK, "each piece of gradients is the first", "self._gradients_at(grads[start:stop], home, tier)", "self._gradients_at(grads[: stop - start], home, tier)"),
     (TIERS, "a buffer is filled while it is copied", "                gone.synchronize()\n", "                pass\n"),
     (TIERS, "a refused pin's error waits for the next kernel", "        torch.ones(1, device=\"cuda\")\n", "        pass\n"),
-    (TIERS, "a KV cache's pages are pinned anew", "        pages, self._spare = self._spare, None\n        if", "        pages = None\n        if"),
+    (TIERS, "a KV cache's pages are pinned anew", "if pages.numel() >= nbytes), None)", "if not pages.numel()), None)"),
     (TIERS, "pages are shared, so none is large", "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS", "flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS"),
     ("planner/traffic.py", "what a shadow sends up is not counted", "                moved[\"host_read\"] += weights\n", ""),
     ("algorithms/setup.py", "a GPU trains under ddp by default", "(AUTO if accelerated else \"ddp\")", "\"ddp\""),

@@ -13,6 +13,7 @@ from penstock.memory.tiers import Ram
 from penstock.models.roles import Actor
 from tests.imagined import imagining
 from tests.memory.test_stream import FAMILIES, batches, decoder, streamed
+from tests.memory.test_tiers import Driver
 
 CPU = torch.device("cpu")
 CASES = [("gemini", "gpt2", "fp32"), *(("gemini_cpu", family, "bf16") for family in FAMILIES)]
@@ -83,17 +84,19 @@ def test_the_first_part_that_learns_may_read_what_needs_no_gradient():
     assert back is not first
 
 
-def test_the_pages_of_one_pass_are_the_next_ones():
-    """Models side by side have their own."""
-    host = Ram("host", CPU)
-    for _ in range(2):
+def test_the_pages_of_one_pass_are_the_next_ones(monkeypatch):
+    """Models side by side have their own, and no pages are pinned twice."""
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    host = Ram("host", CPU, pins=True)
+    for _ in range(3):
         passes = [Inputs(host, 2) for _ in range(2)]
         for inputs in passes:
             inputs.keep([torch.randn(4)])
         assert host.used == 32
         del passes, inputs
-    assert host.used == 16
-    assert host.peak == 32
+    assert host.used == host.peak == host.pinned == 32
+    assert driver.calls == 2
 
 
 def test_a_caches_pages_go_where_models_side_by_side_have_no_room_beside_them():

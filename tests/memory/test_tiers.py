@@ -273,6 +273,25 @@ def test_pages_that_came_back_are_lent_again_pinned_as_they_are(monkeypatch):
     assert not driver.pinned
 
 
+def test_loans_side_by_side_find_their_pages_whatever_the_order(monkeypatch):
+    """A cache, and then two at once that are smaller: the largest pages serve in both, and the smallest that fit go."""
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    host = Ram("host", CPU, budget=200_000, pins=True)
+    for sizes in ((100_000,), (60_000, 50_000), (100_000,), (50_000, 60_000), (40_000, 100_000)):
+        borrowers = [LateDevice() for _ in sizes]
+        for size, borrower in zip(sizes, borrowers, strict=True):
+            host.lend(size, "a loan", borrower)
+        del borrowers, borrower
+    assert driver.calls == 2
+    assert host.used == host.peak == 150_000
+    borrower = LateDevice()
+    host.lend(120_000, "a larger cache", borrower)  # in the place of the largest
+    assert host.used == 170_000
+    host.make_room(60_000)  # the smallest go first
+    assert host.used == 120_000
+
+
 class LateDevice:
     """Stands in for a device's copy stream: a copy is done when somebody waits for it, and not before."""
 

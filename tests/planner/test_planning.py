@@ -472,6 +472,17 @@ def test_auto_stays_within_its_budget_when_roles_step_side_by_side():
         assert forecast(of, "gemini_auto", "bf16", device=device).peak["device"] <= device
 
 
+def test_what_blocks_of_models_side_by_side_read_has_pages_of_its_own():
+    """They stay for the next phase, whoever borrows them then."""
+    of = batched(on_one_base(work(DEEP), LoraSpec(4)), 16)
+    setting = Setting(of, "gemini_cpu", "bf16", 1, {"device": 1, "host": None, "disk": None})
+    kept, away = (workload._forecast(setting, False, True, True, x).peak["device"] for x in (False, True))
+    planned, measured = (run(of, "gemini_cpu", "bf16", device=(kept + away) // 2) for run in (forecast, dry))
+    assert planned.further
+    assert planned.offloaded > planned.further
+    assert_near(planned, measured)
+
+
 @pytest.mark.parametrize(("lora", "host"), [(16, "10GB"), (None, "16GB")])
 def test_auto_leaves_host_memory_to_what_no_disk_holds(lora, host):
     """A KV cache, gradients, and inputs of blocks, of models that stand on one base two at a time."""

@@ -79,8 +79,8 @@ class Ram(Tier):
         self.device, self._pins = device, pins
         self.pinned = 0
         """Bytes that the driver was asked to pin."""
-        self._spare: Tensor | None = None
-        """Pages that came back from a loan. See [Note: pages stay pinned]."""
+        self._spare: list[Tensor] = []
+        """Pages that came back from loans, the smallest first. See [Note: pages stay pinned]."""
 
     def home(self, numel: int, dtype: torch.dtype, what: str, travels: bool = False) -> "RamHome":
         """Zeroed memory for `numel` elements. `travels`: its contents are copied to the device or from there."""
@@ -96,30 +96,26 @@ class Ram(Tier):
 
     def make_room(self, nbytes: int) -> None:
         """Gives spare pages back where so many bytes more would pass the budget."""
-        if self._spare is not None and self.budget is not None and self.used + nbytes > self.budget:
-            self.drop(self._spare)
-            self._spare = None
+        while self._spare and self.budget is not None and self.used + nbytes > self.budget:
+            self.drop(self._spare.pop(0))
 
     def lend(self, nbytes: int, what: str, borrower: Any, zeroed: bool = True) -> Tensor:
         """[nbytes] uint8, for contents that travel, until the borrower dies; then the pages are spare. Without `zeroed`
         they hold what the last borrower left."""
-        pages, self._spare = self._spare, None
-        if pages is not None and pages.numel() >= nbytes:
+        fits = next((i for i, pages in enumerate(self._spare) if pages.numel() >= nbytes), None)
+        if fits is not None:
+            pages = self._spare.pop(fits)
             if zeroed:
                 pages[:nbytes].zero_()
         else:
-            if pages is not None:
-                self.drop(pages)
+            if self._spare:
+                self.drop(self._spare.pop())
             pages = self.home(nbytes, torch.uint8, what, travels=True).tensor
         weakref.finalize(borrower, self._take_back, pages)
         return pages[:nbytes]
 
     def _take_back(self, pages: Tensor) -> None:
-        if self._spare is not None:
-            pages, self._spare = sorted((pages, self._spare), key=len)
-            self.drop(pages)
-        else:
-            self._spare = pages
+        self._spare = sorted([*self._spare, pages], key=len)
 
     def drop(self, pages: Tensor) -> None:
         """Counts pages that travelled no longer."""

@@ -198,16 +198,17 @@ Needs = Mapping[str, Sequence[tuple[int, Sequence[Pass]]]]
 
 
 def _on_host(needs: Needs, homes: int, scratch: int, buffers: Mapping[str, int], budget: int | None) -> dict[str, int]:
-    """Bytes of host memory in each phase. What is lent leaves its pages, the most of one pass, to whoever comes next
-    where the budget has room for them beside an update: see Ram.lend."""
+    """Bytes of host memory in each phase. What is lent leaves its pages, the most of one pass and of those beside it,
+    to whoever comes next where the budget has room for them beside an update: see Ram.lend."""
     lasting, passing = homes + buffers["disk_buffers"], buffers["update_buffers"] + buffers["gradient_buffer"]
     lent = {phase: _lent(groups) for phase, groups in needs.items()}
     spare = max(most for most, _ in lent.values())
-    stays = budget is None or lasting + passing + spare + plan.UPDATE_ROOM + _further(needs) <= budget
+    pages = spare + _further(needs)
+    stays = budget is None or lasting + passing + pages + plan.UPDATE_ROOM <= budget
     trains = {phase for phase, groups in needs.items() if any(group[0].kind == "step" for _, group in groups)}
     return {
-        phase: lasting + (scratch + passing if phase in trains else 0) + sums + (max(spare - most, 0) if stays else 0)
-        for phase, (most, sums) in lent.items()
+        phase: lasting + (scratch + passing if phase in trains else 0) + (max(sums, pages) if stays else sums)
+        for phase, (_, sums) in lent.items()
     }
 
 
