@@ -99,7 +99,7 @@ def features(device: str) -> dict[str, Any]:
     shape = dataclasses.replace(SMALL, max_length=128, num_layers=3)
     ways = {
         **{f"{kind}, logits": partial(packed_logits, shape, kind) for kind in ("int8", "fp8", "nf4")},
-        "fp8, logits in bf16, which Ada and Hopper multiply in fp8,": partial(
+        "fp8, logits in bf16, whose states a GPU rounds to fp8 too,": partial(
             packed_logits, shape, "fp8", dtype=torch.bfloat16
         ),
         "head, log-probabilities and gradients": head,

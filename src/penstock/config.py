@@ -411,9 +411,9 @@ class RolloutFlags(AnswerFlags):
     """Clip of the probability ratio."""
     rollout_dtype: Literal["int8", "fp8", "nf4"] | None = None
     """Answer with a copy of the actor whose blocks are kept in 8 bits, or in 4, on the device: made anew for each
-    rollout, it is for an actor whose weights stream and do not fit. fp8 is for GPUs that multiply it (Ada, Hopper and
-    later); elsewhere int8 is nearer to the actor. The loss weighs each token by the importance of the
-    copy's choice. Default: the actor itself answers."""
+    rollout, it is for an actor whose weights stream and do not fit. fp8 is for GPUs that multiply it (Ada, Hopper, the
+    Blackwell of data centres); elsewhere int8 is nearer to the actor. The loss weighs each token by the importance of
+    the copy's choice. Default: the actor itself answers."""
     importance_sampling_cap: float | None = None
     """With --rollout-dtype: the most that a token's importance weight, its probability under the actor over that under
     the copy, may be. Default: 2."""

@@ -143,8 +143,9 @@ def test_what_a_gpu_cannot_multiply_in_fp8_is_unpacked(hopper, monkeypatch):
         product(torch.float32)
         product(torch.bfloat16, (16, 24))
         product(torch.bfloat16, (24, 32))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
-        product(torch.bfloat16)
+        for capability in ((8, 6), (12, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, is_=capability: is_)
+            product(torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])

@@ -7,9 +7,10 @@ levels of their largest weight (Dettmers et al. 2022, LLM.int8), or blocks to th
 (QLoRA, appendix E). In fp8 (e4m3: Micikevicius et al. 2022) a row's numbers have 4 significant bits each, at the same
 bytes: int8 is nearer to the full weights, but for rows whose few largest weights leave the others few levels.
 
-[Note: products in fp8] GPUs since Ada and Hopper multiply fp8 as it lies, so that an answer's token reads one byte a
-weight; int8 is unpacked there for every token. Both factors must be fp8: states are rounded too, each token's to its
-own scale, as vLLM does. Whoever learns, other GPUs and odd widths unpack.
+[Note: products in fp8] Ada, Hopper and the Blackwell of data centres (8.9, 9.x, 10.x; torch 2.13 has no kernel with a
+scale per row for 12.x) multiply fp8 as it lies, so that an answer's token reads one byte a weight; int8 is unpacked
+there for every token. Both factors must be fp8: states are rounded too, each token's to its own scale, as vLLM does.
+Whoever learns, other GPUs and odd widths unpack.
 
 [Note: packed bases are weights of other dtypes] Packed products are chunks of bytes, and chunks of fp32 scales. They
 are packed while they are read, stream as any chunk does, and are unpacked a tile of rows at a time inside the product,
@@ -73,11 +74,13 @@ def _packed(weight: Tensor, dtype: BaseDtype, shape: tuple[int, ...]) -> tuple[T
 
 
 def multiplied_in_fp8(x: Tensor, weight: Tensor) -> bool:
-    """Whether the device has instructions for `fp8_product`. See [Note: products in fp8]."""
+    """Whether the device has a kernel for `fp8_product`. See [Note: products in fp8]."""
     if weight.dtype != torch.float8_e4m3fn or x.dtype != torch.bfloat16 or x.device.type != "cuda":
         return False
-    whole = not any(size % 16 for size in weight.shape)
-    return whole and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    if any(size % 16 for size in weight.shape) or torch.version.hip is not None:
+        return False
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return (major, minor) == (8, 9) or major in (9, 10)
 
 
 def fp8_product(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
