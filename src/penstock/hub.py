@@ -78,7 +78,7 @@ def files_of(source: Source) -> tuple[Part, ...]:
         paths = [hub.path]
         if glob.has_magic(hub.path):
             files = HfFileSystem()
-            paths = [files.resolve_path(path).path_in_repo for path in sorted(files.glob(f"{root}/{hub.path}"))]
+            paths = [files.resolve_path(path).path for path in sorted(files.glob(f"{root}/{hub.path}"))]
         parts = tuple(Part(f"hf://{root}/{path}", Path(hf_hub_download(hub.repo, path, **options))) for path in paths)
     if not parts:
         raise UserError(f"--data {name}: no file on the hub matches; check the pattern.")
