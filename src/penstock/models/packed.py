@@ -5,7 +5,7 @@ decoding, which is bound by reading weights. Under adapters, `surgery.quantise_b
 alone: the frozen base of a QLoRA run (Dettmers et al. 2023) takes 1.03 or 0.56 bytes a weight. Rows are rounded to 255
 levels of their largest weight (Dettmers et al. 2022, LLM.int8), or blocks to the 16 quantiles of a normal distribution
 (QLoRA, appendix E). In fp8 (e4m3: Micikevicius et al. 2022) a row's numbers have 4 significant bits each, at the same
-bytes: int8 is nearer to the full weights, but for rows whose few largest weights leave the others few levels.
+bytes: int8 is nearer to the full weights (docs/memory.md has figures).
 
 [Note: products in fp8] Ada, Hopper and the Blackwell of data centres (8.9, 9.x, 10.x; torch 2.13 has no kernel with a
 scale per row for 12.x) multiply fp8 as it lies, so that an answer's token reads one byte a weight; int8 is unpacked
