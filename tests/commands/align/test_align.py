@@ -1,5 +1,6 @@
 """`penstock align` from data to a report, on a model of ten thousand parameters."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -75,6 +76,27 @@ def test_demonstrations_and_comparisons_become_an_aligned_model(tmp_path, model,
     assert result_of(capsys, *flags, "--set", "sft.lr=1e-3", "dpo.beta=0.3")["taken"] == result["taken"]
     assert cli("align", *flags) == 2
     assert f"--set: {out} was begun with" in capsys.readouterr().err
+
+
+def test_stages_send_their_metrics_to_loggers_and_trials_do_not(tmp_path, model, pairs, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(Session, "__init__", spied(Session.__init__, lambda session: asked.append(session)))
+    out = tmp_path / "out"
+    assert cli("align", "--model", model, "--data", pairs, "--out", out, "--steps", 2, "--log", "tensorboard") == 0
+    assert [session.config.run.log for session in asked] == [(), (), ("tensorboard",)]
+    assert [*(out / "dpo" / "tensorboard").glob("events*")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli("align", "--model", model, "--data", pairs, "--out", tmp_path / "other", "--log", "wandb") == 2
+    assert "wandb is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def spied(method, look):
+    def method_and_look(self, *arguments, **flags):
+        method(self, *arguments, **flags)
+        look(self)
+
+    return method_and_look
 
 
 def test_no_stage_sees_a_prompt_that_is_held_out(tmp_path, model, pairs, demonstrations):

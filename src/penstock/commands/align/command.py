@@ -22,6 +22,7 @@ from penstock.commands.align.trial import ASKED, memory_meter, score_sanity, try
 from penstock.config import EngineFlags, as_data_flags
 from penstock.errors import ResourceError, UserError
 from penstock.flags import to_dict, with_absolute_paths
+from penstock.run import loggers
 from penstock.run.checkpoint import write_whole
 from penstock.run.directory import RunDirectory, refused
 from penstock.run.session import StoppedError
@@ -72,6 +73,7 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
     """Looks, plans and tries; returns the state that the stages begin with."""
     if not (out / STATE).exists():  # else a start that ended before its stages did not begin them
         RunDirectory.refuse_used(out)
+    loggers.require(config.log)
     inventory = look(config, speaker(config))
     plans, better = Planner(config, inventory, Machine.of(config)).plans()
     plan, late = within(plans, config.seconds)

@@ -64,6 +64,8 @@ class AlignConfig(RewardFlags, TemplateFlags, EngineFlags):
     """Print warnings, errors and results alone."""
     json: bool = False
     """Print the plan or the result as one JSON object."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Send metrics, flags and samples of every stage to these loggers too, as the commands do."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

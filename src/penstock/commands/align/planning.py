@@ -217,7 +217,7 @@ class Planner:
             ),
             "max_length": config.max_length, "apply_chat_template": inventory.flags.apply_chat_template,
             **default, **{name: value for name, value in given.items() if value is not None},
-            "dtype": self.machine.dtype, "strategy": self.machine.strategy, "keep": 1,
+            "dtype": self.machine.dtype, "strategy": self.machine.strategy, "keep": 1, "log": config.log or None,
         }  # fmt: skip
         for name in ("device", "device_memory", "host_memory", "disk", "chunk_size", "system", "template_args", "eos"):
             flags[name] = getattr(config, name)

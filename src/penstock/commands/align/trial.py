@@ -73,7 +73,13 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
     for planned in stages:
         with memory_meter() as peak:
             began = time.perf_counter()
-            flags: dict[str, Any] = {"checkpoint_every": SAVED, "eval_every": NEVER, "quiet": True, "json": False}
+            flags: dict[str, Any] = {
+                "checkpoint_every": SAVED,
+                "eval_every": NEVER,
+                "quiet": True,
+                "json": False,
+                "log": (),
+            }
             path = run_stage(planned.stage, root, steps=STEPS, **flags)
             seconds = time.perf_counter() - began
         run_stage(planned.stage, root, steps=STEPS + 1)  # its models may stand beside those of the run before
