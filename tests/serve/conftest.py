@@ -199,3 +199,11 @@ def postgres():
     yield database
     subprocess.run([PG_CTL, "-D", str(data), "-m", "immediate", "stop"], **quiet)
     shutil.rmtree(base)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request, tmp_path):
+    url = request.getfixturevalue("postgres")() if request.param == "postgresql" else None
+    with contextlib.closing(open_store(str(tmp_path / "data"), url)) as opened:
+        opened.address = (str(tmp_path / "data"), url)
+        yield opened

@@ -13,14 +13,6 @@ from penstock.serve.store import open_store
 from penstock.serve.tables import metadata
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request, tmp_path):
-    url = request.getfixturevalue("postgres")() if request.param == "postgresql" else None
-    with contextlib.closing(open_store(str(tmp_path / "data"), url)) as opened:
-        opened.address = (str(tmp_path / "data"), url)
-        yield opened
-
-
 def end(store, message, content, finish_reason="stop"):
     """Stores how an answer ended. Returns the ids of deleted ones."""
     return store.save_answers([{**message, "content": content, "finish_reason": finish_reason}])

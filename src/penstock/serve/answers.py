@@ -10,6 +10,7 @@ finish_reason is an answer that is being written; after a crash the next start m
 import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
@@ -38,6 +39,8 @@ class Answer:
         """Why it ended with an error."""
         self.texts: list[str] = [message["content"]]
         """All text, in the pieces in which it came."""
+        self.usage: dict[str, Any] | None = message["usage"]
+        """Tokens and seconds, once it has ended."""
         self.saved = 1
         """How many of the pieces are stored."""
         self.over = asyncio.Event()
@@ -49,7 +52,8 @@ class Answer:
     @property
     def message(self) -> Row:
         """The row, with the text so far."""
-        return {**self.row, "content": "".join(self.texts), "finish_reason": self.finish_reason}
+        text = "".join(self.texts)
+        return {**self.row, "content": text, "finish_reason": self.finish_reason, "usage": self.usage}
 
     async def growth(self, seen: int) -> AsyncGenerator[str, None]:
         """The text behind the pieces that were seen, and "" now and then while none comes; ends when that is stored."""
@@ -73,6 +77,8 @@ class Answer:
         self.finish_reason, self.failure = last.finish_reason, last.error
         if last.error is not None and last.error.code == "shutting_down":  # the next server can go on with it
             self.finish_reason, self.failure = "interrupted", None
+        if self.finish_reason is not None and self.generation is not None:
+            self.usage = usage_of(self.generation, self.usage)
         self._tell()
 
     def end(self) -> None:
@@ -83,6 +89,19 @@ class Answer:
     def _tell(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+
+
+def usage_of(generation: Generation, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """Tokens of the prompt and of the answer, and the seconds from its first token to its last. `earlier`: those of the
+    parts that it goes on with, which are a part of its prompt."""
+    before = earlier or {"completion_tokens": 0, "seconds": 0.0}
+    began = generation.first_token_at
+    seconds = 0.0 if began is None else time.monotonic() - began
+    return {
+        "prompt_tokens": max(0, len(generation.prompts[0]) - before["completion_tokens"]),
+        "completion_tokens": before["completion_tokens"] + generation.tokens_made,
+        "seconds": round(before["seconds"] + seconds, 3),
+    }
 
 
 class Answers:

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 
 from penstock.serve import openai_api, openai_requests, page_api, static_files
 from penstock.serve.catalogue import ServedModel
+from penstock.serve.chats.chats_api import chats
 from penstock.serve.errors import ApiError, busy_database, documented
 from penstock.serve.labelling import labeller_api, owner_api
 from penstock.serve.metrics import CONTENT_TYPE
@@ -43,7 +44,7 @@ def build(service: Service) -> Application:
         servers=[{"url": service.config.root_path}] if service.config.root_path else None,
     )
     app.state.service = service
-    rooms = (labeller_api.labeller_api, owner_api.owner_api, versions_api.versions_api)
+    rooms = (chats, labeller_api.labeller_api, owner_api.owner_api, versions_api.versions_api)
     for router in (openai_api.v1, score_api.scores, server_api, page_api.api, *rooms, static_files.pages):
         app.include_router(router)
     app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]

@@ -140,7 +140,8 @@ class Catalogue:
             model = models.get(name)
             card = {"id": name, "object": "model", "created": model.created if model else self._started}
             task = "score" if isinstance(model, ServedReward) else "generate"
-            cards.append({**card, "owned_by": "penstock", "task": task})
+            length = model.length if model else None  # vLLM's name for the context
+            cards.append({**card, "owned_by": "penstock", "task": task, "max_model_len": length})
         return cards
 
     def start(self, on_failure: Callable[[], None]) -> None:

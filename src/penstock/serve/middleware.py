@@ -2,7 +2,8 @@
 
 [Note: access is checked outside the framework] This is plain ASGI, around FastAPI, so that no route can forget a check
 and a large body costs nothing; `http_protocol.py` limits the head of a request before that. The whole body is read
-here, 1 MiB at most: routes get it in one piece, and the next message they receive is the client's disconnect.
+here, 1 MiB at most (4 of an import): routes get it in one piece, and the next message they receive is the client's
+disconnect.
 """
 
 import asyncio
@@ -30,6 +31,8 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 2**20
+LARGER_BODIES = {"/api/import": 4 * 2**20}
+"""A whole conversation comes in one body; parsing it holds the others up for some hundredths of a second."""
 BODY_SECONDS = 30.0
 """For the whole body; a slower one is answered 408."""
 SEND_SECONDS = 60.0
@@ -70,6 +73,11 @@ class _Exchange:
     sending_since: float | None = None
     """The loop's time when the send began that the client has not read yet."""
 
+    @property
+    def max_bytes(self) -> int:
+        """Of the body."""
+        return LARGER_BODIES.get(self.scope["path"], MAX_BODY_BYTES)
+
 
 class AccessMiddleware:
     """Identifies each request, reads its body, passes it on, and counts it. Errors leave in OpenAI's shape."""
@@ -104,8 +112,8 @@ class AccessMiddleware:
                 return
             await self._identify(exchange, headers)
             length = headers.get(b"content-length", b"")
-            if length.isdigit() and int(length) > MAX_BODY_BYTES:
-                raise _too_large()
+            if length.isdigit() and int(length) > exchange.max_bytes:
+                raise _too_large(exchange)
             body = await _body(exchange)
             if body is not None:
                 await self._inner(scope, _replay(exchange, body), _with_headers(exchange))
@@ -187,8 +195,9 @@ def _session_of(headers: dict[bytes, bytes], name: str) -> str | None:
     return None if cookie is None else cookie.value
 
 
-def _too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes (1 MiB); send less.")
+def _too_large(exchange: _Exchange) -> ApiError:
+    most = exchange.max_bytes
+    return ApiError(413, f"the body is larger than {most} bytes ({most // 2**20} MiB); send less.")
 
 
 async def _body(exchange: _Exchange) -> bytes | None:
@@ -201,8 +210,8 @@ async def _body(exchange: _Exchange) -> bytes | None:
                 if message["type"] == "http.disconnect":
                     return None
                 body += message.get("body", b"")
-                if len(body) > MAX_BODY_BYTES:
-                    raise _too_large()
+                if len(body) > exchange.max_bytes:
+                    raise _too_large(exchange)
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:

@@ -119,6 +119,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     task: Literal["generate", "score"]
+    max_model_len: int | None
 
 
 class ModelList(BaseModel):

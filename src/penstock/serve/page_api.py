@@ -49,11 +49,17 @@ class Csrf(BaseModel):
     owner: bool
 
 
-class ConversationChanges(Strict):
-    """Title and system prompt; what is left out stays."""
+class NewConversation(Strict):
+    """Title and system prompt."""
 
     title: Annotated[Str, Field(max_length=200)] | None = None
     system: Annotated[Str, Field(max_length=MAX_CHARACTERS)] | None = None
+
+
+class ConversationChanges(NewConversation):
+    """Title, system prompt, and whether it is pinned to the top of the list; what is left out stays."""
+
+    pinned: bool | None = None
 
 
 class NewMessage(Strict):
@@ -109,6 +115,16 @@ class Conversation(BaseModel):
     system: str
     created_at: str
     updated_at: str
+    pinned: bool
+    named: bool = Field(description="Whether a person chose the title.")
+
+
+class Usage(BaseModel):
+    """Tokens of an answer's prompt and its own, and the seconds from its first token to its last."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
 
 
 class StoredMessage(BaseModel):
@@ -126,6 +142,8 @@ class StoredMessage(BaseModel):
     sampling: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "cancelled", "interrupted", "error"] | None
     created_at: str
+    usage: Usage | None
+    edited_from: str | None = Field(description="The answer that a person rewrote into this one.")
 
 
 class WholeConversation(Conversation):
@@ -135,7 +153,7 @@ class WholeConversation(Conversation):
 
 
 class ConversationList(BaseModel):
-    """Newest first."""
+    """Pinned ones, then others, each newest first."""
 
     data: list[Conversation]
     has_more: bool
@@ -161,7 +179,7 @@ class VoteList(BaseModel):
 
 
 @contextlib.contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """Answers the store's LookupError with 404 and its ValueError with 400."""
     try:
         yield
@@ -169,7 +187,7 @@ def _store_errors() -> Iterator[None]:
         raise ApiError(404 if isinstance(error, LookupError) else 400, str(error.args[0])) from error
 
 
-def _with_times(row: dict[str, Any]) -> dict[str, Any]:
+def with_times(row: dict[str, Any]) -> dict[str, Any]:
     """A row as JSON: times in ISO 8601, UTC."""
     times: dict[str, Any] = {
         name: datetime.fromtimestamp(row[name], UTC).isoformat(timespec="milliseconds")
@@ -235,34 +253,34 @@ def log_out(request: Request) -> Response:
 def list_conversations(
     request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 50, before: str | None = None
 ) -> JSONResponse:
-    """The most recently used conversations, from behind `before` on."""
-    with _store_errors():
+    """Pinned conversations, then the others, each by their last use, from behind `before` on."""
+    with store_errors():
         rows, has_more = service_of(request).store.list_conversations(limit, before)
-    return JSONResponse({"data": [_with_times(row) for row in rows], "has_more": has_more})
+    return JSONResponse({"data": [with_times(row) for row in rows], "has_more": has_more})
 
 
 @api.post("/conversations", status_code=201, response_model=Conversation, responses=FAILS)
-def add_conversation(body: ConversationChanges, request: Request) -> JSONResponse:
+def add_conversation(body: NewConversation, request: Request) -> JSONResponse:
     """A new conversation; its first message names it if it has no title."""
     row = service_of(request).store.add_conversation(body.title or "", body.system or "")
-    return JSONResponse(_with_times(row), 201)
+    return JSONResponse(with_times(row), 201)
 
 
 @api.get("/conversations/{conversation_id}", response_model=WholeConversation, responses=FAILS)
 def one_conversation(conversation_id: str, request: Request) -> JSONResponse:
     """A conversation with the whole tree of its messages."""
     store = service_of(request).store
-    with _store_errors():
+    with store_errors():
         row, messages = store.conversation(conversation_id), store.messages(conversation_id)
-    return JSONResponse({**_with_times(row), "messages": [_with_times(message) for message in messages]})
+    return JSONResponse({**with_times(row), "messages": [with_times(message) for message in messages]})
 
 
 @api.patch("/conversations/{conversation_id}", response_model=Conversation, responses=FAILS)
 def change_conversation(conversation_id: str, body: ConversationChanges, request: Request) -> JSONResponse:
-    """Sets title or system prompt."""
+    """Sets title, system prompt or pin."""
     changes = body.model_dump(exclude_none=True)
-    with _store_errors():
-        return JSONResponse(_with_times(service_of(request).store.change_conversation(conversation_id, changes)))
+    with store_errors():
+        return JSONResponse(with_times(service_of(request).store.change_conversation(conversation_id, changes)))
 
 
 @api.delete("/conversations/{conversation_id}", status_code=204, responses=FAILS)
@@ -270,7 +288,7 @@ async def remove_conversation(conversation_id: str, request: Request) -> Respons
     """Removes a conversation with its messages and votes, and stops its answers."""
     service = service_of(request)
     await service.answers.stop(service.answers.of(conversation_id))
-    with _store_errors():
+    with store_errors():
         await run_in_threadpool(service.store.remove_conversation, conversation_id)
     return Response(status_code=204)
 
@@ -280,7 +298,7 @@ async def add_message(conversation_id: str, body: NewMessage, request: Request) 
     """A user's message. Editing one is adding another under the same parent; it stops the answers below that."""
     service = service_of(request)
     store = service.store
-    with _store_errors():
+    with store_errors():
         row = await run_in_threadpool(
             store.add_message, conversation_id, body.parent_id, "user", body.content, message_id=body.id
         )
@@ -288,7 +306,7 @@ async def add_message(conversation_id: str, body: NewMessage, request: Request) 
             below = await run_in_threadpool(store.below, body.parent_id, conversation_id)
             below -= await run_in_threadpool(store.below, row["id"], conversation_id)  # where it was sent again
             await service.answers.stop(answer for answer in writing if answer.row["id"] in below)
-    return JSONResponse(_with_times(row), 201)
+    return JSONResponse(with_times(row), 201)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -306,7 +324,7 @@ async def add_reply(conversation_id: str, body: NewReply, request: Request) -> R
     if body.id is not None and (answer := service.answers.find(body.id)):
         return _shown(answer)
     model = service.find(body.model)
-    with _store_errors():
+    with store_errors():
         turns = await run_in_threadpool(service.store.turns, body.parent_id, conversation_id)
     sampling = body.model_dump(exclude={"id", "parent_id", "model"}, exclude_none=True)
 
@@ -323,7 +341,7 @@ async def add_reply(conversation_id: str, body: NewReply, request: Request) -> R
 async def continue_answer(conversation_id: str, message_id: str, body: Continuation, request: Request) -> Response:
     """Has an answer's model go on with it in place, and shows it as GET .../events does."""
     service = service_of(request)
-    with _store_errors():
+    with store_errors():
         message = await run_in_threadpool(service.store.message, message_id, conversation_id)
         turns = await run_in_threadpool(service.store.turns, message_id, conversation_id)
     if writing := service.answers.find(message_id):
@@ -343,7 +361,7 @@ async def continue_answer(conversation_id: str, message_id: str, body: Continuat
 async def watch_answer(conversation_id: str, message_id: str, request: Request) -> Response:
     """An answer as events: the message with its text so far, what it gains, and how it ended; at any time, to any
     number of viewers."""
-    with _store_errors():
+    with store_errors():
         message = await run_in_threadpool(service_of(request).store.message, message_id, conversation_id)
     return _shown(service_of(request).answers.find(message_id) or Answer(message))
 
@@ -352,11 +370,11 @@ async def watch_answer(conversation_id: str, message_id: str, request: Request) 
 async def stop_answer(conversation_id: str, message_id: str, request: Request) -> JSONResponse:
     """Ends an answer as it is; one that has ended stays so."""
     service = service_of(request)
-    with _store_errors():
+    with store_errors():
         await run_in_threadpool(service.store.message, message_id, conversation_id)
         await service.answers.stop(filter(None, [service.answers.find(message_id)]))
         row = await run_in_threadpool(service.store.message, message_id, conversation_id)
-    return JSONResponse(_with_times(row))
+    return JSONResponse(with_times(row))
 
 
 async def _begin(
@@ -372,7 +390,7 @@ async def _begin(
     encoded = await service.encode(size, openai_requests.encode_chat, body, model)
     generation = service.begin(model, encoded)  # before the store: a refused request leaves no message
     try:
-        with _store_errors():
+        with store_errors():
             # With the seed the same answer can be generated again.
             message = await run_in_threadpool(store, {**sampling, "seed": encoded.sampling.seed})
     except BaseException:
@@ -390,13 +408,13 @@ def _shown(answer: Answer) -> Response:
 
 async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
     message, seen = answer.message, len(answer.texts)
-    yield _event(type="message", message=_with_times(message))
+    yield _event(type="message", message=with_times(message))
     async for text in answer.growth(seen):
         yield _event(type="delta", content=text) if text else b": still here\n\n"
     if answer.failure is not None:
         yield _event(type="error", **answer.failure.body)
     else:
-        yield _event(type="done", message=_with_times(answer.message))
+        yield _event(type="done", message=with_times(answer.message))
 
 
 def _event(**fields: Any) -> bytes:
@@ -412,7 +430,7 @@ def _vote(row: dict[str, Any]) -> dict[str, Any]:
         "id": row["id"], "kind": row["kind"], "conversation_id": row["conversation_id"],
         "message_id": None if pair else row["message_id"], "value": row["value"],
         "shown": [answer["message_id"] for answer in row["shown"]], "chosen_id": row["chosen_id"],
-        "created_at": _with_times(row)["created_at"],
+        "created_at": with_times(row)["created_at"],
     }  # fmt: skip
 
 
@@ -420,7 +438,7 @@ def _vote(row: dict[str, Any]) -> dict[str, Any]:
 def add_vote(body: Annotated[ThumbVote | PairVote, Field(discriminator="kind")], request: Request) -> JSONResponse:
     """Stores a vote, in the place of an earlier one on the same answers."""
     store = service_of(request).store
-    with _store_errors():
+    with store_errors():
         if isinstance(body, ThumbVote):
             row = store.vote_thumb(body.message_id, body.value)
         else:
@@ -431,7 +449,7 @@ def add_vote(body: Annotated[ThumbVote | PairVote, Field(discriminator="kind")],
 @api.get("/votes", response_model=VoteList, responses=FAILS)
 def list_votes(request: Request, conversation_id: str | None = None) -> JSONResponse:
     """The votes in a conversation, or all."""
-    with _store_errors():
+    with store_errors():
         rows = service_of(request).store.votes(conversation_id)
     return JSONResponse({"data": [_vote(row) for row in rows]})
 
@@ -441,7 +459,7 @@ JSON_LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/js
 
 def _lines(request: Request, conversation_id: str | None, name: str) -> Response:
     leaves = service_of(request).store.leaves(conversation_id)
-    with _store_errors():  # before the answer begins
+    with store_errors():  # before the answer begins
         first = list(itertools.islice(leaves, 1))
     lines = (json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for turns in itertools.chain(first, leaves))
     headers = {"content-disposition": f'attachment; filename="{name}.jsonl"'}

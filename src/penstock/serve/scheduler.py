@@ -76,6 +76,8 @@ class Generation:
     """Whether prompts come before their answers."""
     answers: bool = True
     """False: prompts are all that comes."""
+    background: bool = False
+    """Nobody waits for it: it takes no place in the queue."""
     cancelled: bool = False
     tokens_made: int = 0
     first_token_at: float | None = None
@@ -146,13 +148,13 @@ class Scheduler:
         model = generation.model
         room = model.rows + self.queue_length
         with self._lock:
-            outstanding = self._outstanding.get(model.owner.id, 0)
+            outstanding = self._outstanding.setdefault(model.owner.id, 0)
             if outstanding + generation.count > room:
                 raise BusyError(
                     f"{model.id} has {outstanding} answers running or waiting, and room for {room} with {model.rows} "
                     "at once; try again in a moment."
                 )
-            self._outstanding[model.owner.id] = outstanding + generation.count
+            self._outstanding[model.owner.id] += 0 if generation.background else generation.count
         self._orders.put(lambda: self._begin(generation))
 
     def cancel(self, generation: Generation) -> None:
@@ -178,7 +180,7 @@ class Scheduler:
 
     @property
     def outstanding(self) -> int:
-        """Accepted answers that have not ended."""
+        """Accepted answers that have not ended, but for those in the background."""
         with self._lock:
             return sum(self._outstanding.values())
 
@@ -219,7 +221,7 @@ class Scheduler:
     def _begin(self, generation: Generation) -> None:
         model, sampling = generation.model, generation.sampling
         if generation.cancelled:
-            self._release(model, generation.count)
+            self._release(generation, generation.count)
             return
         engine = model.engine
         starts = [0] * len(generation.prompts)
@@ -230,7 +232,7 @@ class Scheduler:
                 pieces = [self._broken(model, error)]
             self._deliver([(generation, piece) for piece in pieces])
             if pieces[0].error or not generation.answers:
-                self._release(model, generation.count)
+                self._release(generation, generation.count)
                 return
             starts = [len(piece.text) for piece in pieces[:: sampling.n]]
         jobs = self._jobs.setdefault(engine, {})
@@ -245,7 +247,7 @@ class Scheduler:
                     refused.append((generation, _failed(job, ApiError(400, answer.error))))
                 else:
                     jobs[id(answer)] = job
-        self._release(model, len(refused))
+        self._release(generation, len(refused))
         self._deliver(refused)
         self._forget_if_idle(engine)
 
@@ -339,11 +341,11 @@ class Scheduler:
 
     def _end(self, engine: Engine, job: _Job) -> None:
         del self._jobs[engine][id(job.answer)]
-        self._release(self._models[engine], 1)
+        self._release(job.generation, 1)
 
-    def _release(self, model: ServedModel, count: int) -> None:
+    def _release(self, generation: Generation, count: int) -> None:
         with self._lock:
-            self._outstanding[model.owner.id] -= count
+            self._outstanding[generation.model.owner.id] -= 0 if generation.background else count
 
     def _forget_if_idle(self, engine: Engine) -> None:
         """Drops an engine without answers, and with it weights that a newer version has replaced."""

@@ -57,6 +57,8 @@ class Service:
         self.new_items = asyncio.Event()
         """Set when the labelling room has items that wait for answers or scores."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.background: set[Generation] = set()
+        """What is generated for nobody who waits; who began it takes it out."""
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         """One thread: several must not use a tokenizer at once."""
 
@@ -130,16 +132,24 @@ class Service:
             return encode(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode, *arguments)
 
-    def begin(self, model: ServedModel, request: EncodedRequest) -> Generation:
-        """Hands a request to the scheduler. Raises ApiError 429 when there is no room, 400 when there never is."""
+    def begin(self, model: ServedModel, request: EncodedRequest, *, background: bool = False) -> Generation:
+        """Hands a request to the scheduler. Raises ApiError 429 when there is no room, 400 when there never is.
+
+        What is in the background is cancelled by the next request that is not.
+        """
         generation = Generation(
-            model, request.prompts, request.sampling, request.stops, request.wants_tokens, request.echo, request.answers
-        )
+            model, request.prompts, request.sampling, request.stops, request.wants_tokens, request.echo,
+            request.answers, background,
+        )  # fmt: skip
         room = model.rows + self.config.queue
         if generation.count > room:
             raise ApiError(400, f"{generation.count} answers are more than the {room} there is room for.", param="n")
         if self.scheduler is None:
             raise ApiError(503, "the server is draining; try again in a moment.", code="draining")
+        for waiting in () if background else list(self.background):
+            self.cancel(waiting)
+        if background:
+            self.background.add(generation)
         try:
             self.scheduler.submit(generation)
         except BusyError as error:

@@ -8,8 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
-import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
 from penstock.errors import DataError, UserError
+from penstock.serve.chats.title_text import beginning
 from penstock.serve.tables import conversations, keys, messages, sessions, votes
 
 ID = re.compile(r"[a-z]+_[0-9a-f]{24}")
-TITLE_LENGTH = 60
-"""Characters of the first message that become a conversation's title."""
 READS = "penstock_reads"
 """The option of a connection whose transaction writes nothing."""
 BUSY_SECONDS = 30.0
@@ -32,8 +30,11 @@ MAX_MESSAGES = 100_000
 """Messages that are read of a conversation."""
 
 Row = dict[str, Any]
-CONVERSATION = ("id", "title", "system", "created_at", "updated_at")
-MESSAGE = ("id", "conversation_id", "parent_id", "role", "content", "model", "sampling", "finish_reason", "created_at")
+CONVERSATION = ("id", "title", "system", "created_at", "updated_at", "pinned", "named")
+MESSAGE = (
+    "id", "conversation_id", "parent_id", "role", "content", "model", "sampling", "finish_reason", "created_at",
+    "usage", "edited_from",
+)  # fmt: skip
 VOTE = ("id", "kind", "conversation_id", "message_id", "other_id", "value", "chosen_id", "created_at")
 
 
@@ -57,94 +58,96 @@ class Store:
     # --- keys and sessions --------------------------------------------------------------------------------------------
 
     def key_hashes(self) -> list[str]:
-        with self._reader.connect() as connection:
+        with self.reading() as connection:
             return list(connection.scalars(sa.select(keys.c.sha256)))
 
     def replace_key(self, sha256: str) -> None:
         """Makes this the only key and ends all sessions."""
-        with self._engine.begin() as connection:
+        with self.writing() as connection:
             connection.execute(sa.delete(sessions))
             connection.execute(sa.delete(keys))
             connection.execute(sa.insert(keys).values(sha256=sha256, created_at=time.time()))
 
     def add_session(self, sha256: str, ends_at: float, labeller_id: str | None = None) -> None:
         """Stores a session, a labeller's or the owner's, and removes those that have ended."""
-        with self._engine.begin() as connection:
+        with self.writing() as connection:
             connection.execute(sa.delete(sessions).where(sessions.c.ends_at < time.time()))
             connection.execute(sa.insert(sessions).values(sha256=sha256, ends_at=ends_at, labeller_id=labeller_id))
 
     def session(self, sha256: str) -> Row | None:
         """When a session ends (seconds since 1970) and whose it is, or None if there is no such session."""
-        with self._reader.connect() as connection:
+        with self.reading() as connection:
             row = connection.execute(sa.select(sessions).where(sessions.c.sha256 == sha256)).mappings().first()
         return None if row is None else dict(row)
 
     def remove_session(self, sha256: str) -> None:
-        with self._engine.begin() as connection:
+        with self.writing() as connection:
             connection.execute(sa.delete(sessions).where(sessions.c.sha256 == sha256))
 
     # --- conversations ------------------------------------------------------------------------------------------------
 
     def list_conversations(self, limit: int, before: str | None) -> tuple[list[Row], bool]:
-        """The most recently used ones after the conversation `before`, and whether there are more."""
-        table = conversations
-        query = sa.select(table).order_by(table.c.updated_at.desc(), table.c.place.desc()).limit(limit + 1)
-        with self._reader.connect() as connection:
+        """Pinned ones, then others, each newest first, after the conversation `before`; and whether there are more."""
+        order = (conversations.c.pinned, conversations.c.updated_at, conversations.c.place)
+        query = sa.select(conversations).order_by(*(column.desc() for column in order)).limit(limit + 1)
+        with self.reading() as connection:
             if before is not None:
-                last = _conversation(connection, before)
-                earlier = sa.and_(table.c.updated_at == last["updated_at"], table.c.place < last["place"])
-                query = query.where(sa.or_(table.c.updated_at < last["updated_at"], earlier))
-            rows = [_only(row, CONVERSATION) for row in connection.execute(query).mappings()]
+                last = conversation_row(connection, before)
+                query = query.where(sa.tuple_(*order) < sa.tuple_(*(last[column.name] for column in order)))
+            rows = [only(row, CONVERSATION) for row in connection.execute(query).mappings()]
         return rows[:limit], len(rows) > limit
 
     def add_conversation(self, title: str, system: str) -> Row:
         """A new conversation without messages. Its first message becomes the title if `title` is empty."""
         now = time.time()
-        row = {"id": new_id("conv"), "title": title, "system": system, "created_at": now, "updated_at": now}
-        with self._engine.begin() as connection:
+        row = {
+            "id": new_id("conv"), "title": title, "system": system, "created_at": now, "updated_at": now,
+            "pinned": False, "named": False,
+        }  # fmt: skip
+        with self.writing() as connection:
             connection.execute(sa.insert(conversations).values(row))
         return row
 
     def conversation(self, conversation_id: str) -> Row:
-        with self._reader.connect() as connection:
-            return _only(_conversation(connection, conversation_id), CONVERSATION)
+        with self.reading() as connection:
+            return only(conversation_row(connection, conversation_id), CONVERSATION)
 
     def change_conversation(self, conversation_id: str, changes: Row) -> Row:
-        """Sets the title or system prompt."""
-        with self._engine.begin() as connection:
-            _conversation(connection, conversation_id)
+        """Sets the title, which a person chose then, the system prompt, or whether it is pinned."""
+        changes = {**changes, "named": True} if "title" in changes else changes
+        with self.writing() as connection:
+            conversation_row(connection, conversation_id)
             if changes:
                 connection.execute(
                     sa.update(conversations).where(conversations.c.id == conversation_id).values(changes)
                 )
-            return _only(_conversation(connection, conversation_id), CONVERSATION)
+            return only(conversation_row(connection, conversation_id), CONVERSATION)
 
     def remove_conversation(self, conversation_id: str) -> None:
         """Removes a conversation with its messages and votes."""
-        with self._engine.begin() as connection:
-            _conversation(connection, conversation_id)
+        with self.writing() as connection:
+            conversation_row(connection, conversation_id)
+            # Without parents first: SQLite deletes what hangs on what in 1,000 steps at most.
+            inside = messages.c.conversation_id == conversation_id
+            connection.execute(sa.update(messages).where(inside).values(parent_id=None))
             connection.execute(sa.delete(conversations).where(conversations.c.id == conversation_id))
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
     def messages(self, conversation_id: str) -> list[Row]:
         """The whole tree, oldest first."""
-        with self._reader.connect() as connection:
-            _conversation(connection, conversation_id)
-            query = _tree_query(conversation_id).limit(MAX_MESSAGES)
-            return [_only(row, MESSAGE) for row in connection.execute(query).mappings()]
+        with self.reading() as connection:
+            conversation_row(connection, conversation_id)
+            query = tree_query(conversation_id).limit(MAX_MESSAGES)
+            return [only(row, MESSAGE) for row in connection.execute(query).mappings()]
 
     def message(self, message_id: str, conversation_id: str) -> Row:
-        with self._reader.connect() as connection:
-            return _only(_message(connection, message_id, conversation_id), MESSAGE)
+        with self.reading() as connection:
+            return only(message_row(connection, message_id, conversation_id), MESSAGE)
 
     def below(self, message_id: str | None, conversation_id: str) -> set[str | None]:
         """Ids of a message and of all that follow it; of all messages for None."""
-        ids = {message_id}
-        for row in self.messages(conversation_id):  # a parent comes before its children
-            if row["parent_id"] in ids:
-                ids.add(row["id"])
-        return ids
+        return below(self.messages(conversation_id), message_id)
 
     def add_message(
         self, conversation_id: str, parent_id: str | None, role: str, content: str, *, model: str | None = None,
@@ -158,33 +161,33 @@ class Store:
         row = {
             "id": message_id or new_id("msg"), "conversation_id": conversation_id, "parent_id": parent_id,
             "role": role, "content": content, "model": model, "model_digest": model_digest, "sampling": sampling,
-            "finish_reason": None, "created_at": now,
+            "finish_reason": None, "created_at": now, "usage": None, "edited_from": None,
         }  # fmt: skip
-        with self._engine.begin() as connection:
-            conversation = _conversation(connection, conversation_id)
+        with self.writing() as connection:
+            conversation = conversation_row(connection, conversation_id)
             changes: Row = {"updated_at": now}
             if not conversation["title"] and role == "user":
-                changes["title"] = _title(content)
+                changes["title"] = beginning(content)
             # First: PostgreSQL locks the row, and so adds no message twice at once.
             connection.execute(sa.update(conversations).where(conversations.c.id == conversation_id).values(changes))
-            same = None if message_id is None else _row(connection, messages, message_id)
+            same = None if message_id is None else row_of(connection, messages, message_id)
             if same is not None:
                 _check_same(same, row)
-                return _only(same, MESSAGE)
-            parent = None if parent_id is None else _message(connection, parent_id, conversation_id)
+                return only(same, MESSAGE)
+            parent = None if parent_id is None else message_row(connection, parent_id, conversation_id)
             if role == "assistant" and (parent is None or parent["role"] != "user"):
                 raise ValueError("an answer belongs under a user's message.")
             if role == "user" and parent is not None and parent["role"] != "assistant":
                 raise ValueError("a user's message belongs under an answer, or at the top (parent_id null).")
             connection.execute(sa.insert(messages).values(row))
-        return _only(row, MESSAGE)
+        return only(row, MESSAGE)
 
     def save_answers(self, rows: Collection[Row]) -> set[str]:
-        """Stores text and finish_reason of answers. Returns the ids of those that have been deleted."""
+        """Stores text, finish_reason and usage of answers. Returns the ids of those that have been deleted."""
         missing = set()
-        with self._engine.begin() as connection:
+        with self.writing() as connection:
             for row in rows:
-                changes = _only(row, ("content", "finish_reason"))
+                changes = only(row, ("content", "finish_reason", "usage"))
                 if not connection.execute(
                     sa.update(messages).where(messages.c.id == row["id"]).values(changes)
                 ).rowcount:
@@ -193,8 +196,8 @@ class Store:
 
     def reopen_answer(self, message_id: str, conversation_id: str, part: Row) -> Row:
         """Lets an answer go on in place. `part`: how; it is kept with the answer's sampling. ValueError: it cannot."""
-        with self._engine.begin() as connection:
-            answer = _message(connection, message_id, conversation_id)
+        with self.writing() as connection:
+            answer = message_row(connection, message_id, conversation_id)
             follows = sa.select(messages.c.id).where(messages.c.parent_id == message_id).limit(1)
             if answer["role"] != "assistant":
                 raise ValueError(f"{message_id} is no answer; only an answer is gone on with.")
@@ -204,28 +207,29 @@ class Store:
             parts = [*sampling.get("continued", ()), {"at": len(answer["content"]), **part}]
             changes = {"finish_reason": None, "sampling": {**sampling, "continued": parts}}
             connection.execute(sa.update(messages).where(messages.c.id == message_id).values(changes))
-            return _only({**answer, **changes}, MESSAGE)
+            return only({**answer, **changes}, MESSAGE)
 
     def turns(self, message_id: str, conversation_id: str) -> list[dict[str, str]]:
         """The system prompt and the messages from the top down to this one, as roles and contents."""
-        with self._reader.connect() as connection:
-            conversation = _conversation(connection, conversation_id)
-            _message(connection, message_id, conversation_id)
+        with self.reading() as connection:
+            conversation = conversation_row(connection, conversation_id)
+            message_row(connection, message_id, conversation_id)
             return _path(_tree(connection, conversation), conversation, message_id)
 
     def leaves(self, conversation_id: str | None = None) -> Iterator[list[dict[str, Any]]]:
         """Each path through the tree of one conversation or of all, from the top to a message without a successor.
 
-        An answer that was disliked or cut short has weight 0: training reads it and does not learn it. One that was cut
-        says why, as its finish_reason.
+        An answer that was disliked, rewritten or cut short has weight 0: training reads it and does not learn it. One
+        that was cut says why, as its finish_reason.
         """
-        with self._reader.connect() as connection:
+        with self.reading() as connection:
             if conversation_id is not None:
-                rows = [_conversation(connection, conversation_id)]
+                rows = [conversation_row(connection, conversation_id)]
             else:
                 rows = [dict(row) for row in connection.execute(sa.select(conversations).order_by("place")).mappings()]
             dislikes = sa.select(votes.c.message_id).where(votes.c.kind == "thumb", votes.c.value == -1)
-            disliked = set(connection.scalars(dislikes))
+            rewritten = sa.select(messages.c.edited_from).where(messages.c.edited_from.is_not(None))
+            disliked = {*connection.scalars(dislikes), *connection.scalars(rewritten)}
             for conversation in rows:
                 tree = _tree(connection, conversation)
                 parents = {row["parent_id"] for row in tree.values()}
@@ -236,33 +240,33 @@ class Store:
     def end_unfinished(self) -> None:
         """Marks the answers that a killed server did not end as interrupted."""
         unfinished = sa.and_(messages.c.role == "assistant", messages.c.finish_reason.is_(None))
-        with self._engine.begin() as connection:
+        with self.writing() as connection:
             connection.execute(sa.update(messages).where(unfinished).values(finish_reason="interrupted"))
 
     # --- votes --------------------------------------------------------------------------------------------------------
 
     def vote_thumb(self, message_id: str, value: int) -> Row:
         """Likes (1) or dislikes (-1) an answer; 0 removes the vote."""
-        with self._engine.begin() as connection:
-            answer = _answer(connection, message_id)
-            return _vote(connection, "thumb", [answer], value=value, chosen_id=None)
+        with self.writing() as connection:
+            answer = answer_row(connection, message_id)
+            return store_vote(connection, "thumb", [answer], value=value, chosen_id=None)
 
     def vote_pair(self, shown: tuple[str, str], chosen_id: str | None) -> Row:
         """Prefers one of two answers to the same message, or neither. Raises ValueError for any other pair."""
         if shown[0] == shown[1] or chosen_id not in (None, *shown):
             raise ValueError("a pair is two different answers, and the chosen one is one of them, or null.")
-        with self._engine.begin() as connection:
-            pair = [_answer(connection, message_id) for message_id in shown]
+        with self.writing() as connection:
+            pair = [answer_row(connection, message_id) for message_id in shown]
             if pair[0]["parent_id"] != pair[1]["parent_id"]:
                 raise ValueError("these two answers do not answer the same message.")
-            return _vote(connection, "pair", pair, value=None, chosen_id=chosen_id)
+            return store_vote(connection, "pair", pair, value=None, chosen_id=chosen_id)
 
     def votes(self, conversation_id: str | None = None) -> list[Row]:
         """All votes, or those in one conversation, oldest first, with prompt and answers."""
         query = sa.select(votes).order_by(votes.c.place)
-        with self._reader.connect() as connection:
+        with self.reading() as connection:
             if conversation_id is not None:
-                _conversation(connection, conversation_id)
+                conversation_row(connection, conversation_id)
                 query = query.where(votes.c.conversation_id == conversation_id)
             return [dict(row) for row in connection.execute(query).mappings()]
 
@@ -270,44 +274,30 @@ class Store:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _title(content: str) -> str:
-    """The beginning of a message, cut before a letter: an emoji of several characters is one."""
-    title = " ".join(content.split())
-    end = min(TITLE_LENGTH, len(title))
-    # What joins, modifies or marks the character before it (Unicode's UAX 29, without its tables).
-    while 0 < end < len(title) and (_extends(title[end]) or title[end - 1] == "\u200d"):
-        end -= 1
-    return title[: end or TITLE_LENGTH].rstrip()
-
-
-def _extends(letter: str) -> bool:
-    return unicodedata.category(letter) in ("Mn", "Me", "Mc", "Cf") or "\U0001f3fb" <= letter <= "\U0001f3ff"
-
-
 def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(12)}"
 
 
-def _only(row: Any, columns: tuple[str, ...]) -> Row:
+def only(row: Any, columns: tuple[str, ...]) -> Row:
     return {column: row[column] for column in columns}
 
 
-def _row(connection: sa.Connection, table: sa.Table, row_id: str) -> Row | None:
+def row_of(connection: sa.Connection, table: sa.Table, row_id: str) -> Row | None:
     if not ID.fullmatch(row_id):
         return None
     row = connection.execute(sa.select(table).where(table.c.id == row_id)).mappings().first()
     return None if row is None else dict(row)
 
 
-def _conversation(connection: sa.Connection, conversation_id: str) -> Row:
-    row = _row(connection, conversations, conversation_id)
+def conversation_row(connection: sa.Connection, conversation_id: str) -> Row:
+    row = row_of(connection, conversations, conversation_id)
     if row is None:
         raise LookupError(f"there is no conversation {ascii(conversation_id)[:60]}.")
     return row
 
 
-def _message(connection: sa.Connection, message_id: str, conversation_id: str | None = None) -> Row:
-    row = _row(connection, messages, message_id)
+def message_row(connection: sa.Connection, message_id: str, conversation_id: str | None = None) -> Row:
+    row = row_of(connection, messages, message_id)
     if row is None or conversation_id not in (None, row["conversation_id"]):
         raise LookupError(f"there is no message {ascii(message_id)[:60]} here.")
     return row
@@ -320,8 +310,8 @@ def _check_same(stored: Row, row: Row) -> None:
         raise ValueError(f"there is another message {row['id']} already; draw another id.")
 
 
-def _answer(connection: sa.Connection, message_id: str) -> Row:
-    row = _message(connection, message_id)
+def answer_row(connection: sa.Connection, message_id: str) -> Row:
+    row = message_row(connection, message_id)
     if row["role"] != "assistant":
         raise ValueError(f"{message_id} is no answer; votes are about answers.")
     if row["finish_reason"] is None:
@@ -329,13 +319,22 @@ def _answer(connection: sa.Connection, message_id: str) -> Row:
     return row
 
 
-def _tree_query(conversation_id: str) -> sa.Select[Any]:
+def below(rows: Iterable[Row], message_id: str | None) -> set[str | None]:
+    """Ids of a message and of all that follow it, out of a conversation's messages, oldest first."""
+    ids = {message_id}
+    for row in rows:  # a parent comes before its children
+        if row["parent_id"] in ids:
+            ids.add(row["id"])
+    return ids
+
+
+def tree_query(conversation_id: str) -> sa.Select[Any]:
     return sa.select(messages).where(messages.c.conversation_id == conversation_id).order_by(messages.c.place)
 
 
 def _tree(connection: sa.Connection, conversation: Row) -> dict[str, Row]:
     """All messages of a conversation by id, oldest first."""
-    return {row["id"]: dict(row) for row in connection.execute(_tree_query(conversation["id"])).mappings()}
+    return {row["id"]: dict(row) for row in connection.execute(tree_query(conversation["id"])).mappings()}
 
 
 def _path(
@@ -343,7 +342,7 @@ def _path(
 ) -> list[dict[str, Any]]:
     """The turns from the top of a tree down to a message, the system prompt first, without empty answers.
 
-    With the disliked, those and what was cut have weight 0, and what was cut its finish_reason.
+    With the disliked, these and what was cut have weight 0, and what was cut its finish_reason.
     """
     turns: list[dict[str, Any]] = []
     message = tree.get(message_id)
@@ -361,18 +360,24 @@ def _path(
     return turns[::-1]
 
 
-def _vote(connection: sa.Connection, kind: str, shown: list[Row], *, value: int | None, chosen_id: str | None) -> Row:
-    """Stores a vote in the place of an earlier one on the same answers. `shown`: the answers, left one first."""
+def store_vote(
+    connection: sa.Connection, kind: str, shown: list[Row], *, value: int | None, chosen_id: str | None,
+    tree: dict[str, Row] | None = None,
+) -> Row:  # fmt: skip
+    """Stores a vote in the place of an earlier one on the same answers. `shown`: the answers, left one first.
+
+    `tree`: the conversation's messages, where they have been read.
+    """
     first, second = [*sorted(row["id"] for row in shown), None][:2]
     same = sa.and_(votes.c.kind == kind, votes.c.message_id == first, votes.c.other_id.is_not_distinct_from(second))
     connection.execute(sa.delete(votes).where(same))
-    conversation = _conversation(connection, shown[0]["conversation_id"])
+    conversation = conversation_row(connection, shown[0]["conversation_id"])
     columns = ("content", "model", "sampling", "finish_reason")
-    answers = [{"message_id": row["id"], "digest": row["model_digest"], **_only(row, columns)} for row in shown]
+    answers = [{"message_id": row["id"], "digest": row["model_digest"], **only(row, columns)} for row in shown]
     vote = {
         "id": new_id("vote"), "kind": kind, "conversation_id": conversation["id"], "message_id": first,
         "other_id": second, "value": value, "chosen_id": chosen_id,
-        "prompt": _path(_tree(connection, conversation), conversation, shown[0]["parent_id"]),
+        "prompt": _path(tree or _tree(connection, conversation), conversation, shown[0]["parent_id"]),
         "shown": answers, "created_at": time.time(),
     }  # fmt: skip
     if value != 0:

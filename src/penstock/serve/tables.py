@@ -48,7 +48,10 @@ conversations = sa.Table(
     sa.Column("system", sa.Text, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("updated_at", sa.Float, nullable=False),
-    sa.Index("ix_conversations_updated_at", "updated_at", "place"),
+    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
+    # Whether a person chose the title: no model changes it then.
+    sa.Column("named", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Index("ix_conversations_pinned", "pinned", "updated_at", "place"),
 )  # fmt: skip
 
 messages = sa.Table(
@@ -64,6 +67,10 @@ messages = sa.Table(
     sa.Column("sampling", sa.JSON),
     sa.Column("finish_reason", sa.String(16)),
     sa.Column("created_at", sa.Float, nullable=False),
+    # Of an answer: tokens of its prompt and its own, and the seconds that those took.
+    sa.Column("usage", sa.JSON),
+    # The answer that a person rewrote into this one. No foreign key: it is one, and learned as one, without the first.
+    sa.Column("edited_from", sa.String(40)),
 )  # fmt: skip
 
 votes = sa.Table(
