@@ -162,7 +162,7 @@ def open_page(served: ServedPage, contexts: dict[bool, Any], watch: Watch) -> It
         pages.append(page)
         page.set_viewport_size({"width": width, "height": 844 if width < 600 else 820})
         page.emulate_media(color_scheme=scheme)
-        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, **settings})
+        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, "titles": False, **settings})
         page.add_init_script(
             f"""if (!sessionStorage.begun) {{
               localStorage.clear();

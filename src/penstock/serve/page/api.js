@@ -1,6 +1,8 @@
 // The server's routes, as functions. Knows HTTP: the session's CSRF token, errors, and streams of events.
 // Addresses are relative to the page, which a proxy may serve below a prefix.
 
+import { inWords } from "./words.js";
+
 export class ApiError extends Error {
   /** status 0: the server cannot be reached. */
   constructor(status, { message, code = null, param = null }, retryAfter = null) {
@@ -37,10 +39,10 @@ export const session = {
   },
 };
 
-/** Names of the models. Throws an error that is `busy` while they load. */
+/** The models: [{id, max_model_len}], the context in tokens. Throws an error that is `busy` while they load. */
 export async function models() {
   await json("GET", "health");
-  return (await json("GET", "v1/models")).data.filter((model) => model.task === "generate").map((model) => model.id);
+  return (await json("GET", "v1/models")).data.filter((model) => model.task === "generate");
 }
 
 const at = (id) => `api/conversations/${encodeURIComponent(id)}`;
@@ -53,7 +55,12 @@ export const conversations = {
   change: (id, fields) => json("PATCH", at(id), fields),
   remove: (id) => json("DELETE", at(id)),
   say: (id, message) => json("POST", `${at(id)}/messages`, { ...message, role: "user" }),
+  nameBy: (id, model) => json("POST", `${at(id)}/title`, { model }),
+  /** Titles and messages with all these words; `rest` of an answer goes on behind it. */
+  search: (words, rest = null) => json("GET", `api/search?q=${encodeURIComponent(words)}${rest === null ? "" : `&rest=${rest}`}`),
+  bring: (talk) => json("POST", "api/import", talk),
   exportUrl: (id) => `${at(id)}/export`,
+  markdownUrl: (id, leaf) => `${at(id)}/markdown?leaf=${encodeURIComponent(leaf)}`,
 };
 
 export const votes = {
@@ -70,6 +77,9 @@ export const versions = {
   stop: (model) => json("POST", "api/versions/rounds/stop", { model }),
 };
 
+/** Removes a message and all below it. */
+export const removeMessage = (id, messageId) => json("DELETE", message(id, messageId));
+
 const message = (id, messageId) => `${at(id)}/messages/${encodeURIComponent(messageId)}`;
 
 /** Answers live on the server. Three ways to see one grow: each gives its events as they arrive: the message with its
@@ -79,6 +89,7 @@ export const answers = {
   goOn: (id, messageId, request, signal) => events("POST", `${message(id, messageId)}/continuation`, request, signal),
   watch: (id, messageId, signal) => events("GET", `${message(id, messageId)}/events`, undefined, signal),
   stop: (id, messageId) => json("POST", `${message(id, messageId)}/stop`),
+  rewrite: (id, messageId, content) => json("POST", `${message(id, messageId)}/rewrite`, { content }),
 };
 
 async function* events(method, url, request, signal) {
@@ -131,7 +142,7 @@ async function send(method, url, body, signal, again = false) {
 async function failure(response) {
   const isJson = response.headers.get("content-type")?.includes("json");
   const { error = {} } = isJson ? await response.json() : {};
-  const message = error.message ?? `The server answered ${response.status}.`;
+  const message = inWords(error) ?? `The server answered ${response.status}.`;
   const retryAfter = Number(response.headers.get("retry-after")) || null; // seconds
   return new ApiError(response.status, { ...error, message }, retryAfter);
 }

@@ -2,16 +2,23 @@
 // their looks: thread.js, sidebar.js, style.css; the server's routes: api.js.
 
 import { listen, models, session, conversations } from "./api.js";
-import { answering, chat, forget, newChat, openChat, refresh, send, setSystem, stop, watch } from "./chat.js";
-import { $, announce, composing, copy, h, icon, replace, sends, toast } from "./dom.js";
+import { attached, startAttachments, withFiles } from "./attachments.js";
+import { answering, chat, forget, newChat, openChat, refresh, send, setSystem, show, stop, watch } from "./chat.js";
+import { $, announce, copy, h, icon, replace, sends, toast } from "./dom.js";
+import { startImport } from "./import/dialog.js";
+import { startPresets } from "./presets.js";
 import { change, makeControls, settings } from "./settings.js";
-import { loadList, setCurrent, startSidebar, touch, whenRenamed } from "./sidebar.js";
+import { startShortcuts } from "./shortcuts.js";
+import { loadList, retitle, setCurrent, startSidebar, touch, whenRenamed } from "./sidebar.js";
 import { farFromEnd, keepUp, startScroll, toEnd } from "./scroll.js";
-import { drawText, drawThread, isDrawn } from "./thread.js";
+import { drawText, drawThread, editLast, isDrawn } from "./thread.js";
+import { path } from "./tree.js";
 import { dropUnsent, keepUnsent, unsentOf } from "./unsent.js";
+import { drawGauge, setContexts } from "./usage.js";
 
 const REMEMBERED = "penstock.remembered"; // this browser logged in before: ask the server before asking for the key
 const THEMES = ["system", "light", "dark"];
+const narrow = matchMedia("(max-width: 48rem)"); // where the list is a drawer
 const IDEAS = ["What colour is the fox?", "Explain how a penstock works", "Write a haiku about a river"];
 
 // Start ---------------------------------------------------------------------------------------------------------------
@@ -63,7 +70,9 @@ async function enter() {
 async function showModels() {
   let known = [];
   try {
-    known = await models();
+    const cards = await models();
+    setContexts(cards);
+    known = cards.map(({ id }) => id);
   } catch (error) {
     banner(error.busy ? "The model is being loaded. This takes a moment." : error.message);
     setTimeout(() => guard(enter), 1000 * (error.retryAfter ?? 2));
@@ -92,11 +101,16 @@ async function guard(action) {
   }
 }
 
-/** Opens the conversation of the address: "#/conv_5c..."; without a hash, a new one. */
+/** Opens the conversation of the address: "#/conv_5c...", or "#/conv_5c.../msg_7a..." at a message; without a hash, a new
+ * one. */
 async function route() {
-  const id = /^#\/(.+)$/.exec(location.hash)?.[1];
+  const [, id, messageId] = /^#\/([^/]+)(?:\/(.+))?$/.exec(location.hash) ?? [];
   if (!id && location.hash) return; // "#prompt": a jump within the page
-  if (id && id === chat.id) return guard(refresh);
+  if (messageId) history.replaceState(null, "", `#/${id}`);
+  if (id && id === chat.id) {
+    await guard(refresh);
+    return messageId && goTo(messageId);
+  }
   closeSidebar();
   const opened = id && (await guard(() => openChat(id)));
   if (!opened) {
@@ -106,6 +120,16 @@ async function route() {
   setCurrent(chat.id);
   write(unsentOf(chat.id));
   toEnd();
+  if (messageId) goTo(messageId);
+}
+
+/** Shows a message that a search found. */
+function goTo(messageId) {
+  closeSidebar();
+  show(messageId);
+  const turn = document.getElementById(messageId);
+  turn?.scrollIntoView({ block: "center" });
+  turn?.focus({ preventScroll: true });
 }
 
 function goToNewChat() {
@@ -131,6 +155,7 @@ function draw(ended) {
   else drawThread(guard);
   document.title = chat.title ? `${chat.title} - penstock` : "penstock";
   $("title").textContent = chat.title || "New chat";
+  drawGauge(path(chat.tree));
   drawSend();
   drawLatest();
   if (ended?.controller === null) announce(ended.error?.message ?? "The answer is complete.");
@@ -162,7 +187,7 @@ function drawSend() {
   $("send").setAttribute("aria-label", busy ? "Stop" : "Send");
   $("send").title = busy ? "Stop (Esc)" : "Send (Enter)";
   $("send").classList.toggle("busy", busy);
-  $("send").disabled = !busy && !$("prompt").value.trim();
+  $("send").disabled = !busy && !attached() && !$("prompt").value.trim();
   $("send-icon").setAttribute("href", busy ? "#icon-stop" : "#icon-send");
 }
 
@@ -240,7 +265,11 @@ listen({ signedOut: () => askForKey("Please log in again."), reachable: setReach
 watch({
   changed: draw,
   grew: grow,
-  named: (one) => {
+  titled: (one) => {
+    retitle(one);
+    if (chat === one) draw();
+  },
+  begun: (one) => {
     history.replaceState(null, "", `#/${one.id}`);
     touch(one);
     setCurrent(one.id);
@@ -256,11 +285,19 @@ startSidebar({
 });
 whenRenamed((one) => {
   if (chat.id !== one.id) return;
-  chat.title = one.title;
+  Object.assign(chat, { title: one.title, named: true });
   draw();
 });
 makeControls();
+startPresets(({ model }) => {
+  const known = [...$("model").options].some(({ value }) => value === model);
+  if (known) change({ model: ($("model").value = model) });
+  drawUsual();
+});
+startAttachments(drawSend);
+startImport({ guard, done: loadList });
 drawTheme();
+drawFold();
 
 $("login-form").onsubmit = (event) => {
   event.preventDefault();
@@ -297,17 +334,21 @@ $("composer").onsubmit = async (event) => {
   event.preventDefault();
   if (answering().length > 0) return guard(stop);
   const text = $("prompt").value;
-  if (!text.trim() || $("send").dataset.sending) return;
+  if ((!text.trim() && !attached()) || $("send").dataset.sending) return;
+  const { content, back } = withFiles(text);
   $("send").dataset.sending = "yes"; // until the server has the message; then the button is Stop
   const one = chat;
   fill("");
   toEnd();
   let sent = false;
   try {
-    sent = await guard(() => send(text));
+    sent = await guard(() => send(content));
   } finally {
     delete $("send").dataset.sending;
-    if (!sent) takeBack(one, text);
+    if (!sent) {
+      takeBack(one, text);
+      back();
+    }
   }
   if (chat.id !== null) touch(chat);
   toEnd();
@@ -348,16 +389,17 @@ document.addEventListener("paste", (event) => {
   target.dispatchEvent(new Event("input"));
 });
 
-document.addEventListener("keydown", (event) => {
-  const typing = event.target.closest("input, textarea, select, [contenteditable]");
-  if (composing(event)) return;
-  if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-    if (document.body.classList.contains("sidebar-open")) closeSidebar();
-    else guard(stop);
-  } else if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !$("app").hidden) {
-    event.preventDefault();
-    $("prompt").focus();
-  }
+startShortcuts({
+  stop: () => (document.body.classList.contains("sidebar-open") ? closeSidebar() : guard(stop)),
+  editLast,
+  write: () => $("prompt").focus(),
+  search: () => {
+    if (narrow.matches) openSidebar();
+    else fold(false);
+    $("search").focus();
+  },
+  newChat: goToNewChat,
+  fold: () => (narrow.matches ? openSidebar() : fold(!settings.folded)),
 });
 
 $("thread").addEventListener("redraw", () => draw());
@@ -382,7 +424,22 @@ window.addEventListener("afterprint", () => {
   for (const details of opened) details.open = false;
 });
 
+/** On a wide screen the list is there unless somebody folds it. */
+function fold(folded) {
+  change({ folded });
+  drawFold();
+}
+
+function drawFold() {
+  document.body.classList.toggle("folded", settings.folded);
+  $("open-sidebar").setAttribute("aria-expanded", String(!settings.folded && !narrow.matches));
+}
+
 function openSidebar() {
+  if (!narrow.matches) {
+    fold(false);
+    return $("fold-sidebar").focus();
+  }
   document.body.classList.add("sidebar-open");
   $("open-sidebar").setAttribute("aria-expanded", "true");
   $("close-sidebar").focus();
@@ -395,6 +452,10 @@ function closeSidebar() {
   $("open-sidebar").focus();
 }
 
+$("fold-sidebar").onclick = () => {
+  fold(true);
+  $("open-sidebar").focus();
+};
 $("open-sidebar").onclick = openSidebar;
 $("close-sidebar").onclick = closeSidebar;
 $("scrim").onclick = closeSidebar;
@@ -402,9 +463,25 @@ $("scrim").onclick = closeSidebar;
 $("open-settings").onclick = () => {
   $("system").value = chat.system;
   $("export-one").hidden = chat.id === null;
+  const leaf = path(chat.tree).findLast(({ message }) => !message.local)?.message;
+  $("export-markdown").hidden = chat.id === null || !leaf;
   if (chat.id !== null) $("export-one").href = conversations.exportUrl(chat.id);
+  if (chat.id !== null && leaf) $("export-markdown").href = conversations.markdownUrl(chat.id, leaf.id);
+  drawUsual();
   $("settings").showModal();
 };
+$("system").oninput = drawUsual;
+$("system-usual").onclick = () => {
+  change({ system: $("system").value });
+  drawUsual();
+  toast(settings.system ? "New conversations begin with it." : "New conversations begin without one.");
+};
+
+/** The button is there where new conversations begin with another system prompt. */
+function drawUsual() {
+  $("system-usual").hidden = $("system").value === settings.system;
+}
+
 $("settings").onclick = ({ target }) => {
   if (target === $("settings")) $("settings").close(); // the backdrop; returning false would cancel other clicks
 };

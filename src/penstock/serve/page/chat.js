@@ -1,15 +1,16 @@
 // The open conversation and its actions. Owns the tree of messages, and watches the answers that the server writes;
 // reports changes to the page through `watch`, and never touches an element.
 
-import { answers, conversations, votes } from "./api.js";
+import { answers, conversations, removeMessage, votes } from "./api.js";
 import { requests, settings } from "./settings.js";
-import { addPair, addVote, makeTree, path } from "./tree.js";
+import { addPair, addVote, below, makeTree, path, reveal } from "./tree.js";
+import { inWords } from "./words.js";
 
 const ATTEMPTS = 6; // of a request that the server was too busy for
 const LOST_SECONDS = 2; // until a lost connection is tried again
 const VIEWS = "penstock.views"; // pairs without a vote, and the branches on the screen: known to this browser only
 
-const fresh = () => ({ id: null, title: "", system: "", tree: makeTree([], []) });
+const fresh = () => ({ id: null, title: "", system: settings.system, named: false, tree: makeTree([], []) });
 
 /** The conversation on the screen; `id` is null until its first message is sent. */
 export let chat = fresh();
@@ -17,11 +18,13 @@ const unsent = new Set(); // conversations with a draft that the server has not 
 
 let changed = () => {};
 let grew = () => {};
-let named = () => {};
+let begun = () => {};
+let titled = () => {};
 
-/** Callbacks. changed(): draw again; grew(message): new text of one answer; named(chat): new or renamed. */
+/** Callbacks. changed(): draw again; grew(message): new text of one answer; begun(chat): the server has it; titled(chat):
+ * the model has named it. */
 export function watch(callbacks) {
-  ({ changed, grew, named } = callbacks);
+  ({ changed, grew, begun, titled } = callbacks);
 }
 
 let opened = 0; // counts, so that a conversation that arrives late does not push away a later one
@@ -107,8 +110,49 @@ export async function send(content) {
   return say(unanswered.parent_id, content);
 }
 
-/** Another wording of a message: a new branch under the same parent. */
-export const edit = (message, content) => say(message.parent_id, content);
+/** Another wording: of a message, which is answered anew; of an answer, which counts as the better one. Both are branches. */
+export async function edit(message, content) {
+  if (message.role === "user") return say(message.parent_id, content);
+  const one = chat;
+  const row = await answers.rewrite(one.id, message.id, content);
+  one.tree.messages.set(row.id, row);
+  one.tree.picked.set(row.parent_id, row.id);
+  remember(one);
+  changed();
+}
+
+/** How many messages follow one. */
+export const followers = (message) => below(chat.tree, message.id).size - 1;
+
+/** Removes a message with all that follow it. */
+export async function remove(message) {
+  const one = chat;
+  await removeMessage(one.id, message.id);
+  for (const id of below(one.tree, message.id)) {
+    one.tree.messages.get(id)?.controller?.abort();
+    one.tree.messages.delete(id);
+  }
+  one.tree.pairs = one.tree.pairs.filter(({ shown }) => shown.every((id) => one.tree.messages.has(id)));
+  one.tree.picked = new Map([...one.tree.picked].filter((ids) => ids.every((id) => id === null || one.tree.messages.has(id))));
+  remember(one);
+  changed();
+}
+
+/** Shows the branch with a message. */
+export function show(id) {
+  reveal(chat.tree, id);
+  changed();
+}
+
+/** After the first answer the model names the conversation, unless a person did. Nothing waits for it. */
+async function nameByModel(one, message) {
+  const ended = [...one.tree.messages.values()].filter(({ role, content }) => role === "assistant" && content);
+  if (!settings.titles || one.named || ended[0] !== message || ended.length > 2) return;
+  const { title, named } = await conversations.nameBy(one.id, message.model);
+  if (one.named || title === one.title) return;
+  Object.assign(one, { title, named });
+  titled(one);
+}
 
 /** Goes on with an answer that was cut, in place. */
 export function goOn(message) {
@@ -124,7 +168,7 @@ async function say(parentId, content) {
   if (one.id === null) {
     const title = titleOf(content);
     Object.assign(one, await conversations.create({ title, ...(one.system && { system: one.system }) }));
-    named(one);
+    begun(one);
   }
   const said = { parent_id: parentId, content };
   if (lastSaid?.chat !== one.id || lastSaid.parent_id !== parentId || lastSaid.content !== content) {
@@ -188,6 +232,7 @@ export async function run(one, message, begin = null) {
   if (!answering(one).some(({ local }) => local)) unsent.delete(one);
   if (message.error || message.finish_reason !== null) changed(message);
   else changed(); // left while it grows
+  if (message.finish_reason === "stop" || message.finish_reason === "length") nameByModel(one, message).catch(() => {});
 }
 
 async function receive(one, message, begin) {
@@ -234,7 +279,7 @@ function take(one, message, event) {
     message.finish_reason ??= "interrupted"; // by the end of a server that this one knows nothing of
   } else if (event.type === "error") {
     message.finish_reason = "error";
-    throw new Error(event.error.message);
+    throw new Error(inWords(event.error));
   }
 }
 

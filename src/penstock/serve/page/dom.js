@@ -109,6 +109,16 @@ export function announce(text) {
   $("status").textContent = text;
 }
 
+/** Asks before something is gone for good. */
+export async function confirmed(title, text) {
+  $("confirm-title").textContent = title;
+  $("confirm-text").textContent = text;
+  $("confirm").returnValue = "no";
+  $("confirm").showModal();
+  await new Promise((resolve) => ($("confirm").onclose = resolve));
+  return $("confirm").returnValue === "yes";
+}
+
 let toastTimer = 0;
 
 /** Shows a short message at the bottom of the page for a few seconds. */

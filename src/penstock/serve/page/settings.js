@@ -14,9 +14,10 @@ const CONTROLS = [
 
 const KEY = "penstock.settings";
 
-/** {model, modelB, compare, blind, sampling: {temperature: 0.7, ...}}; change it through `change`. */
+/** {model, modelB, compare, blind, sampling: {temperature: 0.7, ...}; system: that of new conversations; titles: whether
+ * the model names them; folded: the list; presets: [{name, model, system, sampling}]}; change it through `change`. */
 export const settings = {
-  model: null, modelB: null, compare: false, blind: true, sampling: {},
+  model: null, modelB: null, compare: false, blind: true, sampling: {}, system: "", titles: true, folded: false, presets: [],
   ...JSON.parse(localStorage.getItem(KEY) ?? "{}"),
 };
 
@@ -28,8 +29,10 @@ export function change(fields) {
 /** Fills the settings drawer with the sampling controls. */
 export function makeControls() {
   $("sampling").replaceChildren(...CONTROLS.map(control));
-  $("blind").checked = settings.blind;
-  $("blind").onchange = () => change({ blind: $("blind").checked });
+  for (const name of ["blind", "titles"]) {
+    $(name).checked = settings[name];
+    $(name).onchange = () => change({ [name]: $(name).checked });
+  }
   $("reset-sampling").onclick = () => {
     change({ sampling: {} });
     makeControls();

@@ -1,10 +1,11 @@
-// The list of conversations: newest first, grouped by day, with search, rename and delete. Reads further pages from the
-// server when the end of the list comes into view, and for a search.
+// The list of conversations: pinned ones, then the others by day, newest first; with rename, pin and delete. Reads further
+// pages from the server when the end of the list comes into view. What a search finds: search.js.
 
 import { conversations } from "./api.js";
-import { $, composing, h, iconButton, replace } from "./dom.js";
+import { $, composing, confirmed, h, iconButton, replace } from "./dom.js";
+import { drawHits, forgetHit, searching, startSearch } from "./search.js";
 
-let list = []; // newest first
+let list = []; // pinned first, each newest first
 let hasMore = false;
 let renaming = null; // {id, title}: the conversation whose title is being changed, and what it is so far
 let current = null;
@@ -15,7 +16,7 @@ let onRemoved = null;
 export function startSidebar({ guard, removed }) {
   guarded = guard;
   onRemoved = removed;
-  $("search").oninput = () => guarded(search);
+  startSearch({ guard, changed: draw });
   new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && guarded(more)).observe(sentinel);
 }
 
@@ -33,7 +34,7 @@ async function more() {
   loading = true;
   try {
     const page = await conversations.list(list.at(-1).id);
-    list.push(...page.data);
+    list.push(...page.data.filter(({ id }) => !list.some((one) => one.id === id)));
     hasMore = page.has_more;
   } finally {
     loading = false;
@@ -41,17 +42,26 @@ async function more() {
   draw();
 }
 
-/** Reads the whole list, because a search needs all titles. */
-async function search() {
-  draw();
-  while (hasMore && !loading && $("search").value) await more();
-}
-
-/** Moves a conversation to the top that is new, renamed or has a new message. */
+/** Moves a conversation to the top that is new or has a new message. */
 export function touch(chat) {
   const known = list.find((one) => one.id === chat.id);
   const updated_at = new Date().toISOString();
-  list = [{ ...known, id: chat.id, title: chat.title, updated_at }, ...list.filter((one) => one !== known)];
+  put({ pinned: false, ...known, id: chat.id, title: chat.title, updated_at });
+}
+
+/** Puts a conversation where it belongs: to the pinned ones or the others, by its last use. */
+function put(one) {
+  const others = list.filter(({ id }) => id !== one.id);
+  const before = ({ pinned, updated_at }) => (pinned === one.pinned ? updated_at <= one.updated_at : one.pinned);
+  const place = others.findIndex(before);
+  if (place >= 0) list = others.toSpliced(place, 0, one);
+  else list = hasMore && !one.pinned ? others : [...others, one]; // further pages will bring it
+  draw();
+}
+
+/** Shows the title that the model gave. */
+export function retitle({ id, title }) {
+  list = list.map((one) => (one.id === id ? { ...one, title } : one));
   draw();
 }
 
@@ -70,18 +80,16 @@ function draw() {
 }
 
 function drawList() {
-  const wanted = $("search").value.trim().toLowerCase();
-  const shown = list.filter((one) => (one.title ?? "").toLowerCase().includes(wanted));
+  if (searching()) return replace($("conversations"), ...drawHits(current, line));
   const groups = new Map();
-  for (const one of shown) {
-    const day = dayOf(one.updated_at);
+  for (const one of list) {
+    const day = one.pinned ? "Pinned" : dayOf(one.updated_at);
     groups.set(day, [...(groups.get(day) ?? []), one]);
   }
-  const empty = wanted ? `Nothing called "${$("search").value.trim()}".` : "Your conversations will be listed here.";
   replace(
     $("conversations"),
     ...[...groups].map(([day, ones]) => h("section", {}, h("h2", {}, day), h("ul", {}, ones.map(line)))),
-    ...(shown.length === 0 ? [h("p", { class: "nothing" }, empty)] : []),
+    ...(list.length === 0 ? [h("p", { class: "nothing" }, "Your conversations will be listed here.")] : []),
     sentinel,
   );
 }
@@ -89,10 +97,12 @@ function drawList() {
 function line(one) {
   if (renaming?.id === one.id) return h("li", {}, renameBox(one));
   const title = one.title || "Untitled";
+  const pin = one.pinned ? "Unpin" : "Pin";
   return h(
     "li",
     { class: one.id === current ? "current" : null },
     h("a", { href: `#/${one.id}`, "aria-current": one.id === current ? "page" : null, "data-key": `open ${one.id}`, title, dir: "auto" }, title),
+    iconButton("pin", `${pin} ${title}`, () => guarded(() => setPinned(one, !one.pinned)), { key: `pin ${one.id}`, pressed: one.pinned }),
     iconButton("edit", `Rename ${title}`, () => startRename(one), { key: `rename ${one.id}` }),
     iconButton("trash", `Delete ${title}`, () => guarded(() => remove(one)), { key: `delete ${one.id}` }),
   );
@@ -129,10 +139,17 @@ function renameBox(one) {
   return box;
 }
 
+async function setPinned(one, pinned) {
+  await conversations.change(one.id, { pinned });
+  one.pinned = pinned;
+  if (pinned || list.some(({ id }) => id === one.id)) put({ ...one });
+  else draw();
+}
+
 async function setTitle(one, title) {
   await conversations.change(one.id, { title });
   one.title = title;
-  draw();
+  retitle(one);
   onRenamed(one);
 }
 
@@ -140,12 +157,11 @@ let onRenamed = () => {};
 export const whenRenamed = (callback) => (onRenamed = callback);
 
 async function remove(one) {
-  $("confirm-text").textContent = `"${one.title || "Untitled"}" will be gone for good, with its votes.`;
-  $("confirm").showModal();
-  await new Promise((resolve) => ($("confirm").onclose = resolve));
-  if ($("confirm").returnValue !== "yes") return;
+  const text = `"${one.title || "Untitled"}" will be gone for good, with its votes.`;
+  if (!(await confirmed("Delete this conversation?", text))) return;
   await conversations.remove(one.id);
   list = list.filter((other) => other.id !== one.id);
+  forgetHit(one.id);
   draw();
   onRemoved(one.id);
 }

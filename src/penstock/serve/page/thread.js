@@ -1,13 +1,15 @@
 // Draws the path of the open conversation. Called again after every change; the text of an unfinished answer is drawn
 // alone (`drawText`), so that a token costs one paragraph and not the page.
 
-import { $, announce, composing, copy, h, icon, iconButton, keepSelection, morph, replace, sends, toast } from "./dom.js";
+import { splitFiles } from "./attachments.js";
+import { $, announce, composing, confirmed, copy, h, icon, iconButton, keepSelection, morph, replace, sends, toast } from "./dom.js";
 import { render } from "./markdown.js";
 import { typeset } from "./maths.js";
 import { keepUp } from "./scroll.js";
 import { splitThinking } from "./thinking.js";
-import { answer, answering, chat, edit, goOn, judge, pick, run, thumb } from "./chat.js";
+import { answer, answering, chat, edit, followers, goOn, judge, pick, remove, run, thumb } from "./chat.js";
 import { pairOf, path } from "./tree.js";
+import { timeInWords, usageInWords } from "./usage.js";
 
 const texts = new WeakMap(); // message -> {element, content}: what is drawn already
 const turns = new WeakMap(); // first message of a turn -> {element, looks}: the same, for all of the turn
@@ -45,11 +47,11 @@ function drawStep(step, isLast, guarded) {
 function looksOf({ options, index }, option, isLast) {
   const pair = pairOf(chat.tree, option[0].id);
   const one = ({ id, local, controller, content, waitUntil, error, finish_reason }) => [
-    id, local, Boolean(controller), content === "", waitUntil, error?.message, finish_reason, chat.tree.thumbs.get(id),
+    id, local, Boolean(controller), editing?.id === id, content === "", waitUntil, error?.message, finish_reason, chat.tree.thumbs.get(id),
   ];
   const verdict = pair && chat.tree.verdicts.get(pair);
   return JSON.stringify([
-    options.length, index, isLast, isLast && answering().length, editing?.id === option[0].id, option.map(one),
+    options.length, index, isLast, isLast && answering().length, option.map(one),
     pair?.shown, pair?.blind, verdict === undefined ? "none" : verdict,
   ]);
 }
@@ -59,7 +61,7 @@ function drawUser(step, [message], isLast, guarded) {
   const ask = isLast && h("button", { type: "button", class: "link", onclick: () => answer(chat, message.id) }, "Answer this");
   return h(
     "article",
-    { class: "turn user", "aria-label": "Your message" },
+    { class: "turn user", id: message.id, tabindex: "-1", "aria-label": "Your message" },
     ...drawBubble(message),
     ask,
     h(
@@ -68,8 +70,29 @@ function drawUser(step, [message], isLast, guarded) {
       switcher(step),
       iconButton("edit", "Edit this message", () => startEdit(message), { key: `edit ${message.id}` }),
       iconButton("copy", "Copy this message", (event) => copyFrom(event, message.content), { key: `copy ${message.id}` }),
+      trash(message, guarded),
+      when(message),
     ),
   );
+}
+
+const trash = (message, guarded) =>
+  iconButton("trash", `Delete this ${nameOf(message)}`, () => guarded(() => askAndRemove(message)), { key: `delete ${message.id}` });
+
+const nameOf = ({ role }) => (role === "user" ? "message" : "answer");
+
+async function askAndRemove(message) {
+  const count = followers(message);
+  const others = count === 0 ? "" : count === 1 ? " and the message that follows it" : ` and the ${count} messages that follow it`;
+  const text = `It${others} will be gone for good, with votes. Other branches stay.`;
+  if (await confirmed(`Delete this ${nameOf(message)}?`, text)) await remove(message);
+}
+
+/** When it was written, and of an answer what it took. */
+function when(message) {
+  const { short, long } = timeInWords(message.created_at);
+  const facts = [message.edited_from && "rewritten", usageInWords(message)].filter(Boolean);
+  return h("span", { class: "facts" }, h("time", { datetime: message.created_at, title: long }, short), facts.map((fact) => h("span", {}, fact)));
 }
 
 const LONG = 2000; // characters of a message, or
@@ -77,7 +100,13 @@ const MANY = 30; // lines, from which on it is folded
 const unfolded = new WeakSet(); // messages that somebody has opened
 
 function drawBubble(message) {
-  const { content } = message;
+  const { text: content, files } = splitFiles(message.content);
+  const file = ({ name, text }) =>
+    h("details", { class: "file" }, h("summary", { dir: "auto" }, name, h("span", {}, `${text.length.toLocaleString("en")} characters`)), h("pre", { tabindex: "0", dir: "auto" }, text));
+  return [...(content ? drawWords(message, content) : []), ...files.map(file)];
+}
+
+function drawWords(message, content) {
   const bubble = h("div", { class: "bubble", dir: "auto" }, content);
   if (content.length <= LONG && content.split("\n", MANY + 1).length <= MANY) return [bubble];
   const button = h("button", { type: "button", class: "link", "data-key": `unfold ${message.id}` });
@@ -95,6 +124,12 @@ function drawBubble(message) {
   return [bubble, button];
 }
 
+/** The last message of the person, to be changed. */
+export function editLast() {
+  const last = path(chat.tree).findLast(({ message }) => message.role === "user");
+  if (last) startEdit(last.message);
+}
+
 function startEdit(message) {
   editing = { id: message.id, content: message.content };
   $("thread").dispatchEvent(new CustomEvent("redraw"));
@@ -104,7 +139,8 @@ function startEdit(message) {
 }
 
 function drawEditor(message, guarded) {
-  const box = h("textarea", { "aria-label": "Edit the message", dir: "auto", rows: Math.min(12, editing.content.split("\n").length + 1), value: editing.content, "data-key": "editor" });
+  const mine = message.role === "user";
+  const box = h("textarea", { "aria-label": `Edit the ${nameOf(message)}`, dir: "auto", rows: Math.min(12, editing.content.split("\n").length + 1), value: editing.content, "data-key": "editor" });
   box.oninput = () => (editing.content = box.value);
   const close = () => {
     editing = null;
@@ -115,6 +151,7 @@ function drawEditor(message, guarded) {
     if (!box.value.trim()) return;
     const content = box.value;
     close();
+    if (!mine && content === message.content) return;
     guarded(() => edit(message, content));
   };
   box.onkeydown = (event) => {
@@ -122,30 +159,31 @@ function drawEditor(message, guarded) {
     if (event.key === "Escape") {
       event.stopPropagation();
       close();
-    } else if (sends(event)) {
+    } else if (mine ? sends(event) : event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       save();
     }
   };
   return h(
     "article",
-    { class: "turn user editor", "aria-label": "Your message, being edited" },
+    { class: `turn editor ${message.role}`, "aria-label": `The ${nameOf(message)}, being edited` },
     box,
     h(
       "div",
       { class: "editor-buttons" },
-      h("p", { class: "help" }, "The old wording stays: this starts a branch."),
+      h("p", { class: "help" }, mine ? "The old wording stays: this starts a branch." : "The old answer stays, as a branch. Yours counts as the better one, also in exports."),
       h("button", { type: "button", class: "secondary", onclick: close }, "Cancel"),
-      h("button", { type: "button", class: "primary", onclick: save }, "Send"),
+      h("button", { type: "button", class: "primary", onclick: save }, mine ? "Send" : "Save"),
     ),
   );
 }
 
 function drawAnswer(step, [message], isLast, guarded) {
+  if (editing?.id === message.id) return drawEditor(message, guarded);
   const done = !message.controller;
   return h(
     "article",
-    { class: "turn assistant", "aria-label": `Answer of ${message.model}`, "aria-busy": String(!done) },
+    { class: "turn assistant", id: message.id, tabindex: "-1", "aria-label": `Answer of ${message.model}`, "aria-busy": String(!done) },
     h("header", { class: "who", title: samplingOf(message) }, message.model),
     drawBody(message),
     drawEnd(message, isLast, guarded),
@@ -157,8 +195,11 @@ function drawAnswer(step, [message], isLast, guarded) {
         !message.local && [
           copyButton(message),
           ...thumbs(message, guarded),
+          iconButton("edit", "Edit this answer", () => startEdit(message), { key: `edit ${message.id}` }),
+          again(message),
+          trash(message, guarded),
+          when(message),
         ],
-        !message.local && again(message),
       ),
   );
 }
@@ -176,6 +217,7 @@ function drawPair(step, option, isLast, guarded) {
     h(
       "article",
       {
+        id: message.id, tabindex: "-1",
         class: `answer${verdict === message.id ? " better" : ""}`,
         "aria-label": `Answer ${letter}${hidden ? "" : ` of ${message.model}`}`,
         "aria-busy": String(Boolean(message.controller)),

@@ -23,7 +23,7 @@ export function pairOf(tree, id) {
 export function addVote(tree, vote) {
   if (vote.kind === "thumb") {
     tree.thumbs.set(vote.message_id, vote.value);
-  } else {
+  } else if (!vote.shown.some((id) => vote.shown.includes(tree.messages.get(id)?.edited_from))) { // one rewrites the other
     addPair(tree, vote.shown, false);
     tree.verdicts.set(pairOf(tree, vote.shown[0]), vote.chosen_id);
   }
@@ -31,6 +31,20 @@ export function addVote(tree, vote) {
 
 export function childrenOf(tree, parentId) {
   return [...tree.messages.values()].filter((message) => message.parent_id === parentId);
+}
+
+/** Shows the branch with a message. */
+export function reveal(tree, id) {
+  for (let message = tree.messages.get(id); message; message = tree.messages.get(message.parent_id)) {
+    tree.picked.set(message.parent_id, message.id);
+  }
+}
+
+/** Ids of a message and of all that follow it. */
+export function below(tree, id) {
+  const ids = new Set([id]);
+  for (const message of tree.messages.values()) if (ids.has(message.parent_id)) ids.add(message.id); // a parent comes first
+  return ids;
 }
 
 /** The successors of a message: lists of one message, or of two for a pair; oldest first. */
