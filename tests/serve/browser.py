@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from penstock.data.toyland import Toyland, save_tokenizer
+from penstock.serve.page_api import with_times
 from tests.conftest import EOS, PATIENCE, save_tiny
 from tests.serve.gate import Gate
 from tests.zygote import zygotic
@@ -245,8 +246,10 @@ def speak(page: Any, served: ServedPage, *texts: str) -> None:
         message = served.store.add_message(
             conversation, parent, "assistant", "", model=model, sampling={}, message_id=body["id"]
         )
-        ended = {**message, "content": text, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 30, "completion_tokens": 148, "seconds": 4.2}
+        ended = {**message, "content": text, "finish_reason": "stop", "usage": usage}
         served.store.save_answers([ended])
+        message, ended = with_times(message), with_times(ended)
         delta = {"type": "delta", "content": text}
         stream(route, [{"type": "message", "message": message}, delta, {"type": "done", "message": ended}])
 

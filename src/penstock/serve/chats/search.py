@@ -23,6 +23,8 @@ HITS = 50
 MAX_WORDS = 8
 BEFORE, AFTER = 40, 120
 """Characters that are shown around the first word."""
+MARKS = re.compile(r"```\w*|\*\*|^#+ |^> |^[-*] ", re.MULTILINE)
+"""Signs of markdown that say nothing in an excerpt."""
 
 
 def search(store: Store, text: str, rest: int | None = None) -> tuple[list[Row], int | None]:
@@ -88,5 +90,6 @@ def excerpt(content: str, words: list[str]) -> str:
     """One line of a text around the first of the words in it."""
     starts = [match.start() for word in words if (match := re.search(re.escape(word), content, re.IGNORECASE))]
     begin = max(0, min(starts, default=0) - BEFORE)
-    line = " ".join(content[begin : begin + BEFORE + AFTER].split())
+    plain = MARKS.sub("", content[begin : begin + BEFORE + AFTER])
+    line = " ".join(plain.split())
     return f"... {line}" if begin else line

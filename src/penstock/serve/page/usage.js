@@ -39,7 +39,7 @@ export function drawGauge(steps) {
 /** "14:03" today, "28 Nov 14:03" before, and the whole date for the pointer. */
 export function timeInWords(iso) {
   const time = new Date(iso);
-  const clock = time.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  const clock = time.toLocaleTimeString([], { hour: "numeric", minute: "2-digit" });
   const today = time.toDateString() === new Date().toDateString();
   const year = time.getFullYear() === new Date().getFullYear() ? undefined : "numeric";
   const day = time.toLocaleDateString([], { day: "numeric", month: "short", year });
