@@ -581,8 +581,11 @@ def test_no_payload_runs_from_history_titles_or_exports(open_page, served):
     assert page.locator(".bubble").all_inner_texts()[:3] == PAYLOADS[:3]
     assert page.locator(".prose").count() == len(PAYLOADS)
     assert page.evaluate(NOTHING_RUNS) == []
-    page.get_by_placeholder("Search").fill("payload: ")  # reads the whole list
+    page.get_by_placeholder("Search").fill("payload: ")
     expect(page.locator(".conversations li")).to_have_count(len(PAYLOADS))
+    assert page.evaluate(NOTHING_RUNS) == []
+    page.get_by_placeholder("Search").fill("onerror")
+    expect(page.locator(".hit mark").first).to_have_text("onerror")
     assert page.evaluate(NOTHING_RUNS) == []
     page.get_by_role("button", name="Settings").click()
     with page.expect_download() as download:
@@ -644,7 +647,7 @@ def test_a_failed_answer_says_why_and_can_be_tried_again(open_page, served):
 
     page.route("**/replies", break_off, times=1)
     say(page, "Break", wait=False)
-    expect(page.locator(".note.failed")).to_contain_text("the model failed")
+    expect(page.locator(".note.failed")).to_contain_text("The model failed")
     assert answers(page)[-1] == "Half an"
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".switcher span").last).to_have_text("2/2")
@@ -676,7 +679,7 @@ def test_a_lost_server_is_waited_for_and_nothing_written_is_lost(open_page, pict
 def test_a_conversation_that_is_gone_leaves_a_word_and_a_new_chat(open_page, served):
     page = open_page(allowed=["404"])
     page.goto(f"{served.url}/#/conv_{'0' * 24}")
-    expect(page.locator("#toast")).to_contain_text("no conversation")
+    expect(page.locator("#toast")).to_have_text("This conversation no longer exists.")
     expect(page.locator(".welcome")).to_be_visible()
 
 

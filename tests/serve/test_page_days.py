@@ -155,7 +155,7 @@ def test_an_answer_is_rewritten_beside_the_first_and_is_better(open_page, served
     page.screenshot(path=pictures / "rewrite.png")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator(".prose")).to_have_text("A gate in a channel.")
-    expect(page.locator(".facts").last).to_contain_text("rewritten")
+    expect(page.locator(".when").last).to_contain_text("rewritten")
     expect(page.locator(".switcher span")).to_have_text("2/2")
     question, answer, ours = conversation_of(page, served)
     assert ours["edited_from"] == answer["id"]
@@ -198,7 +198,7 @@ def test_answers_say_when_and_how_fast_and_the_gauge_how_full(open_page, served)
     say(page, "How much was that?")
     [_, answer] = conversation_of(page, served)
     usage = answer["usage"]
-    facts = page.locator(".assistant .facts")
+    facts = page.locator(".assistant .when")
     expect(facts).to_contain_text(f"{usage['completion_tokens']} tokens")
     assert facts.locator("time").get_attribute("datetime").startswith("20")
     used = usage["prompt_tokens"] + usage["completion_tokens"]

@@ -187,7 +187,7 @@ class Store:
         missing = set()
         with self.writing() as connection:
             for row in rows:
-                changes = only(row, ("content", "finish_reason", "usage"))
+                changes = {**only(row, ("content", "finish_reason")), "usage": row.get("usage")}
                 if not connection.execute(
                     sa.update(messages).where(messages.c.id == row["id"]).values(changes)
                 ).rowcount:

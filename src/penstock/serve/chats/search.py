@@ -18,8 +18,8 @@ WINDOW = 2000
 """Messages that one query reads."""
 SECONDS = 2.0
 """Of one search; another goes on where it stopped."""
-HITS = 50
-"""Conversations that one search returns at most, of titles and of messages."""
+TITLES, HITS = 200, 50
+"""Conversations that one search returns at most, for their titles and for a message."""
 MAX_WORDS = 8
 BEFORE, AFTER = 40, 120
 """Characters that are shown around the first word."""
@@ -39,7 +39,7 @@ def search(store: Store, text: str, rest: int | None = None) -> tuple[list[Row],
     with store.reading() as connection:
         if rest is None:
             query = sa.select(conversations).where(_holds(connection, conversations.c.title, words))
-            newest = query.order_by(conversations.c.updated_at.desc()).limit(HITS)
+            newest = query.order_by(conversations.c.updated_at.desc()).limit(TITLES)
             rows = {
                 row["id"]: {**only(row, CONVERSATION), "hit": None} for row in connection.execute(newest).mappings()
             }

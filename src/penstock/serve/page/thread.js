@@ -92,7 +92,7 @@ async function askAndRemove(message) {
 function when(message) {
   const { short, long } = timeInWords(message.created_at);
   const facts = [message.edited_from && "rewritten", usageInWords(message)].filter(Boolean);
-  return h("span", { class: "facts" }, h("time", { datetime: message.created_at, title: long }, short), facts.map((fact) => h("span", {}, fact)));
+  return h("span", { class: "when" }, h("time", { datetime: message.created_at, title: long }, short), facts.map((fact) => h("span", {}, fact)));
 }
 
 const LONG = 2000; // characters of a message, or
