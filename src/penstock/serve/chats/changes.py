@@ -48,7 +48,8 @@ def remove_message(store: Store, conversation_id: str, message_id: str) -> None:
     with store.writing() as connection:
         conversation_row(connection, conversation_id)
         message_row(connection, message_id, conversation_id)
-        ids = sorted(filter(None, below(connection.execute(tree_query(conversation_id)).mappings(), message_id)))
+        rows = [dict(row) for row in connection.execute(tree_query(conversation_id)).mappings()]
+        ids = sorted(filter(None, below(rows, message_id)))
         for begin in range(0, len(ids), IDS):
             part = messages.c.id.in_(ids[begin : begin + IDS])
             connection.execute(sa.update(messages).where(part).values(parent_id=None))  # as remove_conversation
