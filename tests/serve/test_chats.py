@@ -203,6 +203,7 @@ def test_a_rewritten_answer_is_a_branch_and_better_than_the_first(server, tmp_pa
     assert server.ask("POST", f"{path}/rewrite", {"content": ""}).error["param"] == "content"
     wrong = f"/api/conversations/{conversation}/messages/{question}/rewrite"
     assert server.ask("POST", wrong, {"content": "x"}).status == 400
+    server.ask("DELETE", f"/api/conversations/{conversation}")  # its vote would be counted by other tests
 
 
 def test_an_answer_that_is_being_written_is_not_rewritten(store):
