@@ -1,9 +1,9 @@
 """Search in titles and messages, newest first: a scan in SQL, in windows and within seconds, without an index.
 
 [Note: a search is a scan] An index of words misses parts of words and Chinese text, one of trigrams is three times the
-size of the text, and both are written again every second while answers grow. A scan of 200,000
-messages in 300 MB takes 0.4 s of a processor in SQLite; it stops after SECONDS and says how far back it came, and the
-next one goes on there. Each window is a transaction of its own, on a thread and inside the database, which holds up neither answers nor writes.
+size of the text, and both are written again every second while answers grow. A scan of 200,000 messages in 300 MB takes
+0.4 s of a processor in SQLite; it stops after SECONDS and says how far back it came, and the next one goes on there.
+Each window is a transaction of its own, on a thread and inside the database, which holds up neither answers nor writes.
 """
 
 import re
