@@ -39,7 +39,7 @@ class Answer:
         """Why it ended with an error."""
         self.texts: list[str] = [message["content"]]
         """All text, in the pieces in which it came."""
-        self.usage: dict[str, Any] | None = message["usage"]
+        self.usage: dict[str, Any] | None = message.get("usage")
         """Tokens and seconds, once it has ended."""
         self.saved = 1
         """How many of the pieces are stored."""
