@@ -149,7 +149,10 @@ async def make_title(conversation_id: str, body: Titling, request: Request) -> J
     return JSONResponse(with_times(row))
 
 
-@chats.post("/import", status_code=201, response_model=Imported, responses=FAILS)
+THERE: dict[int | str, dict[str, Any]] = {200: {"model": Imported, "description": "It was there already."}}
+
+
+@chats.post("/import", status_code=201, response_model=Imported, responses={**FAILS, **THERE})
 def import_one(body: ImportedConversation, request: Request) -> JSONResponse:
     """Stores a conversation from elsewhere; 200 and `existed` where the same one is there already."""
     with store_errors():

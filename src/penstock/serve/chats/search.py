@@ -11,7 +11,7 @@ import time
 
 import sqlalchemy as sa
 
-from penstock.serve.store import CONVERSATION, Row, Store, conversation_row, only
+from penstock.serve.store import CONVERSATION, Row, Store, only, row_of
 from penstock.serve.tables import conversations, messages
 
 WINDOW = 2000
@@ -61,7 +61,7 @@ def _search_window(connection: sa.Connection, words: list[str], high: int, rows:
     query = sa.select(messages.c.conversation_id, place).where(inside).group_by(messages.c.conversation_id)
     for conversation_id, newest in connection.execute(query.order_by(place.desc())).all():
         if conversation_id not in rows:
-            rows[conversation_id] = _hit(connection, conversation_id, newest, words)
+            rows |= _hit(connection, conversation_id, newest, words)
             if len(rows) == most:
                 return newest - 1
     return low
@@ -79,11 +79,14 @@ def _holds(connection: sa.Connection, column: sa.Column[str], words: list[str]) 
     return sa.and_(*every)
 
 
-def _hit(connection: sa.Connection, conversation_id: str, place: int, words: list[str]) -> Row:
-    """A conversation with the message in it that holds the words."""
-    message = connection.execute(sa.select(messages).where(messages.c.place == place)).mappings().one()
+def _hit(connection: sa.Connection, conversation_id: str, place: int, words: list[str]) -> dict[str, Row]:
+    """A conversation, by its id, with the message in it that holds the words; nothing if it has been removed since."""
+    message = connection.execute(sa.select(messages).where(messages.c.place == place)).mappings().first()
+    conversation = row_of(connection, conversations, conversation_id)
+    if message is None or conversation is None:
+        return {}
     hit = {"message_id": message["id"], "role": message["role"], "text": excerpt(message["content"], words)}
-    return {**only(conversation_row(connection, conversation_id), CONVERSATION), "hit": hit}
+    return {conversation_id: {**only(conversation, CONVERSATION), "hit": hit}}
 
 
 def excerpt(content: str, words: list[str]) -> str:
