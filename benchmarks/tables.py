@@ -375,7 +375,13 @@ def main(arguments: list[str]) -> int:
     text = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks tables` from [results/](results/); nothing here is typed by hand. `python -m "
+        "## The field",
+        "",
+        (HERE / "field.md").read_text(encoding="utf-8").rstrip(),
+        "",
+        "## How these figures were made",
+        "",
+        "Written by `python -m benchmarks tables` from [results/](results/); none is typed by hand. `python -m "
         "benchmarks` lists all benchmarks, `python -m benchmarks NAME --help` explains one, and "
         "[docs/benchmark.md](../docs/benchmark.md) tells what each command does. Commands are those of today; a result "
         "file has the command as it was typed at its commit.",
