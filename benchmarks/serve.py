@@ -2,6 +2,7 @@
 
     python -m benchmarks serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
     python -m benchmarks serve fuzz          5,000 requests made from the OpenAPI document
+    python -m benchmarks serve security      10,000 such requests; strangers, texts that would run, and bombs
     python -m benchmarks serve clients       three generations of the openai client, npm's, llm, LangChain, LiteLLM
 
 Each writes benchmarks/results/serve_NAME.json.
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import facts, timing
+from benchmarks import facts, security, timing
 
 KEY = "a key for measurements"
 ROWS, QUEUE, NEW_TOKENS = 32, 128, 64
@@ -308,16 +309,37 @@ def fuzz(examples: int = 300) -> dict[str, Any]:
         directory = Path(name)
         # Short answers: what is tried here is the requests.
         with serving(directory, small_model(directory), "--threads", "1", "--max-length", "48") as server:
-            before = server.answers_by_status()
-            command = fuzzing(server.address, KEY, examples=examples, phases="examples,coverage,fuzzing")
-            done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-            made = server.answers_by_status() - before
+            return fuzzed(server, directory, examples)
+
+
+def fuzzed(server: Server, directory: Path, examples: int) -> dict[str, Any]:
+    before = server.answers_by_status()
+    command = fuzzing(server.address, KEY, examples=examples, phases="examples,coverage,fuzzing")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    made = server.answers_by_status() - before
     print(done.stdout[-6000:])
     return {
         "seed": SEED, "checks": CHECKS, "requests": made.total(), "answers_by_status": dict(sorted(made.items())),
         "answers_5xx": sum(count for status, count in made.items() if status >= "500"),
         "exit_code": done.returncode, "summary": re.findall(r"\d+ generated.*", done.stdout),
     }  # fmt: skip
+
+
+def attacked(examples: int = 700) -> dict[str, Any]:
+    """What `fuzz` does, more of it, and benchmarks/security.py on the same server."""
+    from tests.serve.page_payloads import PAYLOADS
+
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with serving(directory, small_model(directory), "--threads", "1", "--max-length", "48") as server:
+            ask, before = security.asker(server.address), server.answers_by_status()  # 503 while it loads
+            result = {
+                "strangers": security.strangers(ask, KEY), "payloads": security.payloads(ask, KEY, PAYLOADS),
+                "bombs": security.bombs(ask, KEY, "small", server.rss_gb),
+                **fuzzed(server, directory, examples),
+            }  # fmt: skip
+            made = server.answers_by_status() - before
+            return {**result, "all_answers_5xx": sum(made[status] for status in made if status >= "500")}
 
 
 def clients() -> dict[str, Any]:
@@ -361,5 +383,5 @@ def counted(results: dict[str, str]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Writes serve_NAME.json."""
-    measures = {"load": load, "fuzz": fuzz, "clients": clients}
+    measures = {"load": load, "fuzz": fuzz, "security": attacked, "clients": clients}
     return facts.run_measures(arguments, __doc__, measures, "serve", "fastapi", "uvicorn")
