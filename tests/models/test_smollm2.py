@@ -151,8 +151,8 @@ def rounded_to_nf4(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_packed_weights_read_a_page_of_english_nearly_as_well(ours, tokenizer):
-    """These weights were rounded to 4 bits before, on another grid: int8 costs 0.7 %, nf4 21 %, as an independent
-    rounding does."""
+    """These weights were rounded to 4 bits before, on another grid: int8 and fp8 cost 0.7 %, nf4 21 %, as an
+    independent rounding does."""
     ids = tokenizer(PAGE.strip()).input_ids
     full, worse = perplexity(ours, ids), {}
 
@@ -165,6 +165,7 @@ def test_packed_weights_read_a_page_of_english_nearly_as_well(ours, tokenizer):
         "bf16": lambda decoder: decoder.bfloat16(),
         "int8": quantise,
         "int8 base": lambda decoder: quantise_base(decoder, "int8"),
+        "fp8 base": lambda decoder: quantise_base(decoder, "fp8"),
         "nf4 base": lambda decoder: quantise_base(decoder, "nf4"),
         "nf4 by hand": round_all,
     }.items():
@@ -174,6 +175,6 @@ def test_packed_weights_read_a_page_of_english_nearly_as_well(ours, tokenizer):
     print(f"{len(ids)} tokens, fp32 {full:.3f}; " + ", ".join(f"{name} {delta:+.2%}" for name, delta in worse.items()))
     assert worse["nf4 base"] == pytest.approx(worse["nf4 by hand"], abs=1e-3)
     assert abs(worse["bf16"]) < 0.01
-    limits = {"int8": 0.005, "int8 base": 0.005, "nf4 base": 0.08}
+    limits = {"int8": 0.005, "int8 base": 0.005, "fp8 base": 0.005, "nf4 base": 0.08}
     if missed := {name: worse[name] for name, limit in limits.items() if worse[name] >= limit}:
         pytest.xfail(f"above the limits {limits}: {missed}")

@@ -474,7 +474,7 @@ def test_auto_stays_within_its_budget_when_roles_step_side_by_side():
 
 def test_what_blocks_of_models_side_by_side_read_has_pages_of_its_own():
     """They stay for the next phase, whoever borrows them then."""
-    of = batched(on_one_base(work(DEEP), LoraSpec(4)), 16)
+    of = batched(on_one_base(work(dataclasses.replace(BASE, num_layers=5), rollout_batch_size=4), LoraSpec(4)), 8)
     setting = Setting(of, "gemini_cpu", "bf16", 1, {"device": 1, "host": None, "disk": None})
     kept, away = (workload._forecast(setting, False, True, True, x).peak["device"] for x in (False, True))
     planned, measured = (run(of, "gemini_cpu", "bf16", device=(kept + away) // 2) for run in (forecast, dry))
