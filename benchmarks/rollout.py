@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import tempfile
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -138,15 +138,14 @@ def families(repeats: int = 5, only: str = "") -> dict[str, Any]:
     return {"dtype": str(dtype), "families": rows}
 
 
-def copies_of(decoder: Decoder) -> dict[BaseDtype, Decoder]:
+def copies_of(decoder: Decoder, *kinds: BaseDtype) -> dict[str, Decoder]:
     """What --rollout-dtype answers with."""
-    kinds: tuple[BaseDtype, ...] = get_args(BaseDtype)
-    return {kind: packed_copy(decoder, kind) for kind in kinds}
+    return {f"blocks in {kind}": packed_copy(decoder, kind) for kind in kinds}
 
 
 def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
-    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64; ours too by
-    copies whose blocks are packed."""
+    """Greedy answers of 128 tokens to prompts of 64 against transformers' `generate`, bf16, batch 1 and 64; the 8B
+    model's also by copies whose blocks are packed."""
     prompt, new = (8, 4) if tiny else (PROMPT, NEW)
     rows: dict[str, Any] = {}
     for size in ("s",) if tiny else ("xl", "8b"):
@@ -155,6 +154,7 @@ def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
             decoder = Decoder(shape, dtype=torch.bfloat16).requires_grad_(False)
             config = gpt2(torch.bfloat16, n_layer=shape.num_layers, n_embd=shape.d_model, n_head=shape.num_heads)
             peer = transformers.GPT2LMHeadModel(config).to(torch.bfloat16).eval()
+        copies = copies_of(decoder, "int8", "fp8") if size != "xl" else {}
         for batch in (1, 2) if tiny else (1, 64):
             prompts = torch.randint(10, 50000, (batch, prompt))
 
@@ -165,7 +165,7 @@ def on_gpu(device: str, tiny: bool) -> dict[str, Any]:
             calls: timing.Calls = {
                 "ours": partial(ours, True),
                 "ours, launched one by one": partial(ours, False),
-                **{f"ours, blocks in {kind}": partial(ours, True, each) for kind, each in copies_of(decoder).items()},
+                **{f"ours, {name}": partial(ours, True, each) for name, each in copies.items()},
                 "transformers, dynamic cache": partial(peer_answers, peer, prompts.to(device), new),
                 "transformers, static cache": partial(peer_answers, peer, prompts.to(device), new, "static"),
             }
@@ -183,7 +183,7 @@ def int8(repeats: int = 5) -> dict[str, Any]:
     prompts = torch.randint(EOS, (1, PROMPT))
     calls: timing.Calls = {
         "int8": partial(answers, packed, prompts), "bf16": partial(answers, decoder, prompts),
-        **{f"blocks in {kind}": partial(answers, each, prompts) for kind, each in copies_of(decoder).items()},
+        **{name: partial(answers, each, prompts) for name, each in copies_of(decoder, "int8", "fp8", "nf4").items()},
         "transformers bf16": partial(peer_answers, peer, prompts),
     }  # fmt: skip
     rates = timing.rates(timing.in_turns(calls, repeats), NEW)
