@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy
 import pytest
+import torch
 
 from penstock.commands import evaluate
 from tests.conftest import cli
@@ -81,6 +82,28 @@ def test_a_judge_that_counts_letters_is_seen_through():
     assert evaluate.length_controlled(better, rng.normal(0, 50, size=400)) == pytest.approx(better.mean(), abs=0.03)
     assert evaluate.length_controlled(better, numpy.zeros(400)) == better.mean()
     assert math.isfinite(evaluate.length_controlled((lengths > 100).astype(float), lengths - 100))
+
+
+def test_the_rate_at_equal_length_is_that_of_torchs_logistic_regression():
+    rng = numpy.random.default_rng(0)
+    lengths = rng.normal(100, 50, size=400)  # most answers are longer, so that it is a guess at the edge
+    outcomes = (rng.random(400) < 1 / (1 + numpy.exp(1 - lengths / 40))).astype(float)
+    columns = torch.stack([torch.ones(400), torch.tanh(torch.tensor(lengths / lengths.std()))], dim=1).double()
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits
+        total = entropy(columns @ weights, torch.tensor(outcomes), reduction="sum")
+        total = total + evaluate.RIDGE / 2 * weights.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    wanted = torch.sigmoid(weights[0]).item()
+    assert wanted < 0.3 < outcomes.mean()
+    assert evaluate.length_controlled(outcomes, lengths) == pytest.approx(wanted, abs=1e-6)
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
