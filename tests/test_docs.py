@@ -78,14 +78,15 @@ def test_the_other_pages_run_too(name, tmp_path, model):
     assert run_page(page, tmp_path, model) >= 1
 
 
-def test_the_page_about_serving_runs_too(tmp_path, model):
+@pytest.mark.parametrize(("name", "blocks"), [("serve.md", 4), ("labelling.md", 3)])
+def test_the_pages_about_serving_run_too(name, blocks, tmp_path, model):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     text = text.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("--key", f"--port {port} --threads 1 --key")
-    (tmp_path / "serve.md").write_text(text, encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding="utf-8")
     try:
-        assert run_page(tmp_path / "serve.md", tmp_path, model) == 4
+        assert run_page(tmp_path / name, tmp_path, model) == blocks
     finally:
         with contextlib.suppress(OSError):  # a block that failed leaves its server
             os.kill(int((tmp_path / "serve.pid").read_text()), signal.SIGKILL)

@@ -74,6 +74,13 @@ def test_no_spelling_of_a_path_opens_more(room, path):
         assert reply.status == 403 or "/api/label" in path
 
 
+def test_the_pages_files_need_no_token_and_a_slash_leads_to_the_page(room):
+    for path in ("/", "/label", "/assets/app.js", "/assets/labelling/label.js"):
+        assert room.ask("GET", path, key=None).status == 200
+    assert b"assets/labelling/label.js?v=" in room.ask("GET", "/label/", key=None).body
+    assert room.ask("GET", "/assets/labelling/label.html", key=None).status == 404
+
+
 def test_a_session_of_a_labeller_needs_its_csrf_token_and_says_that_it_is_no_owners(room):
     token = hire(room, "cy")["token"]
     both, cookie, told = log_in(room, token)

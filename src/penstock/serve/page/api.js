@@ -27,11 +27,13 @@ export function listen({ signedOut, reachable }) {
 }
 
 export const session = {
+  /** Whether it is the owner's, and not a labeller's, for whom there is the labelling room alone. */
+  owner: true,
   async open(key) {
-    ({ csrf } = await json("POST", "api/session", { key }));
+    ({ csrf, owner: session.owner } = await json("POST", "api/session", { key }));
   },
   async resume() {
-    ({ csrf } = await json("GET", "api/session"));
+    ({ csrf, owner: session.owner } = await json("GET", "api/session"));
   },
   async close() {
     await json("DELETE", "api/session");
@@ -90,6 +92,24 @@ export const answers = {
   watch: (id, messageId, signal) => events("GET", `${message(id, messageId)}/events`, undefined, signal),
   stop: (id, messageId) => json("POST", `${message(id, messageId)}/stop`),
   rewrite: (id, messageId, content) => json("POST", `${message(id, messageId)}/rewrite`, { content }),
+};
+
+/** What a labeller does. */
+export const label = {
+  me: () => json("GET", "api/label/me"),
+  next: () => json("POST", "api/label/next"),
+  judge: (id, judgement) => json("POST", `api/label/items/${encodeURIComponent(id)}`, judgement),
+  undo: () => json("POST", "api/label/undo"),
+};
+
+/** The labelling room, for its owner. */
+export const labelling = {
+  overview: () => json("GET", "api/labelling"),
+  change: (settings) => json("PATCH", "api/labelling", settings),
+  add: (request) => json("POST", "api/labelling/items", request),
+  remove: (id) => json("DELETE", `api/labelling/items/${encodeURIComponent(id)}`),
+  addLabeller: (name) => json("POST", "api/labelling/labellers", { name }),
+  endLabeller: (id) => json("DELETE", `api/labelling/labellers/${encodeURIComponent(id)}`),
 };
 
 async function* events(method, url, request, signal) {

@@ -57,6 +57,7 @@ async function logIn(key) {
 }
 
 async function enter() {
+  if (!session.owner) return location.replace("label");
   $("login").hidden = true;
   $("app").hidden = false;
   if (await showModels()) {
