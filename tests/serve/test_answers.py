@@ -370,6 +370,8 @@ async def test_answers_that_end_together_are_stored_together(monkeypatch):
             return set()
 
     class EndedGeneration:
+        prompts, tokens_made, first_token_at = ((1, 2),), 3, None
+
         async def pieces(self):
             return [Piece(0, "all", finish_reason="stop")]
 
