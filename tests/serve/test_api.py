@@ -182,7 +182,7 @@ def test_a_session_is_a_cookie_and_a_token(server):
     cookie, csrf, reply = log_in(server)
     assert {"HttpOnly", "Path=/", "SameSite=strict"} <= set(reply.headers["set-cookie"].split("; "))
     with_cookie = {"cookie": cookie}
-    assert server.ask("GET", "/api/session", key=None, headers=with_cookie).json == {"csrf": csrf}
+    assert server.ask("GET", "/api/session", key=None, headers=with_cookie).json == {"csrf": csrf, "owner": True}
     assert server.ask("GET", "/v1/models", key=None, headers=with_cookie).status == 200
     refused = server.ask("POST", "/api/conversations", {}, key=None, headers=with_cookie)
     assert (refused.status, refused.error["code"]) == (403, "invalid_csrf_token")
