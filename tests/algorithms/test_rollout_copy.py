@@ -1,5 +1,6 @@
 """--rollout-dtype: a packed copy of the actor answers, and the loss weighs what it chose by importance."""
 
+import contextlib
 import dataclasses
 import gc
 import math
@@ -20,12 +21,14 @@ from penstock.data.batching import Shuffle
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
 from penstock.models.packed import pack
+from penstock.models.roles import Actor
 from penstock.models.surgery import packed_copy, quantise_base
 from penstock.rollout.engine import generate
 from tests.algorithms import test_grpo, test_ppo
 from tests.algorithms.test_ppo import next_token_distribution, task  # noqa: F401
 from tests.algorithms.test_resume import whole_and_cut
 from tests.conftest import last_model, metrics, stage_config
+from tests.imagined import Imagined, imagining
 from tests.memory.test_stream import named
 from tests.rollout.test_lease import MOVING, PROMPTS, SAMPLING, actor_of, fetched
 
@@ -66,6 +69,26 @@ def test_weights_are_packed_some_rows_at_a_time(monkeypatch):
         monkeypatch.setattr("penstock.models.packed.PACK_TILE", 100)
         assert all(torch.equal(*map(comparable, both)) for both in zip(pack(weight, dtype), whole, strict=True))
         monkeypatch.undo()
+
+
+def test_a_copy_in_fp8_answers_on_a_gpu_that_multiplies_it(tiny_model, monkeypatch):
+    """On an imagined one: near the unpacked copy of the CPU, from which the rounded states differ."""
+    source, multiply, multiplied, answers = tiny_model(), torch._scaled_mm, [], []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *x, **to: multiplied.append(x) or multiply(*x, **to))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for device in ("cpu", "cuda"):
+        with imagining(device) if device == "cuda" else contextlib.nullcontext():
+            strategy = Strategy.named("gemini_cpu", device=device, dtype="bf16")
+            with strategy.init():
+                actor = Actor.from_pretrained(source)
+            strategy.prepare(actor)
+            with strategy.phase("rollout"):
+                copied = packed_copy(actor.decoder, "fp8")
+                answers.append(generate(copied, PROMPTS, SAMPLING, eos_ids=[2]))
+        assert bool(multiplied) == (device == "cuda")
+    assert {type(x) for x, *_ in multiplied} == {Imagined}
+    ours, theirs = (torch.tensor([answer.logprobs[0] for answer in each]) for each in answers)
+    assert 0 < (ours - theirs).abs().max() < 0.1
 
 
 def comparable(weight):
