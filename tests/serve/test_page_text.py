@@ -145,6 +145,28 @@ def test_what_could_not_be_sent_goes_back_to_its_own_conversation(open_page):
     expect(prompt_of(page)).to_have_value("lost?")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_message_that_was_on_its_way_when_the_page_was_reloaded_is_there_once(open_page, served, first):
+    page = open_page()
+    if not first:
+        say(page, "Hello")
+    held: list[Any] = []
+    page.route("**/messages", lambda route: held.append(route), times=1)
+    say(page, "on its way", wait=False)
+    assert eventually(lambda: page.evaluate("true") and held)
+    sent, conversation = held[0].request.post_data_json, page.url.split("#/")[1]
+    page.reload()
+    expect(prompt_of(page)).to_have_value("on its way")
+    served.store.add_message(conversation, sent["parent_id"], "user", sent["content"], message_id=sent["id"])
+    page.keyboard.press("Enter")
+    settled(page, "on its way")
+    texts = [message["content"] for message in conversation_of(page, served) if message["role"] == "user"]
+    assert texts.count("on its way") == 1
+    page.reload()
+    settled(page, "on its way")
+    expect(prompt_of(page)).to_have_value("")
+
+
 def test_a_new_name_is_kept_while_the_list_changes(open_page, served):
     page = open_page()
     with served.gate.held():

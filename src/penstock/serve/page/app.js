@@ -13,7 +13,7 @@ import { loadList, retitle, setCurrent, startSidebar, touch, whenRenamed } from 
 import { farFromEnd, keepUp, startScroll, toEnd } from "./scroll.js";
 import { drawText, drawThread, editLast, isDrawn } from "./thread.js";
 import { path } from "./tree.js";
-import { dropUnsent, keepUnsent, unsentOf } from "./unsent.js";
+import { dropUnsent, keepUnsent, takeLeft, unsentOf } from "./unsent.js";
 import { drawGauge, setContexts } from "./usage.js";
 
 const REMEMBERED = "penstock.remembered"; // this browser logged in before: ask the server before asking for the key
@@ -119,7 +119,7 @@ async function route() {
     newChat();
   }
   setCurrent(chat.id);
-  write(unsentOf(chat.id));
+  writeUnsent();
   toEnd();
   if (messageId) goTo(messageId);
 }
@@ -138,7 +138,7 @@ function goToNewChat() {
   closeSidebar();
   newChat();
   setCurrent(null);
-  write(unsentOf(null));
+  writeUnsent();
   focusPrompt();
 }
 
@@ -181,6 +181,14 @@ function write(text) {
   $("prompt").value = text;
   keepUnsent(chat.id, text);
   sizePrompt();
+}
+
+/** What was written here before, and what was on its way when the page was left and has not arrived. */
+function writeUnsent() {
+  const left = takeLeft(chat.id);
+  const unsent = unsentOf(chat.id);
+  const lost = left && !chat.tree.messages.has(left.id) && !unsent.startsWith(left.content);
+  write(lost ? [left.content, unsent].filter(Boolean).join("\n") : unsent);
 }
 
 function drawSend() {

@@ -4,6 +4,7 @@
 import { answers, conversations, removeMessage, votes } from "./api.js";
 import { requests, settings } from "./settings.js";
 import { addPair, addVote, below, makeTree, path, reveal } from "./tree.js";
+import { keepSending, sendingOf } from "./unsent.js";
 import { inWords } from "./words.js";
 
 const ATTEMPTS = 6; // of a request that the server was too busy for
@@ -161,21 +162,21 @@ export function goOn(message) {
 }
 
 const newId = () => `msg_${[...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
-let lastSaid = null; // sent again with the same id: the server may have it, and only its reply was lost
 
 async function say(parentId, content) {
   const one = chat;
+  let said = sendingOf(one.id); // sent again with the same id: the server may have it, and only its reply was lost
+  if (said?.parent_id !== parentId || said.content !== content) said = { id: newId(), parent_id: parentId, content };
+  keepSending(one.id, said);
   if (one.id === null) {
     const title = titleOf(content);
     Object.assign(one, await conversations.create({ title, ...(one.system && { system: one.system }) }));
+    keepSending(one.id, said);
+    keepSending(null, null);
     begun(one);
   }
-  const said = { parent_id: parentId, content };
-  if (lastSaid?.chat !== one.id || lastSaid.parent_id !== parentId || lastSaid.content !== content) {
-    lastSaid = { ...said, chat: one.id, id: newId() };
-  }
-  const message = await conversations.say(one.id, { ...said, id: lastSaid.id });
-  lastSaid = null;
+  const message = await conversations.say(one.id, said);
+  keepSending(one.id, null);
   one.tree.messages.set(message.id, message);
   one.tree.picked.delete(parentId);
   answer(one, message.id);
