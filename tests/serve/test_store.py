@@ -272,12 +272,26 @@ def test_a_damaged_database_is_moved_aside_on_request(tmp_path, damage, capsys):
     assert open_store(str(tmp_path), None).list_conversations(1, None) == ([], False)
 
 
+@pytest.mark.parametrize("name", ["C#", "what?", "50%25 off"])
+def test_a_directory_may_have_any_name(tmp_path, name):
+    directory = tmp_path / name
+    store = open_store(str(directory), None)
+    store.replace_key("a" * 64)
+    store.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with contextlib.closing(open_store(str(directory), None, create=False)) as store:
+        assert store.key_hashes() == ["a" * 64]
+    (directory / "penstock.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(DataError, match="is damaged"):
+        open_store(str(directory), None)
+
+
 def test_a_newer_penstocks_database_is_refused(tmp_path):
     open_store(str(tmp_path), None).close()
     with contextlib.closing(sqlite3.connect(tmp_path / "penstock.db")) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
         connection.commit()
-    with pytest.raises(UserError, match="newer penstock"):
+    with pytest.raises(UserError, match=r"newer penstock .*; update this one\."):
         open_store(str(tmp_path), None)
 
 

@@ -418,7 +418,8 @@ def open_store(data_dir: str, database: str | None, *, move_damaged: bool = Fals
 
 def _sqlite(path: Path) -> sa.Engine:
     # As many connections as threads that routes run in: a read never waits for the connection of a write that waits.
-    engine = sa.create_engine(f"sqlite:///{path}", pool_size=40, connect_args={"timeout": BUSY_SECONDS})
+    address = sa.URL.create("sqlite", database=str(path))
+    engine = sa.create_engine(address, pool_size=40, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _settings(connection: sqlite3.Connection, _: object) -> None:
@@ -451,7 +452,7 @@ def _postgres(url: str) -> sa.Engine:
 def _check_whole(path: Path, move_damaged: bool) -> None:
     """Reads the whole file. Raises DataError when SQLite calls it damaged, unless `move_damaged`."""
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=30)
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
         try:
             result = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         finally:
@@ -483,7 +484,7 @@ def _migrate(engine: sa.Engine, name: str) -> None:
     from alembic.util import CommandError
 
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":  # two servers that start together take turns
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(20_220_304)))
@@ -491,7 +492,7 @@ def _migrate(engine: sa.Engine, name: str) -> None:
         try:
             command.upgrade(config, "head")
         except CommandError as error:
-            raise UserError(f"{name}: was written by a newer penstock ({error}); sa.update this one.") from error
+            raise UserError(f"{name}: was written by a newer penstock ({error}); update this one.") from error
         except DatabaseError as error:
             if isinstance(error, OperationalError):
                 raise
