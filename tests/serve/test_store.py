@@ -31,6 +31,25 @@ def add_example(store, system="Be brief."):
     return conversation, question, answers
 
 
+def at_once(call):
+    """Calls it with 0 to 7 in as many threads. Returns what it raised."""
+    failures, begin = [], threading.Barrier(8)
+
+    def attempt(i):
+        begin.wait()
+        try:
+            call(i)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=attempt, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
+
+
 def test_the_migrations_make_the_tables_that_the_code_means(store):
     with store._engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
@@ -122,6 +141,22 @@ def test_a_vote_keeps_the_whole_comparison_and_a_second_one_replaces_it(store):
         assert [vote["value"] for vote in store.votes() if vote["kind"] == "thumb"] == kept
 
 
+def test_votes_on_an_answer_that_come_at_once_are_one(store):
+    _, _, answers = add_example(store)
+    assert not at_once(lambda i: store.vote_thumb(answers[0], 1 if i % 2 else -1))
+    assert not at_once(lambda i: store.vote_pair(tuple(answers[:: 1 if i % 2 else -1]), None))
+    assert [vote["kind"] for vote in store.votes()] == ["thumb", "pair"]
+
+
+def test_an_answer_that_is_gone_on_with_twice_at_once_goes_on_once(store):
+    conversation, _, (answer, _) = add_example(store)
+    assert not at_once(lambda i: store.reopen_answer(answer, conversation, {"seed": i}))
+    row = store.message(answer, conversation)
+    assert row["finish_reason"] is None
+    [part] = row["sampling"]["continued"]
+    assert part["at"] == len("A gate.")
+
+
 def test_only_answers_to_the_same_message_can_be_compared(store):
     _talk, question, answers = add_example(store)
     _, _, unrelated = add_example(store)
@@ -157,20 +192,8 @@ def test_an_answer_that_a_killed_server_left_is_ended(store):
 
 def test_a_message_that_is_sent_again_is_there_once_though_it_is_sent_at_once(store):
     conversation = store.add_conversation("", "")["id"]
-    name, rows, failures = "msg_" + "a" * 24, [], []
-
-    def send():
-        try:
-            rows.append(store.add_message(conversation, None, "user", "Hello", message_id=name))
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=send) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    name, rows = "msg_" + "a" * 24, []
+    assert not at_once(lambda _: rows.append(store.add_message(conversation, None, "user", "Hello", message_id=name)))
     assert [row["id"] for row in rows] == [name] * 8
     assert [row["id"] for row in store.messages(conversation)] == [name]
     other = store.add_conversation("", "")["id"]

@@ -197,12 +197,14 @@ class Store:
     def reopen_answer(self, message_id: str, conversation_id: str, part: Row) -> Row:
         """Lets an answer go on in place. `part`: how; it is kept with the answer's sampling. ValueError: it cannot."""
         with self.writing() as connection:
-            answer = message_row(connection, message_id, conversation_id)
+            answer = message_row(connection, message_id, conversation_id, lock=True)
             follows = sa.select(messages.c.id).where(messages.c.parent_id == message_id).limit(1)
             if answer["role"] != "assistant":
                 raise ValueError(f"{message_id} is no answer; only an answer is gone on with.")
             if connection.scalar(follows) is not None:
                 raise ValueError("a message follows this answer; answer again instead.")
+            if answer["finish_reason"] is None:  # it goes on already
+                return only(answer, MESSAGE)
             sampling = answer["sampling"] or {}
             parts = [*sampling.get("continued", ()), {"at": len(answer["content"]), **part}]
             changes = {"finish_reason": None, "sampling": {**sampling, "continued": parts}}
@@ -256,7 +258,8 @@ class Store:
         if shown[0] == shown[1] or chosen_id not in (None, *shown):
             raise ValueError("a pair is two different answers, and the chosen one is one of them, or null.")
         with self.writing() as connection:
-            pair = [answer_row(connection, message_id) for message_id in shown]
+            rows = {message_id: answer_row(connection, message_id) for message_id in sorted(shown)}
+            pair = [rows[message_id] for message_id in shown]
             if pair[0]["parent_id"] != pair[1]["parent_id"]:
                 raise ValueError("these two answers do not answer the same message.")
             return store_vote(connection, "pair", pair, value=None, chosen_id=chosen_id)
@@ -282,10 +285,11 @@ def only(row: Any, columns: tuple[str, ...]) -> Row:
     return {column: row[column] for column in columns}
 
 
-def row_of(connection: sa.Connection, table: sa.Table, row_id: str) -> Row | None:
+def row_of(connection: sa.Connection, table: sa.Table, row_id: str, lock: bool = False) -> Row | None:
     if not ID.fullmatch(row_id):
         return None
-    row = connection.execute(sa.select(table).where(table.c.id == row_id)).mappings().first()
+    query = sa.select(table).where(table.c.id == row_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().first()
     return None if row is None else dict(row)
 
 
@@ -296,8 +300,11 @@ def conversation_row(connection: sa.Connection, conversation_id: str) -> Row:
     return row
 
 
-def message_row(connection: sa.Connection, message_id: str, conversation_id: str | None = None) -> Row:
-    row = row_of(connection, messages, message_id)
+def message_row(
+    connection: sa.Connection, message_id: str, conversation_id: str | None = None, lock: bool = False
+) -> Row:
+    """`lock`: others that write what depends on the row wait for this transaction. SQLite has one writer anyway."""
+    row = row_of(connection, messages, message_id, lock)
     if row is None or conversation_id not in (None, row["conversation_id"]):
         raise LookupError(f"there is no message {ascii(message_id)[:60]} here.")
     return row
@@ -311,7 +318,7 @@ def _check_same(stored: Row, row: Row) -> None:
 
 
 def answer_row(connection: sa.Connection, message_id: str) -> Row:
-    row = message_row(connection, message_id)
+    row = message_row(connection, message_id, lock=True)
     if row["role"] != "assistant":
         raise ValueError(f"{message_id} is no answer; votes are about answers.")
     if row["finish_reason"] is None:
