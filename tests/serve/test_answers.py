@@ -112,6 +112,37 @@ def test_who_leaves_does_not_stop_an_answer_and_any_number_see_it_to_its_end(ser
     assert again[1]["message"] == tree(server, conversation)[1]
 
 
+def test_an_answer_that_ends_while_a_viewer_comes_is_shown_as_it_ended(server, monkeypatch):
+    conversation, question = begin(server)
+    store = server.service.store
+    read = store.message
+    with held(server) as let_go:
+        message = reply(server, conversation, question).until("delta")[0]["message"]["id"]
+
+        def read_slowly(*names):
+            row = read(*names)
+            let_go.set()
+            assert eventually(lambda: server.service.answers.find(message) is None)
+            return row
+
+        monkeypatch.setattr(store, "message", read_slowly)
+        viewer = watch(server, conversation, message)
+        let_go.set()
+        events = list(viewer)
+        monkeypatch.undo()
+    ended = tree(server, conversation)[1]
+    assert ended["finish_reason"] is not None
+    assert (text_of(events[:-1]), events[-1]["message"]) == (ended["content"], ended)
+
+
+def test_an_answer_is_shown_in_its_own_conversation_alone(server):
+    (conversation, question), (other, asked) = begin(server), begin(server)
+    with held(server):
+        message = reply(server, conversation, question).until("delta")[0]["message"]["id"]
+        assert reply(server, other, asked, id=message).response.status == 400
+        assert watch(server, other, message).response.status == 404
+
+
 def test_the_text_is_stored_as_it_comes(server, monkeypatch):
     monkeypatch.setattr(answers_module, "SAVE_SECONDS", 0.05)
     conversation, question = begin(server)

@@ -116,9 +116,11 @@ class Answers:
         """Set when an end waits to be stored."""
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def find(self, message_id: str) -> Answer | None:
-        """The answer that is being written into a message, if there is one."""
-        return self._writing.get(message_id)
+    def find(self, message_id: str, conversation_id: str | None = None) -> Answer | None:
+        """The answer that is being written into a message, if there is one; in this conversation, if one is named."""
+        answer = self._writing.get(message_id)
+        elsewhere = answer is not None and conversation_id not in (None, answer.row["conversation_id"])
+        return None if elsewhere else answer
 
     def of(self, conversation_id: str) -> list[Answer]:
         """Those of a conversation."""

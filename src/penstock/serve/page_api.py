@@ -321,7 +321,7 @@ MESSAGE = "/conversations/{conversation_id}/messages/{message_id}"
 async def add_reply(conversation_id: str, body: NewReply, request: Request) -> Response:
     """Has a model answer a message, and shows it as GET .../events does. Who leaves does not stop it."""
     service = service_of(request)
-    if body.id is not None and (answer := service.answers.find(body.id)):
+    if body.id is not None and (answer := service.answers.find(body.id, conversation_id)):
         return _shown(answer)
     model = service.find(body.model)
     with store_errors():
@@ -361,9 +361,13 @@ async def continue_answer(conversation_id: str, message_id: str, body: Continuat
 async def watch_answer(conversation_id: str, message_id: str, request: Request) -> Response:
     """An answer as events: the message with its text so far, what it gains, and how it ended; at any time, to any
     number of viewers."""
-    with store_errors():
-        message = await run_in_threadpool(service_of(request).store.message, message_id, conversation_id)
-    return _shown(service_of(request).answers.find(message_id) or Answer(message))
+    service = service_of(request)
+    answer = service.answers.find(message_id, conversation_id)
+    if answer is None:  # it has ended and is stored so, or another request begins it just now
+        with store_errors():
+            message = await run_in_threadpool(service.store.message, message_id, conversation_id)
+        answer = service.answers.find(message_id) or Answer(message)
+    return _shown(answer)
 
 
 @api.post(MESSAGE + "/stop", response_model=StoredMessage, responses=FAILS)
