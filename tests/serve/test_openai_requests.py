@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from penstock.data.chat import Encoder
 from penstock.serve.errors import ApiError
 from penstock.serve.openai_requests import ChatRequest, encode_chat
 from tests.conftest import CHATML
@@ -115,6 +116,13 @@ def test_a_history_that_the_template_refuses_is_a_bad_request(make_tokenizer, me
     with pytest.raises(ApiError, match="the chat template refuses them: Roles must alternate") as raised:
         prompt(strict, messages)
     assert (raised.value.status, raised.value.param) == (400, "messages")
+
+
+def test_more_messages_than_the_context_has_tokens_are_refused_unread(chatml, monkeypatch):
+    monkeypatch.setattr(Encoder, "encode_prompt", lambda *_, **__: pytest.fail("the template writes all of them"))
+    with pytest.raises(ApiError, match="begin a new conversation") as raised:
+        prompt(chatml, [user("x"), assistant("y")] * (chatml.length // 2) + [user("z")])
+    assert (raised.value.param, raised.value.code) == ("messages", "context_length_exceeded")
 
 
 @pytest.mark.parametrize("place", [1, 3, 5])

@@ -2,13 +2,15 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
 from penstock import cli
 from penstock.data.formats import read
-from penstock.serve import static_files
+from penstock.serve import openai_requests, static_files
+from penstock.serve.errors import ApiError
 from penstock.serve.scheduler import BusyError
 
 SAMPLING = {"model": "tiny", "max_tokens": 6, "seed": 1}
@@ -82,6 +84,24 @@ def test_editing_makes_a_branch(server):
     edited = say(server, conversation, "What is a weir?")
     answer(server, conversation, edited)
     assert [message["parent_id"] for message in tree(server, conversation)] == [None, question, None, edited]
+
+
+def test_many_short_messages_are_not_read_in_the_event_loop(server, monkeypatch):
+    conversation, question = begin(server, "Hi")
+    for i in range(130):
+        role, text = (("assistant", ""), ("user", "Yes"))[i % 2]
+        question = server.service.store.add_message(conversation, question, role, text)["id"]
+        if not text:
+            server.service.store.save_answers([{"id": question, "content": "No", "finish_reason": "stop"}])
+    threads = []
+
+    def encode(body, model):
+        threads.append(threading.current_thread().name)
+        raise ApiError(400, "read")
+
+    monkeypatch.setattr(openai_requests, "encode_chat", encode)
+    server.ask("POST", f"/api/conversations/{conversation}/replies", {"parent_id": question, **SAMPLING})
+    assert threads[0].startswith("tokenizing")
 
 
 def test_a_prompt_beyond_the_context_stores_no_answer(server):

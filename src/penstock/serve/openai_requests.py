@@ -18,8 +18,9 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import ApiError
 
-MAX_MESSAGES = 16_384
-"""In one request; the model's context ends most conversations earlier."""
+MAX_MESSAGES = 4096
+"""In one request; the model's context ends most conversations earlier. A template writes a conversation again for each
+answer in it: twice as many messages take four times as long, and so many half a minute."""
 MAX_ANSWERS = 16
 MAX_PROMPTS = 64
 """In one request to /v1/completions."""
@@ -181,6 +182,9 @@ def encode_chat(request: ChatRequest, model: ServedModel) -> EncodedRequest:
     if len(limits) > 1:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens")
     turns, beginning = _turns(request)
+    if len(turns) > model.length:
+        text = f"{len(turns)} messages do not fit the {model.length} tokens of {model.id}; begin a new conversation."
+        raise ApiError(400, text, param="messages", code="context_length_exceeded")
     encoder = _encoder(request, model)
     opened = request.add_generation_prompt is not False
     prompt = _encode(model, encoder, Prompt(messages=turns, where="messages"), "messages", beginning, opened)

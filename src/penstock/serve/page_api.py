@@ -24,6 +24,8 @@ from penstock.serve.service import Service, service_of
 
 MAX_CHARACTERS = 500_000
 """Of one message: it fits the body of a request, and is about the longest context of a model."""
+MESSAGE_BYTES = 32
+"""What a message takes in the body of a request to /v1 beside its text."""
 api = APIRouter(prefix="/api", tags=["page"], dependencies=[Depends(HTTPBearer(auto_error=False))])
 MessageId = Annotated[str, Field(pattern=r"^msg_[0-9a-f]{24}$")]
 """Drawn by the client: a request that is sent again, because its reply was lost, adds nothing twice."""
@@ -390,7 +392,7 @@ async def _begin(
         body = openai_requests.ChatRequest.model_validate({"model": model.id, **chat})
     except ValidationError as error:  # more turns than one request may have
         raise ApiError(400, f"this conversation cannot be sent: {error.errors()[0]['msg']}.") from error
-    size = sum(len(message.text) for message in body.messages)
+    size = sum(MESSAGE_BYTES + len(message.text) for message in body.messages)
     encoded = await service.encode(size, openai_requests.encode_chat, body, model)
     generation = service.begin(model, encoded)  # before the store: a refused request leaves no message
     try:
