@@ -82,6 +82,11 @@ def test_the_answer_has_vllms_shape(scored):
 @pytest.mark.parametrize(("change", "status", "param"), [
     ({}, 400, "messages"), ({"queries": "x"}, 400, "messages"), ({"documents": ["x"]}, 400, "messages"),
     ({"queries": "x", "documents": "y", "messages": TALK}, 400, "messages"),
+    ({"documents": "y", "messages": TALK}, 400, "messages"),
+    ({"queries": "x", "text_1": "z", "documents": "y"}, 400, "text_1"),
+    ({"messages": TALK, "apply_chat_template": False}, 400, "apply_chat_template"),
+    ({"messages": [{**TALK[0], "tool_calls": [{}]}, TALK[1]]}, 400, "messages[0].tool_calls"),
+    ({"messages": [TALK, [{**TALK[0], "audio": {}}, TALK[1]]]}, 400, "messages[1][0].audio"),
     ({"queries": ["x", "y"], "documents": ["a", "b", "c"]}, 400, "queries"), ({"queries": []}, 400, "queries"),
     ({"messages": TALK[:1]}, 400, "messages"), ({"messages": TALK[:1] * 2}, 400, "messages[1]"),
     ({"queries": "x", "documents": ["a"] * 257}, 400, "documents"),

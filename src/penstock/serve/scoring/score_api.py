@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from penstock.data.records import Prompt
 from penstock.errors import DataError
 from penstock.serve.errors import ApiError, documented
-from penstock.serve.openai_requests import MAX_MESSAGES, ChatMessage, Loose, Str, refuse_unsupported
+from penstock.serve.openai_requests import CHANGES_MESSAGE, MAX_MESSAGES, ChatMessage, Loose, Str, refuse_unsupported
 from penstock.serve.openai_responses import Usage
 from penstock.serve.scoring.reward_models import ServedReward
 from penstock.serve.service import request_bytes, service_of
@@ -119,11 +119,18 @@ CHANGES: dict[str, Any] = {
 
 def _records(request: ScoreRequest) -> list[tuple[str, Prompt, str]]:
     """(key, prompt, answer) of each score that is asked for."""
-    queries, documents = (_list(own, other) for own, other in ((request.queries, request.text_1),
-                                                               (request.documents, request.text_2)))  # fmt: skip
-    if (request.messages is None) == (queries is None or documents is None):
+    pairs = {"text_1": (request.queries, request.text_1), "text_2": (request.documents, request.text_2)}
+    for name, given in pairs.items():
+        if None not in given:
+            raise ApiError(400, f"{name} is another name of what is there already; give one of them.", param=name)
+    queries, documents = (_list(own, other) for own, other in pairs.values())
+    complete = queries is None is documents if request.messages else None not in (queries, documents)
+    if not complete:
         raise ApiError(400, "give queries and documents, or messages.", param="messages")
     if request.messages is not None:
+        if not request.apply_chat_template:
+            text = "apply_chat_template: false is for plain prompts; give queries and documents, or leave it out."
+            raise ApiError(400, text, param="apply_chat_template")
         several = isinstance(request.messages[0], list)
         talks: Any = request.messages if several else [request.messages]
         if len(talks) > MAX_SCORES:
@@ -146,6 +153,8 @@ def _records(request: ScoreRequest) -> list[tuple[str, Prompt, str]]:
 
 
 def _conversation(talk: Sequence[ChatMessage], param: str) -> tuple[str, Prompt, str]:
+    for i, message in enumerate(talk):
+        refuse_unsupported(message, CHANGES_MESSAGE, f"{param}[{i}].")
     if talk[-1].role != "assistant":
         raise ApiError(
             400, "the last turn is the assistant's: it is what is scored.", param=f"{param}[{len(talk) - 1}]"
