@@ -1,13 +1,16 @@
 """/v1/score: a reward model's numbers are transformers' own of the same rows, centred and scaled as in training."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers
 
 from penstock.data.toyland import save_tokenizer
 from penstock.models.roles import RewardModel
-from tests.conftest import save_tiny
-from tests.serve.conftest import TEXTS, running, save_chatty
+from tests.conftest import PATIENCE, save_tiny
+from tests.serve.conftest import TEXTS, eventually, running, save_chatty
 
 MEAN, STD = 0.25, 1.5
 TALK = [{"role": "user", "content": "What is a weir?"}, {"role": "assistant", "content": "A low dam."}]
@@ -98,6 +101,25 @@ def test_the_answer_has_vllms_shape(scored):
 def test_what_cannot_be_scored_is_refused_by_name(scored, change, status, param):
     reply = scored.post({"model": "taste", **change}, "/v1/score")
     assert (reply.status, reply.error["param"]) == (status, param)
+
+
+def test_the_end_of_a_server_waits_for_scores(scored, tmp_path, monkeypatch):
+    with ThreadPoolExecutor(1) as pool:
+        with running(tmp_path, scored.service.catalogue.sources["taste"]) as server:
+            reward, begun = server.service.catalogue.models["taste"], threading.Event()
+            score = reward.score
+
+            def late(rows):
+                begun.set()
+                assert eventually(lambda: server.service.draining)
+                return score(rows)
+
+            monkeypatch.setattr(reward, "score", late)
+            monkeypatch.setattr(reward, "parts", lambda rows: [slice(i, i + 1) for i in range(len(rows))])
+            body = {"model": "taste", "queries": "hi", "documents": ["a", "b"]}
+            reply = pool.submit(server.post, body, "/v1/score")
+            assert begun.wait(PATIENCE)
+        assert reply.result().status == 200
 
 
 def test_a_reward_model_does_not_chat(scored):

@@ -59,6 +59,8 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.background: set[Generation] = set()
         """What is generated for nobody who waits; who began it takes it out."""
+        self.scoring = 0
+        """Requests for scores that are in work."""
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         """One thread: several must not use a tokenizer at once."""
 
@@ -77,12 +79,12 @@ class Service:
         self.catalogue.start(on_failure)
 
     async def drain(self) -> None:
-        """Waits up to DRAIN_SECONDS until all running answers end; the remaining ones get an error."""
+        """Waits up to DRAIN_SECONDS until all running answers and scores end; the remaining ones get an error."""
         self.draining = True
         assert self.scheduler is not None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while self.scheduler.outstanding:
+                while self.scheduler.outstanding or self.scoring:
                     await asyncio.sleep(0.02)
         self.stop()
         await self.answers.close()

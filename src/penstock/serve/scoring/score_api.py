@@ -23,7 +23,7 @@ from penstock.serve.errors import ApiError, documented
 from penstock.serve.openai_requests import CHANGES_MESSAGE, MAX_MESSAGES, ChatMessage, Loose, Str, refuse_unsupported
 from penstock.serve.openai_responses import Usage
 from penstock.serve.scoring.reward_models import ServedReward
-from penstock.serve.service import request_bytes, service_of
+from penstock.serve.service import Service, request_bytes, service_of
 
 MAX_SCORES = 256
 """In one request."""
@@ -77,11 +77,11 @@ async def score(body: ScoreRequest, request: Request) -> JSONResponse:
     service = service_of(request)
     reward = service.find_reward(body.model)
     rows = await service.encode(request_bytes(request), encode, body, reward)
-    values: list[float] = []
-    for part in reward.parts(rows):  # streams go on between two passes
-        if service.scheduler is None:
-            raise ApiError(503, "the server is draining; try again in a moment.", code="draining")
-        values += await asyncio.wrap_future(service.scheduler.run(functools.partial(reward.score, rows[part])))
+    service.scoring += 1
+    try:
+        values = await _scored(service, reward, rows)
+    finally:
+        service.scoring -= 1
     if not all(map(math.isfinite, values)):
         raise ApiError(500, f"{reward.id} gave a score that is no number.", code="model_failed")
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
@@ -92,6 +92,15 @@ async def score(body: ScoreRequest, request: Request) -> JSONResponse:
         "usage": {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count},
     }  # fmt: skip
     return JSONResponse(answer)
+
+
+async def _scored(service: Service, reward: ServedReward, rows: Sequence[Sequence[int]]) -> list[float]:
+    values: list[float] = []
+    for part in reward.parts(rows):  # streams go on between two passes
+        if service.scheduler is None:
+            raise ApiError(503, "the server is draining; try again in a moment.", code="draining")
+        values += await asyncio.wrap_future(service.scheduler.run(functools.partial(reward.score, rows[part])))
+    return values
 
 
 def encode(request: ScoreRequest, reward: ServedReward) -> list[list[int]]:
