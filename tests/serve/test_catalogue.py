@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from penstock.data.records import Prompt
 from penstock.errors import UserError
 from penstock.serve.catalogue import Catalogue
 from penstock.serve.config import ServeConfig
@@ -35,6 +36,23 @@ def test_a_served_model_without_any_end_answers_to_the_limit(make_tokenizer, tin
     assert "names no token that ends an answer, so all go on to their limit" in capsys.readouterr().err
     ids = model.encoder.tokenizer("<bos><think>Hm").input_ids
     assert model.decode(ids) == "<think>Hm"
+
+
+def test_requests_with_arguments_of_their_own_may_come_at_once(make_tokenizer, tiny_model):
+    class Crowded(dict):
+        """Other threads' requests push out at once what one has kept."""
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.clear()
+
+    directory = make_tokenizer(template="{% if brief %}Be brief. {% endif %}" + CHATML, eos_token="<|im_end|>")
+    tiny_model("model", vocab_size=320, hf={})
+    model = Catalogue(ServeConfig(model=(str(directory),), device="cpu"))._load("model", str(directory))
+    model._encoders = Crowded()
+    prompt = Prompt(messages=({"role": "user", "content": "hi"},), where="messages")
+    told = model.encoder_with({"brief": True}).encode_prompt(prompt)
+    assert told[-len(model.encoder.encode_prompt(prompt)) :] == model.encoder.encode_prompt(prompt) != told
 
 
 def save_adapter(base, directory, seed, **settings):

@@ -663,6 +663,15 @@ def test_while_models_are_loaded_the_page_says_so_and_waits(open_page, served):
     expect(page.locator("#banner")).to_be_hidden()
 
 
+def test_a_server_of_reward_models_alone_says_that_none_chats(open_page):
+    page = open_page(log_in=False)
+    card = {"id": "taste", "object": "model", "created": 1, "owned_by": "penstock", "task": "score"}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [card]}))
+    page.get_by_placeholder("Key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#banner")).to_contain_text("No model here can chat.")
+
+
 def test_a_lost_server_is_waited_for_and_nothing_written_is_lost(open_page, pictures):
     page = open_page(allowed=["ERR_INTERNET_DISCONNECTED"])
     page.context.set_offline(True)

@@ -88,7 +88,8 @@ class ServedModel:
         if not arguments:
             return self.encoder
         key = json.dumps(arguments, sort_keys=True)
-        if key not in self._encoders:
+        encoder = self._encoders.get(key)  # two threads read requests
+        if encoder is None:
             own = self.encoder.template
             settled = {"messages", *inspect.signature(own.tokenizer.apply_chat_template).parameters}
             for name in arguments:
@@ -102,7 +103,7 @@ class ServedModel:
             while len(self._encoders) >= MOST_ENCODERS:
                 self._encoders.pop(next(iter(self._encoders)), None)
             self._encoders[key] = encoder
-        return self._encoders[key]
+        return encoder
 
     def renew(self) -> None:
         """Makes a new engine over the same weights, after a step that failed."""

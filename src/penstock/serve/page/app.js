@@ -79,10 +79,10 @@ async function showModels() {
     setTimeout(() => guard(enter), 1000 * (error.retryAfter ?? 2));
     return false;
   }
-  banner(null);
+  banner(known.length > 0 ? null : "No model here can chat. A reward model gives scores: POST /v1/score.");
   for (const [id, name] of [["model", "model"], ["model-b", "modelB"]]) {
     const usual = known[id === "model-b" ? known.length - 1 : 0];
-    if (!known.includes(settings[name])) change({ [name]: usual });
+    if (usual && !known.includes(settings[name])) change({ [name]: usual });
     $(id).replaceChildren(...known.map((model) => h("option", { value: model, selected: model === settings[name] }, model)));
     $(id).onchange = () => change({ [name]: $(id).value });
   }
