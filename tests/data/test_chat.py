@@ -413,6 +413,25 @@ def test_a_response_that_is_cut_right_has_no_eos_and_is_counted(tmp_path):
         encoder.encode_demonstration(Demonstration(where="f:1", prompt_ids=(4,) * 4, response_ids=(6,)))
 
 
+@pytest.mark.parametrize("apply_chat_template", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_end_follows_an_answer_that_was_cut(make_tokenizer, way, apply_chat_template):
+    flags = DataFlags(data=(), apply_chat_template=apply_chat_template)
+    encoder = encoder_of(make_tokenizer(**WAYS[way]), flags=flags)
+    answer: dict[str, Any] = {"where": "f:1", "prompt": "Who?", "response": "Nobody"}
+    for cut in (Demonstration(**answer, cut=(0,)), Vote(**answer, label=True, cut=(0,))):
+        encode = encoder.encode_demonstration if isinstance(cut, Demonstration) else encoder.encode_vote
+        open_row, row = encode(cut), encode(dataclasses.replace(cut, cut=()))
+        assert row.tokens[-1] in encoder.eos_ids
+        assert open_row.tokens == row.tokens[: len(open_row.tokens)]
+        assert spans(encoder, open_row.tokens, open_row.trained)[0].strip() == "Nobody"
+    asked: dict[str, Any] = {"where": "f:1", "prompt": "Who?", "ranks": (0, 1)}
+    _, (whole, part) = encoder.encode_comparison(Comparison(**asked, responses=("Somebody", "Nobody"), cut=(1,)))
+    assert (whole[-1] in encoder.eos_ids, part) == (True, open_row.tokens[-len(part) :])
+    ids = Comparison(where="f:1", prompt_ids=(4,), response_ids=((5, 6), (7,)), ranks=(0, 1), cut=(0,))
+    assert encoder.encode_comparison(ids)[1] == [[5, 6], [7, encoder.eos_ids[0]]]
+
+
 def test_a_prompt_that_is_cut_left_keeps_its_bos_and_the_whole_answer(make_tokenizer):
     encoder = encoder_of(make_tokenizer(bos=True), max_length=6, truncate="left")
     assert encoder.limits.bos == [BOS]

@@ -45,7 +45,7 @@ def assistant(text: str) -> dict[str, str]:
 def bare(record: Prompt) -> dict[str, Any]:
     """What a record was read as, without its address and what else its line had."""
     absent = ("where", "fields")
-    return {name: value for name, value in vars(record).items() if value is not None and name not in absent}
+    return {name: value for name, value in vars(record).items() if value not in (None, ()) and name not in absent}
 
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -63,6 +63,10 @@ ALPACA = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
 READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
     "demonstrations": [
         ({"prompt": "Q", "response": "A"}, "prompt/response", {"prompt": "Q", "response": "A"}),
+        ({"prompt": "Q", "response": "A", "finish_reason": "length"}, "prompt/response",
+         {"prompt": "Q", "response": "A", "cut": (0,)}),
+        ({"messages": [user("Q"), assistant("A")], "finish_reason": "MAX_TOKENS"}, "messages",
+         {"messages": (user("Q"), assistant("A")), "cut": (0,)}),
         ({"prompt": "Q", "completion": "A"}, "prompt/completion", {"prompt": "Q", "response": "A"}),
         ({"prompt": [user("Q")], "completion": [assistant("A")]}, "prompt/completion",
          {"messages": (user("Q"), assistant("A"))}),
@@ -115,6 +119,9 @@ READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
         ({"prompt": None, "response": None, "messages": TALK}, "messages", {"messages": TALK}),
     ],
     "comparisons": [
+        ({"prompt": "Q", "responses": ["a", "b", "c"], "ranking": [2, 0, 1],
+          "finish_reason": ["stop", "cancelled", None]}, "ranked responses",
+         {"prompt": "Q", "responses": ("a", "b", "c"), "ranks": (1, 2, 0), "cut": (1,)}),
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "prompt/chosen/rejected",
          {"prompt": "Q", "responses": ("A", "B"), "ranks": (0, 1)}),
         ({"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}, "prompt/chosen/rejected",
@@ -146,6 +153,10 @@ READ_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
          {"prompt_ids": (1,), "response_ids": ((2,), (3, 4)), "ranks": (1, 0)}),
     ],
     "votes": [
+        ({"prompt": [user("Q")], "response": "A", "label": False, "finish_reason": "interrupted"}, "prompt/response",
+         {"messages": (user("Q"),), "response": "A", "label": False, "cut": (0,)}),
+        ({"prompt": "Q", "response": "A", "label": True, "finish_reason": "stop"}, "prompt/response",
+         {"prompt": "Q", "response": "A", "label": True}),
         ({"prompt": "Q", "response": "A", "label": True}, "prompt/response",
          {"prompt": "Q", "response": "A", "label": True}),
         ({"prompt": "Q", "completion": "A", "label": False, "id": 7, "weight": 1}, "prompt/completion",
@@ -340,6 +351,8 @@ BAD_BY_KIND: dict[Kind, list[tuple[Any, ...]]] = {
         ({"prompt_ids": 5, "response_ids": [1]}, "prompt_ids: a number, and a list is expected."),
     ],
     "comparisons": [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "finish_reason": ["stop"]},
+         "finish_reason: give why the answer ended, as stop or length, or a list of 2."),
         ({"prompt": "x"}, "fields: found 'prompt' (it looks like prompts); comparisons need "
          "prompt+responses+ranking or prompt_ids+response_ids+ranking or prompt+chosen+rejected or chosen+rejected, or "
          "name them with --keys ours=theirs."),

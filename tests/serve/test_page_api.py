@@ -212,7 +212,8 @@ def test_votes_become_comparisons_that_reward_reads(server, tmp_path, capsys):
     shown = [(answer["model"], answer["digest"], answer["sampling"]["seed"]) for answer in line["shown"]]
     assert shown == [("other", digests["other"], 1), ("tiny", digests["tiny"], 1)]
     ends = {row["id"]: row["finish_reason"] for row in tree(server, pair)}
-    assert [answer["finish_reason"] for answer in line["shown"]] == [ends[b], ends[a]]  # cut ones too
+    assert line["finish_reason"] == [ends[b], ends[a]]  # no end follows cut ones
+    assert records[0].cut == tuple(i for i, name in enumerate((b, a)) if ends[name] != "stop") == (0, 1)
 
 
 def test_votes_are_exported_one_by_one_as_kto_reads_them(server, tmp_path, capsys):
@@ -236,6 +237,7 @@ def test_votes_are_exported_one_by_one_as_kto_reads_them(server, tmp_path, capsy
     assert len({line["id"] for line in lines}) == len(lines)
     records = read(str(out), "votes").records
     assert [records[places[name]].response for name in (a, b, e, f)] == [texts[name] for name in (a, b, e, f)]
+    assert {records[places[name]].cut for name in (a, b, e, f)} == {(0,)}  # all are at their limit
     system = {"role": "system", "content": "Be brief."}
     assert records[places[e]].messages == (system, {"role": "user", "content": "Why is steam hot?"})
     assert lines[places[a]]["shown"][0]["model"] == "tiny"

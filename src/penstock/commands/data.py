@@ -183,7 +183,7 @@ def single_votes(votes: Sequence[Row]) -> Iterator[dict[str, Any]]:
                 liked = vote["value"] > 0 if is_thumb else answer["message_id"] == vote["chosen_id"]
                 name = vote["id"] if is_thumb else f"{vote['id']}+{answer['message_id']}"
                 judged = {"prompt": vote["prompt"], "response": answer["content"], "label": liked}
-                yield {"id": name, **judged, **_origin(vote, [answer])}
+                yield {"id": name, **judged, "finish_reason": answer["finish_reason"], **_origin(vote, [answer])}
 
 
 EXPORTS = {
@@ -197,11 +197,13 @@ def _line(vote: Row, name: str, shown: list[Row], ranking: list[Any]) -> Iterato
     texts = [answer["content"] for answer in shown]
     if not all(text.strip() for text in texts) or texts[0] == texts[1]:
         return
-    yield {"id": name, "prompt": vote["prompt"], "responses": texts, "ranking": ranking, **_origin(vote, shown)}
+    reasons = [answer["finish_reason"] for answer in shown]
+    judged = {"prompt": vote["prompt"], "responses": texts, "ranking": ranking, "finish_reason": reasons}
+    yield {"id": name, **judged, **_origin(vote, shown)}
 
 
 def _origin(vote: Row, shown: Sequence[Row]) -> dict[str, Any]:
     """Where a line comes from: the kind of vote, each answer's model and sampling, and when it was."""
-    details = ("message_id", "model", "digest", "sampling", "finish_reason")
+    details = ("message_id", "model", "digest", "sampling")
     answers = [{key: answer[key] for key in details} for answer in shown]
     return {"kind": vote["kind"], "shown": answers, "created_at": vote["created_at"]}

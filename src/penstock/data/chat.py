@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from penstock.config import DataFlags
 from penstock.data.field_checks import REASONING, Message
-from penstock.data.limits import Example, Limits, TooLongError
+from penstock.data.limits import Example, Limits, TooLongError, without_end
 from penstock.data.pieces import Pieces
 from penstock.data.records import Comparison, Demonstration, Prompt, Vote
 from penstock.errors import DataError, UserError
@@ -125,6 +125,7 @@ class Encoder:
         row = self._marked(record) or self._dialogue(record, record.messages)
         if row is None:
             return self._row_per_answer(record)
+        row = without_end(row, self.eos_ids) if record.cut and record.messages[-1].get("weight", 1) else row
         if self.flags.train_on == "last":
             end = max((i for i, trained in enumerate(row.trained) if trained), default=0)
             start = max((i for i in range(end) if not row.trained[i]), default=-1)
@@ -135,10 +136,8 @@ class Encoder:
         """The prompt's ids and each response's, EOS included; no ids where a response is dropped."""
         record = self._prepared(record)
         prompt = self._prompt(record)
-        if record.response_ids is not None:
-            responses = [self._end(self._checked(ids, record.where, "response_ids")) for ids in record.response_ids]
-        else:
-            responses = [self._answer(record, text) for text in record.responses or ()]
+        given: Any = record.response_ids or record.responses or ()
+        responses = [self._response(record, response, i) for i, response in enumerate(given)]
         return self.limits.compared(prompt, responses, record.ranks, record.where)
 
     def encode_vote(self, record: Vote) -> Example:
@@ -257,12 +256,16 @@ class Encoder:
     def _answered(self, record: Demonstration | Vote) -> Example:
         """A prompt and the one answer to it as a row that fits."""
         prompt = self._prompt(record)
-        if record.response_ids is not None:
-            response = self._end(self._checked(record.response_ids, record.where, "response_ids"))
-        else:
-            response = self._answer(record, record.response or "")
+        response = self._response(record, record.response_ids or record.response or "")
         row = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
         return self.limits.cut(row, record.where)
+
+    def _response(self, record: Prompt, response: str | Sequence[int], number: int = 0) -> list[int]:
+        """The ids of one of a record's responses, an end behind them unless it was cut."""
+        if isinstance(response, str):
+            return self._answer(record, response, number not in record.cut)
+        ids = self._checked(response, record.where, "response_ids")
+        return ids if number in record.cut else self._end(ids)
 
     def _answer(self, record: Prompt, text: str, ended: bool = True) -> list[int]:
         """A response to the record's prompt, as its template would write it; without its end if it has not `ended`."""
@@ -358,6 +361,7 @@ class Encoder:
             answer = self._turn(written, record.where, before)[0]
             learned = bool(messages[i].get("weight", 1))
             row = Example(prompt + answer, [False] * len(prompt) + [learned] * len(answer))
+            row = without_end(row, self.eos_ids) if record.cut and i == answers[-1] else row
             try:
                 rows += [self.limits.cut(row, record.where)] if learned else []
             except TooLongError as error:

@@ -31,9 +31,9 @@ MEANING = (
 )  # fmt: skip
 """Fields without which a record means something else: a format that has no place for one refuses it."""
 READ_TOO: dict[Kind, set[str]] = {
-    "demonstrations": {"id", "label", "weight"},
-    "comparisons": {"id", "weight"},
-    "votes": {"id", "weight"},
+    "demonstrations": {"id", "label", "weight", "finish_reason"},
+    "comparisons": {"id", "weight", "finish_reason"},
+    "votes": {"id", "weight", "finish_reason"},
     "prompts": {"id", "response", "completion", "output", "responses", "ranking", "chosen", "rejected", "response_ids"},
 }
 """Beside the fields of its format; answers say nothing about a prompt."""
@@ -178,8 +178,8 @@ def _read_part(
             form = _form_of(item, kind, candidates)
             ignored = [name for name in _ignored(item, form, kind) if not reads(name)]
             record = form.read(item, where)
-            if kind == "prompts":
-                record = replace(record, fields=item)
+            asked = kind == "prompts"
+            record = replace(record, **({"fields": item} if asked else {"cut": records.cut_answers(item, record)}))
             unwanted = _unwanted(item, kind, record)
         except FieldError as problem:
             lines.bad.append(f"{where}: {problem.name}: {problem.problem}")

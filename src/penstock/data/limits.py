@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +22,12 @@ class Example:
     tokens: list[int]
     trained: list[bool]
     """True where the token is an assistant's, end token included (PPO.md 24)."""
+
+
+def without_end(row: Example, ends: Collection[int]) -> Example:
+    """The row up to its last trained token, without that token where it is one of these ends."""
+    last = max((i for i, trained in enumerate(row.trained) if trained), default=0)
+    return Example(row.tokens[:last], row.trained[:last]) if row.tokens[last] in ends else row
 
 
 @dataclass

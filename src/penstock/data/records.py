@@ -37,6 +37,8 @@ class Prompt:
     prompt_ids: tuple[int, ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     """Descriptions of tools, for the chat template."""
+    cut: tuple[int, ...] = ()
+    """Numbers of its responses that were cut while they were written: no end follows them."""
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Of a prompt: all fields of its line, by our names, for reward functions."""
 
@@ -324,6 +326,20 @@ def _tools(item: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     return field_checks.tools(item.get("tools"), "tools") or field_checks.tools(item.get("functions"), "functions")
 
 
+CUT = ("length", "max_tokens", "cancelled", "interrupted", "error")
+"""Why an answer ended, where it did not end by itself: OpenAI's, Anthropic's and penstock serve's words."""
+
+
+def cut_answers(item: Mapping[str, Any], record: Prompt) -> tuple[int, ...]:
+    """Which of a record's responses were cut, by its `finish_reason`: one word, or a list with one for each."""
+    count = len(record.ranks) if isinstance(record, Comparison) else 1
+    reasons = item.get("finish_reason")
+    reasons = reasons if isinstance(reasons, list) else [reasons] * count
+    if len(reasons) != count or not all(isinstance(reason, str | None) for reason in reasons):
+        raise FieldError("finish_reason", f"give why the answer ended, as stop or length, or a list of {count}.")
+    return tuple(i for i, reason in enumerate(reasons) if (reason or "").lower() in CUT)
+
+
 def _prompt_fields(record: Prompt) -> dict[str, Any]:
     return {name: getattr(record, name) for name in ("prompt", "messages", "prompt_ids", "tools")}
 
@@ -372,7 +388,7 @@ def line_of(record: Prompt) -> dict[str, Any]:
     if record.prompt_ids is not None:
         line["prompt_ids"] = list(record.prompt_ids)
     elif isinstance(record, Demonstration) and record.messages is not None:
-        return line | {"messages": list(record.messages)}
+        line |= {"messages": list(record.messages)}
     elif record.messages is not None:
         line["messages" if type(record) is Prompt else "prompt"] = list(record.messages)
     else:
@@ -380,8 +396,14 @@ def line_of(record: Prompt) -> dict[str, Any]:
     if isinstance(record, Comparison):
         ids = record.response_ids
         line |= {"responses": record.responses} if ids is None else {"response_ids": ids}
+        line |= {"finish_reason": [_reason(record, i) for i in range(len(record.ranks))]} if record.cut else {}
         levels = sorted(set(record.ranks))
         return line | {"ranking": [[i for i, rank in enumerate(record.ranks) if rank == level] for level in levels]}
-    if isinstance(record, Demonstration | Vote):
+    if isinstance(record, Demonstration | Vote) and "messages" not in line:
         line |= {"response": record.response} if record.response_ids is None else {"response_ids": record.response_ids}
+    line |= {"finish_reason": _reason(record, 0)} if record.cut else {}
     return line | ({"label": record.label} if isinstance(record, Vote) else {})
+
+
+def _reason(record: Prompt, number: int) -> str:
+    return "length" if number in record.cut else "stop"
