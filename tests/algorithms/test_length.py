@@ -1,14 +1,23 @@
 """How long a run is and what is evaluated while it lasts: more epochs, early stopping, held-out rows, rates."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from penstock.algorithms import functional as fn
+from penstock.algorithms import setup
+from penstock.algorithms.distillation.distill import distill
+from penstock.algorithms.grpo import grpo
 from penstock.algorithms.heldout import Best
+from penstock.algorithms.kto import kto
+from penstock.algorithms.ppo import ppo
+from penstock.algorithms.preference import dpo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
 from penstock.config import DataFlags, LoraFlags, OptimFlags, PPOConfig, RewardConfig, RunFlags, SFTConfig
@@ -17,6 +26,7 @@ from penstock.flags import parse
 from penstock.models.roles import RewardModel
 from penstock.run.checkpoint import read_state
 from penstock.run.directory import RunDirectory, resolve_model
+from penstock.run.metrics import read_lines
 from tests.conftest import cli, comparisons, demonstrations, metrics, stage_config
 
 
@@ -74,6 +84,58 @@ def test_schedules_after_the_warm_up(kind, expected):
     """After 10 steps of warm-up, at the start, the middle and the last tenth of the other 100."""
     assert [fn.lr_schedule(step, 110, 10 / 110, kind) for step in (10, 60, 100)] == pytest.approx(expected)
     assert fn.lr_schedule(0, 110, 10 / 110, kind) == pytest.approx(0.1)
+
+
+STAGES = {
+    "sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "distill": distill, "ppo": ppo, "grpo": grpo,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_too_short_to_change_anything_is_warned_of(tmp_path, stage):
+    """40 rows of demonstrations made 2 steps at 1e-5, which taught nothing, and nothing said so."""
+    config = stage_config(tmp_path, stage, "long", steps=1)
+    STAGES[stage](config)
+    assert "short run" not in (tmp_path / "long" / "log.txt").read_text()
+    per_step = 4 if stage in ("ppo", "grpo") else 1  # two passes over two mini-batches
+    low = dataclasses.replace(config.optim, lr=config.LR)
+    for out, context in (("low", contextlib.nullcontext()), ("tried", setup.trial())):
+        with context:
+            STAGES[stage](dataclasses.replace(config, optim=low, run=RunFlags(out=str(tmp_path / out))))
+    [line] = [row["text"] for row in read_lines(tmp_path / "low" / "health.jsonl") if "short run" in row["text"]]
+    assert f"short run: {per_step} updates at --lr {config.LR:g}" in line
+    assert "Give --steps" in line
+    assert "short run" not in (tmp_path / "tried" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("rows", "epochs", "batch_size", "lr", "lora"), [
+    (40, 1, 32, None, None), (40, 1, 32, None, 8), (9, 1, 32, None, None), (300, 1, 32, 1e-6, None),
+    (100, 3, 64, 2e-6, 4),
+])  # fmt: skip
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
+def test_each_way_to_mend_a_short_run_does(rows, epochs, batch_size, lr, lora, schedule):
+    words = ["--model", "m", "--data", "d", "--out", "o", "--lr-schedule", schedule]
+    words += [*(["--lora", lora] if lora else []), *(["--lr", lr] if lr else [])]
+
+    def lacks(**given):
+        flags = {"epochs": epochs, "batch-size": batch_size} | given
+        config = parse(SFTConfig, [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())])
+        return setup.too_short(config, math.ceil(config.optim.epochs * rows / config.optim.batch_size), rows)
+
+    ways = re.findall(r"--(epochs|batch-size|lr) (\S+?)(?= or |,)", lacks().partition("Give ")[2])
+    assert {name for name, _ in ways} >= {"epochs", "lr"}
+    assert [way for way in ways if lacks(**dict([way]))] == []
+    assert lacks(epochs=100, **{"batch-size": 1}) == ""
+
+
+def test_no_weight_moves_by_more_than_the_sum_of_the_rates(tmp_path, tiny_model, jsonl):
+    model = tiny_model()
+    config = sft_config(tmp_path, model, jsonl(demonstrations(8)), optim={"lr": 1e-3, "steps": 5})
+    run = sft(config)
+    before, after = (load_file(Path(resolve_model(str(place))) / "model.safetensors") for place in (model, run))
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    reach = 1e-3 * fn.lr_sum(5, config.optim.warmup, config.optim.lr_schedule)
+    assert reach / 2 < moved < 1.1 * reach
 
 
 def test_the_flags_of_adamw_reach_the_optimizer(tmp_path, tiny_model, jsonl, monkeypatch):

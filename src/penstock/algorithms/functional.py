@@ -408,6 +408,11 @@ def pairwise_loss(scores: Tensor, pairs: Sequence[tuple[int, int]], margin: floa
     return -F.logsigmoid(gaps - margin).mean(), int((gaps > 0).sum()), len(pairs)
 
 
+def lr_sum(total: int, warmup_fraction: float, kind: str = "linear") -> float:
+    """The factors of all updates together."""
+    return sum(lr_schedule(step, total, warmup_fraction, kind) for step in range(total))
+
+
 def lr_schedule(step: int, total: int, warmup_fraction: float, kind: str = "linear") -> float:
     """Factor of the learning rate at update `step` of `total`: linear warm-up, then as `kind` says (PPO.md 18).
 

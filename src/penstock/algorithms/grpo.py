@@ -32,7 +32,7 @@ from penstock.algorithms.policy import (
 )
 from penstock.algorithms.policy_inputs import K1_IN_LOSS, Inputs, check_rollout, read_inputs
 from penstock.algorithms.policy_metrics import summary
-from penstock.algorithms.setup import placed, sample_rows, strategy_of
+from penstock.algorithms.setup import placed, sample_rows, say_length, strategy_of
 from penstock.data.batching import Shuffle
 from penstock.errors import UserError
 from penstock.memory.strategy import StepStats, Strategy
@@ -58,6 +58,7 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
     updates = optim.epochs * parts
     if flags.loss == "gspo" and flags.clip > 0.01:
         session.say(f"--loss gspo: answers' ratios stay near 1, and --clip {flags.clip:g} clips few; 3e-4 is usual")
+    say_length(config, total * updates, session, per_step=updates)
     every = interval(config, total, len(inputs.heldout[1]), optim.batch_size, session)
 
     with session:

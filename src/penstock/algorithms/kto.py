@@ -21,7 +21,7 @@ from penstock.algorithms.config import KTOConfig, KTOFlags
 from penstock.algorithms.heldout import Best, interval, read_sides
 from penstock.algorithms.policy_inputs import load_reference
 from penstock.algorithms.reference import row_logprobs
-from penstock.algorithms.setup import placed, read_model, reserve_activations, role_specs, strategy_of
+from penstock.algorithms.setup import placed, read_model, reserve_activations, role_specs, say_length, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches
 from penstock.config import OptimFlags
 from penstock.data.batching import Shuffle
@@ -46,6 +46,7 @@ def kto(config: KTOConfig, *, resume: bool = False) -> Path:
     session = Session("kto", config, strategy.world, resume=resume)
     models, train, heldout, work = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
+    say_length(config, total, session, rows=len(train))
     every = interval(config, total, len(heldout), optim.batch_size, session)
 
     with session:

@@ -31,7 +31,7 @@ from penstock.algorithms.policy import (
 )
 from penstock.algorithms.policy_inputs import Inputs, check_flags, read_inputs
 from penstock.algorithms.policy_metrics import summary
-from penstock.algorithms.setup import placed, sample_rows, strategy_of
+from penstock.algorithms.setup import placed, sample_rows, say_length, strategy_of
 from penstock.algorithms.sft import Rows, micro_batches, response_logprobs
 from penstock.config import PPOConfig, PPOFlags
 from penstock.data.batching import Shuffle
@@ -57,6 +57,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     total = optim.steps or math.ceil(len(inputs.prompts) / optim.batch_size)
     parts = math.ceil(optim.batch_size / mini_batch)  # mini-batches per epoch
     updates = optim.epochs * parts
+    say_length(config, total * updates, session, per_step=updates)
     every = interval(config, total, len(inputs.heldout[1]), optim.batch_size, session)
 
     with session:

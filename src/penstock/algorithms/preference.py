@@ -23,7 +23,7 @@ from penstock.algorithms.heldout import Best, interval, read_sides
 from penstock.algorithms.preference_losses import check_loss, counts_of, health, preference_loss, summary
 from penstock.algorithms.reference import answer_logprobs, evaluate_rankings, precomputed, with_reference, workload
 from penstock.algorithms.reward import Ranking, Rankings, micro_batches, ranked, ranking_of
-from penstock.algorithms.setup import placed, read_model, reserve_activations, sample_rows, strategy_of
+from penstock.algorithms.setup import placed, read_model, reserve_activations, sample_rows, say_length, strategy_of
 from penstock.config import AnswerFlags, OptimFlags, RewardFlags
 from penstock.data.batching import Shuffle
 from penstock.errors import DataError, UserError
@@ -44,6 +44,7 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> Path:
     session = Session("dpo", config, strategy.world, resume=resume)
     source = (Fresh if config.online else Given)(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * source.count / optim.batch_size)
+    say_length(config, total, session, rows=source.count)
     every = interval(config, total, source.heldout_count, optim.batch_size, session)
 
     with session:

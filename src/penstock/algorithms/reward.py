@@ -17,7 +17,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.heldout import Best, interval, read_sides
-from penstock.algorithms.setup import placed, prepare, read, read_model, strategy_of
+from penstock.algorithms.setup import placed, prepare, read, read_model, say_length, strategy_of
 from penstock.config import OptimFlags, RewardConfig
 from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Example
@@ -68,6 +68,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
     session = Session("reward", config, strategy.world, resume=resume)
     model, train, heldout, normalize = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
+    say_length(config, total, session, rows=len(train))
     every = interval(config, total, len(heldout), optim.batch_size, session)
 
     with session:

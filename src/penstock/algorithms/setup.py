@@ -1,14 +1,17 @@
 """What every training command sets up: strategy, model and encoder, records with their tokens, room for activations."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from penstock.algorithms import functional as fn
 from penstock.config import ADAPTER_LR, DataFlags, EngineFlags, LoraFlags, OptimFlags, RunFlags, recompute_of
 from penstock.data import formats
 from penstock.data.chat import Encoder, Task
@@ -129,6 +132,59 @@ def say_lr(adapts: bool, config: Any, session: Session) -> None:
         session.say(f"--lr {lr:g}: the default for an adapter, {ADAPTER_LR} times that of a whole model")
     elif lr <= full:
         session.warn(f"learning rate: an adapter learns little at --lr {lr:g}; {ADAPTER_LR * full:g} is usual")
+
+
+LEAST_UPDATES = 10
+"""At a command's own learning rate; runs that are known to learn make hundreds."""
+_TRIAL = contextvars.ContextVar("trial", default=False)
+
+
+@contextlib.contextmanager
+def trial() -> Iterator[None]:
+    """Inside, runs are short on purpose, and none is warned of."""
+    token = _TRIAL.set(True)
+    try:
+        yield
+    finally:
+        _TRIAL.reset(token)
+
+
+def say_length(config: Any, updates: int, session: Session, *, rows: int | None = None, per_step: int = 1) -> None:
+    """Warns of a run whose updates cannot change what the model says. `rows`: of the data, where --epochs are passes
+    over it; `per_step`: updates in one of --steps."""
+    if not _TRIAL.get() and (text := too_short(config, updates, rows, per_step)):
+        session.warn(f"short run: {text}")
+
+
+def too_short(config: Any, updates: int, rows: int | None = None, per_step: int = 1) -> str:
+    """What a run lacks whose weights hardly move, with the nearest ways to mend it; empty for any other. `rows` and
+    `per_step` as in `say_length`.
+
+    In an update AdamW moves a weight by about its learning rate at most (Kingma & Ba 2015, section 2.1), so in a run by
+    the sum of the rates, which is compared with that of LEAST_UPDATES at the command's own rate.
+    """
+    optim: OptimFlags = config.optim
+    adapts = config.peft.lora is not None or config.peft.adapter is not None
+    own = config.LR * (ADAPTER_LR if adapts else 1)
+    least, reach = (
+        rate * fn.lr_sum(count, optim.warmup, optim.lr_schedule)
+        for rate, count in ((own, LEAST_UPDATES), (optim.lr, updates))
+    )
+    if reach >= least * (1 - 1e-9):
+        return ""
+    mean = fn.lr_sum(1000, optim.warmup, optim.lr_schedule) / 1000
+    wanted = math.ceil(least / (optim.lr * mean))
+    ways = [f"--steps {math.ceil(wanted / per_step)}"]
+    if rows is not None and optim.steps is None:
+        ways = [f"--epochs {math.ceil(wanted * optim.batch_size / rows)}"]
+        if batch_size := optim.epochs * rows // wanted:
+            ways.append(f"--batch-size {batch_size}")
+    digits = -math.floor(math.log10(optim.lr * least / reach))
+    ways.append(f"--lr {math.ceil(optim.lr * least / reach * 10**digits) / 10**digits:g}")
+    return (
+        f"{updates} updates at --lr {optim.lr:g} move no weight by more than about {reach:.1g} together, too little to "
+        f"change an answer; {LEAST_UPDATES} at {own:g} are the least that could. Give {' or '.join(ways)}, or more data"
+    )
 
 
 def prepare(stage: str, model: Any, strategy: Strategy, optim: OptimFlags, rows: int, longest: int) -> Stream:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.heldout import Best, interval, read_sides
-from penstock.algorithms.setup import placed, prepare, read_model, sample_rows, strategy_of
+from penstock.algorithms.setup import placed, prepare, read_model, sample_rows, say_length, strategy_of
 from penstock.config import OptimFlags, SFTConfig
 from penstock.data.batching import Shuffle, pad
 from penstock.data.chat import Encoder, Example
@@ -38,6 +38,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
     session = Session("sft", config, strategy.world, resume=resume)
     actor, encoder, train, heldout = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(train) / optim.batch_size)
+    say_length(config, total, session, rows=len(train))
     every = interval(config, total, len(heldout), optim.batch_size, session)
 
     with session:

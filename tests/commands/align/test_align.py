@@ -1,5 +1,6 @@
 """`penstock align` from data to a report, on a model of ten thousand parameters."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import transformers
 from penstock.commands.align import command, evaluation, inventory
 from penstock.commands.align.config import AlignConfig, seconds_of
 from penstock.config import DataFlags, EngineFlags
+from penstock.errors import DataError
 from penstock.run.metrics import read_lines
 from penstock.run.session import Session
 from tests.conftest import CHATML, cli, last_model
@@ -125,6 +127,28 @@ def test_answers_that_can_be_checked_are_a_score(tmp_path, model, prompts, demon
     assert result["evaluation"]["prompts"] == 4
     assert any("their scores by" in line for line in result["checked"])
     assert (out / "grpo" / "evaluations.jsonl").exists()
+
+
+def test_a_long_prompt_is_left_out_and_leaves_the_answers_their_length(model, jsonl):
+    """One prompt of 60 tokens in rows of 64 made every sampled answer four tokens long."""
+    rows = [{"prompt": f"Say {w}", "response": "yes " * 8} for w in WORDS]
+    config = AlignConfig(model=model, data=(jsonl(rows, "short.jsonl"),), out="-", reward_fn=("length:9",))
+    said = []
+    wanted = inventory.look(config, said.append).max_new_tokens
+    asked = jsonl([*({"prompt": row["prompt"]} for row in rows), {"prompt": "word " * 9}], "asked.jsonl")
+    seen = inventory.look(dataclasses.replace(config, data=(*config.data, asked)), said.append)
+    assert seen.max_new_tokens == wanted > 16
+    assert len(seen.train["prompts"]) + len(seen.heldout["prompts"]) == len(rows)
+    lacks = f"left out: 1 of 41 prompts leave no room for {wanted} new tokens in rows of 64"
+    assert f"{lacks}, the first: {asked}:41" in said, said
+    with pytest.raises(DataError, match="41 of 41 prompts leave no room for 63 new tokens"):
+        inventory.look(dataclasses.replace(config, data=(*config.data, asked), max_new_tokens=63), said.append)
+
+
+def test_a_plan_names_a_stage_that_is_too_short(model, demonstrations, capsys):
+    flags = ("--model", model, "--data", demonstrations, "--out", "none", "--dry-run", "--lr", "1e-5")
+    assert any("sft: " in line and "Give --epochs" in line for line in result_of(capsys, *flags)["better"]) is False
+    assert any("sft: 2 updates at --lr 1e-05" in line for line in result_of(capsys, *flags, "--steps", 2)["better"])
 
 
 def test_comparisons_enough_make_a_reward_model_and_ppo(tmp_path, model, jsonl, capsys, monkeypatch):

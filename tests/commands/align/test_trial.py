@@ -39,7 +39,26 @@ def test_scores_that_cannot_be_learned_from_are_refused(tmp_path, monkeypatch, s
     lines = [{"score": score, "finish_reason": "stop"} for score in scores]
     monkeypatch.setattr(trial, "sampled", lambda *_: lines)
     with pytest.raises(UserError, match=problem):
-        trial.score_sanity(Judge(tmp_path, {"reward_fn": ("number",)}), "model")
+        trial.score_sanity(Judge(tmp_path, {"reward_fn": ("number",)}), "model", learns_first=False)
+
+
+def answers(scores):
+    """`sampled` of a model whose answers to the held-out prompts have these scores."""
+    return lambda judge, model, count: [{"score": score, "finish_reason": "stop"} for score in scores[:count]]
+
+
+def test_a_task_that_is_seldom_solved_is_tried_on_all_prompts(tmp_path, monkeypatch):
+    """Of 16 answers all are wrong in 44 % of trials of a model that is right once in 20."""
+    monkeypatch.setattr(trial, "sampled", answers([0.0] * 20 + [1.0]))
+    facts, count = trial.score_sanity(Judge(tmp_path, {"reward_fn": ("number",)}), "model", learns_first=False)
+    assert count == 21
+    assert "0 to 1" in facts[-1]
+
+
+def test_equal_scores_of_the_start_are_a_fact_where_a_stage_teaches_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "sampled", answers([0.0] * 40))
+    facts, count = trial.score_sanity(Judge(tmp_path, {"reward_fn": ("number",)}), "model", learns_first=True)
+    assert (count, "0 to 0" in facts[-1]) == (trial.ASKED, True)
 
 
 def test_a_loss_that_is_no_number_is_seen(tmp_path):

@@ -24,7 +24,7 @@ from penstock.algorithms.distillation.inputs import Inputs, Row, check_flags, re
 from penstock.algorithms.distillation.teacher import Taught, TeacherStore, read_teacher, stored_teacher
 from penstock.algorithms.heldout import Best, interval
 from penstock.algorithms.policy import HELDOUT_STREAMS
-from penstock.algorithms.setup import placed, reserve_activations, sample_rows, strategy_of
+from penstock.algorithms.setup import placed, reserve_activations, sample_rows, say_length, strategy_of
 from penstock.algorithms.sft import micro_batches, prompt_of, trained_tokens
 from penstock.config import OptimFlags
 from penstock.data.batching import Shuffle
@@ -46,6 +46,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
     session = Session("distill", config, strategy.world, resume=resume)
     inputs = read_inputs(session.config, strategy, session)
     total = optim.steps or math.ceil(optim.epochs * len(inputs.train) / optim.batch_size)
+    say_length(config, total, session, rows=len(inputs.train))
     every = interval(config, total, len(inputs.heldout), optim.batch_size, session)
 
     with session:

@@ -16,9 +16,9 @@ from penstock.commands.align.choice import KIND, SAMPLES, unused
 from penstock.commands.align.config import AlignConfig, show_seconds, split_setting
 from penstock.commands.align.evaluation import Judge, compare, likelihoods
 from penstock.commands.align.inventory import Inventory, look
-from penstock.commands.align.planning import Machine, Plan, Planner, corrected, within
+from penstock.commands.align.planning import Machine, Plan, Planner, corrected, short, within
 from penstock.commands.align.stages import Stage, run_stage
-from penstock.commands.align.trial import ASKED, memory_meter, score_sanity, try_stages
+from penstock.commands.align.trial import memory_meter, score_sanity, try_stages
 from penstock.config import EngineFlags, as_data_flags
 from penstock.errors import ResourceError, UserError
 from penstock.flags import to_dict, with_absolute_paths
@@ -133,9 +133,10 @@ def tried(
     judge, spent, shown = judge_of(config, state, out), 0.0, list[str]()
     asked = time.perf_counter()
     if judge is not None and not judge.own:
-        shown = score_sanity(judge, config.model)
+        learns_first = plan.route.stages[0] not in SAMPLES
+        shown, count = score_sanity(judge, config.model, learns_first=learns_first)
         rows = len(judge.prompts.read_text(encoding="utf-8").splitlines())
-        spent = (time.perf_counter() - asked) * 2 * max(rows / ASKED, 1)
+        spent = (time.perf_counter() - asked) * 2 * rows / count
     peaks: dict[str, int] = {}
     for _ in plans:  # each once at most
         measured = try_stages(plan.stages, out / "trial", lambda stage: heldout_rows(stage, inventory))
@@ -155,7 +156,8 @@ def described(config: AlignConfig, inventory: Inventory, plan: Plan, better: lis
     """What is kept of inventory and plan, as JSON has it."""
     return {
         "command": "align", "flags": comparable(config), "model": config.model, "out": config.out,
-        "lines": inventory.lines, "why": list(plan.route.why), "better": better,
+        "lines": inventory.lines, "why": list(plan.route.why),
+        "better": [*filter(None, map(short, plan.stages)), *better],
         "unused": unused(plan.route, inventory.facts), "learns": plan.learns, "seconds": plan.seconds,
         "plan": [stage.as_dict() for stage in plan.stages], "verifier": inventory.verifier,
         "max_new_tokens": inventory.max_new_tokens, "apply_chat_template": inventory.flags.apply_chat_template,

@@ -107,11 +107,11 @@ def look(config: AlignConfig, say: Callable[[str], None]) -> Inventory:
         rows["prompts"] = [(len(encoder.encode_prompt(record)), 0) for record in records["prompts"]]
     verifier = None if config.reward or config.reward_fn else verifier_of(records["prompts"])
     answers = [tokens for kind, of_kind in rows.items() if kind != "prompts" for _, tokens in of_kind]
-    longest = max(tokens for tokens, _ in rows["prompts"])
-    new = config.max_new_tokens or answer_tokens(answers, min(flags.max_length, decoder.config.max_length) - longest)
-    mean = statistics.fmean(tokens for tokens, _ in rows["prompts"])
+    asked = [tokens for tokens, _ in rows["prompts"]]
+    fits, new = _with_room(say, records["prompts"], asked, answers, encoder.max_length, config.max_new_tokens)
+    records["prompts"], asked = [records["prompts"][i] for i in fits], [asked[i] for i in fits]
     typical = min(statistics.fmean(answers), new) if answers else new
-    lengths["prompts"] = Lengths(longest + new, mean + typical, new, typical)
+    lengths["prompts"] = Lengths(max(asked) + new, statistics.fmean(asked) + typical, new, typical)
     train, heldout = split(records, config.heldout, config.seed)
     score: Any = "model" if config.reward else "function" if config.reward_fn else "answers" if verifier else None
     facts = Facts({kind: len(train[kind]) for kind in train}, score, chats=speaks(encoder))
@@ -161,6 +161,23 @@ def _encoded(
         else:
             rows.append((len(row.tokens), sum(row.trained)))
     return list({id(record): record for record in kept}.values()), rows  # some are several rows
+
+
+def _with_room(
+    say: Callable[[str], None], prompts: Sequence[Prompt], lengths: Sequence[int], answers: Sequence[int], limit: int,
+    given: int | None,
+) -> tuple[list[int], int]:  # fmt: skip
+    """Which prompts leave room for an answer, and the tokens of a sampled answer: a few long prompts do not make the
+    answers to all others short."""
+    usual = sorted(lengths)[int(len(lengths) * 0.95)]
+    new = given or answer_tokens(answers, limit - usual)
+    fits = [i for i, tokens in enumerate(lengths) if tokens + new <= limit]
+    if left_out := [i for i, tokens in enumerate(lengths) if tokens + new > limit]:
+        what = f"{len(left_out)} of {len(prompts)} prompts leave no room for {new} new tokens in rows of {limit}"
+        if len(left_out) > DROPPED * len(prompts):
+            raise DataError(f"{what}; that is too many to leave out: give fewer --max-new-tokens, or shorter prompts.")
+        say(f"left out: {what}, the first: {prompts[left_out[0]].where}")
+    return fits, new
 
 
 def speaks(encoder: Encoder) -> bool:

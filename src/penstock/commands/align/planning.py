@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from penstock.algorithms.setup import placed
+from penstock.algorithms.setup import placed, too_short
 from penstock.commands.align import choice
 from penstock.commands.align.choice import KIND, SAMPLES, Duration, Route
 from penstock.commands.align.config import AlignConfig, show_seconds, split_setting
@@ -336,6 +336,19 @@ def within(plans: Sequence[Plan], seconds: float | None, spent: float = 0.0) -> 
         whole = next(plan for plan in plans if plan.route.stages == best.route.stages)
         better.append(f"all steps with --budget {show_seconds(whole.seconds + spent)}: {share:.0%} of them are left")
     return best, better
+
+
+def short(planned: StagePlan) -> str:
+    """What a stage lacks whose updates are too few to change anything; empty for any other."""
+    command, steps = planned.stage.command, planned.duration.steps
+    config = planned.stage.config(Path("-"), data="-")
+    if command not in SAMPLES:
+        text = too_short(config, steps, planned.records)
+    else:
+        mini_batches = math.ceil(config.optim.batch_size / (config.mini_batch_size or config.optim.batch_size))
+        per_step = config.optim.epochs * mini_batches
+        text = too_short(config, steps * per_step, per_step=per_step)
+    return text and f"{command}: {text}"
 
 
 def shortened(plan: Plan, steps: Sequence[int]) -> Plan:

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from penstock.algorithms import setup
 from penstock.algorithms.heldout import interval_of
 from penstock.commands.align.choice import Duration
 from penstock.commands.align.evaluation import Judge, sampled
+from penstock.commands.align.inventory import MEASURED
 from penstock.commands.align.planning import StagePlan
 from penstock.commands.align.stages import Stage, run_stage
 from penstock.errors import ResourceError, UserError
@@ -44,23 +46,27 @@ class Measured:
     """The process's most memory: on a GPU the device's, else the host's."""
 
 
-def score_sanity(judge: Judge, model: str) -> list[str]:
-    """Has the start answer a few held-out prompts, and returns facts of its answers and their scores.
+def score_sanity(judge: Judge, model: str, *, learns_first: bool) -> tuple[list[str], int]:
+    """Has the start answer a few held-out prompts, and returns facts of its answers and their scores, and how many.
 
-    Raises UserError where scores are not numbers, or all the same: nothing could be learned from them.
+    Raises UserError where scores are not numbers, or all the same and no other stage `learns_first`: nothing could be
+    learned from them. A task that is seldom solved has many equal ones: then all prompts are asked.
     """
     lines = sampled(judge, model, ASKED)
+    if not learns_first and len({line["score"] for line in lines}) == 1:
+        lines = sampled(judge, model, MEASURED)
     scores, cut = [line["score"] for line in lines], sum(line["finish_reason"] != "stop" for line in lines)
     facts = [f"{len(lines)} answers of the start: {len(lines) - cut} end by themselves"]
     if not all(math.isfinite(score) for score in scores):
         raise UserError(f"{judge.name}: gives {scores} for {len(scores)} answers; a score must be a finite number.")
     facts.append(f"their scores by {judge.name}: {min(scores):.3g} to {max(scores):.3g}")
-    if len(scores) > 1 and max(scores) - min(scores) < 1e-9:
+    if not learns_first and len(scores) > 1 and max(scores) - min(scores) < 1e-9:
         raise UserError(
             f"{judge.name}: gives {scores[0]:.3g} for each of {len(scores)} answers of {model}, so nothing can be "
-            "learned from it; mend the score, give easier prompts, or begin with demonstrations."
+            "learned from it; mend the score, give easier prompts, begin with demonstrations, or leave this out: "
+            "--no-check."
         )
-    return facts
+    return facts, len(lines)
 
 
 def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage], int]) -> list[Measured]:
@@ -71,7 +77,7 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
     shutil.rmtree(root, ignore_errors=True)
     measured = []
     for planned in stages:
-        with memory_meter() as peak:
+        with memory_meter() as peak, setup.trial():
             began = time.perf_counter()
             flags: dict[str, Any] = {
                 "checkpoint_every": SAVED,
@@ -82,7 +88,8 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
             }
             path = run_stage(planned.stage, root, steps=STEPS, **flags)
             seconds = time.perf_counter() - began
-        run_stage(planned.stage, root, steps=STEPS + 1)  # its models may stand beside those of the run before
+        with setup.trial():  # its models may stand beside those of the run before
+            run_stage(planned.stage, root, steps=STEPS + 1)
         measured.append(Measured(extrapolated(planned, path, seconds, heldout(planned.stage)), peak[0]))
         check_finite(planned.stage, path)
     shutil.rmtree(root, ignore_errors=True)
