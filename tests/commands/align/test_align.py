@@ -194,6 +194,21 @@ def test_a_start_that_was_killed_while_it_tried_begins_again(tmp_path, model, pa
     assert set(result_of(capsys, *flags)["taken"]) == {"dpo"}
 
 
+def test_a_stop_while_it_tries_names_the_way_to_begin_again(tmp_path, model, pairs, monkeypatch, capsys):
+    log = Session.log
+
+    def stopped(self, step, *arguments, **keywords):
+        log(self, step, *arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "log", stopped)
+        assert cli("align", "--model", model, "--data", pairs, "--out", tmp_path / "out", "--steps", 2) == 143
+    error = capsys.readouterr().err
+    assert "stopped in the pre-flight; the same penstock align command" in error
+    assert "penstock resume" not in error
+
+
 def test_an_impossible_budget_names_the_nearest(tmp_path, model, pairs, capsys):
     flags = ("--model", model, "--data", pairs, "--out", tmp_path / "out", "--dry-run")
     assert cli("align", *flags, "--budget", "1s") == 3

@@ -139,7 +139,11 @@ def tried(
         spent = (time.perf_counter() - asked) * 2 * rows / count
     peaks: dict[str, int] = {}
     for _ in plans:  # each once at most
-        measured = try_stages(plan.stages, out / "trial", lambda stage: heldout_rows(stage, inventory))
+        try:
+            measured = try_stages(plan.stages, out / "trial", lambda stage: heldout_rows(stage, inventory))
+        except StoppedError as error:
+            text = "stopped in the pre-flight; the same penstock align command begins it again."
+            raise StoppedError(text, error.exit_code - 128) from error
         peaks |= {stage.stage.command: each.peak_bytes for stage, each in zip(plan.stages, measured, strict=True)}
         plans = corrected(plans, plan, [each.duration for each in measured])
         best, late = within(plans, config.seconds, spent + time.perf_counter() - began)
