@@ -44,15 +44,29 @@ export const mathsExtensions = [
   },
 ];
 
+const masks = new Map(); // of the texts that marked is in: it asks for each sign of a text and of the texts within it
+
 /** Of a text that ends with `rest`, as marked masks it: each formula as letters, because a star in it is a product. */
 export function maskFormulas(masked, rest) {
-  let mask = masked;
-  const begin = masked.length - rest.length;
-  for (const { 0: raw, index } of rest.matchAll(ALL)) {
-    const at = begin + index;
-    if (isMaths(raw)) mask = mask.slice(0, at) + "a".repeat(raw.length) + mask.slice(at + raw.length);
+  if (!/[$\\]/.test(rest)) return masked;
+  let known = masks.get(masked);
+  if (!known?.rest.endsWith(rest)) {
+    if (masks.size >= 32) masks.clear();
+    masks.set(masked, (known = { rest, mask: maskOf(masked, rest) }));
   }
-  return mask;
+  return known.mask;
+}
+
+function maskOf(masked, rest) {
+  const begin = masked.length - rest.length;
+  const pieces = [];
+  let end = 0;
+  for (const { 0: raw, index } of rest.matchAll(ALL)) {
+    if (!isMaths(raw)) continue;
+    pieces.push(masked.slice(end, begin + index), "a".repeat(raw.length));
+    end = begin + index + raw.length;
+  }
+  return pieces.join("") + masked.slice(end);
 }
 
 export function markFormulas(fragment) {
