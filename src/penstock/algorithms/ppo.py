@@ -88,9 +88,8 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 if passed_target_kl(steps.get("policy"), flags.target_kl):
                     break  # (20) for actor and critic the experience is used up; the next one is fresh
 
-            metrics = summary(
-                experience, state.sums, state.kl.beta, flags, has_kl=iteration.roles.reference is not None
-            )
+            has_kl = iteration.roles.reference is not None
+            metrics = summary(experience, state.sums, state.kl.beta, flags, has_kl=has_kl)
             metrics |= inputs.source.metrics(experience.part_scores)
             metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(hold_actor)}
             improved = (step % every == 0 or step == total) and evaluate(

@@ -42,8 +42,8 @@ class Encoder:
         self.limits = Limits(max_length, max(reserve, 1), self.flags.truncate)
         if self.limits.reserve >= max_length:
             raise UserError(
-                f"{self.limits.reserve} new tokens leave no room for a prompt in rows of {max_length}; lower "
-                "--max-new-tokens, or raise --max-length if the model allows."
+                f"{self.limits.reserve} new tokens leave no room for a prompt in rows of {max_length}; give "
+                f"--max-new-tokens {max(max_length // 2, 1)}, or a larger --max-length if the model allows."
             )
         self.facts: list[str] = []
         """Lines for the user about the model's tokenizer and template."""
