@@ -178,8 +178,10 @@ def _read_part(
             form = _form_of(item, kind, candidates)
             ignored = [name for name in _ignored(item, form, kind) if not reads(name)]
             record = form.read(item, where)
-            asked = kind == "prompts"
-            record = replace(record, **({"fields": item} if asked else {"cut": records.cut_answers(item, record)}))
+            if kind == "prompts":
+                record = replace(record, fields=item)
+            else:
+                record = replace(record, cut=records.cut_answers(item, record))
             unwanted = _unwanted(item, kind, record)
         except FieldError as problem:
             lines.bad.append(f"{where}: {problem.name}: {problem.problem}")
