@@ -35,7 +35,6 @@ MESSAGE = (
     "id", "conversation_id", "parent_id", "role", "content", "model", "sampling", "finish_reason", "created_at",
     "usage", "edited_from",
 )  # fmt: skip
-VOTE = ("id", "kind", "conversation_id", "message_id", "other_id", "value", "chosen_id", "created_at")
 
 
 class Store:
@@ -250,8 +249,7 @@ class Store:
     def vote_thumb(self, message_id: str, value: int) -> Row:
         """Likes (1) or dislikes (-1) an answer; 0 removes the vote."""
         with self.writing() as connection:
-            answer = answer_row(connection, message_id)
-            return store_vote(connection, "thumb", [answer], value=value, chosen_id=None)
+            return store_vote(connection, "thumb", [answer_row(connection, message_id)], value=value, chosen_id=None)
 
     def vote_pair(self, shown: tuple[str, str], chosen_id: str | None) -> Row:
         """Prefers one of two answers to the same message, or neither. Raises ValueError for any other pair."""
@@ -259,10 +257,9 @@ class Store:
             raise ValueError("a pair is two different answers, and the chosen one is one of them, or null.")
         with self.writing() as connection:
             rows = {message_id: answer_row(connection, message_id) for message_id in sorted(shown)}
-            pair = [rows[message_id] for message_id in shown]
-            if pair[0]["parent_id"] != pair[1]["parent_id"]:
+            if rows[shown[0]]["parent_id"] != rows[shown[1]]["parent_id"]:
                 raise ValueError("these two answers do not answer the same message.")
-            return store_vote(connection, "pair", pair, value=None, chosen_id=chosen_id)
+            return store_vote(connection, "pair", [rows[id] for id in shown], value=None, chosen_id=chosen_id)
 
     def votes(self, conversation_id: str | None = None) -> list[Row]:
         """All votes, or those in one conversation, oldest first, with prompt and answers."""
@@ -300,12 +297,9 @@ def conversation_row(connection: sa.Connection, conversation_id: str) -> Row:
     return row
 
 
-def message_row(
-    connection: sa.Connection, message_id: str, conversation_id: str | None = None, lock: bool = False
-) -> Row:
-    """`lock`: others that write what depends on the row wait for this transaction. SQLite has one writer anyway."""
-    row = row_of(connection, messages, message_id, lock)
-    if row is None or conversation_id not in (None, row["conversation_id"]):
+def message_row(connection: sa.Connection, message_id: str, within: str | None = None, lock: bool = False) -> Row:
+    row = row_of(connection, messages, message_id, lock)  # others that write what depends on it wait; SQLite has one
+    if row is None or within not in (None, row["conversation_id"]):
         raise LookupError(f"there is no message {ascii(message_id)[:60]} here.")
     return row
 
@@ -425,8 +419,8 @@ def open_store(data_dir: str, database: str | None, *, move_damaged: bool = Fals
 
 def _sqlite(path: Path) -> sa.Engine:
     # As many connections as threads that routes run in: a read never waits for the connection of a write that waits.
-    address = sa.URL.create("sqlite", database=str(path))
-    engine = sa.create_engine(address, pool_size=40, connect_args={"timeout": BUSY_SECONDS})
+    options: Row = {"pool_size": 40, "connect_args": {"timeout": BUSY_SECONDS}}
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), **options)
 
     @event.listens_for(engine, "connect")
     def _settings(connection: sqlite3.Connection, _: object) -> None:
