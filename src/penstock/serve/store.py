@@ -259,7 +259,7 @@ class Store:
             rows = {message_id: answer_row(connection, message_id) for message_id in sorted(shown)}
             if rows[shown[0]]["parent_id"] != rows[shown[1]]["parent_id"]:
                 raise ValueError("these two answers do not answer the same message.")
-            return store_vote(connection, "pair", [rows[id] for id in shown], value=None, chosen_id=chosen_id)
+            return store_vote(connection, "pair", [rows[name] for name in shown], value=None, chosen_id=chosen_id)
 
     def votes(self, conversation_id: str | None = None) -> list[Row]:
         """All votes, or those in one conversation, oldest first, with prompt and answers."""
