@@ -280,7 +280,7 @@ def test_an_object_of_a_file_that_is_no_item_is_named_by_its_number(enter, serve
     page = enter(KEY, allowed=["400"])
     page.get_by_label("File", exact=True).set_input_files(lines)
     page.get_by_role("button", name="Import").click()
-    expect(page.locator("#toast")).to_contain_text("object 251.responses: 1 responses")
+    expect(page.locator("#toast")).to_contain_text("Object 251.responses: 1 responses")
     lines.write_text('{"prompt": "x"\n')
     page.get_by_label("File", exact=True).set_input_files(lines)
     page.get_by_role("button", name="Import").click()

@@ -135,7 +135,7 @@ async function send(rows, options) {
       added += answer.added;
       known += answer.known;
     } catch (error) {
-      error.message = error.message.replace(/items\[(\d+)\]/g, (_, i) => `object ${start + Number(i) + 1}`);
+      error.message = error.message.replace(/items\[(\d+)\]/gi, (_, i) => `Object ${start + Number(i) + 1}`);
       throw error;
     }
     start = end;
