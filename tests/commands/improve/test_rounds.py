@@ -1,12 +1,13 @@
 """`penstock improve`, round after round, on a model of ten thousand parameters and users who like "Hello"."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from penstock.commands.improve import rule
-from penstock.commands.improve.command import settled
+from penstock.commands.improve.command import NICE, settled
 from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.rounds import improve_once
 from penstock.errors import ResourceError
@@ -16,6 +17,19 @@ from tests.conftest import CHATML, cli
 
 WORDS = [a + b + c for a in "abcdefgh" for b in "klmnopqr" for c in "stuvw"]
 TRAINED = {"lr": 3e-3, "batch_size": 16, "epochs": 1, "heldout": 0.4, "least": 60, "max_new_tokens": 8}
+
+
+@pytest.fixture(autouse=True)
+def niceness(monkeypatch):
+    """How nice rounds are, in a list: this process itself stays as it is, for the tests behind these."""
+    level = [0]
+
+    def nice(by):
+        level[0] += by
+        return level[0]
+
+    monkeypatch.setattr(os, "nice", nice)
+    return level
 
 
 @pytest.fixture
@@ -150,7 +164,7 @@ def test_thumbs_alone_are_learned_by_kto_and_judged_by_the_version_that_learned_
     assert (poisoned["decision"], poisoned["examined"]["by"]) == ("refused", "model"), poisoned["why"]
 
 
-def test_a_round_says_what_it_lacks(tmp_path, model, capsys, jsonl):
+def test_a_round_says_what_it_lacks_and_is_nice(tmp_path, model, capsys, jsonl, niceness):
     run = tmp_path / "live"
     assert cli("improve", run) == 2
     assert "give --model" in capsys.readouterr().err
@@ -170,6 +184,7 @@ def test_a_round_says_what_it_lacks(tmp_path, model, capsys, jsonl):
     assert cli("improve", run, "--seed", 3) == 2
     assert "stays in all rounds" in capsys.readouterr().err
     assert not (run / "version-0001").exists()
+    assert niceness == [NICE]
 
 
 def test_a_large_number_of_comparisons_makes_a_reward_model_and_ppo(live, monkeypatch):
