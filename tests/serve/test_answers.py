@@ -72,10 +72,14 @@ def text_of(events):
 
 
 @contextlib.contextmanager
-def held(server, after=40):
-    """The model takes `after` steps, and goes on when the block sets the event that it gets."""
-    let_go = threading.Event()
-    with paused(server.service.catalogue.models["tiny"], let_go.is_set, after=after):
+def held(server, after=40, answers=1):
+    """The model waits for so many answers, takes `after` steps, and goes on when the event that it yields is set."""
+    let_go, scheduler = threading.Event(), server.service.scheduler
+
+    def may_go():
+        return let_go.is_set() or (len(steps) <= after and scheduler.outstanding >= answers)
+
+    with paused(server.service.catalogue.models["tiny"], may_go) as steps:
         yield let_go
         let_go.set()
         assert server.idle()
@@ -216,7 +220,7 @@ def test_stopping_is_said_and_keeps_what_was_written(server):
 def test_deleting_a_conversation_stops_its_answers_and_no_others(server):
     conversation, question = begin(server)
     other, their_question = begin(server)
-    with held(server) as let_go:
+    with held(server, answers=2) as let_go:
         viewer, theirs = reply(server, conversation, question), reply(server, other, their_question)
         for stream in (viewer, theirs):
             stream.until("delta")
@@ -244,7 +248,7 @@ def test_editing_a_message_stops_the_answers_below_it(server):
     second = say(server, conversation, "And a weir?", first)
     beside = answer(server, conversation, question, seed=2)[-1]["message"]["id"]
     third = say(server, conversation, "And a sluice?", beside)
-    with held(server) as let_go:
+    with held(server, answers=2) as let_go:
         below, other = reply(server, conversation, second), reply(server, conversation, third)
         for stream in (below, other):
             stream.until("delta")
