@@ -139,7 +139,7 @@ def test_what_could_not_be_sent_goes_back_to_its_own_conversation(open_page):
     assert eventually(lambda: page.evaluate("true") and held)
     page.get_by_role("button", name="New chat").click()
     held[0].fulfill(status=500, json=error)
-    expect(page.locator("#toast")).to_contain_text("no room")
+    expect(page.locator("#toast")).to_contain_text("No room")
     expect(prompt_of(page)).to_have_value("")
     page.goto(first)
     expect(prompt_of(page)).to_have_value("lost?")
