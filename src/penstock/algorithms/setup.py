@@ -150,7 +150,7 @@ def trial() -> Iterator[None]:
 
 
 def say_length(config: Any, updates: int, session: Session, *, rows: int | None = None, per_step: int = 1) -> None:
-    """Warns of a run whose updates cannot change what the model says. `rows`: of the data, where --epochs are passes
+    """Warns of a run whose updates together move the weights very little. `rows`: of the data, where --epochs are passes
     over it; `per_step`: updates in one of --steps."""
     if not _TRIAL.get() and (text := too_short(config, updates, rows, per_step)):
         session.warn(f"short run: {text}")
@@ -182,8 +182,8 @@ def too_short(config: Any, updates: int, rows: int | None = None, per_step: int 
     digits = -math.floor(math.log10(optim.lr * least / reach))
     ways.append(f"--lr {math.ceil(optim.lr * least / reach * 10**digits) / 10**digits:g}")
     return (
-        f"{updates} updates at --lr {optim.lr:g} move no weight by more than about {reach:.1g} together, too little to "
-        f"change an answer; {LEAST_UPDATES} at {own:g} are the least that could. Give {' or '.join(ways)}, or more data"
+        f"{updates} updates at --lr {optim.lr:g} move no weight by more than about {reach:.1g} together, which "
+        f"teaches little: {LEAST_UPDATES} at {own:g} would do. Give {' or '.join(ways)}, or more data"
     )
 
 
