@@ -150,7 +150,7 @@ def trial() -> Iterator[None]:
 
 
 def say_length(config: Any, updates: int, session: Session, *, rows: int | None = None, per_step: int = 1) -> None:
-    """Warns of a run whose updates together move the weights very little. `rows`: of the data, where --epochs are passes
+    """Warns of a run whose updates together move the weights little. `rows`: of the data, where --epochs are passes
     over it; `per_step`: updates in one of --steps."""
     if not _TRIAL.get() and (text := too_short(config, updates, rows, per_step)):
         session.warn(f"short run: {text}")
