@@ -110,7 +110,8 @@ def test_commands_and_make_targets_exist(page):
     assert set(re.findall(r"python -m benchmarks ([a-z_]+)", text)) <= set(BENCHMARKS)
 
 
-SOURCES = [path for folder in ("src", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.[pjs][yhs]*")]
+FOLDERS, SUFFIXES = ("src", "benchmarks", "tools"), (".py", ".js", ".json", ".sh")
+SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*") if path.suffix in SUFFIXES]
 SOURCE_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in [*SOURCES, ROOT / "Makefile"])
 WORDS = set(re.findall(r"\w+", SOURCE_TEXT))
 FOREIGN_FLAGS = {
