@@ -89,9 +89,10 @@ def test_prompts_are_passed_twice_within_bounds():
 
 
 def test_small_models_learn_faster():
-    assert choice.lr_of(1e-5, 8_000_000_000) == 1e-5
-    assert choice.lr_of(1e-6, 135_000_000) == 3e-6
-    assert choice.lr_of(1e-5, 1_000_000) == choice.lr_of(1e-5, 10_000) == 3e-4  # the demo's
+    assert choice.lr_of("sft", 1e-5, 8_000_000_000) == 1e-5
+    assert choice.lr_of("dpo", 1e-6, 135_000_000) == 3.1e-6
+    assert choice.lr_of("sft", 1e-5, 1_000_000) == choice.lr_of("sft", 1e-5, 10_000) == 1.5e-3  # the demo's
+    assert choice.lr_of("ppo", 1e-5, 1_000_000) == 3e-4
 
 
 def test_answers_may_be_half_as_long_again_as_those_in_the_data():

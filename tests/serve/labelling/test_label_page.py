@@ -1,6 +1,7 @@
 """The labelling room as labellers and its owner meet it: Debian's Chromium against a real `penstock serve`."""
 
 import json
+import re
 import urllib.request
 
 import pytest
@@ -252,6 +253,7 @@ def test_the_owner_runs_the_room_on_the_page(enter, served, tmp_path):
     expect(page.locator("#toast")).to_contain_text("3 were there already")
     page.get_by_label("Name of a new labeller").fill("Ada")
     page.get_by_role("button", name="Add a labeller").click()
+    expect(page.get_by_label("Link", exact=True)).to_have_value(re.compile("token="))
     link = page.get_by_label("Link", exact=True).input_value()
     page.keyboard.press("Escape")
     page.get_by_label("Guidelines, in markdown").fill("Be *kind*.")

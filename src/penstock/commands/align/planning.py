@@ -226,8 +226,8 @@ class Planner:
         adapter = LEARNS[learns]
         if adapter:
             flags |= {"lora": inventory.adapter or config.lora, "base_dtype": adapter.get("base_dtype")}
-        default_lr = TRAINERS[command].config.LR * (ADAPTER_LR if adapter else 1)
-        flags["lr"] = config.lr or choice.lr_of(default_lr, inventory.parameters)
+        lr = choice.lr_of(command, TRAINERS[command].config.LR, inventory.parameters)
+        flags["lr"] = config.lr or float(f"{lr * (ADAPTER_LR if adapter else 1):g}")
         if command in SAMPLES:
             flags |= {"max_new_tokens": inventory.max_new_tokens}
             names = ("reward", "reward_weights", "reward_timeout", "reward_workers")

@@ -1,4 +1,4 @@
-// The page: log-in, the composer, the keyboard, and the calls between the other files. Conversations: chat.js, tree.js;
+// The page: the composer, the keyboard, and the calls between the other files. Conversations: chat.js, tree.js;
 // their looks: thread.js, sidebar.js, style.css; the server's routes: api.js.
 
 import { listen, models, session, conversations } from "./api.js";
@@ -6,6 +6,7 @@ import { attached, startAttachments, withFiles } from "./attachments.js";
 import { answering, chat, forget, newChat, openChat, refresh, send, setSystem, show, stop, watch } from "./chat.js";
 import { $, announce, copy, h, icon, replace, sends, toast } from "./dom.js";
 import { startImport } from "./import/dialog.js";
+import { askForKey, guard, logOut, showApp, startLogin } from "./login.js";
 import { startPresets } from "./presets.js";
 import { change, makeControls, settings } from "./settings.js";
 import { startShortcuts } from "./shortcuts.js";
@@ -16,50 +17,15 @@ import { path } from "./tree.js";
 import { dropUnsent, keepUnsent, takeLeft, unsentOf } from "./unsent.js";
 import { drawGauge, setContexts } from "./usage.js";
 
-const REMEMBERED = "penstock.remembered"; // this browser logged in before: ask the server before asking for the key
 const THEMES = ["system", "light", "dark"];
 const narrow = matchMedia("(max-width: 48rem)"); // where the list is a drawer
 const IDEAS = ["What colour is the fox?", "Explain how a penstock works", "Write a haiku about a river"];
 
 // Start ---------------------------------------------------------------------------------------------------------------
 
-async function start() {
-  const given = /^#key=(.+)$/.exec(location.hash)?.[1]; // the address that `penstock serve` prints may carry the key
-  if (given) {
-    history.replaceState(null, "", location.pathname);
-    return logIn(decodeURIComponent(given));
-  }
-  if (!localStorage.getItem(REMEMBERED)) return askForKey();
-  try {
-    await session.resume();
-  } catch (error) {
-    return askForKey(error.status === 401 ? "" : error.message);
-  }
-  return enter();
-}
-
-function askForKey(message = "") {
-  $("app").hidden = true;
-  $("login").hidden = false;
-  $("login-error").textContent = message;
-  $("key").focus();
-}
-
-async function logIn(key) {
-  try {
-    await session.open(key);
-  } catch (error) {
-    return askForKey(error.status === 401 ? "That is not the key. It was printed when the server started." : error.message);
-  }
-  localStorage.setItem(REMEMBERED, "yes");
-  $("key").value = "";
-  return enter();
-}
-
 async function enter() {
   if (!session.owner) return location.replace("label");
-  $("login").hidden = true;
-  $("app").hidden = false;
+  showApp();
   if (await showModels()) {
     await guard(loadList);
     await route();
@@ -88,18 +54,6 @@ async function showModels() {
   }
   drawCompare();
   return true;
-}
-
-/** Runs a function that calls the server, and shows its error. Returns whether it succeeded. */
-async function guard(action) {
-  try {
-    await action();
-    return true;
-  } catch (error) {
-    if (error.status === undefined) throw error;
-    if (error.status !== 0 && error.status !== 401) toast(error.retryAfter ? `${error.message} Try again in ${error.retryAfter} s.` : error.message);
-    return false;
-  }
 }
 
 /** Opens the conversation of the address: "#/conv_5c...", or "#/conv_5c.../msg_7a..." at a message; without a hash, a new
@@ -308,14 +262,8 @@ startImport({ guard, done: loadList });
 drawTheme();
 drawFold();
 
-$("login-form").onsubmit = (event) => {
-  event.preventDefault();
-  logIn($("key").value.trim());
-};
-
 $("log-out").onclick = async () => {
-  await guard(session.close);
-  localStorage.removeItem(REMEMBERED);
+  await logOut();
   dropUnsent();
   location.href = location.pathname;
 };
@@ -498,4 +446,4 @@ $("settings").onclose = () => {
   if ($("system").value !== chat.system) guard(() => setSystem($("system").value));
 };
 
-start();
+startLogin({ field: "key", wrong: "That is not the key. It was printed when the server started.", enter });

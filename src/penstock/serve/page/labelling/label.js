@@ -2,50 +2,15 @@
 // room too (room.js).
 
 import { label, listen, session } from "../api.js";
-import { $, toast } from "../dom.js";
+import { $ } from "../dom.js";
+import { askForKey, guard, logOut, showApp, startLogin } from "../login.js";
 import { next, startJudging } from "./judging.js";
 import { startRoom } from "./room.js";
-
-const REMEMBERED = "penstock.remembered"; // as on the page to chat in
-
-async function start() {
-  const given = /^#(?:token|key)=(.+)$/.exec(location.hash)?.[1]; // the link that the owner hands out
-  if (given) {
-    history.replaceState(null, "", location.pathname);
-    return logIn(decodeURIComponent(given));
-  }
-  if (!localStorage.getItem(REMEMBERED)) return askForToken();
-  try {
-    await session.resume();
-  } catch (error) {
-    return askForToken(error.status === 401 ? "" : error.message);
-  }
-  return enter();
-}
-
-function askForToken(message = "") {
-  $("app").hidden = true;
-  $("login").hidden = false;
-  $("login-error").textContent = message;
-  $("token").focus();
-}
-
-async function logIn(token) {
-  try {
-    await session.open(token);
-  } catch (error) {
-    return askForToken(error.status === 401 ? "That is no token of this room. Ask its owner for a new one." : error.message);
-  }
-  localStorage.setItem(REMEMBERED, "yes");
-  $("token").value = "";
-  return enter();
-}
 
 async function enter() {
   await guard(async () => {
     const me = await label.me();
-    $("login").hidden = true;
-    $("app").hidden = false;
+    showApp();
     $("name").textContent = me.name;
     $("views").hidden = !me.owner;
     if (me.owner) {
@@ -66,18 +31,6 @@ function view(name, draw) {
   return guard(draw);
 }
 
-/** Runs a function that calls the server, and shows its error. Returns whether it succeeded. */
-async function guard(action) {
-  try {
-    await action();
-    return true;
-  } catch (error) {
-    if (error.status === undefined) throw error;
-    if (error.status !== 0 && error.status !== 401) toast(error.message);
-    return false;
-  }
-}
-
 let probing = 0;
 
 function setReachable(reachable) {
@@ -88,18 +41,13 @@ function setReachable(reachable) {
   if (reachable) probing = 0;
 }
 
-listen({ signedOut: () => askForToken("Please come in again."), reachable: setReachable });
-$("login-form").onsubmit = (event) => {
-  event.preventDefault();
-  logIn($("token").value.trim());
-};
+listen({ signedOut: () => askForKey("Please come in again."), reachable: setReachable });
 $("log-out").onclick = async () => {
-  await guard(session.close);
-  localStorage.removeItem(REMEMBERED);
+  await logOut();
   location.reload();
 };
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && !$("judging").hidden && $("item").hidden) next(); // nothing was left: look again
 });
 
-start();
+startLogin({ field: "token", wrong: "That is no token of this room. Ask its owner for a new one.", enter });
