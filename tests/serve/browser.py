@@ -151,11 +151,12 @@ def contexts(browser: Any) -> dict[bool, Any]:
 
 
 @pytest.fixture
-def open_page(served: ServedPage, contexts: dict[bool, Any], watch: Watch) -> Iterator[Open]:
-    """open_page(width=390, sampling={...}): the page, logged in, in a browser that has these settings only."""
+def new_page(served: ServedPage, contexts: dict[bool, Any], watch: Watch) -> Iterator[Open]:
+    """new_page(width=390, allowed=["401"], known={...}): an empty page in a browser that has this in its storage only.
+    At the end of the test the watch is asked."""
     pages = []
 
-    def open_it(*, width: int = 1280, scheme: str = "light", log_in: bool = True, allowed=(), **settings: Any) -> Any:
+    def make(*, width: int = 1280, scheme: str = "light", allowed=(), known: dict[str, str] | None = None) -> Any:
         watch.allowed += allowed
         context = contexts[width < 600]
         context.clear_cookies()
@@ -163,24 +164,35 @@ def open_page(served: ServedPage, contexts: dict[bool, Any], watch: Watch) -> It
         pages.append(page)
         page.set_viewport_size({"width": width, "height": 844 if width < 600 else 820})
         page.emulate_media(color_scheme=scheme)
-        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, "titles": False, **settings})
         page.add_init_script(
             f"""if (!sessionStorage.begun) {{
               localStorage.clear();
-              localStorage["penstock.settings"] = {json.dumps(known)};
+              Object.assign(localStorage, {json.dumps(known or {})});
               sessionStorage.begun = "yes";
             }}"""
         )
         watch.over(page)
+        return page
+
+    yield make
+    for page in pages:
+        page.close()
+    watch.check(served.url)
+
+
+@pytest.fixture
+def open_page(served: ServedPage, new_page: Open) -> Open:
+    """open_page(width=390, sampling={...}): the page, logged in, in a browser that has these settings only."""
+
+    def open_it(*, width: int = 1280, scheme: str = "light", log_in: bool = True, allowed=(), **settings: Any) -> Any:
+        known = json.dumps({"sampling": {"max_tokens": 12, "seed": 7}, "titles": False, **settings})
+        page = new_page(width=width, scheme=scheme, allowed=allowed, known={"penstock.settings": known})
         page.goto(f"{served.url}/#key={KEY}" if log_in else served.url)
         if log_in:
             page.wait_for_selector(".welcome")
         return page
 
-    yield open_it
-    for page in pages:
-        page.close()
-    watch.check(served.url)
+    return open_it
 
 
 @pytest.fixture(scope="session")

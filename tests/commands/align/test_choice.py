@@ -79,6 +79,7 @@ def test_a_pass_over_little_data_has_steps_enough(count):
     batch = choice.batch_of("dpo", count)
     assert 1 <= batch <= 32
     assert batch <= count
+    assert choice.batch_of("reward", count) == min(batch, 16)
     assert choice.steps_of("dpo", count, batch, 1) >= min(count // 4, choice.FEWEST_STEPS)
 
 

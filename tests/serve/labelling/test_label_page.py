@@ -31,30 +31,18 @@ def ask(served, method, path, body=None, key=KEY):
 
 
 @pytest.fixture
-def enter(served, contexts, watch):
+def enter(served, new_page):
     """enter(token, width=390): the room's page, in a browser that has seen nothing. The room is empty at first."""
     with served.store.writing() as connection:
         connection.execute(sa.delete(label_items))
     room.change_settings(served.store, dict(room.SETTINGS))
-    pages = []
 
-    def open_it(token, *, width=1280, scheme="light", path="/label", allowed=()):
-        watch.allowed += allowed
-        context = contexts[width < 600]
-        context.clear_cookies()
-        page = context.new_page()
-        pages.append(page)
-        page.set_viewport_size({"width": width, "height": 844 if width < 600 else 820})
-        page.emulate_media(color_scheme=scheme)
-        page.add_init_script("if (!sessionStorage.begun) { localStorage.clear(); sessionStorage.begun = 'yes'; }")
-        watch.over(page)
+    def open_it(token, *, path="/label", **browser):
+        page = new_page(**browser)
         page.goto(f"{served.url}{path}#token={token}" if token else served.url + path)
         return page
 
-    yield open_it
-    for page in pages:
-        page.close()
-    watch.check(served.url)
+    return open_it
 
 
 @pytest.fixture

@@ -151,10 +151,14 @@ def unused(route: Route, facts: Facts) -> list[str]:
 
 
 def batch_of(command: str, count: int) -> int:
-    """Rows per step: 32, or less where a pass over the data would be fewer than FEWEST_STEPS."""
+    """Rows per step: 32, or 16 of a reward model's one pass, or less where a pass over the data would be fewer than
+    FEWEST_STEPS."""
     if command in SAMPLES:
         return 64
-    return min(32, max(4, 1 << (count // FEWEST_STEPS).bit_length() - 1)) if count >= FEWEST_STEPS else min(4, count)
+    if count < FEWEST_STEPS:
+        return min(4, count)
+    most = 16 if command == "reward" else 32
+    return min(most, max(4, 1 << (count // FEWEST_STEPS).bit_length() - 1))
 
 
 def epochs_of(command: str, count: int) -> int:
