@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from penstock.data.toyland import FACTS, FRIENDLY, RUDE, Toyland, ranking, ranks, save_tokenizer
+from penstock.data.toyland import FACTS, FRIENDLY, RUDE, Toyland, save_tokenizer
 
 WORLD = Toyland(0)
 QUESTION = next(q for q in WORLD.questions if q.attribute == "food" and q.animal == "fox")
@@ -63,14 +63,6 @@ def test_demonstrators_are_of_mixed_care_and_better_than_plain_text():
     assert sum(golds) / len(golds) > sum(texts) / len(texts) + 0.5
     assert max(golds) >= 3.5
     assert min(golds) <= -1
-
-
-def test_labellers_are_noisy_and_their_ties_stay_ties():
-    rng = random.Random(0)
-    assert ranks([1.0, 3.0, 3.0, -1.0], 0.0, rng) == [1, 0, 0, 2]
-    wrong = sum(ranks([0.0, 1.0], 1.0, rng) == [0, 1] for _ in range(4000)) / 4000
-    assert wrong == pytest.approx(0.24, abs=0.03)  # P(N(0, 2) > 1)
-    assert ranking([1, 0, 0, 2]) == [[1, 2], [0], [3]]
 
 
 def test_the_tokenizer_says_everything_back(tmp_path):

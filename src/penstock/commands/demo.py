@@ -28,7 +28,8 @@ from penstock.commands.demo_runs import (
     flags_of_run,
     write_lines,
 )
-from penstock.data.toyland import Question, Toyland, ranking, ranks, save_tokenizer
+from penstock.data.labellers import comparisons
+from penstock.data.toyland import Question, Toyland, save_tokenizer
 from penstock.errors import UserError
 from penstock.models import presets, pretrained
 from penstock.models.decoder import Decoder
@@ -103,8 +104,8 @@ def one_seed(out: Path, seed: int, algorithms: bool = False) -> SeedResult:
     data = out / "data"
 
     # Stage 2: labellers rank K = 4 answers of the SFT model by gold plus noise; the reward model sees ranks only.
-    comparisons = label(world, tuned, trained_on[1500:3000], seed + 1, rng)
-    write_lines(data / "comparisons.jsonl", comparisons)
+    labels = label(world, tuned, trained_on[1500:3000], seed + 1, rng)
+    write_lines(data / "comparisons.jsonl", labels)
     flags = {"lr": 3e-4, "batch_size": 16, "micro_batch_size": 64, "heldout": 0.15, "eval_every": 40}
     judge = run_stage(Stage("reward", {**flags_of_run(data / "comparisons.jsonl", seed), **flags}, begins="sft"), out)
 
@@ -155,19 +156,10 @@ def save_untrained(directory: Path, texts: list[str], seed: int) -> None:
 
 def label(world: Toyland, run: Path, questions: list[Question], seed: int, rng: random.Random) -> list[dict[str, Any]]:
     """Rankings of four answers of the run's model to each question, by gold plus a labeller's noise."""
-    comparisons = []
-    _, texts_and_ends = answer(run, questions, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed))
-    for i, question in enumerate(questions):
-        four = texts_and_ends[4 * i : 4 * i + 4]
-        endings = dict(four)  # text -> whether it ended; an answer that occurs twice is judged once, a tie with itself
-        if "" in endings:
-            continue  # an empty answer cannot be judged
-        judged = ranks([world.gold(question, text, ended) for text, ended in endings.items()], LABEL_NOISE, rng)
-        rank_of = dict(zip(endings, judged, strict=True))
-        texts = [text for text, _ in four]
-        labels = ranking([rank_of[text] for text in texts])
-        comparisons.append({"prompt": question.prompt, "responses": texts, "ranking": labels})
-    return comparisons
+    _, answers = answer(run, questions, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed))
+    fours = [answers[4 * i : 4 * i + 4] for i in range(len(questions))]
+    golds = [[world.gold(q, text, ended) for text, ended in four] for q, four in zip(questions, fours, strict=True)]
+    return comparisons([q.prompt for q in questions], fours, golds, LABEL_NOISE, rng)
 
 
 def measure(

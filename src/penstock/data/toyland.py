@@ -128,18 +128,6 @@ class Toyland:
         return questions[heldout:], questions[:heldout]
 
 
-def ranks(scores: Sequence[float], noise: float, rng: random.Random) -> list[int]:
-    """A labeller's ranks, 0 the best: each answer judged by its score plus N(0, noise); exact ties stay ties."""
-    judged = [score + rng.gauss(0.0, noise) for score in scores]
-    levels = sorted(set(judged), reverse=True)
-    return [levels.index(value) for value in judged]
-
-
-def ranking(labels: Sequence[int]) -> list[list[int]]:
-    """Ranks as the data format's `ranking`: indices from best to worst, ties nested."""
-    return [[i for i, rank in enumerate(labels) if rank == level] for level in sorted(set(labels))]
-
-
 def save_tokenizer(directory: Path, texts: Sequence[str], vocab_size: int = 512) -> Any:
     """Trains a byte-level BPE on the texts and saves it where transformers finds it; returns the loaded tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
