@@ -30,7 +30,8 @@ BENCHMARKS = {
     "speed": ("speed:main", "two checkouts: seconds of the same steps in turns"),
     "gradients": ("gradients:main", "two checkouts: the error of bf16 gradients by micro-batch"),
     "gpu": ("gpu:main", "everything that only a GPU can tell, on small shapes without one"),
-    "tables": ("tables:main", "writes benchmarks/README.md and its plots from the results"),
+    "submit": ("one_gpu:main", "checks rows of the one-GPU benchmark, of any stack"),
+    "tables": ("tables:main", "writes benchmarks/README.md, its plots and our submission from the results"),
 }
 
 

@@ -68,7 +68,7 @@ def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
         "command": f"python -m benchmarks {shlex.join(words)}".strip(),
         "commit": os.environ.get("COMMIT") or commit_of(ROOT) + dirty,  # a machine may have the files alone
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), "gpu": _gpu()},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), **_gpu()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", *packages)}},
     }
     path = result_path(name)
@@ -98,7 +98,9 @@ def _ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _gpu() -> str | None:
+def _gpu() -> dict[str, Any]:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return {"gpu": None}
+    return {"gpu": torch.cuda.get_device_name(), "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory}

@@ -1,4 +1,4 @@
-"""benchmarks/README.md and its plots, from benchmarks/results/*.json and nothing else.
+"""benchmarks/README.md, its plots and submissions/penstock.csv, from benchmarks/results/*.json and nothing else.
 
     python -m benchmarks tables [--results DIR] [--out DIR]
 
@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt
 from matplotlib import ticker
 
 from benchmarks.facts import RESULTS, flags
+from benchmarks.one_gpu import OUR_ROWS, write_rows
+from benchmarks.one_gpu_rows import rows_of_results
 from penstock.units import show_bytes
 
 HERE = Path(__file__).parent
@@ -364,14 +366,16 @@ CLAIMS = [
 
 
 def main(arguments: list[str]) -> int:
-    """Writes README.md and plots/."""
+    """Writes README.md, plots/ and our rows of the one-GPU benchmark."""
     parser = flags(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    (options.out / "plots").mkdir(parents=True, exist_ok=True)
+    for folder in ("plots", "submissions"):
+        (options.out / folder).mkdir(parents=True, exist_ok=True)
+    write_rows(rows_of_results(options.results), options.out / "submissions" / OUR_ROWS)
     text = [
         "# Benchmarks",
         "",
