@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import os
 import shutil
 import sys
 import textwrap
@@ -41,6 +42,9 @@ PATHS = (
 """Flags that may name something on this machine."""
 SOURCES = ("data", "ptx_data", "normalize", "eval_data")
 """Flags whose values name data, as `penstock.sources` reads them."""
+SECRETS = {"key": "PENSTOCK_KEY", "database": "PENSTOCK_DATABASE"}
+"""Flags that hold a secret, and the variable that is read instead of each: every user of a machine sees command lines,
+and nobody but root another user's environment."""
 ALIASES = {"model": "actor"}
 """Another name of a flag, in commands that have no flag of that name."""
 COMMON = {
@@ -193,11 +197,18 @@ def parse(config_class: type[Config], arguments: Sequence[str], command: str = "
         if made_by != command:
             raise UserError(f"--config {path}: is of penstock {made_by}, and this is penstock {command}.")
         values = _from_table(config_class, table, path) | values
+    names = {flag.name for flag in flags_of(config_class)} & SECRETS.keys()
+    values = {name: text for name in names if (text := os.environ.get(SECRETS[name]))} | values
     missing = [flag.spelling for flag in flags_of(config_class) if flag.default is MISSING and flag.name not in values]
     if missing:
         be = "is" if len(missing) == 1 else "are"
         raise UserError(f"{', '.join(missing)} {be} missing; penstock {command} --help shows an example.")
     return _build(config_class, values)
+
+
+def with_secrets(**values: str | None) -> dict[str, str]:
+    """The environment of a penstock command that is started, with these of its SECRETS."""
+    return {**os.environ, **{SECRETS[name]: value or "" for name, value in values.items()}}
 
 
 def usage(config_class: type, command: str, positional: str = "") -> str:

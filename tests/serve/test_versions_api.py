@@ -1,10 +1,16 @@
 """Versions over HTTP: what there is, rolling back while it serves, and a round that the page begins."""
 
 import json
+import os
+import subprocess
 
 import pytest
 
+from penstock.commands.improve.config import ImproveConfig
+from penstock.flags import parse
 from penstock.run.versions import TRUSTED, WITHDRAWN, Versions
+from penstock.serve.config import ServeConfig
+from penstock.serve.versions.rounds import Rounds
 from tests.serve.conftest import eventually, running, save_chatty
 
 
@@ -76,6 +82,19 @@ def test_the_page_begins_a_round_of_the_server_s_own_votes(tmp_path, live):
         assert "0 new votes and comparisons, and a round waits for 100" in described["log"], described["log"]
     settings = (live.path / "improve.toml").read_text()
     assert json.dumps(str(tmp_path / "data")) in settings
+
+
+def test_a_round_gets_the_database_s_password_where_ps_does_not_show_it(live, monkeypatch):
+    started, secret = [], "postgresql://votes:password@localhost/votes"
+    monkeypatch.setattr(subprocess, "Popen", lambda words, env, **streams: started.append((words, env)))
+    Rounds(ServeConfig(model=(str(live.path),), database=secret)).begin(str(live.path))
+    ((words, environment),) = started
+    assert not [word for word in words if "password" in word]
+    monkeypatch.setattr(os, "environ", environment)
+    assert parse(ImproveConfig, words[4:], "improve", "run").database == secret
+    assert parse(ImproveConfig, ["runs/live", "--database", "another"], "improve", "run").database == "another"
+    environment["PENSTOCK_KEY"] = "a key from the environment"
+    assert parse(ServeConfig, ["model"], "serve", "model").key == "a key from the environment"
 
 
 def test_the_page_of_versions_is_a_file_without_a_secret(server):

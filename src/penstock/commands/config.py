@@ -139,7 +139,8 @@ class VotesConfig(Flags):
     data_dir: str = "runs/serve"
     """Directory in which penstock serve kept them."""
     database: str | None = None
-    """PostgreSQL database in which penstock serve kept them: postgresql://USER:PASSWORD@HOST/NAME."""
+    """PostgreSQL database in which penstock serve kept them: postgresql://USER:PASSWORD@HOST/NAME. Default:
+    PENSTOCK_DATABASE of the environment."""
 
 
 @dataclass(frozen=True)

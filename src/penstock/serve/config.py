@@ -18,13 +18,15 @@ class ServeConfig(TemplateFlags, InferenceFlags):
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
     key: str | None = None
-    """Key that every request must send, at least 16 characters. Default: made and printed at the first start."""
+    """Key that every request must send, at least 16 characters. Default: PENSTOCK_KEY of the environment, which other
+    users of the machine cannot see, or else made and printed at the first start."""
     new_key: bool = False
     """Make a new key; the earlier key and all sessions end."""
     data_dir: str = "runs/serve"
     """Directory of conversations, votes and the hashed key."""
     database: str | None = None
-    """PostgreSQL database to keep them in instead: postgresql://USER:PASSWORD@HOST/NAME."""
+    """PostgreSQL database to keep them in instead: postgresql://USER:PASSWORD@HOST/NAME. Default: PENSTOCK_DATABASE of
+    the environment, which other users of the machine cannot see."""
     move_damaged: bool = False
     """If the database is damaged, move it aside and start with an empty one."""
     follow: bool = False

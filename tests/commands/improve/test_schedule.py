@@ -8,6 +8,8 @@ from penstock.commands.improve import command
 from penstock.commands.improve.config import ImproveConfig
 from penstock.flags import parse
 
+SECRET = "postgresql://votes:password@localhost/votes"
+
 
 def test_the_command_line_of_a_round_is_read_as_the_same_flags():
     config = ImproveConfig(
@@ -19,13 +21,15 @@ def test_the_command_line_of_a_round_is_read_as_the_same_flags():
 
 
 def test_a_signal_ends_the_schedule_and_the_round_that_runs(monkeypatch):
-    started, signals, handlers = [], [], {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    started, databases, signals = [], [], []
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
     class Round:
         """Ends well the first time; the second time a signal comes while it runs."""
 
-        def __init__(self, words):
+        def __init__(self, words, env):
             started.append(words)
+            databases.append(env["PENSTOCK_DATABASE"])
 
         def wait(self):
             if len(started) == 2:
@@ -37,17 +41,18 @@ def test_a_signal_ends_the_schedule_and_the_round_that_runs(monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Round)
     try:
-        code = command.improve(ImproveConfig(run="runs/live", every="1s", quiet=True))
+        code = command.improve(ImproveConfig(run="runs/live", every="1s", quiet=True, database=SECRET))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert (code, signals) == (143, [signal.SIGTERM])
     assert [words[-2:] for words in started] == [["runs/live", "--quiet"]] * 2
+    assert databases == [SECRET] * 2  # and on no command line
 
 
 def test_a_round_that_a_person_must_mend_ends_the_schedule(monkeypatch, tmp_path):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(subprocess, "Popen", lambda words: type("Round", (), {"wait": lambda self: 2})())
+    monkeypatch.setattr(subprocess, "Popen", lambda words, env: type("Round", (), {"wait": lambda self: 2})())
     try:
         assert command.improve(ImproveConfig(run=str(tmp_path), every="24h", quiet=True)) == 2
     finally:

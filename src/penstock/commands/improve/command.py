@@ -21,7 +21,7 @@ from penstock.commands.align.config import seconds_of
 from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.text import version_text
 from penstock.errors import UserError
-from penstock.flags import flags_of, from_dict, to_dict, with_absolute_paths
+from penstock.flags import SECRETS, flags_of, from_dict, to_dict, with_absolute_paths, with_secrets
 from penstock.run.versions import Versions
 
 SETTINGS = "improve.toml"
@@ -127,6 +127,7 @@ def spoken(config: ImproveConfig, versions: Versions) -> str:
 def scheduled(config: ImproveConfig, say: Any) -> int:
     """A round each --every, in a process of its own, until a signal; a round that is running is stopped with it."""
     seconds, child, stop = seconds_of(str(config.every)), None, False
+    environment = with_secrets(database=config.database)
 
     def on_signal(signum: int, frame: object) -> None:
         nonlocal stop
@@ -139,7 +140,7 @@ def scheduled(config: ImproveConfig, say: Any) -> int:
     code = 0
     while not stop:
         began = time.monotonic()
-        child = subprocess.Popen([sys.executable, "-m", "penstock", "improve", *words(config)])
+        child = subprocess.Popen([sys.executable, "-m", "penstock", "improve", *words(config)], env=environment)
         code = child.wait()
         child = None
         say(f"the round ended with exit code {code}; the next begins {config.every} after it began")
@@ -151,12 +152,12 @@ def scheduled(config: ImproveConfig, say: Any) -> int:
 
 
 def words(config: ImproveConfig) -> list[str]:
-    """The command line of one round of a schedule."""
+    """The command line of one round of a schedule, but for secrets."""
     default = {flag.name: flag.default for flag in flags_of(ImproveConfig)}
     line = [config.run]
     for flag in flags_of(ImproveConfig):
         value = getattr(config, flag.name)
-        if flag.name in ("run", "every") or value == default[flag.name]:
+        if flag.name in ("run", "every", *SECRETS) or value == default[flag.name]:
             continue
         line.append(flag.spelling if value is not False else f"--no-{flag.spelling[2:]}")
         if not isinstance(value, bool):

@@ -23,7 +23,8 @@ class ImproveConfig(TemplateFlags, EngineFlags):
     data_dir: str = "runs/serve"
     """Directory in which penstock serve keeps the votes; none where there is no database in it."""
     database: str | None = None
-    """PostgreSQL database in which penstock serve keeps the votes: postgresql://USER:PASSWORD@HOST/NAME."""
+    """PostgreSQL database in which penstock serve keeps the votes: postgresql://USER:PASSWORD@HOST/NAME. Default:
+    PENSTOCK_DATABASE of the environment."""
     regression: tuple[str, ...] = ()
     """Comparisons or demonstrations that must not get worse, whatever users like."""
     margin: float = 0.1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from penstock.flags import with_secrets
 from penstock.run.versions import Versions
 from penstock.serve.config import ServeConfig
 
@@ -24,15 +25,13 @@ class Rounds:
         """Begins a round, or goes on with one. Raises ValueError where one runs."""
         if self.runs(source):
             raise ValueError("a round is running already; wait for it, or stop it.")
-        command = [sys.executable, "-m", "penstock", "improve", source]
-        if self._config.database is None:
-            command += ["--data-dir", str(Path(self._config.data_dir).absolute())]
-        else:
-            command += ["--database", self._config.database]
+        place = ["--data-dir", str(Path(self._config.data_dir).absolute())]
+        command = [sys.executable, "-m", "penstock", "improve", source, *place]
         with (Path(source) / LOG).open("wb") as log:
             self._running[source] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=with_secrets(database=self._config.database),
+            )  # fmt: skip
 
     def stop(self, source: str) -> None:
         """Has a round end at its next step, after a checkpoint. Raises ValueError where none of the page's runs."""
