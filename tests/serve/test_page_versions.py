@@ -48,6 +48,10 @@ def test_a_person_reads_why_and_rolls_back_by_one_click(tmp_path, live, contexts
         watch.over(page)
         page.goto(f"{server.address}/#key={KEY}")
         page.wait_for_selector(".welcome")
+        if width < 600:
+            page.get_by_role("button", name="Conversations").click()
+        page.get_by_role("link", name="Versions").click()
+        page.wait_for_url(f"{server.address}/versions")
         page.goto(f"{server.address}/versions/")
         assert page.url == f"{server.address}/versions"
         cards = page.locator("article")
