@@ -4,6 +4,7 @@
     python -m benchmarks serve fuzz          5,000 requests made from the OpenAPI document
     python -m benchmarks serve security      10,000 such requests; strangers, texts that would run, and bombs
     python -m benchmarks serve clients       three generations of the openai client, npm's, llm, LangChain, LiteLLM
+    python -m benchmarks serve labelling     eight labellers at once, 1,000 items, and how far they agree
 
 Each writes benchmarks/results/serve_NAME.json.
 """
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import facts, security, timing
+from benchmarks import labelling as room
 
 KEY = "a key for measurements"
 ROWS, QUEUE, NEW_TOKENS = 32, 128, 64
@@ -342,6 +344,14 @@ def attacked(examples: int = 700) -> dict[str, Any]:
             return {**result, "all_answers_5xx": sum(made[status] for status in made if status >= "500")}
 
 
+def labelling(items: int = 1000, labellers: int = 8) -> dict[str, Any]:
+    """benchmarks/labelling.py on the real command."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with serving(directory, small_model(directory), "--threads", "1") as server:
+            return room.campaign(security.asker(server.address), KEY, items, labellers, directory)
+
+
 def clients() -> dict[str, Any]:
     """The same cases with the last openai 1.x, the last 2.x and the newest; what llm, LangChain, LiteLLM and, where
     node is installed, npm's openai see. Each in an environment of its own."""
@@ -383,5 +393,5 @@ def counted(results: dict[str, str]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Writes serve_NAME.json."""
-    measures = {"load": load, "fuzz": fuzz, "security": attacked, "clients": clients}
+    measures = {"load": load, "fuzz": fuzz, "security": attacked, "clients": clients, "labelling": labelling}
     return facts.run_measures(arguments, __doc__, measures, "serve", "fastapi", "uvicorn")
