@@ -145,6 +145,10 @@ class Catalogue:
             cards.append({**card, "owned_by": "penstock", "task": task, "max_model_len": length})
         return cards
 
+    def rewards(self) -> list[ServedReward]:
+        """The reward models that are loaded, by name."""
+        return [model for _, model in sorted(self.models.items()) if isinstance(model, ServedReward)]
+
     def start(self, on_failure: Callable[[], None]) -> None:
         """Loads all models in a thread, then follows their runs with --follow."""
         self._thread = threading.Thread(target=self._run, args=(on_failure,), name="catalogue", daemon=True)

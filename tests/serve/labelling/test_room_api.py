@@ -1,5 +1,6 @@
 """The room over HTTP: import, labelling by several people, figures, exports that training and Argilla read."""
 
+import itertools
 import json
 import threading
 from collections import Counter
@@ -288,6 +289,8 @@ def test_what_no_model_can_answer_is_named(room):
     assert "raise the temperature" in problems[1]["problem"]
     reply = room.ask("POST", "/api/labelling/items", {"items": [WEIR], "draft": {"models": ["nobody"]}})
     assert (reply.status, reply.error["code"]) == (404, "model_not_found")
+    reply = room.ask("POST", "/api/labelling/items", {"items": [WEIR], "draft": {"models": ["tiny"], "keep": 2}})
+    assert (reply.status, reply.error["param"]) == (400, "draft.keep")
 
 
 def test_the_reward_model_that_was_trained_from_the_room_says_what_to_ask_first(tmp_path):
@@ -319,3 +322,14 @@ def test_the_reward_model_that_was_trained_from_the_room_says_what_to_ask_first(
         asked = [item["prompt"] for item in label_all(server, hire(server, "bo")["token"], str)]
         assert asked == sorted(asked, key=margins.get)
         assert asked != sorted(asked)
+
+        draft = {"models": ["tiny"], "answers": 6, "keep": 2, "max_tokens": 8, "temperature": 1.0}
+        add(server, {"prompt": "Once upon"}, draft=draft)
+        assert eventually(lambda: server.ask("GET", "/api/labelling").json["open_items"] == 1)
+        label_all(server, hire(server, "cy")["token"], str)
+        (line,) = [line for line in exported(server, "rankings") if line["prompt"] == "Once upon"]
+        body = {"model": "tiny", "prompt": "Once upon", "n": 6, **line["shown"][0]["sampling"]}
+        texts = [choice["text"] for choice in server.post(body, "/v1/completions").json["choices"]]
+        score_of = dict(zip(texts, scores({"prompt": "Once upon", "responses": texts}), strict=True))
+        pairs = itertools.combinations(dict.fromkeys(texts), 2)
+        assert line["responses"] == [*min(pairs, key=lambda pair: abs(score_of[pair[0]] - score_of[pair[1]]))]

@@ -41,6 +41,10 @@ class Drafting(Strict):
 
     models: Annotated[list[str], Field(min_length=1, max_length=9)]
     answers: Annotated[int, Field(ge=2, le=9)] = 4
+    keep: (
+        Annotated[int, Field(ge=2, le=9, description="Of them, to rank: what the reward models are least sure of.")]
+        | None
+    ) = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     max_tokens: Count | None = None
@@ -170,5 +174,9 @@ def _draft(body: Drafting, service: Service) -> dict[str, Any]:
     """As an item keeps it. Raises ApiError for a model that is not there."""
     for name in body.models:
         service.find(name)
+    if body.keep and not service.catalogue.rewards():
+        text = "no reward model is served that could choose among answers; serve one, or leave it out."
+        raise ApiError(400, f"draft.keep: {text}", param="draft.keep")
     sampling = body.model_dump(include={"temperature", "top_p", "max_tokens"}, exclude_none=True)
-    return {"models": body.models, "answers": body.answers, "sampling": sampling}
+    keep = {"keep": body.keep} if body.keep else {}
+    return {"models": body.models, "answers": body.answers, **keep, "sampling": sampling}

@@ -20,7 +20,7 @@ from penstock.serve import openai_requests
 from penstock.serve.detokenize import OPEN, opens_thought
 from penstock.serve.errors import ApiError
 from penstock.serve.labelling import waiting
-from penstock.serve.labelling.uncertainty import uncertainty
+from penstock.serve.labelling.uncertainty import least_known, uncertainty
 from penstock.serve.scoring.reward_models import ServedReward
 from penstock.serve.service import Life, Service
 from penstock.serve.store import Row
@@ -64,8 +64,7 @@ class Preparation:
         if item is not None:
             await self._answer(item)
             return True
-        models = sorted(service.catalogue.models.items())
-        rewards = [model for _, model in models if isinstance(model, ServedReward)]
+        rewards = service.catalogue.rewards()
         if not rewards:
             return False
         scorers = hashlib.sha256("".join(reward.digest for reward in rewards).encode()).hexdigest()
@@ -95,6 +94,10 @@ class Preparation:
             await asyncio.to_thread(waiting.fail_draft, self._service.store, item["id"], problem)
             return
         kept = [different[text] for text in reversed(different)]
+        count = draft.get("keep") or len(kept)
+        if count < len(kept):
+            scores = await self._scores({**item, "answers": kept}, self._service.catalogue.rewards())
+            kept = [kept[i] for i in least_known(scores, count)] if scores else kept[:count]
         await asyncio.to_thread(waiting.finish_draft, self._service.store, item["id"], kept)
 
     async def _answers(self, name: str, prompt: Any, count: int, sampling: Row) -> list[Row]:
@@ -134,6 +137,11 @@ class Preparation:
 
     async def _uncertainty(self, item: Row, rewards: list[ServedReward]) -> float | None:
         """What the reward models leave open about an item's answers; None where they cannot read them."""
+        scores = await self._scores(item, rewards)
+        return uncertainty(scores) if scores else None
+
+    async def _scores(self, item: Row, rewards: list[ServedReward]) -> list[list[float]] | None:
+        """Of each reward model, of each answer, unscaled; None where one cannot read them or says no number."""
         prompt, scores = item["prompt"], list[list[float]]()
         record = Prompt(where=item["id"], **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}))
         for reward in rewards:
@@ -158,5 +166,4 @@ class Preparation:
                 )
             # As the reward model was trained: PPO's scale divides margins by the spread of scores.
             scores.append([value * reward.model.std for value in values])
-        value = uncertainty(scores)
-        return value if math.isfinite(value) else None
+        return scores if all(math.isfinite(value) for row in scores for value in row) else None

@@ -85,7 +85,7 @@ function items(served) {
     event.preventDefault();
     guard(async () => {
       const drafters = [...document.querySelectorAll(".draft-model:checked")].map((box) => box.value);
-      const draft = { models: drafters, answers: Number($("draft-answers").value), temperature: Number($("draft-temperature").value), max_tokens: Number($("draft-tokens").value) };
+      const draft = { models: drafters, answers: Number($("draft-answers").value), keep: Number($("draft-keep").value) || null, temperature: Number($("draft-temperature").value), max_tokens: Number($("draft-tokens").value) };
       const words = await send(objects(await file.files[0].text()), { gold: gold.checked, ...(drafters.length && !gold.checked ? { draft } : {}) });
       file.value = "";
       gold.checked = false;
@@ -100,6 +100,7 @@ function items(served) {
       h("label", { class: "switch" }, gold, h("span", {}, "Their rankings are known: use them to test labellers")),
       boxes.length > 0 && h("fieldset", {}, h("legend", {}, "Models that answer"), ...boxes, h("div", { class: "line" },
         number("draft-answers", "Answers", "4", { min: 2, max: 9 }),
+        number("draft-keep", "Of them to rank", "", { min: 2, max: 9, placeholder: "all" }),
         number("draft-temperature", "Temperature", "1", { min: 0, max: 2, step: "any" }),
         number("draft-tokens", "Longest answer", "512", { min: 1, max: 131072 }))),
       h("button", { class: "primary", type: "submit" }, "Import")));
