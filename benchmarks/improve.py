@@ -110,7 +110,9 @@ def rounds(out: Path, start: str, world: World, seed: int, count: int, labels: i
         row = improve_once(config, versions, functools.partial(print, file=sys.stderr, flush=True))
         assert row is not None
         result = {"round": number, "poisoned": number == poisoned, "decision": row["decision"], "why": row["why"]}
-        result |= {name: row[name] for name in ("state", "way", "examined", "agreement", "memory") if name in row}
+        result |= {
+            name: row[name] for name in ("state", "way", "examined", "agreement", "answers", "memory") if name in row
+        }
         result |= {"seconds": round(row["seconds"], 1), "gold_before": statistics.mean(known[served])}
         if "model" in row:
             made = versions.model(row["version"])

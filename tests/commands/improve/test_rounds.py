@@ -9,7 +9,10 @@ import pytest
 from penstock.commands.improve import rule
 from penstock.commands.improve.command import NICE, settled
 from penstock.commands.improve.config import ImproveConfig
-from penstock.commands.improve.rounds import improve_once
+from penstock.commands.improve.judges import reward_model
+from penstock.commands.improve.labels import gather
+from penstock.commands.improve.measure import Models, answers
+from penstock.commands.improve.rounds import Round, improve_once
 from penstock.errors import ResourceError
 from penstock.run.directory import resolve_model
 from penstock.run.versions import REFUSED, TRUSTED, WITHDRAWN, Versions
@@ -90,7 +93,9 @@ def test_votes_that_are_held_out_are_never_learned_in_any_round(live, tmp_path):
     everything = "".join(
         file.read_text() for file in (tmp_path / "live").rglob("*.jsonl") if file.parent.name == "learned"
     )
-    everything += "".join(file.read_text() for file in (tmp_path / "live" / "judges").rglob("comparisons.jsonl"))
+    everything += "".join(
+        file.read_text() for file in (tmp_path / "live" / "judges" / "learned").rglob("comparisons.jsonl")
+    )
     assert not [word for word in rest if f'Say {word}"' in everything]
     assert row["heldout"]["comparisons"] == len(rest)
 
@@ -102,6 +107,32 @@ def test_a_candidate_that_is_no_better_is_kept_aside_and_its_votes_come_again(li
     row, versions = live(WORDS[80:150], lr=3e-3, steps=8)
     assert (row["decision"], row["learned"]) == ("promoted", [1, 2]), row["why"]
     assert versions.learned(2) == {1, 2}
+
+
+def test_answers_that_lose_by_the_judge_of_held_out_votes_keep_a_candidate_aside(live, tmp_path):
+    row, versions = live(WORDS[:160])
+    assert row["decision"] == "promoted", row["why"]
+    judges = [file.read_text() for file in (tmp_path / "live" / "judges" / "heldout").glob("*/comparisons.jsonl")]
+    learned = (tmp_path / "live" / "version-0001" / "learned" / "comparisons.jsonl").read_text()
+    assert [text.count("\n") for text in judges] == [row["heldout"]["comparisons"]]
+    assert not [line for line in judges[0].splitlines() if line in learned]
+    better, worse = versions.model(1), versions.model(0)
+    config, versions = settled(ImproveConfig(run=str(tmp_path / "live")))
+    round_ = Round(config, versions, lambda text: None)
+    labels = gather(config, versions, tmp_path / "again", 2).labels
+    sides = [[label for label in labels if label.heldout is held] for held in (False, True)]
+    judge = reward_model(config, versions, "heldout", sides[1], lambda text: None)
+    knows = judge.agreement(sides[0], round_.reading)
+    flags = {"max_new_tokens": 8, "apply_chat_template": True}
+
+    def outcome(candidate, served):
+        models = Models(candidate, served, versions.model(0))
+        checks, figures = answers(config, models, sides[1], judge, knows, tmp_path / "again", flags)
+        return checks[-1].passed, figures["wins"]["mean"]
+
+    assert knows.interval[0] > 0.5
+    (won, share), (lost, other) = outcome(better, worse), outcome(worse, better)
+    assert (won, lost) == (True, False), (share, other)
 
 
 def test_a_regression_set_keeps_a_candidate_aside(live, jsonl):

@@ -79,6 +79,15 @@ def test_the_way_is_by_how_much_of_what_there_is(monkeypatch):
     assert stages(200, 0, 1200) == [("reward", "ppo"), ("reward", "grpo"), ("dpo",)]
 
 
+def test_fresh_answers_must_not_lose_where_their_judge_knows_what_was_voted():
+    knows, guesses = Agreement(0.64, (0.6, 0.68), 600), Agreement(0.52, (0.48, 0.56), 600)
+    lose, win = Agreement(0.47, (0.41, 0.53), 250), Agreement(0.52, (0.46, 0.58), 250)
+    assert promoted(rule.fresh_answers_win(win, knows))[0]
+    passed, why = promoted(rule.fresh_answers_win(lose, knows))
+    assert (passed, "47.0%" in why) == (False, True)
+    assert rule.fresh_answers_win(lose, guesses) == []
+
+
 def test_all_conditions_must_be_met():
     better = Agreement(0.6, (0.53, 0.67), 150)
     against = Agreement(0.45, (0.4, 0.52), 90)

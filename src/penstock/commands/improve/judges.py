@@ -1,8 +1,9 @@
-"""What the votes so far have taught, to judge new votes before anything learns from them.
+"""Two judges: what the votes so far have taught judges new votes before anything learns from them, and what held-out
+votes teach, which no training sees, judges fresh answers.
 
-With comparisons it is a reward model of all trusted ones that are learned, made anew when they change. With votes on
-single answers alone, which make no reward model, it is the newest model that learned from trusted votes: the score is
-how its log-probabilities differ from those of the model to start from.
+With comparisons each is a reward model of all trusted ones on its side, made anew when they change. With votes on
+single answers alone, which make no reward model, new votes are judged by the newest model that learned from trusted
+votes: the score is how its log-probabilities differ from those of the model to start from.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from penstock.commands.align.command import STATE
 from penstock.commands.improve import scores
 from penstock.commands.improve.config import ImproveConfig
-from penstock.commands.improve.labels import Label, counts, digest_of, folder_of, write
+from penstock.commands.improve.labels import Label, digest_of, folder_of, write
 from penstock.commands.improve.rule import Agreement, Scores, Way, agreement
 from penstock.commands.improve.scores import Reading
 from penstock.commands.improve.training import Say, learned
@@ -22,6 +23,7 @@ from penstock.run.versions import TRUSTED, Versions
 
 FEWEST = 40
 """Comparisons that a reward model is made of at least; fewer say too little."""
+JUDGED = {"learned": "new votes", "heldout": "fresh answers"}
 
 
 class Judge(NamedTuple):
@@ -47,22 +49,32 @@ class Judge(NamedTuple):
 
 def judge_of(config: ImproveConfig, versions: Versions, trusted: Sequence[Label], say: Say) -> Judge | None:
     """What trusted labels of earlier rounds teach; None where that is too little."""
-    start = versions.model(0)
-    known = [label for label in trusted if label.kind == "comparisons" and not label.heldout]
-    if counts(known)["comparisons"] >= FEWEST:
-        out = versions.path / "judges" / digest_of(known)
-        file = out / "comparisons.jsonl"
-        if not file.exists():
-            write(file, [label.record for label in known])
-        say(f"a reward model of {len(known):,} comparisons of earlier rounds judges the new votes")
-        for other in (folder for folder in out.parent.iterdir() if folder != out):
-            shutil.rmtree(other)  # of fewer comparisons
-        config = dataclasses.replace(config, lr=None, batch_size=None, epochs=None, steps=None)
-        state = learned(config, start, [Way(("reward",), "it judges")], lambda stages: file, out, say)
-        return Judge(str(out / "reward"), True, start, state["apply_chat_template"])
+    judge = reward_model(config, versions, "learned", [label for label in trusted if not label.heldout], say)
+    if judge is not None:
+        return judge
     for number, row in sorted(versions.numbered.items(), reverse=True):
         sources = versions.learned(number)
         if row.get("model") and sources and all(versions.states[source] == TRUSTED for source in sources):
             state = json.loads((folder_of(versions, number) / STATE).read_text(encoding="utf-8"))
-            return Judge(versions.model(number), False, start, state["apply_chat_template"])
+            return Judge(versions.model(number), False, versions.model(0), state["apply_chat_template"])
     return None
+
+
+def reward_model(
+    config: ImproveConfig, versions: Versions, side: str, labels: Sequence[Label], say: Say
+) -> Judge | None:
+    """One of the comparisons among labels of a side ("learned" or "heldout"), made anew when they change; None where
+    they are too few."""
+    start, known = versions.model(0), [label for label in labels if label.kind == "comparisons"]
+    if len(known) < FEWEST:
+        return None
+    out = versions.path / "judges" / side / digest_of(known)
+    file = out / "comparisons.jsonl"
+    if not file.exists():
+        write(file, [label.record for label in known])
+    for other in (folder for folder in out.parent.iterdir() if folder != out):
+        shutil.rmtree(other)  # of fewer comparisons
+    say(f"a reward model of {len(known):,} {side} comparisons judges {JUDGED[side]}")
+    config = dataclasses.replace(config, lr=None, batch_size=None, epochs=None, steps=None)
+    state = learned(config, start, [Way(("reward",), "it judges")], lambda stages: file, out, say)
+    return Judge(str(out / "reward"), True, start, state["apply_chat_template"])

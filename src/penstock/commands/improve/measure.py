@@ -14,13 +14,21 @@ from penstock.commands.improve import scores
 from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.judges import Judge
 from penstock.commands.improve.labels import Label, write
-from penstock.commands.improve.rule import FEWEST, Check, agreement, moves_with_votes, no_worse
+from penstock.commands.improve.rule import (
+    FEWEST,
+    Agreement,
+    Check,
+    agreement,
+    fresh_answers_win,
+    moves_with_votes,
+    no_worse,
+)
 from penstock.commands.improve.scores import Reading
 from penstock.data import formats
 from penstock.errors import UserError
 
-PROMPTS = 128
-"""Held-out prompts that both models answer: a share of so many is known to within 9 %."""
+PROMPTS = 256
+"""Held-out prompts that both models answer: a share of so many is known to within 6 %."""
 ENDED_MARGIN = 0.1
 """How much rarer answers may end by themselves."""
 
@@ -71,14 +79,14 @@ def regressions(config: ImproveConfig, models: Models, reading: Reading) -> list
 
 
 def answers(
-    config: ImproveConfig, models: Models, heldout: Sequence[Label], judge: Judge | None, folder: Path,
-    flags: dict[str, Any],
+    config: ImproveConfig, models: Models, heldout: Sequence[Label], judge: Judge | None, knows: Agreement | None,
+    folder: Path, flags: dict[str, Any],
 ) -> tuple[list[Check], dict[str, Any]]:  # fmt: skip
-    """Both models answer held-out prompts: whether the candidate's still end by themselves, their length, and, with a
-    reward model of earlier votes, their scores."""
+    """Both models answer held-out prompts: whether the candidate's still end by themselves, their length, and, by a
+    reward model of held-out votes that agrees so far with learned ones, their scores and whose are better."""
     prompts = prompts_of([label.record for label in heldout])[:PROMPTS]
     file = write(folder / "data" / "heldout-prompts.jsonl", prompts)
-    score = {"reward": judge.model} if judge and judge.reward else {}
+    score = {"reward": judge.model} if judge else {}
     names = ("system", "template_args", "eos", "device", "seed")
     shared = {name: value for name in names if (value := getattr(config, name)) not in (None, ())}
 
@@ -92,7 +100,11 @@ def answers(
     low, high = interval(change)
     figures: dict[str, Any] = {"prompts": len(prompts), "ended": [float(part.mean()) for part in ended]}
     figures["tokens"] = [float(numpy.mean([len(line["response_ids"]) for line in side])) for side in sides]
-    if score:
-        figures["score"] = [float(numpy.mean([line["score"] for line in side])) for side in sides]
     checks = [no_worse("answers end by themselves", float(change.mean()), (low, high), ENDED_MARGIN)]
+    if judge and knows:
+        scored = [numpy.array([line["score"] for line in side]) for side in sides]
+        figures["score"] = [float(side.mean()) for side in scored]
+        wins = Agreement.of((numpy.sign(scored[1] - scored[0]) + 1) / 2)
+        figures |= {"wins": wins.as_dict(), "judge": knows.as_dict()}
+        checks += fresh_answers_win(wins, knows)
     return checks if len(prompts) >= FEWEST else [], figures

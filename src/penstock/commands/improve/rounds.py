@@ -16,7 +16,7 @@ from typing import Any
 
 from penstock.commands.improve import measure, rule
 from penstock.commands.improve.config import ImproveConfig
-from penstock.commands.improve.judges import Judge, judge_of
+from penstock.commands.improve.judges import Judge, judge_of, reward_model
 from penstock.commands.improve.labels import (
     ARRIVED,
     Gathered,
@@ -111,7 +111,7 @@ class Round:
         train = [label for label in usable if not label.heldout]
         fresh = [label for label in train if label.version not in before]
         row["learned"] = sorted({label.version for label in fresh})
-        row |= self.learn_and_measure(train, fresh, heldout, judge)
+        row |= self.learn_and_measure(train, fresh, heldout)
         if rule.against(row["agreement"]):
             self.say("what learned the new votes moves against earlier ones: they are not learned again")
             row["state"] = REFUSED
@@ -143,7 +143,7 @@ class Round:
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def learn_and_measure(
-        self, train: Sequence[Label], fresh: Sequence[Label], heldout: Sequence[Label], judge: Judge | None
+        self, train: Sequence[Label], fresh: Sequence[Label], heldout: Sequence[Label]
     ) -> dict[str, Any]:
         """Trains a candidate, measures it, and decides."""
         config, versions = self.config, self.versions
@@ -161,7 +161,9 @@ class Round:
         reading = self.reading._replace(data=as_data_flags(config, apply_chat_template=state["apply_chat_template"]))
         checks, votes = measure.held_out_votes(models, heldout, self.number, reading)
         flags = {name: state[name] for name in ("max_new_tokens", "apply_chat_template")}
-        more, answers = measure.answers(config, models, heldout, judge, self.folder, flags)
+        judge = reward_model(config, versions, "heldout", heldout, self.say)
+        knows = judge.agreement(train, self.reading) if judge else None
+        more, answers = measure.answers(config, models, heldout, judge, knows, self.folder, flags)
         checks += measure.regressions(config, models, reading) + more
         better, reason = rule.promoted(checks)
         versions.read()

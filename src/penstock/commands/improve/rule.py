@@ -40,6 +40,14 @@ class Agreement:
     """95 %."""
     conversations: int
 
+    @staticmethod
+    def of(values: Any) -> "Agreement":
+        """Of values [conversations] in 0 .. 1."""
+        if not len(values):
+            return Agreement(CHANCE, (0.0, 1.0), 0)
+        low, high = interval(values)
+        return Agreement(float(values.mean()), (low, high), len(values))
+
     def as_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "interval": list(self.interval), "conversations": self.conversations}
 
@@ -61,11 +69,7 @@ def agreement(labels: Sequence[Label], scores: Scores) -> Agreement:
             values = in_order(label.record.ranks, row)
         if values:
             by_opening.setdefault(label.opening, []).append(float(numpy.mean(values)))
-    means = numpy.array([numpy.mean(values) for values in by_opening.values()])
-    if not len(means):
-        return Agreement(CHANCE, (0.0, 1.0), 0)
-    low, high = interval(means)
-    return Agreement(float(means.mean()), (low, high), len(means))
+    return Agreement.of(numpy.array([numpy.mean(values) for values in by_opening.values()]))
 
 
 # --- may new votes be learned? ----------------------------------------------------------------------------------------
@@ -139,6 +143,15 @@ def moves_with_votes(everyone: Agreement, earlier: Agreement | None) -> list[Che
     if earlier is not None and earlier.conversations >= FEWEST:
         checks.append(Check("not against those of earlier rounds", earlier.mean >= CHANCE, str(earlier)))
     return checks
+
+
+def fresh_answers_win(wins: Agreement, knows: Agreement) -> list[Check]:
+    """Votes are on answers that served versions gave: they cannot see where a candidate goes that nobody has judged. So
+    its fresh answers must not lose by a judge that no training has seen; one that orders learned votes no better than
+    chance is not asked."""
+    if knows.interval[0] <= CHANCE:
+        return []
+    return [Check("its answers do not lose by held-out votes' judge", wins.mean >= CHANCE, f"{wins}; judge: {knows}")]
 
 
 def against(agreements: Mapping[str, Mapping[str, Any]]) -> bool:
