@@ -37,7 +37,7 @@ class Hands:
 
     def __init__(self) -> None:
         self.lock, self.holders = threading.Lock(), Counter[str]()
-        self.most, self.seconds, self.refused, self.told = 0, list[float](), 0, 0
+        self.most, self.seconds, self.refused, self.leaks = 0, list[float](), 0, 0
         self.done: Counter[str] = Counter()
 
     def take(self, prompt: str) -> None:
@@ -70,7 +70,7 @@ def work(ask: Ask, token: str, rng: random.Random, hands: Hands) -> list[str]:
         with hands.lock:
             hands.seconds.append(time.perf_counter() - started)
             hands.refused += reply.status != 200
-            hands.told += any(word in reply.body for word in SECRETS)
+            hands.leaks += any(word in reply.body for word in SECRETS)
         return json.loads(reply.body)
 
     seen = []
@@ -130,7 +130,7 @@ def campaign(ask: Ask, key: str, count: int, labellers: int, directory: Path) ->
         "items_with_two": sum(times == EACH for times in judged.values()), "items_open": figures["open_items"],
         "twice_by_the_same": len(lines) - len({(line["prompt"], line["labeller"]) for line in lines}),
         "given_twice": sum(times > 1 for prompts in seen for times in Counter(prompts).values()),
-        "most_hands_at_once": hands.most, "answers_that_told": hands.told, "refused": hands.refused,
+        "most_hands_at_once": hands.most, "answers_that_leaked": hands.leaks, "refused": hands.refused,
         "done": dict(hands.done), "known_items_judged": sum(row["gold_ranked"] for row in figures["labellers"]),
         "seconds_taken": round(spent, 1), "requests": len(hands.seconds),
         "request_ms_p50": round(1000 * statistics.median(hands.seconds), 2),
