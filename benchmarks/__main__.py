@@ -14,6 +14,12 @@ BENCHMARKS = {
     "autochunk": ("autochunk:main", "blocks with and without slices: peak, seconds, longest sequence"),
     "planner": ("planner:main", "grid, 175b, one-card: the plan against the engine"),
     "experts": ("experts:main", "a mixture of experts against a dense model, and streamed"),
+    "sentiment": (
+        "real.sentiment:main",
+        "a real model learns to praise films: reward against KL, beside TRL",
+    ),
+    "tiers": ("real.tiers:main", "one run of a real model resident, in host memory and on a disk: the same bytes"),
+    "times": ("real.times:main", "the times table by a reward that checks: held-out accuracy of a real model"),
     "rollout": ("rollout:main", "speed, ragged, samples, int8: generation against transformers"),
     "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),
     "losses": ("losses:main", "losses, advantages and gradients against TRL on the same rows"),

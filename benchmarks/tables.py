@@ -237,16 +237,26 @@ def gradients_runs(results: Results) -> Iterator[Result]:
             yield {**run, "shape": shape, "strategy": strategy, "rows": rows}
 
 
-def losses_runs(results: Results) -> Iterator[Result]:
-    """One per loss."""
-    for name, row in results["losses"]["rows"].items():
-        yield {"note": "", **row, "name": name}
+def named_rows(results: Results) -> Iterator[Result]:
+    """The rows of the files, each with its name."""
+    for result in results.values():
+        for name, run in result["rows"].items():
+            yield {"note": "", **run, "name": name}
 
 
-def reward_scale_runs(results: Results) -> Iterator[Result]:
-    """One per offset and scale."""
-    for name, run in results["reward_scale"]["rows"].items():
-        yield {**run, "name": name}
+def frontier_plot(results: Results, axes: Any) -> None:
+    """Reward against KL on the way, a line per run; in colors of their settings."""
+    settings: list[str] = []
+    for name, run in results["sentiment"]["rows"].items():
+        if "curve" in run:
+            setting = name.rpartition(", seed")[0]
+            label = None if setting in settings else setting
+            settings += [setting] * (label is not None)
+            _, _, rewards, nats = zip(*run["curve"], strict=True)
+            axes.plot(nats, rewards, color=f"C{settings.index(setting)}", linewidth=1, label=label)
+    axes.set_xlabel("KL from the start, nats per answer")
+    axes.set_ylabel("held-out reward")
+    axes.legend(frameon=False, fontsize=8)
 
 
 CLAIMS = [
@@ -345,7 +355,7 @@ CLAIMS = [
         "Losses, advantages and gradients against TRL", "The largest differences between a step of ours and the "
         "trainers of TRL 1.16.0 on the same rows, tiny models of GPT-2's and Llama's kind in fp32: of an answer's "
         "log-probability, KL (KTO) or advantage, loss, and as a share the gradient's norm.",
-        ("losses",), "python -m benchmarks losses", losses_runs,
+        ("losses",), "python -m benchmarks losses", named_rows,
         {
             "loss": "{name}", "log-probability": "{logps:.0e}", "KL, advantage": "{kl:.0e}|{advantages:.0e}",
             "loss's value": "{loss:.0e}", "gradient": "{grad_norm:.0e}", "what differs by definition": "{note}",
@@ -355,11 +365,49 @@ CLAIMS = [
         "The reward's scale", "PPO on one task under nine rewards, offset + scale * the task's score, 3 seeds: "
         "final score in units of the task with its standard error, its distance to that of offset 0, scale 1 in "
         "standard errors, and the length of answers in tokens and relative to that one's.",
-        ("reward_scale",), "python -m benchmarks reward_scale", reward_scale_runs,
+        ("reward_scale",), "python -m benchmarks reward_scale", named_rows,
         {
             "offset, scale": "{name}", "score": "{score:.2f} +- {standard_error:.2f}",
             "distance": "{from_plain_in_standard_errors:.2f}", "length": "{length:.2f}",
             "relative": "{length_of_plain:.2f}",
+        },
+    ),
+    Claim(
+        "Sentiment on a real model", "SmolLM2-135M-Instruct writes about films in at most 32 tokens; the reward is "
+        "VADER's compound score (-1 to 1), on 200 prompts about other films. KL and perplexity are those of its "
+        "answers under the start; distinct-2 is the share of different pairs of words.",
+        ("sentiment",), "python -m benchmarks sentiment", named_rows,
+        {
+            "run": "{name}",
+            "reward": "{after[mean]:+.2f} +- {after[standard_error]:.2f}|{before[mean]:+.2f} +- "
+            "{before[standard_error]:.2f}, best of 16 {best_of[16][mean]:+.2f}",
+            "KL, nats": "{after[kl]:.1f}|0", "distinct-2": "{after[distinct_2]:.2f}|{before[distinct_2]:.2f}",
+            "perplexity": "{after[reference_perplexity]:.1f}|{before[reference_perplexity]:.1f}",
+            "tokens": "{after[tokens]:.0f}|{before[tokens]:.0f}",
+            "best within 8 nats and an hour": "{best_within_hour[2]:+.2f} after {best_within_hour[1]:.0f} s",
+            "steps": "{steps}", "s a step": "{step_seconds:.0f}", "peak RSS": "{peak_rss_bytes:bytes}",
+        },
+        {"Reward against KL on a real model": frontier_plot},
+    ),
+    Claim(
+        "A task that can be checked, on a real model", "SmolLM2-135M-Instruct and the times table, pairs of factors "
+        "that it was not trained on, by the built-in reward `number`: share of right answers with Wilson's interval.",
+        ("times",), "python -m benchmarks times", named_rows,
+        {
+            "run": "{name}", "before": "{before[accuracy]:.0%} ({before[low]:.0%} to {before[high]:.0%})",
+            "after": "{after[accuracy]:.0%} ({after[low]:.0%} to {after[high]:.0%})", "steps": "{steps}",
+            "s a step": "{step_seconds:.0f}", "peak RSS": "{peak_rss_bytes:bytes}",
+        },
+    ),
+    Claim(
+        "One run in three places", "GRPO of all weights of SmolLM2-135M-Instruct in bf16, one seed, resident and "
+        "streamed through 300 MB of device memory: whether every metric is equal to the last byte, the most that each "
+        "tier held, and the process.",
+        ("tiers",), "python -m benchmarks tiers", named_rows,
+        {
+            "weights, gradients, moments": "{name}", "metrics": "{equal}", "device": "{held[device_tier_bytes]:bytes}",
+            "host": "{held[host_tier_bytes]:bytes}|-", "disk": "{held[disk_tier_bytes]:bytes}|-",
+            "process": "{held[host_peak_bytes]:bytes}", "s a step": "{step_seconds:.0f}",
         },
     ),
 ]  # fmt: skip

@@ -263,8 +263,16 @@ def test_phases_switch_gradients_and_keep_time():
     for phase, wanted in (("rollout", False), ("score", False), ("train", True)):
         with strategy.phase(phase):
             assert torch.is_grad_enabled() == wanted
-    assert set(strategy.take_seconds()) == {"timing/rollout_seconds", "timing/score_seconds", "timing/train_seconds"}
-    assert strategy.take_seconds() == {}
+    assert set(strategy.take_perf()) == {"timing/rollout_seconds", "timing/score_seconds", "timing/train_seconds"}
+    assert strategy.take_perf() == {}
+
+
+def test_what_tiers_have_held_is_told():
+    strategy = Strategy.named("gemini_cpu", device="cpu")
+    strategy.prepare(Line())
+    told = strategy.take_perf()
+    assert told == {f"perf/{name}_tier_bytes": tier.peak for name, tier in strategy.tiers.items() if tier.peak}
+    assert told["perf/host_tier_bytes"] >= 4 * sum(p.numel() for p in Line().parameters())
 
 
 def test_models_are_born_in_the_strategys_dtype():

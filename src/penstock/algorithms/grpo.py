@@ -96,7 +96,7 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
             )
             session.health(step, state.examine(config, metrics))
             state.end(step)
-            session.log(step, metrics, tokens=int(experience.lengths.sum()), timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=int(experience.lengths.sum()), perf=strategy.take_perf())
             if step == session.total:
                 show(step, session, iteration, inputs, config.samples)
             session.checkpoint(step, trained, state.save, best=bool(improved))

@@ -77,7 +77,7 @@ def kto(config: KTOConfig, *, resume: bool = False) -> Path:
                 improved = best.better(-facts["loss"])
                 best.end_early(session, step)
             tokens = sum(len(vote.tokens) for vote in votes)
-            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=tokens, perf=strategy.take_perf())
             session.checkpoint(step, {"model": policy}, state, best=improved)
         return session.finish()
 

@@ -98,7 +98,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             session.health(step, state.examine(config, metrics))
             state.kl.update(metrics.get("objective/kl", 0.0), optim.batch_size)
             state.end(step)
-            session.log(step, metrics, tokens=int(experience.lengths.sum()), timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=int(experience.lengths.sum()), perf=strategy.take_perf())
             if step == session.total:
                 show(step, session, iteration, inputs, config.samples)
             session.checkpoint(step, trained, state.save, best=bool(improved))

@@ -73,7 +73,7 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> Path:
             improved = (step % every == 0 or step == total) and source.evaluate(step, best, metrics)
             session.health(step, health(metrics, flags))
             tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
-            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=tokens, perf=strategy.take_perf())
             if step == session.total:
                 source.end(step)
             session.checkpoint(step, {"model": stream}, state, best=bool(improved))

@@ -112,7 +112,7 @@ def reward(config: RewardConfig, *, resume: bool = False) -> Path:
                     accuracy, correlation = facts["accuracy"], facts["length_correlation"]
                     model.facts = {"pair_accuracy": accuracy, "length_correlation": correlation}
             tokens = sum(len(row) for ranking in rankings for row in ranking.rows)
-            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=tokens, perf=strategy.take_perf())
             session.checkpoint(step, {"model": stream}, state)
         return session.finish()
 

@@ -75,7 +75,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> Path:
                 metrics["heldout/loss"], improved = loss, best.better(-loss)
                 best.end_early(session, step)
             tokens = sum(len(example.tokens) for example in examples)
-            session.log(step, metrics, tokens=tokens, timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=tokens, perf=strategy.take_perf())
             if step == session.total:
                 show(step)
             session.checkpoint(step, {"model": stream}, state, best=improved)

@@ -75,7 +75,7 @@ class Strategy:
     """Whether a device budget holds the whole actor while FSDP2 answers. None: free memory decides."""
     tiers: dict[str, Ram | Disk] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds spent in each phase since `take_seconds`."""
+    """Wall seconds spent in each phase since `take_perf`."""
     models: list[plan.Model] = field(default_factory=list)
     """All models that were prepared."""
     streams: "weakref.WeakSet[Stream]" = field(default_factory=weakref.WeakSet)
@@ -272,9 +272,10 @@ class Strategy:
                 stream.end_lease()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds per phase since the last call, as timing/* metrics."""
+    def take_perf(self) -> dict[str, float]:
+        """Seconds per phase since the last call, as timing/* metrics, and the most bytes that each tier has held."""
         taken = {f"timing/{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        taken |= {f"perf/{name}_tier_bytes": float(tier.peak) for name, tier in self.tiers.items() if tier.peak}
         self.seconds.clear()
         return taken
 

@@ -134,6 +134,7 @@ HEADLINES = {
     "objective/response_length": "answer length, tokens",
     "val/explained_variance": "value explained", "episode": "answers sampled", "perf/tokens_per_second": "tokens/s",
     "perf/host_peak_bytes": "peak host memory", "perf/device_peak_bytes": "peak device memory",
+    "perf/device_tier_bytes": "kept on the device", "perf/disk_tier_bytes": "kept on the disk",
     "timing/left_seconds": "time left",
 }  # fmt: skip
 

@@ -216,22 +216,23 @@ class Session:
         self.total, self._ended_early = step, True
         self.say(f"step {step}: the run ends here: {reason}")
 
-    def log(self, step: int, metrics: Mapping[str, float], *, tokens: int, timing: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], *, tokens: int, perf: Mapping[str, float]) -> None:
         """One step's numbers: those that data and seed determine to metrics.jsonl, times and memory to perf.jsonl."""
         if not self.world.first:
             return
         now = time.perf_counter()
-        perf = {"perf/tokens_per_second": tokens / (now - self._since), "timing/step_seconds": now - self._since}
-        perf |= {**timing, "perf/host_peak_bytes": float(peak_rss_bytes())}
+        seconds = now - self._since
+        taken = {"perf/tokens_per_second": tokens / seconds, "timing/step_seconds": seconds, **perf}
+        taken["perf/host_peak_bytes"] = float(peak_rss_bytes())
         if self.world.device.type == "cuda":
-            perf["perf/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(self.world.device))
+            taken["perf/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(self.world.device))
         assert self._progress is not None
-        perf["timing/left_seconds"] = self._progress.seconds_per_step(step) * (self.total - step)
+        taken["timing/left_seconds"] = self._progress.seconds_per_step(step) * (self.total - step)
         self._since = now
         self._lines["metrics"].write({"step": step, **metrics})
-        self._lines["perf"].write({"step": step, **perf})
-        self._loggers.log(step, {**metrics, **perf})
-        self._progress.update(step, {**metrics, **perf})
+        self._lines["perf"].write({"step": step, **taken})
+        self._loggers.log(step, {**metrics, **taken})
+        self._progress.update(step, {**metrics, **taken})
 
     def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Sampled answers for the report, one object each: prompt, response, and a score where there is one."""

@@ -86,7 +86,7 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
                 improved = best.better(-metrics["heldout/loss"])
                 best.end_early(session, step)
             session.health(step, health(metrics, inputs.flags))
-            session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), timing=strategy.take_seconds())
+            session.log(step, metrics, tokens=sum(len(row.tokens) for row in rows), perf=strategy.take_perf())
             if step == session.total:
                 show(step)
             session.checkpoint(step, {"model": work.student}, state, best=improved)

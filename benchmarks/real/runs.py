@@ -1,0 +1,124 @@
+"""What the experiments share: commands of penstock that are gone on with, and what a model's answers are like."""
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.facts import ROOT, flags, result_path, write
+from penstock.algorithms.experience import logprobs_of, scoring_batches
+from penstock.models.roles import Actor
+from penstock.rollout.engine import Answer
+from penstock.run.directory import resolve_model
+from penstock.run.metrics import read_lines
+
+RUNS = ROOT / ".real"
+"""Runs of these experiments: what has ended is not run again, what was stopped goes on."""
+Record = dict[str, Any]
+
+
+def penstock(command: str, **flags: Any) -> None:
+    """Runs `penstock COMMAND --FLAG VALUE ...`; True is a flag without a value, and a list has several."""
+    words = [sys.executable, "-m", "penstock", command]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, _listed(value)))]
+    subprocess.run(words, check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def train(name: str, command: str, **flags: Any) -> Path:
+    """The run .real/NAME of a command: begun, gone on with, or as it is where it has ended."""
+    out = RUNS / name
+    penstock(command, out=out, resume_if_present=True, quiet=True, **flags)
+    return out
+
+
+def cost(run: Path) -> Record:
+    """What a run has taken: seconds of its steps, and the most that its process held."""
+    rows = [*read_lines(run / "perf.jsonl")]
+    seconds = [row["timing/step_seconds"] for row in rows]
+    return {
+        "steps": len(rows),
+        "seconds": sum(seconds),
+        "step_seconds": statistics.median(seconds),
+        "peak_rss_bytes": max(row["perf/host_peak_bytes"] for row in rows),
+    }
+
+
+def write_lines(path: Path, rows: Sequence[Record]) -> Path:
+    """Rows as a JSON-lines file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def answers(model: Path, prompts: Path, tokens: int, **flags: Any) -> list[Record]:
+    """A sampled answer of a model to each prompt of a file, as `penstock generate` writes them."""
+    out = RUNS / "answers.jsonl"
+    penstock("generate", model=model, data=prompts, out=out, max_new_tokens=tokens, batch_size=64, **flags)
+    return [*read_lines(out)]
+
+
+def figures(rows: Sequence[Record], reference: Path, name: str = "score") -> Record:
+    """Of answers with a field `name`: its mean and standard error, and how far they are from the reference's."""
+    scores = [row[name] for row in rows]
+    texts = [row["response"].split() for row in rows]
+    bigrams = [pair for words in texts for pair in itertools.pairwise(words)]
+    logprobs = logprobs_under(reference, rows)
+    own = [sum(row["logprobs"]) for row in rows]
+    return {
+        "mean": statistics.mean(scores),
+        "standard_error": statistics.stdev(scores) / math.sqrt(len(scores)),
+        "answers": len(rows),
+        "kl": statistics.mean(a - b for a, b in zip(own, logprobs, strict=True)),
+        "reference_perplexity": math.exp(-sum(logprobs) / sum(len(row["logprobs"]) for row in rows)),
+        "distinct_2": len(set(bigrams)) / max(len(bigrams), 1),
+        "tokens": statistics.mean(len(row["response_ids"]) for row in rows),
+        "ended": statistics.mean(row["finish_reason"] == "stop" for row in rows),
+    }
+
+
+def logprobs_under(model: Path, rows: Sequence[Record], size: int = 32) -> list[float]:
+    """Each answer's log-probability under a model, in nats."""
+    actor = Actor.from_pretrained(resolve_model(str(model))).eval()
+    given = [Answer(row["prompt_ids"], row["response_ids"], row["logprobs"], row["finish_reason"]) for row in rows]
+    sums: list[float] = []
+    with torch.no_grad():
+        for batch in scoring_batches(given, size, torch.device("cpu")):
+            logprobs, _ = logprobs_of(actor, actor(batch.tokens, batch.prompt_lengths + batch.lengths), batch, 1.0)
+            sums += logprobs.sum(1).tolist()
+    return sums
+
+
+def collect(
+    name: str, doc: str | None, arguments: list[str], settings: Sequence[str], steps: int,
+    experiment: Callable[[str, int, int], Record],
+) -> int:  # fmt: skip
+    """A benchmark's command line: results/NAME.json gets the rows, experiment(setting, seed, steps), that it lacks.
+    Each is written as soon as it is measured."""
+    parser = flags(doc)
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"{', '.join(settings)}; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps)
+    options = parser.parse_args(arguments)
+    path = result_path(name)
+    rows: Record = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+    for seed in options.seeds:
+        for setting in options.settings or settings:
+            row = f"{setting}, seed {seed}"
+            if row not in rows:
+                rows[row] = experiment(setting, seed, options.steps)
+                print(row, json.dumps({key: rows[row][key] for key in rows[row] if key != "curve"}), flush=True)
+                write(name, {"rows": rows}, "transformers", "vaderSentiment")
+    return 0

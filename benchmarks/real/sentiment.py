@@ -1,0 +1,149 @@
+"""Sentiment on a real model (Ziegler et al. 2019): SmolLM2-135M-Instruct writes about films, VADER gives the reward.
+
+    python -m benchmarks sentiment [SETTING ...] [--seeds 0 1 2] [--steps 100]
+
+Each setting and seed is a run of the real command, gone on with where it was stopped (.real/), and a row of
+benchmarks/results/sentiment.json: reward, KL, length, diversity and perplexity of answers to held-out prompts before
+and after, and the curve between. `start` is the model as it is, with the best of n of its answers; `trl grpo lora` is
+TRL's trainer on the same task (real/trl_grpo.py), in an environment of its own.
+"""
+
+import math
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.peers.run import environment_of
+from benchmarks.real import runs
+from penstock.data import filmland
+from penstock.run.metrics import read_lines
+from tests.smollm2 import directory
+
+HERE = Path(__file__).parent
+REWARD = f"{HERE / 'vader.py'}:compound"
+TOKENS = 32
+"""Of an answer at most: one or two sentences. What is cut there keeps its own score."""
+PROMPTS, HELDOUT = 1024, 200
+STEPS, ROWS, MICRO = 100, 64, 16
+ADAPTED: runs.Record = {"lora": 16, "lr": 5e-4}
+SETTINGS: dict[str, tuple[str, runs.Record]] = {
+    "ppo lora": ("ppo", {**ADAPTED, "critic_lr": 5e-4}),
+    "ppo": ("ppo", {"lr": 1e-5}),
+    "grpo lora": ("grpo", {**ADAPTED}),
+    "grpo": ("grpo", {"lr": 1e-5}),
+    "rloo lora": ("grpo", {**ADAPTED, "advantage": "rloo"}),
+    "rloo": ("grpo", {"lr": 1e-5, "advantage": "rloo"}),
+}
+MOST_KL = 8.0
+"""Nats per answer within which a reward counts."""
+LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8)
+"""Rewards whose seconds are told."""
+Point = tuple[int, float, float, float]
+"""(step, seconds since the first step began, reward, KL from the start in nats per answer)."""
+
+
+def prompt_files() -> tuple[Path, Path]:
+    """What is trained on, and the prompts about other films that are held out."""
+    asked, heldout = (
+        runs.write_lines(runs.RUNS / f"{split}.jsonl", [{"messages": q.prompt} for q in filmland.prompts(split, count)])
+        for split, count in (("train", PROMPTS), ("heldout", HELDOUT))
+    )
+    return asked, heldout
+
+
+def experiment(setting: str, seed: int, steps: int) -> runs.Record:
+    """One row."""
+    if setting == "start":
+        return start(seed)
+    asked, heldout = prompt_files()
+    if setting == "trl grpo lora":
+        return theirs(asked, heldout, seed, steps)
+    command, settings = SETTINGS[setting]
+    run = runs.train(
+        f"{setting.replace(' ', '-')}-{seed}", command, model=directory(), data=asked, eval_data=heldout, seed=seed,
+        reward_fn=REWARD, steps=steps, batch_size=ROWS, micro_batch_size=MICRO, max_new_tokens=TOKENS, max_length=128,
+        missing_eos_penalty="none", dtype="bf16", eval_every=5, checkpoint_every=10, keep=1, **settings,
+    )  # fmt: skip
+    seconds, since = [row["timing/step_seconds"] for row in read_lines(run / "perf.jsonl")], 0.0
+    trained: list[Point] = []
+    measured: list[Point] = []
+    for row, step_seconds in zip(read_lines(run / "metrics.jsonl"), seconds, strict=True):
+        since += step_seconds
+        trained.append((row["step"], since, row["objective/scores"], row["objective/kl"]))
+        if "heldout/scores" in row:
+            measured.append((row["step"], since, row["heldout/scores"], row["heldout/kl"]))
+    within = [point for point in measured if point[3] <= MOST_KL]
+    of_hour = [point for point in within if point[1] <= 3600]
+    return {
+        "after": figures(run, heldout, seed), **runs.cost(run), "curve": measured, "seconds_to": seconds_to(trained),
+        "best_within_kl": max(within, key=_reward, default=None),
+        "best_within_hour": max(of_hour, key=_reward, default=None), "command": command, "flags": settings,
+    }  # fmt: skip
+
+
+def _reward(point: Point) -> float:
+    return point[2]
+
+
+def theirs(asked: Path, heldout: Path, seed: int, steps: int) -> runs.Record:
+    """TRL's row: trained there, and its answers measured as ours are."""
+    out = runs.RUNS / f"trl-grpo-lora-{seed}"
+    words = [str(environment_of("trl_newest")), str(HERE / "trl_grpo.py"), str(directory()), str(asked), str(out)]
+    flags = {
+        "seed": seed,
+        "lr": ADAPTED["lr"],
+        "lora": ADAPTED["lora"],
+        "steps": steps,
+        "tokens": TOKENS,
+        "batch": ROWS,
+    }
+    for name, value in {**flags, "micro": MICRO}.items():
+        words += [f"--{name}", str(value)]
+    if not (out / "model").exists():
+        subprocess.run(words, check=True)
+    rows, since, points = [*read_lines(out / "curve.jsonl")], 0.0, []
+    for row in rows:
+        since += row["seconds"]
+        points.append((row["step"], since, row["reward"], math.nan))
+    return {
+        "after": figures(out / "model", heldout, seed), "steps": len(rows), "seconds": since,
+        "step_seconds": statistics.median(row["seconds"] for row in rows), "seconds_to": seconds_to(points),
+        "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows), "flags": flags,
+    }  # fmt: skip
+
+
+def figures(model: Path, heldout: Path, seed: int) -> runs.Record:
+    """What a model's answers to held-out prompts are like."""
+    return runs.figures(runs.answers(model, heldout, TOKENS, reward_fn=REWARD, seed=seed), directory())
+
+
+def seconds_to(points: Sequence[Point]) -> dict[str, float]:
+    """When the mean reward of five steps' own answers first was as high as each of LEVELS that it reached."""
+    smooth = [
+        (points[i][1], statistics.mean(point[2] for point in points[i - 4 : i + 1])) for i in range(4, len(points))
+    ]
+    first = {level: next((at for at, reward in smooth if reward >= level), None) for level in LEVELS}
+    return {str(level): at for level, at in first.items() if at is not None}
+
+
+def start(seed: int) -> runs.Record:
+    """The model before training, and the best of n of its answers: KL is at most log n - (n - 1) / n nats (Stiennon et
+    al. 2020, appendix G.3)."""
+    heldout = prompt_files()[1]
+    rows = runs.answers(directory(), heldout, TOKENS, reward_fn=REWARD, seed=seed, n=16)
+    groups = [rows[i : i + 16] for i in range(0, len(rows), 16)]
+    best = {
+        str(n): {
+            "mean": statistics.mean(max(row["score"] for row in group[:n]) for group in groups),
+            "kl_at_most": math.log(n) - (n - 1) / n,
+        }
+        for n in (2, 4, 8, 16)
+    }
+    return {"before": runs.figures([group[0] for group in groups], directory()), "best_of": best}
+
+
+def main(arguments: list[str]) -> int:
+    """Adds the rows that are missing."""
+    settings = ["start", *SETTINGS, "trl grpo lora"]
+    return runs.collect("sentiment", __doc__, arguments, settings, STEPS, experiment)

@@ -1,0 +1,76 @@
+"""The same task in TRL's GRPO (its newest release), in an environment of its own: penstock is not imported.
+
+    python trl_grpo.py MODEL PROMPTS OUT --seed 0 --lr 3e-4 --lora 16 --steps 100
+
+Batch, answers, tokens, rank, schedule and clipping are those of our run; the rest are TRL's own defaults, for example
+fp32 weights whose products are bf16 (autocast). OUT gets curve.jsonl, a line per step (step, seconds, reward, kl,
+peak_rss_bytes), and the model, merged.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from vader import compound
+
+
+class Curve(TrainerCallback):
+    """A line of curve.jsonl per step. A step's seconds are from the end of the step before it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.began = path.open("w", encoding="utf-8"), time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "reward" not in (logs or {}):
+            return
+        now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row = {"step": state.global_step, "seconds": now - self.began, "reward": logs["reward"], "kl": logs.get("kl")}
+        self.file.write(json.dumps({**row, "peak_rss_bytes": peak}) + "\n")
+        self.file.flush()
+        self.began = now
+
+
+def main() -> None:
+    """Trains, and saves the merged model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "prompts", "out"):
+        parser.add_argument(name, type=Path)
+    defaults = {"seed": 0, "lr": 3e-4, "lora": 16, "steps": 100, "tokens": 32, "batch": 64, "micro": 16}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    options = parser.parse_args()
+    lines = options.prompts.read_text(encoding="utf-8").splitlines()
+    data = Dataset.from_list([{"prompt": json.loads(line)["messages"]} for line in lines])
+    options.out.mkdir(parents=True, exist_ok=True)
+    adapter = LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules="all-linear")
+    trainer = GRPOTrainer(
+        str(options.model),
+        lambda prompts, completions, **_: compound(prompts, [messages[0]["content"] for messages in completions]),
+        GRPOConfig(
+            output_dir=str(options.out), seed=options.seed, learning_rate=options.lr, max_steps=options.steps,
+            per_device_train_batch_size=options.micro, gradient_accumulation_steps=options.batch // options.micro,
+            num_generations=8, max_completion_length=options.tokens, beta=0.04, temperature=1.0, warmup_steps=0.05,
+            lr_scheduler_type="linear", max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to="none",
+            bf16=True, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        data, processing_class=AutoTokenizer.from_pretrained(options.model), peft_config=adapter,
+        callbacks=[Curve(options.out / "curve.jsonl")],
+    )  # fmt: skip
+    trainer.train()
+    trainer.model.merge_and_unload().save_pretrained(options.out / "model")
+    trainer.processing_class.save_pretrained(options.out / "model")
+
+
+if __name__ == "__main__":
+    main()
