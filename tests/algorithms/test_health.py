@@ -104,6 +104,10 @@ def test_a_warning_is_said_once_and_its_steps_are_in_the_report(task):  # noqa: 
     rows = [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
     assert rows[0]["text"].startswith("missing EOS: ")
     assert f"from step 1: {rows[0]['text'][:20]}" in (run / "report.html").read_text()
+    kept = Path(
+        ppo(config(*task({3: 1.0}), out="kept", max_new_tokens=2, optim={"steps": 1}, missing_eos_penalty=None))
+    )
+    assert "missing EOS" not in (kept / "log.txt").read_text()  # their scores are learned from, as it was asked
 
 
 def test_the_band_says_from_when_to_when():

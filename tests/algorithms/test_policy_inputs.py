@@ -92,6 +92,26 @@ def test_an_answer_that_does_not_end_is_worth_no_more_than_the_worst_that_does()
     row = of_heldout(whole, has_kl=False)
     assert row["heldout/scores"] == pytest.approx(4 / 3)
     assert "heldout/kl" not in row
+    worse = dataclasses.replace(whole, scores=torch.tensor([1.0, 2.0, -9.0]))
+    assert of_heldout(worse, has_kl=False)["heldout/scores"] == pytest.approx(-2)  # it is not raised to the worst
+    assert of_heldout(whole, has_kl=False, own=True)["heldout/scores"] == pytest.approx(4)
+
+
+def test_cut_answers_are_evaluated_by_the_rule_that_they_are_trained_by(tmp_path, tiny_model, jsonl):
+    """--missing-eos-penalty none, with answers that hardly ever end: each was told to score as the worst that did."""
+    body = "return [1.0 + 4.0 * (reason != 'stop') for reason in finish_reason]"
+    reward = f"def score(prompts, responses, *, finish_reason, **_):\n    {body}\n"
+    model, data, reward_fn = tiny_model(), jsonl(PROMPTS), write_reward_fn(tmp_path, reward)
+
+    def evaluated(out, **flags):
+        changes = {"out": out, "heldout": 0.2, "eval_every": 1, "optim": {"steps": 1}, **flags}
+        return metrics(ppo(config(tmp_path, model, data, reward_fn, **changes)))[-1]
+
+    share = evaluated("usual", missing_eos_penalty=1.0)
+    assert 0 < share["heldout/missing_eos_rate"] < 1, "the task is not the one that is meant"
+    assert share["heldout/scores"] == 1.0
+    kept = evaluated("kept", missing_eos_penalty=None)
+    assert kept["heldout/scores"] == pytest.approx(1 + 4 * kept["heldout/missing_eos_rate"])
 
 
 def test_prompts_that_another_stage_was_trained_on_are_counted(tmp_path, tiny_model, jsonl):

@@ -197,6 +197,12 @@ def weighted(x: Tensor, part: Experience, flags: RolloutFlags) -> Tensor:
     return x if flags.rollout_dtype is None else x * importance(part, flags)
 
 
+def keeps_own_scores(flags: AnswerFlags) -> bool:
+    """Whether answers that did not end are learned from by their own scores (GRPO's soft punishment is beside them)."""
+    soft = getattr(flags, "overlong_buffer", 0) > 0
+    return flags.missing_eos_score is None and (flags.missing_eos_penalty is None or soft)
+
+
 def with_ends(scores: Tensor, ended: Tensor, flags: AnswerFlags) -> Tensor:
     """Scores [B] after the rule for answers that did not end, ended [B] bool (7)."""
     if flags.missing_eos_score is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from penstock.algorithms import functional as fn
-from penstock.algorithms.experience import Experience, used_scores
+from penstock.algorithms.experience import Experience, keeps_own_scores, used_scores
 
 Row = Mapping[str, float]
 """A step's metrics."""
@@ -41,7 +41,7 @@ def remember(history: Sequence[Row], row: Row) -> list[Row]:
 
 def _missing_eos(experience: Experience, config: Any, history: Sequence[Row], row: Row) -> str:
     rate = 1.0 - float(experience.ended.float().mean())
-    if rate <= 0.3:
+    if rate <= 0.3 or keeps_own_scores(config.rollout):
         return ""
     return (
         f"{rate:.0%} of the answers did not end within --max-new-tokens {config.rollout.max_new_tokens}, so their "

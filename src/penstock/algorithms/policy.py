@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from penstock.algorithms.experience import Experience, Roles, in_order, score
+from penstock.algorithms.experience import Experience, Roles, in_order, keeps_own_scores, score
 from penstock.algorithms.health import Row, health, remember
 from penstock.algorithms.heldout import Best
 from penstock.algorithms.policy_inputs import Inputs
@@ -124,7 +124,8 @@ def evaluate(
     rollout = policy.rollout([ids for _, ids in drawn], [i for i, _ in drawn], seed=policy.seed ^ HELDOUT_STREAMS)
     with policy.strategy.phase("score"):
         experience = policy.read(rollout, share_of(records))
-    metrics |= of_heldout(experience, has_kl=policy.roles.reference is not None)
+    own = keeps_own_scores(policy.flags)
+    metrics |= of_heldout(experience, has_kl=policy.roles.reference is not None, own=own)
     improved = best.better(metrics["heldout/scores"])
     best.end_early(session, step)
     return improved

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from penstock.algorithms import functional as fn
@@ -41,9 +42,12 @@ def summary(
 OF_KL = ("objective/kl", "objective/kl_k3", "objective/non_score_reward", "objective/kl_coef")
 
 
-def of_heldout(experience: Experience, *, has_kl: bool) -> dict[str, float]:
-    """Metrics of an evaluation. An answer that did not end counts as the worst that did, on any scale (7)."""
-    scores, rows = fn.below_ended(experience.scores, experience.ended, 0.0), len(experience.tokens)
+def of_heldout(experience: Experience, *, has_kl: bool, own: bool = False) -> dict[str, float]:
+    """Metrics of an evaluation. An answer that did not end counts for no more than the worst that did, on any scale
+    (7); with `own` it keeps its score (`keeps_own_scores`)."""
+    scores, ended, rows = experience.scores, experience.ended, len(experience.tokens)
+    if not own and ended.any():  # the worst may be good where few end: what is cut is not raised to it
+        scores = torch.minimum(scores, fn.below_ended(scores, ended, 0.0))
     metrics = {
         "heldout/scores": float(scores.mean()),
         "heldout/scores_stderr": float(scores.std()) / rows**0.5 if rows > 1 else 0.0,
