@@ -302,7 +302,9 @@ BUGS: list[Bug] = [
     ("models/pretrained.py", "NaN weights are read", "                damaged.append(stored)", "                pass"),
     (HEAD, "states are not narrowed for the head's gradient", "x[rows].to(narrowed.dtype)", "x[rows]"),
     # health
-    (HEALTH, "missing EOS is no warning until all answers lack it", "if rate <= 0.3:", "if rate < 1.0:"),
+    ("algorithms/policy_metrics.py", "a cut answer is evaluated as the worst that ended, however bad it is",
+     "= torch.minimum(scores, fn.below_ended(scores, ended, 0.0))", "= fn.below_ended(scores, ended, 0.0)"),
+    (HEALTH, "missing EOS is no warning until all answers lack it", "if rate <= 0.3 or", "if rate < 1.0 or"),
     ("run/session.py", "a warning is said at every step", "if name not in self._warnings:", "if True:"),
     # length and evaluation
     ("config.py", "an adapter learns at a whole model's rate", "if adapts else config.LR", "if False else config.LR"),
