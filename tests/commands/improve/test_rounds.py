@@ -123,11 +123,11 @@ def test_answers_that_lose_by_the_judge_of_held_out_votes_keep_a_candidate_aside
     sides = [[label for label in labels if label.heldout is held] for held in (False, True)]
     judge = reward_model(config, versions, "heldout", sides[1], lambda text: None)
     knows = judge.agreement(sides[0], round_.reading)
-    flags = {"max_new_tokens": 8, "apply_chat_template": True}
+    state = {"max_new_tokens": 8, "apply_chat_template": True, "way": ["dpo"]}
 
     def outcome(candidate, served):
         models = Models(candidate, served, versions.model(0))
-        checks, figures = answers(config, models, sides[1], judge, knows, tmp_path / "again", flags)
+        checks, figures = answers(config, models, sides[1], judge, knows, tmp_path / "again", state)
         return checks[-1].passed, figures["wins"]["mean"]
 
     assert knows.interval[0] > 0.5

@@ -82,10 +82,17 @@ def test_the_way_is_by_how_much_of_what_there_is(monkeypatch):
 def test_fresh_answers_must_not_lose_where_their_judge_knows_what_was_voted():
     knows, guesses = Agreement(0.64, (0.6, 0.68), 600), Agreement(0.52, (0.48, 0.56), 600)
     lose, win = Agreement(0.47, (0.41, 0.53), 250), Agreement(0.52, (0.46, 0.58), 250)
-    assert promoted(rule.fresh_answers_win(win, knows))[0]
-    passed, why = promoted(rule.fresh_answers_win(lose, knows))
+    assert promoted(rule.fresh_answers_win(win, knows, ["dpo"]))[0]
+    passed, why = promoted(rule.fresh_answers_win(lose, knows, ["dpo"]))
     assert (passed, "47.0%" in why) == (False, True)
-    assert rule.fresh_answers_win(lose, guesses) == []
+    assert rule.fresh_answers_win(lose, guesses, ["reward", "ppo"]) == []
+
+
+def test_what_a_reward_model_made_must_win():
+    knows = Agreement(0.64, (0.6, 0.68), 600)
+    hardly, surely = Agreement(0.52, (0.46, 0.58), 250), Agreement(0.57, (0.51, 0.63), 250)
+    assert not promoted(rule.fresh_answers_win(hardly, knows, ["reward", "ppo"]))[0]
+    assert promoted(rule.fresh_answers_win(surely, knows, ["reward", "ppo"]))[0]
 
 
 def test_all_conditions_must_be_met():

@@ -8,6 +8,7 @@ votes: the score is how its log-probabilities differ from those of the model to 
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +24,9 @@ from penstock.run.versions import TRUSTED, Versions
 
 FEWEST = 40
 """Comparisons that a reward model is made of at least; fewer say too little."""
+READ = 1000
+"""Comparisons that a judge reads at least, the same ones again: 153 of the demo's order 62 % of others right after two
+passes, 68 % after six or twelve."""
 JUDGED = {"learned": "new votes", "heldout": "fresh answers"}
 
 
@@ -75,6 +79,7 @@ def reward_model(
     for other in (folder for folder in out.parent.iterdir() if folder != out):
         shutil.rmtree(other)  # of fewer comparisons
     say(f"a reward model of {len(known):,} {side} comparisons judges {JUDGED[side]}")
-    config = dataclasses.replace(config, lr=None, batch_size=None, epochs=None, steps=None)
+    settings = (f"reward.epochs={max(2, math.ceil(READ / len(known)))}", *config.set)  # the last of a flag is taken
+    config = dataclasses.replace(config, lr=None, batch_size=None, epochs=None, steps=None, set=settings)
     state = learned(config, start, [Way(("reward",), "it judges")], lambda stages: file, out, say)
     return Judge(str(out / "reward"), True, start, state["apply_chat_template"])

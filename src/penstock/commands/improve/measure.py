@@ -1,6 +1,6 @@
 """What a round made, measured on what nothing learned from: held-out votes, regression sets, and whether it ends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,18 +80,20 @@ def regressions(config: ImproveConfig, models: Models, reading: Reading) -> list
 
 def answers(
     config: ImproveConfig, models: Models, heldout: Sequence[Label], judge: Judge | None, knows: Agreement | None,
-    folder: Path, flags: dict[str, Any],
+    folder: Path, state: Mapping[str, Any],
 ) -> tuple[list[Check], dict[str, Any]]:  # fmt: skip
     """Both models answer held-out prompts: whether the candidate's still end by themselves, their length, and, by a
-    reward model of held-out votes that agrees so far with learned ones, their scores and whose are better."""
+    reward model of held-out votes that agrees so far with learned ones, their scores and whose are better. state: how
+    the candidate was made, as align.json keeps it."""
     prompts = prompts_of([label.record for label in heldout])[:PROMPTS]
     file = write(folder / "data" / "heldout-prompts.jsonl", prompts)
     score = {"reward": judge.model} if judge else {}
     names = ("system", "template_args", "eos", "device", "seed")
     shared = {name: value for name in names if (value := getattr(config, name)) not in (None, ())}
+    shared |= {name: state[name] for name in ("max_new_tokens", "apply_chat_template")}
 
     def of(model: str) -> Side:
-        options = {"data": str(file), "temperature": 1.0, "skip_bad": True, **shared, **score, **flags}
+        options = {"data": str(file), "temperature": 1.0, "skip_bad": True, **shared, **score}
         return answers_of(EvalConfig.of(model=model, **options), model)
 
     sides = [[line for _, line in of(model)] for model in (models.served, models.candidate)]
@@ -106,5 +108,5 @@ def answers(
         figures["score"] = [float(side.mean()) for side in scored]
         wins = Agreement.of((numpy.sign(scored[1] - scored[0]) + 1) / 2)
         figures |= {"wins": wins.as_dict(), "judge": knows.as_dict()}
-        checks += fresh_answers_win(wins, knows)
+        checks += fresh_answers_win(wins, knows, state["way"])
     return checks if len(prompts) >= FEWEST else [], figures

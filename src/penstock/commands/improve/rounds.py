@@ -160,10 +160,9 @@ class Round:
         models = Models(str(versions.path / run), served, versions.model(0))
         reading = self.reading._replace(data=as_data_flags(config, apply_chat_template=state["apply_chat_template"]))
         checks, votes = measure.held_out_votes(models, heldout, self.number, reading)
-        flags = {name: state[name] for name in ("max_new_tokens", "apply_chat_template")}
         judge = reward_model(config, versions, "heldout", heldout, self.say)
         knows = judge.agreement(train, self.reading) if judge else None
-        more, answers = measure.answers(config, models, heldout, judge, knows, self.folder, flags)
+        more, answers = measure.answers(config, models, heldout, judge, knows, self.folder, state)
         checks += measure.regressions(config, models, reading) + more
         better, reason = rule.promoted(checks)
         versions.read()
