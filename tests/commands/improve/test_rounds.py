@@ -9,10 +9,7 @@ import pytest
 from penstock.commands.improve import rule
 from penstock.commands.improve.command import NICE, settled
 from penstock.commands.improve.config import ImproveConfig
-from penstock.commands.improve.judges import reward_model
-from penstock.commands.improve.labels import gather
-from penstock.commands.improve.measure import Models, answers
-from penstock.commands.improve.rounds import Round, improve_once
+from penstock.commands.improve.rounds import improve_once
 from penstock.errors import ResourceError
 from penstock.run.directory import resolve_model
 from penstock.run.versions import REFUSED, TRUSTED, WITHDRAWN, Versions
@@ -109,30 +106,24 @@ def test_a_candidate_that_is_no_better_is_kept_aside_and_its_votes_come_again(li
     assert versions.learned(2) == {1, 2}
 
 
-def test_answers_that_lose_by_the_judge_of_held_out_votes_keep_a_candidate_aside(live, tmp_path):
-    row, versions = live(WORDS[:160])
-    assert row["decision"] == "promoted", row["why"]
-    judges = [file.read_text() for file in (tmp_path / "live" / "judges" / "heldout").glob("*/comparisons.jsonl")]
+def test_answers_that_lose_by_the_judge_of_held_out_votes_keep_a_candidate_aside(live, tmp_path, monkeypatch):
+    """Answers of a model of ten thousand parameters are noise, so their scores are given here; the judge is real."""
+    judges = tmp_path / "live" / "judges" / "heldout"
+
+    def scored(config, model):
+        assert Path(config.reward).parent.parent == judges
+        line = {"finish_reason": "stop", "response_ids": [1], "score": float("version" not in model)}
+        return [(None, line)] * 60
+
+    monkeypatch.setattr("penstock.commands.improve.measure.answers_of", scored)
+    row, _ = live(WORDS[:160])
+    assert row["decision"] == "kept aside"
+    assert row["why"].startswith("not met: its fresh answers do not lose by a judge of held-out votes: 0.0%")
+    assert row["answers"]["judge"]["interval"][0] > 0.5
+    (judged,) = [file.read_text().splitlines() for file in judges.glob("*/comparisons.jsonl")]
     learned = (tmp_path / "live" / "version-0001" / "learned" / "comparisons.jsonl").read_text()
-    assert [text.count("\n") for text in judges] == [row["heldout"]["comparisons"]]
-    assert not [line for line in judges[0].splitlines() if line in learned]
-    better, worse = versions.model(1), versions.model(0)
-    config, versions = settled(ImproveConfig(run=str(tmp_path / "live")))
-    round_ = Round(config, versions, lambda text: None)
-    labels = gather(config, versions, tmp_path / "again", 2).labels
-    sides = [[label for label in labels if label.heldout is held] for held in (False, True)]
-    judge = reward_model(config, versions, "heldout", sides[1], lambda text: None)
-    knows = judge.agreement(sides[0], round_.reading)
-    state = {"max_new_tokens": 8, "apply_chat_template": True, "way": ["dpo"]}
-
-    def outcome(candidate, served):
-        models = Models(candidate, served, versions.model(0))
-        checks, figures = answers(config, models, sides[1], judge, knows, tmp_path / "again", state)
-        return checks[-1].passed, figures["wins"]["mean"]
-
-    assert knows.interval[0] > 0.5
-    (won, share), (lost, other) = outcome(better, worse), outcome(worse, better)
-    assert (won, lost) == (True, False), (share, other)
+    assert len(judged) == row["heldout"]["comparisons"]
+    assert not [line for line in judged if line in learned]
 
 
 def test_a_regression_set_keeps_a_candidate_aside(live, jsonl):

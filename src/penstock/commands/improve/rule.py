@@ -147,15 +147,15 @@ def moves_with_votes(everyone: Agreement, earlier: Agreement | None) -> list[Che
 
 def fresh_answers_win(wins: Agreement, knows: Agreement, way: Sequence[str]) -> list[Check]:
     """Votes are on answers that served versions gave: they cannot see where a candidate goes that nobody has judged. So
-    its fresh answers must not lose by a judge that no training has seen, and must win, above chance, where it was made
-    by a reward model: what maximises that goes where it errs (Gao et al. 2023). A judge that orders learned votes no
-    better than chance is not asked."""
+    its fresh answers must not lose, below chance, by a judge that no training has seen; and must win, above chance,
+    where it was made by a reward model: what maximises that goes where it errs (Gao et al. 2023). A judge that orders
+    learned votes no better than chance is not asked."""
     if knows.interval[0] <= CHANCE:
         return []
     shown = f"{wins}; the judge orders learned votes right by {knows}"
     if "reward" in way:
         return [Check("its fresh answers win by a judge of held-out votes", wins.interval[0] > CHANCE, shown)]
-    return [Check("its fresh answers do not lose by a judge of held-out votes", wins.mean >= CHANCE, shown)]
+    return [Check("its fresh answers do not lose by a judge of held-out votes", wins.interval[1] >= CHANCE, shown)]
 
 
 def against(agreements: Mapping[str, Mapping[str, Any]]) -> bool:
