@@ -30,7 +30,7 @@ BENCHMARKS = {
     "demo": ("demo:main", "what the demo takes and what it learns"),
     "improve": ("improve:main", "the loop with simulated users, and rounds of flipped votes"),
     "reward_scale": ("reward_scale:main", "PPO under offsets and scales of the reward: the same policy"),
-    "kills": ("kills:main", "kill -9 and resume: the same bytes as an undisturbed run"),
+    "reliability": ("reliability.run:main", "kills, full disks, damage and fuzz: what is lost, and what refusals say"),
     "planted_bugs": ("planted_bugs:main", "wrong lines planted in the source: the tests must fail"),
     "identity": ("identity:main", "two checkouts: the same bytes of metrics and weights"),
     "speed": ("speed:main", "two checkouts: seconds of the same steps in turns"),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks import facts
 from benchmarks.facts import ROOT, commit_of, write
-from benchmarks.kills import last_checkpoint, outcome
+from benchmarks.reliability.runs import last_checkpoint, outcome
 
 STEPS = 20
 STRATEGIES = (

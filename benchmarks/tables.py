@@ -259,6 +259,35 @@ def frontier_plot(results: Results, axes: Any) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def reliability_runs(results: Results) -> Iterator[Result]:
+    """One per part of the campaign, and their sum."""
+    parts = results["reliability"]["parts"]
+    counts = ("trials", "survived", "resumed", "refused")
+    total: Result = {count: sum(part[count] for part in parts.values()) for count in counts}
+    total["faults"] = {}
+    for part in parts.values():
+        for fault, count in part["faults"].items():
+            total["faults"][fault] = total["faults"].get(fault, 0) + count
+    for name, row in {**parts, "all": total}.items():
+        faults = {fault: row["faults"].get(fault, 0) for fault in ("lost", "silent", "traceback")}
+        others = ", ".join(f"{count} {fault}" for fault, count in row["faults"].items() if fault not in faults)
+        yield {**row, **faults, "name": f"{name}: {RELIABILITY[name]}", "others": others or "0"}
+
+
+RELIABILITY = {
+    "kills": "kill -9 at random moments, every algorithm under every strategy",
+    "disk": "a full, failing or read-only disk, or kill -9, at operations on files",
+    "clock": "the wall clock jumps",
+    "memory": "a tensor finds no memory; a limit of address space",
+    "ranks": "one rank of two stopped, killed, or stopped for good",
+    "damage": "a changed bit in each file of a run",
+    "twice": "two processes on one run directory",
+    "data": "data files with mistakes",
+    "models": "config.json and safetensors headers with mistakes",
+    "all": "every part",
+}
+
+
 CLAIMS = [
     Claim(
         "Capacity", "The deepest model, in steps of one block, that completes a PPO iteration in a device budget.",
@@ -359,6 +388,18 @@ CLAIMS = [
         {
             "loss": "{name}", "log-probability": "{logps:.0e}", "KL, advantage": "{kl:.0e}|{advantages:.0e}",
             "loss's value": "{loss:.0e}", "gradient": "{grad_norm:.0e}", "what differs by definition": "{note}",
+        },
+    ),
+    Claim(
+        "Reliability", "Runs that are killed, starved, interrupted and lied to. Survived: it ended with an undisturbed "
+        "run's bytes, or read a file as it is. Resumed: killed, and `penstock resume` ended with these bytes. Refused: "
+        "one paragraph with its exit code, and where a run had begun it went on to the same bytes once the cause was "
+        "gone. Lost: it did not. Silent: other bytes, and nothing was said.",
+        ("reliability",), "python -m benchmarks reliability", reliability_runs,
+        {
+            "part": "{name}", "trials": "{trials}", "survived": "{survived}", "resumed": "{resumed}",
+            "refused": "{refused}", "lost": "{lost}", "silent": "{silent}", "traceback": "{traceback}",
+            "other faults": "{others}",
         },
     ),
     Claim(

@@ -13,6 +13,7 @@ from penstock.config import PPOConfig, SFTConfig
 from penstock.data.toyland import save_tokenizer
 from penstock.errors import UserError
 from penstock.flags import flags_of, from_dict, parse, to_dict, with_absolute_paths
+from penstock.run.directory import SIGNATURE
 from penstock.serve.config import ServeConfig
 from tests.conftest import PATIENCE, comparisons, demonstrations, last_model
 from tests.zygote import zygotic
@@ -188,7 +189,7 @@ def test_a_run_from_before_truncate_goes_on_with_the_rows_that_it_cut(capsys, tm
     arguments = ("--model", tiny_model(), "--data", data, "--out", tmp_path / "run", *flags)
     assert exit_of(capsys, "sft", *arguments, "--truncate", "right")[0] == 0
     config = tmp_path / "run" / "config.toml"
-    config.write_text(config.read_text().replace('truncate = "right"\n', ""))
+    config.write_text(config.read_text().partition(SIGNATURE)[0].replace('truncate = "right"\n', ""))
     code, _, err = exit_of(capsys, "resume", tmp_path / "run")
     assert (code, "1 answers cut at --max-length" in err) == (0, True)
 
@@ -279,7 +280,8 @@ def test_doctor_says_ready():
     (MemoryError(), 3, "smaller --micro-batch-size"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), 3, "out of memory"),
     (OSError(28, "No space left on device", "/data/x"), 3, "/data/x: the disk is full"),
-    (OSError(5, "Input/output error"), 5, "internal error (OSError)"),
+    (OSError(5, "Input/output error"), 3, "penstock doctor: the disk reports an input/output error. See what the"),
+    (OSError(22, "Invalid argument"), 5, "internal error (OSError)"),
     (ZeroDivisionError(), 5, "internal error (ZeroDivisionError)"), (KeyboardInterrupt(), 130, ""),
 ])  # fmt: skip
 def test_what_the_machine_refuses_has_its_own_exit_code(capsys, monkeypatch, error, code, text):

@@ -1,6 +1,7 @@
 """The `penstock` command: one table of commands; a command's modules are imported when it runs."""
 
 import codecs
+import errno
 import importlib
 import io
 import os
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from penstock.errors import PenstockError, ResourceError, UserError
+from penstock.errors import PenstockError, ResourceError, UserError, disk_trouble
 
 
 class Command(NamedTuple):
@@ -394,26 +395,20 @@ def as_begun(config: Any, name: str) -> Any:
 
 def _refused(error: Exception) -> PenstockError | None:
     """The error of a full disk, a missing permission or the like, or None when the error is something else."""
-    import errno
-
     # On a CPU torch says "DefaultCPUAllocator: can't allocate memory" in a plain RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
         return ResourceError(
             "out of memory; give a smaller --micro-batch-size, a smaller --max-length or --dtype bf16. "
             "Checkpoints that were written are intact: penstock resume RUN."
         )
+    origin = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    if trouble := disk_trouble(error):
+        reason, remedy = trouble
+        return ResourceError(f"{origin}{reason}. {remedy}; checkpoints that were written are intact.")
     if not isinstance(error, OSError):
         return None
-    origin = f"{error.filename}: " if error.filename else ""
-    resources = {
-        errno.ENOSPC: "the disk is full; free some space and try again; checkpoints that were written are intact.",
-        errno.EDQUOT: "the disk quota is used up; free some space and try again; written checkpoints are intact.",
-        errno.EMFILE: "too many open files; raise ulimit -n.",
-    }
-    mistakes = {
-        errno.EROFS: "the file system is read-only; choose another place.",
-        errno.EACCES: "permission denied; choose a place that you may read and write.",
-    }
-    if error.errno in resources:
-        return ResourceError(origin + resources[error.errno])
-    return UserError(origin + mistakes[error.errno]) if error.errno in mistakes else None
+    if error.errno == errno.EMFILE:
+        return ResourceError(f"{origin}too many open files; raise ulimit -n.")
+    if error.errno == errno.EACCES:
+        return UserError(f"{origin}permission denied; choose a place that you may read and write.")
+    return None

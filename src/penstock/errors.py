@@ -3,6 +3,9 @@
 Anything that is not a `PenstockError` is our own fault: exit code 5, with a traceback.
 """
 
+import errno
+import re
+
 
 class PenstockError(Exception):
     """Base of the errors that end a command without a traceback."""
@@ -30,3 +33,22 @@ class DataError(PenstockError):
     """A record that cannot be read: `file:line: field: what is wrong and how to fix it`."""
 
     exit_code = 4
+
+
+DISK = {
+    # number: what the disk says, and what mends it
+    errno.ENOSPC: ("the disk is full", "Free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space"),
+    errno.EFBIG: ("file too large", "Choose a file system that takes larger files"),
+    errno.EIO: ("the disk reports an input/output error", "See what the system says of it (dmesg), or use another"),
+    errno.EROFS: ("the file system is read-only", "See what the system says of the disk (dmesg), or use another"),
+    errno.ESTALE: ("the network's file system has gone (stale file handle)", "Mount it again"),
+}
+
+
+def disk_trouble(error: BaseException) -> tuple[str, str] | None:
+    """The reason in words and what mends it, when the disk is full or fails, else None."""
+    code = error.errno if isinstance(error, OSError) else None
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' own error type
+        code = int(match[1])
+    return DISK.get(code or 0)

@@ -64,7 +64,7 @@ def test_held_out_prompts_are_evaluated_never_trained_on_and_the_best_is_kept(ev
     assert len(heldout) == 8
     assert not heldout & trained
     scores = {row["step"]: row["heldout/scores"] for row in metrics(run)}
-    best = (run / "checkpoints" / "best").read_text().strip()
+    best = (run / "checkpoints" / "best").read_text().split()[0]
     assert int(best.split("-")[1]) == max(scores, key=scores.get)
     assert Path(resolve_model(str(run))).parent.name == best
     assert all({"heldout/kl", "heldout/response_length", "heldout/scores_stderr"} <= row.keys() for row in metrics(run))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import campaign, outcome
+from benchmarks.reliability.runs import outcome
 from penstock.algorithms.config import DistillConfig, DPOConfig, GRPOConfig, KTOConfig
 from penstock.algorithms.distillation.distill import distill
 from penstock.algorithms.grpo import grpo
@@ -23,6 +24,7 @@ from penstock.algorithms.sft import sft
 from penstock.config import PPOConfig, RewardConfig, SFTConfig
 from penstock.flags import from_dict, to_dict
 from penstock.run import checkpoint
+from penstock.run.directory import SIGNATURE, RunDirectory
 from penstock.run.session import StoppedError
 from tests import conftest
 
@@ -101,7 +103,7 @@ def test_a_run_from_before_the_flags_of_the_scores_scale_goes_on_as_it_began(sta
     whole = outcome(ppo(configs[0]))
     run = Path(ppo(dataclasses.replace(configs[1], run=dataclasses.replace(configs[1].run, keep=9))))
     cut_at(run, 3)
-    text = (run / "config.toml").read_text()
+    text = (run / "config.toml").read_text().partition(SIGNATURE)[0]
     for line in ('missing_eos_penalty = "none"\n', 'scale_rewards = "none"\n'):
         assert line in text
         text = text.replace(line, "")
@@ -158,13 +160,40 @@ def test_a_flipped_byte_falls_back_to_the_older_checkpoint(stage_config, capsys)
     assert "step-000008" in capsys.readouterr().err
 
 
-KILLED = ("ppo",)
+@pytest.mark.parametrize("change", [("lr = 0.01", "lr = 0.03"), ("steps = ", "steps = 1")])
+def test_a_changed_flag_in_config_toml_is_refused_until_its_signature_is_removed(stage_config, change, capsys):
+    run = Path(sft(stage_config("sft", "run")))
+    file = run / "config.toml"
+    text = file.read_text()
+    file.write_text(text.replace(*change))
+    assert conftest.cli("resume", run) == 2
+    assert re.search(
+        r"config.toml: has changed since penstock wrote it .* remove its last line", capsys.readouterr().err
+    )
+    file.write_text(text)
+    assert conftest.cli("resume", run) == 0
+    flags, signature, _ = text.replace(*change).partition(SIGNATURE)
+    assert signature
+    file.write_text(flags)
+    assert RunDirectory.peek(run)["command"] == "sft"
 
 
-@pytest.mark.parametrize("stage", [s if s in KILLED else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
-def test_kill_9_at_a_random_time(stage, tmp_path):
-    """The real commands in processes of their own; `python -m benchmarks kills` does it ten times per stage."""
-    assert [one["equal"] for one in campaign(stage, tmp_path, kills=1)] == [True]
+@pytest.mark.parametrize("name", ["metrics", "perf", "samples", "health"])
+def test_a_changed_byte_in_the_record_of_a_run_is_said(stage_config, name, capsys):
+    config = stage_config("sft", "run")
+    run = Path(sft(config))
+    file = run / f"{name}.jsonl"
+    changed = bytearray(file.read_bytes())
+    if not changed:
+        pytest.skip("this run has no line there")
+    changed[len(changed) // 2] ^= 1
+    file.write_bytes(changed)
+    longer = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=STEPS + 1))
+    capsys.readouterr()
+    sft(longer, resume=True)
+    assert f"WARNING: {file}: has changed since its checkpoint was written" in capsys.readouterr().err
+    sft(dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=STEPS + 2)), resume=True)
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_metrics_hold_no_times(stage_config):

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from benchmarks.kills import outcome
+from benchmarks.reliability.runs import outcome
 from penstock.algorithms import functional as fn
 from penstock.algorithms import policy
 from penstock.algorithms.experience import Experience, weighted

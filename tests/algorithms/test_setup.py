@@ -9,6 +9,7 @@ from penstock.distributed.world import World
 from penstock.errors import ResourceError
 from penstock.memory.strategy import Strategy
 from penstock.planner.workload import RoleSpec, Workload
+from penstock.run.directory import SIGNATURE
 from tests.conftest import TINY, cli, demonstrations
 
 
@@ -57,6 +58,6 @@ def test_a_run_from_before_rows_lay_end_to_end_goes_on_with_padded_ones(tmp_path
         flags = ("--steps", last, "--batch-size", 4, "--no-padding-free", "--lr-schedule", "constant")
         assert cli("sft", *files, "--out", runs[name], *flags) == 0
     config = runs["old"] / "config.toml"
-    config.write_text(config.read_text().replace("padding_free = false\n", ""))
+    config.write_text(config.read_text().partition(SIGNATURE)[0].replace("padding_free = false\n", ""))
     assert cli("resume", runs["old"], "--steps", 2) == 0
     assert (runs["old"] / "metrics.jsonl").read_bytes() == (runs["whole"] / "metrics.jsonl").read_bytes()

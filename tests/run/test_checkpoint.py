@@ -11,6 +11,7 @@ import subprocess
 
 import numpy
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,8 +200,23 @@ def test_a_best_file_that_names_nothing_good_is_no_obstacle(tmp_path, text):
     save(tmp_path, 1)
     (tmp_path / "best").write_bytes(text)
     assert checkpoint.trusted(tmp_path, lambda line: None).name == "step-000001"
-    save(tmp_path, 2, keep=1)
+    save(tmp_path, 2, keep=1, best=True)
     assert names(tmp_path) == ["step-000002"]
+
+
+def test_a_best_file_that_names_another_checkpoint_than_was_written_is_said_and_nothing_is_removed(tmp_path):
+    save(tmp_path, 1, best=True)
+    save(tmp_path, 2)
+    text = (tmp_path / "best").read_text()
+    (tmp_path / "best").write_text(text.replace("step-000001", "step-000003"))
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
+    lines = []
+    assert checkpoint.trusted(tmp_path, lines.append).name == "step-000003"
+    assert len(lines) == 1
+    assert "best: names no checkpoint, or has changed" in lines[0]
+    (tmp_path / "best").write_text("step-000001\n")  # as older runs have it
+    assert checkpoint.trusted(tmp_path, pytest.fail).name == "step-000001"
 
 
 def test_when_all_are_damaged_the_error_lists_what_was_tried(tmp_path):
@@ -256,6 +272,20 @@ def test_a_full_disk_is_one_paragraph_and_the_last_good_checkpoint_stays(tmp_pat
     with pytest.raises(ResourceError) as caught:
         checkpoint.save(tmp_path / "checkpoints", 2, write, {})
     assert f"step-000001 is intact. Free some space (with --keep 1 a run needs room for two), then: penstock resume {tmp_path}" in str(caught.value)  # fmt: skip  # noqa: E501
+    assert names(tmp_path / "checkpoints") == ["step-000001"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ESTALE])
+@pytest.mark.parametrize("named", [OSError, lambda number, text: safetensors.SafetensorError(f"I/O error: {text} (os error {number})")])  # fmt: skip  # noqa: E501
+def test_a_disk_that_fails_is_one_paragraph_and_the_last_good_checkpoint_stays(tmp_path, number, named):
+    save(tmp_path / "checkpoints", 1)
+
+    def write(directory):
+        writer(2)(directory)
+        raise named(number, os.strerror(number))
+
+    with pytest.raises(ResourceError, match=rf"step-000001 is intact\. .*, then: penstock resume {tmp_path}"):
+        checkpoint.save(tmp_path / "checkpoints", 2, write, {})
     assert names(tmp_path / "checkpoints") == ["step-000001"]
 
 

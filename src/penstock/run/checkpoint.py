@@ -13,7 +13,6 @@ A name with `.tmp-` in it is the unfinished work of a running or killed process:
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -30,16 +29,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from penstock.errors import PenstockError, ResourceError, UserError
+from penstock.errors import PenstockError, ResourceError, UserError, disk_trouble
 from penstock.sources import file_digest
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"(?:step|weights)-(\d{6,})")
-OUT_OF_SPACE = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "file too large",
-}
 
 
 class DamagedError(PenstockError):
@@ -69,8 +63,8 @@ def begin(
     newest checkpoint, and older ones are removed.
 
     `meta` goes into the manifest (config digest, world size). With `best` the file `best` names it too; the best
-    checkpoint is never deleted. Not `whole`: it has weights alone, and is no checkpoint to resume from. A full disk is
-    a ResourceError, and leaves the earlier checkpoints as they were.
+    checkpoint is never deleted. Not `whole`: it has weights alone, and is no checkpoint to resume from. A full or
+    failing disk is a ResourceError, and leaves the earlier checkpoints as they were.
     """
     final = parent / f"{'step' if whole else 'weights'}-{step:06d}"
     unfinished = parent / f"{final.name}.tmp-{os.getpid()}"
@@ -88,7 +82,7 @@ def begin(
             if whole:
                 write_whole(parent / "latest", final.name)
             if best:
-                write_whole(parent / "best", final.name)
+                write_whole(parent / "best", f"{final.name} {_checksum(final.name)}")
             _prune(parent, step, keep)
             return final
 
@@ -97,19 +91,20 @@ def begin(
 
 @contextlib.contextmanager
 def _whole_or_gone(unfinished: Path, step: int) -> Iterator[None]:
-    """No part of the checkpoint stays when something inside raises. Raises ResourceError for a full disk."""
+    """No part of the checkpoint stays when something inside raises. Raises ResourceError for a full or failing disk."""
     parent = unfinished.parent
     try:
         yield
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if (reason := out_of_space(error)) is None:
+        if (trouble := disk_trouble(error)) is None:
             raise
+        reason, remedy = trouble
         finished = _all(parent)
         intact = f"{finished[-1].name} is intact" if finished else "there is no earlier one"
         raise ResourceError(
             f"{parent}: {reason}, so the checkpoint of step {step} could not be finished; {intact}. "
-            f"Free some space (with --keep 1 a run needs room for two), then: penstock resume {parent.parent}"
+            f"{remedy} (with --keep 1 a run needs room for two), then: penstock resume {parent.parent}"
         ) from error
 
 
@@ -160,13 +155,13 @@ def newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
 
 def trusted(parent: Path, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to read a run's model from: the best if it verifies, else the newest that does."""
-    named = _best(parent)
-    if named is not None:
-        try:
+    try:
+        named = _best(parent)
+        if named is not None:
             verify(parent / named)
             return parent / named
-        except DamagedError as error:
-            warn(f"WARNING: the best checkpoint is damaged, using the newest instead: {error}")
+    except DamagedError as error:
+        warn(f"WARNING: the best checkpoint is damaged, using the newest instead: {error}")
     return newest(parent, warn)
 
 
@@ -191,14 +186,6 @@ def write_whole(file: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     _sync(file.parent)
-
-
-def out_of_space(error: BaseException) -> str | None:
-    """The reason in words when there was no space to write, else None."""
-    code = error.errno if isinstance(error, OSError) else None
-    if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' own error type
-        code = int(match[1])
-    return OUT_OF_SPACE.get(code or 0)
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
@@ -316,11 +303,20 @@ def _all(parent: Path) -> list[Path]:
 
 
 def _best(parent: Path) -> str | None:
-    """The name in the file `best`, or None when there is no such file or no name in it."""
+    """The name in the file `best`, or None when there is no such file. Raises DamagedError when it has changed."""
     if not (parent / "best").exists():
         return None
-    text = (parent / "best").read_text(encoding="utf-8", errors="replace").strip()
-    return text if NAME.fullmatch(text) else None
+    try:
+        name, *checksum = (parent / "best").read_text(encoding="utf-8").split()  # none in older runs
+        if NAME.fullmatch(name) and checksum in ([], [_checksum(name)]):
+            return name
+    except (OSError, ValueError):
+        pass
+    raise DamagedError(f"{parent / 'best'}: names no checkpoint, or has changed since it was written")
+
+
+def _checksum(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _prune(parent: Path, step: int, keep: int) -> None:
@@ -329,7 +325,10 @@ def _prune(parent: Path, step: int, keep: int) -> None:
     Later checkpoints were damaged when this run resumed; they do not count, or `step` itself could be removed.
     """
     past = [path.name for path in _all(parent) if int(path.name.removeprefix("step-")) <= step]
-    kept = {*past[-max(keep, 1) :], _best(parent)}
+    try:
+        kept = {*past[-max(keep, 1) :], _best(parent)}
+    except DamagedError:  # any may be the best; the next that is better ends that
+        return
     for path in [*_all(parent), *parent.glob("weights-*")]:
         if path.name not in kept and NAME.fullmatch(path.name):
             gone = path.with_name(f"{path.name}.tmp-gone-{os.getpid()}")

@@ -7,6 +7,7 @@ One process writes it at a time (a lock on `lock` that the kernel drops when the
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import sys
 import time
@@ -16,12 +17,15 @@ from typing import Any
 
 import tomli_w
 
-from penstock.errors import PenstockError, ResourceError, UserError
+from penstock.errors import PenstockError, ResourceError, UserError, disk_trouble
 from penstock.run import checkpoint
 from penstock.run.versions import Versions, served_model
 
 UNCLAIMED = {"lock", "log.txt"}
 """Files of a run that was killed before it wrote config.toml; a directory with only these counts as empty."""
+
+SIGNATURE = "# sha256 of the lines above: "
+"""What the last line of config.toml begins with: a changed bit may be another learning rate. Older runs have none."""
 
 
 class RunDirectory:
@@ -40,7 +44,7 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             directory = RunDirectory(path)
-            checkpoint.write_whole(path / "config.toml", tomli_w.dumps({"command": command, **config}))
+            checkpoint.write_whole(path / "config.toml", _signed({"command": command, **config}))
         except OSError as error:
             raise refused(f"--out {path}", error) from error
         return directory
@@ -70,16 +74,23 @@ class RunDirectory:
 
     @staticmethod
     def peek(path: str | Path) -> dict[str, Any]:
-        """The run's config.toml, `command` included. Raises UserError when there is none."""
+        """The run's config.toml, `command` included. Raises UserError when there is none, or it has changed."""
         file = Path(path) / "config.toml"
         try:
-            config = tomllib.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            flags, signature, checksum = text.partition(SIGNATURE)
+            config = tomllib.loads(text)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"{path}: is no run directory (no config.toml in it); check the path.") from error
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: is damaged ({error}); restore it, or start the run again.") from error
+        if signature and checksum.strip() != _sha256(flags):
+            raise UserError(
+                f"{file}: has changed since penstock wrote it (sha256). Put it back, or, if you have changed it and it "
+                f"shall be so, remove its last line ({SIGNATURE.strip()} ...)."
+            )
         if not isinstance(config.get("command"), str):
             raise UserError(f'{file}: does not say which command made this run; add a line like: command = "sft"')
         return config
@@ -87,7 +98,7 @@ class RunDirectory:
     def amend(self, changes: dict[str, Any]) -> None:
         """Changes flags in config.toml; None removes one."""
         config = {**self.peek(self.path), **changes}
-        text = tomli_w.dumps({name: value for name, value in config.items() if value is not None})
+        text = _signed({name: value for name, value in config.items() if value is not None})
         checkpoint.write_whole(self.path / "config.toml", text)
 
     def note(self, text: str) -> None:
@@ -127,11 +138,22 @@ def resolve_model(source: str, which: str = "model") -> str:
 
 def refused(where: str, error: OSError) -> PenstockError:
     """The error to raise when the operating system cannot write to a path."""
-    if reason := checkpoint.out_of_space(error):
-        return ResourceError(f"{where}: {reason}; free some space and try again.")
+    if trouble := disk_trouble(error):
+        reason, remedy = trouble
+        return ResourceError(f"{where}: {reason}. {remedy}, and try again.")
     return UserError(
         f"{where}: cannot be written ({error.strerror}); choose another directory or mend its permissions."
     )
+
+
+def _signed(config: dict[str, Any]) -> str:
+    """The text of a config.toml."""
+    text = tomli_w.dumps(config)
+    return f"{text}{SIGNATURE}{_sha256(text)}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _locked(path: Path) -> int:

@@ -3,6 +3,7 @@
 metrics.jsonl holds what follows from data and seed, byte-equal after a resume; perf.jsonl holds times and memory.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -14,26 +15,40 @@ from typing import Any
 
 
 class Lines:
-    """A JSON-lines file, cut back to `offset` bytes when opened: lines after the checkpoint are removed."""
+    """A JSON-lines file, cut back to `offset` bytes when opened: lines after the checkpoint are removed.
 
-    def __init__(self, path: Path, offset: int = 0) -> None:
+    `digest`: what `sync` gave with that offset; a line says so where the bytes are others.
+    """
+
+    def __init__(self, path: Path, offset: int = 0, digest: str | None = None) -> None:
         self._file = path.open("ab", buffering=0)
-        size = os.fstat(self._file.fileno()).st_size
+        self._path, size = path, os.fstat(self._file.fileno()).st_size
         if size < offset:  # the file was cut or deleted: training goes on, with a gap in its record
             print(f"WARNING: {path}: has {size} bytes instead of {offset}, earlier lines are lost", file=sys.stderr)
             offset = path.read_bytes().rfind(b"\n") + 1
+            digest = None
         self._file.truncate(offset)
+        with path.open("rb") as file:
+            self._digest = hashlib.file_digest(file, "sha256")
+        if digest not in (None, self._digest.hexdigest()):
+            print(f"WARNING: {path}: has changed since its checkpoint was written (sha256); the run goes on, "
+                  "with a damaged record", file=sys.stderr)  # fmt: skip
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One object, one line. Numbers that are not finite become null: JSON has no NaN."""
         line = memoryview(to_json(row).encode("utf-8", "backslashreplace") + b"\n")  # a lone surrogate: its JSON escape
-        while line:  # a nearly full disk may write a part only
-            line = line[self._file.write(line) :]
+        try:
+            while line:  # a nearly full disk may write a part only
+                written = self._file.write(line)
+                self._digest.update(line[:written])
+                line = line[written:]
+        except OSError as error:  # a failed write names no file
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
-    def sync(self) -> int:
-        """Forces all lines to the disk and returns the file's length in bytes, to be kept in the checkpoint."""
+    def sync(self) -> tuple[int, str]:
+        """Forces all lines to the disk; the file's length in bytes and its sha256, to be kept in the checkpoint."""
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        return os.fstat(self._file.fileno()).st_size, self._digest.hexdigest()
 
     def close(self) -> None:
         self._file.close()

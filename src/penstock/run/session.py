@@ -118,7 +118,10 @@ class Session:
             self._restore()
         if self.world.first:
             offsets = self.state["offsets"] if self.state else {}
-            self._lines = {name: Lines(self.path / f"{name}.jsonl", offsets.get(name, 0)) for name in STREAMS}
+            digests = self.state.get("digests", {}) if self.state else {}
+            self._lines = {
+                name: Lines(self.path / f"{name}.jsonl", offsets.get(name, 0), digests.get(name)) for name in STREAMS
+            }
             for text in self._warned if self.state is None else ():
                 self._lines["health"].write({"step": 0, "text": text})
             settings = {"command": self.command, **self._flags, "out": str(self.path.absolute())}
@@ -347,10 +350,11 @@ class Session:
         self._end_saving()
         rng = self.world.gather(checkpoint.rng_state())
         if self.world.first:
-            offsets = {name: lines.sync() for name, lines in self._lines.items()}
+            synced = {name: lines.sync() for name, lines in self._lines.items()}
+            offsets, digests = ({name: pair[i] for name, pair in synced.items()} for i in range(2))
             updates = {name: stream.sink.steps for name, stream in models.items() if stream.sink}
-            own: dict[str, Any] = {"updates": updates, "rng": rng, "offsets": offsets, "data": self._data}
-            own |= {"episode": self.episode, "skips": self._skips, "warnings": self._warnings}
+            own: dict[str, Any] = {"updates": updates, "rng": rng, "data": self._data, "offsets": offsets}
+            own |= {"digests": digests, "episode": self.episode, "skips": self._skips, "warnings": self._warnings}
             state = None if state is None else state | own
         later = not waits and all(stream.sink is None or stream.sink.staged for stream in models.values())
         if later and self._stager is None:
