@@ -48,7 +48,7 @@ def data(trials: int) -> Iterator[dict[str, Any]]:
     or in bytes; every second file is trained on, the others are read by `penstock data check`."""
     with scratch() as home:
         model = save_tokenizer(home / "model", eos_token="<|im_end|>", template=CHATML)
-        save_tiny(model, vocab_size=400, max_length=256, hf={})
+        save_tiny(model, vocab_size=400, max_length=256, hf={"bos_token_id": 0, "eos_token_id": 3})
         for number in range(trials):
             rng = random.Random(f"data {number}")
             kind = [*ROWS][number % len(ROWS)]

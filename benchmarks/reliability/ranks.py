@@ -24,7 +24,9 @@ def ranks(trials: int) -> Iterator[dict[str, Any]]:
             for number in range(place, trials, len(RUNS)):
                 kind, rank = KINDS[(number // len(RUNS)) % len(KINDS)], rng.randrange(2)
                 processes = run.start()
-                time.sleep(rng.random() * run.seconds)
+                while processes[0].poll() is None and not (run.run / "config.toml").exists():
+                    time.sleep(0.01)  # until they have met; before, it is said that one is missing
+                time.sleep(rng.random() * run.seconds / 2)
                 victim, other = processes[rank], processes[1 - rank]
                 victim.signal(signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
                 if kind == "stopped for a while":

@@ -60,13 +60,17 @@ class Ended:
             return "hung"
         if self.code < 0:
             return "killed"
-        clean = self.code == 0 or (self.code in (USER, RESOURCES, DATA) and re.match(r"penstock\b.*: ", self.line))
+        last = LAST_LINES.get(self.code)
+        clean = self.code == 0 or (last is not None and re.match(last, self.line))
         return (
             None if clean and "Traceback (most" not in self.text and "internal error" not in self.text else "traceback"
         )
 
 
 HUNG = -1000
+PARAGRAPH = r"penstock\b.*: "
+LAST_LINES = {USER: PARAGRAPH, RESOURCES: PARAGRAPH, DATA: rf"{PARAGRAPH}|Mend \d+ bad|/\S+:\d+: \S"}
+"""What the last line of a refusal begins with, by exit code; of bad records each has a line, FILE:LINE: FIELD ...."""
 
 
 class Process:

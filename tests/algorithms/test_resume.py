@@ -23,7 +23,7 @@ from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
 from penstock.config import PPOConfig, RewardConfig, SFTConfig
 from penstock.flags import from_dict, to_dict
-from penstock.run import checkpoint
+from penstock.run import checkpoint, report
 from penstock.run.directory import SIGNATURE, RunDirectory
 from penstock.run.session import StoppedError
 from tests import conftest
@@ -193,7 +193,19 @@ def test_a_changed_byte_in_the_record_of_a_run_is_said(stage_config, name, capsy
     sft(longer, resume=True)
     assert f"WARNING: {file}: has changed since its checkpoint was written" in capsys.readouterr().err
     sft(dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=STEPS + 2)), resume=True)
-    assert "WARNING" not in capsys.readouterr().err
+    assert "has changed since" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [
+    ("metrics", '"step": 5', '"step#: 5'), ("metrics", '"step": 5', '"stop": 5'), ("samples", '"response', '"rasponse'),
+    ("perf", '"step": 5', "\xff"),
+])  # fmt: skip
+def test_a_damaged_line_is_left_out_of_the_report_with_a_warning(stage_config, name, old, new, capsys):
+    run = Path(sft(stage_config("sft", "run")))
+    file = run / f"{name}.jsonl"
+    file.write_text(file.read_text().replace(old, new, 1), encoding="latin-1")
+    report.run_report(run, "sft")
+    assert re.search(rf"WARNING: {file}:\d+: is damaged, and left out", capsys.readouterr().err)
 
 
 def test_metrics_hold_no_times(stage_config):

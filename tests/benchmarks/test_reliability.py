@@ -19,7 +19,9 @@ REFUSAL = "step 1 of 4\npenstock sft: /x: the disk is full. Free some space, and
     (Ended(0, "wrote report.html\n"), None), (Ended(3, REFUSAL), None), (Ended(-9, ""), "killed"),
     (Ended(HUNG, ""), "hung"), (Ended(3, f"Traceback (most recent call last):\n{REFUSAL}"), "traceback"),
     (Ended(5, "penstock sft: internal error (KeyError): please report it.\n"), "traceback"),
-    (Ended(4, "penstock sft: data.jsonl:3: first\nsecond line\n"), "traceback"), (Ended(1, REFUSAL), "traceback"),
+    (Ended(4, "penstock sft: /d.jsonl:3: id: no\n/d.jsonl:4: id: no\nMend 2 bad lines, or leave ...\n"), None),
+    (Ended(4, "penstock sft: /d.parquet:1: file: cannot be read (bad\n); mend it\n"), "traceback"),
+    (Ended(2, "penstock sft: two\nparagraphs\n"), "traceback"), (Ended(1, REFUSAL), "traceback"),
 ])  # fmt: skip
 def test_a_refusal_is_one_paragraph_with_its_exit_code(ended, fault):
     assert ended.fault == fault
@@ -74,6 +76,7 @@ def test_a_part_that_the_result_has_is_not_made_again(tmp_path, monkeypatch):
 
 
 QUICK = ("kills", "disk", "damage", "twice")
+SLOW = tuple(part for part in PARTS if part not in QUICK)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and LD_PRELOAD")

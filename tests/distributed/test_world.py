@@ -1,12 +1,14 @@
 """How a process finds its device, its ranks and this attempt's name."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from penstock.distributed import world
+from penstock.distributed import heartbeat, world
+from tests.conftest import PATIENCE
 
 
 def test_every_attempt_has_a_name_of_its_own_whoever_comes_first():
@@ -20,6 +22,18 @@ def test_every_attempt_has_a_name_of_its_own_whoever_comes_first():
             assert len(agreed) == 1
             names += agreed
     assert len(set(names)) == 4
+
+
+def test_a_rank_that_waits_long_for_the_others_to_start_says_so(monkeypatch):
+    lines, said = [], threading.Event()
+    monkeypatch.setattr(heartbeat, "BEAT", 0.001)
+    monkeypatch.setattr("builtins.print", lambda text, **_: (lines.append(text), said.set()))
+    with world._said("rank 0 waits for all 2 ranks to start"):
+        assert said.wait(PATIENCE)
+    monkeypatch.setattr(heartbeat, "BEAT", 1.0)
+    with world._said("nobody waits"):
+        pass
+    assert lines == ["penstock: rank 0 waits for all 2 ranks to start"]
 
 
 @pytest.mark.parametrize(

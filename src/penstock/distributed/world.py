@@ -17,7 +17,10 @@ own order, in the group of all else.
 
 import contextlib
 import datetime
+import functools
 import os
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -278,14 +281,26 @@ def _gathers_for(tensor: Tensor) -> Gathers | None:
 
 def _begin(backend: str, rank: int, size: int) -> None:
     global _heartbeat, _mailboxes
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
-    store = dist.PrefixStore(attempt(store, rank, size), store)
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    finally:
-        _heartbeat = heartbeat.Heartbeat(dist.PrefixStore("heartbeat", store), rank, size)
+    with _said(f"rank {rank} waits for all {size} ranks to start, for up to {PATIENCE}; is one of them missing?"):
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
+        store = dist.PrefixStore(attempt(store, rank, size), store)
+    _heartbeat = heartbeat.Heartbeat(dist.PrefixStore("heartbeat", store), rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if backend == "gloo":
         _mailboxes = shared_memory.Mailboxes.among(rank, size)
+
+
+@contextlib.contextmanager
+def _said(text: str) -> Iterator[None]:
+    """Says so when what is inside has taken as long as a rank may be silent."""
+    say = functools.partial(print, f"penstock: {text}", file=sys.stderr, flush=True)
+    timer = threading.Timer(heartbeat.SILENCE * heartbeat.BEAT, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def attempt(store: dist.Store, rank: int, size: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from penstock.errors import UserError
 from penstock.run.checkpoint import rng_state, set_rng_state, write_whole
-from penstock.run.metrics import read_lines
+from penstock.run.metrics import read_record
 
 PROJECT = "penstock"
 """The project, or experiment, where the library's own variable names none."""
@@ -67,7 +67,7 @@ class Loggers:
             if logger is not None:
                 self._open[name], known[name] = logger, logger.names
         self._attempt(file.name, write_whole, file, json.dumps(known, indent=1))
-        self._waiting = [(row["step"], [row]) for row in read_lines(path / "samples.jsonl")]
+        self._waiting = [(row["step"], [row]) for row in read_record(path / "samples.jsonl")]
         for step, row in record.items():
             self.log(step, row)
 
@@ -141,7 +141,7 @@ def _shown(name: str) -> str:
 def _record(path: Path) -> dict[int, dict[str, Any]]:
     """The numbers of each step that the run's files hold."""
     rows: dict[int, dict[str, Any]] = {}
-    for row in [*read_lines(path / "metrics.jsonl"), *read_lines(path / "perf.jsonl")]:
+    for row in [*read_record(path / "metrics.jsonl"), *read_record(path / "perf.jsonl")]:
         rows.setdefault(row["step"], {}).update(row)
     return dict(sorted(rows.items()))
 

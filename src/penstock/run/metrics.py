@@ -75,6 +75,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
+def read_record(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """As `read_lines`, for people to look at: a line that is no object with a step and these fields is damaged, and
+    left out with a warning."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = ""
+        if isinstance(row, dict) and all(field in row for field in ("step", *fields)):
+            rows.append(row)
+        elif row is not None:
+            print(f"WARNING: {path}:{number}: is damaged, and left out", file=sys.stderr)
+    return rows
+
+
 def peak_rss_bytes() -> int:
     """The peak of this process's physical memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,7 +16,7 @@ from penstock import __version__
 from penstock.run import evaluations
 from penstock.run.checkpoint import NAME
 from penstock.run.directory import RunDirectory
-from penstock.run.metrics import read_lines
+from penstock.run.metrics import read_record
 from penstock.run.report import headlines, warnings
 from penstock.sources import hub_of, weighed
 
@@ -51,7 +51,7 @@ def card(run: Path, checkpoint: Path, *, name: str, adapter: bool, licence: str 
         tags=["penstock", command],
         penstock_version=__version__,
     )
-    rows = [row for row in read_lines(run / "metrics.jsonl") if row["step"] <= _step(checkpoint)]
+    rows = [row for row in read_record(run / "metrics.jsonl") if row["step"] <= _step(checkpoint)]
     parts = [
         f"# {name}",
         f"{'An adapter for' if adapter else 'Made from'} {base} with penstock {__version__}"
@@ -61,7 +61,7 @@ def card(run: Path, checkpoint: Path, *, name: str, adapter: bool, licence: str 
         *_stages(line),
         "## What was measured",
         _table(("", "value"), _measured(rows)),
-        *(f"> WARNING {text}" for text in warnings(read_lines(run / "health.jsonl"))),
+        *(f"> WARNING {text}" for text in warnings(read_record(run / "health.jsonl"))),
         "These figures are of the run's own data, from its metrics.jsonl.",
         *([_table(evaluations.HEADER, measured)] if (measured := evaluations.rows_of(run)) else []),
         "## How to use it",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.run import evaluations
 from penstock.run.checkpoint import write_whole
 from penstock.run.directory import RunDirectory
-from penstock.run.metrics import read_lines
+from penstock.run.metrics import read_record
 from penstock.run.progress import clock
 
 if TYPE_CHECKING:
@@ -171,9 +171,8 @@ class RunFiles:
     @staticmethod
     def read(path: Path) -> "RunFiles":
         """Raises UserError where there is no run."""
-        metrics, perf, samples, health = (
-            read_lines(path / f"{name}.jsonl") for name in ("metrics", "perf", "samples", "health")
-        )
+        metrics, perf, health = (read_record(path / f"{name}.jsonl") for name in ("metrics", "perf", "health"))
+        samples = read_record(path / "samples.jsonl", "prompt", "response")
         return RunFiles(RunDirectory.peek(path), [*metrics, *perf], samples, health, evaluations.rows_of(path))
 
     @property
@@ -243,7 +242,7 @@ def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if "text" in row:
             begun[row["text"].partition(":")[0]] = len(texts)
             texts.append(f"from step {row['step']}: {row['text']}" if row["step"] else row["text"])
-        else:
+        elif row.get("ended") in begun:  # else a line of the record was lost
             place = begun.pop(row["ended"])
             texts[place] = texts[place].replace(":", f" to {row['last']}:", 1)
     return texts
