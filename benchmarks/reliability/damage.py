@@ -63,12 +63,12 @@ def _resumed(run: Subject, kept: Path, file: Path) -> dict[str, Any]:
         shutil.copyfile(kept / file, run.run / file)
         wrong = run.go_on()
         return {"verdict": "lost", "text": f"{ended.line} THEN {wrong}"} if wrong else _refused(ended, file)
-    said = any("WARNING" in line and file.name in line for line in ended.text.splitlines())
+    warned = any("WARNING" in line and file.name in line for line in ended.text.splitlines())
     wrong = run.difference() if "metrics.jsonl" not in str(file) and "samples.jsonl" not in str(file) else None
     if wrong:
-        return {"verdict": "lost" if said else "silent", "text": f"{wrong}: {ended.text[-1000:]}"}
-    quiet = said or str(file) in RECORDS_NOTHING or not _lasts(run.run / file, damaged)
-    return {"verdict": "survived", "said": said} if quiet else {"verdict": "silent", "text": "nothing was said"}
+        return {"verdict": "lost" if warned else "silent", "text": f"{wrong}: {ended.text[-1000:]}"}
+    quiet = warned or str(file) in RECORDS_NOTHING or not _lasts(run.run / file, damaged)
+    return {"verdict": "survived", "warned": warned} if quiet else {"verdict": "silent", "text": "nothing was said"}
 
 
 def _lasts(path: Path, damaged: bytes) -> bool:
@@ -104,9 +104,9 @@ def _loaded(run: Subject, file: Path, exported: tuple[Ended, bytes]) -> dict[str
         return {"verdict": ended.fault, "text": ended.text[-1500:]}
     if ended.code:
         return _refused(ended, file)
-    said = file.name in ended.text
+    warned = file.name in ended.text
     same = weights == exported[1]
-    return {"verdict": "survived", "said": said} if same or said else {"verdict": "silent", "text": ended.text[-1000:]}
+    return {"verdict": "survived", "warned": warned} if same or warned else {"verdict": "silent", "text": ended.text[-1000:]}
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
