@@ -64,7 +64,7 @@ def _resumed(run: Subject, kept: Path, file: Path) -> dict[str, Any]:
         wrong = run.go_on()
         return {"verdict": "lost", "text": f"{ended.line} THEN {wrong}"} if wrong else _refused(ended, file)
     warned = any("WARNING" in line and file.name in line for line in ended.text.splitlines())
-    wrong = run.difference() if "metrics.jsonl" not in str(file) and "samples.jsonl" not in str(file) else None
+    wrong = run.difference(str(file))
     if wrong:
         return {"verdict": "lost" if warned else "silent", "text": f"{wrong}: {ended.text[-1000:]}"}
     quiet = warned or str(file) in RECORDS_NOTHING or not _lasts(run.run / file, damaged)
@@ -105,8 +105,9 @@ def _loaded(run: Subject, file: Path, exported: tuple[Ended, bytes]) -> dict[str
     if ended.code:
         return _refused(ended, file)
     warned = file.name in ended.text
-    same = weights == exported[1]
-    return {"verdict": "survived", "warned": warned} if same or warned else {"verdict": "silent", "text": ended.text[-1000:]}
+    if weights != exported[1] and not warned:
+        return {"verdict": "silent", "text": ended.text[-1000:]}
+    return {"verdict": "survived", "warned": warned}
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
