@@ -109,7 +109,7 @@ def test_heldout_numbers_by_hand():
     assert facts["accuracy"] == 0.5
     assert facts["accuracy_distance_1"] == pytest.approx(1 / 3)
     assert facts["accuracy_distance_2"] == 1.0
-    assert facts["accuracy_ci95"] == pytest.approx(1.96 * (0.25 / 4) ** 0.5)
+    assert (facts["accuracy_low"], facts["accuracy_high"]) == pytest.approx((0.15, 0.85), abs=1e-3)  # Wilson, 2 of 4
     flat, lengths = torch.tensor([3.0, 1.0, 2.0, 0.5, 0.25]), torch.tensor([2.0, 3.0, 1.0, 2.0, 2.0])
     correlation = float(torch.corrcoef(torch.stack([flat, lengths]))[0, 1])
     assert facts["length_correlation"] == pytest.approx(correlation, abs=1e-6)

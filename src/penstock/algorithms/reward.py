@@ -26,6 +26,7 @@ from penstock.memory.strategy import StepStats, Strategy
 from penstock.memory.stream import Losses, Stream
 from penstock.models.roles import RewardModel
 from penstock.rollout.engine import Answer
+from penstock.run import intervals
 from penstock.run.session import Session
 
 
@@ -212,8 +213,8 @@ def score_rankings(strategy: Strategy, stream: Stream, rankings: Sequence[Rankin
 def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> dict[str, float]:
     """How well the scores order held-out rankings (PPO.md 23).
 
-    accuracy over pairs of different rank, its 95 % half-interval (Wald, prompts as clusters would be wider),
-    accuracy_distance_d per rank distance d, and length_correlation, Pearson's r of score with response length.
+    accuracy over pairs of different rank, its 95 % interval (prompts as clusters would be wider), accuracy_distance_d
+    per rank distance d, and length_correlation, Pearson's r of score with response length.
     """
     right: dict[int, list[bool]] = {}
     for ranking, values in zip(rankings, scores, strict=True):
@@ -221,9 +222,9 @@ def evaluate(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> 
         for i, j in ranking.pairs:
             distance = levels.index(ranking.ranks[j]) - levels.index(ranking.ranks[i])
             right.setdefault(distance, []).append(values[i] > values[j])
-    count = max(sum(map(len, right.values())), 1)
-    accuracy = sum(map(sum, right.values())) / count
-    facts = {"accuracy": accuracy, "accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)}
+    every = [is_right for pairs in right.values() for is_right in pairs]
+    low, high = intervals.of_share(every) if every else (0.0, 1.0)
+    facts = {"accuracy": sum(every) / max(len(every), 1), "accuracy_low": low, "accuracy_high": high}
     facts |= {f"accuracy_distance_{d}": sum(pairs) / len(pairs) for d, pairs in sorted(right.items())}
     flat = torch.tensor([value for values in scores for value in values], dtype=torch.float64)
     lengths = torch.tensor([float(n) for ranking in rankings for n in ranking.response_lengths], dtype=torch.float64)

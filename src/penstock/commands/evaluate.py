@@ -1,9 +1,8 @@
 """`penstock eval`: the answers of two models to the same prompts, judged by a reward, a function or another model.
 
-A win counts 1, a tie 0.5: the win rate is their mean, its interval the 2.5th to the 97.5th percentile of 10,000
-resamples of the prompts (Efron 1979). Judges prefer longer answers, so the rate is given for equal lengths too: a
-logistic regression of the outcome on tanh of the difference in length, divided by its spread, read where it is 0, as
-in length-controlled AlpacaEval (Dubois et al. 2024) without its terms for single instructions.
+A win counts 1, a tie 0.5: the win rate is their mean. Judges prefer longer answers, so the rate is given for equal
+lengths too: a logistic regression of the outcome on tanh of the difference in length, divided by its spread, read where
+it is 0, as in length-controlled AlpacaEval (Dubois et al. 2024) without its terms for single instructions.
 
 [Note: both orders] A model that judges prefers the answer that it reads first (Zheng et al. 2023, MT-Bench). It reads
 each pair in both orders; two verdicts that contradict each other are a tie.
@@ -28,12 +27,12 @@ from penstock.commands.config import EvalConfig, GenerateConfig
 from penstock.commands.generate import answered
 from penstock.data.records import Prompt
 from penstock.errors import ResourceError, UserError
+from penstock.run import intervals
 from penstock.run.directory import RunDirectory, refused
 from penstock.run.evaluations import FILE
 from penstock.run.metrics import Lines
 from penstock.run.report import run_report
 
-RESAMPLES = 10_000
 RIDGE = 1e-3
 """Penalty on the slope of the length: where the longer answer always wins, there is no largest likelihood."""
 REQUESTS = 8
@@ -75,7 +74,7 @@ def evaluate(config: EvalConfig) -> None:
     result |= {"data": config.data, "temperature": config.temperature, "seed": config.seed}
     if config.against is None:
         scores = numpy.array([line["score"] for _, line in own])
-        result |= {"score": float(scores.mean()), "score_interval": interval(scores)}
+        result |= {"score": float(scores.mean()), "score_interval": intervals.of_mean(scores)}
     else:
         result |= {"against": config.against, **comparison(config, own, answers_of(config, config.against))}
     print(json.dumps(result) if config.json else as_text(config, result))
@@ -122,7 +121,7 @@ def comparison(config: EvalConfig, own: Side, other: Side) -> dict[str, Any]:
     return {
         "prompts": len(pairs), "left_out": len(own) + len(other) - 2 * len(pairs), **scores,
         "wins": int((outcomes > 0.5).sum()), "ties": int((outcomes == 0.5).sum()),
-        "win_rate": float(outcomes.mean()), "win_rate_interval": interval(outcomes),
+        "win_rate": float(outcomes.mean()), "win_rate_interval": intervals.of_share(outcomes),
         "win_rate_length_controlled": length_controlled(outcomes, lengths),
         "longer_by": float(lengths.mean()),
     }  # fmt: skip
@@ -136,13 +135,6 @@ def by_place(side: Side) -> dict[tuple[str, int], tuple[Prompt, dict[str, Any]]]
         places[record.where, seen[record.where]] = record, line
         seen[record.where] += 1
     return places
-
-
-def interval(values: Any) -> list[float]:
-    """95 % of the mean of values [n], by resampling; the same values give the same bounds."""
-    rng, count = numpy.random.default_rng(0), len(values)  # one resample in memory at a time
-    means = [values[rng.integers(count, size=count)].mean() for _ in range(RESAMPLES)]
-    return [float(bound) for bound in numpy.percentile(means, [2.5, 97.5])]
 
 
 def length_controlled(outcomes: Any, lengths: Any) -> float:

@@ -17,12 +17,13 @@ from penstock.algorithms import functional as fn
 from penstock.algorithms.setup import encode_all, encoder_of, placed, strategy_of
 from penstock.algorithms.sft import Rows, response_logprobs, rows_of
 from penstock.commands.config import EvalConfig
-from penstock.commands.evaluate import answers_of, evaluate, interval
+from penstock.commands.evaluate import answers_of, evaluate
 from penstock.config import DataFlags, EngineFlags
 from penstock.data import formats
 from penstock.data.chat import Encoder, Example
 from penstock.data.records import Kind
 from penstock.models.roles import Actor
+from penstock.run import intervals
 from penstock.run.directory import resolve_model
 
 TOGETHER = 8
@@ -82,6 +83,7 @@ def likelihoods(kind: Kind, file: Path, start: str, end: Path, flags: tuple[Data
         signs = numpy.array([1.0 if record.label else -1.0 for record in records])
         after, before = (numpy.sign((after - before) * signs) + 1) / 2, numpy.full(len(signs), 0.5)
     gain = after - before
+    interval = intervals.of_mean if kind == "demonstrations" else intervals.of_change  # the others are shares
     return {
         "by": LIKELIHOOD[kind], "records": len(gain), "start": float(before.mean()), "end": float(after.mean()),
         "gain": float(gain.mean()), "gain_interval": interval(gain),

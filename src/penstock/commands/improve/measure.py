@@ -9,7 +9,7 @@ import numpy
 from penstock.commands.align.evaluation import answer_logprobs, values
 from penstock.commands.align.inventory import prompts_of
 from penstock.commands.config import EvalConfig
-from penstock.commands.evaluate import Side, answers_of, interval
+from penstock.commands.evaluate import Side, answers_of
 from penstock.commands.improve import scores
 from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.judges import Judge
@@ -26,6 +26,7 @@ from penstock.commands.improve.rule import (
 from penstock.commands.improve.scores import Reading
 from penstock.data import formats
 from penstock.errors import UserError
+from penstock.run import intervals
 
 PROMPTS = 256
 """Held-out prompts that both models answer: a share of so many is known to within 6 %."""
@@ -72,7 +73,7 @@ def regressions(config: ImproveConfig, models: Models, reading: Reading) -> list
             raise UserError(f"--regression {file}: the model can read none of it; give a larger --max-length.")
         for name, other in (("served version", models.served), ("start", models.start)):
             change = of_model[models.candidate] - of_model[other]
-            bounds = interval(change)
+            bounds = intervals.of_mean(change)
             label = f"{Path(file).name} against the {name}"
             checks.append(no_worse(label, float(change.mean()), (bounds[0], bounds[1]), config.margin))
     return checks
@@ -99,7 +100,7 @@ def answers(
     sides = [[line for _, line in of(model)] for model in (models.served, models.candidate)]
     ended = [numpy.array([line["finish_reason"] == "stop" for line in side], dtype=float) for side in sides]
     change = ended[1] - ended[0]
-    low, high = interval(change)
+    low, high = intervals.of_mean(change)
     figures: dict[str, Any] = {"prompts": len(prompts), "ended": [float(part.mean()) for part in ended]}
     figures["tokens"] = [float(numpy.mean([len(line["response_ids"]) for line in side])) for side in sides]
     checks = [no_worse("answers end by themselves", float(change.mean()), (low, high), ENDED_MARGIN)]

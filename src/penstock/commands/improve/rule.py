@@ -3,7 +3,7 @@
 A model's agreement with a label is a number from 0 to 1, one half by chance. Of a comparison it is the share of its
 pairs whose better answer has the higher score. Of a vote it is 1 where a liked answer scores above the median of all
 judged answers, or a disliked one below: one half by chance whatever the share of liked ones. Labels of one conversation
-are not independent, so intervals are of means of conversations, by resampling these.
+are not independent, so intervals are of means of conversations.
 
 [Note: what a candidate's score is] log p(y|x) of the candidate less that of the served model. To first order the
 expected value of answers, under any taste, rises by its covariance with this score over answers of the served model
@@ -19,8 +19,8 @@ import numpy
 
 from penstock.commands.align.choice import ENOUGH
 from penstock.commands.align.evaluation import in_order
-from penstock.commands.evaluate import interval
 from penstock.commands.improve.labels import Label
+from penstock.run import intervals
 from penstock.run.versions import REFUSED, TRUSTED, WAITING
 
 CHANCE = 0.5
@@ -45,7 +45,7 @@ class Agreement:
         """Of values [conversations] in 0 .. 1."""
         if not len(values):
             return Agreement(CHANCE, (0.0, 1.0), 0)
-        low, high = interval(values)
+        low, high = intervals.of_share(values)
         return Agreement(float(values.mean()), (low, high), len(values))
 
     def as_dict(self) -> dict[str, Any]:
