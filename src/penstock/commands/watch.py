@@ -32,7 +32,7 @@ SHARE = 0.1
 FILES = ("config.toml", "metrics.jsonl", "perf.jsonl", "samples.jsonl", "health.jsonl")
 HOSTS = ["127.0.0.1", "localhost"]
 """What a browser must have asked for: no other name that leads here (DNS rebinding)."""
-SCRIPT = """<script>
+SCRIPT = """
 const update = (old, fresh) => {
   const same = old.nodeName === fresh.nodeName && old.childNodes.length === fresh.childNodes.length
   if (!same) {
@@ -58,7 +58,7 @@ const poll = async () => {
   setTimeout(poll, 2000)
 }
 setTimeout(poll, 2000)
-</script>"""
+"""
 
 
 def watch(config: WatchConfig) -> None:

@@ -5,6 +5,7 @@ same page while runs write.
 """
 
 import base64
+import hashlib
 import html
 import io
 import math
@@ -94,7 +95,7 @@ figcaption{display:flex;justify-content:space-between;gap:1rem;font-variant-nume
 figcaption b{color:var(--ink);font-weight:500;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;padding:.3rem .4rem}table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;vertical-align:top;padding:.42rem .7rem;font-variant-numeric:tabular-nums}
-td{overflow-wrap:anywhere}tbody td{border-top:1px solid var(--line)}
+.long{overflow-wrap:anywhere}tbody td{border-top:1px solid var(--line)}
 summary{cursor:pointer;font-weight:600;margin:1.4rem 0 .9rem}
 .sample{margin-bottom:1rem;overflow:hidden}
 .prompt{padding:.8rem 1rem;color:var(--soft);white-space:pre-wrap;overflow-wrap:anywhere}
@@ -112,14 +113,26 @@ border-top:1px solid var(--line)}
 def page(
     title: str, subtitle: str, sections: Sequence[Section], pictures: dict[str, str] | None = None, script: str = ""
 ) -> str:
-    """The whole HTML document; it loads no other file. Pictures that are in `pictures` are taken as they are there."""
+    """The whole HTML document; it loads no other file. Pictures that are in `pictures` are taken as they are there.
+    `script` is ours: what people and models wrote is shown as text, and the page's policy runs nothing else.
+    """
     pictures = {} if pictures is None else pictures
     body = "\n".join(_render(section, pictures) for section in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{html.escape(title)}</h1><p class="sub">{html.escape(subtitle)}</p>{body}</main>{script}</body></html>\n'
+        f'<h1>{html.escape(title)}</h1><p class="sub">{html.escape(subtitle)}</p>{body}</main>'
+        f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
+    )
+
+
+def _policy(script: str) -> str:
+    style, code = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, script))
+    return (
+        f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; connect-src 'self'; "
+        f"style-src 'sha256-{style}'; script-src 'sha256-{code}'"
     )
 
 
@@ -309,6 +322,8 @@ def _number(name: str, value: float) -> str:
 
 SHOWN = 6
 """Samples above the fold; the others open on a click."""
+WORD = 20
+"""Letters of the longest word that stays whole in a table."""
 
 
 def _render(section: Section, pictures: dict[str, str]) -> str:
@@ -346,7 +361,13 @@ def _figure(label: str, value: str) -> str:
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(_cell(tag, cell) for cell in cells)}</tr>"
+
+
+def _cell(tag: str, text: str) -> str:
+    """A path may be broken anywhere where a column is narrow, a word not."""
+    is_long = max(map(len, text.split()), default=0) > WORD
+    return f"<{tag}{' class=long' if is_long else ''}>{html.escape(text)}</{tag}>"
 
 
 def _sample(prompt: str, answers: Mapping[str, tuple[str, float | None]]) -> str:
@@ -393,7 +414,8 @@ def _picture(name: str, lines: Mapping[str, Curve], x_label: str) -> str:
         if _noisy(ys):
             axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.35)
             ys = _smoothed(ys)
-        axes.plot(xs, ys, color=colour, linewidth=1.7, label=label, marker="o" if len(xs) < 12 else "", markersize=3)
+        text = label.replace("$", r"\$")  # a name, no formula
+        axes.plot(xs, ys, color=colour, linewidth=1.7, label=text, marker="o" if len(xs) < 12 else "", markersize=3)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     _quiet(axes, x_label)

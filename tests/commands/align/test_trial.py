@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.commands.align import trial
+from penstock.commands.align import evaluation, trial
 from penstock.commands.align.choice import Duration
 from penstock.commands.align.evaluation import Judge
 from penstock.commands.align.planning import StagePlan
@@ -32,6 +32,16 @@ def test_steps_checkpoints_and_evaluations_are_told_apart(tmp_path):
 
 
 SCORES = [([0.5, math.nan], "must be a finite number"), ([1.0, 1.0], "nothing can be learned")]
+
+
+def test_a_line_of_prompts_ends_at_its_newline_alone(tmp_path, monkeypatch):
+    prompts, read = tmp_path / "prompts.jsonl", []
+    prompts.write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n', encoding="utf-8")
+    monkeypatch.setattr(
+        evaluation, "answers_of", lambda config, _: read.append(Path(config.data).read_text("utf-8")) or []
+    )
+    evaluation.sampled(Judge(prompts, {"reward": "r"}), "m", 1)
+    assert [json.loads(text) for text in read] == [{"prompt": "a\u2028b"}]
 
 
 @pytest.mark.parametrize(("scores", "problem"), SCORES)

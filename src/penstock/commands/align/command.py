@@ -135,7 +135,7 @@ def tried(
     if judge is not None and not judge.own:
         learns_first = plan.route.stages[0] not in SAMPLES
         shown, count = score_sanity(judge, config.model, learns_first=learns_first)
-        rows = len(judge.prompts.read_text(encoding="utf-8").splitlines())
+        rows = judge.prompts.read_text(encoding="utf-8").count("\n")
         spent = (time.perf_counter() - asked) * 2 * rows / count
     peaks: dict[str, int] = {}
     for _ in plans:  # each once at most

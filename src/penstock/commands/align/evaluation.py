@@ -51,9 +51,9 @@ class Judge:
 
 def sampled(judge: Judge, model: str, count: int) -> list[dict[str, Any]]:
     """A few sampled answers of a model with their scores."""
-    rows = judge.prompts.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    rows = judge.prompts.read_text(encoding="utf-8").split("\n")[:count]  # a prompt may hold other ends of lines
     few = judge.prompts.with_name("few-prompts.jsonl")
-    few.write_text("".join(rows), encoding="utf-8")
+    few.write_text("\n".join(rows), encoding="utf-8")
     try:
         return [line for _, line in answers_of(judge.config(model, data=str(few), temperature=1.0), model)]
     finally:

@@ -87,7 +87,7 @@ def write(out: Path, state: Mapping[str, Any]) -> Path:
         ))  # fmt: skip
     sections: list[Section] = [
         Figures(dict(evaluation_rows(state["evaluation"]))),
-        Text("\n".join(["What there was: ", *("; ".join(state["lines"]),)])),
+        Text("What there was: " + "; ".join(state["lines"]) + "."),
         Text("Why: " + "; ".join(state["why"]) + "."),
         Table("Stages", header, rows),
     ]
