@@ -8,6 +8,8 @@ from collections import Counter
 import pytest
 
 from penstock.data.formats import read
+from penstock.serve.labelling import label_studio
+from penstock.serve.labelling.export import ARRAYS, EXPORTS
 from tests.conftest import cli
 from tests.serve.conftest import eventually, running, save_chatty
 from tests.serve.labelling.conftest import ranked, skipped
@@ -56,7 +58,7 @@ def label_all(server, key, by):
 def exported(server, what):
     reply = server.ask("GET", f"/api/labelling/export?what={what}")
     assert reply.status == 200
-    return json.loads(reply.body) if what == "argilla" else [json.loads(line) for line in reply.body.splitlines()]
+    return json.loads(reply.body) if what in ARRAYS else [json.loads(line) for line in reply.body.splitlines()]
 
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a weir?"}]
@@ -164,19 +166,69 @@ def test_argillas_records_come_in_as_its_sdk_writes_them_and_go_out_as_it_reads_
     assert again.to_dict()["responses"] == first["responses"]
 
 
+# --- Label Studio -----------------------------------------------------------------------------------------------------
+RANKER = {"from_name": "rank", "to_name": "answers", "type": "ranker"}
+CONFIG = """<View><Text name="prompt" value="$prompt"/><List name="answers" value="$items"/>
+<Ranker name="rank" toName="answers"><Bucket name="1"/><Bucket name="2"/><Bucket name="3"/></Ranker></View>"""
+
+
+def task(*ids, annotations=(), **data):
+    return {"data": {"items": [{"id": i, "title": "", "body": f"It is {i}."} for i in ids], **data},
+            "annotations": [{"result": [{**RANKER, "value": {"ranker": value}}]} for value in annotations]}  # fmt: skip
+
+
+def test_label_studios_tasks_come_in_and_go_out_with_rankings(room):
+    pair = {"data": {"prompt": "Which?", "answer1": "this", "answer2": "that"}, "annotations": []}
+    add(room, task("x", "y", "z", prompt="Name one."), pair)
+    label_all(room, hire(room, "ada")["token"], lambda text: text == "It is y.")
+    first, second = exported(room, "label-studio")
+    assert [entry["body"] for entry in first["data"]["items"]] == ["It is x.", "It is y.", "It is z."]
+    (annotation,) = first["annotations"]
+    buckets = {"1": ["response_1", "response_3"], "2": ["response_2"]}
+    assert annotation["result"][0] == {"id": annotation["result"][0]["id"], **RANKER, "value": {"ranker": buckets}}
+    assert second["data"]["prompt"] == "Which?"
+    sdk = pytest.importorskip("label_studio_sdk.label_interface", reason="not a part of the development tools")
+    interface = sdk.LabelInterface(CONFIG)
+    assert interface.validate_task({"data": first["data"]})
+    assert interface.validate_annotation(annotation)
+
+
+@pytest.mark.parametrize(
+    ("value", "ranking"),
+    [
+        ({"rank": ["b", "c", "a"]}, [[1], [2], [0]]),  # a list that was sorted: the ranker has no buckets
+        ({"1": ["c"], "3": ["a", "b"], "2": [], "_": []}, [[2], [0, 1]]),
+        ({"good": ["c", "a"], "bad": ["b"]}, None),
+        ({"1": ["c"], "2": ["a"], "_": ["b"]}, None),
+        ({"1": "c"}, None),
+    ],
+)
+def test_a_known_ranking_is_read_from_label_studios_annotation(value, ranking):
+    item = label_studio.item_of(task("a", "b", "c", annotations=[value], prompt="p"), gold=True)
+    assert item.get("ranking") == ranking
+    assert "ranking" not in label_studio.item_of(task("a", "b", "c", annotations=[value], prompt="p"), gold=False)
+
+
+def test_what_label_studio_cancelled_says_nothing():
+    said = {"result": [{"type": "pairwise", "value": {"selected": "right"}}]}
+    pair = {"data": {"prompt": "p", "answer1": "x", "answer2": "y"}, "annotations": [{**said, "was_cancelled": True}]}
+    assert "ranking" not in label_studio.item_of(pair, gold=True)
+    pair["annotations"].append(said)
+    assert label_studio.item_of(pair, gold=True)["ranking"] == [[1], [0]]
+
+
 def test_an_export_comes_in_again_as_gold(room):
     add(room, WEIR, {"prompt": "p", "responses": ["a", "b"]})
     label_all(room, hire(room, "ada")["token"], lambda text: -len(text))
-    records, lines = exported(room, "argilla"), exported(room, "rankings")
+    records, tasks, lines = (exported(room, what) for what in (*ARRAYS, "rankings"))
     assert add(room, *records, gold=True) == {"added": 2, "known": 0}
+    assert add(room, *tasks, gold=True) == {"added": 0, "known": 2}
     assert add(room, *lines, gold=True) == {"added": 0, "known": 2}
     assert room.ask("GET", "/api/labelling").json["gold_items"] == 2
 
 
 def test_an_empty_room_exports_an_empty_list(empty_room):
-    assert (
-        exported(empty_room, "argilla") == exported(empty_room, "rankings") == exported(empty_room, "rewritten") == []
-    )
+    assert [exported(empty_room, what) for what in EXPORTS] == [[]] * 4
 
 
 # --- judgements -------------------------------------------------------------------------------------------------------

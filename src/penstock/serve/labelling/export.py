@@ -1,10 +1,11 @@
 """What goes out of the room: rankings that `penstock reward` and `penstock dpo` read, rewritten answers that `penstock
-sft` reads, and records of Argilla.
+sft` reads, records of Argilla and tasks of Label Studio.
 
 `rankings` is the one way from the room's judgements to training data: `penstock data export --rankings`, the page's
 export and `penstock improve` all call it.
 """
 
+import itertools
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from penstock.serve.labelling import label_studio
 from penstock.serve.store import Row, Store
 from penstock.serve.tables import label_items, label_slots, labellers
 
@@ -53,32 +55,44 @@ def rewritten(store: Store) -> Iterator[dict[str, Any]]:
 
 def argilla(store: Store) -> Iterator[dict[str, Any]]:
     """Records of Argilla 2.x, as Dataset.from_disk reads them: fields prompt and response_1 ..., question ranking."""
+    for item, slots in _items(store):
+        names = [f"response_{i + 1}" for i in range(len(item["answers"]))]
+        texts = [answer["content"] for answer in item["answers"]]
+        models = {f"{name}_model": a["model"] for name, a in zip(names, item["answers"], strict=True) if a["model"]}
+        responses = [
+            {"value": _options(slot["ranking"], names), "user_id": str(uuid.uuid5(NAMESPACE, slot["labeller_id"]))}
+            for slot in slots
+        ]
+        fields = {"prompt": item["prompt"], **dict(zip(names, texts, strict=True))}
+        yield {
+            "id": item["source_id"] or item["id"], "fields": fields,
+            "metadata": models, "suggestions": {}, "responses": {QUESTION: responses} if responses else {},
+            "vectors": {},
+            "status": "completed" if responses else "pending", "_server_id": None,
+        }  # fmt: skip
+
+
+def label_studio_tasks(store: Store) -> Iterator[dict[str, Any]]:
+    """Tasks of Label Studio with annotations."""
+    return itertools.starmap(label_studio.task_of, _items(store))
+
+
+EXPORTS: dict[str, Callable[[Store], Iterator[dict[str, Any]]]] = {
+    "rankings": rankings, "rewritten": rewritten, "argilla": argilla, "label-studio": label_studio_tasks,
+}  # fmt: skip
+ARRAYS = ("argilla", "label-studio")
+"""Those that are read as one JSON array."""
+
+
+def _items(store: Store) -> Iterator[tuple[Row, list[Row]]]:
+    """All items that have answers and test nobody, each with its rankings' slots, in the order of their import."""
     judged = defaultdict(list)
     for item, slot in _judged(store):
         judged[item["id"]].append(slot)
     query = sa.select(label_items).where(label_items.c.gold.is_(None), label_items.c.draft.is_(None))
     with store.reading() as connection:
         for row in connection.execute(query.order_by(label_items.c.place)).mappings():
-            item = dict(row)
-            names = [f"response_{i + 1}" for i in range(len(item["answers"]))]
-            texts = [answer["content"] for answer in item["answers"]]
-            models = {f"{name}_model": a["model"] for name, a in zip(names, item["answers"], strict=True) if a["model"]}
-            responses = [
-                {"value": _options(slot["ranking"], names), "user_id": str(uuid.uuid5(NAMESPACE, slot["labeller_id"]))}
-                for slot in judged[item["id"]]
-            ]
-            fields = {"prompt": item["prompt"], **dict(zip(names, texts, strict=True))}
-            yield {
-                "id": item["source_id"] or item["id"], "fields": fields,
-                "metadata": models, "suggestions": {}, "responses": {QUESTION: responses} if responses else {},
-                "vectors": {},
-                "status": "completed" if responses else "pending", "_server_id": None,
-            }  # fmt: skip
-
-
-EXPORTS: dict[str, Callable[[Store], Iterator[dict[str, Any]]]] = {
-    "rankings": rankings, "rewritten": rewritten, "argilla": argilla,
-}  # fmt: skip
+            yield dict(row), judged[row["id"]]
 
 
 def _options(ranking: list[list[int]], names: list[str]) -> list[dict[str, Any]]:

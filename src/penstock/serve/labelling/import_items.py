@@ -1,4 +1,5 @@
-"""What comes into the room: objects in penstock's formats of comparisons and prompts, or Argilla's records, as items.
+"""What comes into the room: objects in penstock's formats of comparisons and prompts, Argilla's records, or Label
+Studio's tasks, as items.
 
 An item has a prompt (a text, or turns) and 2 to 9 different answers; a prompt alone has its answers made by models. The
 ranking of an object is read where it is gold, which tests labellers, and left out otherwise.
@@ -13,6 +14,7 @@ from typing import Any
 from penstock.data import field_checks
 from penstock.data.jsonl import FieldError
 from penstock.data.records import FORMS, Comparison, Kind, Prompt, line_of
+from penstock.serve.labelling import label_studio
 from penstock.serve.store import Row
 
 ANSWER_FIELD = re.compile(r"(?:response|answer|generation|completion|reply|output)[-_ ]?(\d+)")
@@ -29,6 +31,8 @@ def read_item(item: Mapping[str, Any], *, gold: bool, draft: Row | None) -> Row:
     given_id = str(item.get("id") or "")
     if isinstance(item.get("fields"), Mapping):
         item = _of_argilla(item, gold)
+    elif isinstance(item.get("data"), Mapping):
+        item = label_studio.item_of(item, gold)
     record = _record(item, gold)
     line = line_of(record)
     if record.tools or record.prompt_ids is not None:

@@ -51,7 +51,7 @@ class Drafting(Strict):
 
 
 class Import(Strict):
-    """Items, as objects in penstock's formats of comparisons and prompts, or Argilla's records."""
+    """Items: objects in penstock's formats of comparisons and prompts, Argilla's records, or Label Studio's tasks."""
 
     items: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
     gold: Annotated[bool, Field(description="Their rankings are known, and test labellers.")] = False
@@ -142,12 +142,12 @@ ARRAY = {"application/json": {"schema": {"type": "array", "items": {"type": "obj
     "/export", response_class=Response, responses={**FAILS, 200: {"content": {**LINES[200]["content"], **ARRAY}}}
 )
 def export_all(
-    request: Request, what: Annotated[Literal["rankings", "rewritten", "argilla"], Query()] = "rankings"
+    request: Request, what: Annotated[Literal["rankings", "rewritten", "argilla", "label-studio"], Query()] = "rankings"
 ) -> Response:
     """rankings: JSON lines that penstock reward and dpo read; rewritten: answers that penstock sft reads; argilla: a
-    JSON array of records, as Argilla's Dataset.from_disk reads them."""
+    JSON array of records, as Argilla's Dataset.from_disk reads them; label-studio: one of tasks with annotations."""
     rows = export.EXPORTS[what](service_of(request).store)
-    return _array(rows, what) if what == "argilla" else _lines(rows, what)
+    return _array(rows, what) if what in export.ARRAYS else _lines(rows, what)
 
 
 @owner_api.get("/audit", response_class=Response, responses={**FAILS, **LINES})

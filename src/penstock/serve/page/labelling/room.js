@@ -94,7 +94,7 @@ function items(served) {
     });
   };
   return section("Items",
-    h("p", { class: "help" }, "JSON lines or a JSON array: prompt and responses, chosen and rejected, or Argilla's records. The models below answer prompts that come alone."),
+    h("p", { class: "help" }, "JSON lines or a JSON array: prompt and responses, chosen and rejected, Argilla's records, or Label Studio's tasks. The models below answer prompts that come alone."),
     h("form", { class: "stack", onsubmit: add },
       h("div", { class: "field" }, h("label", { for: "import-file" }, "File"), file),
       h("label", { class: "switch" }, gold, h("span", {}, "Their rankings are known: use them to test labellers")),
@@ -163,6 +163,7 @@ function exports() {
     link("api/labelling/export?what=rankings", "Rankings", "for penstock reward, dpo and improve"),
     link("api/labelling/export?what=rewritten", "Rewritten answers", "for penstock sft"),
     link("api/labelling/export?what=argilla", "Argilla's records", "for Dataset.from_disk"),
+    link("api/labelling/export?what=label-studio", "Label Studio's tasks", "with the rankings as annotations"),
     link("api/labelling/audit", "Audit trail", "who did what, and when")));
 }
 
