@@ -51,8 +51,8 @@ def task_of(item: Row, slots: Sequence[Row]) -> Row:
 
 def _results(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What annotations say, then what models predicted; those that were cancelled say nothing."""
-    said = [*(task.get("annotations") or []), *(task.get("predictions") or [])]
-    kept = [entry for entry in said if isinstance(entry, Mapping) and not entry.get("was_cancelled")]
+    judgements = [*(task.get("annotations") or []), *(task.get("predictions") or [])]
+    kept = [entry for entry in judgements if isinstance(entry, Mapping) and not entry.get("was_cancelled")]
     return [result for entry in kept for result in entry.get("result") or [] if isinstance(result, Mapping)]
 
 
