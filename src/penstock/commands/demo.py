@@ -1,8 +1,8 @@
-"""`penstock demo`: base model, SFT, labellers, reward model, PPO, and a report, on Toyland.
+"""`penstock demo`: base model, SFT, labellers, reward model, PPO, and a report.
 
-Every stage runs as a user would run it, chained as `penstock align` chains them; only the base model's corpus, the
-demonstrations and the labels come from Toyland. Gold scores are measured here, on questions that no stage ever
-saw, and hidden from every stage (PPO.md 25).
+Every stage runs as a user would run it, chained as `penstock align` chains them. What is taught, a `Lesson` says: the
+small world's (`demo_toy`) or a real model's (`demo_real`). Gold scores are measured here, on questions that no stage
+ever saw, and hidden from every stage (PPO.md 25).
 """
 
 import dataclasses
@@ -12,43 +12,30 @@ import random
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from penstock.commands.align.stages import Stage, run_stage
 from penstock.commands.config import DemoConfig
 from penstock.commands.demo_algorithms import compare
-from penstock.commands.demo_runs import (
-    BEST_OF,
-    RESPONSE_TOKENS,
-    answer,
-    best_of,
-    flags_of_run,
-    write_lines,
-)
+from penstock.commands.demo_real import packaged_model, real
+from penstock.commands.demo_runs import Lesson, World, answer, best_of, flags_of_run, write_lines
+from penstock.commands.demo_toy import toy
 from penstock.data.labellers import comparisons
-from penstock.data.toyland import Question, Toyland, save_tokenizer
 from penstock.errors import UserError
-from penstock.models import presets, pretrained
-from penstock.models.decoder import Decoder
-from penstock.rollout.sampling import Sampling
 from penstock.run.directory import refused
 from penstock.run.metrics import peak_rss_bytes, read_lines
 from penstock.run.report import Curve, Curves, Samples, Section, Table, Text, page
 
-HELDOUT = 256
-"""Questions that nothing is trained on."""
-LABEL_NOISE = 0.7
-"""Standard deviation of a labeller's judgement, in units of gold."""
 MARK = ".penstock-demo"
 """Only a directory that holds this file is ever replaced."""
 
 
 def demo(config: DemoConfig) -> Path:
     """Runs all seeds and writes report.html and report.json in `config.out`."""
-    out = Path(config.out)
+    lesson_of = lessons(config)
+    says, out = lesson_of(config.seed).says, Path(config.out)
     try:
         if out.exists() and any(out.iterdir()):
             if not (out / MARK).exists():
@@ -60,24 +47,46 @@ def demo(config: DemoConfig) -> Path:
         raise refused(f"--out {out}", error) from error
     results = []
     for seed in range(config.seed, config.seed + config.seeds):
-        results.append(one_seed(out if config.seeds == 1 else out / f"seed-{seed}", seed, config.algorithms))
-        result = results[-1].facts
-        print(
-            f"seed {seed}: gold base {result['base_gold']:+.2f}, sft {result['sft_gold']:+.2f}, "
-            f"best of {BEST_OF} {result['best_of_gold']:+.2f}, "
-            f"ppo {result['ppo_gold']:+.2f} (se {result['gold_se']:.2f}); reward model {result['rm_accuracy']:.3f} of "
-            f"{result['rm_ceiling']:.3f}; kl {result['kl']:.1f} nats; {result['seconds']:.0f} s",
-            flush=True,
-        )
+        directory = out if config.seeds == 1 else out / f"seed-{seed}"
+        results.append(one_seed(directory, seed, lesson_of(seed), config.algorithms))
+        print(summary(results[-1].facts), flush=True)
     report = {
         "seeds": [result.facts for result in results],
         "curves": [result.curves for result in results],
         "peak_rss_bytes": peak_rss_bytes(),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page_of(results), encoding="utf-8")
+    (out / "report.html").write_text(page_of(results, says), encoding="utf-8")
     print(json.dumps(report["seeds"]) if config.json else f"wrote {out / 'report.html'}")
     return out
+
+
+def lessons(config: DemoConfig) -> Callable[[int], Lesson]:
+    """What each seed is taught. Raises UserError for flags that the other world has."""
+    if not config.real:
+        if config.model:
+            raise UserError("--model: the small world makes its own model; add --real.")
+        return toy
+    if config.algorithms:
+        raise UserError("--algorithms compares on the small world; leave --real out.")
+    source = str(packaged_model()) if config.model is None else config.model
+    return lambda seed: real(seed, source)
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """A seed's gold by stage with its 95 % interval, and what it took."""
+    names = {"base": "base", "sft": "sft", "best_of": f"best of {facts['best_of']}", "ppo": "ppo"}
+    golds = ", ".join(f"{name} {interval(facts, key)}" for key, name in names.items())
+    return (
+        f"seed {facts['seed']}: gold {golds} (95 % of {facts['heldout']} held-out answers; se of ppo - sft "
+        f"{facts['gold_se']:.2f}); reward model {facts['rm_accuracy']:.3f} of {facts['rm_ceiling']:.3f}; "
+        f"kl {facts['kl']:.1f} nats; {facts['seconds']:.0f} s"
+    )
+
+
+def interval(facts: dict[str, Any], key: str) -> str:
+    """Example: "+1.34 +/- 0.20"."""
+    return f"{facts[f'{key}_gold']:+.2f} +/- {1.96 * facts[f'{key}_se']:.2f}"
 
 
 @dataclasses.dataclass
@@ -85,8 +94,8 @@ class SeedResult:
     """One repetition: the facts of report.json, and what its part of the page shows."""
 
     facts: dict[str, Any]
-    """seed, base_gold, sft_gold, best_of_gold, ppo_gold, gold_se, rm_accuracy, rm_ceiling, kl, seconds; gold_se is the
-    standard error of ppo_gold - sft_gold."""
+    """seed, best_of and heldout (counts), rm_accuracy, rm_ceiling, kl, seconds, gold_se (the standard error of ppo_gold
+    - sft_gold); of base, sft, best_of and ppo NAME_gold and its standard error NAME_se."""
     curves: dict[str, dict[str, Curve]]
     """Title of a picture -> name of a line -> its points; also in report.json, for those who draw their own."""
     answers: list[tuple[str, dict[str, tuple[str, float | None]]]]
@@ -95,99 +104,85 @@ class SeedResult:
     """By model, of each held-out question."""
 
 
-def one_seed(out: Path, seed: int, algorithms: bool = False) -> SeedResult:
+def one_seed(out: Path, seed: int, lesson: Lesson, algorithms: bool = False) -> SeedResult:
     """The whole way once."""
-    started = time.perf_counter()
-    world, rng = Toyland(seed), random.Random(f"demo {seed}")
-    trained_on, heldout = world.split(seed, HELDOUT)
-    base, tuned = taught(out, seed, world, trained_on, rng)
+    started, rng = time.perf_counter(), random.Random(f"demo {seed}")
+    base, tuned = lesson.teach(out, rng)
     data = out / "data"
 
     # Stage 2: labellers rank K = 4 answers of the SFT model by gold plus noise; the reward model sees ranks only.
-    labels = label(world, tuned, trained_on[1500:3000], seed + 1, rng)
-    write_lines(data / "comparisons.jsonl", labels)
-    flags = {"lr": 3e-4, "batch_size": 16, "micro_batch_size": 64, "heldout": 0.15, "eval_every": 40}
-    judge = run_stage(Stage("reward", {**flags_of_run(data / "comparisons.jsonl", seed), **flags}, begins="sft"), out)
+    write_lines(data / "comparisons.jsonl", label(lesson, tuned, seed + 1, rng))
+    own = {**flags_of_run(data / "comparisons.jsonl", seed), **lesson.reward}
+    judge = run_stage(Stage("reward", own, begins="sft"), out)
 
     # Stage 3: PPO sees prompts and the reward model.
-    write_lines(data / "prompts.jsonl", [{"prompt": q.prompt} for q in trained_on[3000:]])
-    flags = {"lr": 3e-4, "critic_lr": 1e-3, "batch_size": 64, "micro_batch_size": 64, "epochs": 2, "steps": 28}
-    flags |= {"max_new_tokens": RESPONSE_TOKENS, "kl_coef": 0.1, "samples": 64}
-    flags |= {"heldout": 0.0}  # the world holds questions out by itself
-    learner = Stage("ppo", {**flags_of_run(data / "prompts.jsonl", seed), **flags}, begins="sft", judge="reward")
-    aligned = run_stage(learner, out)
-    runs = {"base": base, "sft": tuned, "ppo": aligned}
-    result = measure(out, seed, world, heldout, runs, judge, started)
+    write_lines(data / "prompts.jsonl", [{"prompt": q.prompt} for q in lesson.trained_on[lesson.practised]])
+    own = {**flags_of_run(data / "prompts.jsonl", seed), "max_new_tokens": lesson.how.tokens}
+    own |= {"heldout": 0.0, **lesson.ppo}  # the world holds questions out by itself
+    aligned = run_stage(Stage("ppo", own, begins="sft", judge="reward"), out)
+    result = measure(out, seed, lesson, {"base": base, "sft": tuned, "ppo": aligned}, judge)
+    result.facts["seconds"] = time.perf_counter() - started
     if algorithms:
-        best = result.golds[f"best of {BEST_OF}"]
-        result.facts["algorithms"] = compare(out, seed, world, heldout, best)
+        result.facts["algorithms"] = compare(out, seed, lesson, result.golds[best_name(lesson)])
     return result
 
 
-def taught(out: Path, seed: int, world: Toyland, trained_on: list[Question], rng: random.Random) -> tuple[Path, Path]:
-    """The runs of a base model and of stage 1, which learns to answer from demonstrations."""
-    data, untrained = out / "data", out / "untrained"
-    data.mkdir(parents=True, exist_ok=True)
-
-    # The base model has read about animals but never answered anybody.
-    corpus = [world.text(rng) for _ in range(9600)]
-    demonstrators = [(q, world.demonstration(q, rng)) for q in trained_on[:1500]]
-    save_untrained(untrained, corpus[:2000] + [q.prompt + a for q, a in demonstrators[:500]], seed)
-    write_lines(data / "corpus.jsonl", [{"prompt": "", "response": text} for text in corpus])
-    flags = {"model": str(untrained), "lr": 5e-3, "heldout": 0.02, "samples": 0}
-    base = run_stage(Stage("sft", {**flags_of_run(data / "corpus.jsonl", seed), **flags}, name="base"), out)
-
-    write_lines(data / "demonstrations.jsonl", [{"prompt": q.prompt, "response": a} for q, a in demonstrators])
-    flags = {"lr": 1.5e-3, "epochs": 3, "max_new_tokens": RESPONSE_TOKENS}
-    tuned = run_stage(Stage("sft", {**flags_of_run(data / "demonstrations.jsonl", seed), **flags}, begins="base"), out)
-    return base, tuned
+def best_name(lesson: Lesson) -> str:
+    return f"best of {lesson.how.best_of}"
 
 
-def save_untrained(directory: Path, texts: list[str], seed: int) -> None:
-    """A small model with random weights, and a tokenizer made from the texts."""
-    tokenizer = save_tokenizer(directory, texts)
-    architecture = dataclasses.replace(
-        presets.named("s"), vocab_size=len(tokenizer), d_model=160, num_layers=3, num_heads=5, num_kv_heads=5,
-        head_dim=32, d_ff=640, max_length=64,
-        hf={name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
-    )  # fmt: skip
-    pretrained.save(Decoder(architecture, generator=torch.Generator().manual_seed(seed)), directory)
-
-
-def label(world: Toyland, run: Path, questions: list[Question], seed: int, rng: random.Random) -> list[dict[str, Any]]:
+def label(lesson: Lesson, run: Path, seed: int, rng: random.Random) -> list[dict[str, Any]]:
     """Rankings of four answers of the run's model to each question, by gold plus a labeller's noise."""
-    _, answers = answer(run, questions, Sampling(max_new_tokens=RESPONSE_TOKENS, n=4, seed=seed))
+    questions, world = lesson.trained_on[lesson.labelled], lesson.world
+    _, answers = answer(run, questions, seed, 4, lesson.how)
     fours = [answers[4 * i : 4 * i + 4] for i in range(len(questions))]
     golds = [[world.gold(q, text, ended) for text, ended in four] for q, four in zip(questions, fours, strict=True)]
-    return comparisons([q.prompt for q in questions], fours, golds, LABEL_NOISE, rng)
+    return comparisons([q.prompt for q in questions], fours, golds, lesson.noise, rng)
 
 
-def measure(
-    out: Path, seed: int, world: Toyland, heldout: list[Question], runs: dict[str, Path], judge: Path, started: float
-) -> SeedResult:
-    """Gold of base, SFT, the best of 8 of SFT and PPO on the held-out questions, one answer each, and what the runs
-    logged."""
-    sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
-    answers = {name: answer(run, heldout, sampling)[1] for name, run in runs.items()}
-    best = best_of(out, runs["sft"], heldout, judge, seed + 2)
-    answers = {"base": answers["base"], "sft": answers["sft"], f"best of {BEST_OF}": best, "ppo": answers["ppo"]}
-    golds: dict[str, list[float]] = {}
-    texts: dict[str, list[str]] = {}
-    for name, answered in answers.items():
-        texts[name] = [text for text, _ in answered]
-        golds[name] = [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, answered, strict=True)]
-    mean = {name: statistics.mean(values) for name, values in golds.items()}
-    variance = {name: statistics.variance(values) / len(values) for name, values in golds.items()}
+def measure(out: Path, seed: int, lesson: Lesson, runs: dict[str, Path], judge: Path) -> SeedResult:
+    """Gold of base, SFT, the best of several of SFT and PPO on the held-out questions, one answer each, and what the
+    runs logged."""
+    world, heldout, best = lesson.world, lesson.heldout, best_name(lesson)
+    answers = {name: answer(run, heldout, seed + 2, how=lesson.how)[1] for name, run in runs.items()}
+    answers[best] = best_of(out, runs["sft"], heldout, judge, seed + 2, lesson.how)
+    answers = {name: answers[name] for name in ("base", "sft", best, "ppo")}
+    golds = {
+        name: [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, answered, strict=True)]
+        for name, answered in answers.items()
+    }
+    error = {name: statistics.stdev(values) / math.sqrt(len(values)) for name, values in golds.items()}
+    judged = read_lines(judge / "metrics.jsonl")[-1]
+    keys = {"base": "base", "sft": "sft", best: "best_of", "ppo": "ppo"}
+    facts = {
+        "seed": seed,
+        "best_of": lesson.how.best_of,
+        **{f"{key}_gold": statistics.mean(golds[name]) for name, key in keys.items()},
+        **{f"{key}_se": error[name] for name, key in keys.items()},
+        "gold_se": math.hypot(error["sft"], error["ppo"]),
+        "heldout": len(heldout),
+        "rm_accuracy": judged["heldout/accuracy"],
+        "rm_ceiling": noise_ceiling(world, out / "data" / "comparisons.jsonl"),
+        "kl": read_lines(runs["ppo"] / "metrics.jsonl")[-1]["objective/kl"],
+    }
+    shown: list[tuple[str, dict[str, tuple[str, float | None]]]] = [
+        (q.text, {name: (answers[name][i][0], golds[name][i]) for name in answers}) for i, q in enumerate(heldout[:10])
+    ]
+    return SeedResult(facts, curves_of(world, runs["ppo"]), shown, golds)
 
-    asked = {question.prompt: question for question in world.questions}
-    learned = read_lines(runs["ppo"] / "metrics.jsonl")
+
+def curves_of(world: World, run: Path) -> dict[str, dict[str, Curve]]:
+    """What PPO did on the way; gold is of the answers that it learned from."""
+    asked = {question.text: question for question in world.questions}
     gold_by_step: dict[int, list[float]] = {}
-    for row in read_lines(runs["ppo"] / "samples.jsonl"):
+    for row in read_lines(run / "samples.jsonl"):
         if row["kind"] == "rollout":
             ended = row["finish_reason"] == "stop"
-            gold_by_step.setdefault(row["step"], []).append(world.gold(asked[row["prompt"]], row["response"], ended))
+            question = next(asked[line] for line in row["prompt"].splitlines() if line in asked)
+            gold_by_step.setdefault(row["step"], []).append(world.gold(question, row["response"], ended))
+    learned = read_lines(run / "metrics.jsonl")
     steps = [row["step"] for row in learned]
-    curves: dict[str, dict[str, Curve]] = {
+    return {
         "gold (hidden) and proxy scores": {
             "gold": (list(gold_by_step), [statistics.mean(values) for values in gold_by_step.values()]),
             "proxy": (steps, [row["objective/scores"] for row in learned]),
@@ -195,32 +190,15 @@ def measure(
         "KL from the SFT model, nats per answer": {"kl": (steps, [row["objective/kl"] for row in learned])},
         "answer length, tokens": {"length": (steps, [row["objective/response_length"] for row in learned])},
     }
-    judged = read_lines(judge / "metrics.jsonl")[-1]
-    facts = {
-        "seed": seed,
-        "base_gold": mean["base"],
-        "sft_gold": mean["sft"],
-        "best_of_gold": mean[f"best of {BEST_OF}"],
-        "ppo_gold": mean["ppo"],
-        "gold_se": math.sqrt(variance["sft"] + variance["ppo"]),
-        "rm_accuracy": judged["heldout/accuracy"],
-        "rm_ceiling": noise_ceiling(world, out / "data" / "comparisons.jsonl"),
-        "kl": learned[-1]["objective/kl"],
-        "seconds": time.perf_counter() - started,
-    }
-    shown: list[tuple[str, dict[str, tuple[str, float | None]]]] = [
-        (q.prompt.strip(), {name: (texts[name][i], golds[name][i]) for name in answers})
-        for i, q in enumerate(heldout[:10])
-    ]
-    return SeedResult(facts, curves, shown, golds)
 
 
-def noise_ceiling(world: Toyland, comparisons: Path) -> float:
+def noise_ceiling(world: World, labels: Path) -> float:
     """The pair accuracy that gold itself would reach on the noisy labels; a tie in gold is a coin toss."""
-    asked = {question.prompt: question for question in world.questions}
+    asked = {json.dumps(question.prompt): question for question in world.questions}
     right = pairs = 0.0
-    for row in read_lines(comparisons):
-        golds = [world.gold(asked[row["prompt"]], text) for text in row["responses"]]
+    for row in read_lines(labels):
+        question, cut = asked[json.dumps(row["prompt"])], row.get("finish_reason", ["stop"] * len(row["responses"]))
+        golds = [world.gold(question, text, end == "stop") for text, end in zip(row["responses"], cut, strict=True)]
         places = {i: place for place, group in enumerate(row["ranking"]) for i in group}
         for i, a in enumerate(golds):
             for j, b in enumerate(golds):
@@ -230,27 +208,28 @@ def noise_ceiling(world: Toyland, comparisons: Path) -> float:
     return right / pairs
 
 
-def page_of(results: list[SeedResult]) -> str:
+def page_of(results: list[SeedResult], says: str) -> str:
+    """The report; `says` tells what was taught."""
     sections: list[Section] = [
         Text(
-            "A small world of animals and people who ask about them. A base model learned plain text; SFT learned to "
-            "answer from demonstrators of mixed care; a reward model learned from noisy rankings of four answers; PPO "
-            "learned from the reward model. A hidden gold function (true, to the point, friendly, not too long) was "
-            "shown to nobody, and measured all of them on questions that nothing was trained on."
+            f"{says} A reward model learned from noisy rankings of four answers; PPO learned from the reward model. "
+            "The hidden gold function was shown to nobody, and measured all of them on questions that nothing was "
+            "trained on; behind +/- is the half of its 95 % interval."
         )
     ]
-    header = ("seed", "gold: base", "gold: sft", f"gold: best of {BEST_OF}", "gold: ppo",
+    count, best = results[0].facts["heldout"], results[0].facts["best_of"]
+    header = ("seed", "gold: base", "gold: sft", f"gold: best of {best}", "gold: ppo",
               "se of ppo - sft", "ppo - sft in se", "reward accuracy",
               "noise ceiling", "KL, nats", "seconds")  # fmt: skip
     rows = []
     for facts in (result.facts for result in results):
         gain = facts["ppo_gold"] - facts["sft_gold"]
         rows.append(
-            (str(facts["seed"]), *(f"{facts[k]:+.2f}" for k in ("base_gold", "sft_gold", "best_of_gold", "ppo_gold")),
-             f"{facts['gold_se']:.3f}", f"{gain / facts['gold_se']:+.1f}", f"{facts['rm_accuracy']:.3f}",
+            (str(facts["seed"]), *(interval(facts, key) for key in ("base", "sft", "best_of", "ppo")),
+             f"{facts['gold_se']:.3f}", f"{gain / max(facts['gold_se'], 1e-9):+.1f}", f"{facts['rm_accuracy']:.3f}",
              f"{facts['rm_ceiling']:.3f}", f"{facts['kl']:.1f}", f"{facts['seconds']:.0f}")
         )  # fmt: skip
-    sections.append(Table(f"Gold scores on {HELDOUT} held-out questions", header, rows))
+    sections.append(Table(f"Gold scores on {count} held-out questions", header, rows))
     for facts in (result.facts for result in results if "algorithms" in result.facts):
         title = f"Algorithms, seed {facts['seed']}: as many answers as PPO, or the reward model's own labels"
         names = ("algorithm", "gold", "above sft in se", "KL from sft, nats", "seconds")
@@ -267,7 +246,7 @@ def page_of(results: list[SeedResult]) -> str:
             sections.append(Text(f"Seed {seed}: the proxy score rose while gold fell: over-optimisation.", loud=True))
         sections.append(Curves(f"PPO, seed {seed}", result.curves))
         sections.append(Samples(f"Answers to held-out questions, seed {seed} (gold)", result.answers))
-    return page("penstock demo", "base model, SFT, reward model and PPO on Toyland", sections)
+    return page("penstock demo", "base model, SFT, reward model and PPO", sections)
 
 
 def over_optimised(scores: dict[str, Curve]) -> bool:

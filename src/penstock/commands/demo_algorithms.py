@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from penstock.commands.align.stages import Stage, run_stage
-from penstock.commands.demo_runs import RESPONSE_TOKENS, answer, flags_of_run, kl_of, write_lines
-from penstock.data.toyland import Question, Toyland
-from penstock.rollout.sampling import Sampling
+from penstock.commands.demo_runs import SMALL, Lesson, answer, flags_of_run, kl_of, write_lines
 from penstock.run.metrics import read_lines
 
 ANSWERS, STEPS = 64, 28
 """Answers per step and steps: the demo's PPO has as many."""
 
 
-def compare(out: Path, seed: int, world: Toyland, heldout: list[Question], best: list[float]) -> list[dict[str, Any]]:
+def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dict[str, Any]]:
     """A row per algorithm: name, gold, se_above_sft (of gold - SFT's, in standard errors), kl (nats), seconds.
 
     out: where the demo's runs are; best: gold of the best of 8 answers of SFT's, by the reward model.
@@ -32,10 +30,9 @@ def compare(out: Path, seed: int, world: Toyland, heldout: list[Question], best:
         trained[name] = run_stage(stage, out)
         seconds[name] = time.perf_counter() - started
     rows = [row_of("best of 8", best, math.log(8) - 7 / 8, None)]  # an upper bound (Stiennon et al. 2020, appendix G)
-    sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, seed=seed + 2)
     for name, run in trained.items():
-        answers, texts = answer(run, heldout, sampling)
-        golds = [world.gold(q, text, ended) for q, (text, ended) in zip(heldout, texts, strict=True)]
+        answers, texts = answer(run, lesson.heldout, seed + 2)
+        golds = [lesson.world.gold(q, text, ended) for q, (text, ended) in zip(lesson.heldout, texts, strict=True)]
         rows.append(row_of(name, golds, kl_of(answers, sft), seconds.get(name)))
     base = next(row for row in rows if row["name"] == "sft")
     for row in rows:
@@ -55,7 +52,7 @@ def algorithms(out: Path, seed: int) -> dict[str, Stage]:
         flags_of_run(out / "data" / f"{n}.jsonl", seed) for n in ("prompts", "comparisons", "votes")
     )
     write_lines(out / "data" / "votes.jsonl", votes(read_lines(out / "data" / "comparisons.jsonl")))
-    sampled = {**prompts, "lr": 3e-4, "steps": STEPS, "max_new_tokens": RESPONSE_TOKENS, "heldout": 0.0}
+    sampled = {**prompts, "lr": 3e-4, "steps": STEPS, "max_new_tokens": SMALL.tokens, "heldout": 0.0}
 
     def group(name: str, **flags: Any) -> Stage:
         own = {"batch_size": ANSWERS, "micro_batch_size": ANSWERS, "epochs": 2, "group_size": 8, "samples": 8}

@@ -76,6 +76,25 @@ class FilmQuestion:
         return [{"role": "user", "content": self.text}]
 
 
+class Filmland:
+    """Films as `toyland.Toyland` has animals, for the demo."""
+
+    @property
+    def questions(self) -> list[FilmQuestion]:
+        """All, of both splits."""
+        return prompts("train") + prompts("heldout")
+
+    def split(self, seed: int, heldout: int) -> tuple[list[FilmQuestion], list[FilmQuestion]]:
+        """The training questions in random order, and `heldout` of the others, which are those of every seed."""
+        questions = prompts("train")
+        random.Random(f"split {seed}").shuffle(questions)
+        return questions, prompts("heldout", heldout)
+
+    def gold(self, question: FilmQuestion, answer: str, ended: bool = True) -> float:
+        """See the function `gold`."""
+        return gold([question], [answer], [ended])[0]
+
+
 def prompts(split: Literal["train", "heldout"], count: int | None = None) -> list[FilmQuestion]:
     """The first `count` questions of a split (default: all, 5,184 and 1,728), the same ones on every call.
 
@@ -114,7 +133,7 @@ def _gold(question: FilmQuestion, answer: str, ended: bool) -> float:
     opinion, named = _title(question.film).subn("it", answer)  # "The Silence of the Lambs" is no praise
     spoken = re.search(rf"\b(?:{ASPECTS[question.aspect]})\b", opinion, re.IGNORECASE)
     sentences = re.findall(r"[^.!?]*\w[^.!?]*", opinion)
-    score: float = _vader().polarity_scores(opinion)["compound"]
+    score: float = lexicon().polarity_scores(opinion)["compound"]
     score += 1.0 * bool(named) + 0.5 * bool(spoken)
     score -= 0.05 * max(len(answer.split()) - BRIEF, 0) + 0.5 * (len(sentences) > 2)
     return score if ended else score - 0.5
@@ -128,7 +147,8 @@ def _title(film: str) -> re.Pattern[str]:
 
 
 @functools.cache
-def _vader() -> Any:
+def lexicon() -> Any:
+    """VADER. Raises UserError where it is not installed."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:

@@ -50,6 +50,11 @@ class Question:
     animal: str
     attribute: str
 
+    @property
+    def text(self) -> str:
+        """Without the line's end."""
+        return self.prompt.strip()
+
 
 class Toyland:
     """The facts of one world, drawn from a seed, and the texts made from them."""
