@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.facts import RESULTS
 from benchmarks.one_gpu import MOST_KL, TASKS, Row
+from benchmarks.peers.run import requirements_of
 from penstock.units import parse_bytes
 
 Result = dict[str, Any]
@@ -147,20 +148,24 @@ def printed_rss(lines: list[str]) -> int:
 
 
 def sentiment(result: Result) -> Iterator[Row]:
-    """Per setting the seeds' best point within 8 nats, on the held-out prompts."""
+    """Per setting the ends of its seeds on the held-out prompts, where these are within the KL; ours in bf16, TRL under
+    autocast."""
     settings: dict[str, list[Result]] = {}
     for name, row in result["rows"].items():
-        if row.get("best_within_kl"):
+        if "after" in row:
             settings.setdefault(name.rpartition(", seed ")[0], []).append(row)
     for name, runs in settings.items():
-        points = [run["best_within_kl"] for run in runs]
-        rewards = [reward for _, _, reward, _ in points]
-        assert all(kl <= MOST_KL for *_, kl in points)
+        kl = statistics.mean(run["after"]["kl"] for run in runs)
+        if kl > MOST_KL:
+            continue
+        rewards = [run["after"]["mean"] for run in runs]
+        trl = name.startswith("trl")
         yield {
             **timed("sentiment-135m", [run["step_seconds"] for run in runs]),
-            "steps": sum(run["steps"] for run in runs), "precision": runs[0]["flags"].get("dtype", "fp32"),
+            **(peer_of("trl_grpo.py", requirements_of("trl_newest")) if trl else {}),
+            "steps": sum(run["steps"] for run in runs), "precision": "bf16-autocast" if trl else "bf16",
             "weights": "adapters" if "lora" in runs[0]["flags"] else "full", "options": name,
             "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs), "seeds": len(runs),
-            "reward": statistics.mean(rewards), "kl": statistics.mean(kl for *_, kl in points),
+            "reward": statistics.mean(rewards), "kl": kl,
             **({"reward_se": statistics.stdev(rewards) / len(runs) ** 0.5} if len(runs) > 1 else {}),
         }  # fmt: skip

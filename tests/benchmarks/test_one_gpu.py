@@ -171,20 +171,22 @@ def test_a_side_of_several_races_is_one_row():
     assert [*races(changed)] == []
 
 
-def test_sentiment_is_the_seeds_best_within_the_kl():
-    def seed(reward, kl):
-        row = {
-            "best_within_kl": [40, 900.0, reward, kl],
-            "step_seconds": 30.0,
-            "steps": 100,
-            "peak_rss_bytes": 3 * 10**9,
-        }
-        return {**row, "flags": {"lora": 16, "lr": 3e-4}, "command": "ppo"}
+def test_sentiment_is_the_seeds_end_within_the_kl():
+    def seed(reward, kl, **flags):
+        row = {"after": {"mean": reward, "kl": kl}, "step_seconds": 30.0, "steps": 100, "peak_rss_bytes": 3 * 10**9}
+        return {**row, "flags": flags}
 
-    rows = {"start, seed 0": {"before": {}}, "ppo lora, seed 0": seed(0.6, 6.0), "ppo lora, seed 1": seed(0.8, 7.0)}
-    (row,) = sentiment({"rows": rows})
-    assert (row["task"], row["weights"], row["seeds"], row["steps"]) == ("sentiment-135m", "adapters", 2, 200)
-    assert (row["reward"], row["kl"], row["reward_se"]) == pytest.approx((0.7, 6.5, 0.1))
+    rows = {
+        "start, seed 0": {"before": {}},
+        "ppo lora, seed 0": seed(0.6, 6.0, lora=16),
+        "ppo lora, seed 1": seed(0.8, 7.0, lora=16),
+        "grpo, seed 0": seed(0.95, 20.0),
+        "trl grpo lora, seed 0": seed(0.5, 4.0, lora=16),
+    }
+    ours, theirs = sentiment({"rows": rows})
+    assert (ours["task"], ours["weights"], ours["seeds"], ours["steps"]) == ("sentiment-135m", "adapters", 2, 200)
+    assert (ours["reward"], ours["kl"], ours["reward_se"]) == pytest.approx((0.7, 6.5, 0.1))
+    assert (theirs["stack"], theirs["precision"], theirs["seeds"]) == ("TRL", "bf16-autocast", 1)
 
 
 def test_the_page_has_the_tasks_and_columns_of_the_checker():
