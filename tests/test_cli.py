@@ -183,6 +183,22 @@ def test_a_run_whose_data_has_changed_is_not_resumed(capsys, tmp_path, tiny_mode
     assert exit_of(capsys, "resume", tmp_path / "run")[0] == 2
 
 
+def test_a_run_that_was_killed_while_it_wrote_config_toml_begins_again(capsys, tmp_path, tiny_model, jsonl):
+    out, data = tmp_path / "run", jsonl(demonstrations(8))
+    out.mkdir()
+    for name in ("lock", "log.txt", "config.toml.tmp-77"):
+        (out / name).write_text("half of a l")
+    flags = ("--max-length", 32, "--batch-size", 4, "--steps", 1, "--samples", 1, "--max-new-tokens", 4)
+    assert exit_of(capsys, "sft", "--model", tiny_model(), "--data", data, "--out", out, *flags)[0] == 0
+    assert not list(out.glob("*.tmp-*"))
+
+
+def test_what_other_libraries_say_stands_in_one_paragraph():
+    assert str(UserError("x: cannot be read (thrift: bad\n  data\n); fetch it again.")) == (
+        "x: cannot be read (thrift: bad data ); fetch it again."
+    )
+
+
 def test_a_run_from_before_truncate_goes_on_with_the_rows_that_it_cut(capsys, tmp_path, tiny_model, jsonl):
     data = jsonl([*demonstrations(8), {"prompt_ids": [1, 3], "response_ids": [4] * 40}])
     flags = ("--max-length", 32, "--batch-size", 4, "--steps", 2, "--samples", 1, "--max-new-tokens", 4)

@@ -44,14 +44,19 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     faults.preloaded(arguments)
     import_all()
-    path = result_path("reliability")
-    measured = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
     for name in options.parts or PARTS:
-        if name not in measured:
+        if name not in made():
             trials, count = PARTS[name]
-            measured[name] = summary(name, trials(options.counts or count))
-            write("reliability", {"parts": {part: measured[part] for part in PARTS if part in measured}})
-    return int(any(part["broken"] for part in measured.values()))
+            rows = summary(name, trials(options.counts or count))
+            parts = {**made(), name: rows}  # another process may have made others meanwhile
+            write("reliability", {"parts": {part: parts[part] for part in PARTS if part in parts}})
+    return int(any(part["broken"] for part in made().values()))
+
+
+def made() -> dict[str, Any]:
+    """The parts in the result."""
+    path = result_path("reliability")
+    return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
 
 
 def summary(name: str, trials: Iterator[dict[str, Any]]) -> dict[str, Any]:

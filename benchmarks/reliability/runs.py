@@ -69,7 +69,8 @@ class Ended:
 
 HUNG = -1000
 PARAGRAPH = r"penstock\b.*: "
-LAST_LINES = {USER: PARAGRAPH, RESOURCES: PARAGRAPH, DATA: rf"{PARAGRAPH}|Mend \d+ bad|/\S+:\d+: \S"}
+RECORDS = r"/\S+:\d+: \S|\.\.\. and \d+ more|Mend \d+ bad|No good line is left"
+LAST_LINES = {USER: PARAGRAPH, RESOURCES: PARAGRAPH, DATA: f"{PARAGRAPH}|{RECORDS}"}
 """What the last line of a refusal begins with, by exit code; of bad records each has a line, FILE:LINE: FIELD ...."""
 
 

@@ -22,6 +22,9 @@ class UserError(PenstockError):
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 class ResourceError(PenstockError):
     """Disk, memory or a device ran out, or a run stopped itself to protect what it had learned."""
@@ -33,6 +36,11 @@ class DataError(PenstockError):
     """A record that cannot be read: `file:line: field: what is wrong and how to fix it`."""
 
     exit_code = 4
+
+
+def one_line(text: object) -> str:
+    """A text without its line ends: other libraries' errors, which stand inside our paragraphs, may have some."""
+    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())
 
 
 DISK = {

@@ -256,3 +256,16 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     for name, kind in (("a.arrow", "Arrow"), ("a.jsonl.zst", "zstd")):
         with pytest.raises(UserError, match=rf"reading {kind} needs pyarrow: pip install 'penstock\[parquet\]'"):
             list(objects(tmp_path / name))
+
+
+def test_wherever_a_parquet_file_has_lost_bytes_the_refusal_is_one_line(tmp_path):
+    """Some of what pyarrow says of it ends with a line of its own."""
+    whole, path, refusals = parquet(PAIRS), tmp_path / "t.parquet", []
+    for at in range(0, len(whole) - 8, 7):
+        path.write_bytes(whole[:at] + whole[at + 16 :])
+        try:
+            list(objects(path))
+        except DataError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert not any("\n" in refusal for refusal in refusals)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from penstock.data.jsonl import LONGEST_LINE, FieldError, Item, not_utf8
-from penstock.errors import DataError, UserError
+from penstock.errors import DataError, UserError, one_line
 
 NAME = rb"(?!null|true|false|NaN|Infinity)[A-Za-z_]\w*"
 CELL = rb'(?:"[^"\r\n]+"|' + NAME + rb"(?: [\w ]+)?)"
@@ -103,7 +103,8 @@ def parquet(path: Path, name: str) -> Iterator[Item]:
     try:
         yield from rows(pyarrow.parquet.ParquetFile(path).iter_batches())
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: file: not a readable parquet file ({error}); fetch or write it again.") from error
+        problem = f"not a readable parquet file ({one_line(error)}); fetch or write it again."
+        raise DataError(f"{name}: file: {problem}") from error
 
 
 def arrow(path: Path, name: str) -> Iterator[Item]:
@@ -122,7 +123,9 @@ def arrow(path: Path, name: str) -> Iterator[Item]:
             else:
                 yield from rows(pyarrow.ipc.open_stream(file))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: file: not a readable Arrow file ({error}); fetch or write it again.") from error
+        raise DataError(
+            f"{name}: file: not a readable Arrow file ({one_line(error)}); fetch or write it again."
+        ) from error
 
 
 def unpacked_zstd(path: Path, name: str) -> BinaryIO:

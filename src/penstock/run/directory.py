@@ -21,8 +21,9 @@ from penstock.errors import PenstockError, ResourceError, UserError, disk_troubl
 from penstock.run import checkpoint
 from penstock.run.versions import Versions, served_model
 
-UNCLAIMED = {"lock", "log.txt"}
-"""Files of a run that was killed before it wrote config.toml; a directory with only these counts as empty."""
+UNCLAIMED, UNFINISHED = ("lock", "log.txt"), "config.toml.tmp-"
+"""Files of a run that was killed before it had written config.toml, and what another's name begins with: a directory
+with only these counts as empty."""
 
 SIGNATURE = "# sha256 of the lines above: "
 """What the last line of config.toml begins with: a changed bit may be another learning rate. Older runs have none."""
@@ -44,6 +45,8 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             directory = RunDirectory(path)
+            for unfinished in path.glob(f"{UNFINISHED}*"):
+                unfinished.unlink()
             checkpoint.write_whole(path / "config.toml", _signed({"command": command, **config}))
         except OSError as error:
             raise refused(f"--out {path}", error) from error
@@ -53,7 +56,7 @@ class RunDirectory:
     def refuse_used(path: Path) -> None:
         """Raises UserError when there is something at the path already."""
         try:
-            used = path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - UNCLAIMED)
+            used = path.exists() and (not path.is_dir() or any(not _unclaimed(file) for file in path.iterdir()))
         except OSError as error:
             raise refused(f"--out {path}", error) from error
         if used:
@@ -144,6 +147,10 @@ def refused(where: str, error: OSError) -> PenstockError:
     return UserError(
         f"{where}: cannot be written ({error.strerror}); choose another directory or mend its permissions."
     )
+
+
+def _unclaimed(file: Path) -> bool:
+    return file.name in UNCLAIMED or file.name.startswith(UNFINISHED)
 
 
 def _signed(config: dict[str, Any]) -> str:
