@@ -29,6 +29,7 @@ GRADED = [{"prompt_ids": [1, 3 + i], "answer": "4"} for i in range(4)]
 GRADED[1] |= {"mood": "good"}
 GRADED[2] |= {"answer": None}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+DEEP = json.loads("[" * 900 + "]" * 900)
 NO_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
 
 
@@ -225,6 +226,9 @@ BROKEN: list[tuple[str, Make, int, str]] = [
     ("a window of nothing", config(LLAMA | {"family": "mistral"}, sliding_window=-1), 2, "sliding_window: -1"),
     ("layers of another kind", config(QWEN, layer_types=["chunked_attention"] * 2), 2, "layer_types: .*chunked"),
     ("a config of another model", config(n_embd=32), 2, "has shape .* and config.json says"),
+    ("config.json is brackets", files(lambda d: (d / "config.json").write_text("[" * 100_000)), 2, "not valid JSON"),
+    ("config.json is a well", config(depths=DEEP), 2, "more than 50 deep"),
+    ("an adapter's config.json is a well", adapter(base_model_name_or_path=DEEP), 2, "more than 50 deep"),
     ("config.json is a list", files(lambda d: (d / "config.json").write_text("[]")), 2, "holds no JSON object"),
     # packed weights
     ("bitsandbytes",

@@ -193,6 +193,15 @@ def test_a_run_that_was_killed_while_it_wrote_config_toml_begins_again(capsys, t
     assert not list(out.glob("*.tmp-*"))
 
 
+def test_half_a_letter_in_a_file_does_not_end_a_command_that_prints_it(tiny_model):
+    model = Path(tiny_model())
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "gpt2\ud800"}
+    (model / "config.json").write_text(json.dumps(config))
+    done = run("doctor", str(model))
+    assert "internal error" not in done.stderr
+    assert "gpt2\\ud800" in done.stdout + done.stderr
+
+
 def test_what_other_libraries_say_stands_in_one_paragraph():
     assert str(UserError("x: cannot be read (thrift: bad\n  data\n); fetch it again.")) == (
         "x: cannot be read (thrift: bad data ); fetch it again."

@@ -92,6 +92,6 @@ def memory(trials: int) -> Iterator[dict[str, Any]]:
                     at = rng.randint(1, requests)
                     ended, kind = worst(run.start({"FAULT_MEMORY": at})), f"tensor {at} of {requests}"
                 else:
-                    more = int(10 ** rng.uniform(4, 8.5))
+                    more = int(10 ** rng.uniform(6, 8.5))
                     ended, kind = worst(run.start(prepare=partial(limit_memory, more))), f"{more >> 10} KiB"
                 yield {"name": stage, **run.judged(ended), "at": kind}

@@ -5,10 +5,12 @@
 Parts: kills, disk, clock, memory, ranks, damage, twice, data, models; the functions of these names say what each does.
 Models are tiny, each trial is a process of its own, and what it must keep is in runs.py: an undisturbed run's bytes, at
 once or after `penstock resume`, or one paragraph with its exit code. A part that the result has is not made again; to
-make it again, take it out of the file. The result lists every trial that broke a promise, and counts the others.
+make it again, take it out of the file. Ctrl-C or SIGTERM ends a part, with the trials that it has made. The result lists
+every trial that broke a promise, and counts the others.
 """
 
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     faults.preloaded(arguments)
     import_all()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in options.parts or PARTS:
         if name not in made():
             trials, count = PARTS[name]
@@ -62,10 +65,13 @@ def made() -> dict[str, Any]:
 def summary(name: str, trials: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """A part's counts, what its refusals said, and each trial that broke a promise."""
     started, rows = time.monotonic(), []
-    for row in trials:
-        rows.append(row)
-        if row["verdict"] not in UNHARMED:
-            print(f"{name}: {row}", file=sys.stderr, flush=True)
+    try:
+        for row in trials:
+            rows.append(row)
+            if row["verdict"] not in UNHARMED:
+                print(f"{name}: {row}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(f"{name}: ended early, after {len(rows)} trials", file=sys.stderr, flush=True)
     verdicts = Counter(row["verdict"] for row in rows)
     facts = Counter(key for row in rows for key, fact in row.items() if fact is True)
     print(f"{name}: {len(rows)} trials: {dict(verdicts)}", flush=True)

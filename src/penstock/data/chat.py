@@ -16,9 +16,9 @@ from penstock.data.field_checks import REASONING, Message
 from penstock.data.limits import Example, Limits, TooLongError, without_end
 from penstock.data.pieces import Pieces
 from penstock.data.records import Comparison, Demonstration, Prompt, Vote
-from penstock.errors import DataError, UserError
+from penstock.errors import DataError, UserError, one_line
 from penstock.models.chat_template import ChatTemplate, arguments_of, ends_of, word_of, words_of
-from penstock.models.tokenizer_files import check_fit, load_tokenizer, one_line
+from penstock.models.tokenizer_files import check_fit, load_tokenizer
 
 PLAIN = "plain prompts are read without the model's chat template; --apply-chat-template makes each a user's turn"
 Task = Literal["train", "answer", "judge"]
@@ -438,7 +438,9 @@ class Encoder:
         hint = "; it begins with the assistant: put a user's turn in front" if opens else ""
         if record.tools or any("tool_calls" in message for message in messages):
             hint += "; it has tools: take a model whose template knows their calls and results, as those here are"
-        return DataError(f"{record.where}: messages: the chat template refuses them: {one_line(error)}{hint}.")
+        return DataError(
+            f"{record.where}: messages: the chat template refuses them: {one_line(error).rstrip('.')}{hint}."
+        )
 
     def _check_rendered(self, record: Prompt, messages: Sequence[Message]) -> None:
         """Raises DataError for turns, tools, their calls and reasoning that the template does not write."""

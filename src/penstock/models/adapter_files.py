@@ -23,6 +23,7 @@ from penstock.models.foreign.family import family_of
 from penstock.models.lora import Adapter, adapters_of
 from penstock.models.lora_targets import EXPERT_PARAMETERS, LoraSpec, lora_targets_of
 from penstock.models.safetensors_writer import Entry
+from penstock.models.weight_files import read_json
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "penstock.json"
 SCORE = "base_model.model.score.weight"
@@ -118,13 +119,9 @@ def read_spec(directory: Path) -> tuple[LoraSpec, str]:
     path = directory / CONFIG
     if not path.exists():
         raise UserError(f"{directory}: is no adapter, it has no {CONFIG}; a whole model is given as the model itself.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{path}: peft_type {kind!r} is not read here, only LORA.")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not read here, only LORA.")
     _check_keys(path, config)
     targets = config.get("target_modules") or ()
     names = {
@@ -202,7 +199,7 @@ def read_extras(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         names = set(file.keys())
         extras = {"score.weight": file.get_tensor(SCORE)} if SCORE in names else {}
     path = directory / OURS
-    return extras, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return extras, read_json(path) if path.exists() else {}
 
 
 def save(

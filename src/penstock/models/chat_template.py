@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.errors import UserError
-from penstock.models.tokenizer_files import one_line
+from penstock.errors import UserError, one_line
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}"
@@ -219,7 +218,7 @@ def _dated(source: str, date: str | None) -> str:
     try:
         day = datetime.date.fromisoformat(date)
     except ValueError as error:
-        raise UserError(f"--date {date}: {one_line(error)}; write it as 2026-01-31.") from error
+        raise UserError(f"--date {date}: {one_line(error).rstrip('.')}; write it as 2026-01-31.") from error
     return DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), source)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from penstock.errors import UserError
+from penstock.errors import UserError, one_line
 from penstock.models.adapter_files import base_of
 from penstock.models.formats.gguf_file import local_directory
 
@@ -29,9 +29,9 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error).rstrip('.')}"
         raise UserError(
-            f"{source}: its tokenizer cannot be read ({type(error).__name__}: {one_line(error)}); put the model's own "
-            "tokenizer files beside it."
+            f"{source}: its tokenizer cannot be read ({reason}); put the model's own tokenizer files beside it."
         ) from error
 
 
@@ -95,14 +95,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {one_line(error)}.") from error
+        raise UserError(f"{path}: not valid JSON: {one_line(error).rstrip('.')}.") from error
     return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split()).rstrip(".")

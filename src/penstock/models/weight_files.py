@@ -176,12 +176,25 @@ def _missing(path: Path) -> UserError:
     return UserError(f"{path}: the index names this file and it is missing; is the download complete?")
 
 
+DEEPEST = 50
+"""Levels of lists and objects in a JSON file: those of models have fewer than ten."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError for anything else."""
+    """A JSON object. Raises UserError for anything else, and for one so deep that whoever walks it would fail."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object.")
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        level = [part for value in level for part in _parts(value)]
+    if level:
+        raise UserError(f"{path}: lists and objects stand in each other more than {DEEPEST} deep; is it damaged?")
     return content
+
+
+def _parts(value: Any) -> list[Any]:
+    return [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []

@@ -150,7 +150,7 @@ def config_of(name: str, flag: str) -> DecoderConfig:
 
             family = family_in(hf, str(path))
         return dataclasses.replace(family.config_from_hf(hf), part_of=kind_of(whole))
-    except (KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError, RecursionError) as error:
         raise UserError(f"{flag} {path}: cannot be planned: {type(error).__name__}: {error}.") from error
 
 
