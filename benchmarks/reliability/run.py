@@ -5,8 +5,8 @@
 Parts: kills, disk, clock, memory, ranks, damage, twice, data, models; the functions of these names say what each does.
 Models are tiny, each trial is a process of its own, and what it must keep is in runs.py: an undisturbed run's bytes, at
 once or after `penstock resume`, or one paragraph with its exit code. A part that the result has is not made again; to
-make it again, take it out of the file. Ctrl-C or SIGTERM ends a part, with the trials that it has made. The result lists
-every trial that broke a promise, and counts the others.
+make it again, take it out of the file. Ctrl-C or SIGTERM ends a part, with the trials that it has made. The result has
+every trial that broke a promise, and counts of the others.
 """
 
 import json
