@@ -117,10 +117,14 @@ class Stream:
     """How: "done", "error event", "cut"."""
 
 
-def request_bytes(body: dict[str, Any], path: str = "/v1/chat/completions") -> bytes:
+COMPLETIONS = "/v1/chat/completions"
+
+
+def request_bytes(body: dict[str, Any], path: str = COMPLETIONS) -> bytes:
     """A POST, as it goes over the wire."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\n"
+    head += "" if path == COMPLETIONS else "connection: close\r\n"
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
 
 
@@ -131,12 +135,28 @@ def chat_body(seed: int, **more: Any) -> dict[str, Any]:
     return {"model": "small", "messages": messages, "max_tokens": NEW_TOKENS, "seed": seed, **usage, **more}
 
 
-async def stream_once(port: int, body: dict[str, Any]) -> Stream:
+async def sent(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What a POST is answered with."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request_bytes(body, path))
+    _, _, text = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return json.loads(text)
+
+
+async def stored_once(port: int, chat: str, seed: int) -> Stream:
+    """A turn of the page in a conversation of the server: a question, and its answer, which is stored as it comes."""
+    question = await sent(port, f"{chat}/messages", {"role": "user", "content": f"What is penstock number {seed}?"})
+    body = {"parent_id": question["id"], "model": "small", "max_tokens": NEW_TOKENS, "seed": seed}
+    return await stream_once(port, body, f"{chat}/replies")
+
+
+async def stream_once(port: int, body: dict[str, Any], path: str = COMPLETIONS) -> Stream:
     """Sends one request on a connection of its own and reads its events as they come."""
     stream = Stream()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = last = time.perf_counter()
-    writer.write(request_bytes(body))
+    writer.write(request_bytes(body, path))
     data = bytearray()
     try:
         while chunk := await reader.read(65536):
@@ -146,13 +166,14 @@ async def stream_once(port: int, body: dict[str, Any]) -> Stream:
                 stream.status, stream.head = int(data[9:12]), now - started
             if stream.status != 200:
                 break
-            if chunk.count(b'"content": "') > chunk.count(b'"role"') or b'"finish_reason": "' in chunk:
+            words = chunk.count(b'"content": "') > chunk.count(b'"role"') or b'"type": "delta"' in chunk
+            if words or b'"finish_reason": "' in chunk:
                 if stream.first:
                     stream.gaps.append(now - last)
                 else:
                     stream.first = now - started
                 last = now
-            if b"data: [DONE]" in chunk:
+            if b"data: [DONE]" in chunk or b'"type": "done"' in chunk:
                 break
     except ConnectionError:
         pass
@@ -160,7 +181,9 @@ async def stream_once(port: int, body: dict[str, Any]) -> Stream:
         writer.close()
     if match := re.search(rb'"completion_tokens": (\d+)', data):
         stream.tokens = int(match[1])
-    stream.ended = "done" if b"[DONE]" in data else "error event" if b'data: {"error"' in data else "cut"
+    failed = b'data: {"error"' in data or b'"type": "error"' in data
+    ended = b"[DONE]" in data or b'"type": "done"' in data
+    stream.ended = "done" if ended else "error event" if failed else "cut"
     return stream
 
 
@@ -210,32 +233,37 @@ def engine_rate(model: str, seconds: float, *, staggered: bool) -> float:
     return made / spent
 
 
-async def client(port: int, stop: float, first: int, pause: float = 0.0) -> list[Stream]:
+async def client(port: int, stop: float, first: int, pause: float = 0.0, stored: bool = False) -> list[Stream]:
     """Asks again as soon as it was answered, or after a pause where it was refused, until `stop`."""
     streams: list[Stream] = []
+    chat = f"/api/conversations/{(await sent(port, '/api/conversations', {}))['id']}" if stored else ""
     while time.perf_counter() < stop:
-        streams.append(await stream_once(port, chat_body(first + len(streams))))
+        seed = first + len(streams)
+        streams.append(await (stored_once(port, chat, seed) if stored else stream_once(port, chat_body(seed))))
         if streams[-1].status != 200:
             await asyncio.sleep(pause)
     return streams
 
 
-def closed_loop(port: int, count: int, seconds: float, *, visitors: bool = False) -> tuple[list[Stream], float]:
-    """What `count` clients saw, and the seconds. With visitors, one more that asks again 20 ms after it is refused."""
+def closed_loop(
+    port: int, count: int, seconds: float, *, visitors: bool = False, stored: bool = False
+) -> tuple[list[Stream], float]:
+    """What `count` clients saw, and the seconds. With visitors, one more that asks again 20 ms after it is refused.
+    `stored`: they are pages, whose answers are kept as they come."""
     started = time.perf_counter()
     stop = started + seconds
 
     async def crowd() -> list[list[Stream]]:
-        clients = [client(port, stop, number * 10_000, pause=0.2) for number in range(count)]
+        clients = [client(port, stop, number * 10_000, pause=0.2, stored=stored) for number in range(count)]
         return await asyncio.gather(*clients, *([client(port, stop, 90_000_000, pause=0.02)] if visitors else []))
 
     streams = [stream for streams in asyncio.run(crowd()) for stream in streams]
     return streams, time.perf_counter() - started
 
 
-def row_of(server: Server, count: int, seconds: float) -> dict[str, Any]:
+def row_of(server: Server, count: int, seconds: float, *, stored: bool = False) -> dict[str, Any]:
     """A row of the table."""
-    streams, spent = closed_loop(server.port, count, seconds)
+    streams, spent = closed_loop(server.port, count, seconds, stored=stored)
     return {
         "streams": count, **latencies(streams),
         "tokens_per_second": round(sum(stream.tokens for stream in streams) / spent, 1),
@@ -251,14 +279,16 @@ def load(seconds: float = 20.0) -> dict[str, Any]:
         with serving(directory, model, "--rows", str(ROWS), "--queue", str(QUEUE), "--threads", "1") as server:
             closed_loop(server.port, 8, 2.0)  # warm
             table = [row_of(server, count, seconds) for count in STREAMS]
+            stored = [row_of(server, count, seconds, stored=True) for count in STREAMS]
             rates = rates_in_turns(server, model, seconds / 4)
             full, _ = closed_loop(server.port, ROWS + QUEUE, seconds)
             streams, _ = closed_loop(server.port, ROWS + QUEUE, seconds, visitors=True)
     refused = [stream for stream in streams if stream.status != 200]
     return {
         "model": "gpt2, 4 layers of 128, 1M weights, fp32, random", "rows": ROWS, "queue": QUEUE,
-        "new_tokens": NEW_TOKENS, "table": table,
+        "new_tokens": NEW_TOKENS, "table": table, "stored": stored,
         "tokens_per_second_at_32": rates,
+        "stored_share_of_streamed": round(timing.ratio(rates, "stored", "served"), 3),
         "share_of_the_engine": round(timing.ratio(rates, "served", "engine"), 3),
         "share_of_the_engine_staggered": round(timing.ratio(rates, "served", "engine_staggered"), 3),
         "full": latencies(full),
@@ -271,7 +301,8 @@ def load(seconds: float = 20.0) -> dict[str, Any]:
 
 
 def rates_in_turns(server: Server, model: str, seconds: float) -> dict[str, list[float]]:
-    """Tokens/s of the engine alone, all prompts at once and staggered, and of the server with 32 clients, in turns."""
+    """Tokens/s of the engine alone, all prompts at once and staggered, and of the server with 32 clients, of the API
+    and pages, in turns."""
 
     def alone(staggered: bool) -> float:
         os.kill(server.process.pid, signal.SIGSTOP)
@@ -282,6 +313,7 @@ def rates_in_turns(server: Server, model: str, seconds: float) -> dict[str, list
     calls: dict[str, Callable[[], float]] = {
         "engine": lambda: alone(False), "engine_staggered": lambda: alone(True),
         "served": lambda: row_of(server, ROWS, seconds)["tokens_per_second"],
+        "stored": lambda: row_of(server, ROWS, seconds, stored=True)["tokens_per_second"],
     }  # fmt: skip
     return timing.alternate(calls, PAIRS)
 

@@ -191,6 +191,19 @@ def test_a_database_that_is_slow_or_fails_delays_no_text_and_the_end_is_told_whe
     assert tree(server, conversation)[1] == ended
 
 
+def test_an_end_stores_what_ended_and_not_all_that_grew(server, monkeypatch):
+    monkeypatch.setattr(answers_module, "SAVE_SECONDS", 3600.0)
+    stored, save = [], server.service.store.save_answers
+    monkeypatch.setattr(server.service.store, "save_answers", lambda rows: stored.append(rows) or save(rows))
+    talks = [begin(server) for _ in range(2)]
+    with held(server, answers=2):
+        viewers = [reply(server, *talk) for talk in talks]
+        ids = [viewer.until("delta")[0]["message"]["id"] for viewer in viewers]
+        stop(server, talks[0][0], ids[0])
+        alone = [[row["id"] for row in rows] for rows in stored]
+    assert alone == [[ids[0]]]
+
+
 def test_a_viewer_of_an_answer_that_waits_hears_something(server, monkeypatch):
     monkeypatch.setattr(answers_module, "PING_SECONDS", 0.05)
     conversation, question = begin(server)

@@ -168,13 +168,15 @@ class Answers:
 
     async def _save(self) -> None:
         """Stores all answers until none is left. What cannot be stored now is tried again."""
+        clock, due = asyncio.get_running_loop().time, 0.0
         while self._writing:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SAVE_SECONDS):
+                async with asyncio.timeout_at(due):
                     await self._ended.wait()
             self._ended.clear()
-            writing = self._writing.values()
-            changed = [answer for answer in writing if answer.finish_reason or len(answer.texts) > answer.saved]
+            writing, grown = self._writing.values(), clock() >= due
+            due = clock() + SAVE_SECONDS if grown else due
+            changed = [each for each in writing if each.finish_reason or (grown and len(each.texts) > each.saved)]
             rows = [answer.message for answer in changed]
             pieces = [len(answer.texts) for answer in changed]
             if not rows:

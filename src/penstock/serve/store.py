@@ -4,9 +4,11 @@ Every method is one transaction and may be called from any thread. The store doe
 for a row that does not exist and ValueError for a change that cannot be, each with a message for the client.
 """
 
+import contextlib
 import re
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -42,6 +44,8 @@ class Store:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine, self._reader = engine, engine.execution_options(**{READS: True})
+        # SQLite's writers come one at a time, and wait for each other by sleeping up to 0.1 s: here they queue.
+        self._turn = threading.Lock() if engine.dialect.name == "sqlite" else contextlib.nullcontext()
 
     def close(self) -> None:
         self._engine.dispose()
@@ -50,9 +54,11 @@ class Store:
         """A transaction that writes nothing, and waits for nobody."""
         return self._reader.connect()
 
-    def writing(self) -> AbstractContextManager[sa.Connection]:
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
         """A transaction that is stored at its end."""
-        return self._engine.begin()
+        with self._turn, self._engine.begin() as connection:
+            yield connection
 
     # --- keys and sessions --------------------------------------------------------------------------------------------
 
