@@ -4,14 +4,13 @@ Every method is one transaction and may be called from any thread. The store doe
 for a row that does not exist and ValueError for a change that cannot be, each with a message for the client.
 """
 
-import contextlib
 import re
 import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ class Store:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine, self._reader = engine, engine.execution_options(**{READS: True})
-        # SQLite's writers come one at a time, and wait for each other by sleeping up to 0.1 s: here they queue.
-        self._turn = threading.Lock() if engine.dialect.name == "sqlite" else contextlib.nullcontext()
+        self._turn = threading.Lock() if engine.dialect.name == "sqlite" else nullcontext()
 
     def close(self) -> None:
         self._engine.dispose()
@@ -54,9 +52,9 @@ class Store:
         """A transaction that writes nothing, and waits for nobody."""
         return self._reader.connect()
 
-    @contextlib.contextmanager
+    @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction that is stored at its end."""
+        """A transaction that is stored at its end. SQLite's writers would sleep for each other: here they queue."""
         with self._turn, self._engine.begin() as connection:
             yield connection
 
@@ -123,9 +121,8 @@ class Store:
         with self.writing() as connection:
             conversation_row(connection, conversation_id)
             if changes:
-                connection.execute(
-                    sa.update(conversations).where(conversations.c.id == conversation_id).values(changes)
-                )
+                change = sa.update(conversations).where(conversations.c.id == conversation_id)
+                connection.execute(change.values(changes))
             return only(conversation_row(connection, conversation_id), CONVERSATION)
 
     def remove_conversation(self, conversation_id: str) -> None:
@@ -193,9 +190,8 @@ class Store:
         with self.writing() as connection:
             for row in rows:
                 changes = {**only(row, ("content", "finish_reason")), "usage": row.get("usage")}
-                if not connection.execute(
-                    sa.update(messages).where(messages.c.id == row["id"]).values(changes)
-                ).rowcount:
+                update = sa.update(messages).where(messages.c.id == row["id"]).values(changes)
+                if not connection.execute(update).rowcount:
                     missing.add(row["id"])
         return missing
 
@@ -226,8 +222,8 @@ class Store:
     def leaves(self, conversation_id: str | None = None) -> Iterator[list[dict[str, Any]]]:
         """Each path through the tree of one conversation or of all, from the top to a message without a successor.
 
-        An answer that was disliked, rewritten or cut short has weight 0: training reads it and does not learn it. One
-        that was cut says why, as its finish_reason.
+        An answer that was disliked, rewritten or cut short (its finish_reason says why) has weight 0: training reads
+        it and does not learn it.
         """
         with self.reading() as connection:
             if conversation_id is not None:
@@ -240,9 +236,8 @@ class Store:
             for conversation in rows:
                 tree = _tree(connection, conversation)
                 parents = {row["parent_id"] for row in tree.values()}
-                for message_id in tree:
-                    if message_id not in parents:
-                        yield _path(tree, conversation, message_id, disliked)
+                for leaf in (message_id for message_id in tree if message_id not in parents):
+                    yield _path(tree, conversation, leaf, disliked)
 
     def end_unfinished(self) -> None:
         """Marks the answers that a killed server did not end as interrupted."""
@@ -330,8 +325,7 @@ def below(rows: Iterable[Row], message_id: str | None) -> set[str | None]:
     """Ids of a message and of all that follow it, out of a conversation's messages, oldest first."""
     ids = {message_id}
     for row in rows:  # a parent comes before its children
-        if row["parent_id"] in ids:
-            ids.add(row["id"])
+        ids |= {row["id"]} if row["parent_id"] in ids else set()
     return ids
 
 
