@@ -7,11 +7,12 @@ right. Pairs of factors that are held out are trained on in neither order and no
 after, sampled as in training, with Wilson's interval, goes to benchmarks/results/times.json.
 """
 
-import math
 import random
+import statistics
 from pathlib import Path
 
 from benchmarks.real import runs
+from penstock.run.intervals import of_share
 from penstock.run.metrics import read_lines
 from tests.smollm2 import directory
 
@@ -40,19 +41,11 @@ def questions() -> tuple[list[runs.Record], list[runs.Record]]:
     return sides
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927)."""
-    z = 1.959964
-    middle, width = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4)
-    return (middle - width) / (count + z * z), (middle + width) / (count + z * z)
-
-
 def accuracy(model: Path, heldout: Path, seed: int) -> runs.Record:
     """Of SAMPLES answers to each held-out question."""
     scores = [row["score"] for row in runs.answers(model, heldout, TOKENS, reward_fn="number", seed=seed, n=SAMPLES)]
-    right = round(sum(scores))
-    low, high = wilson(right, len(scores))
-    return {"accuracy": right / len(scores), "low": low, "high": high, "answers": len(scores)}
+    low, high = of_share(scores)
+    return {"accuracy": statistics.mean(scores), "low": low, "high": high, "answers": len(scores)}
 
 
 def experiment(setting: str, seed: int, steps: int) -> runs.Record:
