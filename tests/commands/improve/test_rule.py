@@ -77,6 +77,18 @@ def test_the_way_is_by_how_much_of_what_there_is(monkeypatch):
     assert stages(100, 200) == [("dpo",)]
     assert stages(300, 0) == [("dpo",)]
     assert stages(200, 0, 1200) == [("reward", "ppo"), ("reward", "grpo"), ("dpo",)]
+    assert [way.stages for way in ways({"comparisons": 200, "votes": 0}, {"comparisons": 1200}, True)] == [("dpo",)]
+
+
+@pytest.mark.parametrize(
+    ("new", "known", "expected"),  # rounds of the demo; gold rose by 0.94 and 1.20, and fell by 0.25 and 0.71
+    [((0.663, 0.722), (0.689, 0.814), False), ((0.680, 0.740), (0.689, 0.814), False),
+     ((0.532, 0.598), (0.713, 0.804), True), ((0.528, 0.594), (0.687, 0.780), True)],
+)  # fmt: skip
+def test_new_votes_that_a_reward_model_surely_knows_worse_are_learned_directly(new, known, expected):
+    sides = {"new": {"interval": list(new)}, "known": {"interval": list(known)}}
+    assert rule.known_worse(sides) is expected
+    assert not rule.known_worse({})
 
 
 def test_fresh_answers_must_not_lose_where_their_judge_knows_what_was_voted():

@@ -111,7 +111,10 @@ class Round:
         train = [label for label in usable if not label.heldout]
         fresh = [label for label in train if label.version not in before]
         row["learned"] = sorted({label.version for label in fresh})
-        row |= self.learn_and_measure(train, fresh, heldout)
+        possible = rule.ways(counts(fresh), counts(train), rule.known_worse(examined))
+        if self.config.stages:
+            possible = [Way(self.config.stages, "--stages says so")]
+        row |= self.learn_and_measure(train, fresh, heldout, possible)
         if rule.against(row["agreement"]):
             self.say("what learned the new votes moves against earlier ones: they are not learned again")
             row["state"] = REFUSED
@@ -143,13 +146,10 @@ class Round:
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def learn_and_measure(
-        self, train: Sequence[Label], fresh: Sequence[Label], heldout: Sequence[Label]
+        self, train: Sequence[Label], fresh: Sequence[Label], heldout: Sequence[Label], possible: Sequence[Way]
     ) -> dict[str, Any]:
         """Trains a candidate, measures it, and decides."""
         config, versions = self.config, self.versions
-        possible = (
-            [Way(config.stages, "--stages says so")] if config.stages else rule.ways(counts(fresh), counts(train))
-        )
         served = versions.model(self.parent)
 
         def file(stages: Sequence[str]) -> Path:
