@@ -33,9 +33,10 @@ def preloaded(arguments: list[str]) -> None:
     if os.environ.get("LD_PRELOAD") == str(library):
         return
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    source = Path(__file__).with_name("faults.c")
-    subprocess.run([os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"],
-                   check=True)  # fmt: skip
+    source, fresh = Path(__file__).with_name("faults.c"), library.with_suffix(f".{os.getpid()}")
+    flags = ("-O1", "-shared", "-fPIC", str(source), "-o", str(fresh), "-ldl")
+    subprocess.run([os.environ.get("CC", "cc"), *flags], check=True)
+    fresh.replace(library)  # others may begin now
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks", "reliability", *arguments], environment)

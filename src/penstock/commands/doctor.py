@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from penstock.commands.config import DoctorConfig
+from penstock.kernels.machine import available_ram
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "rich", "matplotlib", "tomli_w")
 EXTRAS = {
@@ -39,7 +40,7 @@ def doctor(config: DoctorConfig) -> int:
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo", encoding="ascii") as file:
             facts = dict(line.split(":", 1) for line in file)
-        total, free = (int(facts[key].split()[0]) / 2**20 for key in ("MemTotal", "MemAvailable"))
+        total, free = int(facts["MemTotal"].split()[0]) / 2**20, available_ram() / 2**30
         lines.append(f"memory       {free:.1f} GiB free of {total:.1f} GiB")
     disk = shutil.disk_usage(".")
     lines.append(f"disk here    {disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} GiB")

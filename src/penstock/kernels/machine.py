@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,9 +20,39 @@ def cpu_facts() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def available_ram() -> int:
-    """Bytes that programs can still take without swapping."""
-    if not Path("/proc/meminfo").exists():
+def available_ram(root: Path = Path("/")) -> int:
+    """Bytes that programs can still take without swapping, and within a container's limit, which kills what passes it."""
+    if not (root / "proc/meminfo").exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min([free, *_left_in_cgroups(root)])
+
+
+CGROUPS = {
+    # controllers in /proc/self/cgroup: the tree below /sys/fs/cgroup, limit, use, and what of it the kernel gives back
+    "": ("", "memory.max", "memory.current", "inactive_file "),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+}
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """Bytes that are left of each limit of this process' control group and of those around it, in versions 2 and 1."""
+    own = root / "proc/self/cgroup"
+    for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in CGROUPS:
+            continue
+        tree, limit, use, cached = CGROUPS[controllers]
+        top = root / "sys/fs/cgroup" / tree
+        group = top / path.strip("/")  # in a container, whose own group is the top, it may not exist
+        for folder in (group, *group.parents):
+            try:
+                statistics = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+                spare = next(int(row.removeprefix(cached)) for row in statistics if row.startswith(cached))
+                left = int((folder / limit).read_text()) - int((folder / use).read_text()) + spare
+                yield max(left, 0)
+            except (OSError, ValueError, StopIteration):  # no such group; "max": no limit
+                pass
+            if folder == top:
+                break

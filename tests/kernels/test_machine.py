@@ -1,0 +1,41 @@
+"""How much memory is free: files of /proc and of both versions of control groups, as the kernel writes them."""
+
+import pytest
+
+from penstock.kernels.machine import available_ram
+
+GB = 10**9
+MEMINFO = f"MemTotal: {32 * GB // 1024} kB\nMemFree: 1 kB\nMemAvailable:   {16 * GB // 1024} kB\n"
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+def limited(limit, used=0, cached=0):
+    """The files of a group of version 2."""
+    return {"memory.max": limit, "memory.current": used, "memory.stat": f"anon 5\ninactive_file {cached}\nslab 7"}
+
+
+def limited_v1(limit, used=0, cached=0):
+    names = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used}
+    return names | {"memory.stat": f"cache 1\ninactive_file 3\ntotal_inactive_file {cached}"}
+
+
+@pytest.mark.parametrize(("own", "groups", "left"), [
+    ("0::/", {}, 16), ("0::/", {V2: limited("max")}, 16), ("0::/", {V2: limited(4 * GB, 3 * GB)}, 1),
+    ("0::/a/b", {f"{V2}/a/b": limited("max"), f"{V2}/a": limited(8 * GB, 3 * GB, 2 * GB)}, 7),
+    ("0::/of/the/host", {V2: limited(2 * GB)}, 2), ("0::/", {V2: limited(64 * GB)}, 16),
+    ("0::/a", {f"{V2}/a": limited(GB, 2 * GB)}, 0),
+    ("4:memory:/a\n1:cpu:/\n0::/", {f"{V1}/a": limited_v1(8 * GB, 6 * GB, GB), V1: limited_v1(2**63 - 4096)}, 3),
+])  # fmt: skip
+def test_a_containers_limit_is_what_is_left_of_it(tmp_path, own, groups, left):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(MEMINFO)
+    (tmp_path / "proc/self/cgroup").write_text(own + "\n")
+    for folder, files in groups.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (tmp_path / folder / name).write_text(f"{content}\n")
+    assert available_ram(tmp_path) == pytest.approx(left * GB, abs=1024)
+
+
+def test_on_this_machine_it_is_some_memory():
+    assert 0 < available_ram() < 2**50
