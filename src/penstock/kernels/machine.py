@@ -21,7 +21,7 @@ def cpu_facts() -> str:
 
 
 def available_ram(root: Path = Path("/")) -> int:
-    """Bytes that programs can still take without swapping, and within a container's limit, which kills what passes it."""
+    """Bytes that programs can still take without swapping, within a container's limit, which kills what passes it."""
     if not (root / "proc/meminfo").exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
