@@ -1,10 +1,12 @@
 """What the demo takes and what it learns: `make demo` as a user runs it, then five seeds.
 
-    python -m benchmarks demo [--seeds 5] [--algorithms]
+    python -m benchmarks demo [--seeds 5] [--algorithms [--real]]
 
 Writes docs/demo.png, and demo.json: wall seconds and peak resident bytes of one demo in its own process, then each
 seed's gold scores, the reward model's held-out accuracy and the labellers' noise ceiling, and how far each learned.
 With --algorithms docs/algorithms.png and demo_algorithms.json: what each algorithm makes of each seed's SFT model.
+With --real the same of SmolLM2-135M-Instruct: docs/algorithms_real.png and demo_real_algorithms.json. Its seeds are kept
+in .real/, and one that is there is not run again.
 """
 
 import json
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.facts import ROOT, flags, write
+from benchmarks.real.runs import RUNS
 
 
 def run(out: Path, seeds: int, *more: str) -> tuple[dict[str, Any], float]:
@@ -57,11 +60,25 @@ def picture(report: dict[str, Any]) -> None:
     figure.savefig(ROOT / "docs" / "demo.png")
 
 
-def algorithms(seeds: int) -> int:
+def real_seeds(seeds: int) -> list[dict[str, Any]]:
+    """Their facts, those of earlier runs too."""
+    facts = []
+    for seed in range(seeds):
+        out = RUNS / f"demo-{seed}"
+        if not (out / "report.json").exists():
+            run(out, 1, "--algorithms", "--real", "--seed", str(seed))
+        facts += json.loads((out / "report.json").read_text(encoding="utf-8"))["seeds"]
+    return facts
+
+
+def algorithms(seeds: int, real: bool) -> int:
     """Returns 1 where an algorithm is not above SFT by three standard errors, over all seeds' held-out questions."""
-    with tempfile.TemporaryDirectory() as directory:
-        report, _ = run(Path(directory) / "seeds", seeds, "--algorithms")
-    tables = [seed["algorithms"] for seed in report["seeds"]]
+    if real:
+        facts = real_seeds(seeds)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            facts = run(Path(directory) / "seeds", seeds, "--algorithms")[0]["seeds"]
+    tables = [seed.pop("algorithms") for seed in facts]
     names = [row["name"] for row in tables[0]]
     rows = {name: [row for table in tables for row in table if row["name"] == name] for name in names}
     sft, summary = rows["sft"], {}
@@ -77,14 +94,15 @@ def algorithms(seeds: int) -> int:
             "least_standard_errors_of_a_seed": min(row["se_above_sft"] for row in rows[name]),
             "seconds": statistics.median(seconds) if seconds else None,
         }
-    picture_of_algorithms(rows)
-    path = write("demo_algorithms", {"over_all_seeds": summary, "seeds": tables}, "transformers", "numpy")
+    picture_of_algorithms(rows, ROOT / "docs" / ("algorithms_real.png" if real else "algorithms.png"))
+    name = "demo_real_algorithms" if real else "demo_algorithms"
+    path = write(name, {"over_all_seeds": summary, "seeds": tables, "stages": facts}, "transformers", "numpy")
     print(path.read_text(encoding="utf-8"))
     return int(any(row["standard_errors_above_sft"] <= 3 for name, row in summary.items() if name != "sft"))
 
 
-def picture_of_algorithms(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """docs/algorithms.png: gold against KL from SFT, each seed a faint dot, each algorithm's mean a full one."""
+def picture_of_algorithms(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Gold against KL from SFT, each seed a faint dot, each algorithm's mean a full one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
@@ -101,7 +119,7 @@ def picture_of_algorithms(rows: dict[str, list[dict[str, Any]]]) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(ROOT / "docs" / "algorithms.png")
+    figure.savefig(path)
 
 
 OF_LABELS = ("dpo", "kto")
@@ -113,10 +131,11 @@ def main(arguments: list[str]) -> int:
     parser = flags(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--algorithms", action="store_true")
+    parser.add_argument("--real", action="store_true")
     parsed = parser.parse_args(arguments)
     seeds = parsed.seeds
     if parsed.algorithms:
-        return algorithms(seeds)
+        return algorithms(seeds, parsed.real)
     with tempfile.TemporaryDirectory() as directory:
         _, seconds = run(Path(directory) / "single", 1)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

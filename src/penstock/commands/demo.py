@@ -67,8 +67,6 @@ def lessons(config: DemoConfig) -> Callable[[int], Lesson]:
         if config.model:
             raise UserError("--model: the small world makes its own model; add --real.")
         return toy
-    if config.algorithms:
-        raise UserError("--algorithms compares on the small world; leave --real out.")
     source = str(packaged_model()) if config.model is None else config.model
     return lambda seed: real(seed, source)
 

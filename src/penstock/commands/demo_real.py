@@ -35,6 +35,17 @@ def real(seed: int, source: str) -> Lesson:
     how = Answering(tokens=48, max_length=128, batch_size=64, dtype=dtype, best_of=4)
     shared = {"max_length": how.max_length, "dtype": dtype, "lora": 16}
     ppo = {"lr": 5e-4, "critic_lr": 5e-4, "batch_size": 32, "mini_batch_size": 16, "epochs": 1, "steps": 16}
+    sampled = {"lr": 3e-4, "max_new_tokens": how.tokens, "heldout": 0.0, "micro_batch_size": 16}
+    sampled |= {**shared, **{name: ppo[name] for name in ("batch_size", "epochs", "steps")}}
+    groups = {**sampled, "mini_batch_size": ppo["mini_batch_size"], "group_size": 8, "samples": 8}
+    labels = {**shared, "batch_size": 8, "micro_batch_size": 4, "beta": 0.1}
+    compared: dict[str, dict[str, Any]] = {
+        "grpo": {**groups, "kl_coef": 0.05},
+        "rloo": {**groups, "advantage": "rloo", "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.05},
+        "dpo": {**labels, "lr": 1e-4},
+        "online dpo": {**sampled, "online": True, "beta": 0.1},
+        "kto": {**labels, "lr": 1e-4},
+    }
     demonstrated = trained_on[:DEMONSTRATIONS]
     return Lesson(
         world=world,
@@ -46,6 +57,7 @@ def real(seed: int, source: str) -> Lesson:
         teach=lambda out, rng: taught(out, seed, source, demonstrated, how, rng),
         reward={**shared, "lr": 5e-4, "batch_size": 8, "micro_batch_size": 8, "heldout": 0.15},
         ppo={**shared, **ppo, "micro_batch_size": 16, "kl_coef": 0.05, "samples": ppo["batch_size"]},
+        compared=compared,
         how=how,
         says="A real model writes one or two sentences about films. SFT learned from its own answers, the best of "
         "four. Gold is VADER's sentiment, with a point for naming the film and half a point for what was asked, less "

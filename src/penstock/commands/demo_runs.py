@@ -75,6 +75,8 @@ class Lesson:
     """Flags of stage 2."""
     ppo: Mapping[str, Any]
     """Flags of stage 3."""
+    compared: Mapping[str, Mapping[str, Any]]
+    """Flags of the algorithms that --algorithms compares, by name (demo_algorithms.KINDS)."""
     how: Answering
     says: str
     """What it is, for the report."""

@@ -6,6 +6,7 @@ Only the base model's corpus, the demonstrations and the labels come from the wo
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,16 @@ def toy(seed: int) -> Lesson:
     world = Toyland(seed)
     trained_on, heldout = world.split(seed, HELDOUT)
     ppo = {"lr": 3e-4, "critic_lr": 1e-3, "batch_size": 64, "micro_batch_size": 64, "epochs": 2, "steps": 28}
+    sampled = {"lr": 3e-4, "steps": 28, "max_new_tokens": SMALL.tokens, "heldout": 0.0}
+    groups = {**sampled, "batch_size": 64, "micro_batch_size": 64, "epochs": 2, "group_size": 8, "samples": 8}
+    # A small model learns at ten to a hundred times the defaults, at less of it where labels are learned from.
+    compared: dict[str, dict[str, Any]] = {
+        "grpo": {**groups, "kl_coef": 0.2},  # rewards are in units of a group's deviation, about a half
+        "rloo": {**groups, "advantage": "rloo", "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.1},
+        "dpo": {"lr": 5e-5, "beta": 0.1},
+        "online dpo": {**sampled, "online": True, "beta": 0.1},
+        "kto": {"lr": 3e-5, "beta": 0.1},
+    }
     return Lesson(
         world=world,
         trained_on=trained_on,
@@ -36,6 +47,7 @@ def toy(seed: int) -> Lesson:
         teach=lambda out, rng: taught(out, seed, world, trained_on, rng),
         reward={"lr": 3e-4, "batch_size": 16, "micro_batch_size": 64, "heldout": 0.15, "eval_every": 40},
         ppo={**ppo, "kl_coef": 0.1, "samples": 64},
+        compared=compared,
         how=SMALL,
         says="A small world of animals and people who ask about them. A base model learned plain text; SFT learned to "
         "answer from demonstrators of mixed care. Gold is true, to the point, friendly, not too long.",
