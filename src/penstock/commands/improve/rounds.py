@@ -111,10 +111,7 @@ class Round:
         train = [label for label in usable if not label.heldout]
         fresh = [label for label in train if label.version not in before]
         row["learned"] = sorted({label.version for label in fresh})
-        possible = rule.ways(counts(fresh), counts(train), rule.known_worse(examined))
-        if self.config.stages:
-            possible = [Way(self.config.stages, "--stages says so")]
-        row |= self.learn_and_measure(train, fresh, heldout, possible)
+        row |= self.learn_and_measure(train, fresh, heldout, rule.known_worse(examined))
         if rule.against(row["agreement"]):
             self.say("what learned the new votes moves against earlier ones: they are not learned again")
             row["state"] = REFUSED
@@ -146,10 +143,14 @@ class Round:
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def learn_and_measure(
-        self, train: Sequence[Label], fresh: Sequence[Label], heldout: Sequence[Label], possible: Sequence[Way]
+        self, train: Sequence[Label], fresh: Sequence[Label], heldout: Sequence[Label], known_worse: bool
     ) -> dict[str, Any]:
-        """Trains a candidate, measures it, and decides."""
+        """Trains a candidate, measures it, and decides. known_worse: whether no reward model knows what is answered
+        now."""
         config, versions = self.config, self.versions
+        possible = rule.ways(counts(fresh), counts(train), known_worse)
+        if config.stages:
+            possible = [Way(config.stages, "--stages says so")]
         served = versions.model(self.parent)
 
         def file(stages: Sequence[str]) -> Path:
@@ -160,7 +161,7 @@ class Round:
         models = Models(str(versions.path / run), served, versions.model(0))
         reading = self.reading._replace(data=as_data_flags(config, apply_chat_template=state["apply_chat_template"]))
         checks, votes = measure.held_out_votes(models, heldout, self.number, reading)
-        judge = reward_model(config, versions, "heldout", heldout, self.say)
+        judge = None if known_worse else reward_model(config, versions, "heldout", heldout, self.say)
         knows = judge.agreement(train, self.reading) if judge else None
         more, answers = measure.answers(config, models, heldout, judge, knows, self.folder, state)
         checks += measure.regressions(config, models, reading) + more

@@ -125,7 +125,8 @@ def known_worse(examined: Mapping[str, Any]) -> bool:
     """Whether what earlier votes taught orders the newest, on answers of the version that is served, less often right
     than earlier ones that it had not seen either, surely. There a reward model does not know what it judges, and what
     maximises it gets worse: of the demo's seven steps of PPO the five of which this is not so raised the hidden gold by
-    0.88 to 1.20, the two of which it is lowered it."""
+    0.88 to 1.20, the two of which it is lowered it. Nor does one of held-out votes know it: it gave a step of PPO that
+    lost 0.71 of gold 64 % of the answers, and one of DPO that gained 0.16 45 %."""
     return bool(examined) and examined["new"]["interval"][1] < examined["known"]["interval"][0]
 
 
