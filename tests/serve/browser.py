@@ -1,10 +1,13 @@
 """Chromium before a `penstock serve` with two tiny models: fixtures of the tests of the page, and what a person does.
 
 Every page that a test opens is watched: it must ask no other host for anything, open no dialog and write no error to
-the console. Pictures are kept in $PENSTOCK_SCREENSHOTS, or in pytest's temporary directory.
+the console. Pictures are kept in $PENSTOCK_SCREENSHOTS, or in pytest's temporary directory. Those of the documentation:
+
+    PENSTOCK_SCREENSHOTS=docs/page python -m pytest tests/serve -k pictures
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -201,6 +204,41 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+LOOKS = [(width, scheme) for scheme in ("light", "dark") for width in (1280, 390)]
+Shoot = Callable[[str, Any], None]
+
+
+@pytest.fixture
+def shoot(pictures: Path) -> Iterator[Shoot]:
+    """shoot("chat", page) once for each of LOOKS, in their order: pictures/chat.png shows the page in all of them."""
+    shots: dict[str, list[bytes]] = {}
+
+    def take(name: str, page: Any) -> None:
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+        scale = page.evaluate("1 / devicePixelRatio")
+        shots.setdefault(name, []).append(page.screenshot(scale="css" if scale < 1 else "device"))
+
+    yield take
+    for name, images in shots.items():
+        _side_by_side(images).save(pictures / f"{name}.png", optimize=True)
+
+
+def _side_by_side(images: list[bytes]) -> Any:
+    """A wide one and a telephone's in a row, light above dark; in 128 colours, a quarter of the bytes."""
+    from PIL import Image
+
+    opened, gap = [Image.open(io.BytesIO(image)).convert("RGB") for image in images], 24
+    assert len(opened) == len(LOOKS)
+    rows = [opened[:2], opened[2:]]
+    heights = [max(image.height for image in row) for row in rows]
+    width = max(sum(image.width for image in row) for row in rows) + gap
+    sheet = Image.new("RGB", (width, sum(heights) + gap), (128, 132, 136))
+    for row, top in zip(rows, (0, heights[0] + gap), strict=True):
+        for image, left in zip(row, (0, row[0].width + gap), strict=True):
+            sheet.paste(image, (left, top))
+    return sheet.quantize(128)
 
 
 # --- what a person does -----------------------------------------------------------------------------------------------

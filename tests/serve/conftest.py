@@ -26,7 +26,7 @@ from penstock.serve.server import Web
 from penstock.serve.service import Service
 from penstock.serve.store import open_store
 from tests.conftest import PATIENCE, free_port, save_tiny
-from tests.serve.browser import browser, contexts, new_page, open_page, pictures, served, watch  # noqa: F401 - fixtures
+from tests.serve.browser import browser, contexts, new_page, open_page, pictures, served, shoot, watch  # noqa: F401 - fixtures
 
 KEY = "a key for the tests"
 DEBIANS = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")))

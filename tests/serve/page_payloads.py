@@ -1,8 +1,11 @@
 """What somebody may get a model to say so that a page which shows it runs their code, or fetches something of theirs.
 
 Each would open a dialog, set `window.hurt`, or ask the host evil.invalid for something, in a page that is careless in
-one particular way: raw HTML, URLs, attributes, markdown's own syntax, formulas, parsers that disagree, clobbered names.
+one particular way: raw HTML, URLs, attributes, markdown's own syntax, formulas, diagrams, parsers that disagree,
+clobbered names, letters that are others once they are normalised, our own marks for thoughts and files.
 """
+
+from typing import Any
 
 HANDLERS = [
     f"<{tag} on{event}=alert(1)>"
@@ -114,4 +117,55 @@ FORMULAS = [
     r"\(\color{red;background:url(http://evil.invalid/z.png)}x\)", "\\(\"><img src=x onerror=alert(1)>\\)",
     r"$$\def\x{<script>alert(1)</script>}\x$$", r"\(\unicode{60}script\)", r"\(\rule{1em}{1em} onload=alert(1)\)",
 ]  # fmt: skip
-PAYLOADS = [*HANDLERS, *SCRIPTS, *FETCHES, *LINKS, *MARKDOWN, *PARSERS, *FORMULAS]
+MARKS = [
+    '```mermaid\ngraph TD\n  A[<img src=x onerror=alert(1)>] --> B\n  click A href "javascript:alert(1)"\n```',
+    '```mermaid\n%%{init: {"securityLevel": "loose"}}%%\ngraph TD\n  click A call alert(1)\n```',
+    "```svg\n<svg onload=alert(1)>\n```", "```math\n\\href{javascript:alert(1)}{x}\n```",
+    "<think><img src=x onerror=alert(1)></think><svg onload=alert(1)>", "<think>[x](javascript:alert(1))",
+    '<file name="<img src=x onerror=alert(1)>">\n<script>alert(1)</script>\n</file>',
+    '<file name="x" onclick="alert(1)">\n<svg onload=alert(1)>\n</file>', "__proto__", "constructor",
+    '#/conv_x" onclick="alert(1)', "\\u003cimg src=x onerror=alert(1)\\u003e", "%3Cimg src=x onerror=alert(1)%3E",
+]  # fmt: skip
+LETTERS = [
+    "\uff1cscript\uff1ealert(1)\uff1c/script\uff1e", "<\u017fcript>alert(1)</\u017fcript>",
+    "<\u212aeygen onfocus=alert(1)>", "[x](java\u200bscript:alert(1))", "[x](\ufeffjavascript:alert(1))",
+    "[x](\uff4aavascript:alert(1))", "[x](\u2028javascript:alert(1))", "\u202e<img src=x onerror=alert(1)>\u202c",
+    "<img\u2028src=x\u2029onerror=alert(1)>", "<svg\u00a0onload=alert(1)>", "<img src=x onerror\uff1dalert(1)>",
+    "\x1b]8;;javascript:alert(1)\x1b\\x\x1b]8;;\x1b\\",
+]  # fmt: skip
+PAYLOADS = [*HANDLERS, *SCRIPTS, *FETCHES, *LINKS, *MARKDOWN, *PARSERS, *FORMULAS, *MARKS, *LETTERS]
+
+NOTHING_RUNS = r"""(() => {
+  const wrong = [];
+  const bad = `script, style, iframe, object, embed, img, image, video, audio, source, link, meta, base, form, math,
+    svg, template, frameset, frame, portal, area, isindex, marquee`;
+  const ours = `.sprite, .sprite *, svg.icon, svg.icon > use, form#login-form, form#composer, dialog > form,
+    #room form, 
+    img[src^="data:image/png;base64,"], .math.typeset .katex *`;
+  for (const element of document.body.querySelectorAll("*")) {
+    const shown = element.parentElement.closest(".prose, .bubble, #conversations, #turns, .answer-card .text, #models");
+    if (element.matches(bad) && !element.matches(ours)) wrong.push(element.outerHTML);
+    for (const { name, value } of element.attributes) {
+      const drawn = name === "style" && element.matches(".math.typeset .katex *, #gauge-fill, #prompt");
+      const active = /^on|^style$|^srcset$|^srcdoc$|^background$|^formaction$|^xlink:/.test(name);
+      if (active && !drawn) wrong.push(element.outerHTML);
+      if (name === "src" && !value.startsWith("data:image/png;base64,")) wrong.push(element.outerHTML);
+      if (name === "id" && shown) wrong.push(element.outerHTML);
+      const leads = /^(https?:|mailto:|#|\.\/$|label$|versions$|api\/)/.test(value);
+      if (name === "href" && !leads) wrong.push(element.outerHTML);
+    }
+    if (!shown) continue;
+    for (const event of ["mouseover", "focus", "pointerenter", "animationstart", "error", "load", "toggle"]) {
+      element.dispatchEvent(new Event(event));
+    }
+  }
+  if (window.hurt) wrong.push("window.hurt");
+  return wrong.map((html) => html.slice(0, 300));
+})()"""
+"""The elements of a page that no text of anybody may make."""
+
+
+def nothing_runs(page: Any) -> None:
+    """Of a page with hostile text on it. Its watch fails for dialogs, other hosts and breaches of policy."""
+    wrong = page.evaluate(NOTHING_RUNS)
+    assert not wrong, wrong

@@ -26,7 +26,6 @@ from tests.serve.browser import (
     stream,
 )
 from tests.serve.conftest import eventually
-from tests.serve.page_payloads import PAYLOADS
 from tests.serve.test_middleware import proxied
 
 if not CHROMIUM.exists():
@@ -501,104 +500,6 @@ def test_markdown_code_tables_and_links_are_shown_and_code_is_copied(open_page, 
     assert page.evaluate("navigator.clipboard.readText()") == "How does it work?"
 
 
-NOTHING_RUNS = """() => {
-  const wrong = [];
-  const bad = new Set(
-    ["script", "style", "iframe", "object", "embed", "img", "image", "video", "audio", "source", "link", "meta", "base",
-     "form", "math", "svg", "template"]);
-  for (const element of document.querySelectorAll("#app *")) {
-    const ours = element.closest(".sprite, svg.icon");
-    const formula = element.closest(".math.typeset .katex");
-    const tag = element.localName;
-    const shown = element.parentElement.closest(".prose, .bubble, #conversations");
-    if (!shown || ours) continue;
-    if (bad.has(tag) && !(formula && ["math", "svg"].includes(tag))) wrong.push(element.outerHTML);
-    for (const { name, value } of element.attributes) {
-      if (/^on|^style$|^src|^id$/.test(name) && !(formula && name === "style")) wrong.push(element.outerHTML);
-      if (name === "href" && !/^(https?:|mailto:|#\\/conv_)/.test(value)) wrong.push(element.outerHTML);
-    }
-    for (const event of ["mouseover", "focus", "pointerenter", "animationstart", "error", "load", "toggle"]) {
-      element.dispatchEvent(new Event(event));
-    }
-  }
-  if (window.hurt) wrong.push("window.hurt");
-  return wrong;
-}"""
-
-
-def test_no_payload_of_an_answer_runs_or_fetches(open_page, served):
-    """Ten payloads to a message, to save time: the two tests below take them one by one."""
-    assert len(PAYLOADS) >= 150
-    page = open_page()
-    texts = ["\n\n".join(PAYLOADS[i : i + 10]) for i in range(0, len(PAYLOADS), 10)]
-    speak(page, served, *texts)
-    for count, text in enumerate(texts, 1):
-        page.get_by_label("Message", exact=True).fill(text)
-        page.keyboard.press("Enter")
-        page.wait_for_selector(f"#thread > :nth-child({2 * count}) > .actions")
-    assert page.evaluate(NOTHING_RUNS) == []
-
-
-def test_no_payload_runs_while_it_is_being_written(open_page):
-    """Every prefix of every payload is drawn: half a payload is another text to the parser."""
-    page = open_page()
-    drawn = page.evaluate(
-        """async (payloads) => {
-          const { render } = await import("/assets/markdown.js");
-          const prose = document.createElement("div");
-          prose.className = "prose";
-          document.querySelector("#thread").append(prose);
-          let drawn = 0;
-          for (const payload of payloads) {
-            for (let end = 1; end <= payload.length; end++, drawn++) {
-              prose.replaceChildren(render("Well: " + payload.slice(0, end)));
-              if (prose.querySelector("script, style, img, svg:not(.icon), iframe, [onerror], [onload], [style]")) {
-                throw new Error(payload.slice(0, end));
-              }
-            }
-          }
-          return drawn;
-        }""",
-        PAYLOADS,
-    )
-    assert drawn == sum(len(payload.encode("utf-16-le")) // 2 for payload in PAYLOADS)
-    assert page.evaluate(NOTHING_RUNS) == []
-
-
-def test_no_payload_runs_from_history_titles_or_exports(open_page, served):
-    store = served.store
-    for payload in PAYLOADS:
-        store.add_conversation(f"payload: {payload}"[:200], payload)
-    conversation, parent = store.add_conversation("payloads", PAYLOADS[0])["id"], None
-    for payload in PAYLOADS:
-        question = store.add_message(conversation, parent, "user", payload)["id"]
-        answer = store.add_message(conversation, question, "assistant", "", model=payload, sampling={})
-        store.save_answers([{**answer, "content": payload, "finish_reason": "stop"}])
-        parent = answer["id"]
-    page = open_page()
-    page.goto(f"{served.url}/#/{conversation}")
-    settled(page)
-    assert page.locator(".bubble").all_inner_texts()[:3] == PAYLOADS[:3]
-    assert page.locator(".prose").count() == len(PAYLOADS)
-    assert page.evaluate(NOTHING_RUNS) == []
-    page.get_by_placeholder("Search").fill("payload: ")
-    expect(page.locator(".conversations li")).to_have_count(len(PAYLOADS))
-    assert page.evaluate(NOTHING_RUNS) == []
-    page.get_by_placeholder("Search").fill("onerror")
-    expect(page.locator(".hit mark").first).to_have_text("onerror")
-    assert page.evaluate(NOTHING_RUNS) == []
-    page.get_by_role("button", name="Settings").click()
-    with page.expect_download() as download:
-        page.get_by_role("link", name="Export as JSON lines").click()
-    [line] = Path(download.value.path()).read_text().splitlines()
-    twice = [payload for payload in PAYLOADS for _ in ("user", "assistant")]
-    assert [message["content"] for message in json.loads(line)["messages"]] == [PAYLOADS[0], *twice]
-    answer = page.request.get(f"{served.url}/api/conversations/{conversation}/export")
-    assert answer.headers["content-type"].startswith("application/jsonl")
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert "attachment" in answer.headers["content-disposition"]
-
-
 # --- when things go wrong ---------------------------------------------------------------------------------------------
 def refuse(
     page: Any, status: int, message: str, headers: dict[str, str] | None = None, address: str = "**/replies"
@@ -844,22 +745,3 @@ def test_the_page_works_below_a_proxys_prefix(browser, served, watch):
         page.wait_for_selector("#key")
         page.close()
         watch.check(f"{address}/lab/chat")
-
-
-def test_pictures_of_the_page(open_page, served, pictures):
-    """An example conversation, since a random model has nothing to say. For the documentation's copies:
-
-    PENSTOCK_SCREENSHOTS=docs/page python -m pytest tests/serve/test_page.py -k pictures
-    """
-    for title in ("Notes on reward models", "Sorting a list in Python", "A haiku about the river"):
-        served.store.add_conversation(title, "")
-    page = open_page()
-    speak(page, served, RICH.split("\n\nSee")[0])
-    say(page, "How does a penstock work?")
-    for width, height in ((1280, 820), (390, 844)):
-        page.set_viewport_size({"width": width, "height": height})
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            page.evaluate("document.querySelector('#scroll').scrollTop = 0")
-            page.screenshot(path=pictures / f"page-{width}-{scheme}.png")
-    assert len({path.read_bytes() for path in pictures.glob("page-*.png")}) == 4

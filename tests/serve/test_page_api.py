@@ -283,7 +283,9 @@ def test_there_is_nothing_to_export_from_nowhere(tmp_path, capsys):
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     (tmp_path / "vendor").mkdir()
-    (tmp_path / "index.html").write_text('<script src="/assets/app.js"></script><link href="assets/no.css"> "assets"')
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "index.html").write_text('  <!-- shared/head.html -->\n<link href="assets/no.css"> "assets"')
+    (tmp_path / "shared" / "head.html").write_text('<script src="/assets/app.js"></script>')
     (tmp_path / "app.js").write_text("console.log(1)")
     (tmp_path / "vendor" / "x.js").write_text("2")
     (tmp_path / "secret.pem").write_text("not for the web")
@@ -310,7 +312,8 @@ def test_files_have_the_hash_of_their_bytes_and_are_kept_for_ever(server, page):
 
 
 @pytest.mark.parametrize(
-    "path", ["secret.pem", "index.html", "../app.py", "%2e%2e/%2e%2e/app.py", "/etc/passwd", "nothing.js"]
+    "path",
+    ["secret.pem", "index.html", "shared/head.html", "../app.py", "%2e%2e/%2e%2e/app.py", "/etc/passwd", "nothing.js"],
 )
 def test_nothing_else_is_served(server, page, path):
     assert server.ask("GET", f"/assets/{path}", key=None).status == 404

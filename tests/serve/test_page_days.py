@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.browser import CHROMIUM, WAIT, answers, ask, conversation_of, reload, say, settled, speak
-from tests.serve.conftest import eventually
+from tests.serve.browser import CHROMIUM, LOOKS, WAIT, answers, ask, conversation_of, reload, say, settled, speak
+from tests.serve.test_page import RICH
 
 if not CHROMIUM.exists():
     pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
@@ -528,31 +528,32 @@ def test_axe_core_finds_nothing(open_page, served, width):
         page.keyboard.press("Escape")
 
 
-def test_pictures_of_every_day(open_page, served, pictures):
-    """Shots for whoever looks: each screen, wide and narrow, light and dark."""
-    for width in (1280, 390):
-        for scheme in ("light", "dark"):
-            page = open_page(
-                width=width,
-                scheme=scheme,
-                presets=[{"name": "Brief haiku", "model": "left", "system": "", "sampling": {}}],
-            )
-            speak(page, served, MARKDOWN)
-            say(page, "What feeds a turbine?")
-            name = f"{width}-{scheme}.png"
-            page.screenshot(path=pictures / f"day-chat-{name}")
-            if width < 600:
-                page.get_by_role("button", name="Conversations", exact=True).click()
-            page.get_by_placeholder("Search").fill("penstock")
-            assert eventually(lambda page=page: page.locator(".hit").count() > 0)
-            page.screenshot(path=pictures / f"day-search-{name}")
-            page.get_by_placeholder("Search").fill("")
-            if width < 600:
-                page.get_by_role("button", name="Close the list").click()
-            page.get_by_role("button", name="Settings").click()
-            page.screenshot(path=pictures / f"day-settings-{name}")
-            page.keyboard.press("Escape")
-            for dialog in ("shortcuts", "import"):
-                page.evaluate(f"document.querySelector('#{dialog}').showModal()")
-                page.screenshot(path=pictures / f"day-{dialog}-{name}")
-                page.keyboard.press("Escape")
+def test_pictures_of_the_page(open_page, served, shoot):
+    """An example conversation, since a random model has nothing to say."""
+    for title in ("Notes on reward models", "Sorting a list in Python", "A haiku about the river"):
+        served.store.add_conversation(title, "")
+    page = open_page()
+    speak(page, served, RICH.split("\n\nSee")[0])
+    say(page, "How does a penstock work?")
+    conversation = page.url.split("#/")[1]
+    presets = [{"name": name, "model": "left", "system": "", "sampling": {}} for name in ("Brief", "A miller of 1890")]
+    for width, scheme in LOOKS:
+        page = open_page(width=width, scheme=scheme, presets=presets, system="Answer in a few words.")
+        page.goto(f"{served.url}/#/{conversation}")
+        settled(page)
+        page.evaluate("document.querySelector('#scroll').scrollTop = 0")
+        shoot("chat", page)
+        if width < 600:
+            page.get_by_role("button", name="Conversations", exact=True).click()
+        page.get_by_placeholder("Search").fill("turbine water")
+        expect(page.locator(".hit").first).to_be_visible()
+        shoot("search", page)
+        page.get_by_placeholder("Search").fill("")
+        if width < 600:
+            page.get_by_role("button", name="Close the list").click()
+        page.get_by_role("button", name="Settings").click()
+        shoot("settings", page)
+        page.keyboard.press("Escape")
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("?")
+        shoot("shortcuts", page)

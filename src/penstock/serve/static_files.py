@@ -2,7 +2,8 @@
 hash of its bytes in its address.
 
 The pages are served with `?v=HASH` behind every address in assets/, so that a browser may keep those files for ever
-and still gets a new version at once. Addresses are relative, so that the page works below any prefix of a proxy's.
+and still gets a new version at once. Addresses are relative, so that the page works below any prefix of a proxy's. What
+pages have in common lies in shared/, and stands in them as `<!-- shared/head.html -->`.
 """
 
 import functools
@@ -19,6 +20,7 @@ PAGE = Path(__file__).parent / "page"
 SUFFIXES = (".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".woff2", ".json")
 FOREVER = "public, max-age=31536000, immutable"
 pages = APIRouter(include_in_schema=False)
+SHARED = re.compile(r"[ \t]*<!-- (shared/\w+\.html) -->\n")
 ADDRESS = re.compile(r"""(["'])/?(assets/[\w./-]+)(?:\?v=\w*)?\1""")
 
 
@@ -34,6 +36,11 @@ def files() -> dict[str, tuple[bytes, str, str]]:
                 media_type += "; charset=utf-8"
             contents[path.relative_to(PAGE).as_posix()] = (body, hashlib.sha256(body).hexdigest()[:16], media_type)
     return contents
+
+
+def whole(text: str) -> str:
+    """A page with what it shares with others."""
+    return SHARED.sub(lambda match: files()[match[1]][0].decode(), text)
 
 
 def hashed(text: str) -> str:
@@ -76,7 +83,7 @@ def _page(name: str, request: Request) -> Response:
     if name not in files():
         raise ApiError(404, "this installation has no pages; the API is at /v1.")
     body, _, media_type = files()[name]
-    page = hashed(body.decode()).encode()
+    page = hashed(whole(body.decode())).encode()
     tag = f'"{hashlib.sha256(page).hexdigest()[:16]}"'
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers={"etag": tag})

@@ -9,8 +9,8 @@ import sqlalchemy as sa
 
 from penstock.serve.labelling import export, room
 from penstock.serve.tables import label_items
-from tests.serve.browser import CHROMIUM, KEY, WAIT
-from tests.serve.page_payloads import PAYLOADS
+from tests.serve.browser import CHROMIUM, KEY, LOOKS, WAIT
+from tests.serve.page_payloads import PAYLOADS, nothing_runs
 
 if not CHROMIUM.exists():
     pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
@@ -302,8 +302,8 @@ def test_prompts_alone_are_answered_by_the_models_that_are_ticked(enter, served,
 # --- everybody --------------------------------------------------------------------------------------------------------
 def test_no_text_of_anybody_is_run(enter, hire, served):
     ask(served, "PATCH", "/api/labelling", {"guidelines": "\n\n".join(PAYLOADS)})
-    name = "<img src=x onerror=alert(1)>"
-    token = hire(name)
+    names = [payload for payload in PAYLOADS if len(payload) <= 60]
+    token = [hire(name) for name in names][-1]
     texts = [f"{payload}\n{i}" for i, payload in enumerate(PAYLOADS)]
     items = [texts[i : i + 9] for i in range(0, len(texts) - 1, 9)]
     for answers in items:
@@ -311,26 +311,37 @@ def test_no_text_of_anybody_is_run(enter, hire, served):
         add(served, {"prompt": turns, "responses": answers})
     page = enter(token)
     expect(page.get_by_role("dialog", name="Guidelines")).to_be_visible()
+    nothing_runs(page)
     page.keyboard.press("Escape")
     for i, answers in enumerate(items):
         expect(page.locator("#progress-words")).to_contain_text(f"{i} done")
-        page.wait_for_selector(".answer-card")
+        card(page, "Answer A").get_by_role("button", name="The best").click()
+        card(page, "Answer A").get_by_role("button", name="Rewrite").click()
+        page.get_by_label("Answer A, rewritten").fill(answers[-1])
+        page.get_by_role("button", name="Keep").click()
+        nothing_runs(page)
         page.get_by_label("Note").fill(answers[0][:500])
         page.get_by_label("Flag this item").select_option("other")
         page.get_by_role("button", name="Submit").click()
-        page.get_by_role("button", name="Submit").click()
     expect(page.locator("#nothing")).to_be_visible()
-    assert page.evaluate("window.hurt") is None
+    nothing_runs(page)
     owner = enter(KEY)
     owner.wait_for_selector(".plain-list li b")
-    expect(owner.get_by_role("rowheader", name=name)).to_be_visible()
-    assert owner.evaluate("window.hurt") is None
+    assert set(names) <= set(owner.get_by_role("rowheader").all_text_contents())
+    nothing_runs(owner)
+    owner.get_by_role("row").filter(has_text="onload").first.get_by_role("button").first.click()
+    expect(owner.locator("#token-title")).to_contain_text("onload")
+    nothing_runs(owner)
+    owner.keyboard.press("Escape")
+    cards = [{"id": payload, "max_model_len": 64, "task": "generate"} for payload in PAYLOADS]
+    owner.route("**/v1/models", lambda route: route.fulfill(json={"data": cards}))
+    owner.get_by_role("button", name="The room").click()
+    expect(owner.locator(".draft-model")).to_have_count(len(PAYLOADS))
+    nothing_runs(owner)
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pictures(enter, hire, served, pictures, width, scheme):
-    """What a labeller and the owner see; nothing is wider than the screen."""
+def test_pictures_of_the_room(enter, hire, served, shoot):
+    """What a labeller and the owner see."""
     answers = [
         "A **penstock** is the gated pipe that carries water from a reservoir to a turbine.",
         "It feeds the turbine:\n\n1. a gate opens\n2. water falls\n3. the wheel turns",
@@ -338,16 +349,16 @@ def test_pictures(enter, hire, served, pictures, width, scheme):
     ]  # fmt: skip
     for i in range(3):
         add(served, {"prompt": [{"role": "user", "content": f"What is a penstock? ({i})"}], "responses": answers})
-    page = enter(hire("Ada"), width=width, scheme=scheme)
-    page.wait_for_selector(".answer-card")
-    rest = card(page, "A kind of fish.")
-    rest.get_by_role("button", name="The worst").click()
-    card(page, "with a gate.").get_by_role("button", name="The best").click()
-    card(page, "carries water").get_by_role("button", name="The best").click()
-    card(page, "with a gate.").get_by_role("button", name="Equal to the one above").click()
-    page.screenshot(path=pictures / f"label-{width}-{scheme}.png", full_page=True)
-    owner = enter(KEY, width=width, scheme=scheme)
-    owner.wait_for_selector(".figures")
-    owner.screenshot(path=pictures / f"room-{width}-{scheme}.png", full_page=True)
-    for shown in (page, owner):
-        assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    tokens = {name: hire(name) for name in ("Ada", "Bo")}
+    for width, scheme in LOOKS:
+        page = enter(tokens["Ada"], width=width, scheme=scheme)
+        card(page, "A kind of fish.").get_by_role("button", name="The worst").click()
+        card(page, "with a gate.").get_by_role("button", name="The best").click()
+        card(page, "carries water").get_by_role("button", name="The best").click()
+        card(page, "with a gate.").get_by_role("button", name="Equal to the one above").click()
+        page.mouse.move(0, 0)
+        page.evaluate("document.activeElement.blur()")
+        shoot("label", page)
+        owner = enter(KEY, width=width, scheme=scheme)
+        owner.wait_for_selector(".figures")
+        shoot("room", owner)

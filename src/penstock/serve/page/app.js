@@ -60,7 +60,6 @@ async function showModels() {
  * one. */
 async function route() {
   const [, id, messageId] = /^#\/([^/]+)(?:\/(.+))?$/.exec(location.hash) ?? [];
-  if (!id && location.hash) return; // "#prompt": a jump within the page
   if (messageId) history.replaceState(null, "", `#/${id}`);
   if (id && id === chat.id) {
     await guard(refresh);
@@ -151,7 +150,7 @@ function drawSend() {
   $("send").title = busy ? "Stop (Esc)" : "Send (Enter)";
   $("send").classList.toggle("busy", busy);
   $("send").disabled = !busy && !attached() && !$("prompt").value.trim();
-  $("send-icon").setAttribute("href", busy ? "#icon-stop" : "#icon-send");
+  $("send-icon").setAttribute("href", busy ? "#icon-stop" : "#icon-arrow-up");
 }
 
 function drawCompare() {
@@ -270,7 +269,7 @@ $("log-out").onclick = async () => {
 
 $("new-chat").onclick = goToNewChat;
 $("new-chat-narrow").onclick = goToNewChat;
-window.addEventListener("hashchange", () => $("app").hidden || route());
+window.addEventListener("hashchange", () => $("app").hidden || /^#[^/]/.test(location.hash) || route()); // "#prompt": a jump
 window.addEventListener("offline", () => setReachable(false));
 window.addEventListener("online", () => guard(refresh));
 document.addEventListener("visibilitychange", () => document.hidden || $("app").hidden || guard(refresh));

@@ -16,7 +16,7 @@ export function h(tag, props = {}, ...children) {
 /** Text as HTML, for what goes through the sanitiser. */
 export const escaped = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
 
-/** A picture from the sprite in index.html. */
+/** A picture from shared/icons.html. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("class", "icon");
@@ -109,7 +109,7 @@ export function announce(text) {
   $("status").textContent = text;
 }
 
-/** Asks before something is gone for good. */
+/** Asks, in the page's dialog, before something is gone for good or changes for everybody. */
 export async function confirmed(title, text) {
   $("confirm-title").textContent = title;
   $("confirm-text").textContent = text;

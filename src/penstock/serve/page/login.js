@@ -22,7 +22,7 @@ async function begin() {
   const given = /^#(?:key|token)=(.+)$/.exec(location.hash)?.[1]; // the address that is handed out may carry it
   if (given) {
     history.replaceState(null, "", location.pathname);
-    return logIn(decodeURIComponent(given));
+    return logIn(decoded(given));
   }
   if (!localStorage.getItem(REMEMBERED)) return askForKey();
   try {
@@ -31,6 +31,15 @@ async function begin() {
     return askForKey(error.status === 401 ? "" : error.message);
   }
   return words.enter();
+}
+
+/** A link that was cut or typed may hold a stray percent sign. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 async function logIn(key) {

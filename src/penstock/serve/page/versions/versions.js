@@ -1,7 +1,7 @@
 // The page of versions: what a model learned from its users' votes, round by round; rolling back, trust, a new round.
 
 import { listen, session, versions } from "../api.js";
-import { $, announce, h, replace, toast } from "../dom.js";
+import { $, announce, confirmed, h, replace, toast } from "../dom.js";
 
 const POLL = 2000; // milliseconds, while a round runs; else five times as long
 
@@ -126,27 +126,15 @@ function buttons(model, row, served, state) {
   const button = (key, text, onclick) => list.push(h("button", { type: "button", class: "secondary", "data-key": `${key} ${model.model} ${row.version}`, onclick }, text));
   if (!served && row.model) {
     const back = row.version < model.current;
-    button("serve", back ? "Roll back to this" : "Serve this", () =>
-      ask(
-        `Serve version ${row.version}?`,
-        `New answers come from it within seconds; answers that run end on what they began with.${back ? " Votes that only later versions learned are withdrawn." : ""}`,
-        "Serve it",
-        () => act(() => versions.serve(model.model, row.version), `Version ${row.version} is served.`),
-      ),
-    );
+    button("serve", back ? "Roll back to this" : "Serve this", async () => {
+      const text = `New answers come from it within seconds; answers that run end on what they began with.${back ? " Votes that only later versions learned are withdrawn." : ""}`;
+      if (!(await confirmed(`Serve version ${row.version}?`, text))) return;
+      await act(() => versions.serve(model.model, row.version), `Version ${row.version} is served.`);
+    });
   }
   if (state && state !== "trusted") button("trust", "Trust its votes", () => act(() => versions.trust(model.model, row.version, true), "Its votes are learned in the next round."));
   if (state === "trusted") button("distrust", "Distrust its votes", () => act(() => versions.trust(model.model, row.version, false), "Its votes are not learned again."));
   return list;
-}
-
-function ask(title, text, yes, action) {
-  $("ask-title").textContent = title;
-  $("ask-text").textContent = text;
-  $("ask-yes").textContent = yes;
-  $("ask").onclose = () => $("ask").returnValue === "yes" && action();
-  $("ask").returnValue = "";
-  $("ask").showModal();
 }
 
 async function act(action, done) {
