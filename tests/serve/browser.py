@@ -216,9 +216,9 @@ def shoot(pictures: Path) -> Iterator[Shoot]:
     shots: dict[str, list[bytes]] = {}
 
     def take(name: str, page: Any) -> None:
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
-        scale = page.evaluate("1 / devicePixelRatio")
-        shots.setdefault(name, []).append(page.screenshot(scale="css" if scale < 1 else "device"))
+        wide = page.evaluate("document.documentElement.scrollWidth")  # not innerWidth, which a phone makes as wide
+        assert wide <= page.viewport_size["width"], name
+        shots.setdefault(name, []).append(page.screenshot(scale="css"))
 
     yield take
     for name, images in shots.items():
@@ -226,7 +226,7 @@ def shoot(pictures: Path) -> Iterator[Shoot]:
 
 
 def _side_by_side(images: list[bytes]) -> Any:
-    """A wide one and a telephone's in a row, light above dark; in 128 colours, a quarter of the bytes."""
+    """A wide one and a telephone's in a row, light above dark; in the 256 most frequent colours."""
     from PIL import Image
 
     opened, gap = [Image.open(io.BytesIO(image)).convert("RGB") for image in images], 24
@@ -238,7 +238,10 @@ def _side_by_side(images: list[bytes]) -> Any:
     for row, top in zip(rows, (0, heights[0] + gap), strict=True):
         for image, left in zip(row, (0, row[0].width + gap), strict=True):
             sheet.paste(image, (left, top))
-    return sheet.quantize(128)
+    colours = sorted(sheet.getcolors(sheet.width * sheet.height), reverse=True)[:256]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([value for _, colour in colours for value in colour])
+    return sheet.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 # --- what a person does -----------------------------------------------------------------------------------------------
