@@ -55,7 +55,7 @@ def real(seed: int, source: str) -> Lesson:
         practised=slice(DEMONSTRATIONS + LABELLED, None),
         noise=LABEL_NOISE,
         teach=lambda out, rng: taught(out, seed, source, demonstrated, how, rng),
-        reward={**shared, "lr": 5e-4, "batch_size": 8, "micro_batch_size": 8, "heldout": 0.15},
+        reward={**shared, "lr": 5e-4, "batch_size": 4, "micro_batch_size": 4, "epochs": 2, "heldout": 0.15},
         ppo={**shared, **ppo, "micro_batch_size": 16, "kl_coef": 0.05, "samples": ppo["batch_size"]},
         compared=compared,
         how=how,
@@ -82,7 +82,13 @@ def taught(
             demonstrations.append(line)
     write_lines(data / "demonstrations.jsonl", demonstrations)
     flags = {"model": source, "dtype": how.dtype, "max_length": how.max_length, "lr": 5e-5, "batch_size": 8}
-    own = {**flags_of_run(data / "demonstrations.jsonl", seed), **flags, "micro_batch_size": 8, "samples": 0}
+    own = {
+        **flags_of_run(data / "demonstrations.jsonl", seed),
+        **flags,
+        "micro_batch_size": 8,
+        "epochs": 2,
+        "samples": 0,
+    }
     return base, run_stage(Stage("sft", own), out)
 
 
