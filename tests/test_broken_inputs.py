@@ -207,6 +207,7 @@ def cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], A
 FC, NOISE = "transformer.h.1.mlp.c_fc.weight", torch.Generator().manual_seed(3)
 GATE = {"base_model.model.transformer.h.0.mlp.c_fc.weight": torch.zeros(16, 32)}
 LORA_A = "base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"
+MIXTRAL = LLAMA | {"family": "mixtral", "num_experts": 2, "experts_per_token": 1, "expert_ff": 8}
 QWEN = LLAMA | {"family": "qwen2", "qkv_bias": True}
 DEMO = {"prompt": "Q", "response": "A"}
 
@@ -229,6 +230,9 @@ BROKEN: list[tuple[str, Make, int, str]] = [
     ("config.json is brackets", files(lambda d: (d / "config.json").write_text("[" * 100_000)), 2, "not valid JSON"),
     ("config.json is a well", config(depths=DEEP), 2, "more than 50 deep"),
     ("an adapter's config.json is a well", adapter(base_model_name_or_path=DEEP), 2, "more than 50 deep"),
+    ("more layers than anybody has", config(n_layer=2**31), 2, "n_layer: 2147483648 is not supported; .* 1 to 10,000"),
+    ("more experts than anybody has", config(MIXTRAL, num_local_experts=2**20), 2, "experts: 1048576 is not supported"),
+    ("a width that no tensor can have", config(n_inner=10**30), 2, "n_inner: 10{30} is not supported"),
     ("config.json is a list", files(lambda d: (d / "config.json").write_text("[]")), 2, "holds no JSON object"),
     # packed weights
     ("bitsandbytes",

@@ -104,12 +104,15 @@ def test_when_the_rank_with_the_store_is_killed_the_others_still_name_it(ranks):
         assert "rank 0" in out + err
 
 
-def test_a_rank_that_hangs_is_named_and_holds_nobody(ranks):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_is_named_and_holds_nobody(ranks, victim):
+    """Rank 0 has the store, which then answers nobody."""
     three = ranks("run")
-    os.kill(three.pids[1], signal.SIGSTOP)
-    for out, err, code in three.ends(0, 2):
+    os.kill(three.pids[victim], signal.SIGSTOP)
+    for out, err, code in three.ends(*({0, 1, 2} - {victim})):
         assert code == 3, out + err
-        assert f"process {three.pids[1]}) gave no sign" in out + err
+        assert re.search(rf"rank {victim}\b.* gave no sign", out + err)
+        assert victim == 0 or f"process {three.pids[victim]}) gave no sign" in out + err
 
 
 def test_a_rank_that_fails_is_named_and_says_itself_why(ranks):

@@ -128,6 +128,10 @@ def assert_promise_kept(parent, scene):
     newest_step = step_of(checkpoint.newest(parent, pytest.fail))
     assert newest_step in allowed
     assert not before or (newest_step is not None and newest_step >= max(before))
+    if newest_step is not None:
+        assert (parent / "latest").read_text() == f"step-{newest_step:06d}\n"
+    if options.get("best") and newest_step == options["step"]:
+        assert step_of(checkpoint.trusted(parent, pytest.fail)) == newest_step
     save(parent, 9)
     assert step_of(checkpoint.newest(parent, pytest.fail)) == 9
 

@@ -49,6 +49,8 @@ class Heartbeat:
         self._names = [f"rank {i}" for i in range(size)]
         self._gone = ""
         """The ranks that are gone, in the words of the first rank with a verdict."""
+        self._answers = True
+        """Whether the store did at the last beat."""
         self._stopped = threading.Event()
         self._store.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -77,8 +79,15 @@ class Heartbeat:
         return self._gone or None
 
     def _run(self) -> None:
+        look = threading.Thread()
         while not self._stopped.wait(self._beat):
-            self._look()
+            if not look.is_alive():
+                look = threading.Thread(target=self._look, name="look", daemon=True)
+                look.start()
+                look.join(self._beat)
+            self._answers = not look.is_alive()
+            if not self._answers:  # the process with the store, rank 0 or its launcher, is stopped
+                self._silent[0] += 1
             if self._verdict(self._silence):
                 time.sleep(HEARD * self._beat)
                 if not self._stopped.is_set():
@@ -107,7 +116,8 @@ class Heartbeat:
         if silent and not self._gone:
             self._gone = f"{' and '.join(silent)} gave no sign of life for {silence * self._beat:.0f} s"
             with contextlib.suppress(RuntimeError):
-                self._gone = self._store.compare_set("verdict", "", self._gone).decode()
+                if self._answers:
+                    self._gone = self._store.compare_set("verdict", "", self._gone).decode()
         return bool(self._gone)
 
     def _at_exit(self) -> None:

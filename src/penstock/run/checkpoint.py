@@ -78,11 +78,11 @@ def begin(
         with _whole_or_gone(unfinished, step):
             if rest is not None:
                 rest()
-            _publish(unfinished, final, step, meta)
+            _publish(unfinished, final, step, {**meta, "best": best})
             if whole:
                 write_whole(parent / "latest", final.name)
             if best:
-                write_whole(parent / "best", f"{final.name} {_checksum(final.name)}")
+                _name_best(parent, final.name)
             _prune(parent, step, keep)
             return final
 
@@ -166,13 +166,23 @@ def trusted(parent: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def sweep(parent: Path) -> None:
-    """Removes unfinished files of killed processes; a kill between the two renames of a step is undone first."""
+    """Ends what killed processes began: a kill between the two renames of a step is undone, unfinished files go, and
+    `latest` and `best` name the last checkpoint where they should."""
     for old in parent.glob("*-*.tmp-old-*"):
         final = parent / old.name.split(".tmp-", 1)[0]
         if not final.exists():
             old.rename(final)
     for path in parent.glob("*.tmp-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    published = [(int(match[1]), path) for path in parent.iterdir() if (match := NAME.fullmatch(path.name))]
+    if not published:
+        return
+    _, last = max(published)
+    if last in _all(parent):  # a kill may have come before the two files that name it
+        write_whole(parent / "latest", last.name)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: whoever reads it says so
+        if json.loads((last / MANIFEST).read_text(encoding="utf-8")).get("best"):
+            _name_best(parent, last.name)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -313,6 +323,10 @@ def _best(parent: Path) -> str | None:
     except (OSError, ValueError):
         pass
     raise DamagedError(f"{parent / 'best'}: names no checkpoint, or has changed since it was written")
+
+
+def _name_best(parent: Path, name: str) -> None:
+    write_whole(parent / "best", f"{name} {_checksum(name)}")
 
 
 def _checksum(name: str) -> str:

@@ -13,6 +13,9 @@ assert set(NAMES.values()) == set(ACTIVATIONS)
 Fields = dict[str, str | tuple[str, Any]]
 """A field of DecoderConfig: its key in config.json, which must be there, or the key and transformers' default."""
 COUNTS = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
+MOST = 10_000
+"""Layers, or experts: a model is built piece by piece, and a damaged number must not take hours to refuse."""
+LARGEST = 10**9
 
 
 def read(hf: dict[str, Any], fields: Fields) -> dict[str, Any]:
@@ -27,9 +30,14 @@ def read(hf: dict[str, Any], fields: Fields) -> dict[str, Any]:
         values["head_dim"] = values["d_model"] // values["num_heads"] if values["num_heads"] else 0
     for ours, value in values.items():
         key = _key(fields.get(ours, ours))
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        most = MOST if ours == "num_layers" else LARGEST
+        whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
         if (ours in COUNTS and not whole) or (value is None and hf.get(key, 0) is None and _default(fields[ours])):
-            needed = "a whole number from 1 is needed" if ours in COUNTS else "leave the key out, or give a value"
+            needed = (
+                f"a whole number from 1 to {most:,} is needed"
+                if ours in COUNTS
+                else "leave the key out, or give a value"
+            )
             raise ValueError(f"{key}: {value!r} is not supported; {needed}")
     if "head_dim" not in fields:
         require(hf, head_dim=hf.get("head_dim") and values["head_dim"])
@@ -73,8 +81,8 @@ def number(hf: dict[str, Any], key: str, *, none: float | None = None) -> float:
 def whole(hf: dict[str, Any], key: str, default: int) -> int:
     """The whole number from 1 that the config has there."""
     value = hf.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key}: {value!r} is not supported; a whole number from 1 is")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
+        raise ValueError(f"{key}: {value!r} is not supported; a whole number from 1 to {LARGEST:,} is")
     return value
 
 
@@ -109,6 +117,8 @@ def experts(hf: dict[str, Any], count: str, width: str) -> dict[str, Any]:
         "num_experts": whole(hf, count, 0), "experts_per_token": whole(hf, "num_experts_per_tok", 0),
         "expert_ff": whole(hf, width, 0),
     }  # fmt: skip
+    if fields["num_experts"] > MOST:
+        raise ValueError(f"{count}: {fields['num_experts']} is not supported; at most {MOST:,} are")
     if fields["experts_per_token"] > fields["num_experts"]:
         raise ValueError(f"num_experts_per_tok: {fields['experts_per_token']} of {fields['num_experts']} experts")
     return {**fields, "router_aux_loss_coef": float(hf["router_aux_loss_coef"])}
