@@ -33,6 +33,12 @@ class ForeignWeight:
     """Whether it is fp32 in a bf16 model too."""
 
 
+MOST = 10_000
+"""Layers, or experts: a model is built piece by piece, and a damaged number must not take hours to refuse."""
+LARGEST = 10**9
+"""Of any size: the bytes of a weight must be a number that torch can hold."""
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """What distinguishes one decoder from another. Families translate Hugging Face configs to and from this."""
@@ -130,6 +136,11 @@ class DecoderConfig:
     """The config.json this came from: keys we do not use survive a round trip."""
 
     @functools.cached_property
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "head_dim", "d_ff", "max_length"):
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name}: {getattr(self, name)} is not supported; at most {LARGEST:,} is")
+
     def kinds(self) -> tuple[tuple[int, bool], ...]:
         """Per layer its window, and whether it rotates: layers of a kind share what depends on positions."""
         count = max(len(self.windows), len(self.rotary_layers), self.num_layers)

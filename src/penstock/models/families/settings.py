@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from penstock.models.config import ACTIVATIONS, DecoderConfig
+from penstock.models.config import ACTIVATIONS, LARGEST, MOST, DecoderConfig
 
 NAMES = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -13,9 +13,6 @@ assert set(NAMES.values()) == set(ACTIVATIONS)
 Fields = dict[str, str | tuple[str, Any]]
 """A field of DecoderConfig: its key in config.json, which must be there, or the key and transformers' default."""
 COUNTS = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
-MOST = 10_000
-"""Layers, or experts: a model is built piece by piece, and a damaged number must not take hours to refuse."""
-LARGEST = 10**9
 
 
 def read(hf: dict[str, Any], fields: Fields) -> dict[str, Any]:
