@@ -135,12 +135,12 @@ class DecoderConfig:
     hf: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     """The config.json this came from: keys we do not use survive a round trip."""
 
-    @functools.cached_property
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "head_dim", "d_ff", "max_length"):
             if getattr(self, name) > LARGEST:
                 raise ValueError(f"{name}: {getattr(self, name)} is not supported; at most {LARGEST:,} is")
 
+    @functools.cached_property
     def kinds(self) -> tuple[tuple[int, bool], ...]:
         """Per layer its window, and whether it rotates: layers of a kind share what depends on positions."""
         count = max(len(self.windows), len(self.rotary_layers), self.num_layers)
