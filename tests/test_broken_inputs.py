@@ -232,7 +232,7 @@ BROKEN: list[tuple[str, Make, int, str]] = [
     ("an adapter's config.json is a well", adapter(base_model_name_or_path=DEEP), 2, "more than 50 deep"),
     ("more layers than anybody has", config(n_layer=2**31), 2, "n_layer: 2147483648 is not supported; .* 1 to 10,000"),
     ("more experts than anybody has", config(MIXTRAL, num_experts=2**20), 2, "experts: 1048576 is not supported"),
-    ("a width that no tensor can have", config(n_inner=10**30), 2, "n_inner: 10{30} is not supported"),
+    ("a width that no tensor can have", config(n_inner=10**30), 2, "d_ff: 10{30} is not supported"),
     ("config.json is a list", files(lambda d: (d / "config.json").write_text("[]")), 2, "holds no JSON object"),
     # packed weights
     ("bitsandbytes",

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
             stream.reconfigure(errors="nearest")
-        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")  # for half a letter, which JSON may hold and UTF-8 may not
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, not a line of source too
     name = arguments[0] if arguments else ""
