@@ -11,6 +11,7 @@ import pytest
 
 from tests.serve.browser import KEY, ServedPage
 from tests.serve.conftest import eventually
+from tests.serve.page_payloads import NOTHING_RUNS, PAYLOADS
 from tests.serve.webdriver import NEEDS, Browser, started
 
 pytest.importorskip("fastapi", reason="needs the server: pip install 'penstock[serve]'")
@@ -250,6 +251,14 @@ def test_a_selection_survives_an_answer_that_grows(page, served):
         page.until(ENDED)
     assert len(selected) == 10
     assert page.value("getSelection().toString()") == selected
+
+
+def test_no_payload_runs(page, served):
+    """The policy would stop it, and `page` fails for what the policy stops."""
+    texts = ["\n\n".join(PAYLOADS[i : i + 10]) for i in range(0, len(PAYLOADS), 10)]
+    opened(page, served, *((text, text) for text in texts))
+    page.run(WATCH)
+    assert page.value(NOTHING_RUNS) == []
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------
