@@ -177,6 +177,12 @@ def test_buttons_move_rewrite_and_restore_and_a_reload_keeps_the_work(enter, hir
     assert card(page, "a low dam").locator(".text").inner_text().strip() == "a low dam"
 
 
+def test_formulas_of_answers_are_typeset(enter, hire, served):
+    add(served, {**WEIR, "responses": [r"It is \(a^2\).", r"$$\frac{1}{2}$$"]})
+    page = enter(hire("ada"))
+    expect(page.locator(".answer-card .math.typeset .katex")).to_have_count(2)
+
+
 def test_guidelines_are_shown_once_and_by_a_key(enter, hire, served):
     add(served, WEIR)
     ask(served, "PATCH", "/api/labelling", {"guidelines": "Prefer **dams**."})

@@ -86,7 +86,7 @@ def write(out: Path, state: Mapping[str, Any]) -> Path:
             show_bytes(planned["peak"]["process"]), show_bytes(taken["peak_bytes"]), planned["why"],
         ))  # fmt: skip
     sections: list[Section] = [
-        Figures(dict(evaluation_rows(state["evaluation"]))),
+        Figures({name: text.replace(" (", "\n(", 1) for name, text in evaluation_rows(state["evaluation"])}),
         Text("What there was: " + "; ".join(state["lines"]) + "."),
         Text("Why: " + "; ".join(state["why"]) + "."),
         Table("Stages", header, rows),

@@ -3,6 +3,7 @@
 
 import { announce, h, iconButton } from "../dom.js";
 import { render } from "../markdown.js";
+import { typeset } from "../maths.js";
 import { best, levelOf, place, step, tie, tieAbove, worst } from "./levels.js";
 
 const LETTERS = "ABCDEFGHI";
@@ -68,6 +69,7 @@ export class Cards {
     text.dataset.shown = shown;
     const prose = h("div", { class: "prose" });
     prose.append(render(shown));
+    typeset(prose);
     const restore = () => {
       delete this.edits[i];
       this.#drawCard(i);
