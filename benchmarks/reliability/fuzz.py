@@ -127,7 +127,7 @@ def _change_node(root: Any, rng: random.Random) -> None:
     elif act == 2 and isinstance(holder, list):
         holder.extend([holder[key]] * rng.choice([1, 1000]))
     elif act == 3:
-        for _ in range(rng.choice([1, 50, 900])):
+        for _ in range(rng.choice([1, 50, 300])):
             holder[key] = [holder[key]]
     else:
         holder[key] = rng.choice(ODD)
