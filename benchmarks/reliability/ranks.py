@@ -12,7 +12,7 @@ from penstock.distributed import heartbeat
 RUNS = (("sft", "ddp"), ("ppo", "zero2"), ("dpo", "fsdp"), ("grpo", "gemini"))
 PAUSE = 10
 """Seconds, far below the silence after which a rank counts as gone."""
-STEPS = 60
+STEPS = 16
 KINDS = ("stopped for a while", "killed", "stopped for good")
 
 
@@ -20,7 +20,7 @@ def ranks(trials: int) -> Iterator[dict[str, Any]]:
     """At a random moment of the run, a random rank."""
     for place, (stage, strategy) in enumerate(RUNS[:trials]):
         rng = random.Random(stage)
-        with subject(stage, strategy, steps=STEPS, checkpoint_every=10, keep=2, ranks=2) as run:
+        with subject(stage, strategy, steps=STEPS, checkpoint_every=3, keep=2, ranks=2) as run:
             for number in range(place, trials, len(RUNS)):
                 kind, rank = KINDS[(number // len(RUNS)) % len(KINDS)], rng.randrange(2)
                 processes = run.start()

@@ -29,7 +29,7 @@ from tests.conftest import cli, rank_environments, stage_config
 from tests.zygote import IMPORTED
 
 STAGES = ("sft", "reward", "dpo", "kto", "distill", "ppo", "grpo")
-PATIENCE = 120.0
+PATIENCE = 600.0
 """Seconds after which a process that should have ended hangs."""
 RESOURCES, DATA, USER = 3, 4, 2
 UNHARMED = ("survived", "resumed", "refused")
