@@ -67,7 +67,7 @@ def summary(name: str, trials: Iterator[dict[str, Any]]) -> dict[str, Any]:
     started, rows = time.monotonic(), []
     try:
         for row in trials:
-            rows.append(row)
+            rows.append(row | {"text": row.get("text", "").replace(sys.prefix, "PREFIX").replace(str(ROOT), ".")})
             if row["verdict"] not in UNHARMED:
                 print(f"{name}: {row}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
