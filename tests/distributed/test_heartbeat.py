@@ -7,9 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from penstock.distributed import world as world_module
+from penstock.errors import ResourceError
+from penstock.memory.strategy import Strategy
 from tests.conftest import PATIENCE, rank_environments
 
 WORKER = """
@@ -142,3 +146,13 @@ def test_a_rank_that_is_done_is_not_missed(ranks, case):
     for out, err, code in three.ends(1, 0, 2):
         assert code == 0, err
         assert "done" in out
+
+
+@pytest.mark.parametrize("gone", ["rank 1 (host, process 7) gave no sign of life for 5 s", None])
+def test_a_collective_of_pytorchs_own_names_the_lost_rank_too(monkeypatch, gone):
+    """FSDP2's gathers are no calls of ours: a killed rank was a traceback of theirs, and exit code 5."""
+    monkeypatch.setattr(world_module, "_heartbeat", SimpleNamespace(missing=lambda: gone))
+    strategy = Strategy.named(device="cpu")
+    with pytest.raises(ResourceError if gone else RuntimeError) as caught, strategy.phase("train"):
+        raise RuntimeError("Connection closed by peer")
+    assert (gone or "closed by peer") in str(caught.value)

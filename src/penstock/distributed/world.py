@@ -126,21 +126,21 @@ class World:
             if len(even) < len(flat):
                 self.sum(flat[len(even) :])
         elif self.size > 1:
-            with _naming_lost_ranks():
+            with naming_lost_ranks():
                 dist.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """Takes the maximum over ranks, in place."""
         if self.size > 1:
-            with _naming_lost_ranks():
+            with naming_lost_ranks():
                 dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def sum_shards(self, whole: Tensor) -> Tensor:
         """[n] on every rank -> [n / size]: this rank's part of the sum over ranks."""
         shard = whole.new_empty(whole.numel() // self.size)
-        with _naming_lost_ranks():
+        with naming_lost_ranks():
             if boxes := _mailboxes_for(whole):
                 boxes.sum(whole.view(self.size, -1), shard)
             else:
@@ -151,7 +151,7 @@ class World:
         """[n] on every rank -> [n * size], in rank order, on every rank; `out`, if given, is filled, and `shard` may be
         this rank's part of it."""
         whole = shard.new_empty(shard.numel() * self.size) if out is None else out
-        with _naming_lost_ranks():
+        with naming_lost_ranks():
             if boxes := _mailboxes_for(shard):
                 boxes.join(shard, whole.view(self.size, -1))
             else:
@@ -178,7 +178,7 @@ class World:
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        with _naming_lost_ranks():
+        with naming_lost_ranks():
             dist.all_gather_object(items, item)
         return items
 
@@ -187,7 +187,7 @@ class World:
         if self.size == 1:
             return item
         box = [item]
-        with _naming_lost_ranks():
+        with naming_lost_ranks():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -251,7 +251,7 @@ class Gathers:
 
         def join() -> None:
             gathering = starting.result()
-            with _naming_lost_ranks():
+            with naming_lost_ranks():
                 gathering.wait()
 
         return join
@@ -260,7 +260,7 @@ class Gathers:
         """In the thread. On a GPU the gather follows the shard on a stream, and the thread goes on."""
         with self._stream or contextlib.nullcontext():
             arrive()
-            with _naming_lost_ranks():
+            with naming_lost_ranks():
                 return _gather(out.view(torch.uint8), shard.view(torch.uint8), group=self._group, async_op=True)
 
     def close(self, well: bool) -> None:
@@ -274,7 +274,7 @@ def _gathers_for(tensor: Tensor) -> Gathers | None:
     if _heartbeat is None or _mailboxes_for(tensor):
         return None
     if _gathers is None:
-        with _naming_lost_ranks():
+        with naming_lost_ranks():
             _gathers = Gathers(tensor)
     return _gathers
 
@@ -320,11 +320,9 @@ def attempt(store: dist.Store, rank: int, size: int) -> str:
 
 
 @contextlib.contextmanager
-def _naming_lost_ranks() -> Iterator[None]:
-    """Wraps a collective: an error of its backend becomes a ResourceError that names the rank that is gone.
-
-    An error with another cause stays as it is.
-    """
+def naming_lost_ranks() -> Iterator[None]:
+    """Wraps collectives, PyTorch's own among them (FSDP2's): an error of their backend becomes a ResourceError that
+    names the rank that is gone. An error with another cause stays as it is."""
     try:
         yield
     except RuntimeError as error:
