@@ -421,7 +421,7 @@ CLAIMS = [
         {
             "run": "{name}",
             "reward": "{after[mean]:+.2f} +- {after[standard_error]:.2f}|{before[mean]:+.2f} +- "
-            "{before[standard_error]:.2f}, best of 16 {best_of[16][mean]:+.2f}",
+            "{before[standard_error]:.2f}, best of 16 {best_of_16[mean]:+.2f}",
             "KL, nats": "{after[kl]:.1f}|0", "distinct-2": "{after[distinct_2]:.2f}|{before[distinct_2]:.2f}",
             "perplexity": "{after[reference_perplexity]:.1f}|{before[reference_perplexity]:.1f}",
             "tokens": "{after[tokens]:.0f}|{before[tokens]:.0f}",

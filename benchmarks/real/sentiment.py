@@ -134,13 +134,13 @@ def start(seed: int) -> runs.Record:
     rows = runs.answers(directory(), heldout, TOKENS, reward_fn=REWARD, seed=seed, n=16)
     groups = [rows[i : i + 16] for i in range(0, len(rows), 16)]
     best = {
-        str(n): {
+        f"best_of_{n}": {
             "mean": statistics.mean(max(row["score"] for row in group[:n]) for group in groups),
             "kl_at_most": math.log(n) - (n - 1) / n,
         }
         for n in (2, 4, 8, 16)
     }
-    return {"before": runs.figures([group[0] for group in groups], directory()), "best_of": best}
+    return {"before": runs.figures([group[0] for group in groups], directory()), **best}
 
 
 def main(arguments: list[str]) -> int:

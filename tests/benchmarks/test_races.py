@@ -94,6 +94,15 @@ FACTS = {
 }  # fmt: skip
 POINT = {"size": "s", "layers": 12, "length": 128, "parameters": 124e6, "seconds_per_token": 0.01, "block_bytes": 14e6,
          "seconds_per_iteration": 1.3, "peak_device_bytes": 2e8}  # fmt: skip
+ANSWERS = {
+    "mean": 0.1,
+    "standard_error": 0.05,
+    "kl": 3.0,
+    "distinct_2": 0.8,
+    "reference_perplexity": 20.0,
+    "tokens": 30.0,
+}
+TAKEN = {"steps": 10, "step_seconds": 20.0, "peak_rss_bytes": 2e9}
 MEASURED = {
     "losses": {"rows": {"dpo": {"logps": 2e-6, "loss": 6e-7, "grad_norm": 3e-7},
                         "rloo": {"logps": 2e-6, "advantages": 0.0, "loss": 0.1, "grad_norm": 0.9, "note": "a ratio"}}},
@@ -125,11 +134,21 @@ MEASURED = {
                                        "peak_before": 10e9, "peak_after": 2e9, "cut": 0.8, "extra_time": 0.03,
                                        "difference": 1e-6}}},
     },
+    "sentiment": {"rows": {
+        "start, seed 0": {"before": ANSWERS, "best_of_16": {"mean": 0.9}},
+        "grpo lora, seed 0": {"after": {**ANSWERS, "mean": 0.7}, **TAKEN, "best_within_hour": [10, 200.0, 0.7, 3.0],
+                              "curve": [[5, 100.0, 0.4, 1.0], [10, 200.0, 0.7, 3.0]]},
+    }},
+    "times": {"rows": {"grpo lora, seed 0": {"before": {"accuracy": 0.2, "low": 0.15, "high": 0.26}, **TAKEN,
+                                             "after": {"accuracy": 0.5, "low": 0.43, "high": 0.57}}}},
+    "tiers": {"rows": {"disk": {"equal": "equal", "step_seconds": 20.0,
+                                "held": {"device_tier_bytes": 3e8, "host_peak_bytes": 1e9}}}},
     "ranks": {"samples_per_second": {"alone": 1.0, "zero2": 0.85}, "share_of_ideal": {"zero2": 0.85}},
 }  # fmt: skip
 
 
-def test_the_page_is_made_of_results_alone(tmp_path):
+def test_the_page_is_made_of_results_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "rows_of_results", lambda results: [])  # test_one_gpu.py has them
     results = tmp_path / "results"
     results.mkdir()
     tables.main(["--results", str(results), "--out", str(tmp_path)])
@@ -151,9 +170,15 @@ def test_the_page_is_made_of_results_alone(tmp_path):
         "| does not fit |",
         "| 80.0% |",
         "| 3.0% |",
+        "| start, seed 0 | +0.10 +- 0.05, best of 16 +0.90 |",
+        "| +0.70 after 200 s |",
+        "| 50% (43% to 57%) |",
+        "| disk | equal | 300.00 MB | - | - |",
     ):
         assert cell in page
-    assert page.count("Not measured yet") == 5  # penstock bench, gradients, padding, the races on two other processors
+    assert (
+        page.count("Not measured yet") == 6
+    )  # penstock bench, gradients, padding, reliability, the races on two other processors
     for plot in ("capacity", "throughput-against-other-stacks", "memory-against-other-stacks", "how-cost-grows"):
         assert (tmp_path / "plots" / f"{plot}.svg").stat().st_size > 1000
         assert f"(plots/{plot}.svg)" in page
