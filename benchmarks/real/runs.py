@@ -66,6 +66,7 @@ def write_lines(path: Path, rows: Sequence[Record]) -> Path:
 def answers(model: Path, prompts: Path, tokens: int, **flags: Any) -> list[Record]:
     """A sampled answer of a model to each prompt of a file, as `penstock generate` writes them."""
     out = RUNS / "answers.jsonl"
+    out.unlink(missing_ok=True)
     penstock("generate", model=model, data=prompts, out=out, max_new_tokens=tokens, batch_size=64, **flags)
     return [*read_lines(out)]
 

@@ -50,7 +50,7 @@ def toy(seed: int) -> Lesson:
         compared=compared,
         how=SMALL,
         says="A small world of animals and people who ask about them. A base model learned plain text; SFT learned to "
-        "answer from demonstrators of mixed care. Gold is true, to the point, friendly, not too long.",
+        "answer from demonstrators of mixed care. A good answer is true, to the point, friendly, not too long.",
     )
 
 
