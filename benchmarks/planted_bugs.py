@@ -180,7 +180,7 @@ BUGS: list[Bug] = [
     (EXPERIENCE, "reference scored by the actor", "logprobs(roles.reference)", "logprobs(roles.actor)"),
     (EXPERIENCE, "reference at temperature 1", "logprobs_of(stream.model, hidden, rows, temperature)", "logprobs_of(stream.model, hidden, rows, temperature if stream is roles.actor else 1.0)"),
     (PPO, "training at temperature 1", "logprobs_of(actor, hidden, part, flags.temperature)", "logprobs_of(actor, hidden, part, 1.0)"),
-    (EXPERIENCE, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
+    (EXPERIENCE, "value of the token itself", "fn.response_states(hidden, rows.prompt_lengths, rows.lengths, rows.computed)", "hidden[fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])]"),
     (PPO, "rewards whitened with their mean shifted", "fn.whiten(rewards, experience.mask, shift_mean=False)", "fn.whiten(rewards, experience.mask)"),
     (PPO, "advantages not whitened", "advantages=fn.whiten(advantages, experience.mask)", "advantages=advantages"),
     (PPO, "returns from whitened advantages", "returns=returns)", "returns=fn.whiten(advantages, experience.mask) + experience.values)"),

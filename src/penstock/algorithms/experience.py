@@ -64,6 +64,11 @@ class Experience:
         """[B, T] bool: what is no padding."""
         return fn.mask_of(self.prompt_lengths + self.lengths, self.tokens.shape[1])
 
+    @property
+    def computed(self) -> Tensor:
+        """[B, T] bool: the tokens whose states are not those of the row before."""
+        return fn.computed(self.tokens, self.valid, self.prompt_lengths - 1)
+
     def rows(self, index: Tensor) -> "Experience":
         """The episodes of `index`, trimmed to the longest of them."""
         part = Experience(*(getattr(self, name)[index] for name in COLUMNS))
@@ -110,6 +115,11 @@ class Answered:
     def valid(self) -> Tensor:
         """[B, T] bool: what is no padding."""
         return fn.mask_of(self.prompt_lengths + self.lengths, self.tokens.shape[1])
+
+    @property
+    def computed(self) -> Tensor:
+        """[B, T] bool: the tokens whose states are not those of the row before."""
+        return fn.computed(self.tokens, self.valid, self.prompt_lengths - 1)
 
 
 def score(
@@ -230,7 +240,7 @@ def sampled_logprobs(batch: Answered) -> Tensor:
 def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens, [B, R] fp32: the one path for actor, reference and training."""
     mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
-    states = fn.states_before(hidden, mask, rows.valid)
+    states = fn.states_before(hidden, mask, rows.computed)
     logprobs, entropy = actor.decoder.logprobs(states, rows.tokens[mask], temperature)
     assert entropy is not None
     return fn.unpack(logprobs, rows.lengths), fn.unpack(entropy, rows.lengths)
@@ -238,12 +248,12 @@ def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, tempe
 
 def score_of(reward: RewardModel, hidden: Tensor, rows: Answered) -> Tensor:
     """Scores [B] fp32 of whole rows, read at the last token."""
-    return reward.read(fn.last_states(hidden, rows.prompt_lengths + rows.lengths))
+    return reward.read(fn.last_states(hidden, rows.prompt_lengths + rows.lengths, rows.computed))
 
 
 def values_of(critic: Critic | ActorCritic, hidden: Tensor, rows: Answered | Experience) -> Tensor:
     """Values of the states before each response token, [B, R] fp32 (2)."""
-    states = fn.response_states(hidden, rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
+    states = fn.response_states(hidden, rows.prompt_lengths, rows.lengths, rows.computed)
     return fn.unpack(critic.read(states), rows.lengths)
 
 

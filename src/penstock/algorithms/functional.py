@@ -33,9 +33,26 @@ def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) 
     return mask_of(prompt_lengths + response_lengths, width) & ~mask_of(prompt_lengths, width)
 
 
-def states_before(hidden: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+def computed(tokens: Tensor, valid: Tensor, reads: Tensor) -> Tensor:
+    """The tokens whose states rows need of their own, [B, T] bool: all of `valid` [B, T] but a beginning that a row has
+    in common with the row before it, whose states are the same. reads: [B], the first position that a row's own state
+    is asked for.
+
+        tokens     a b c d        a b c d
+                   a b x y    ->  . . x y        what a row begins with and the next row too is computed once,
+                   a b x z        . . . z        as in a tree; reads = 3 in all rows
+
+    """
+    if len(tokens) == 1:
+        return valid
+    equal = (tokens[1:] == tokens[:-1]) & valid[1:] & valid[:-1]
+    common = equal.int().cumprod(dim=1).sum(dim=1).minimum(reads[1:])
+    return valid & ~mask_of(F.pad(common, (1, 0)), tokens.shape[1])
+
+
+def states_before(hidden: Tensor, mask: Tensor, computed: Tensor | None = None) -> Tensor:
     """The states that predict the tokens under `mask`, packed: hidden [B, T, D], mask [B, T] -> [N, D]. Where rows lie
-    end to end, hidden is [1, M, D]: the states of the M tokens under `valid` [B, T].
+    end to end, hidden is [1, M, D]: the states of the M tokens under `computed` [B, T].
 
     This is the only shift in the project (PPO.md 2): SFT, actor, reference and critic all read from here.
 
@@ -52,25 +69,26 @@ def states_before(hidden: Tensor, mask: Tensor, valid: Tensor | None = None) -> 
         raise ValueError("a prompt needs at least one token (a BOS): the first token of a row has no state before it")
     flat = mask.flatten().nonzero()[:, 0]
     if len(hidden) < len(mask):
-        assert valid is not None, "rows end to end are found by what is valid in them"
-        flat = (valid.flatten().cumsum(0) - 1)[flat]
+        assert computed is not None, "rows end to end are found by what is computed of them"
+        flat = (computed.flatten().cumsum(0) - 1)[flat]
     return hidden.flatten(0, 1).index_select(0, flat - 1)
 
 
 def response_states(
-    hidden: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, width: int | None = None
+    hidden: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, computed: Tensor | None = None
 ) -> Tensor:
     """The states before each response token, packed: hidden [B, T, D], or of rows end to end [1, M, D] -> [N, D]. See
-    the picture in `states_before`. width: that of padded rows. Default: hidden's."""
-    width = hidden.shape[1] if width is None else width
-    mask = response_mask(prompt_lengths, response_lengths, width)
-    return states_before(hidden, mask, mask_of(prompt_lengths + response_lengths, width))
+    the picture in `states_before`."""
+    width = hidden.shape[1] if computed is None else computed.shape[1]
+    return states_before(hidden, response_mask(prompt_lengths, response_lengths, width), computed)
 
 
-def last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The state at each row's last token: hidden [B, T, D], or of rows end to end [1, N, D] -> [B, D] (PPO.md 22)."""
+def last_states(hidden: Tensor, lengths: Tensor, computed: Tensor | None = None) -> Tensor:
+    """The state at each row's last token: hidden [B, T, D] -> [B, D] (PPO.md 22). Where rows lie end to end, hidden is
+    [1, N, D]: the states of the N tokens under `computed` [B, T]."""
     if len(hidden) < len(lengths):
-        return hidden[0, lengths.cumsum(0) - 1]
+        assert computed is not None, "rows end to end are found by what is computed of them"
+        return hidden[0, computed.sum(dim=1).cumsum(0) - 1]
     return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
 

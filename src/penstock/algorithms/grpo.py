@@ -186,6 +186,7 @@ class GRPO(Policy):
         """One optimizer step on the answers of `index`; `lr` multiplies the learning rate."""
         world, optim, actor = self.strategy.world, self.optim, self.roles.actor
         tokens, rows = int(experience.lengths[index].sum()), len(index)
+        index = index.sort().values  # answers to one prompt side by side: what they share is computed once
         parts = index[world.rank :: world.size].split(optim.micro_batch_size)
         share = [experience.rows(part).to(world.device) for part in parts if len(part)]
 

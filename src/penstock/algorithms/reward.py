@@ -166,6 +166,12 @@ class Rankings:
         """[B, T] bool: what is no padding."""
         return fn.mask_of(self.lengths, self.tokens.shape[1])
 
+    @property
+    def computed(self) -> Tensor:
+        """[B, T] bool: the tokens whose states are not those of the row before."""
+        answered = [n for ranking in self.rankings for n in ranking.response_lengths] or 0
+        return fn.computed(self.tokens, self.valid, self.lengths - torch.tensor(answered).to(self.lengths) - 1)
+
 
 def rows_of(rows: Sequence[Sequence[int]], device: torch.device, rankings: Sequence[Ranking] = ()) -> Rankings:
     tokens, lengths = pad([list(row) for row in rows])
@@ -185,7 +191,7 @@ def ranking_loss(scores: Tensor, batch: Rankings, count: int, margin: float) -> 
 
 def score_states(model: RewardModel, hidden: Tensor, batch: Rankings) -> Tensor:
     """Scores [B] fp32 of whole rows, each read at its last token: hidden [B, T, D]."""
-    return model.read(fn.last_states(hidden, batch.lengths))
+    return model.read(fn.last_states(hidden, batch.lengths, batch.computed))
 
 
 def score_rows(strategy: Strategy, stream: Stream, rows: Sequence[Sequence[int]], size: int) -> list[float]:

@@ -122,6 +122,11 @@ class Rows:
         """[B, T] bool: up to each row's last token that the loss is on."""
         return self.trained.flip(1).cumsum(1).flip(1) > 0
 
+    @property
+    def computed(self) -> Tensor:
+        """[B, T] bool: the tokens whose states are not those of the row before."""
+        return fn.computed(self.tokens, self.valid, self.trained.int().argmax(dim=1) - 1)
+
 
 def micro_batches(examples: Sequence[Example], size: int, device: torch.device) -> list[Rows]:
     """Rows in groups of `size`, neighbours in length, so that little of a micro-batch is padding."""
@@ -143,7 +148,7 @@ def prompt_of(example: Example) -> list[int]:
 
 def response_logprobs(actor: Actor, hidden: Tensor, rows: Rows) -> Tensor:
     """Log-probabilities of every trained token of the rows, packed: hidden [B, T, D] -> [N] fp32."""
-    states = fn.states_before(hidden, rows.trained, rows.valid)
+    states = fn.states_before(hidden, rows.trained, rows.computed)
     return actor.decoder.logprobs(states, rows.tokens[rows.trained], entropy=False)[0]
 
 

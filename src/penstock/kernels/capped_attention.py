@@ -19,8 +19,8 @@ def attention(
 ) -> Tensor:
     """softmax(softcap * tanh(scale / softcap * q k^T) + bias) v: q [B, H, T, E], k and v [B, G, S, E] -> [B, H, T, E].
 
-    Without a bias queries are causal, S = T, and see the nearest `window` keys if that is not 0; `tile` of them
-    at a time. Softmax in fp32.
+    Without a bias queries are causal, the last T of S, and see the nearest `window` keys if that is not 0; `tile` of
+    them at a time. Softmax in fp32.
     """
     if bias is None and not torch.compiler.is_exporting():
         return _Attention.apply(q, k, v, scale, softcap, window, tile)
@@ -41,7 +41,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int, tile: int
     ) -> Tensor:
         mixed, sums = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3]).float()
-        for queries, keys, hidden in _tiles(q, window, tile):
+        for queries, keys, hidden in _tiles(q, k, window, tile):
             bent = _bent(q[:, :, queries], k[:, :, keys], scale / softcap)
             scores = bent.mul_(softcap).masked_fill_(hidden, -torch.inf)
             sums[:, :, queries] = scores.logsumexp(-1)
@@ -57,7 +57,7 @@ class _Attention(torch.autograd.Function):
         scale, softcap, window, tile = ctx.numbers
         of_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         of_k, of_v = (torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (k, v))
-        for queries, keys, hidden in _tiles(q, window, tile):
+        for queries, keys, hidden in _tiles(q, k, window, tile):
             bent = _bent(q[:, :, queries], k[:, :, keys], scale / softcap)
             shares = (bent * softcap).masked_fill_(hidden, -torch.inf).sub_(sums[:, :, queries, None]).exp_()
             part = grad[:, :, queries]
@@ -72,13 +72,14 @@ class _Attention(torch.autograd.Function):
         return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None, None, None
 
 
-def _tiles(q: Tensor, window: int, height: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _tiles(q: Tensor, k: Tensor, window: int, height: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Queries, the keys from the first to the last that they see, and which of these each does not see, [n, m]."""
-    length = q.shape[2]
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
     for start in range(0, length, height):
         stop = min(start + height, length)
-        first = max(start + 1 - window, 0) if window else 0
-        yield slice(start, stop), slice(first, stop), _hidden(start, stop, first, stop, window, q)
+        own, last = before + start, before + stop
+        first = max(own + 1 - window, 0) if window else 0
+        yield slice(start, stop), slice(first, last), _hidden(own, last, first, last, window, q)
 
 
 def _hidden(start: int, stop: int, first: int, last: int, window: int, q: Tensor) -> Tensor:

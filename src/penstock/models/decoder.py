@@ -15,6 +15,9 @@ Logits are computed only for the states whose log-probabilities are read.
 [Note: rows end to end] Only attention knows of rows. Where a micro-batch has padding and `begin` is told which tokens
 are valid, the first part takes them out of their rows, everything runs on [1, N, D], and attention on one row after the
 other (linear.attention). Tokens and masks stay [B, T]; algorithms.functional finds the states they name.
+What a row begins with as the row before it, the prompt of several answers or the system message of all, is computed
+once (algorithms.functional.computed): attention gathers a row's keys from the rows that computed them, and autograd
+adds the gradients of all their readers.
 """
 
 import dataclasses
@@ -76,7 +79,7 @@ class Context:
     """By DecoderConfig.kinds."""
     cache: KVCache | None
     valid: Tensor | None = None
-    """[B, T] bool: the tokens whose routes are balanced, in training."""
+    """[B, T], or of ragged rows [N]: of how many rows each token's route is balanced, in training."""
     chooses: bool = False
     """Experts come when tokens have chosen them; else they are there."""
     ragged: RaggedRows | None = None
@@ -447,15 +450,17 @@ class Decoder(nn.Module):
             return ("head",)
         return ("tokens",) if self.lora is None else ("tokens", "head")
 
-    def begin(self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None) -> Context:
-        """The context of whole rows, tokens [B, T]. `valid`: [B, T] bool, the beginnings of rows that must be computed;
-        see [Note: rows end to end]."""
+    def begin(
+        self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None, computed: Tensor | None = None
+    ) -> Context:
+        """The context of whole rows, tokens [B, T]. `valid`: [B, T] bool, the beginnings of rows that are needed, and
+        `computed` those of them that the row before does not have; see [Note: rows end to end]."""
         length = tokens.shape[1]
         context = self._context(torch.arange(length, device=tokens.device)[None], length, None, cache)
         biased = any(each.bias is not None for each in context.positions.values())
         if valid is None or (biased and valid.device.type != "cpu"):  # a GPU's kernels keep an aligned copy per row
             return context
-        rows = ragged_rows(valid)
+        rows = ragged_rows(valid, computed)
         if rows is None:
             return context
         positions = {kind: dataclasses.replace(each, ragged=rows) for kind, each in context.positions.items()}

@@ -120,9 +120,10 @@ def rounding_to(dtype: torch.dtype) -> Iterator[None]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores, rows: RaggedRows | None = None
 ) -> Tensor:
-    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias.
+    """softmax(scores of q k^T + bias) v: q [B, H, T, E], k and v [B, G, S, E]; causal when there is no bias, the
+    queries being the last T of S.
 
-    `rows` lie end to end in [1, H or G, N, E], and each sees itself alone; the bias is that of the longest, whose
+    `rows` lie end to end in [1, H or G, N, E], and each sees its own keys alone; the bias is that of the longest, whose
     beginnings are those of the others.
     """
     dtype = q.dtype
@@ -138,24 +139,33 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops
         return capped_attention.attention(
             q, k, v, bias, scale=scale, softcap=scores.softcap, window=scores.window, tile=score_tile(*q.shape[:3])
         )
+    if bias is None and q.shape[2] < k.shape[2]:
+        bias = q.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(1 + k.shape[2] - q.shape[2])[None, None]
     if scores.sinks is not None:
         return _with_sinks(q, k, v, bias, scores.sinks.to(q.dtype), scale or 1 / math.sqrt(q.shape[3]))
     return _plain(q, k, v, bias, scale)
 
 
 def _ragged(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_ops.Scores, rows: RaggedRows) -> Tensor:
+    starts, key_starts = rows.starts, rows.starts
+    if rows.keys is not None and rows.key_starts is not None:
+        k, v = (F.embedding(rows.keys, x[0].transpose(0, 1).flatten(1)).unflatten(1, x.shape[1::2]) for x in (k, v))
+        k, v, key_starts = k.transpose(0, 1)[None], v.transpose(0, 1)[None], rows.key_starts
     if _fused_when_ragged(q, k, bias, scores):
         from torch.nn.attention import varlen  # slow to import
 
         fused: Any = varlen.varlen_attn
         options: Any = {"scale": scores.scale or None, "window_size": (-1, 0)}  # no key behind the query
         options |= {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-        longest, parts = max(length for _, length in rows.runs), (x[0].transpose(0, 1) for x in (q, k, v))
-        return fused(*parts, rows.starts, rows.starts, longest, longest, **options).transpose(0, 1)[None]
-    sizes, pieces = [count * length for count, length in rows.runs], []
-    for run, *of_run in zip(rows.runs, *(x[0].split(sizes, dim=1) for x in (q, k, v)), strict=True):
-        own_q, own_k, own_v = (x.unflatten(1, run).transpose(0, 1) for x in of_run)  # [rows, H or G, T, E]
-        own_bias = None if bias is None else bias[..., : run[1], : run[1]]
+        _, longest, longest_keys = (max(sizes) for sizes in zip(*rows.runs, strict=True))
+        parts = (x[0].transpose(0, 1) for x in (q, k, v))
+        return fused(*parts, starts, key_starts, longest, longest_keys, **options).transpose(0, 1)[None]
+    sizes, pieces = ([run[0] * run[i] for run in rows.runs] for i in (1, 2)), []
+    of_queries, of_keys = sizes
+    parts = (x[0].split(sizes, dim=1) for x, sizes in ((q, of_queries), (k, of_keys), (v, of_keys)))
+    for (count, own, seen), own_q, own_k, own_v in zip(rows.runs, *parts, strict=True):
+        own_q, own_k, own_v = (x.unflatten(1, (count, -1)).transpose(0, 1) for x in (own_q, own_k, own_v))
+        own_bias = None if bias is None else bias[..., seen - own : seen, :seen]
         pieces.append(_mixed(own_q, own_k, own_v, own_bias, scores).transpose(1, 2).flatten(0, 1))
     return torch.cat(pieces).transpose(0, 1)[None]
 

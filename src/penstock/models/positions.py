@@ -29,7 +29,8 @@ from penstock.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class RaggedRows:
-    """Rows end to end, without their padding: what would be [B, T, ...] is [1, N, ...]. See `ragged_rows`."""
+    """Rows end to end, without their padding and what they share: what would be [B, T, ...] is [1, N, ...]. See
+    `ragged_rows`."""
 
     places: Tensor
     """[N] int64: where each token stands among the B * T of padded rows."""
@@ -37,8 +38,17 @@ class RaggedRows:
     """[N] int64: where it stands in its own row."""
     starts: Tensor
     """[B + 1] int32: where each row begins, and the end."""
-    runs: tuple[tuple[int, int], ...]
-    """(rows, tokens of each) of neighbours that are equally long."""
+    runs: tuple[tuple[int, int, int], ...]
+    """(rows, tokens of each, keys that they see) of neighbours that are equally long."""
+    keys: Tensor | None = None
+    """[M] int64: where each row's keys lie among the N, row after row. None: rows share nothing, and have their own."""
+    key_starts: Tensor | None = None
+    """[B + 1] int32: where each row's keys begin in `keys`, and the end."""
+
+    @property
+    def readers(self) -> Tensor:
+        """[N] int64: how many rows each token is part of."""
+        return torch.ones_like(self.places) if self.keys is None else self.keys.bincount(minlength=len(self.places))
 
 
 LEAST_PADDING = 1 / 8
@@ -46,16 +56,29 @@ LEAST_PADDING = 1 / 8
 plan counts, whole rows without any padding, must stay the most that is needed."""
 
 
-def ragged_rows(valid: Tensor) -> RaggedRows | None:
-    """The rows of which `valid` [B, T] bool marks the beginnings that are computed. None: they stay padded."""
-    lengths = valid.sum(dim=1)
-    counts = lengths.tolist()  # sync
-    if valid.numel() - sum(counts) < max(LEAST_PADDING * valid.numel(), 1):
+def ragged_rows(valid: Tensor, computed: Tensor | None = None) -> RaggedRows | None:
+    """The rows of which `valid` [B, T] bool marks the beginnings, and `computed` [B, T] bool what a row computes of its
+    own (default: all of it): what is not is that of the row before, see algorithms.functional. None: they stay padded.
+    """
+    computed = valid if computed is None else computed
+    lengths, seen = computed.sum(dim=1), valid.sum(dim=1)
+    counts = [*zip(lengths.tolist(), seen.tolist(), strict=True)]  # sync
+    total = sum(count for count, _ in counts)
+    if valid.numel() - total < max(LEAST_PADDING * valid.numel(), 1):
         return None
-    places = valid.flatten().nonzero()[:, 0]
-    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    runs = tuple((len(list(equal)), count) for count, equal in itertools.groupby(counts) if count)
-    return RaggedRows(places, places % valid.shape[1], starts, runs)
+    places = computed.flatten().nonzero()[:, 0]
+    runs = tuple((len(list(equal)), *count) for count, equal in itertools.groupby(counts) if count[0])
+    rows = RaggedRows(places, places % valid.shape[1], starts_of(lengths), runs)
+    if total == sum(count for _, count in counts):
+        return rows
+    order = (computed.flatten().cumsum(0) - 1).view_as(computed)
+    nearest = order.masked_fill(~computed, -1).cummax(dim=0).values  # in this row or one above
+    return dataclasses.replace(rows, keys=nearest[valid], key_starts=starts_of(seen))
+
+
+def starts_of(lengths: Tensor) -> Tensor:
+    """[B] -> [B + 1] int32: where pieces of these lengths begin, and the end."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,10 @@ class Role(nn.Module):
         if batch is None or self.pads:
             context = self.decoder.begin(tokens)
         else:
-            context = self.decoder.begin(tokens, valid=batch.valid)
+            context = self.decoder.begin(tokens, valid=batch.valid, computed=batch.computed)
         if batch is None or not learns or self.decoder.balance is None:
             return context
-        valid = batch.valid
-        return dataclasses.replace(context, valid=valid if context.ragged is None else valid[valid])
+        return dataclasses.replace(context, valid=batch.valid if context.ragged is None else context.ragged.readers)
 
     @property
     def pads(self) -> bool:

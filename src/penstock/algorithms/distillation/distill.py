@@ -200,7 +200,7 @@ class Distillation:
         total = torch.zeros((), dtype=torch.float64, device=world.exact)
 
         def read(hidden: Tensor, part: Taught) -> Tensor:
-            states = fn.states_before(hidden, part.trained, part.valid)
+            states = fn.states_before(hidden, part.trained, part.computed)
             return divergences(student, states, part, self.flags)[0].to(world.exact).double().sum()
 
         for start in range(0, len(rows), size):
@@ -215,7 +215,7 @@ def distillation_loss(
 ) -> Losses:
     """This micro-batch's part of the mean over `count` tokens: the divergence, and --sft-coef times the negative
     log-likelihood of given answers."""
-    states = fn.states_before(hidden, part.trained, part.valid)
+    states = fn.states_before(hidden, part.trained, part.computed)
     each, logprobs = divergences(student, states, part, flags)
     loss = each.sum() / count
     entropy = -(logprobs.exp() * logprobs).sum()

@@ -51,7 +51,7 @@ def read_teacher(
     """The teacher's likeliest tokens, below `vocabulary`, at every trained token of each micro-batch."""
 
     def read(hidden: Tensor, rows: Rows) -> Read:
-        states = fn.states_before(hidden, rows.trained, rows.valid)
+        states = fn.states_before(hidden, rows.trained, rows.computed)
         k, temperature = flags.teacher_top_k, flags.temperature
         return teacher.model.decoder.top_logprobs(states, k, temperature, vocabulary=vocabulary)
 

@@ -34,7 +34,7 @@ class Balance:
         self.tokens, self.sums = tokens, torch.zeros(3, self.num_experts, device=tokens.device)
 
     def watch(self, logits: Tensor, valid: Tensor) -> Tensor:
-        """The same logits [N, E], whose gradient has the loss's added; valid: [N] bool."""
+        """The same logits [N, E], whose gradient has the loss's added; valid: [N], in how many rows a token counts."""
         return _Balanced.apply(logits, valid, self) if logits.requires_grad else logits
 
     def count(self, logits: Tensor, chosen: Tensor, valid: Tensor) -> None:
