@@ -7,6 +7,7 @@ per token: a few MB). Whitening, permutations and mini-batches are then one comp
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,18 +134,18 @@ def score(
     """
     batches = scoring_batches(rollout, size, strategy.world.device)
 
-    def logprobs(stream: Stream) -> Work:
-        def read(hidden: Tensor, rows: Answered) -> tuple[Tensor, Tensor, Tensor | None]:
-            values = values_of(stream.model, hidden, rows) if isinstance(stream.model, ActorCritic) else None
-            return *logprobs_of(stream.model, hidden, rows, temperature), values
-
-        return stream, batches, read
+    def of_actor(hidden: Tensor, rows: Answered) -> tuple[Tensor, Tensor, Tensor | None]:
+        model = roles.actor.model
+        values = values_of(model, hidden, rows) if isinstance(model, ActorCritic) else None
+        return *logprobs_of(model, hidden, rows, temperature), values
 
     critic, reward = roles.critic, roles.reward
     # The actor first: if it streams, what fits of it is still on the device from the rollout.
-    works = {"actor": logprobs(roles.actor)} if reread else {}
+    works: dict[str, Work] = {"actor": (roles.actor, batches, of_actor)} if reread else {}
     if roles.reference is not None:
-        works["reference"] = logprobs(roles.reference)
+        model = roles.reference.model
+        of_reference = lambda hidden, rows: logprobs_of(model, hidden, rows, temperature, entropy=False)[0]  # noqa: E731
+        works["reference"] = roles.reference, batches, of_reference
     if critic is not None:
         works["critic"] = critic, batches, lambda hidden, rows: values_of(critic.model, hidden, rows)
     if reward is not None:
@@ -153,35 +154,40 @@ def score(
     sampled = [sampled_logprobs(batch) for batch in batches]
     actor = results["actor"] if reread else [(logprobs, torch.zeros_like(logprobs), None) for logprobs in sampled]
     values = results["critic"] if critic is not None else [values for _, _, values in actor]
-    parts: list[Experience] = []
-    for batch, engine_logprobs, (batch_logprobs, entropy, _), (ref_logprobs, _, _), batch_values in zip(
-        batches, sampled, actor, results.get("reference", actor), values, strict=True
-    ):
-        zeros = torch.zeros_like(batch_logprobs)
-        part = Experience(
-            tokens=batch.tokens,
-            prompt_lengths=batch.prompt_lengths,
-            lengths=batch.lengths,
-            logprobs=batch_logprobs,
-            ref_logprobs=ref_logprobs,
-            values=zeros if batch_values is None else batch_values,
-            entropy=entropy,
-            sampling_logprobs=engine_logprobs,
-            scores=torch.zeros(len(batch.answers)),
-            ended=torch.tensor([answer.finish_reason == "stop" for answer in batch.answers]),
-            advantages=zeros,
-            returns=zeros,
-            scaled_scores=torch.zeros(len(batch.answers)),
-            part_scores=torch.zeros(len(batch.answers), 0),
-        )
-        parts.append(part.to("cpu"))
+    reference = results.get("reference") or [logprobs for logprobs, _, _ in actor]
+    read = [*zip(batches, sampled, actor, reference, values, strict=True)]
+    experience = concatenate([_part(*columns).to("cpu") for columns in read])
     if reward is not None:
         rows = torch.cat(results["reward"]).float().cpu()[:, None]
     else:
         assert roles.scorer is not None
         rows = torch.tensor(roles.scorer(records, rollout), dtype=torch.float32).view(len(rollout), -1)
     scores, part_scores = rows[:, 0], rows[:, 1:]
-    return dataclasses.replace(concatenate(parts), scores=scores, scaled_scores=scores, part_scores=part_scores)
+    return dataclasses.replace(experience, scores=scores, scaled_scores=scores, part_scores=part_scores)
+
+
+def _part(
+    batch: Answered, sampled: Tensor, actor: tuple[Tensor, Tensor, Any], reference: Tensor, values: Tensor | None
+) -> Experience:
+    """A micro-batch as the models see it, without scores."""
+    (logprobs, entropy, _), scores = actor, torch.zeros(len(batch.answers))
+    zeros = torch.zeros_like(logprobs)
+    return Experience(
+        tokens=batch.tokens,
+        prompt_lengths=batch.prompt_lengths,
+        lengths=batch.lengths,
+        logprobs=logprobs,
+        ref_logprobs=reference,
+        values=zeros if values is None else values,
+        entropy=entropy,
+        sampling_logprobs=sampled,
+        scores=scores,
+        ended=torch.tensor([answer.finish_reason == "stop" for answer in batch.answers]),
+        advantages=zeros,
+        returns=zeros,
+        scaled_scores=scores,
+        part_scores=scores.new_zeros(len(scores), 0),
+    )
 
 
 def used_scores(experience: Experience, flags: RolloutFlags) -> Tensor:
@@ -237,13 +243,16 @@ def sampled_logprobs(batch: Answered) -> Tensor:
     return fn.unpack(torch.tensor(packed, device=batch.lengths.device), batch.lengths)
 
 
-def logprobs_of(actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the response tokens, [B, R] fp32: the one path for actor, reference and training."""
+def logprobs_of(
+    actor: Actor, hidden: Tensor, rows: Answered | Experience, temperature: float, *, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (zeros if nobody asks) of the response tokens, [B, R] fp32: the one path for actor,
+    reference and training."""
     mask = fn.response_mask(rows.prompt_lengths, rows.lengths, rows.tokens.shape[1])
     states = fn.states_before(hidden, mask, rows.computed)
-    logprobs, entropy = actor.decoder.logprobs(states, rows.tokens[mask], temperature)
-    assert entropy is not None
-    return fn.unpack(logprobs, rows.lengths), fn.unpack(entropy, rows.lengths)
+    logprobs, spread = actor.decoder.logprobs(states, rows.tokens[mask], temperature, entropy=entropy)
+    spread = torch.zeros_like(logprobs) if spread is None else spread
+    return fn.unpack(logprobs, rows.lengths), fn.unpack(spread, rows.lengths)
 
 
 def score_of(reward: RewardModel, hidden: Tensor, rows: Answered) -> Tensor:

@@ -70,9 +70,10 @@ class _Chosen(torch.autograd.Function):
                     logits.scatter_add_(1, column, inside.float() * NEVER)
                 higher = torch.maximum(highest, logits.amax(dim=-1))
                 fall = (highest - higher).clamp_(min=-200.0)  # e^-200 is 0 in fp32, and infinities are not added
-                every = logits.sub_(higher[:, None]).exp_()
+                logits.sub_(higher[:, None])
+                every = logits.exp() if entropy else logits.exp_()
                 if entropy:
-                    mass.addcmul_(fall, sums).mul_(fall.exp()).sub_(torch.special.entr(every).sum(dim=-1))
+                    mass.addcmul_(fall, sums).mul_(fall.exp()).add_(logits.mul_(every).sum(dim=-1))
                 sums.mul_(fall.exp()).add_(every.sum(dim=-1))
                 highest = higher
                 del logits, every

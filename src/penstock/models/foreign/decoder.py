@@ -214,7 +214,7 @@ class ForeignDecoder(Decoder):
             blocks.append(Part(groups, partial(self._layer, i)))
         return [Part(("tokens", "embed"), self._embed), *blocks, Part(("last",), self._behind)]
 
-    def begin(self, tokens: Tensor, cache: Any = None) -> Any:
+    def begin(self, tokens: Tensor, cache: Any = None, valid: Tensor | None = None, computed: Any = None) -> Any:
         """Rows are always padded."""
         return Calls(cache)
 
