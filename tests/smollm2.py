@@ -42,6 +42,7 @@ def directory() -> Path:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **options)
                 model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
                 model.is_quantized, model.hf_quantizer = False, None  # else save_pretrained refuses
+                del model.config.quantization_config  # else transformers' Trainer does
                 model.save_pretrained(f"{temporary}/model")
                 tokenizer.save_pretrained(f"{temporary}/model")
                 Path(f"{temporary}/model").rename(path)
