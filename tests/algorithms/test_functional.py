@@ -169,6 +169,25 @@ def test_only_tokens_with_a_state_before_them_can_be_predicted():
         functional.states_before(hidden, mask)
 
 
+def test_a_beginning_is_computed_in_the_first_row_that_has_it():
+    rows = ["abcd", "abxy", "abxz", "zbxz", "zbx"]  # 6 of 19 tokens are shared
+    tokens = torch.tensor([[ord(letter) for letter in row.ljust(5, "d")] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    own = functional.computed(tokens, functional.mask_of(lengths, 5), torch.tensor([3, 3, 3, 3, 1]))
+    # the last row's state at 1 is read, so that it computes its own "b"; what is padded equals nothing
+    shown = ["".join(".x"[flag] for flag in row) for row in own.tolist()]
+    assert shown == ["xxxx.", "..xx.", "...x.", "xxxx.", ".xx.."]
+    tokens, lengths = torch.tensor([[7, 8, 0, 0], [7, 8, 0, 0]]), torch.tensor([2, 4])
+    own = functional.computed(tokens, functional.mask_of(lengths, 4), torch.tensor([1, 3]))
+    assert own.tolist() == [[True, True, False, False], [False, False, True, True]], "padding is no beginning"
+
+
+def test_little_that_is_shared_is_computed_again():
+    tokens, lengths = torch.tensor([[1, 2, 3, 4], [1, 5, 6, 7]]), torch.tensor([4, 4])
+    own = functional.computed(tokens, functional.mask_of(lengths, 4), torch.tensor([3, 3]))
+    assert own.all()
+
+
 @on_ragged_batches
 def test_the_last_state_is_that_of_the_last_real_token(batch):
     hidden = torch.stack([batch.noise(0), batch.noise(1)], dim=-1)

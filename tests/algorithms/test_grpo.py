@@ -12,6 +12,7 @@ from penstock.algorithms.grpo import grpo, refilled, with_advantages
 from penstock.config import DataFlags, OptimFlags, RunFlags
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
+from penstock.models import decoder
 from tests.algorithms.test_ppo import next_token_distribution, task, write_reward_fn  # noqa: F401
 from tests.conftest import last_model, metrics
 
@@ -111,6 +112,19 @@ def test_a_group_shares_one_prefill_and_its_answers_differ(task, monkeypatch):  
     monkeypatch.setattr(Engine, "run", lambda self: engines.append(self) or real(self))
     grpo(config(*task({3: 1.0}, RAGGED), optim={"steps": 1}))
     assert [engine.prompts_read for engine in engines] == [4]  # 16 answers in groups of 4
+
+
+def test_a_group_shares_its_prompt_in_every_pass(task, monkeypatch):  # noqa: F811
+    """Groups lie side by side, in scoring and in an update of whole groups, though the update draws its own order."""
+    computed = []
+    real = decoder.ragged_rows
+    monkeypatch.setattr(decoder, "ragged_rows", lambda *masks: computed.append(int(masks[1].sum())) or real(*masks))
+    prompts = [{"prompt_ids": [1, 3 + i, *range(3, 13)]} for i in range(8)]
+    grpo(config(*task({3: 1.0}, prompts), max_new_tokens=2, optim={"steps": 1, "micro_batch_size": 8}))
+    # two micro-batches, read and learned: 11 tokens of one prompt, all but the first of another's, and of each answer
+    # the last token of its prompt and at most two of its own
+    assert len(computed) == 4
+    assert max(computed) <= 11 + 10 + 8 * 3
 
 
 # --- what a step makes of scores ------------------------------------------------------------------------------------

@@ -44,6 +44,16 @@ def examples(lengths=LENGTHS, vocabulary=512, seed=0):
     return rows
 
 
+def branches(lengths=(30, 26, 33, 40, 8, 9, 7, 22), common=(0, 20, 20, 12, 5, 8, 6, 3), vocabulary=512):
+    """Rows of which each begins with `common` tokens of the row before it; what follows is learned."""
+    rows = []
+    for seed, (length, begin) in enumerate(zip(lengths, common, strict=True)):
+        own = torch.randint(3, vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        tokens = (rows[-1].tokens[:begin] if begin else []) + own[begin:] + [1]
+        rows.append(Example(tokens, [max(begin, 1) <= i < length for i in range(length + 1)]))
+    return rows
+
+
 def prepared(config, padding_free, role=Actor, name="naive", dtype="fp32", rank=0, base=None, **options):
     """A strategy and the stream of a model whose weights, drawn from its seed, are the same each time."""
     strategy = Strategy.named(name, device="cpu", dtype=dtype, padding_free=padding_free, **options)
@@ -86,6 +96,22 @@ def test_every_familys_gradients_are_those_of_padded_rows(name):
     config = dataclasses.replace(config, router_aux_loss_coef=0.5 if config.num_experts else 0.0)
     padded, free = (sft_gradients(config, padding_free, examples()) for padding_free in (False, True))
     assert_equal_gradients(padded, free)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_rows_share_is_computed_once_and_every_gradient_stays(name):
+    config = dataclasses.replace(FAMILIES[name], d_model=32, d_ff=48, expert_ff=FAMILIES[name].expert_ff and 24)
+    config = dataclasses.replace(config, router_aux_loss_coef=0.5 if config.num_experts else 0.0)
+    rows, shapes, steps = branches(), [], []
+    batches, count = [sft.rows_of(rows[:4], CPU), sft.rows_of(rows[4:], CPU)], sft.trained_tokens(rows)
+    for free in (False, True):
+        strategy, stream = prepared(config, free)
+        strategy.evaluate(stream, batches, lambda hidden, part: shapes.append(tuple(hidden.shape[:2])))
+        loss_of = lambda hidden, part: (fn.sft_loss(response_logprobs(stream.model, hidden, part), count), {})  # noqa: B023, E731
+        steps.append(gradients(strategy, stream, batches, loss_of))
+    # a row computes what follows its first `common` tokens, and the last of these, which predicts
+    assert shapes == [(4, 41), (4, 23), (1, 30 + 7 + 14 + 29), (1, 8 + 2 + 2 + 20)]
+    assert_equal_gradients(*steps)
 
 
 def test_loss_and_gradient_are_those_of_transformers(tiny_model):
@@ -219,13 +245,17 @@ def test_answers_are_scored_as_in_padded_rows():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "qwen3", "gemma2", "gemma3", "bloom"])
-def test_ragged_rows_never_need_more_than_padded_ones(name, recompute):
+@pytest.mark.parametrize("rows", [
+    pytest.param(examples([62, 62, 62, 34] * 2), id="padding"),
+    pytest.param(branches([62] * 8, [0, 33] * 4), id="shared"),
+])  # fmt: skip
+def test_ragged_rows_never_need_more_than_padded_ones(rows, name, recompute):
     """The plan counts rows without padding: it must stay the most that is needed where padding is least."""
-    rows, peaks = examples([62, 62, 62, 34] * 2), []
+    peaks = []
     for free in (False, True):
         strategy, stream = prepared(FAMILIES[name], free, recompute=recompute)
         batches, count = [sft.rows_of(rows[:4], CPU), sft.rows_of(rows[4:], CPU)], sft.trained_tokens(rows)
-        assert not free or all(ragged_rows(batch.valid) for batch in batches)
+        assert not free or all(ragged_rows(batch.valid, batch.computed) for batch in batches)
         loss_of = lambda hidden, part: (fn.sft_loss(response_logprobs(stream.model, hidden, part), count), {})  # noqa: B023, E731
         with Meter() as meter:
             strategy.evaluate(stream, batches, loss_of)
@@ -242,21 +272,25 @@ def slow_varlen(q, k, v, starts, key_starts, longest, longest_key, *, scale=None
     assert starts.dtype == torch.int32
     assert enable_gqa or q.shape[1] == k.shape[1]
     rows = []
-    for start, end in itertools.pairwise(starts.tolist()):
-        assert end - start <= longest == longest_key
+    places = zip(*(itertools.pairwise(x.tolist()) for x in (starts, key_starts)), strict=True)
+    for (start, end), (first, last) in places:
+        assert (end - start, last - first) <= (longest, longest_key)
         heads = []
         for head in range(q.shape[1]):
             group = head * k.shape[1] // q.shape[1]
-            scores = q[start:end, head] @ k[start:end, group].T * (scale or q.shape[2] ** -0.5)
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-            heads.append(scores.softmax(-1) @ v[start:end, group])
+            scores = q[start:end, head] @ k[first:last, group].T * (scale or q.shape[2] ** -0.5)
+            behind = 1 + scores.shape[1] - scores.shape[0]  # flash attention's: the last query sees the last key
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(behind), -torch.inf)
+            heads.append(scores.softmax(-1) @ v[first:last, group])
         rows.append(torch.stack(heads, dim=1))
     return torch.cat(rows)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "granite"])  # granite: heads in groups, a scale of its own
 def test_one_kernel_for_all_rows_is_given_what_it_needs(name, monkeypatch):
-    padded = sft_gradients(FAMILIES[name], False, examples())
+    every = [examples(), branches()]
+    padded = [sft_gradients(FAMILIES[name], False, rows) for rows in every]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen)
     monkeypatch.setattr(linear, "_fused_when_ragged", lambda *_: True)
-    assert_equal_gradients(padded, sft_gradients(FAMILIES[name], True, examples()))
+    for rows, of_rows in zip(every, padded, strict=True):
+        assert_equal_gradients(of_rows, sft_gradients(FAMILIES[name], True, rows))

@@ -10,21 +10,21 @@ from penstock.models.roles import Actor
 
 
 def exact(q, k, v, scale, softcap, window):
-    """All scores at once."""
-    length, share = q.shape[2], q.shape[1] // k.shape[1]
+    """All scores at once; queries are those of the last keys."""
+    length, share = k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    distance = torch.arange(length - q.shape[2], length)[:, None] - torch.arange(length)
     hidden = (distance < 0) | (distance >= (window or length))
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("tile", [1, 4, 11])
 @pytest.mark.parametrize("window", [0, 1, 3, 50])
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
-def test_values_and_gradients_are_those_of_the_plain_formula(heads, groups, window, tile):
+@pytest.mark.parametrize(("heads", "groups", "queries"), [(4, 4, 11), (4, 2, 11), (6, 1, 11), (4, 2, 5)])
+def test_values_and_gradients_are_those_of_the_plain_formula(heads, groups, queries, window, tile):
     generator = torch.Generator().manual_seed(heads + window)
-    shapes = [(2, heads, 11, 8), (2, groups, 11, 8), (2, groups, 11, 8)]
+    shapes = [(2, heads, queries, 8), (2, groups, 11, 8), (2, groups, 11, 8)]
     ours = [(2 * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
     plain = [x.detach().double().requires_grad_() for x in ours]
     upstream = torch.randn(shapes[0], generator=generator)

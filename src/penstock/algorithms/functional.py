@@ -35,8 +35,8 @@ def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) 
 
 def computed(tokens: Tensor, valid: Tensor, reads: Tensor) -> Tensor:
     """The tokens whose states rows need of their own, [B, T] bool: all of `valid` [B, T] but a beginning that a row has
-    in common with the row before it, whose states are the same. reads: [B], the first position that a row's own state
-    is asked for.
+    in common with the row before it, whose states are the same; all where that is less than LEAST_SHARED. reads: [B],
+    the first position that a row's own state is asked for.
 
         tokens     a b c d        a b c d
                    a b x y    ->  . . x y        what a row begins with and the next row too is computed once,
@@ -45,9 +45,16 @@ def computed(tokens: Tensor, valid: Tensor, reads: Tensor) -> Tensor:
     """
     if len(tokens) == 1:
         return valid
-    equal = (tokens[1:] == tokens[:-1]) & valid[1:] & valid[:-1]
-    common = equal.int().cumprod(dim=1).sum(dim=1).minimum(reads[1:])
-    return valid & ~mask_of(F.pad(common, (1, 0)), tokens.shape[1])
+    equal = (tokens[1:] == tokens[:-1]) & valid[:-1]
+    common = F.pad(equal.int().cumprod(dim=1).sum(dim=1).minimum(reads[1:]), (1, 0))
+    if common.sum() < LEAST_SHARED * valid.sum():  # sync
+        return valid
+    return valid & ~mask_of(common, tokens.shape[1])
+
+
+LEAST_SHARED = 1 / 4
+"""Of a micro-batch's tokens. Attention keeps the keys of whole rows beside those that are computed; with less to save,
+rows would need more memory than the plan counts."""
 
 
 def states_before(hidden: Tensor, mask: Tensor, computed: Tensor | None = None) -> Tensor:

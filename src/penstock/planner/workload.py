@@ -66,7 +66,7 @@ class Workload:
     rollout_batch_size: int | None = None
     """Answers that one process generates together. None: all answers of the process."""
     group_size: int = 1
-    """Answers to one prompt, which is read once for all of them."""
+    """Answers to one prompt, which is read once for all of them, and once in each micro-batch that is learned from."""
     rollout_dtype: weight_shapes.BaseDtype | None = None
     """What the blocks of a copy that answers are packed in. None: the model itself answers."""
     reread: bool = True
@@ -225,7 +225,12 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         activations = _in_slices(activations, setting, role, micro)
     if work.top_k:
         activations = footprint.with_top_k(activations, role.config, micro * states, work.top_k, setting.arithmetic)
-    flops = _flops(role.config, rows, work.length, 0 if role.scalar else rows * states)
+    whole = rows
+    if not role.config.foreign and setting.activation_budget is None:  # rows end to end
+        whole = math.ceil(rows / micro) * math.ceil(micro / work.group_size)
+    flops = _flops(role.config, min(whole, rows), work.length, 0 if role.scalar else rows * states)
+    own = work.length - work.prompt_length + 1  # from the last token of the prompt on
+    flops += footprint.flops_of(role.config, [(own, work.length)]) * max(rows - whole, 0)
     return Pass(
         role.name,
         kind,
