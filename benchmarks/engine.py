@@ -12,7 +12,7 @@ python -m benchmarks engine padding   SFT steps on ragged rows of 16 to 1024 tok
 import dataclasses
 import mmap
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -178,7 +178,8 @@ def padding(
     rows: int = 32, width: int = 192, layers: int = 2, vocabulary: int = 2048, longest: int = 1024, rounds: int = 5
 ) -> dict[str, Any]:
     """SFT steps of a Llama in micro-batches of 8 of 32 sorted rows, and of 8 rows as they come, with lengths that are
-    uniform (like cut texts) or log-uniform (like chats). Tokens per second are real ones, no padding."""
+    uniform (like cut texts) or log-uniform (like chats); and of groups of 8 answers, an eighth as long as log-uniform
+    rows, to one prompt of `longest` / 4 tokens. Tokens per second are those of whole rows, without padding."""
     shape = dataclasses.replace(
         presets.named("s"), family="llama", position="rotary", rotary_dim=64, norm="rms", activation="silu", gated=True,
         vocab_size=vocabulary, d_model=width, num_layers=layers, num_heads=width // 64, num_kv_heads=width // 64,
@@ -197,23 +198,36 @@ def padding(
         streams[way] = strategy.prepare(ours.actor_of(strategy, shape))
         steps[way] = ours.sft(strategy, streams[way], lr=0.0)  # the gradients of both ways stay comparable
     result: dict[str, Any] = {"model": f"llama, {layers} blocks of {width}, {vocabulary} words", "runs": {}}
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+    def eights(examples: Sequence[Example]) -> list[Rows]:
+        return [rows_of(examples[i : i + 8], torch.device("cpu")) for i in range(0, rows, 8)]
+
+    works: dict[str, list[Rows]] = {}
     for name, counts in lengths.items():
-        tokens = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in counts]
-        examples = [Example(row, [False] + [True] * (len(row) - 1)) for row in tokens]
-        sorted_eights = micro_batches(examples, 8, torch.device("cpu"))
-        as_they_come = [rows_of(examples[i : i + 8], torch.device("cpu")) for i in range(0, rows, 8)]
-        for order, batches in (("sorted", sorted_eights), ("as they come", as_they_come)):
-            calls = {way: partial(step, batches) for way, step in steps.items()}
-            seconds = timing.in_turns(calls, rounds)
-            result["runs"][f"{name}, {order}"] = {
-                "tokens": sum(counts),
-                "share_of_padding": 1 - sum(counts) / sum(batch.tokens.numel() for batch in batches),
-                "seconds": timing.medians(seconds),
-                "tokens_per_second": timing.rates(seconds, sum(counts)),
-                "speedup": timing.ratio(seconds, "padded", "end_to_end"),
-                "speedups": timing.ratios(seconds, "padded", "end_to_end"),
-                "largest_gradient_gap": gradient_gap(streams["padded"], streams["end_to_end"]),
-            }
+        examples = [Example(draw(n), [False] + [True] * (n - 1)) for n in counts]
+        works[f"{name}, sorted"] = micro_batches(examples, 8, torch.device("cpu"))
+        works[f"{name}, as they come"] = eights(examples)
+    prompts = [draw(longest // 4) for _ in range(rows // 8)]
+    answers = [(prompts[i // 8], draw(2 + n // 8)) for i, n in enumerate(lengths["log-uniform"])]
+    works["8 answers to one prompt, as they come"] = eights(
+        [Example(prompt + answer, [False] * len(prompt) + [True] * len(answer)) for prompt, answer in answers]
+    )
+    for name, batches in works.items():
+        calls = {way: partial(step, batches) for way, step in steps.items()}
+        seconds, tokens = timing.in_turns(calls, rounds), sum(int(batch.valid.sum()) for batch in batches)
+        result["runs"][name] = {
+            "tokens": tokens,
+            "computed": sum(int(batch.computed.sum()) for batch in batches),
+            "share_of_padding": 1 - tokens / sum(batch.tokens.numel() for batch in batches),
+            "seconds": timing.medians(seconds),
+            "tokens_per_second": timing.rates(seconds, tokens),
+            "speedup": timing.ratio(seconds, "padded", "end_to_end"),
+            "speedups": timing.ratios(seconds, "padded", "end_to_end"),
+            "largest_gradient_gap": gradient_gap(streams["padded"], streams["end_to_end"]),
+        }
     return result
 
 

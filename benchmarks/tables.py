@@ -226,7 +226,7 @@ def autochunk_runs(results: Results) -> Iterator[Result]:
 def padding_runs(results: Results) -> Iterator[Result]:
     """Kinds of rows."""
     for name, run in results["engine_padding"]["runs"].items():
-        yield {"name": name, **run}
+        yield {"name": name, "computed_share": run["computed"] / run["tokens"], **run}
 
 
 def gradients_runs(results: Results) -> Iterator[Result]:
@@ -353,10 +353,11 @@ CLAIMS = [
     Claim(
         "Rows of different lengths", "SFT steps on 32 rows of 16 to 1024 tokens in micro-batches of 8, in turns: end "
         "to end (`--padding-free`, the default) against padded. `sorted`: as the commands have the rows of a step. "
-        "Tokens are real ones, no padding; the gap is the largest of a gradient, over the largest gradient.",
+        "Tokens are those of whole rows, no padding, and `computed` those that rows do not share; the gap is the largest "
+        "of a gradient, over the largest gradient.",
         ("engine_padding",), "python -m benchmarks engine padding", padding_runs,
         {
-            "lengths, order": "{name}", "padding": "{share_of_padding:.0%}",
+            "lengths, order": "{name}", "padding": "{share_of_padding:.0%}", "computed": "{computed_share:.0%}",
             "tokens/s, padded": "{tokens_per_second[padded]:.0f}",
             "tokens/s, end to end": "{tokens_per_second[end_to_end]:.0f}", "times faster": "{speedup:.2f}",
             "gap of gradients": "{largest_gradient_gap:.1e}",
