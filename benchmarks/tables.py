@@ -353,7 +353,7 @@ CLAIMS = [
     Claim(
         "Rows of different lengths", "SFT steps on 32 rows of 16 to 1024 tokens in micro-batches of 8, in turns: end "
         "to end (`--padding-free`, the default) against padded. `sorted`: as the commands have the rows of a step. "
-        "Tokens are those of whole rows, no padding, and `computed` those that rows do not share; the gap is the largest "
+        "Tokens are those of whole rows, no padding, `computed` those that rows do not share; the gap is the largest "
         "of a gradient, over the largest gradient.",
         ("engine_padding",), "python -m benchmarks engine padding", padding_runs,
         {
