@@ -7,13 +7,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.facts import ROOT, flags, result_path, write
+from benchmarks.facts import ROOT, commit_of, flags, result_path, write
 from penstock.algorithms.experience import logprobs_of, scoring_batches
 from penstock.models.roles import Actor
 from penstock.rollout.engine import Answer
@@ -65,10 +66,10 @@ def write_lines(path: Path, rows: Sequence[Record]) -> Path:
 
 def answers(model: Path, prompts: Path, tokens: int, **flags: Any) -> list[Record]:
     """A sampled answer of a model to each prompt of a file, as `penstock generate` writes them."""
-    out = RUNS / "answers.jsonl"
-    out.unlink(missing_ok=True)
-    penstock("generate", model=model, data=prompts, out=out, max_new_tokens=tokens, batch_size=64, **flags)
-    return [*read_lines(out)]
+    with tempfile.TemporaryDirectory(dir=RUNS) as folder:
+        out = Path(folder) / "answers.jsonl"
+        penstock("generate", model=model, data=prompts, out=out, max_new_tokens=tokens, batch_size=64, **flags)
+        return [*read_lines(out)]
 
 
 def figures(rows: Sequence[Record], reference: Path, name: str = "score") -> Record:
@@ -107,19 +108,24 @@ def collect(
     experiment: Callable[[str, int, int], Record],
 ) -> int:  # fmt: skip
     """A benchmark's command line: results/NAME.json gets the rows, experiment(setting, seed, steps), that it lacks.
-    Each is written as soon as it is measured."""
+    Each is written as soon as it is measured, beside those that another process has written by then."""
     parser = flags(doc)
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"{', '.join(settings)}; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps)
     options = parser.parse_args(arguments)
     path = result_path(name)
-    rows: Record = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+
+    def rows() -> Record:
+        return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+
     for seed in options.seeds:
         for setting in options.settings or settings:
             row = f"{setting}, seed {seed}"
-            if row not in rows:
-                rows[row] = experiment(setting, seed, options.steps)
-                print(row, json.dumps({key: rows[row][key] for key in rows[row] if key != "curve"}), flush=True)
-                write(name, {"rows": rows}, "transformers", "vaderSentiment")
+            if row not in rows():
+                commit = commit_of(ROOT)
+                measured = experiment(setting, seed, options.steps)
+                print(row, json.dumps({key: measured[key] for key in measured if key != "curve"}), flush=True)
+                measured |= {"commit": commit, "threads": torch.get_num_threads()}
+                write(name, {"rows": rows() | {row: measured}}, "transformers", "vaderSentiment")
     return 0

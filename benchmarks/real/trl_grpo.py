@@ -1,6 +1,6 @@
 """The same task in TRL's GRPO (its newest release), in an environment of its own: penstock is not imported.
 
-    python trl_grpo.py MODEL PROMPTS OUT --seed 0 --lr 3e-4 --lora 16 --steps 100
+    python trl_grpo.py MODEL PROMPTS OUT --seed 0 --lr 3e-4 --lora 16 --beta 0.2 --steps 80
 
 Batch, answers, tokens, rank, schedule and clipping are those of our run; the rest are TRL's own defaults, for example
 fp32 weights whose products are bf16 (autocast). OUT gets curve.jsonl, a line per step (step, seconds, reward, kl,
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "prompts", "out"):
         parser.add_argument(name, type=Path)
-    defaults = {"seed": 0, "lr": 3e-4, "lora": 16, "steps": 100, "tokens": 32, "batch": 64, "micro": 16}
+    defaults = {"seed": 0, "lr": 3e-4, "lora": 16, "beta": 0.2, "steps": 80, "tokens": 32, "batch": 64, "micro": 16}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     options = parser.parse_args()
@@ -59,9 +59,9 @@ def main() -> None:
         GRPOConfig(
             output_dir=str(options.out), seed=options.seed, learning_rate=options.lr, max_steps=options.steps,
             per_device_train_batch_size=options.micro, gradient_accumulation_steps=options.batch // options.micro,
-            num_generations=8, max_completion_length=options.tokens, beta=0.04, temperature=1.0, warmup_steps=0.05,
-            lr_scheduler_type="linear", max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to="none",
-            bf16=True, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
+            num_generations=8, max_completion_length=options.tokens, beta=options.beta, temperature=1.0,
+            warmup_steps=0.05, lr_scheduler_type="linear", max_grad_norm=1.0, logging_steps=1, save_strategy="no",
+            report_to="none", bf16=True, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
             model_init_kwargs={"dtype": "float32"},
         ),
         data, processing_class=AutoTokenizer.from_pretrained(options.model), peft_config=adapter,
