@@ -259,6 +259,28 @@ def frontier_plot(results: Results, axes: Any) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def tiers_plot(results: Results, axes: Any) -> None:
+    """What each placement held on the device, and the one curve of all."""
+    lines = zip(results["tiers"]["rows"].items(), (THEIRS, OURS, THIRD), ("-", "-", "--"), strict=True)
+    for (name, run), color, style in lines:
+        across = range(1, len(run["device_bytes"]) + 1)
+        axes.plot(across, [nbytes / 1e9 for nbytes in run["device_bytes"]], style, color=color, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("device memory, GB")
+    axes.set_xlabel("step")
+    reward = axes.twinx()
+    reward.plot(*zip(*results["tiers"]["curve"], strict=True), ":", color="black", label="reward, of all three")
+    reward.set_ylabel("reward")
+    axes.legend(
+        handles=[*axes.lines, *reward.lines],
+        frameon=False,
+        fontsize=8,
+        ncols=4,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
+
+
 def reliability_runs(results: Results) -> Iterator[Result]:
     """One per part of the campaign, and their sum."""
     parts = results["reliability"]["parts"]
@@ -451,6 +473,7 @@ CLAIMS = [
             "host": "{held[host_tier_bytes]:bytes}|-", "disk": "{held[disk_tier_bytes]:bytes}|-",
             "process": "{held[host_peak_bytes]:bytes}", "s a step": "{step_seconds:.0f}",
         },
+        {"One curve and three lines of memory": tiers_plot},
     ),
 ]  # fmt: skip
 

@@ -29,10 +29,13 @@ def placements(disk: Path) -> dict[str, runs.Record]:
     }
 
 
-def held(run: Path) -> dict[str, float]:
-    """The most bytes that each tier held, and the process."""
-    last = [*read_lines(run / "perf.jsonl")][-1]
-    return {name.removeprefix("perf/"): last[name] for name in last if name.endswith(("_tier_bytes", "_peak_bytes"))}
+def held(run: Path) -> list[dict[str, float]]:
+    """The most bytes that each tier held, and the process, in every step."""
+    names = ("_tier_bytes", "_peak_bytes")
+    return [
+        {name.removeprefix("perf/"): row[name] for name in row if name.endswith(names)}
+        for row in read_lines(run / "perf.jsonl")
+    ]
 
 
 def main(arguments: list[str]) -> int:
@@ -52,10 +55,12 @@ def main(arguments: list[str]) -> int:
             checkpoint_every=1000, keep=1, lr=1e-5, recompute=True, **placement,
         )  # fmt: skip
         metrics[name] = (run / "metrics.jsonl").read_bytes()
+        lines = held(run)
         rows[name] = {
             **placement,
             **runs.cost(run),
-            "held": held(run),
+            "held": lines[-1],
+            "device_bytes": [line["device_tier_bytes"] for line in lines],
             "equal": "equal" if metrics[name] == metrics["resident"] else "DIFFERENT",
         }
         rows[name].pop("disk", None)
