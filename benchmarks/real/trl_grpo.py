@@ -4,7 +4,7 @@
 
 Batch, answers, tokens, rank, schedule and clipping are those of our run; the rest are TRL's own defaults, for example
 fp32 weights whose products are bf16 (autocast). OUT gets curve.jsonl, a line per step (step, seconds, reward, kl,
-peak_rss_bytes), and the model, merged.
+peak_rss_bytes), a checkpoint every 10 steps, from which a stopped run goes on, and the model, merged.
 """
 
 import argparse
@@ -28,16 +28,25 @@ class Curve(TrainerCallback):
     """A line of curve.jsonl per step. A step's seconds are from the end of the step before it."""
 
     def __init__(self, path: Path) -> None:
-        self.file, self.began = path.open("w", encoding="utf-8"), time.perf_counter()
+        self.path, self.began = path, time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Steps behind the checkpoint are made again."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.path.write_text("".join(f"{line}\n" for line in lines[: state.global_step]), encoding="utf-8")
+        self.began = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "reward" not in (logs or {}):
             return
         now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         row = {"step": state.global_step, "seconds": now - self.began, "reward": logs["reward"], "kl": logs.get("kl")}
-        self.file.write(json.dumps({**row, "peak_rss_bytes": peak}) + "\n")
-        self.file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "peak_rss_bytes": peak}) + "\n")
         self.began = now
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.perf_counter()
 
 
 def main() -> None:
@@ -60,14 +69,14 @@ def main() -> None:
             output_dir=str(options.out), seed=options.seed, learning_rate=options.lr, max_steps=options.steps,
             per_device_train_batch_size=options.micro, gradient_accumulation_steps=options.batch // options.micro,
             num_generations=8, max_completion_length=options.tokens, beta=options.beta, temperature=1.0,
-            warmup_steps=0.05, lr_scheduler_type="linear", max_grad_norm=1.0, logging_steps=1, save_strategy="no",
-            report_to="none", bf16=True, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
-            model_init_kwargs={"dtype": "float32"},
+            warmup_steps=0.05, lr_scheduler_type="linear", max_grad_norm=1.0, logging_steps=1, save_steps=10,
+            save_total_limit=1, report_to="none", bf16=True, gradient_checkpointing=False, use_cpu=True,
+            disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
         ),
         data, processing_class=AutoTokenizer.from_pretrained(options.model), peft_config=adapter,
         callbacks=[Curve(options.out / "curve.jsonl")],
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=any(options.out.glob("checkpoint-*")))
     trainer.model.merge_and_unload().save_pretrained(options.out / "model")
     trainer.processing_class.save_pretrained(options.out / "model")
 
