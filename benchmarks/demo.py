@@ -5,8 +5,8 @@
 Writes docs/demo.png, and demo.json: wall seconds and peak resident bytes of one demo in its own process, then each
 seed's gold scores, the reward model's held-out accuracy and the labellers' noise ceiling, and how far each learned.
 With --algorithms docs/algorithms.png and demo_algorithms.json: what each algorithm makes of each seed's SFT model.
-With --real the same of SmolLM2-135M-Instruct: docs/algorithms_real.png and demo_real_algorithms.json. Its seeds are
-kept in .real/, and one that is there is not run again.
+With --real the same of SmolLM2-135M-Instruct at --scale 2: docs/algorithms_real.png and demo_real_algorithms.json. Its
+seeds are kept in .real/, and one that is there is not run again.
 """
 
 import json
@@ -66,7 +66,7 @@ def real_seeds(seeds: int) -> list[dict[str, Any]]:
     for seed in range(seeds):
         out = RUNS / f"demo-{seed}"
         if not (out / "report.json").exists():
-            run(out, 1, "--algorithms", "--real", "--seed", str(seed))
+            run(out, 1, "--algorithms", "--real", "--scale", "2", "--seed", str(seed))
         facts += json.loads((out / "report.json").read_text(encoding="utf-8"))["seeds"]
     return facts
 

@@ -15,7 +15,7 @@ from penstock.errors import UserError
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     # (what it must be, the check, the flags); nan passes none of them
     ("at least 1", lambda x: x >= 1, "least batch_size micro_batch_size mini_batch_size rollout_batch_size epochs "
-     "steps checkpoint_every eval_every max_length max_new_tokens n seeds world prompt_length lora "
+     "steps checkpoint_every eval_every max_length max_new_tokens n seeds scale world prompt_length lora "
      "num_layers_unfrozen experience_batch_size train_batch_size num_episodes max_timesteps update_timesteps "
      "max_epochs iterations layers prompts repeats rows queue per_key threads max_eval_samples "
      "early_stopping_patience reward_workers teacher_top_k nodes"),

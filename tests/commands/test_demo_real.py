@@ -39,8 +39,8 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
     monkeypatch.setattr(demo_real, "LABELLED", 16)
     lesson_of = demo_real.real
 
-    def short(seed, source):
-        lesson = lesson_of(seed, source)
+    def short(seed, source, scale):
+        lesson = lesson_of(seed, source, scale)
         small = {**lesson.ppo, "steps": 6, "batch_size": 4, "mini_batch_size": 4, "samples": 4}
         how = dataclasses.replace(lesson.how, tokens=8, max_length=200)
         compared = {name: {**flags, "max_length": 200} for name, flags in lesson.compared.items()}
@@ -102,7 +102,19 @@ def test_a_demonstration_is_the_best_of_several(vader, tmp_path, monkeypatch):
 def test_flags_of_the_other_world_are_refused(tmp_path):
     with pytest.raises(UserError, match="--model: the small world makes its own model; add --real"):
         demo.demo(DemoConfig(out=str(tmp_path / "a"), model="gpt2"))
+    with pytest.raises(UserError, match="--scale: the small world has one size; add --real"):
+        demo.demo(DemoConfig(out=str(tmp_path / "a"), scale=2))
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_scale_multiplies_questions_labels_and_steps(vader):
+    whole, twice = demo_real.real(0, "model"), demo_real.real(0, "model", 2)
+    for lesson, factor in ((whole, 1), (twice, 2)):
+        assert len(lesson.heldout) == factor * demo_real.HELDOUT
+        assert len(range(*lesson.labelled.indices(10_000))) == factor * demo_real.LABELLED
+        assert lesson.practised.start == lesson.labelled.stop
+        assert lesson.labelled.start == factor * demo_real.DEMONSTRATIONS
+        assert lesson.ppo["steps"] == lesson.compared["grpo"]["steps"] == factor * whole.ppo["steps"]
 
 
 def test_without_the_package_a_paragraph_says_what_to_do(tmp_path, monkeypatch):

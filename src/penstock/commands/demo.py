@@ -66,9 +66,11 @@ def lessons(config: DemoConfig) -> Callable[[int], Lesson]:
     if not config.real:
         if config.model:
             raise UserError("--model: the small world makes its own model; add --real.")
+        if config.scale > 1:
+            raise UserError("--scale: the small world has one size; add --real.")
         return toy
     source = str(packaged_model()) if config.model is None else config.model
-    return lambda seed: real(seed, source)
+    return lambda seed: real(seed, source, config.scale)
 
 
 def summary(facts: dict[str, Any]) -> str:
