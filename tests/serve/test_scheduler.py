@@ -10,9 +10,10 @@ from penstock.data.chat import Encoder
 from penstock.models.tokenizer_files import load_tokenizer
 from penstock.rollout import engine as engines
 from penstock.rollout.sampling import Sampling
+from penstock.serve import scheduler as schedulers
 from penstock.serve.catalogue import ServedModel, named_sources
 from penstock.serve.errors import ApiError
-from penstock.serve.scheduler import BusyError, Generation, Scheduler
+from penstock.serve.scheduler import BusyError, Generation, Piece, Scheduler
 from tests.conftest import PATIENCE
 from tests.serve.conftest import paused, save_chatty
 
@@ -172,6 +173,29 @@ async def test_answers_that_run_keep_the_weights_they_began_with(load, scheduler
     assert tail[1] == ["length"]
     assert expected[0][0][0].endswith(tail[0][0])
     assert scheduler.rows_used == 0
+
+
+async def test_pieces_between_the_first_and_the_last_come_together(load, scheduler, monkeypatch):
+    monkeypatch.setattr(schedulers, "PIECES_SECONDS", 1e6)  # only the last piece ends the wait
+    model = load(rows=2)
+    for seed, limit in enumerate((200, 1)):
+        generation = ask(model, seed, tokens=limit)
+        scheduler.submit(generation)
+        first = await generation.pieces()
+        rest = [] if first[-1].finish_reason else await generation.pieces()
+        assert (first + rest)[-1].finish_reason == "length"
+        assert generation.tokens_made == limit
+        assert len(first) + len(rest) <= limit
+
+
+async def test_pieces_that_wait_come_when_a_timer_rings(load):
+    generation = ask(load())
+    generation.due = asyncio.get_running_loop().time() + 0.05
+    for text in "ab":
+        generation.inbox.append(Piece(0, text))
+        generation.tell()
+    assert not generation.wake.is_set()
+    assert [piece.text for piece in await generation.pieces()] == ["a", "b"]
 
 
 async def test_a_stop_string_frees_the_row(load, scheduler):
