@@ -238,8 +238,8 @@ class OptimFlags(Flags):
     """AdamW's decay of the mean of gradients."""
     adam_beta2: float = 0.95
     """AdamW's decay of the mean of their squares."""
-    adam_epsilon: float = 1e-5
-    """AdamW's term beside the root of that mean."""
+    adam_epsilon: float = 1e-8
+    """AdamW's term beside the root of that mean. Of ppo 1e-5, which slows weights whose gradients are small."""
 
     @property
     def adamw(self) -> dict[str, Any]:
@@ -470,7 +470,7 @@ class PPOConfig(EvalFlags, RewardFlags):
     """Where the critic starts. Default: the reward model; without one, the actor with a zero head."""
     reference: str | None = None
     """The frozen model that KL is measured from. Default: the actor's start; none at --kl-coef 0."""
-    optim: OptimFlags = field(default_factory=lambda: OptimFlags(batch_size=64, epochs=4, steps=500))
+    optim: OptimFlags = field(default_factory=lambda: OptimFlags(batch_size=64, epochs=4, steps=500, adam_epsilon=1e-5))
     ppo: PPOFlags = field(default_factory=PPOFlags)
     mini_batch_size: int | None = None
     """Episodes per optimizer step. Default: the whole batch."""
