@@ -71,7 +71,7 @@ def test_a_step_is_that_of_plain_transformers_and_torch(tmp_path, tiny_model, js
     run = dpo(config(tmp_path, model, jsonl(data), heldout=0.0, optim=optim))
     theirs = AutoModelForCausalLM.from_pretrained(model).eval()
     reference = AutoModelForCausalLM.from_pretrained(model).eval()
-    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for step in range(3):
         losses, margins = [], []
         for row in data:
