@@ -317,7 +317,7 @@ BUGS: list[Bug] = [
     ("run/session.py", "a warning is said at every step", "if name not in self._warnings:", "if True:"),
     # length and evaluation
     ("config.py", "an adapter learns at a whole model's rate", "if adapts else config.LR", "if False else config.LR"),
-    ("config.py", "PPO moves a tenth of what published runs do", "epochs=4, steps=500)", "epochs=4, steps=50)"),
+    ("config.py", "PPO moves a tenth of what published runs do", "epochs=4, steps=500, adam_epsilon=1e-5)", "epochs=4, steps=50, adam_epsilon=1e-5)"),
     ("data/batching.py", "held-out rows have no limit", "if filled <= most}", "if True}"),
     (RM, "a longer run learns in the scale of the finished one", "            if start == total:  # else", "            if True:  # else"),
     ("algorithms/heldout.py", "rows of --eval-data are held out of --data too", "return (records, rows), (other, other_rows)", "return (records[1:], rows[1:]), (other, other_rows)"),

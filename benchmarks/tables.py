@@ -261,7 +261,7 @@ def frontier_plot(results: Results, axes: Any) -> None:
 
 def tiers_plot(results: Results, axes: Any) -> None:
     """What each placement held on the device, and the one curve of all."""
-    lines = zip(results["tiers"]["rows"].items(), (THEIRS, OURS, THIRD), ("-", "-", "--"), strict=True)
+    lines = zip(results["tiers"]["rows"].items(), (THEIRS, OURS, THIRD), ("-", "-", "--"), strict=False)
     for (name, run), color, style in lines:
         across = range(1, len(run["device_bytes"]) + 1)
         axes.plot(across, [nbytes / 1e9 for nbytes in run["device_bytes"]], style, color=color, label=name)

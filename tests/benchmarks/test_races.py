@@ -141,7 +141,7 @@ MEASURED = {
     }},
     "times": {"rows": {"grpo lora, seed 0": {"before": {"accuracy": 0.2, "low": 0.15, "high": 0.26}, **TAKEN,
                                              "after": {"accuracy": 0.5, "low": 0.43, "high": 0.57}}}},
-    "tiers": {"rows": {"disk": {"equal": "equal", "step_seconds": 20.0,
+    "tiers": {"curve": [[1, 0.2]], "rows": {"disk": {"equal": "equal", "step_seconds": 20.0, "device_bytes": [3e8],
                                 "held": {"device_tier_bytes": 3e8, "host_peak_bytes": 1e9}}}},
     "ranks": {"samples_per_second": {"alone": 1.0, "zero2": 0.85}, "share_of_ideal": {"zero2": 0.85}},
 }  # fmt: skip
