@@ -812,3 +812,13 @@ def test_a_kv_cache_that_does_not_fit_is_swapped(strategy, tmp_path):
     rollout, done = planned.traffic["rollout"], measured["traffic"]["rollout"]
     for way in ("host_read", "host_written"):
         assert done[way] <= rollout[way] <= 1.2 * done[way]
+
+
+@pytest.mark.parametrize(("prompt", "whole"), [(20, 4), (4, 16)])
+def test_a_groups_prompt_is_computed_once_per_micro_batch_where_it_is_a_quarter_of_the_tokens(prompt, whole):
+    roles = (RoleSpec("actor", FAMILIES["llama"], True, False),)
+    work = Workload("grpo", roles, 16, 8, 16, 1, prompt, 10, group_size=4)
+    (step,) = passes(Setting(work, "ddp", "fp32"))["train"]
+    length, config = prompt + 10, FAMILIES["llama"]
+    rows = [(length, length)] * whole + [(11, length)] * (16 - whole)
+    assert step.flops == 3 * (footprint.flops_of(config, rows) + footprint.head_flops(config, 16 * 10))

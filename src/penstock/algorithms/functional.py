@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from penstock.models.tiling import LEAST_SHARED
+
 Count = Tensor | float | None
 """What a token mean divides by. Default: the valid tokens that it gets."""
 LOG_RATIO_LIMIT = 20.0
@@ -50,11 +52,6 @@ def computed(tokens: Tensor, valid: Tensor, reads: Tensor) -> Tensor:
     if common.sum() < LEAST_SHARED * valid.sum():  # sync
         return valid
     return valid & ~mask_of(common, tokens.shape[1])
-
-
-LEAST_SHARED = 1 / 4
-"""Of a micro-batch's tokens. Attention keeps the keys of whole rows beside those that are computed; with less to save,
-rows would need more memory than the plan counts."""
 
 
 def states_before(hidden: Tensor, mask: Tensor, computed: Tensor | None = None) -> Tensor:

@@ -160,8 +160,8 @@ def _ragged(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scores: cpu_op
         _, longest, longest_keys = (max(sizes) for sizes in zip(*rows.runs, strict=True))
         parts = (x[0].transpose(0, 1) for x in (q, k, v))
         return fused(*parts, starts, key_starts, longest, longest_keys, **options).transpose(0, 1)[None]
-    sizes, pieces = ([run[0] * run[i] for run in rows.runs] for i in (1, 2)), []
-    of_queries, of_keys = sizes
+    of_queries, of_keys = ([run[0] * run[i] for run in rows.runs] for i in (1, 2))
+    pieces = []
     parts = (x[0].split(sizes, dim=1) for x, sizes in ((q, of_queries), (k, of_keys), (v, of_keys)))
     for (count, own, seen), own_q, own_k, own_v in zip(rows.runs, *parts, strict=True):
         own_q, own_k, own_v = (x.unflatten(1, (count, -1)).transpose(0, 1) for x in (own_q, own_k, own_v))

@@ -50,3 +50,9 @@ def prefills(lengths: Sequence[int]) -> list[slice]:
             slices.append(slice(start, i))
             start, longest = i, length
     return [*slices, slice(start, len(lengths))] if lengths else []
+
+
+LEAST_SHARED = 1 / 4
+"""Of a micro-batch's tokens, so many must be beginnings that rows share (algorithms.functional.computed). Attention
+keeps the keys of whole rows beside those that are computed; with less to save, rows would need more memory than the
+plan counts."""

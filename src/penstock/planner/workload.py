@@ -225,12 +225,14 @@ def _pass(setting: Setting, role: RoleSpec, rows: int, kind: Literal["evaluate",
         activations = _in_slices(activations, setting, role, micro)
     if work.top_k:
         activations = footprint.with_top_k(activations, role.config, micro * states, work.top_k, setting.arithmetic)
-    whole = rows
-    if not role.config.foreign and setting.activation_budget is None:  # rows end to end
-        whole = math.ceil(rows / micro) * math.ceil(micro / work.group_size)
-    flops = _flops(role.config, min(whole, rows), work.length, 0 if role.scalar else rows * states)
-    own = work.length - work.prompt_length + 1  # from the last token of the prompt on
-    flops += footprint.flops_of(role.config, [(own, work.length)]) * max(rows - whole, 0)
+    whole = min(math.ceil(rows / micro) * math.ceil(micro / work.group_size), rows)
+    shared = (rows - whole) * (work.prompt_length - 1)  # a row computes its own from the prompt's last token on
+    padded = role.config.foreign or setting.activation_budget is not None
+    if padded or shared < tiling.LEAST_SHARED * rows * work.length:
+        whole = rows
+    flops = _flops(role.config, whole, work.length, 0 if role.scalar else rows * states)
+    own = work.length - work.prompt_length + 1
+    flops += footprint.flops_of(role.config, [(own, work.length)]) * (rows - whole)
     return Pass(
         role.name,
         kind,

@@ -35,6 +35,7 @@ Result = TypeVar("Result")
 
 
 PIECES_SECONDS = 0.02
+"""See [Note: pieces for the eye]."""
 
 
 class BusyError(Exception):
