@@ -68,11 +68,11 @@ class Server:
         return counts
 
     def rss_gb(self) -> float:
-        """Resident memory now, in GB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        match = re.search(r"VmRSS:\s+(\d+)", status)
-        assert match
-        return int(match[1]) * 1024 / 1e9
+        """Resident memory now, of the server and of the models' process, in GB."""
+        pid = self.process.pid
+        pids = [str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
+        status = "".join(Path(f"/proc/{process}/status").read_text(encoding="utf-8") for process in pids)
+        return sum(map(int, re.findall(r"VmRSS:\s+(\d+)", status))) * 1024 / 1e9
 
 
 @contextlib.contextmanager

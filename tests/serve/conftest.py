@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,11 @@ from sqlalchemy import create_engine, text
 
 from penstock.data.toyland import save_tokenizer
 from penstock.serve import auth
-from penstock.serve.catalogue import ServedModel
+from penstock.serve import scheduler as schedulers
 from penstock.serve.config import ServeConfig
 from penstock.serve.listener import address_of, listen
+from penstock.serve.models.catalogue import ServedModel
+from penstock.serve.models.worker import Worker
 from penstock.serve.server import Web
 from penstock.serve.service import Service
 from penstock.serve.store import open_store
@@ -80,18 +84,71 @@ def eventually(is_true, seconds=PATIENCE):
     return True
 
 
+start_process = schedulers.start_worker
+WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+class WorkerThread(threading.Thread):
+    """The worker in a thread of the test's process, so that tests can reach its engines."""
+
+    def __init__(self, connection) -> None:
+        self.worker = Worker(connection)
+        WORKERS.add(self.worker)
+        super().__init__(target=self.worker.run, daemon=True)
+
+    def kill(self) -> None:
+        """It ends because its connection is closed."""
+
+    def wait(self) -> int:
+        """Waits for its end."""
+        self.join(PATIENCE)
+        assert not self.is_alive()
+        return 0
+
+
+@pytest.fixture(autouse=True, scope="session")
+def worker_in_a_thread():
+    """Where a test wants the process, it runs `penstock serve`, or undoes this."""
+
+    def start(threads):
+        ours, theirs = multiprocessing.Pipe()
+        thread = WorkerThread(theirs)
+        thread.start()
+        return ours, thread
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedulers, "start_worker", start)
+        yield
+
+
+def worker_of(model: ServedModel) -> Worker:
+    """The worker that has a model."""
+    return next(worker for worker in WORKERS if model.number in worker.models)
+
+
+def engine_of(model: ServedModel):
+    """What answers for a model."""
+    return worker_of(model).models[model.number].engine
+
+
 @contextlib.contextmanager
 def paused(model: ServedModel, until, after=0):
-    """Lets a model's engine take `after` steps, and no more until `until()` is true. Yields a list with all steps."""
-    engine, steps = model.engine, []
+    """Lets a model's engine take `after` steps, and no more until `until()` is true; the worker takes orders meanwhile.
+    Yields a list with all steps, and the one that waits."""
+    engine, steps, waits = engine_of(model), [], False
     step = engine.step
 
-    def wait_and_step():
-        steps.append(None)
-        assert len(steps) <= after or eventually(until)
+    def step_or_wait():
+        nonlocal waits
+        if not waits:
+            steps.append(None)
+        waits = len(steps) > after and not until()
+        if waits:
+            time.sleep(0.002)
+            return []  # no answer got a token
         return step()
 
-    engine.step = wait_and_step
+    engine.step = step_or_wait
     yield steps
     engine.step = step
 

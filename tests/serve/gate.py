@@ -51,19 +51,28 @@ class Gate:
 
 def main(path: str, *command: str) -> None:
     from penstock.cli import main as penstock
+    from penstock.serve import scheduler
+
+    scheduler.WORKER = f"from tests.serve.gate import worker; worker({path!r}, {{descriptor}}, {{threads}})"
+    penstock([*command])
+
+
+def worker(path: str, *arguments: int | None) -> None:
+    """The models' process, behind the gate."""
     from penstock.rollout.engine import Engine
+    from penstock.serve.models.worker import main as work
 
     counts, step = counts_in(Path(path)), Engine.step
 
     def step_behind_the_gate(engine: Engine) -> list:
         if counts[HELD] and counts[TAKEN] >= counts[LET]:
             time.sleep(0.002)
-            return []  # no answer got a token, and the scheduler takes its orders
+            return []  # no answer got a token, and the worker takes its orders
         counts[TAKEN] += 1
         return step(engine)
 
     Engine.step = step_behind_the_gate
-    penstock([*command])
+    work(*arguments)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from penstock.rollout.engine import Engine
 from penstock.rollout.sampling import Sampling
 from penstock.serve import http_protocol, middleware
 from tests.conftest import PATIENCE
-from tests.serve.conftest import KEY, eventually, paused, running, save_chatty
+from tests.serve.conftest import KEY, eventually, paused, running, save_chatty, worker_of
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "seed": 1}
 
@@ -122,13 +122,14 @@ def test_the_servers_logprobs_are_the_trainers(server):
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "logprobs": 0, "seed": 3}
     logprobs = server.post(body, "/v1/completions").json["choices"][0]["logprobs"]["token_logprobs"]
     # The tokens, by asking an engine for the same answer.
-    engine = Engine(model.decoder, eos_ids=model.encoder.eos_ids, rows=1)
+    decoder = worker_of(model).models[model.number].decoder
+    engine = Engine(decoder, eos_ids=model.encoder.eos_ids, rows=1)
     (answer,) = engine.generate([prompt], Sampling(max_new_tokens=40, seed=3))
     ids = [token for token in answer.response_ids if token != 2]
     row = torch.tensor([prompt + answer.response_ids])
     with torch.no_grad():
-        states = model.decoder.forward(row, torch.tensor([row.shape[1]]))[0, len(prompt) - 1 : -1]
-        wanted = torch.log_softmax(model.decoder.logits(states), -1).gather(1, row[0, len(prompt) :, None])[:, 0]
+        states = decoder.forward(row, torch.tensor([row.shape[1]]))[0, len(prompt) - 1 : -1]
+        wanted = torch.log_softmax(decoder.logits(states), -1).gather(1, row[0, len(prompt) :, None])[:, 0]
     assert len(ids) >= 10
     difference = torch.tensor(logprobs) - wanted[: len(ids)]
     assert difference.abs().max() <= 1e-5
@@ -347,7 +348,7 @@ def open_stream(server, **changes):
 def test_who_leaves_frees_his_rows_at_once(tmp_path, streamed):
     with running(tmp_path / "data", save_chatty(tmp_path / "tiny", max_length=4000)) as server:
         scheduler, model = server.service.scheduler, server.service.catalogue.models["tiny"]
-        with paused(model, lambda: not scheduler._orders.empty(), after=20):  # waits for the order to cancel
+        with paused(model, lambda: False, after=20):
             connection = open_stream(server, stream=streamed, max_tokens=3900, n=3)
             assert eventually(lambda: scheduler.rows_used == 3)
             connection.close()
@@ -409,7 +410,7 @@ def test_a_model_that_fails_while_it_reads_is_an_error_and_the_next_request_is_a
     model = server.service.catalogue.models["tiny"]
     body = {"model": "tiny", "prompt": "x", "echo": True, "logprobs": 1, "max_tokens": 0}
     with monkeypatch.context() as broken:
-        broken.setattr(model.decoder, "forward", None)
+        broken.setattr(worker_of(model).models[model.number].decoder, "forward", None)
         reply = server.post(body, "/v1/completions")
     assert (reply.status, reply.error["code"]) == (500, "model_failed")
     assert server.post(body, "/v1/completions").status == 200

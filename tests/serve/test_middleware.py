@@ -15,7 +15,8 @@ import httpx2
 import openai
 import pytest
 
-from penstock.serve import catalogue, server, store
+from penstock.serve import server, store
+from penstock.serve.models import catalogue
 from tests.conftest import PATIENCE
 from tests.serve.conftest import KEY, RunningServer, eventually, running, save_chatty
 

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from tests.conftest import PATIENCE
-from tests.serve.conftest import KEY, paused, running, save_chatty
+from tests.serve.conftest import KEY, engine_of, paused, running, save_chatty
 from tests.serve.openai_cases import ASK, CASES, Cases, fails
 
 
@@ -57,7 +57,7 @@ def test_a_full_server_is_a_rate_limit_and_the_client_tries_again(tmp_path):
 
 
 def test_the_client_waits_while_a_model_loads(tmp_path, monkeypatch):
-    from penstock.serve import catalogue
+    from penstock.serve.models import catalogue
 
     load, go_on = catalogue.Catalogue._load, threading.Event()
     monkeypatch.setattr(catalogue.Catalogue, "_load", lambda *arguments: go_on.wait(PATIENCE) and load(*arguments))
@@ -78,7 +78,7 @@ def test_a_failure_in_the_middle_is_an_error_event_and_the_next_request_is_answe
     ):
 
         def break_after(good_steps):
-            engine, steps = server.service.catalogue.models["tiny"].engine, []
+            engine, steps = engine_of(server.service.catalogue.models["tiny"]), []
             step = engine.step
 
             def breaks():

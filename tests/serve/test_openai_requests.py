@@ -34,7 +34,7 @@ def model_of(directory):
         encoder=encoder,
         encoder_with=lambda _: encoder,
         length=1000,
-        decoder=SimpleNamespace(config=SimpleNamespace(vocab_size=320)),
+        vocab_size=320,
     )
 
 

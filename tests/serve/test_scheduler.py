@@ -1,4 +1,4 @@
-"""The thread that owns the engines, without a web server: who gets rows, what frees them, what breaks."""
+"""Requests to the process that owns the engines, without a web server: who gets rows, what frees them, what breaks."""
 
 import asyncio
 import contextlib
@@ -8,29 +8,30 @@ import pytest
 
 from penstock.data.chat import Encoder
 from penstock.models.tokenizer_files import load_tokenizer
-from penstock.rollout import engine as engines
 from penstock.rollout.sampling import Sampling
 from penstock.serve import scheduler as schedulers
-from penstock.serve.catalogue import ServedModel, named_sources
 from penstock.serve.errors import ApiError
+from penstock.serve.models.catalogue import ServedModel, named_sources
+from penstock.serve.models.worker import NUMBERS
 from penstock.serve.scheduler import BusyError, Generation, Piece, Scheduler
 from tests.conftest import PATIENCE
-from tests.serve.conftest import paused, save_chatty
+from tests.serve.conftest import engine_of, eventually, paused, save_chatty
 
 pytestmark = pytest.mark.anyio  # the plugin of anyio, which the server needs anyway, runs async tests
 NO_EOS = ((2, -100.0),)
 PROMPT = [1, 40, 41]
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """Makes a served model: load(seed, rows)."""
+@pytest.fixture
+def load(tmp_path_factory, scheduler):
+    """Makes a served model: await load(seed, rows)."""
 
-    def make(seed=0, rows=2, name="tiny"):
-        path = save_chatty(tmp_path_factory.mktemp("model"), seed)
-        decoder = engines.load(path, "fp32", "cpu")[1].decoder
+    async def make(seed=0, rows=2, name="tiny"):
+        path, number = save_chatty(tmp_path_factory.mktemp("model"), seed), next(NUMBERS)
+        loading = asyncio.wrap_future(scheduler.call("load", number, path, "fp32", "cpu", rows, 10_000))
+        loaded = await loading
         encoder = Encoder(load_tokenizer(path), eos_ids=[2], vocab_size=400, max_length=2**31)
-        return ServedModel(name, f"digest of {seed}", 0, encoder, decoder, rows, 10_000)
+        return ServedModel(name, f"digest of {seed}", 0, encoder, number, 400, rows, loaded.max_length)
 
     return make
 
@@ -43,17 +44,17 @@ def anyio_backend():
 @pytest.fixture
 async def scheduler(request):
     """A scheduler in the test's loop; its parameter is the length of the queue. Default: 4."""
-    scheduler = Scheduler(asyncio.get_running_loop(), queue_length=getattr(request, "param", 4))
-    scheduler.start()
+    scheduler = Scheduler(queue_length=getattr(request, "param", 4))
     yield scheduler
     scheduler.close(ApiError(503, "the test is over"))
 
 
 @contextlib.contextmanager
 def no_steps(scheduler):
-    """Between here and the end of the block the scheduler's thread takes no order and no step."""
-    go_on = threading.Event()
-    scheduler._orders.put(lambda: go_on.wait(PATIENCE))
+    """Between here and the end of the block the worker takes no order and no step."""
+    go_on, worker = threading.Event(), scheduler._process.worker
+    worker.wait = lambda: go_on.wait(PATIENCE)
+    scheduler._send("wait")
     yield
     go_on.set()
 
@@ -78,7 +79,7 @@ def ask(model, seed=0, tokens=20):
 
 
 async def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(load, scheduler):
-    model = load(rows=3)
+    model = await load(rows=3)
     alone = []
     for seed in range(5):
         scheduler.submit(generation := ask(model, seed))
@@ -96,7 +97,7 @@ async def test_requests_join_what_runs_and_each_answer_is_as_if_it_were_alone(lo
 
 @pytest.mark.parametrize("scheduler", [2], indirect=True)
 async def test_what_finds_no_room_is_refused_and_room_comes_back(load, scheduler):
-    model = load(rows=1)
+    model = await load(rows=1)
     first = [ask(model, seed) for seed in range(3)]
     with no_steps(scheduler):
         submit_all(scheduler, first)
@@ -110,7 +111,7 @@ async def test_what_finds_no_room_is_refused_and_room_comes_back(load, scheduler
 
 
 async def test_a_cancelled_request_frees_its_row_before_the_next_step(load, scheduler):
-    model = load(rows=1)
+    model = await load(rows=1)
     scheduler.submit(long := ask(model, tokens=200))
     scheduler.submit(waits := ask(model, seed=1, tokens=1))
     await long.pieces()
@@ -123,7 +124,7 @@ async def test_a_cancelled_request_frees_its_row_before_the_next_step(load, sche
 
 
 async def test_a_request_that_still_waits_can_be_cancelled(load, scheduler):
-    model = load(rows=1)
+    model = await load(rows=1)
     with no_steps(scheduler):
         scheduler.submit(long := ask(model, tokens=50))
         scheduler.submit(waits := ask(model, seed=1))
@@ -134,10 +135,10 @@ async def test_a_request_that_still_waits_can_be_cancelled(load, scheduler):
 
 
 async def test_a_step_that_fails_is_an_error_for_all_and_a_fresh_engine_goes_on(load, capsys, scheduler):
-    model, other = load(rows=2), load(seed=1, name="other")
+    model, other = await load(rows=2), await load(seed=1, name="other")
     scheduler.submit(good := ask(model))
     wanted = await all_of(good)
-    old = model.engine
+    old = engine_of(model)
 
     def breaks():
         raise RuntimeError("on fire")
@@ -152,7 +153,7 @@ async def test_a_step_that_fails_is_an_error_for_all_and_a_fresh_engine_goes_on(
         assert piece.error.status == 500
         assert "RuntimeError" in piece.error.message
     assert (await all_of(healthy))[1] == ["length"]
-    assert model.engine is not old
+    assert engine_of(model) is not old
     scheduler.submit(again := ask(model))
     assert await all_of(again) == wanted
     assert scheduler.outstanding == 0
@@ -160,7 +161,7 @@ async def test_a_step_that_fails_is_an_error_for_all_and_a_fresh_engine_goes_on(
 
 
 async def test_answers_that_run_keep_the_weights_they_began_with(load, scheduler):
-    old, new = load(seed=0, rows=2), load(seed=5, rows=2)
+    old, new = await load(seed=0, rows=2), await load(seed=5, rows=2)
     expected = []
     for model in (old, new):
         scheduler.submit(generation := ask(model, tokens=100))
@@ -177,7 +178,7 @@ async def test_answers_that_run_keep_the_weights_they_began_with(load, scheduler
 
 async def test_pieces_between_the_first_and_the_last_come_together(load, scheduler, monkeypatch):
     monkeypatch.setattr(schedulers, "PIECES_SECONDS", 1e6)  # only the last piece ends the wait
-    model = load(rows=2)
+    model = await load(rows=2)
     for seed, limit in enumerate((200, 1)):
         generation = ask(model, seed, tokens=limit)
         scheduler.submit(generation)
@@ -189,7 +190,7 @@ async def test_pieces_between_the_first_and_the_last_come_together(load, schedul
 
 
 async def test_pieces_that_wait_come_when_a_timer_rings(load):
-    generation = ask(load())
+    generation = ask(await load())
     generation.due = asyncio.get_running_loop().time() + 0.05
     for text in "ab":
         generation.inbox.append(Piece(0, text))
@@ -199,7 +200,7 @@ async def test_pieces_that_wait_come_when_a_timer_rings(load):
 
 
 async def test_a_stop_string_frees_the_row(load, scheduler):
-    model = load(rows=1)
+    model = await load(rows=1)
     scheduler.submit(whole := ask(model, tokens=200))
     (text,), _ = await all_of(whole)
     stop = text[30:33]
@@ -208,13 +209,14 @@ async def test_a_stop_string_frees_the_row(load, scheduler):
     (short,), reasons = await all_of(stopped)
     assert (short, reasons) == (text[: text.index(stop)], ["stop"])
     assert stopped.tokens_made < 100
-    assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
+    assert scheduler.outstanding == 0
+    assert await asyncio.to_thread(eventually, lambda: not scheduler.rows_used)
 
 
 async def test_closing_tells_everybody_why(load, scheduler):
-    model = load(rows=1)
+    model = await load(rows=1)
     generations = [ask(model, seed, tokens=200) for seed in range(3)]
-    with paused(model, lambda: not scheduler._orders.empty(), after=20):
+    with paused(model, lambda: False, after=20):
         submit_all(scheduler, generations)
         await generations[0].pieces()
         scheduler.close(ApiError(503, "going down", code="shutting_down"))

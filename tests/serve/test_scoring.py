@@ -10,7 +10,7 @@ import transformers
 from penstock.data.toyland import save_tokenizer
 from penstock.models.roles import RewardModel
 from tests.conftest import PATIENCE, save_tiny
-from tests.serve.conftest import TEXTS, eventually, running, save_chatty
+from tests.serve.conftest import TEXTS, eventually, running, save_chatty, worker_of
 
 MEAN, STD = 0.25, 1.5
 TALK = [{"role": "user", "content": "What is a weir?"}, {"role": "assistant", "content": "A low dam."}]
@@ -107,14 +107,15 @@ def test_the_end_of_a_server_waits_for_scores(scored, tmp_path, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         with running(tmp_path, scored.service.catalogue.sources["taste"]) as server:
             reward, begun = server.service.catalogue.models["taste"], threading.Event()
-            score = reward.score
+            worker = worker_of(reward)
+            score = worker.score
 
-            def late(rows):
+            def late(number, rows):
                 begun.set()
                 assert eventually(lambda: server.service.draining)
-                return score(rows)
+                return score(number, rows)
 
-            monkeypatch.setattr(reward, "score", late)
+            worker.score = late
             monkeypatch.setattr(reward, "parts", lambda rows: [slice(i, i + 1) for i in range(len(rows))])
             body = {"model": "taste", "queries": "hi", "documents": ["a", "b"]}
             reply = pool.submit(server.post, body, "/v1/score")

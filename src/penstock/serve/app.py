@@ -13,12 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from penstock.serve import openai_api, openai_requests, page_api, static_files
-from penstock.serve.catalogue import ServedModel
 from penstock.serve.chats.chats_api import chats
 from penstock.serve.errors import ApiError, busy_database, documented
 from penstock.serve.labelling import labeller_api, owner_api
 from penstock.serve.metrics import CONTENT_TYPE
 from penstock.serve.middleware import AccessMiddleware, Application
+from penstock.serve.models.catalogue import ServedModel
 from penstock.serve.scoring import score_api
 from penstock.serve.service import Life, Service, service_of
 from penstock.serve.versions import versions_api

@@ -5,7 +5,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from penstock.serve.catalogue import Catalogue
+from penstock.serve.models.catalogue import Catalogue
 from penstock.serve.scheduler import Generation, Scheduler
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -15,8 +15,8 @@ from penstock.data.chat import Encoder
 from penstock.data.records import Prompt
 from penstock.errors import DataError
 from penstock.rollout.sampling import Sampling
-from penstock.serve.catalogue import ServedModel
 from penstock.serve.errors import ApiError
+from penstock.serve.models.catalogue import ServedModel
 
 MAX_MESSAGES = 4096
 """In one request; the model's context ends most conversations earlier. A template writes a conversation again for each
@@ -277,7 +277,7 @@ def _sampling(request: Sampled, model: ServedModel, limit: int, top_logprobs: in
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options needs stream: true beside it.", param="stream_options")
     temperature = 1.0 if request.temperature is None else request.temperature
-    vocab_size, limit, fewest = model.decoder.config.vocab_size, min(limit, model.length), request.min_tokens or 0
+    vocab_size, limit, fewest = model.vocab_size, min(limit, model.length), request.min_tokens or 0
     if fewest > limit:
         raise ApiError(400, f"min_tokens is {fewest}, and {limit} are the most there can be.", param="min_tokens")
     for token in request.stop_token_ids or ():

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from penstock.serve.catalogue import ServedModel
 from penstock.serve.detokenize import ThoughtSplitter, opens_thought
 from penstock.serve.errors import ApiError
+from penstock.serve.models.catalogue import ServedModel
 from penstock.serve.scheduler import Generation, Piece, Token
 
 MIN_LOGPROB = -9999.0

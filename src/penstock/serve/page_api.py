@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, StreamingResponse
 from penstock.serve import openai_requests
 from penstock.serve.answers import Answer
 from penstock.serve.auth import SESSION_SECONDS, cookie_of, csrf_of
-from penstock.serve.catalogue import ServedModel
 from penstock.serve.detokenize import OPEN, opens_thought
 from penstock.serve.errors import ApiError, documented
+from penstock.serve.models.catalogue import ServedModel
 from penstock.serve.openai_requests import Str
 from penstock.serve.service import Service, service_of
 

@@ -1,39 +1,40 @@
-"""One thread that owns the engines: requests join the running batch, and leave it when they end or are cancelled.
+"""Requests to the models' process, and the text of what comes back: answers join the running batch, and leave it when
+they end or are cancelled.
 
-The event loop hands in a `Generation` and awaits its pieces. Between the threads pass a queue of orders in one
-direction and each generation's inbox in the other. Several models, and an old and a new version of one, are engines
-that step in turn; an engine is freed after its last answer.
+A route hands in a `Generation` and awaits its pieces. The engines are in a process of their own (`worker.py`); here is
+its end of the connection, and what needs no model: room, text, stop strings. All in the event loop; only `call` and
+`drop` are for other threads too.
 
-[Note: orders between steps] Orders are taken between two steps, so a cancelled request frees its row before the next
-step. Pieces go the other way with one wake-up of the event loop per step, not per answer.
-
-[Note: pieces for the eye] What a request's task does for a piece costs as much Python as a small model's token, under
-the same lock. So pieces that come within PIECES_SECONDS of the last ones are handed out together, 50 times a second;
-the first of a request and the last of an answer never wait.
+[Note: pieces for the eye] What a request's task does for a piece costs as much Python as a small model's token. So
+pieces that come within PIECES_SECONDS of the last ones are handed out together, 50 times a second; the first of a
+request and the last of an answer never wait.
 """
 
 import asyncio
-import queue
+import contextlib
+import multiprocessing
+import signal
+import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from multiprocessing.connection import Connection
+from typing import Any
 
-from penstock.rollout.engine import Answer, Engine
-from penstock.rollout.prompt_logprobs import Scored, prompt_logprobs
+from penstock.errors import ResourceError
+from penstock.rollout.prompt_logprobs import Scored
 from penstock.rollout.sampling import Sampling
-from penstock.serve.catalogue import ServedModel
 from penstock.serve.detokenize import TextStream
 from penstock.serve.errors import ApiError
+from penstock.serve.models.catalogue import ServedModel
+from penstock.serve.models.worker import NUMBERS, Failure, Update
 
-Result = TypeVar("Result")
-
-
+WORKER = "from penstock.serve.models.worker import main; main({descriptor}, {threads})"
+"""What the models' process runs."""
 PIECES_SECONDS = 0.02
 """See [Note: pieces for the eye]."""
 
@@ -135,206 +136,183 @@ class _Job:
 
     generation: Generation
     index: int
-    answer: Answer
-    limit: int
-    """Tokens at most."""
+    number: int
+    """The worker's."""
     text: TextStream
     ends: frozenset[int]
     """Tokens that end it, and are no part of its text."""
     start: int = 0
     """Characters of the prompt before it."""
-    processed: int = 0
-    """Tokens of the answer that went into the text."""
+    made: int = 0
+    """Its tokens so far."""
     tokens: list[Token] = field(default_factory=list)
     """Tokens whose text waits."""
 
 
-class Scheduler:
-    """`submit` and `cancel` may be called from any thread; pieces arrive in `loop`."""
+def start_worker(threads: int | None) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """The models' process, and our end of the connection to it. What it prints goes to stderr."""
+    ours, theirs = multiprocessing.Pipe()
+    command = WORKER.format(descriptor=theirs.fileno(), threads=threads)
+    process = subprocess.Popen(
+        [sys.executable, "-c", command], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,
+        start_new_session=True,
+    )  # fmt: skip
+    theirs.close()
+    return ours, process
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, queue_length: int) -> None:
+
+class Scheduler:
+    """Belongs to the event loop that makes it."""
+
+    def __init__(self, *, queue_length: int, threads: int | None = None, on_loss: Callable[[], None] = lambda: None):
+        """Starts the worker. `on_loss` is called when one has ended by itself, and another, without models, begun."""
         self.queue_length = queue_length
         """Answers that may wait for a row, per model."""
         self.tokens_made = 0
         self.steps = 0
-        self._loop = loop
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._jobs: dict[Engine, dict[int, _Job]] = {}
-        """Answers that wait or run, by engine and by the identity of the engine's answer."""
-        self._models: dict[Engine, ServedModel] = {}
+        self.rows_used = 0
+        """Rows of all engines that hold an answer."""
+        self._threads, self._on_loss = threads, on_loss
+        self._loop = asyncio.get_running_loop()
+        self._jobs: dict[int, _Job] = {}
+        """Answers that wait or run, by number."""
+        self._next = 0
+        """The next answer's number."""
         self._outstanding: dict[str, int] = {}
         """Accepted answers that have not ended, by model."""
-        self._lock = threading.Lock()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._calls: dict[int, Future[Any]] = {}
+        self._sending = threading.Lock()
+        self._connection, self._process = self._start()
 
-    def start(self) -> None:
-        self._thread.start()
+    def _start(self) -> tuple[Connection, subprocess.Popen[bytes]]:
+        connection, process = start_worker(self._threads)
+        self._loop.add_reader(connection.fileno(), self._read)
+        return connection, process
 
     def submit(self, generation: Generation) -> None:
-        """Queues a request. Raises BusyError when there is no room for its answers."""
-        model = generation.model
+        """Sends a request to its model. Raises BusyError when there is no room for its answers."""
+        model, sampling = generation.model, generation.sampling
         room = model.rows + self.queue_length
-        with self._lock:
-            outstanding = self._outstanding.setdefault(model.owner.id, 0)
-            if outstanding + generation.count > room:
-                raise BusyError(
-                    f"{model.id} has {outstanding} answers running or waiting, and room for {room} with {model.rows} "
-                    "at once; try again in a moment."
-                )
-            self._outstanding[model.owner.id] += 0 if generation.background else generation.count
-        self._orders.put(lambda: self._begin(generation))
+        outstanding = self._outstanding.setdefault(model.owner.id, 0)
+        if outstanding + generation.count > room:
+            raise BusyError(
+                f"{model.id} has {outstanding} answers running or waiting, and room for {room} with {model.rows} "
+                "at once; try again in a moment."
+            )
+        self._outstanding[model.owner.id] += 0 if generation.background else generation.count
+        ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else frozenset(model.encoder.eos_ids))
+        first, self._next = self._next, self._next + generation.count
+        for index in range(generation.count):
+            text = TextStream(model.decode, generation.stops)
+            self._jobs[first + index] = _Job(generation, index, first + index, text, ends)
+        scored = generation.echo and generation.wants_tokens
+        if generation.echo and not scored:
+            self._on_prompts(first, [[(None, ())] * len(prompt) for prompt in generation.prompts])
+        if scored or generation.answers:
+            order = generation.prompts, sampling, model.adapter, scored, generation.answers
+            self._send("begin", model.owner.number, first, *order)
 
     def cancel(self, generation: Generation) -> None:
         """Ends a request early; its rows are free before the next step."""
         generation.cancelled = True
         generation.wake.set()
-        self._orders.put(lambda: self._drop(generation))
+        self._drop_jobs([job for job in self._jobs.values() if job.generation is generation])
 
-    def run(self, function: Callable[[], Result]) -> Future[Result]:
-        """Calls a function on the engines' thread, between two steps."""
-        result: Future[Result] = Future()
+    def call(self, name: str, *arguments: Any) -> Future[Any]:
+        """What a method of the worker returns. From any thread. Its exceptions are the worker's."""
+        future, number = Future[Any](), next(NUMBERS)
+        self._calls[number] = future
+        self._send("call", number, name, *arguments)
+        return future
 
-        def call() -> None:
-            if not result.set_running_or_notify_cancel():
-                return
-            try:
-                result.set_result(function())
-            except Exception as error:  # its caller's to answer
-                result.set_exception(error)
-
-        self._orders.put(call)
-        return result
+    def drop(self, number: int) -> None:
+        """A model that nobody will ask again. From any thread, and from a finalizer, which may run within a `_send`."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._send, "drop", number)
 
     @property
     def outstanding(self) -> int:
         """Accepted answers that have not ended, but for those in the background."""
-        with self._lock:
-            return sum(self._outstanding.values())
-
-    @property
-    def rows_used(self) -> int:
-        """Rows of all engines that hold an answer."""
-        return sum(engine.rows - engine.free for engine in list(self._jobs))
+        return sum(self._outstanding.values())
 
     def close(self, error: ApiError) -> None:
-        """Ends every generation with this error, and then the thread. Waits for the step that runs."""
-
-        def stop() -> None:
-            self._closing = True
-            for engine in list(self._jobs):
-                self._fail(engine, error)
-
-        self._orders.put(stop)
-        self._thread.join()
-
-    # --- the thread ---------------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while not self._closing:
-            self._take_orders(wait=not self._jobs)
-            for engine in list(self._jobs):
-                self._step(engine)
-
-    def _take_orders(self, wait: bool) -> None:
-        if wait:
-            self._orders.get()()
-        while True:
-            try:
-                order = self._orders.get_nowait()
-            except queue.Empty:
-                return
-            order()
-
-    def _begin(self, generation: Generation) -> None:
-        model, sampling = generation.model, generation.sampling
-        if generation.cancelled:
-            self._release(generation, generation.count)
+        """Ends every generation with this error, and then the worker."""
+        if self._connection.closed:
             return
-        engine = model.engine
-        starts = [0] * len(generation.prompts)
-        if generation.echo:
-            try:
-                pieces = _echoed(generation, engine)
-            except Exception as error:  # as in a step
-                pieces = [self._broken(model, error)]
-            self._deliver([(generation, piece) for piece in pieces])
-            if pieces[0].error or not generation.answers:
-                self._release(generation, generation.count)
-                return
-            starts = [len(piece.text) for piece in pieces[:: sampling.n]]
-        jobs = self._jobs.setdefault(engine, {})
-        self._models[engine] = model
-        refused = []
-        for i, prompt in enumerate(generation.prompts):
-            for j, answer in enumerate(engine.submit(prompt, sampling, adapter=model.adapter)):
-                limit = min(sampling.max_new_tokens, engine.length - len(prompt))
-                text = TextStream(model.decode, generation.stops)
-                job = _Job(generation, i * sampling.n + j, answer, limit, text, engine.ends_of(sampling), starts[i])
-                if answer.error:
-                    refused.append((generation, _failed(job, ApiError(400, answer.error))))
-                else:
-                    jobs[id(answer)] = job
-        self._release(generation, len(refused))
-        self._deliver(refused)
-        self._forget_if_idle(engine)
+        self._fail(error, error)
+        self._loop.remove_reader(self._connection.fileno())
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
 
-    def _drop(self, generation: Generation) -> None:
-        for engine, jobs in list(self._jobs.items()):
-            for job in [job for job in jobs.values() if job.generation is generation]:
-                engine.cancel(job.answer)
-                self._end(engine, job)
-            self._forget_if_idle(engine)
+    # --- what the worker sends ----------------------------------------------------------------------------------------
 
-    def _step(self, engine: Engine) -> None:
-        jobs = self._jobs[engine]
+    def _read(self) -> None:
         try:
-            answers = engine.step()
-        except Exception as error:  # a model or a device may fail in any way; the server goes on
-            failure = self._broken(self._models[engine], error).error
-            assert failure is not None
-            self._fail(engine, failure)
+            while self._connection.poll():
+                kind, *content = self._connection.recv()
+                getattr(self, f"_on_{kind}")(*content)
+        except (EOFError, OSError):
+            self._lose()
+
+    def _on_result(self, number: int, result: Any, error: Exception | None) -> None:
+        future = self._calls.pop(number)
+        if future.set_running_or_notify_cancel():
+            future.set_exception(error) if error else future.set_result(result)
+
+    def _on_prompts(self, first: int, scored: Sequence[Sequence[Scored]]) -> None:
+        """Before the answers from number `first` on: their prompts' text, and tokens if they are wanted."""
+        job = self._jobs.get(first)
+        if job is None:  # cancelled
             return
-        self.steps += 1
-        self.tokens_made += len(answers)
-        now, pieces = time.monotonic(), []
-        for answer in answers:
-            job = jobs[id(answer)]
+        generation = job.generation
+        for i, (prompt, scores) in enumerate(zip(generation.prompts, scored, strict=True)):
+            stream, shown, tokens = TextStream(generation.model.decode), list[str](), list[Token]()
+            for token, (logprob, likeliest) in zip(prompt, scores, strict=True):
+                tokens.append(Token(token, logprob, stream.position, likeliest))
+                shown.append(stream.push(token))
+            text, read = "".join([*shown, stream.finish()]), tuple(tokens) if generation.wants_tokens else ()
+            reason = None if generation.answers else "length"
+            for j in range(i * generation.sampling.n, (i + 1) * generation.sampling.n):
+                generation.inbox.append(Piece(j, text, read, reason))
+                self._jobs[first + j].start = len(text)
+                if reason is not None:
+                    self._end(self._jobs[first + j])
+        generation.tell()
+
+    def _on_updates(self, updates: Sequence[Update], rows_used: int) -> None:
+        now, generations = time.monotonic(), dict[Generation, None]()
+        self.rows_used = rows_used
+        self.steps += any(update.tokens for update in updates)
+        for update in updates:
+            self.tokens_made += len(update.tokens)
+            job = self._jobs.get(update.number)
+            if job is None:  # ended here, by a stop string or its reader
+                continue
             generation = job.generation
             if generation.first_token_at is None:
                 generation.first_token_at = now
-            piece = self._advance(engine, job)
+            piece = self._advance(job, update)
             if piece is not None:
-                pieces.append((generation, piece))
-        self._deliver(pieces)
-        self._forget_if_idle(engine)
+                generation.inbox.append(piece)
+                generations[generation] = None
+        for generation in generations:
+            generation.tell()
 
-    def _broken(self, model: ServedModel, error: Exception) -> Piece:
-        """What is left of a model that failed: its error, and a new engine for the next request."""
-        traceback.print_exc(file=sys.stderr)
-        model.renew()
-        text = f"the model failed ({type(error).__name__}); the server's log says more."
-        return Piece(0, "", finish_reason="error", error=ApiError(500, text, code="model_failed"))
-
-    def _advance(self, engine: Engine, job: _Job) -> Piece | None:
-        """One answer's new piece after a step; None while its text waits for the next token."""
-        answer = job.answer
-        if answer.error:
-            self._end(engine, job)
-            return _failed(job, ApiError(500, answer.error))
-        text = self._read_tokens(engine, job)
-        reason = None
-        if job.text.ended:
-            engine.cancel(answer)
-            reason = "stop"
-        elif answer.finish_reason != "length":
-            reason = answer.finish_reason
-        elif job.processed >= job.limit:
-            reason = "length"
+    def _advance(self, job: _Job, update: Update) -> Piece | None:
+        """One answer's new piece; None while its text waits for the next token."""
+        if update.failure:
+            self._end(job)
+            return _failed(job, update.failure)
+        text = self._read_tokens(job, update)
+        reason = "stop" if job.text.ended else update.finish_reason
         if reason is not None:
+            if update.finish_reason is None:
+                self._drop_jobs([job])
+            else:
+                self._end(job)
             text += job.text.finish()
             reason = "stop" if job.text.ended else reason
-            self._end(engine, job)
         elif not text:
             return None
         tokens, job.tokens = job.tokens, []
@@ -342,73 +320,64 @@ class Scheduler:
             tokens = [token for token in tokens if token.start < job.start + job.text.length]
         return Piece(job.index, text, tuple(tokens), reason)
 
-    def _read_tokens(self, engine: Engine, job: _Job) -> str:
-        """Moves the answer's new tokens into the job. Returns the text to show."""
-        answer, generation = job.answer, job.generation
-        text, first = "", job.processed
-        for i, token in enumerate(answer.response_ids[first:], first):
+    def _read_tokens(self, job: _Job, update: Update) -> str:
+        """Moves an answer's new tokens into its job. Returns the text to show."""
+        generation, text = job.generation, ""
+        for i, token in enumerate(update.tokens):
             ends = token in job.ends
             if generation.wants_tokens and (generation.echo or not ends):  # behind an echo every token is counted on
-                top = tuple(answer.top_logprobs[i]) if answer.top_logprobs else ()
-                start = job.start + job.text.position
-                job.tokens.append(Token(token, answer.logprobs[i], start, top))
-            text += "" if ends else job.text.push(token, may_stop=i + 1 >= generation.sampling.min_new_tokens)
-            job.processed = i + 1
-        generation.tokens_made += job.processed - first
+                top = tuple(update.top[i]) if update.top else ()
+                job.tokens.append(Token(token, update.logprobs[i], job.start + job.text.position, top))
+            job.made += 1
+            text += "" if ends else job.text.push(token, may_stop=job.made >= generation.sampling.min_new_tokens)
+        generation.tokens_made += len(update.tokens)
         return text
 
-    def _fail(self, engine: Engine, error: ApiError) -> None:
-        """Ends every answer of an engine with an error."""
-        pieces = []
-        for job in list(self._jobs[engine].values()):
-            engine.cancel(job.answer)
-            self._end(engine, job)
-            pieces.append((job.generation, _failed(job, error)))
-        self._deliver(pieces)
-        self._forget_if_idle(engine)
+    # --- ends ---------------------------------------------------------------------------------------------------------
 
-    def _end(self, engine: Engine, job: _Job) -> None:
-        del self._jobs[engine][id(job.answer)]
-        self._release(job.generation, 1)
+    def _drop_jobs(self, jobs: Iterable[_Job]) -> None:
+        """Ends answers that the worker would go on with."""
+        numbers: dict[int, list[int]] = {}
+        for job in jobs:
+            self._end(job)
+            numbers.setdefault(job.generation.model.owner.number, []).append(job.number)
+        for model, answers in numbers.items():
+            self._send("cancel", model, answers)
 
-    def _release(self, generation: Generation, count: int) -> None:
-        with self._lock:
-            self._outstanding[generation.model.owner.id] -= 0 if generation.background else count
+    def _end(self, job: _Job) -> None:
+        del self._jobs[job.number]
+        self._outstanding[job.generation.model.owner.id] -= 0 if job.generation.background else 1
 
-    def _forget_if_idle(self, engine: Engine) -> None:
-        """Drops an engine without answers, and with it weights that a newer version has replaced."""
-        if not self._jobs.get(engine, True):
-            del self._jobs[engine], self._models[engine]
+    def _fail(self, error: ApiError, of_calls: Exception) -> None:
+        """Ends all that runs with an error."""
+        for job in list(self._jobs.values()):
+            self._end(job)
+            job.generation.inbox.append(Piece(job.index, "", finish_reason="error", error=error))
+            job.generation.tell()
+        for future in [self._calls.pop(number) for number in list(self._calls)]:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(of_calls)
 
-    def _deliver(self, pieces: Sequence[tuple[Generation, Piece]]) -> None:
-        """Puts pieces into their inboxes, and wakes all generations with one call into the loop."""
-        for generation, piece in pieces:
-            generation.inbox.append(piece)
-        if pieces and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_wake, {generation for generation, _ in pieces})
+    def _lose(self) -> None:
+        """The worker has ended by itself."""
+        self._loop.remove_reader(self._connection.fileno())
+        code = self._process.wait()
+        with self._sending:
+            self._connection.close()
+            self._connection, self._process = self._start()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        advice = "; the system may have had no memory left for it" if code == -signal.SIGKILL else ""
+        text = f"the models' process {how}{advice}."
+        print(f"penstock serve: {text}", file=sys.stderr, flush=True)
+        self.rows_used = 0
+        self._fail(ApiError(500, text, code="model_failed"), ResourceError(text))
+        self._on_loss()
 
-
-def _echoed(generation: Generation, engine: Engine) -> list[Piece]:
-    """A piece per answer with its prompt's text and tokens; the last one where no answer is wanted."""
-    top, pieces = generation.sampling.top_logprobs, list[Piece]()
-    scored: Sequence[Sequence[Scored]] = [[(None, ())] * len(prompt) for prompt in generation.prompts]
-    if generation.wants_tokens:
-        scored = prompt_logprobs(engine.decoder, generation.prompts, top, generation.model.adapter)
-    for prompt, scores in zip(generation.prompts, scored, strict=True):
-        stream, shown, tokens = TextStream(generation.model.decode), list[str](), list[Token]()
-        for token, (logprob, likeliest) in zip(prompt, scores, strict=True):
-            tokens.append(Token(token, logprob, stream.position, likeliest))
-            shown.append(stream.push(token))
-        text, read = "".join([*shown, stream.finish()]), tuple(tokens) if generation.wants_tokens else ()
-        reason = None if generation.answers else "length"
-        pieces += [Piece(len(pieces) + j, text, read, reason) for j in range(generation.sampling.n)]
-    return pieces
+    def _send(self, *order: Any) -> None:
+        with self._sending, contextlib.suppress(OSError):  # the worker has ended: `_read` sees it
+            self._connection.send(order)
 
 
-def _failed(job: _Job, error: ApiError) -> Piece:
+def _failed(job: _Job, failure: Failure) -> Piece:
+    error = ApiError(failure.status, failure.message, code=failure.code)
     return Piece(job.index, "", finish_reason="error", error=error)
-
-
-def _wake(generations: Iterable[Generation]) -> None:
-    for generation in generations:
-        generation.tell()

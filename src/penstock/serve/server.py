@@ -3,14 +3,11 @@
 import asyncio
 import contextlib
 import ipaddress
-import os
 import re
 import signal
 import socket
 import sys
 from collections.abc import Iterator
-
-import torch
 
 from penstock.errors import UserError
 from penstock.serve.config import ServeConfig
@@ -49,8 +46,6 @@ def serve(config: ServeConfig) -> None:
             f"--root-path {config.root_path}: give a path that begins with a slash and ends without one, as /penstock, "
             "and that is no route of the server's own (/api, /v1, /assets)."
         )
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     store = open_store(config.data_dir, config.database, move_damaged=config.move_damaged)
     try:
         new_key = auth.settle(store, config.key, config.new_key)
@@ -62,9 +57,6 @@ def serve(config: ServeConfig) -> None:
             raise service.catalogue.problem
     finally:
         store.close()
-    if not service.catalogue.stop():
-        sys.stdout.flush()
-        os._exit(0)  # an interpreter that ends while torch fills weights in another thread aborts
 
 
 async def _run(service: Service, listener: socket.socket, new_key: str | None) -> None:

@@ -11,18 +11,24 @@ from transformers import AutoModelForCausalLM
 
 from penstock.data.records import Prompt
 from penstock.errors import UserError
-from penstock.serve.catalogue import Catalogue
 from penstock.serve.config import ServeConfig
+from penstock.serve.models.catalogue import Catalogue
 from tests.conftest import CHATML
 from tests.serve.conftest import paused, running, save_chatty
+
+
+def served_model(directory):
+    """The model of a server."""
+    with running(directory / "data", f"model={directory}") as server:
+        return server.service.catalogue.models["model"]
 
 
 def test_a_served_model_ends_at_every_end_and_says_so(make_tokenizer, tiny_model, capsys):
     directory = make_tokenizer(template=CHATML)
     tiny_model("model", vocab_size=320, hf={"eos_token_id": 1})
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    model = Catalogue(ServeConfig(model=(str(directory),), device="cpu"))._load("model", str(directory))
-    assert model.engine.eos_ids == {1, 2, 3}
+    model = served_model(directory)
+    assert set(model.encoder.eos_ids) == {1, 2, 3}
     assert "an answer ends at <eos> (tokenizer, config) or <|im_end|> (chat template) or <|im_start|> (config)" in (
         capsys.readouterr().err
     )
@@ -31,8 +37,8 @@ def test_a_served_model_ends_at_every_end_and_says_so(make_tokenizer, tiny_model
 def test_a_served_model_without_any_end_answers_to_the_limit(make_tokenizer, tiny_model, capsys):
     directory = make_tokenizer(eos_token=None, extra_special_tokens=["<think>"])
     tiny_model("model", vocab_size=330, hf={})
-    model = Catalogue(ServeConfig(model=(str(directory),), device="cpu"))._load("model", str(directory))
-    assert not model.engine.eos_ids
+    model = served_model(directory)
+    assert not model.encoder.eos_ids
     assert "names no token that ends an answer, so all go on to their limit" in capsys.readouterr().err
     ids = model.encoder.tokenizer("<bos><think>Hm").input_ids
     assert model.decode(ids) == "<think>Hm"
@@ -48,7 +54,7 @@ def test_requests_with_arguments_of_their_own_may_come_at_once(make_tokenizer, t
 
     directory = make_tokenizer(template="{% if brief %}Be brief. {% endif %}" + CHATML, eos_token="<|im_end|>")
     tiny_model("model", vocab_size=320, hf={})
-    model = Catalogue(ServeConfig(model=(str(directory),), device="cpu"))._load("model", str(directory))
+    model = served_model(directory)
     model._encoders = Crowded()
     prompt = Prompt(messages=({"role": "user", "content": "hi"},), where="messages")
     told = model.encoder_with({"brief": True}).encode_prompt(prompt)

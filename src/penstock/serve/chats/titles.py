@@ -8,9 +8,9 @@ import contextlib
 from typing import Any
 
 from penstock.serve import openai_requests
-from penstock.serve.catalogue import ServedModel
 from penstock.serve.chats.title_text import cleaned
 from penstock.serve.errors import ApiError
+from penstock.serve.models.catalogue import ServedModel
 from penstock.serve.service import Service
 
 TOKENS = 24

@@ -21,7 +21,7 @@ from penstock.serve.detokenize import OPEN, opens_thought
 from penstock.serve.errors import ApiError
 from penstock.serve.labelling import waiting
 from penstock.serve.labelling.uncertainty import least_known, uncertainty
-from penstock.serve.scoring.reward_models import ServedReward
+from penstock.serve.models.catalogue import ServedReward
 from penstock.serve.service import Life, Service
 from penstock.serve.store import Row
 
@@ -161,9 +161,7 @@ class Preparation:
             for part in reward.parts(rows):
                 if self._service.scheduler is None:
                     return None
-                values += await asyncio.wrap_future(
-                    self._service.scheduler.run(functools.partial(reward.score, rows[part]))
-                )
+                values += await asyncio.wrap_future(self._service.scheduler.call("score", reward.number, rows[part]))
             # As the reward model was trained: PPO's scale divides margins by the spread of scores.
-            scores.append([value * reward.model.std for value in values])
+            scores.append([value * reward.std for value in values])
         return scores if all(math.isfinite(value) for row in scores for value in row) else None

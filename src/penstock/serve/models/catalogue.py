@@ -1,7 +1,8 @@
 """The models of the server: loaded, named, fingerprinted, and replaced while they run.
 
 A `ServedModel` is one version of one model. With --follow a run's newer checkpoint becomes a new `ServedModel` under
-the same name. Running answers keep the old one, which is freed when the last of them ends.
+the same name. Running answers keep the old one, which is freed when the last of them ends. The weights are in the
+models' process (`worker.py`); here are names, encoders and what else the server must know of a model.
 """
 
 import copy
@@ -11,28 +12,25 @@ import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.config import as_data_flags
 from penstock.data.chat import Encoder
 from penstock.errors import UserError
-from penstock.models.adapter_files import AdapterFile, read_spec
 from penstock.models.chat_template import ChatTemplate
-from penstock.models.decoder import Decoder
 from penstock.models.pretrained import ends_named
-from penstock.models.surgery import add_adapters_by_row
-from penstock.rollout import engine as engines
-from penstock.rollout.engine import Engine
+from penstock.models.tiling import prefills
 from penstock.run import checkpoint
 from penstock.run.directory import resolve_model
 from penstock.run.versions import Versions, served_model
 from penstock.serve.config import ServeConfig
 from penstock.serve.detokenize import Vocabulary, decoder_of
-from penstock.serve.scoring import reward_models
-from penstock.serve.scoring.reward_models import ServedReward, is_reward_model
+from penstock.serve.models.worker import NUMBERS, Loaded
 from penstock.sources import file_digest
 
 NO_LIMIT = 2**31
@@ -52,7 +50,9 @@ class ServedModel:
     created: int
     """Seconds since 1970 when the weights were written."""
     encoder: Encoder
-    decoder: Decoder
+    number: int
+    """The worker's, of the model whose weights it uses."""
+    vocab_size: int
     rows: int
     length: int
     """Tokens of prompt and answer together."""
@@ -62,25 +62,16 @@ class ServedModel:
     """Its number there."""
     decode: Callable[[Sequence[int]], str] = field(init=False)
     vocabulary: Vocabulary = field(init=False)
-    _engine: Engine = field(init=False)
     _encoders: dict[str, Encoder] = field(init=False, default_factory=dict)
     """By the arguments of requests for the chat template, the last few."""
 
     def __post_init__(self) -> None:
-        self.length = min(self.length, self.decoder.config.max_length)
         self.decode, self.vocabulary = decoder_of(self.encoder), Vocabulary(self.encoder.tokenizer)
-        if self.base is None:
-            self.renew()
 
     @property
     def owner(self) -> "ServedModel":
         """The model whose weights and rows it uses: itself, or an adapter's base."""
         return self.base or self
-
-    @property
-    def engine(self) -> Engine:
-        """What answers."""
-        return self.owner._engine
 
     def encoder_with(self, arguments: dict[str, Any]) -> Encoder:
         """The encoder whose chat template gets these arguments too. Raises KeyError for one that is not a template's to
@@ -105,10 +96,37 @@ class ServedModel:
             self._encoders[key] = encoder
         return encoder
 
-    def renew(self) -> None:
-        """Makes a new engine over the same weights, after a step that failed."""
-        own = self.owner
-        own._engine = Engine(own.decoder, eos_ids=own.encoder.eos_ids, rows=own.rows, length=own.length)
+
+@dataclass(eq=False)
+class ServedReward:
+    """One version of a reward model, ready to score."""
+
+    id: str
+    digest: str
+    created: int
+    encoder: Encoder
+    number: int
+    """The worker's."""
+    length: int
+    """Tokens of a row."""
+    std: float
+    """What its scores were divided by."""
+    alone: bool
+    """Whether rows are read one by one: transformers' own layers want no padding."""
+
+    def parts(self, rows: Sequence[Sequence[int]]) -> list[slice]:
+        """Which rows one forward pass reads."""
+        return [slice(i, i + 1) for i in range(len(rows))] if self.alone else prefills([len(row) for row in rows])
+
+
+class Connected(Protocol):
+    """What asks the models' process: the scheduler."""
+
+    def call(self, name: str, *arguments: Any) -> Future[Any]:
+        """The result of one of its methods."""
+
+    def drop(self, number: int) -> None:
+        """A model that nobody will ask again."""
 
 
 class Catalogue:
@@ -129,7 +147,10 @@ class Catalogue:
         self.problem: Exception | None = None
         self.swaps = 0
         """How often a newer checkpoint replaced a model."""
-        self._stop = threading.Event()
+        self._process: Connected | None = None
+        self._stopping, self._lost = False, False
+        self._changed = threading.Event()
+        """One of the two before."""
         self._thread: threading.Thread | None = None
         self._seen: dict[str, str] = {}
         """The checkpoint of each followed run that was loaded or refused last."""
@@ -149,32 +170,47 @@ class Catalogue:
         """The reward models that are loaded, by name."""
         return [model for _, model in sorted(self.models.items()) if isinstance(model, ServedReward)]
 
-    def start(self, on_failure: Callable[[], None]) -> None:
+    def start(self, process: Connected, on_failure: Callable[[], None]) -> None:
         """Loads all models in a thread, then follows their runs with --follow."""
+        self._process = process
         self._thread = threading.Thread(target=self._run, args=(on_failure,), name="catalogue", daemon=True)
         self._thread.start()
 
-    def stop(self) -> bool:
-        """Ends the thread. False when it reads a model, which cannot be interrupted."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(2 * POLL_SECONDS if self.ready.is_set() else 0.1)
-        return self._thread is None or not self._thread.is_alive()
+    def reload(self) -> None:
+        """The worker has no models any more: loads all again."""
+        self.ready.clear()
+        self._lost = True
+        self._changed.set()
+
+    def stop(self) -> None:
+        """Ends the thread at its next look."""
+        self._stopping = True
+        self._changed.set()
 
     def _run(self, on_failure: Callable[[], None]) -> None:
+        poll = POLL_SECONDS if self._config.follow else None
         try:
-            for name, source in self.sources.items():
-                self.models[name] = self._load(name, source)
-            if self.adapters:
-                self._add_adapters(*self.models.values())
+            self._load_all()
+            while not self._stopping:
+                self._changed.wait(poll)
+                self._changed.clear()
+                if self._lost and not self._stopping:
+                    self._lost = False
+                    self._load_all()
+                for name, source in self.sources.items() if self._config.follow and not self._stopping else ():
+                    self.refresh(name, source)
         except Exception as error:  # the command raises it again
-            self.problem = error
-            on_failure()
-            return
-        self.ready.set()
-        while self._config.follow and not self._stop.wait(POLL_SECONDS):
-            for name, source in self.sources.items():
-                self.refresh(name, source)
+            if not self._stopping:
+                self.problem = error
+                on_failure()
+
+    def _load_all(self) -> None:
+        for name, source in self.sources.items():
+            self.models[name] = self._load(name, source)
+        if self.adapters:
+            self._add_adapters(self.models[next(iter(self.sources))])
+        if not self._lost:
+            self.ready.set()
 
     def refresh(self, name: str, source: str) -> None:
         """Loads a run's newer checkpoint, if there is one. A damaged or removed checkpoint is skipped."""
@@ -202,15 +238,23 @@ class Catalogue:
             named = source if Versions.exist(source) else str(Path(source) / "checkpoints" / newest)
             path = resolve_model(named)
             self._seen[name] = newest
-        if is_reward_model(path):
-            model = reward_models.load(path, config.dtype, config.device)
-            own, length = model.decoder.config, config.max_length or NO_LIMIT
-            encoder = self._encoder(path, own.eos_ids, own.vocab_size)
-            return ServedReward(name, *fingerprint(Path(path)), encoder, model, min(length, own.max_length))
-        decoder = engines.load(path, config.dtype, config.device)[1].decoder
-        encoder = self._encoder(path, decoder.config.eos_ids, decoder.config.vocab_size)
-        digest, created = fingerprint(Path(path))
-        return ServedModel(name, digest, created, encoder, decoder, config.rows, config.max_length or NO_LIMIT)
+        assert self._process is not None
+        number, length = next(NUMBERS), config.max_length or NO_LIMIT
+        order = path, config.dtype, config.device, config.rows, length
+        loaded: Loaded = self._process.call("load", number, *order).result()
+        try:
+            encoder = self._encoder(path, loaded.eos_ids, loaded.vocab_size)
+        except Exception:
+            self._process.drop(number)
+            raise
+        length, (digest, created) = min(length, loaded.max_length), fingerprint(Path(path))
+        model: ServedModel | ServedReward
+        if loaded.scores:
+            model = ServedReward(name, digest, created, encoder, number, length, loaded.std, loaded.foreign)
+        else:
+            model = ServedModel(name, digest, created, encoder, number, loaded.vocab_size, config.rows, length)
+        weakref.finalize(model, self._process.drop, number)
+        return model
 
     def _add_adapters(self, base: ServedModel | ServedReward) -> None:
         """Serves the adapters of --lora-modules as models of their own, with the base's weights and rows."""
@@ -219,15 +263,15 @@ class Catalogue:
         (source,) = self.sources.values()
         path = resolve_model(source)
         directories = [Path(resolve_model(adapter)) for adapter in self.adapters.values()]
-        adapters = [(read_spec(directory)[0], AdapterFile(directory.resolve())) for directory in directories]
-        add_adapters_by_row(base.decoder, adapters, base=path)
+        assert self._process is not None
+        self._process.call("add_adapters", base.number, path, [str(directory) for directory in directories]).result()
         for number, (name, directory) in enumerate(zip(self.adapters, directories, strict=True)):
             ends = ends_named(directory, path)
-            encoder = self._encoder(str(directory), ends, base.decoder.config.vocab_size, base.encoder)
+            encoder = self._encoder(str(directory), ends, base.vocab_size, base.encoder)
             digest, created = fingerprint(directory)
             digest = hashlib.sha256((base.digest + digest).encode()).hexdigest()
             self.models[name] = ServedModel(
-                name, digest, created, encoder, base.decoder, base.rows, base.length, base, number
+                name, digest, created, encoder, base.number, base.vocab_size, base.rows, base.length, base, number
             )
 
     def _encoder(self, path: str, ends: Sequence[int], vocab_size: int, base: Encoder | None = None) -> Encoder:

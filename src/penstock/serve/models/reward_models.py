@@ -1,44 +1,23 @@
-"""Reward models of the server: which models are some, how they are loaded, and what they say of rows of tokens."""
+"""Reward models in the worker: which models are some, how they are loaded, and what they say of rows of tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from penstock.data.chat import Encoder
 from penstock.memory.strategy import Strategy
 from penstock.models import pretrained
 from penstock.models.roles import RewardModel
-from penstock.models.tiling import prefills
 
 
-@dataclass(eq=False)
-class ServedReward:
-    """One version of a reward model, ready to score."""
-
-    id: str
-    digest: str
-    created: int
-    encoder: Encoder
-    model: RewardModel
-    length: int
-    """Tokens of a row."""
-
-    @torch.no_grad()
-    def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """What the model says at the end of each row."""
-        lengths, device = torch.tensor([len(row) for row in rows]), self.model.decoder.device
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row)
-        hidden = self.model(tokens.to(device), lengths.to(device))
-        return self.model.read(hidden[torch.arange(len(rows)), lengths.to(device) - 1]).tolist()
-
-    def parts(self, rows: Sequence[Sequence[int]]) -> list[slice]:
-        """Which rows one forward pass reads."""
-        if self.model.decoder.config.foreign:  # transformers' own layers want no padding
-            return [slice(i, i + 1) for i in range(len(rows))]
-        return prefills([len(row) for row in rows])
+@torch.no_grad()
+def score(model: RewardModel, rows: Sequence[Sequence[int]]) -> list[float]:
+    """What the model says at the end of each row."""
+    lengths, device = torch.tensor([len(row) for row in rows]), model.decoder.device
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    hidden = model(tokens.to(device), lengths.to(device))
+    return model.read(hidden[torch.arange(len(rows)), lengths.to(device) - 1]).tolist()
 
 
 def is_reward_model(path: str) -> bool:

@@ -5,7 +5,6 @@ model's training measured them.
 """
 
 import asyncio
-import functools
 import math
 import secrets
 import time
@@ -20,9 +19,9 @@ from starlette.responses import JSONResponse
 from penstock.data.records import Prompt
 from penstock.errors import DataError
 from penstock.serve.errors import ApiError, documented
+from penstock.serve.models.catalogue import ServedReward
 from penstock.serve.openai_requests import CHANGES_MESSAGE, MAX_MESSAGES, ChatMessage, Loose, Str, refuse_unsupported
 from penstock.serve.openai_responses import Usage
-from penstock.serve.scoring.reward_models import ServedReward
 from penstock.serve.service import Service, request_bytes, service_of
 
 MAX_SCORES = 256
@@ -99,7 +98,7 @@ async def _scored(service: Service, reward: ServedReward, rows: Sequence[Sequenc
     for part in reward.parts(rows):  # streams go on between two passes
         if service.scheduler is None:
             raise ApiError(503, "the server is draining; try again in a moment.", code="draining")
-        values += await asyncio.wrap_future(service.scheduler.run(functools.partial(reward.score, rows[part])))
+        values += await asyncio.wrap_future(service.scheduler.call("score", reward.number, rows[part]))
     return values
 
 
