@@ -30,7 +30,7 @@ from penstock.models.moe import experts
 from penstock.models.roles import Actor, Critic
 from penstock.planner import footprint, workload
 from penstock.planner.config import PlanConfig
-from penstock.planner.from_flags import config_of, setting_of
+from penstock.planner.from_flags import config_of, setting_of, workload_of
 from penstock.planner.workload import RoleSpec, Setting, Workload, forecast_of, passes
 from penstock.rollout.sampling import Sampling, pick
 from tests.conftest import ROWS
@@ -812,6 +812,15 @@ def test_a_kv_cache_that_does_not_fit_is_swapped(strategy, tmp_path):
     rollout, done = planned.traffic["rollout"], measured["traffic"]["rollout"]
     for way in ("host_read", "host_written"):
         assert done[way] <= rollout[way] <= 1.2 * done[way]
+
+
+@pytest.mark.parametrize(("stage", "flags", "together"), [
+    ("grpo", {"group_size": 4}, 4), ("dpo", {}, 2), ("reward", {}, 2), ("sft", {}, 1), ("kto", {}, 1), ("ppo", {}, 1),
+])  # fmt: skip
+def test_comparisons_share_their_prompt_as_groups_do(stage, flags, together):
+    work = workload_of(PlanConfig(stage=stage, model="s", batch_size=8, micro_batch_size=8, **flags))
+    assert work.group_size == together
+    assert work.batch_size == 8 * (2 if stage in ("dpo", "reward") else 1)
 
 
 @pytest.mark.parametrize(("prompt", "whole"), [(20, 4), (4, 16)])

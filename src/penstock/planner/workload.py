@@ -66,7 +66,8 @@ class Workload:
     rollout_batch_size: int | None = None
     """Answers that one process generates together. None: all answers of the process."""
     group_size: int = 1
-    """Answers to one prompt, which is read once for all of them, and once in each micro-batch that is learned from."""
+    """Answers to one prompt, side by side (a comparison has two): it is read once for all of them, and computed once in
+    each micro-batch that is learned from."""
     rollout_dtype: weight_shapes.BaseDtype | None = None
     """What the blocks of a copy that answers are packed in. None: the model itself answers."""
     reread: bool = True
