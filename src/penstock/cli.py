@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from penstock.errors import PenstockError, ResourceError, UserError, disk_trouble
+from penstock.errors import PenstockError, ResourceError, UserError, disk_trouble, one_line_warning
 
 
 class Command(NamedTuple):
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="nearest")
         elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")  # for half a letter, which JSON may hold and UTF-8 may not
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, not a line of source too
+    warnings.formatwarning = one_line_warning
     name = arguments[0] if arguments else ""
     try:
         code = _run(arguments)

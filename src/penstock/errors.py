@@ -43,6 +43,11 @@ def one_line(text: object) -> str:
     return " ".join(line.strip() for line in str(text).splitlines() if line.strip())
 
 
+def one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """For warnings.formatwarning: without a line of source beside it."""
+    return f"warning: {message}\n"
+
+
 DISK = {
     # number: what the disk says, and what mends it
     errno.ENOSPC: ("the disk is full", "Free some space"),

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from penstock.data.chat import Encoder
+from penstock.errors import ResourceError
 from penstock.models.tokenizer_files import load_tokenizer
 from penstock.rollout.sampling import Sampling
 from penstock.serve import scheduler as schedulers
@@ -15,7 +16,7 @@ from penstock.serve.models.catalogue import ServedModel, named_sources
 from penstock.serve.models.worker import NUMBERS
 from penstock.serve.scheduler import BusyError, Generation, Piece, Scheduler
 from tests.conftest import PATIENCE
-from tests.serve.conftest import engine_of, eventually, paused, save_chatty
+from tests.serve.conftest import engine_of, eventually, paused, save_chatty, worker_of
 
 pytestmark = pytest.mark.anyio  # the plugin of anyio, which the server needs anyway, runs async tests
 NO_EOS = ((2, -100.0),)
@@ -112,14 +113,14 @@ async def test_what_finds_no_room_is_refused_and_room_comes_back(load, scheduler
 
 async def test_a_cancelled_request_frees_its_row_before_the_next_step(load, scheduler):
     model = await load(rows=1)
-    scheduler.submit(long := ask(model, tokens=200))
-    scheduler.submit(waits := ask(model, seed=1, tokens=1))
-    await long.pieces()
-    scheduler.cancel(long)
-    tokens = long.tokens_made
+    with paused(model, lambda: False, after=20):
+        scheduler.submit(long := ask(model, tokens=200))
+        scheduler.submit(waits := ask(model, seed=1, tokens=1))
+        await long.pieces()
+        scheduler.cancel(long)
     await all_of(waits)
     assert await long.pieces() == []
-    assert long.tokens_made <= tokens + 1  # the step that ran while it was cancelled
+    assert scheduler.tokens_made <= 20 + 1
     assert (scheduler.outstanding, scheduler.rows_used) == (0, 0)
 
 
@@ -130,7 +131,10 @@ async def test_a_request_that_still_waits_can_be_cancelled(load, scheduler):
         scheduler.submit(waits := ask(model, seed=1))
         scheduler.cancel(waits)
     await all_of(long)
+    scheduler.submit(last := ask(model, tokens=1))
+    await all_of(last)
     assert waits.tokens_made == 0
+    assert scheduler.tokens_made == 50 + 1
     assert scheduler.outstanding == 0
 
 
@@ -205,12 +209,56 @@ async def test_a_stop_string_frees_the_row(load, scheduler):
     (text,), _ = await all_of(whole)
     stop = text[30:33]
     stopped = Generation(model, [PROMPT], whole.sampling, stops=(stop,))
-    scheduler.submit(stopped)
-    (short,), reasons = await all_of(stopped)
-    assert (short, reasons) == (text[: text.index(stop)], ["stop"])
-    assert stopped.tokens_made < 100
+    with paused(model, lambda: False, after=100):  # the worker would hold its row there
+        scheduler.submit(stopped)
+        (short,), reasons = await all_of(stopped)
+        assert (short, reasons) == (text[: text.index(stop)], ["stop"])
+        assert scheduler.outstanding == 0
+        assert await asyncio.to_thread(eventually, lambda: not scheduler.rows_used)
+
+
+async def test_prompts_that_cannot_be_read_are_an_error_to_their_request_alone(load, scheduler, monkeypatch):
+    model = await load(rows=2)
+    read = {"echo": True, "wants_tokens": True}
+    with paused(model, lambda: False, after=5):
+        scheduler.submit(runs := ask(model, tokens=50))
+        await runs.pieces()
+        with monkeypatch.context() as broken:
+            broken.setattr(worker_of(model).models[model.number].decoder, "forward", None)
+            for answers in (True, False):
+                scheduler.submit(asked := Generation(model, [PROMPT], Sampling(n=2), answers=answers, **read))
+                pieces = await asked.pieces()
+                assert [piece.error.code for piece in pieces] == ["model_failed"] * 2
+    assert (await all_of(runs))[1] == ["length"]
     assert scheduler.outstanding == 0
-    assert await asyncio.to_thread(eventually, lambda: not scheduler.rows_used)
+
+
+async def test_long_prompts_are_spelled_beside_the_loop_and_come_before_their_answers(load, scheduler, monkeypatch):
+    model, threads, echoed = await load(rows=2), [], schedulers._echoed
+    monkeypatch.setattr(
+        schedulers, "_echoed", lambda *given: threads.append(threading.current_thread()) or echoed(*given)
+    )
+    for wants_tokens in (True, False):
+        sampling = Sampling(max_new_tokens=5, logit_bias=NO_EOS, n=2)
+        scheduler.submit(asked := Generation(model, [PROMPT], sampling, wants_tokens=wants_tokens, echo=True))
+        texts, reasons = await all_of(asked)
+        assert reasons == ["length"] * 2
+        assert all(text.startswith(model.decode(PROMPT)) for text in texts)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
+async def test_what_is_asked_of_a_closed_scheduler_fails_at_once(load, scheduler):
+    scheduler.close(ApiError(503, "going down"))
+    with pytest.raises(ResourceError, match="has ended"):
+        await asyncio.wrap_future(scheduler.call("load", 0))
+
+
+async def test_an_error_of_the_workers_says_where_it_was_raised(load, scheduler):
+    model = await load()
+    with pytest.raises(AssertionError) as raised:
+        await asyncio.wrap_future(scheduler.call("score", model.number, [PROMPT]))
+    assert "worker.py" in raised.value.__notes__[0]
 
 
 async def test_closing_tells_everybody_why(load, scheduler):

@@ -15,7 +15,7 @@ import pytest
 from penstock import cli
 from penstock.run import checkpoint
 from tests.conftest import PATIENCE
-from tests.serve.conftest import KEY, eventually, paused, running, save_chatty
+from tests.serve.conftest import KEY, eventually, paused, running, save_chatty, worker_of
 from tests.zygote import zygotic
 
 
@@ -171,6 +171,7 @@ def test_a_newer_checkpoint_takes_over_and_what_runs_ends_on_the_old_one(tmp_pat
             assert eventually(lambda: catalogue.swaps == 1)
             thread.join(PATIENCE)
         after = complete()
+        assert eventually(lambda: len(worker_of(catalogue.models["run"]).models) == 1)
         assert answers[0]["choices"] == before["choices"]
         assert answers[0]["system_fingerprint"] == before["system_fingerprint"] != after["system_fingerprint"]
         assert after["choices"] != before["choices"]

@@ -31,10 +31,16 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.detokenize import TextStream
 from penstock.serve.errors import ApiError
 from penstock.serve.models.catalogue import ServedModel
-from penstock.serve.models.worker import NUMBERS, Failure, Update
+from penstock.serve.models.worker import NUMBERS, Failure, ModelGoneError, Update
 
 WORKER = "from penstock.serve.models.worker import main; main({descriptor}, {threads})"
-"""What the models' process runs."""
+"""What the models' process runs, with the imports of this one."""
+BEFORE = "import signal, sys; [signal.signal(number, signal.SIG_IGN) for number in (2, 15)]; sys.path[:] = {path!r}; "
+"""SIGINT and SIGTERM are the server's to follow: they come to both from a terminal, or from systemd."""
+LOST_SECONDS = 1.0
+"""For a worker that has closed its connection to end."""
+LOST = "model_lost"
+"""The code of errors of a worker that has ended by itself."""
 PIECES_SECONDS = 0.02
 """See [Note: pieces for the eye]."""
 
@@ -96,6 +102,8 @@ class Generation:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     due: float = 0.0
     """The loop's time before which pieces wait for more; see [Note: pieces for the eye]."""
+    held: list[Update] | None = None
+    """What waits until the text of the prompts has been sent; None: nothing does."""
     timed: bool = False
     """Whether a timer will wake it then."""
 
@@ -152,20 +160,29 @@ class _Job:
 def start_worker(threads: int | None) -> tuple[Connection, subprocess.Popen[bytes]]:
     """The models' process, and our end of the connection to it. What it prints goes to stderr."""
     ours, theirs = multiprocessing.Pipe()
-    command = WORKER.format(descriptor=theirs.fileno(), threads=threads)
-    process = subprocess.Popen(
-        [sys.executable, "-c", command], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,
-        start_new_session=True,
-    )  # fmt: skip
-    theirs.close()
+    command = BEFORE.format(path=sys.path) + WORKER.format(descriptor=theirs.fileno(), threads=threads)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", command], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
     return ours, process
+
+
+OnLoss = Callable[[ResourceError | None], None]
 
 
 class Scheduler:
     """Belongs to the event loop that makes it."""
 
-    def __init__(self, *, queue_length: int, threads: int | None = None, on_loss: Callable[[], None] = lambda: None):
-        """Starts the worker. `on_loss` is called when one has ended by itself, and another, without models, begun."""
+    def __init__(self, *, queue_length: int, threads: int | None = None, on_loss: OnLoss = lambda _: None) -> None:
+        """Starts the worker. `on_loss` is called when one has ended by itself, and another, without models, begun; or
+        with the reason why there is none."""
         self.queue_length = queue_length
         """Answers that may wait for a row, per model."""
         self.tokens_made = 0
@@ -178,6 +195,7 @@ class Scheduler:
         """Answers that wait or run, by number."""
         self._next = 0
         """The next answer's number."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._outstanding: dict[str, int] = {}
         """Accepted answers that have not ended, by model."""
         self._calls: dict[int, Future[Any]] = {}
@@ -206,6 +224,7 @@ class Scheduler:
             text = TextStream(model.decode, generation.stops)
             self._jobs[first + index] = _Job(generation, index, first + index, text, ends)
         scored = generation.echo and generation.wants_tokens
+        generation.held = [] if generation.echo else None
         if generation.echo and not scored:
             self._on_prompts(first, [[(None, ())] * len(prompt) for prompt in generation.prompts])
         if scored or generation.answers:
@@ -219,11 +238,25 @@ class Scheduler:
         self._drop_jobs([job for job in self._jobs.values() if job.generation is generation])
 
     def call(self, name: str, *arguments: Any) -> Future[Any]:
-        """What a method of the worker returns. From any thread. Its exceptions are the worker's."""
+        """What a method of the worker returns. From any thread. Raises what it raises there, ResourceError where the
+        worker ends before its answer."""
         future, number = Future[Any](), next(NUMBERS)
-        self._calls[number] = future
-        self._send("call", number, name, *arguments)
+        with self._sending:
+            if self._connection.closed:
+                future.set_exception(ResourceError("the models' process has ended."))
+                return future
+            self._calls[number] = future
+            self._write("call", number, name, *arguments)
         return future
+
+    async def score(self, number: int, rows: Sequence[Sequence[int]]) -> list[float]:
+        """What a reward model says of rows. Raises ApiError."""
+        try:
+            return await asyncio.wrap_future(self.call("score", number, rows))
+        except ModelGoneError as error:
+            raise ApiError(503, str(error), code="loading") from error
+        except ResourceError as error:
+            raise ApiError(500, str(error), code=LOST) from error
 
     def drop(self, number: int) -> None:
         """A model that nobody will ask again. From any thread, and from a finalizer, which may run within a `_send`."""
@@ -239,9 +272,10 @@ class Scheduler:
         """Ends every generation with this error, and then the worker."""
         if self._connection.closed:
             return
-        self._fail(error, error)
         self._loop.remove_reader(self._connection.fileno())
-        self._connection.close()
+        with self._sending:
+            self._connection.close()
+        self._fail(error, self._take_calls())
         self._process.kill()
         self._process.wait()
 
@@ -256,41 +290,48 @@ class Scheduler:
             self._lose()
 
     def _on_result(self, number: int, result: Any, error: Exception | None) -> None:
-        future = self._calls.pop(number)
+        future = self._calls.pop(number, Future[Any]())
         if future.set_running_or_notify_cancel():
             future.set_exception(error) if error else future.set_result(result)
 
     def _on_prompts(self, first: int, scored: Sequence[Sequence[Scored]]) -> None:
-        """Before the answers from number `first` on: their prompts' text, and tokens if they are wanted."""
-        job = self._jobs.get(first)
-        if job is None:  # cancelled
-            return
-        generation = job.generation
-        for i, (prompt, scores) in enumerate(zip(generation.prompts, scored, strict=True)):
-            stream, shown, tokens = TextStream(generation.model.decode), list[str](), list[Token]()
-            for token, (logprob, likeliest) in zip(prompt, scores, strict=True):
-                tokens.append(Token(token, logprob, stream.position, likeliest))
-                shown.append(stream.push(token))
-            text, read = "".join([*shown, stream.finish()]), tuple(tokens) if generation.wants_tokens else ()
-            reason = None if generation.answers else "length"
-            for j in range(i * generation.sampling.n, (i + 1) * generation.sampling.n):
-                generation.inbox.append(Piece(j, text, read, reason))
-                self._jobs[first + j].start = len(text)
-                if reason is not None:
-                    self._end(self._jobs[first + j])
+        """The prompts of the answers from number `first` on, with their log-probabilities."""
+        if first in self._jobs:  # not cancelled
+            task = self._loop.create_task(self._echo(self._jobs[first].generation, first, scored))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _echo(self, generation: Generation, first: int, scored: Sequence[Sequence[Scored]]) -> None:
+        """Prompts' text, before that of their answers. Long ones are read in a thread, so that no stream waits."""
+        pieces = await asyncio.to_thread(_echoed, generation, scored)
+        for piece in pieces:
+            job = self._jobs.get(first + piece.index)
+            if job is not None:
+                generation.inbox.append(piece)
+                job.start = len(piece.text)
+                if piece.finish_reason is not None:
+                    self._end(job)
         generation.tell()
+        held, generation.held = generation.held, None
+        self._show(held or ())
 
     def _on_updates(self, updates: Sequence[Update], rows_used: int) -> None:
-        now, generations = time.monotonic(), dict[Generation, None]()
         self.rows_used = rows_used
         self.steps += any(update.tokens for update in updates)
+        self.tokens_made += sum(len(update.tokens) for update in updates)
+        self._show(updates)
+
+    def _show(self, updates: Sequence[Update]) -> None:
+        now, generations = time.monotonic(), dict[Generation, None]()
         for update in updates:
-            self.tokens_made += len(update.tokens)
             job = self._jobs.get(update.number)
             if job is None:  # ended here, by a stop string or its reader
                 continue
             generation = job.generation
-            if generation.first_token_at is None:
+            if generation.held is not None and not update.failure:
+                generation.held.append(update)
+                continue
+            if generation.first_token_at is None and update.tokens:
                 generation.first_token_at = now
             piece = self._advance(job, update)
             if piece is not None:
@@ -348,34 +389,66 @@ class Scheduler:
         del self._jobs[job.number]
         self._outstanding[job.generation.model.owner.id] -= 0 if job.generation.background else 1
 
-    def _fail(self, error: ApiError, of_calls: Exception) -> None:
-        """Ends all that runs with an error."""
+    def _fail(self, error: ApiError, calls: Sequence[Future[Any]]) -> None:
+        """Ends all that runs with an error, and calls that nobody will answer."""
         for job in list(self._jobs.values()):
             self._end(job)
             job.generation.inbox.append(Piece(job.index, "", finish_reason="error", error=error))
             job.generation.tell()
-        for future in [self._calls.pop(number) for number in list(self._calls)]:
+        for future in calls:
             if future.set_running_or_notify_cancel():
-                future.set_exception(of_calls)
+                future.set_exception(ResourceError(error.message))
+
+    def _take_calls(self) -> list[Future[Any]]:
+        with self._sending:
+            calls, self._calls = self._calls, {}
+        return list(calls.values())
 
     def _lose(self) -> None:
         """The worker has ended by itself."""
         self._loop.remove_reader(self._connection.fileno())
-        code = self._process.wait()
         with self._sending:
             self._connection.close()
-            self._connection, self._process = self._start()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        calls, code = self._take_calls(), self._process.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(LOST_SECONDS)
+        self._process.kill()
+        how = "does not answer any more" if code is None else f"ended with exit code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else how
         advice = "; the system may have had no memory left for it" if code == -signal.SIGKILL else ""
         text = f"the models' process {how}{advice}."
         print(f"penstock serve: {text}", file=sys.stderr, flush=True)
         self.rows_used = 0
-        self._fail(ApiError(500, text, code="model_failed"), ResourceError(text))
-        self._on_loss()
+        self._fail(ApiError(500, text, code=LOST), calls)
+        try:
+            with self._sending:
+                self._connection, self._process = self._start()
+        except OSError as error:
+            self._on_loss(ResourceError(f"{text[:-1]}, and another cannot be started ({error.strerror})."))
+        else:
+            self._on_loss(None)
 
     def _send(self, *order: Any) -> None:
-        with self._sending, contextlib.suppress(OSError):  # the worker has ended: `_read` sees it
+        with self._sending:
+            self._write(*order)
+
+    def _write(self, *order: Any) -> None:
+        with contextlib.suppress(OSError):  # the worker has ended: `_read` sees it
             self._connection.send(order)
+
+
+def _echoed(generation: Generation, scored: Sequence[Sequence[Scored]]) -> list[Piece]:
+    """A piece per answer with its prompt's text and tokens; the last one where no answer is wanted."""
+    pieces: list[Piece] = []
+    for prompt, scores in zip(generation.prompts, scored, strict=True):
+        stream, shown, tokens = TextStream(generation.model.decode), list[str](), list[Token]()
+        for token, (logprob, likeliest) in zip(prompt, scores, strict=True):
+            tokens.append(Token(token, logprob, stream.position, likeliest))
+            shown.append(stream.push(token))
+        text, read = "".join([*shown, stream.finish()]), tuple(tokens) if generation.wants_tokens else ()
+        reason = None if generation.answers else "length"
+        pieces += [Piece(len(pieces) + j, text, read, reason) for j in range(generation.sampling.n)]
+    return pieces
 
 
 def _failed(job: _Job, failure: Failure) -> Piece:

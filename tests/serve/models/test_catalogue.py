@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 from penstock.data.records import Prompt
 from penstock.errors import UserError
 from penstock.serve.config import ServeConfig
+from penstock.serve.models import catalogue
 from penstock.serve.models.catalogue import Catalogue
 from tests.conftest import CHATML
-from tests.serve.conftest import paused, running, save_chatty
+from tests.serve.conftest import eventually, paused, running, save_chatty, worker_of
+from tests.serve.test_server import write_checkpoint
 
 
 def served_model(directory):
@@ -32,6 +34,26 @@ def test_a_served_model_ends_at_every_end_and_says_so(make_tokenizer, tiny_model
     assert "an answer ends at <eos> (tokenizer, config) or <|im_end|> (chat template) or <|im_start|> (config)" in (
         capsys.readouterr().err
     )
+
+
+def test_a_model_that_cannot_be_served_leaves_the_worker(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_checkpoint(run, 1, seed=0)
+    with running(tmp_path / "data", str(run), follow=True) as server:
+        models = worker_of(server.service.catalogue.models["run"]).models
+        read = []
+
+        def removed(path):
+            read.append(len(models))
+            raise FileNotFoundError(path)
+
+        monkeypatch.setattr(catalogue, "fingerprint", removed)
+        write_checkpoint(run, 2, seed=7)
+        assert eventually(lambda: read)
+        assert read == [2]
+        assert eventually(lambda: len(models) == 1)
+        assert server.post({"model": "run", "prompt": [1, 40], "max_tokens": 3}, "/v1/completions").status == 200
 
 
 def test_a_served_model_without_any_end_answers_to_the_limit(make_tokenizer, tiny_model, capsys):

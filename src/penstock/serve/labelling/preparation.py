@@ -22,6 +22,7 @@ from penstock.serve.errors import ApiError
 from penstock.serve.labelling import waiting
 from penstock.serve.labelling.uncertainty import least_known, uncertainty
 from penstock.serve.models.catalogue import ServedReward
+from penstock.serve.scheduler import LOST
 from penstock.serve.service import Life, Service
 from penstock.serve.store import Row
 
@@ -38,6 +39,8 @@ class Preparation:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._lost: set[str] = set()
+        """Items in whose answers the models' process has ended once."""
 
     async def run(self) -> None:
         """Goes on until it is cancelled."""
@@ -83,7 +86,9 @@ class Preparation:
                 share = range(i, draft["answers"], len(models))
                 answers += await self._answers(name, item["prompt"], len(share), draft["sampling"])
         except ApiError as error:
-            if error.status in (429, 503):
+            lost = error.code == LOST and item["id"] not in self._lost  # perhaps by somebody else's request
+            if lost or error.status in (429, 503):
+                self._lost |= {item["id"]} if lost else set()
                 await asyncio.sleep(BUSY_SECONDS)
                 return
             await asyncio.to_thread(waiting.fail_draft, self._service.store, item["id"], error.message)
@@ -161,7 +166,7 @@ class Preparation:
             for part in reward.parts(rows):
                 if self._service.scheduler is None:
                     return None
-                values += await asyncio.wrap_future(self._service.scheduler.call("score", reward.number, rows[part]))
+                values += await self._service.scheduler.score(reward.number, rows[part])
             # As the reward model was trained: PPO's scale divides margins by the spread of scores.
             scores.append([value * reward.std for value in values])
         return scores if all(math.isfinite(value) for row in scores for value in row) else None

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from penstock.config import as_data_flags
 from penstock.data.chat import Encoder
-from penstock.errors import UserError
+from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.models.chat_template import ChatTemplate
 from penstock.models.pretrained import ends_named
 from penstock.models.tiling import prefills
@@ -149,6 +149,9 @@ class Catalogue:
         """How often a newer checkpoint replaced a model."""
         self._process: Connected | None = None
         self._stopping, self._lost = False, False
+        self._no_worker: ResourceError | None = None
+        self._paths: dict[str, str] = {}
+        """Where each model was read from."""
         self._changed = threading.Event()
         """One of the two before."""
         self._thread: threading.Thread | None = None
@@ -176,10 +179,10 @@ class Catalogue:
         self._thread = threading.Thread(target=self._run, args=(on_failure,), name="catalogue", daemon=True)
         self._thread.start()
 
-    def reload(self) -> None:
-        """The worker has no models any more: loads all again."""
+    def reload(self, problem: ResourceError | None = None) -> None:
+        """The worker has no models any more: loads all again, or ends the server where there is no worker."""
         self.ready.clear()
-        self._lost = True
+        self._lost, self._no_worker = True, problem
         self._changed.set()
 
     def stop(self) -> None:
@@ -195,6 +198,8 @@ class Catalogue:
                 self._changed.wait(poll)
                 self._changed.clear()
                 if self._lost and not self._stopping:
+                    if self._no_worker is not None:
+                        raise self._no_worker
                     self._lost = False
                     self._load_all()
                 for name, source in self.sources.items() if self._config.follow and not self._stopping else ():
@@ -206,7 +211,12 @@ class Catalogue:
 
     def _load_all(self) -> None:
         for name, source in self.sources.items():
-            self.models[name] = self._load(name, source)
+            try:
+                self.models[name] = self._load(name, source, self._paths.get(name))
+            except PenstockError:
+                if not (self._config.follow and name in self._paths):
+                    raise
+                self.models[name] = self._load(name, source)  # its checkpoint has been removed since: the newest
         if self.adapters:
             self._add_adapters(self.models[next(iter(self.sources))])
         if not self._lost:
@@ -226,10 +236,11 @@ class Catalogue:
         self.swaps += 1
         print(f"{name}: now answers from {self._seen[name]}", file=sys.stderr, flush=True)
 
-    def _load(self, name: str, source: str) -> ServedModel | ServedReward:
-        config = self._config
-        path = resolve_model(source)
-        if config.follow:
+    def _load(self, name: str, source: str, path: str | None = None) -> ServedModel | ServedReward:
+        """A model anew. `path`: where it was read from before, instead of what its source names now."""
+        config, again = self._config, path is not None
+        path = path or resolve_model(source)
+        if config.follow and not again:
             newest = _latest(source)
             if newest is None:
                 raise UserError(
@@ -242,26 +253,26 @@ class Catalogue:
         number, length = next(NUMBERS), config.max_length or NO_LIMIT
         order = path, config.dtype, config.device, config.rows, length
         loaded: Loaded = self._process.call("load", number, *order).result()
+        model: ServedModel | ServedReward
         try:
             encoder = self._encoder(path, loaded.eos_ids, loaded.vocab_size)
+            length, (digest, created) = min(length, loaded.max_length), fingerprint(Path(path))
+            if loaded.scores:
+                model = ServedReward(name, digest, created, encoder, number, length, loaded.std, loaded.foreign)
+            else:
+                model = ServedModel(name, digest, created, encoder, number, loaded.vocab_size, config.rows, length)
         except Exception:
             self._process.drop(number)
             raise
-        length, (digest, created) = min(length, loaded.max_length), fingerprint(Path(path))
-        model: ServedModel | ServedReward
-        if loaded.scores:
-            model = ServedReward(name, digest, created, encoder, number, length, loaded.std, loaded.foreign)
-        else:
-            model = ServedModel(name, digest, created, encoder, number, loaded.vocab_size, config.rows, length)
         weakref.finalize(model, self._process.drop, number)
+        self._paths[name] = path
         return model
 
     def _add_adapters(self, base: ServedModel | ServedReward) -> None:
         """Serves the adapters of --lora-modules as models of their own, with the base's weights and rows."""
         if not isinstance(base, ServedModel):
             raise UserError(f"--lora-modules: {base.id} is a reward model, which has no adapters here; leave them out.")
-        (source,) = self.sources.values()
-        path = resolve_model(source)
+        path = self._paths[base.id]
         directories = [Path(resolve_model(adapter)) for adapter in self.adapters.values()]
         assert self._process is not None
         self._process.call("add_adapters", base.number, path, [str(directory) for directory in directories]).result()

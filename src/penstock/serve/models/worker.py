@@ -14,10 +14,10 @@ import itertools
 import os
 import pickle
 import queue
-import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from penstock.errors import PenstockError, ResourceError, one_line_warning
 from penstock.models.adapter_files import AdapterFile, read_spec
 from penstock.models.decoder import Decoder
 from penstock.models.roles import RewardModel
@@ -38,6 +39,12 @@ from penstock.serve.models import reward_models
 
 NUMBERS = itertools.count()
 """The server's, of models and calls: none is given twice."""
+
+GONE = "the model has just been loaded anew; try again in a moment."
+
+
+class ModelGoneError(ResourceError):
+    """A model of a worker that has ended."""
 
 
 class Failure(NamedTuple):
@@ -118,13 +125,11 @@ class Worker:
     def run(self) -> None:
         """Works until the connection is closed."""
         threading.Thread(target=self._receive, name="orders", daemon=True).start()
-        while self._take_orders(wait=not any(model.running for model in self.models.values())):
-            for number, model in list(self.models.items()):
-                if model.running:
-                    self._step(model)
-                elif model.dropped:
-                    del self.models[number]
-            self._tell_rows()
+        while self._take_orders(wait=not any(model.running for model in list(self.models.values()))):
+            for number in list(self.models):
+                self._visit(number)
+            if self._rows != self._rows_told:
+                self._send_updates([])
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
@@ -153,13 +158,18 @@ class Worker:
     def add_adapters(self, number: int, path: str, directories: Sequence[str]) -> None:
         """Adapters of the model that was loaded from `path`; answers ask for them by their place in the list."""
         adapters = [(read_spec(directory)[0], AdapterFile(directory.resolve())) for directory in map(Path, directories)]
-        add_adapters_by_row(self.models[number].decoder, adapters, base=path)
+        add_adapters_by_row(self._model(number).decoder, adapters, base=path)
 
     def score(self, number: int, rows: Sequence[Sequence[int]]) -> list[float]:
         """What a reward model says at the end of each row."""
-        reward = self.models[number].reward
+        reward = self._model(number).reward
         assert reward is not None
         return reward_models.score(reward, rows)
+
+    def _model(self, number: int) -> Model:
+        if number not in self.models:
+            raise ModelGoneError(GONE)
+        return self.models[number]
 
     def drop(self, number: int) -> None:
         """A model that nobody will ask again."""
@@ -174,14 +184,14 @@ class Worker:
         first. `answered`: False where they are all that is asked for."""
         model = self.models.get(number)
         if model is None or model.engine is None:
-            gone = Failure(503, "the model has just been loaded anew; try again in a moment.", "loading")
+            gone = Failure(503, GONE, "loading")
             self._send_updates([Update(first + i, failure=gone) for i in range(len(prompts) * sampling.n)])
             return
         if scored:
             try:
                 scores = prompt_logprobs(model.decoder, prompts, sampling.top_logprobs, adapter)
             except Exception as error:  # as in a step
-                failure = self._broken(model, error)
+                failure = _failed(error)
                 self._send_updates([Update(first + i, failure=failure) for i in range(len(prompts) * sampling.n)])
                 return
             self._send("prompts", first, scores)
@@ -207,12 +217,21 @@ class Worker:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
+    def _visit(self, number: int) -> None:
+        """A step, where an answer runs; the end of a model that nobody needs."""
+        model = self.models[number]
+        if model.running:
+            self._step(model)
+        elif model.dropped:
+            del self.models[number]
+
     def _step(self, model: Model) -> None:
         assert model.engine is not None
         try:
             answers = model.engine.step()
         except Exception as error:  # a model or a device may fail in any way; the server goes on
-            failure = self._broken(model, error)
+            failure, old = _failed(error), model.engine
+            model.engine = Engine(model.decoder, rows=old.rows, length=old.length)
             updates = [Update(running.number, failure=failure) for running in model.running.values()]
             model.running.clear()
         else:
@@ -230,23 +249,10 @@ class Worker:
         tokens, logprobs = answer.response_ids[first:], answer.logprobs[first:]
         return Update(running.number, tokens, logprobs, answer.top_logprobs[first:], reason, failure)
 
-    def _broken(self, model: Model, error: Exception) -> Failure:
-        """What is left of a model that failed: its error, and a new engine for the next request."""
-        traceback.print_exc(file=sys.stderr)
-        old = model.engine
-        assert old is not None
-        model.engine = Engine(model.decoder, rows=old.rows, length=old.length)
-        return Failure(500, f"the model failed ({type(error).__name__}); the server's log says more.", "model_failed")
-
-    def _tell_rows(self) -> None:
-        """Where their number is another than the server knows."""
-        if self._rows != self._rows_told:
-            self._send_updates([])
-
     @property
     def _rows(self) -> int:
         """That hold an answer."""
-        return sum(model.engine.rows - model.engine.free for model in self.models.values() if model.engine)
+        return sum(model.engine.rows - model.engine.free for model in list(self.models.values()) if model.engine)
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -270,16 +276,10 @@ class Worker:
         return True
 
     def _answer_call(self, call: int, name: str, *arguments: Any) -> None:
-        result, failure = None, None
         try:
-            result = getattr(self, name)(*arguments)
+            self._send("result", call, getattr(self, name)(*arguments), None)
         except Exception as error:  # its caller's to answer
-            failure = error
-            try:
-                pickle.loads(pickle.dumps(error))
-            except Exception:  # an exception with arguments of its own kind
-                failure = RuntimeError(f"{type(error).__name__}: {error}")
-        self._send("result", call, result, failure)
+            self._send("result", call, None, _portable(error))
 
     def _send_updates(self, updates: Sequence[Update]) -> None:
         self._rows_told = self._rows
@@ -293,10 +293,33 @@ class Worker:
             pass
 
 
+def _failed(error: Exception) -> Failure:
+    """What a client hears of a model that failed. The log gets the traceback."""
+    traceback.print_exception(error, file=sys.stderr)
+    return Failure(500, f"the model failed ({type(error).__name__}); the server's log says more.", "model_failed")
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent: those that are our own fault tell where they were raised."""
+    where = "" if isinstance(error, PenstockError) else "".join(traceback.format_exception(error))
+    error.__traceback__ = None  # it would keep what a failed load had read
+    try:
+        sent: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception with arguments of its own kind
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    if where:
+        sent.add_note(where)
+    return sent
+
+
 def main(descriptor: int, threads: int | None) -> None:
-    """The process. It ends with the server, even in the middle of a step, and at no signal of a terminal's."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """The process. It ends with the server, even in the middle of a step."""
+    warnings.formatwarning = one_line_warning
     if threads is not None:
         torch.set_num_threads(threads)
-    Worker(Connection(descriptor), ended=lambda: os._exit(0)).run()
+    try:
+        Worker(Connection(descriptor), ended=lambda: os._exit(0)).run()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # a thread that loads would keep the process

@@ -4,7 +4,6 @@ A score is the number that PPO learns from: read at the answer's end, centred an
 model's training measured them.
 """
 
-import asyncio
 import math
 import secrets
 import time
@@ -98,7 +97,7 @@ async def _scored(service: Service, reward: ServedReward, rows: Sequence[Sequenc
     for part in reward.parts(rows):  # streams go on between two passes
         if service.scheduler is None:
             raise ApiError(503, "the server is draining; try again in a moment.", code="draining")
-        values += await asyncio.wrap_future(service.scheduler.call("score", reward.number, rows[part]))
+        values += await service.scheduler.score(reward.number, rows[part])
     return values
 
 
