@@ -165,7 +165,7 @@ def sentiment(result: Result) -> Iterator[Row]:
             **(peer_of("trl_grpo.py", requirements_of("trl_newest")) if trl else {}),
             "steps": sum(run["steps"] for run in runs), "precision": "bf16-autocast" if trl else "bf16",
             "weights": "adapters" if "lora" in runs[0]["flags"] else "full", "options": name,
-            "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs), "seeds": len(runs),
+            "peak_rss_bytes": int(max(run["peak_rss_bytes"] for run in runs)), "seeds": len(runs),
             "reward": statistics.mean(rewards), "kl": kl,
             **({"reward_se": statistics.stdev(rewards) / len(runs) ** 0.5} if len(runs) > 1 else {}),
         }  # fmt: skip

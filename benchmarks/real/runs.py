@@ -53,7 +53,7 @@ def cost(run: Path) -> Record:
         "steps": len(rows),
         "seconds": sum(seconds),
         "step_seconds": statistics.median(seconds),
-        "peak_rss_bytes": max(row["perf/host_peak_bytes"] for row in rows),
+        "peak_rss_bytes": int(max(row["perf/host_peak_bytes"] for row in rows)),
     }
 
 
