@@ -45,6 +45,11 @@ def train(name: str, command: str, **flags: Any) -> Path:
     return out
 
 
+def last(run: Path) -> Path:
+    """What a run ended with. The run's own name stands for its best checkpoint, chosen by held-out prompts."""
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+
+
 def cost(run: Path) -> Record:
     """What a run has taken: seconds of its steps, and the most that its process held."""
     rows = [*read_lines(run / "perf.jsonl")]

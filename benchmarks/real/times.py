@@ -61,7 +61,7 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
         max_length=96, missing_eos_penalty="none", eval_every=10, checkpoint_every=10, keep=1, **settings,
     )  # fmt: skip
     curve = [[row["step"], row["objective/scores"]] for row in read_lines(run / "metrics.jsonl")]
-    before, after = (accuracy(model, heldout, seed) for model in (directory(), run))
+    before, after = (accuracy(model, heldout, seed) for model in (directory(), runs.last(run)))
     gain = after["accuracy"] - before["accuracy"]
     return {"before": before, "after": after, "gain": gain, **runs.cost(run), "curve": curve, "flags": settings}
 

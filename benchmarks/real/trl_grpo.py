@@ -2,9 +2,11 @@
 
     python trl_grpo.py MODEL PROMPTS OUT --seed 0 --lr 3e-4 --lora 16 --beta 0.2 --steps 80
 
-Batch, answers, tokens, rank, schedule and clipping are those of our run; the rest are TRL's own defaults, for example
-fp32 weights whose products are bf16 (autocast). OUT gets curve.jsonl, a line per step (step, seconds, reward, kl,
-peak_rss_bytes), a checkpoint every 10 steps, from which a stopped run goes on, and the model, merged.
+Batch, answers, tokens, rank, schedule and clipping are those of our run, and as there activations are kept; the base is
+in bf16, the adapters in fp32. `--dtype float32` is TRL's default: weights in fp32, which answer in fp32 and are trained
+under bf16's autocast. `--recompute` is its default too: activations are computed again. OUT gets curve.jsonl, a line
+per step (step, seconds, reward, kl in nats per answer, peak_rss_bytes), a checkpoint every 10 steps, from which a
+stopped run goes on, and the model, merged.
 """
 
 import argparse
@@ -40,7 +42,8 @@ class Curve(TrainerCallback):
         if "reward" not in (logs or {}):
             return
         now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        row = {"step": state.global_step, "seconds": now - self.began, "reward": logs["reward"], "kl": logs.get("kl")}
+        kl = logs["kl"] * logs["completions/mean_length"]
+        row = {"step": state.global_step, "seconds": now - self.began, "reward": logs["reward"], "kl": kl}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "peak_rss_bytes": peak}) + "\n")
         self.began = now
@@ -57,6 +60,8 @@ def main() -> None:
     defaults = {"seed": 0, "lr": 3e-4, "lora": 16, "beta": 0.2, "steps": 80, "tokens": 32, "batch": 64, "micro": 16}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--recompute", action="store_true")
     options = parser.parse_args()
     lines = options.prompts.read_text(encoding="utf-8").splitlines()
     data = Dataset.from_list([{"prompt": json.loads(line)["messages"]} for line in lines])
@@ -70,8 +75,8 @@ def main() -> None:
             per_device_train_batch_size=options.micro, gradient_accumulation_steps=options.batch // options.micro,
             num_generations=8, max_completion_length=options.tokens, beta=options.beta, temperature=1.0,
             warmup_steps=0.05, lr_scheduler_type="linear", max_grad_norm=1.0, logging_steps=1, save_steps=10,
-            save_total_limit=1, report_to="none", bf16=True, gradient_checkpointing=False, use_cpu=True,
-            disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
+            save_total_limit=1, report_to="none", bf16=True, gradient_checkpointing=options.recompute, use_cpu=True,
+            disable_tqdm=True, model_init_kwargs={"dtype": options.dtype},
         ),
         data, processing_class=AutoTokenizer.from_pretrained(options.model), peft_config=adapter,
         callbacks=[Curve(options.out / "curve.jsonl")],
