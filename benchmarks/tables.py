@@ -439,8 +439,11 @@ CLAIMS = [
     Claim(
         "Sentiment on a real model", "SmolLM2-135M-Instruct writes about films in at most 32 tokens; the reward is "
         "VADER's compound score (-1 to 1), on 200 prompts about other films. KL and perplexity are those of its "
-        "answers under the start; distinct-2 is the share of different pairs of words. Seconds to a reward are those "
-        "until the mean of five steps' own answers is there; all runs on one thread, TRL's and ours side by side.",
+        "answers under the start; distinct-2 is the share of different pairs of words. Answers are the last "
+        "weights'; the curve is of the first 64 prompts. Seconds to a reward: until the mean of five steps' own answers "
+        "is there, our evaluations and checkpoints included. One thread each; 64 answers a step (longer: 128) to prompts "
+        "of about 46 tokens, eight to a prompt, which ours computes once per group; activations are kept on both sides. "
+        "Ours has a base in bf16 and adapters in fp32, as `trl grpo lora` has; `fp32` is TRL's default.",
         ("sentiment",), "python -m benchmarks sentiment", named_rows,
         {
             "run": "{name}",
@@ -449,8 +452,8 @@ CLAIMS = [
             "KL, nats": "{after[kl]:.1f}|0", "distinct-2": "{after[distinct_2]:.2f}|{before[distinct_2]:.2f}",
             "perplexity": "{after[reference_perplexity]:.1f}|{before[reference_perplexity]:.1f}",
             "tokens": "{after[tokens]:.0f}|{before[tokens]:.0f}",
-            "best within 8 nats and an hour": "{best_within_hour[2]:+.2f} after {best_within_hour[1]:.0f} s",
             "s to +0.5": "{seconds_to[0.5]:.0f}", "s to +0.6": "{seconds_to[0.6]:.0f}",
+            "s to +0.7": "{seconds_to[0.7]:.0f}",
             "steps": "{steps}", "s a step": "{step_seconds:.0f}", "peak RSS": "{peak_rss_bytes:bytes}",
         },
         {"Reward against KL on a real model": frontier_plot},

@@ -29,8 +29,8 @@ STEPS, ROWS, MICRO = 80, 64, 16
 LONGER: runs.Record = {"batch_size": 128, "kl_coef": 0.12}
 """Of the longer run: what moves a policy without a gain is noise, which twice the answers halve."""
 ADAPTED: runs.Record = {"lora": 16, "lr": 3e-4, "adam_epsilon": 1e-8}
-"""TRL's rate and epsilon too; adam_beta2 is each one's own (0.95; 0.999). Tried with GRPO and a penalty of 0.05: at 1e-4
-reward is 0.28 after 20 steps."""
+"""TRL's rate and epsilon too; adam_beta2 is each one's own (0.95; 0.999). Tried with GRPO and a penalty of 0.05: at
+1e-4 reward is 0.28 after 20 steps."""
 KL = 0.2
 """Of GRPO, whose advantages are in spreads of rewards. Tried: with 0.04 and 0.1 reward is 0.8 after 35 to 40 steps, at
 7 to 9 nats, and KL goes on. PPO's rewards are as they are, so that half of it weighs as much."""

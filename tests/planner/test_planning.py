@@ -11,11 +11,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from penstock.algorithms.config import DistillConfig, DPOConfig, GRPOConfig, KTOConfig
 from penstock.autochunk.meter import Meter
 from penstock.cli import main
 from penstock.commands.dry_run import dry_run, iterate, models_of
+from penstock.commands.plan import command
+from penstock.config import PPOConfig, RewardConfig, SFTConfig
 from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
+from penstock.flags import flags_of
 from penstock.kernels import compile as compiler
 from penstock.memory import plan, prepare
 from penstock.memory.program import visits_of
@@ -812,6 +816,31 @@ def test_a_kv_cache_that_does_not_fit_is_swapped(strategy, tmp_path):
     rollout, done = planned.traffic["rollout"], measured["traffic"]["rollout"]
     for way in ("host_read", "host_written"):
         assert done[way] <= rollout[way] <= 1.2 * done[way]
+
+
+COMMANDS = {
+    "ppo": PPOConfig, "grpo": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig,
+    "distill": DistillConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_what_is_planned_is_the_commands_run_and_the_line_gives_it(stage):
+    own = {flag.name: flag for flag in flags_of(COMMANDS[stage])}
+    plain = PlanConfig(model="s", stage=stage)
+    assert (plain.rows, plain.passes) == (own["batch_size"].default, own["epochs"].default)
+    sized = {"batch_size": 16, "epochs": 3, "micro_batch_size": 2, "lora": 4, "lora_targets": ("q_proj", "v_proj")}
+    sampled = {"group_size": 4, "max_new_tokens": 64, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    sampled |= {"rollout_dtype": "int8", "mini_batch_size": 8, "rollout_batch_size": 4}
+    sampled = {name: value for name, value in sampled.items() if stage in ("ppo", "grpo") and name in own}
+    config = PlanConfig(model="s", stage=stage, activation_budget="1GB", **sized, **sampled)
+    words = command(config, setting_of(config)).split()
+    given = dict(re.findall(r"--([a-z-]+) ((?:[^- ]\S* ?)+)", " ".join(words[:-1])))
+    given = {name.replace("-", "_"): value.strip() for name, value in given.items()}
+    assert given.keys() <= own.keys()
+    for name, value in (sized | sampled).items():
+        assert given[name] == (" ".join(value) if isinstance(value, tuple) else str(value))
+    assert "--batch-size" not in command(plain, setting_of(plain))
 
 
 @pytest.mark.parametrize(("stage", "flags", "together"), [

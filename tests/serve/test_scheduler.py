@@ -248,6 +248,19 @@ async def test_long_prompts_are_spelled_beside_the_loop_and_come_before_their_an
     assert threading.main_thread() not in threads
 
 
+async def test_a_prompt_that_cannot_be_spelled_is_an_error_and_frees_its_row(load, scheduler, monkeypatch):
+    def spell(*given):
+        raise RuntimeError("no such letter")
+
+    monkeypatch.setattr(schedulers, "_echoed", spell)
+    model = await load(rows=1)
+    with paused(model, lambda: False, after=100):
+        scheduler.submit(asked := Generation(model, [PROMPT], Sampling(max_new_tokens=200), echo=True))
+        (piece,) = await asked.pieces()
+        assert (piece.error.code, scheduler.outstanding) == ("model_failed", 0)
+        assert await asyncio.to_thread(eventually, lambda: not scheduler.rows_used)
+
+
 async def test_what_is_asked_of_a_closed_scheduler_fails_at_once(load, scheduler):
     scheduler.close(ApiError(503, "going down"))
     with pytest.raises(ResourceError, match="has ended"):

@@ -209,7 +209,7 @@ def as_text(config: PlanConfig, setting: Setting, result: dict[str, Any]) -> str
         + (f" with critic and reward model {config.critic_model}" if config.critic_model else "")
         + (f" with teacher {config.teacher_model}" if config.teacher_model else "")
         + f", {config.dtype}, --strategy {setting.strategy}, {setting.world} process{'es' * (setting.world > 1)}, "
-        f"{config.batch_size} rows an iteration in micro-batches of {config.micro_batch_size}. Per process:",
+        f"{config.rows} rows an iteration in micro-batches of {config.micro_batch_size}. Per process:",
         "",
         *_table("peak", result["phases"], result),
         "",
@@ -260,6 +260,15 @@ def _of_experts(setting: Setting, result: dict[str, Any]) -> list[str]:
     return ["", *lines] if lines else []
 
 
+GIVEN = (
+    "lora", "lora_targets", "base_dtype", "batch_size", "micro_batch_size", "mini_batch_size", "epochs",
+    "rollout_batch_size", "rollout_dtype", "activation_budget",
+)  # fmt: skip
+"""Flags that are the planned command's too, with its defaults."""
+ANSWERING = ("group_size", "max_new_tokens", "temperature", "top_k", "top_p")
+"""Those of commands that learn from their own answers."""
+
+
 def command(config: PlanConfig, setting: Setting) -> str:
     """The training command that was planned, with its flags."""
     hosts = f"--nnodes {setting.nodes} " if setting.nodes > 1 else ""
@@ -273,8 +282,11 @@ def command(config: PlanConfig, setting: Setting) -> str:
     if "disk" in tiers_of(setting.strategy):
         disk = config.disk or "PATH"
         budgets.append(f"--disk {disk if '/' in disk or disk == 'PATH' else f'PATH:{disk}'}")
-    if config.activation_budget:
-        budgets.append(f"--activation-budget {config.activation_budget}")
+    for name in (*GIVEN, *(ANSWERING if config.stage in ("ppo", "grpo") else ())):
+        value = getattr(config, name)
+        if value != PlanConfig.__dataclass_fields__[name].default:
+            words = value if isinstance(value, tuple) else (value,)
+            budgets.append(" ".join([f"--{name.replace('_', '-')}", *map(str, words)]))
     return " ".join([start, config.stage, f"--strategy {setting.strategy}", f"--dtype {config.dtype}", *budgets, "..."])
 
 

@@ -6,6 +6,9 @@ from typing import Literal
 from penstock.config import PlacementFlags
 from penstock.errors import UserError
 
+ROWS, EPOCHS = {"ppo": 64, "grpo": 64}, {"ppo": 4}
+"""Of the commands' own --batch-size and --epochs, where they are not 32 and 1."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PlacementFlags):
@@ -34,14 +37,15 @@ class PlanConfig(PlacementFlags):
     """Modules that get an adapter: q_proj v_proj. Default: all linear layers of the blocks."""
     base_dtype: Literal["int8", "nf4"] | None = None
     """With --lora: what the weights of the frozen blocks are kept in."""
-    batch_size: int = 64
-    """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward, dpo: pairs)."""
+    batch_size: int | None = None
+    """Rows per optimizer step over all ranks (ppo: episodes per rollout; reward, dpo: pairs). Default: the command's,
+    64 (ppo, grpo) or 32."""
     micro_batch_size: int = 8
     """Rows per forward pass."""
     mini_batch_size: int | None = None
     """ppo: episodes per optimizer step. Default: the whole batch."""
-    epochs: int = 1
-    """ppo: passes over each experience."""
+    epochs: int | None = None
+    """ppo: passes over each experience. Default: the command's, 4; other stages: 1."""
     rollout_batch_size: int | None = None
     """ppo: answers that one process generates together. Default: all of its answers."""
     rollout_dtype: Literal["int8", "fp8", "nf4"] | None = None
@@ -96,6 +100,16 @@ class PlanConfig(PlacementFlags):
     """Also run the engine on tensors without memory, and print what it takes next to what is planned."""
     json: bool = False
     """Print one JSON object."""
+
+    @property
+    def rows(self) -> int:
+        """Of a batch."""
+        return self.batch_size or ROWS.get(self.stage, 32)
+
+    @property
+    def passes(self) -> int:
+        """Over each experience."""
+        return self.epochs or EPOCHS.get(self.stage, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -104,20 +104,20 @@ def workload_of(config: PlanConfig, shape: DecoderConfig | None = None) -> Workl
     has_reference = {"dpo": not config.precompute_reference, "kto": True}.get(config.stage, bool(config.kl_coef))
     exists = {"reference": has_reference, "reward": config.reward_model}
     together = {"grpo": config.group_size, "reward": 2, "dpo": 2}.get(config.stage, 1)  # a pair is two rows
-    batch_size = config.batch_size * (1 if config.stage == "grpo" else together)
+    batch_size = config.rows * (1 if config.stage == "grpo" else together)
     return Workload(
         config.stage,
         tuple(role(*row) for row in ROLES[config.stage] if exists.get(row[0], True)),
         batch_size,
         config.micro_batch_size,
         config.mini_batch_size or batch_size,
-        config.epochs,
+        config.passes,
         config.prompt_length,
         config.max_new_tokens,
         config.rollout_batch_size,
         together,
         reread=config.stage != "grpo"
-        or config.epochs > 1
+        or config.passes > 1
         or (config.mini_batch_size or batch_size) < batch_size
         or config.rollout_dtype is not None,
         rollout_dtype=config.rollout_dtype,

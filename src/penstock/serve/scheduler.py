@@ -31,7 +31,7 @@ from penstock.rollout.sampling import Sampling
 from penstock.serve.detokenize import TextStream
 from penstock.serve.errors import ApiError
 from penstock.serve.models.catalogue import ServedModel
-from penstock.serve.models.worker import NUMBERS, Failure, ModelGoneError, Update
+from penstock.serve.models.worker import NUMBERS, Failure, ModelGoneError, Update, failed
 
 WORKER = "from penstock.serve.models.worker import main; main({descriptor}, {threads})"
 """What the models' process runs, with the imports of this one."""
@@ -256,7 +256,8 @@ class Scheduler:
         except ModelGoneError as error:
             raise ApiError(503, str(error), code="loading") from error
         except ResourceError as error:
-            raise ApiError(500, str(error), code=LOST) from error
+            why = error.__cause__
+            raise why if isinstance(why, ApiError) else ApiError(500, str(error), code=LOST) from error
 
     def drop(self, number: int) -> None:
         """A model that nobody will ask again. From any thread, and from a finalizer, which may run within a `_send`."""
@@ -303,7 +304,14 @@ class Scheduler:
 
     async def _echo(self, generation: Generation, first: int, scored: Sequence[Sequence[Scored]]) -> None:
         """Prompts' text, before that of their answers. Long ones are read in a thread, so that no stream waits."""
-        pieces = await asyncio.to_thread(_echoed, generation, scored)
+        try:
+            pieces = await asyncio.to_thread(_echoed, generation, scored)
+        except Exception as error:  # as in a step
+            failure, jobs = failed(error), [job for job in self._jobs.values() if job.generation is generation]
+            self._drop_jobs(jobs)
+            generation.inbox.extend(_failed(job, failure) for job in jobs)
+            generation.tell()
+            return
         for piece in pieces:
             job = self._jobs.get(first + piece.index)
             if job is not None:
@@ -397,7 +405,9 @@ class Scheduler:
             job.generation.tell()
         for future in calls:
             if future.set_running_or_notify_cancel():
-                future.set_exception(ResourceError(error.message))
+                lost = ResourceError(error.message)
+                lost.__cause__ = error
+                future.set_exception(lost)
 
     def _take_calls(self) -> list[Future[Any]]:
         with self._sending:

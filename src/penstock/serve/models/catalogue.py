@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from penstock.config import as_data_flags
 from penstock.data.chat import Encoder
-from penstock.errors import PenstockError, ResourceError, UserError
+from penstock.errors import ResourceError, UserError
 from penstock.models.chat_template import ChatTemplate
 from penstock.models.pretrained import ends_named
 from penstock.models.tiling import prefills
@@ -213,7 +213,7 @@ class Catalogue:
         for name, source in self.sources.items():
             try:
                 self.models[name] = self._load(name, source, self._paths.get(name))
-            except PenstockError:
+            except Exception:
                 if not (self._config.follow and name in self._paths):
                     raise
                 self.models[name] = self._load(name, source)  # its checkpoint has been removed since: the newest

@@ -191,7 +191,7 @@ class Worker:
             try:
                 scores = prompt_logprobs(model.decoder, prompts, sampling.top_logprobs, adapter)
             except Exception as error:  # as in a step
-                failure = _failed(error)
+                failure = failed(error)
                 self._send_updates([Update(first + i, failure=failure) for i in range(len(prompts) * sampling.n)])
                 return
             self._send("prompts", first, scores)
@@ -230,7 +230,7 @@ class Worker:
         try:
             answers = model.engine.step()
         except Exception as error:  # a model or a device may fail in any way; the server goes on
-            failure, old = _failed(error), model.engine
+            failure, old = failed(error), model.engine
             model.engine = Engine(model.decoder, rows=old.rows, length=old.length)
             updates = [Update(running.number, failure=failure) for running in model.running.values()]
             model.running.clear()
@@ -293,7 +293,7 @@ class Worker:
             pass
 
 
-def _failed(error: Exception) -> Failure:
+def failed(error: Exception) -> Failure:
     """What a client hears of a model that failed. The log gets the traceback."""
     traceback.print_exception(error, file=sys.stderr)
     return Failure(500, f"the model failed ({type(error).__name__}); the server's log says more.", "model_failed")
