@@ -440,9 +440,9 @@ CLAIMS = [
         "Sentiment on a real model", "SmolLM2-135M-Instruct writes about films in at most 32 tokens; the reward is "
         "VADER's compound score (-1 to 1), on 200 prompts about other films. KL and perplexity are those of its "
         "answers under the start; distinct-2 is the share of different pairs of words. Answers are the last "
-        "weights'; the curve is of the first 64 prompts. Seconds to a reward: until the mean of five steps' own answers "
-        "is there, our evaluations and checkpoints included. One thread each; 64 answers a step (longer: 128) to prompts "
-        "of about 46 tokens, eight to a prompt, which ours computes once per group; activations are kept on both sides. "
+        "weights'; the curve is of 64 of the prompts. Seconds: until the mean of five steps' own answers is "
+        "there, our evaluations and checkpoints included. One thread each; 64 answers a step (longer: 128), eight to "
+        "each prompt of about 46 tokens, which ours computes once per group; activations are kept on both sides. "
         "Ours has a base in bf16 and adapters in fp32, as `trl grpo lora` has; `fp32` is TRL's default.",
         ("sentiment",), "python -m benchmarks sentiment", named_rows,
         {

@@ -216,8 +216,8 @@ class OptimFlags(Flags):
     """Optimizer."""
 
     lr: float = None  # type: ignore[assignment]  # `settle_lr` gives it its value
-    """Peak learning rate, after a linear warm-up. Default: 1e-5 (grpo: 5e-6; dpo, kto: 1e-6), and ten times that for an adapter;
-    for ppo from 1B parameters up 3e-6 is usual."""
+    """Peak learning rate, after a linear warm-up. Default: 1e-5 (grpo: 5e-6; dpo, kto: 1e-6), and ten times that for an
+    adapter; for ppo from 1B parameters up 3e-6 is usual."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """After the warm-up: to 0 in a line or a half cosine, constant, or constant and to 0 in the last fifth (wsd)."""
     batch_size: int = 32
