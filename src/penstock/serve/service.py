@@ -1,9 +1,8 @@
 """The service: models, scheduler, store, keys and metrics, as one object that all routes share. Knows no routes.
 
 [Note: a process around the engines] The engines are in a process of their own; routes hand in a `Generation` and await
-its pieces. In one process (two threads) 32 streams of a small model had 0.66 of the engine's rate, in two 0.86:
-the thread that steps gives up the interpreter's lock at each operation, and waits for it behind the event
-loop's work.
+its pieces. In one process (two threads) 32 streams of a small model had 0.66 of the engine's rate, in two 0.86: the
+thread that steps gives up the interpreter's lock at each operation, and waited for it behind the event loop's work.
 """
 
 import asyncio
