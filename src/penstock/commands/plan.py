@@ -261,11 +261,13 @@ def _of_experts(setting: Setting, result: dict[str, Any]) -> list[str]:
 
 
 GIVEN = (
-    "lora", "lora_targets", "base_dtype", "batch_size", "micro_batch_size", "mini_batch_size", "epochs",
-    "rollout_batch_size", "rollout_dtype", "activation_budget",
+    "lora", "lora_targets", "base_dtype", "batch_size", "micro_batch_size", "epochs", "activation_budget",
 )  # fmt: skip
-"""Flags that are the planned command's too, with its defaults."""
-ANSWERING = ("group_size", "max_new_tokens", "temperature", "top_k", "top_p")
+"""Flags that every planned command has too, with the plan's defaults."""
+ANSWERING = (
+    "mini_batch_size", "rollout_batch_size", "rollout_dtype", "max_new_tokens", "temperature", "top_k", "top_p",
+)  # fmt: skip
+OF_STAGE = {"ppo": ANSWERING, "grpo": ("group_size", *ANSWERING)}
 """Those of commands that learn from their own answers."""
 
 
@@ -282,7 +284,7 @@ def command(config: PlanConfig, setting: Setting) -> str:
     if "disk" in tiers_of(setting.strategy):
         disk = config.disk or "PATH"
         budgets.append(f"--disk {disk if '/' in disk or disk == 'PATH' else f'PATH:{disk}'}")
-    for name in (*GIVEN, *(ANSWERING if config.stage in ("ppo", "grpo") else ())):
+    for name in (*GIVEN, *OF_STAGE.get(config.stage, ())):
         value = getattr(config, name)
         if value != PlanConfig.__dataclass_fields__[name].default:
             words = value if isinstance(value, tuple) else (value,)

@@ -419,7 +419,7 @@ class Scheduler:
         self._loop.remove_reader(self._connection.fileno())
         with self._sending:
             self._connection.close()
-        calls, code = self._take_calls(), self._process.poll()
+        calls, code = self._take_calls(), None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(LOST_SECONDS)
         self._process.kill()

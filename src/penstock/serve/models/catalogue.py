@@ -154,7 +154,6 @@ class Catalogue:
         """Where each model was read from."""
         self._changed = threading.Event()
         """One of the two before."""
-        self._thread: threading.Thread | None = None
         self._seen: dict[str, str] = {}
         """The checkpoint of each followed run that was loaded or refused last."""
 
@@ -176,8 +175,7 @@ class Catalogue:
     def start(self, process: Connected, on_failure: Callable[[], None]) -> None:
         """Loads all models in a thread, then follows their runs with --follow."""
         self._process = process
-        self._thread = threading.Thread(target=self._run, args=(on_failure,), name="catalogue", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(on_failure,), name="catalogue", daemon=True).start()
 
     def reload(self, problem: ResourceError | None = None) -> None:
         """The worker has no models any more: loads all again, or ends the server where there is no worker."""
