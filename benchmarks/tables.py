@@ -245,7 +245,7 @@ def named_rows(results: Results) -> Iterator[Result]:
 
 
 def frontier_plot(results: Results, axes: Any) -> None:
-    """Reward against KL on the way, a line per run; in colors of their settings."""
+    """Reward against KL at each evaluation, in colors of settings."""
     settings: list[str] = []
     for name, run in results["sentiment"]["rows"].items():
         if "curve" in run:
@@ -253,7 +253,7 @@ def frontier_plot(results: Results, axes: Any) -> None:
             label = None if setting in settings else setting
             settings += [setting] * (label is not None)
             _, _, rewards, nats = zip(*run["curve"], strict=True)
-            axes.plot(nats, rewards, color=f"C{settings.index(setting)}", linewidth=1, label=label)
+            axes.plot(nats, rewards, "o", color=f"C{settings.index(setting)}", markersize=3, label=label)
     axes.set_xlabel("KL from the start, nats per answer")
     axes.set_ylabel("held-out reward")
     axes.legend(frameon=False, fontsize=8)
