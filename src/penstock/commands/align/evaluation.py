@@ -5,7 +5,7 @@ answers are to each.
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def compare(judge: Judge, end: Path, start: str, out: Path) -> dict[str, Any]:
 
 LIKELIHOOD: dict[Kind, str] = {
     "demonstrations": "log-probability per token of held-out answers",
-    "comparisons": "held-out pairs whose better answer is likelier per token",
+    "comparisons": "nats per token by which held-out better answers are likelier than worse ones",
     "votes": "held-out votes that it moved with: liked answers likelier, disliked ones less",
 }
 """What is measured without a score, by kind of data; more is better."""
@@ -83,7 +83,7 @@ def likelihoods(kind: Kind, file: Path, start: str, end: Path, flags: tuple[Data
         signs = numpy.array([1.0 if record.label else -1.0 for record in records])
         after, before = (numpy.sign((after - before) * signs) + 1) / 2, numpy.full(len(signs), 0.5)
     gain = after - before
-    interval = intervals.of_mean if kind == "demonstrations" else intervals.of_change  # the others are shares
+    interval = intervals.of_change if kind == "votes" else intervals.of_mean  # votes are shares
     return {
         "by": LIKELIHOOD[kind], "records": len(gain), "start": float(before.mean()), "end": float(after.mean()),
         "gain": float(gain.mean()), "gain_interval": interval(gain),
@@ -96,19 +96,19 @@ def _values(kind: Kind, file: Path, model: str, data: DataFlags, engine: EngineF
 
 
 def values(kind: Kind, records: Sequence[Any], answers: Sequence[Sequence[tuple[float, int] | None]]) -> Any:
-    """Of each record its answer's log-probability per token; of each comparison the share of pairs in the right
-    order."""
+    """Of each record its answer's log-probability per token; of each comparison the mean lead of better answers over
+    worse ones. A share of pairs in the right order would be blind to a change among few pairs."""
     per_token = [[None if answer is None else answer[0] / answer[1] for answer in row] for row in answers]
     if kind != "comparisons":
         return numpy.array([row[-1] for row in per_token])  # the last answer of a conversation
-    pairs = [in_order(record.ranks, row) for record, row in zip(records, per_token, strict=True)]
-    return numpy.array([numpy.mean(of_record) if of_record else 0.5 for of_record in pairs])
+    leads = [[a - b for a, b in pairs(record.ranks, row)] for record, row in zip(records, per_token, strict=True)]
+    return numpy.array([numpy.mean(of_record) if of_record else 0.0 for of_record in leads])
 
 
-def in_order(ranks: Sequence[int], row: Sequence[float | None]) -> list[float]:
-    """Of each pair of different rank, whether the better answer has the higher value: one half where they are equal."""
+def pairs(ranks: Sequence[int], row: Sequence[float | None]) -> Iterator[tuple[float, float]]:
+    """The values of each pair of answers of different rank, the better one's first."""
     read = [(rank, value) for rank, value in zip(ranks, row, strict=True) if value is not None]
-    return [(a > b) + (a == b) / 2 for better, a in read for worse, b in read if better < worse]
+    return ((a, b) for better, a in read for worse, b in read if better < worse)
 
 
 def answer_logprobs(
