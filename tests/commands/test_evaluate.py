@@ -166,6 +166,51 @@ def test_a_run_keeps_what_was_measured_and_its_report_and_card_show_it(files, tm
     assert "| second |" in (tmp_path / "exported" / "README.md").read_text()
 
 
+LM_EVAL = {  # as lm-eval 0.4.13 writes it, cut down; a group has no samples of its own
+    "results": {
+        "arc_easy": {"alias": "arc_easy", "acc,none": 0.37, "acc_stderr,none": 0.0485, "sample_len": 100},
+        "sums": {"alias": "sums", "exact_match,strict": 0.25, "exact_match_stderr,strict": "N/A"},
+        "everything": {"alias": "everything", "acc,none": 0.3},
+    },
+    "n-samples": {"arc_easy": {"original": 2376, "effective": 100}, "sums": {"original": 8, "effective": 8}},
+    "date": 1764500000.0,
+}
+
+
+def test_a_run_keeps_what_lm_eval_measured(files, tmp_path, capsys, jsonl):
+    first, _, _, _ = files
+    out, scores = tmp_path / "run", tmp_path / "scores" / "served"
+    rows = jsonl([{"prompt": "a", "response": "b"}] * 2, name="rows.jsonl")
+    flags = ("--steps", 1, "--batch-size", 1, "--heldout", 0, "--max-length", 24)
+    assert cli("sft", "--model", first, "--data", rows, "--out", out, *flags) == 0
+    scores.mkdir(parents=True)
+    (scores / "results_2026-11-30T10-00-00.json").write_text(json.dumps(LM_EVAL))
+    capsys.readouterr()
+    assert cli("eval", out, "--lm-eval", tmp_path / "scores") == 0
+    assert "arc_easy, lm-eval acc: 0.3700" in capsys.readouterr().out
+    assert cli("export", out, "--out", tmp_path / "exported") == 0
+    for page in (out / "report.html", tmp_path / "exported" / "README.md"):
+        text = page.read_text()
+        assert "100 of arc_easy" in text
+        assert "0.370 +- 0.049" in text
+        assert "lm-eval exact_match (strict)" in text
+        assert "all of everything" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [(None, "has no results_*.json"), ("[]", "is no result of lm-eval"), ('{"results": {"a": 1}}', "is no result")],
+)
+def test_what_lm_eval_did_not_write_is_refused(tmp_path, capsys, written, complaint):
+    if written:
+        (tmp_path / "results_1.json").write_text(written)
+    (tmp_path / "config.toml").write_text('command = "sft"\n')
+    assert cli("eval", tmp_path, "--lm-eval", tmp_path) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+    assert cli("eval", tmp_path / "model", "--lm-eval", tmp_path / "results_1.json") == 2
+    assert "is no run directory" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

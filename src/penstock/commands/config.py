@@ -59,7 +59,7 @@ class EvalConfig(TemplateFlags, SamplingFlags, InferenceFlags, RewardFlags):
 
     model: str
     """Hugging Face directory, hub id or run directory; a run keeps the result, and its report shows it."""
-    data: str
+    data: str | None = None
     """Prompts, as ppo reads them."""
     against: str | None = None
     """The model to compare with."""
@@ -67,6 +67,8 @@ class EvalConfig(TemplateFlags, SamplingFlags, InferenceFlags, RewardFlags):
     """Address of an OpenAI-compatible server that compares the answers, in both orders: http://localhost:8000/v1."""
     judge_model: str | None = None
     """The model there that judges."""
+    lm_eval: str | None = None
+    """Answer nothing; keep in the run what lm-eval measured of it: its --output_path, the newest result there."""
     temperature: float = 0.0
     """Divides the logits; 0 takes the likeliest token."""
     batch_size: int = 32

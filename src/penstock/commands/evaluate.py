@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +58,10 @@ Side = list[tuple[Prompt, dict[str, Any]]]
 
 def evaluate(config: EvalConfig) -> None:
     """Prints what was measured; with a run as the model it is added to its evaluations.jsonl and its report."""
+    if config.lm_eval:
+        return keep_lm_eval(config)
+    if config.data is None:
+        raise UserError("eval: --data names the prompts to answer, or --lm-eval what lm-eval measured.")
     if config.judge and (config.reward or config.reward_fn):
         raise UserError("--judge: goes without --reward and --reward-fn; one of them decides who wins.")
     if config.judge and not (config.against and config.judge_model):
@@ -69,7 +73,7 @@ def evaluate(config: EvalConfig) -> None:
     if not config.judge:
         config.need_score("eval")
     own = answers_of(config, config.model)
-    result: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "prompts": len(own)}
+    result: dict[str, Any] = {"date": today(), "prompts": len(own)}
     result |= {"by": config.judge_model or ", ".join([*filter(None, [config.reward]), *config.reward_fn])}
     result |= {"data": config.data, "temperature": config.temperature, "seed": config.seed}
     if config.against is None:
@@ -78,17 +82,64 @@ def evaluate(config: EvalConfig) -> None:
     else:
         result |= {"against": config.against, **comparison(config, own, answers_of(config, config.against))}
     print(json.dumps(result) if config.json else as_text(config, result))
-    run = Path(config.model)
-    if (run / "config.toml").exists():
-        lines = Lines(run / FILE, (run / FILE).stat().st_size if (run / FILE).exists() else 0)
-        lines.write(result)
-        lines.close()
-        print(f"wrote {run_report(run, RunDirectory.peek(run)['command'])}", file=sys.stderr)
+    if is_run(config.model):
+        keep(Path(config.model), [result])
     if config.out:
         try:
             Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise refused(f"--out {config.out}", error) from error
+
+
+def is_run(model: str) -> bool:
+    return (Path(model) / "config.toml").exists()
+
+
+def today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def keep(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Adds results to the run's evaluations.jsonl, and makes its report again."""
+    lines = Lines(run / FILE, (run / FILE).stat().st_size if (run / FILE).exists() else 0)
+    for result in results:
+        lines.write(result)
+    lines.close()
+    print(f"wrote {run_report(run, RunDirectory.peek(run)['command'])}", file=sys.stderr)
+
+
+def keep_lm_eval(config: EvalConfig) -> None:
+    """Adds what lm-eval wrote to the run that it measured, a line per task and metric, and prints it."""
+    source = Path(str(config.lm_eval))
+    files = [*source.rglob("results_*.json")] if source.is_dir() else [source]
+    if not files:
+        raise UserError(f"--lm-eval {source}: has no results_*.json; give the --output_path that lm-eval had.")
+    if not is_run(config.model):
+        raise UserError(f"eval {config.model}: is no run directory, so there is nowhere to keep what lm-eval measured.")
+    try:
+        newest = max(files, key=lambda file: file.stat().st_mtime)
+        results = lm_eval_results(json.loads(newest.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--lm-eval {source}: is no result of lm-eval ({error!r}).") from error
+    for result in results:
+        print(json.dumps(result) if config.json else f"{result['data']}, {result['by']}: {result['score']:.4f}")
+    keep(Path(config.model), results)
+
+
+def lm_eval_results(written: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of a results file of lm-eval each task's metrics: `{"acc,none": 0.4, "acc_stderr,none": 0.02}` by task."""
+    results = []
+    for task, metrics in written["results"].items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            by = f"lm-eval {metric}" + (f" ({filtered})" if filtered != "none" else "")
+            count = written["n-samples"][task]["effective"] if task in written["n-samples"] else "all"  # of a group
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            known = {"standard_error": error} if isinstance(error, float) else {}
+            results.append({"date": today(), "prompts": count, "by": by, "data": task, "score": value} | known)
+    return results
 
 
 def answers_of(config: EvalConfig, model: str) -> Side:

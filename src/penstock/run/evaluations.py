@@ -1,4 +1,5 @@
-"""evaluations.jsonl: what `penstock eval` measured of a run's model, one object per evaluation."""
+"""evaluations.jsonl: what was measured of a run's model after its training, one object per evaluation: by `penstock
+eval`, by `penstock align` of its end, by lm-eval."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,18 @@ def rows_of(run: Path) -> list[tuple[str, ...]]:
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     shown = dict.fromkeys(("against", "wins", "controlled", "score"), "")
+    if "against" in result:
+        shown["against"] = Path(result["against"]).name
     if "win_rate" in result:
         low, high = result["win_rate_interval"]
-        shown["against"] = Path(result["against"]).name
         shown["wins"] = f"{result['win_rate']:.1%} ({low:.1%} to {high:.1%})"
         shown["controlled"] = f"{result['win_rate_length_controlled']:.1%}"
     if "score" in result:
-        shown["score"] = f"{result['score']:.3f}"
+        error = f" +- {result['standard_error']:.3f}" if "standard_error" in result else ""
+        shown["score"] = f"{result['score']:.3f}{error}"
+    if "gain" in result:
+        low, high = result["gain_interval"]
+        shown["score"] = f"{result['end']:.3f}, {result['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
     by = ", ".join(Path(part).name for part in str(result["by"]).split(", "))
-    return (result["date"], f"{result['prompts']} of {Path(str(result['data'])).name}", by, *shown.values())
+    count = result["prompts"] if "prompts" in result else result["records"]
+    return (result["date"], f"{count} of {Path(str(result['data'])).name}", by, *shown.values())

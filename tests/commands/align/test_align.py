@@ -72,6 +72,11 @@ def test_demonstrations_and_comparisons_become_an_aligned_model(tmp_path, model,
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "nats per token" in page
     assert "first (sft)" in page
+    assert f"penstock serve {out / 'dpo'}" in page
+    assert "saved and resumed" in page
+    assert "nats per token" in (out / "dpo" / "report.html").read_text(encoding="utf-8")
+    assert cli("export", out / "dpo", "--out", tmp_path / "exported") == 0
+    assert "nats per token" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
 
     # A second start finds all of it done, and another command line is refused.
     capsys.readouterr()

@@ -19,6 +19,7 @@ from penstock.commands.align.inventory import Inventory, look
 from penstock.commands.align.planning import Machine, Plan, Planner, corrected, short, within
 from penstock.commands.align.stages import Stage, run_stage
 from penstock.commands.align.trial import memory_meter, score_sanity, try_stages
+from penstock.commands.evaluate import keep, today
 from penstock.config import EngineFlags, as_data_flags
 from penstock.errors import ResourceError, UserError
 from penstock.flags import to_dict, with_absolute_paths
@@ -262,6 +263,7 @@ def measure(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> 
         engine = EngineFlags(**{f.name: getattr(config, f.name) for f in dataclasses.fields(EngineFlags)})
         flags = as_data_flags(config, keys=(), apply_chat_template=state["apply_chat_template"])
         result = likelihoods(kind, file, config.model, end, (flags, engine))
+        keep(end, [{"date": today(), "data": str(file), "against": config.model, **result}])
     else:
         result = {}
         say("nothing was held out, so the end is not measured against the start")

@@ -62,16 +62,21 @@ def evaluation_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def ending(state: Mapping[str, Any]) -> str:
     """The last lines: what came of it, and what to do with it."""
-    run = state["run"]
     lines = [
         "the end against the start:",
         *(f"  {name}: {text}" for name, text in evaluation_rows(state["evaluation"])),
     ]
-    merge = " --merge" if state["learns"] != "all" else ""
-    return "\n".join([
-        *lines, f"report: {state['report']}", f"talk:   penstock chat {run}",
-        f"serve:  penstock serve {run} --port 8000", f"export: penstock export {run} --out my-model{merge}",
-    ])  # fmt: skip
+    todo = [f"{what:8}{line}" for what, line in next_commands(state)]
+    return "\n".join([*lines, f"report: {state['report']}", *todo])
+
+
+def next_commands(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What to do with the last run, and the command for it."""
+    run, merge = state["run"], " --merge" if state["learns"] != "all" else ""
+    return [
+        ("talk:", f"penstock chat {run}"), ("serve:", f"penstock serve {run} --port 8000"),
+        ("export:", f"penstock export {run} --out my-model{merge}"),
+    ]  # fmt: skip
 
 
 def write(out: Path, state: Mapping[str, Any]) -> Path:
@@ -90,7 +95,10 @@ def write(out: Path, state: Mapping[str, Any]) -> Path:
         Text("What there was: " + "; ".join(state["lines"]) + "."),
         Text("Why: " + "; ".join(state["why"]) + "."),
         Table("Stages", header, rows),
+        Table("What to do with it", ("", "command"), next_commands(state)),
     ]
+    if state.get("checked"):
+        sections.append(Text("Checked before: " + "; ".join(state["checked"]) + "."))
     if state["better"]:
         sections.append(Text("Better with more: " + "; ".join(dict.fromkeys(state["better"])) + "."))
     files = {name: RunFiles.read(out / name) for name in runs}
