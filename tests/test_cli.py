@@ -1,6 +1,7 @@
 """The commands as a user types them: help, errors, exit codes, and a whole small run of each stage."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -294,6 +295,13 @@ def test_reward_runs_on_token_ids_and_reports_its_accuracy(tmp_path, tiny_model,
 
     model = AutoModelForSequenceClassification.from_pretrained(last_model(tmp_path / "run"))
     assert model.score.weight.shape == (1, 16)
+
+
+def test_doctor_prints_one_json_object():
+    done = run("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert found["facts"]["python"][0].startswith(platform.python_version())
+    assert bool(found["problems"]) == (done.returncode == 3)
 
 
 def test_doctor_says_ready():

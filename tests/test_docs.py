@@ -2,6 +2,9 @@
 
 import ast
 import contextlib
+import functools
+import importlib
+import inspect
 import os
 import re
 import signal
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import penstock
 from benchmarks.__main__ import BENCHMARKS
 from penstock import cli
 from penstock.data.toyland import save_tokenizer
@@ -202,3 +206,27 @@ def test_nothing_is_left_to_fill_in():
             r"\b(?:TODO|TBD|FIXME|[A-Z0-9]+_(?:SECONDS|RSS|SE|ACC|SFT|PPO|RM)|GOLD|PLANTED|KILLS|STEPS)\b",
             page.read_text(encoding="utf-8"),
         )
+
+
+NAMED = (
+    "sft", "reward", "ppo", "dpo", "grpo", "kto", "distill", "align", "plan", "autochunk.api.autochunk",
+    "Strategy.named", "Strategy.init", "Strategy.prepare", "Strategy.step", "Strategy.evaluate", "Strategy.phase",
+    "Actor.from_pretrained", "Engine.from_pretrained", "Engine.generate", "Engine.stream", "Sampling",
+)  # fmt: skip
+"""What the page of Python lists with its types."""
+
+
+def signature_of(name: str) -> str:
+    """As the page has it: types without their modules, and no self."""
+    importlib.import_module("penstock.autochunk.api")
+    text = str(inspect.signature(functools.reduce(getattr, name.split("."), penstock)))
+    text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", text).replace("self, ", "").replace("(self)", "()")
+    text = re.sub(r"-> '(\w+)'", r"-> \1", text).replace("*<class LoadOptions'>", "LoadOptions")
+    return name.replace("autochunk.api.", "") + text
+
+
+def test_the_page_of_python_has_the_types_of_today():
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    wanted = "\n".join(map(signature_of, NAMED))
+    assert f"```text\n{wanted}\n```" in page, f"docs/python.md should say:\n{wanted}"
+    assert set(penstock.__all__) - {"__version__"} <= set(re.findall(r"\w+", page))

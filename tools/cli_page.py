@@ -11,7 +11,8 @@ HEAD = """# Commands
 
 Written by `python tools/cli_page.py` from the commands themselves; `penstock COMMAND --help` prints the same.
 Flags may stand in a TOML file: `--config FILE.toml`. Exit codes: 2 user error, 3 resources, 4 data, 5 internal error,
-130 and 143 stopped by a signal.
+130 and 143 stopped by a signal. `--json` prints for programs, `--quiet` keeps warnings and
+results alone, and with the environment's `NO_COLOR=1` nothing is coloured.
 """
 
 

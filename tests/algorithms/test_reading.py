@@ -1,5 +1,7 @@
 """What training says of the files that it reads; `penstock data check --model` says the same, count by count."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,14 @@ def test_check_with_a_model_says_all_that_training_says(capsys, jsonl, model, ki
     problems = [line for line in str(raised.value).splitlines() if line.startswith(f"{path}:")]
     assert problems
     assert set(problems) <= set(printed)
+    assert check(dataclasses.replace(config, json=True)) == 4
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["bad"] == [line for line in printed if line in found["bad"]]
+    assert set(problems) <= set(found["bad"])
+    assert [(row["kind"], row["records"]) for row in found["model"]] == [(kind, kept)]
+    assert [row["data"] for row in found["sources"]] == [path]
+    assert err.splitlines() == printed
 
 
 def test_what_does_not_fit_is_left_out_and_said_with_its_count(jsonl, model):

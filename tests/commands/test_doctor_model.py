@@ -1,7 +1,11 @@
 """`penstock doctor MODEL`: the facts of the files, and the learned tokens of a conversation."""
 
+import json
+
 import pytest
 
+from penstock.commands.config import DoctorConfig
+from penstock.commands.doctor import doctor
 from penstock.commands.doctor_model import CONVERSATION, describe
 from penstock.errors import UserError
 from tests.conftest import CHATML
@@ -24,6 +28,14 @@ def test_a_model_is_described_and_what_it_learns_is_drawn(chatting, monkeypatch)
     assert ">>6.<|im_end|><<" in text
     assert "And 3 + 3?" in text.split(">>4.")[1].split(">>6.")[0]  # and the question is not learned
     assert "ppo --lora 16" in text
+
+
+def test_the_same_as_one_json_object(chatting, capsys):
+    assert doctor(DoctorConfig(model=chatting, json=True)) == 0
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    assert facts["family"][0].startswith("gpt2")
+    assert "learned:\n" in facts["learned"][0]
+    assert ">>6.<|im_end|><<" in facts["learned"][0]
 
 
 def test_what_does_not_fit_is_said(chatting, monkeypatch):

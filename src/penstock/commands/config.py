@@ -109,6 +109,8 @@ class CheckConfig(DataFlags):
     """What the files are read as: for sft, reward, kto or ppo. Default: the most that the first line can be."""
     max_new_tokens: int = 128
     """Of prompts: tokens kept free for the answer, as in ppo."""
+    json: bool = False
+    """Print one JSON object: `sources`, with --model `model`, and all bad lines under `bad`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,8 @@ class DoctorConfig(Flags):
 
     model: str | None = None
     """A model to look at instead: Hugging Face directory, hub id or run directory."""
+    json: bool = False
+    """Print one JSON object: `facts`, a list of texts by name, and of a machine `problems`."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ opposite, of votes a tie.
 """
 
 import dataclasses
+import functools
 import json
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +30,49 @@ def check(config: CheckConfig) -> int:
     """Prints what the files are, and with --model what training says; the exit code is 4 if a line is bad."""
     bad: list[str] = []
     kinds: dict[Kind, list[str]] = defaultdict(list)
+    result: dict[str, Any] = {"sources": []}
+    say = functools.partial(print, file=sys.stderr) if config.json else print
     for text in config.data:
         kind = config.kind or formats.kind_of(text)
         kinds[kind].append(text)
         lines = formats.read_source(text, kind, formats.parse_keys(config.keys))
         if kind == "prompts":
             lines.unread = "fields that a reward function may read"
-        print("\n".join([f"{text}: {len(lines.records)} {kind} ({lines.how})", *_facts(lines.records)]))
+        facts = _facts(lines.records)
+        say("\n".join([f"{text}: {len(lines.records)} {kind} ({lines.how})", *_lines_of(facts)]))
+        result["sources"].append({"data": text, "kind": kind, "records": len(lines.records), "how": lines.how, **facts})
         bad += lines.bad
     if config.model is None:
-        print("\n".join(["The files were checked alone; --model says what training makes of them.", *bad]))
+        say("\n".join(["The files were checked alone; --model says what training makes of them.", *bad]))
     else:
-        bad = _check_with(config.model, config, kinds)
+        result["model"], bad = _check_with(config.model, config, kinds, say)
+    if config.json:
+        print(json.dumps(result | {"bad": bad}))
     return DataError.exit_code if bad else 0
 
 
-def _check_with(model: str, config: CheckConfig, kinds: dict[Kind, list[str]]) -> list[str]:
-    """Prints what training says when it reads the files, by kind; returns the bad lines."""
-    bad = list[str]()
+def _check_with(
+    model: str, config: CheckConfig, kinds: dict[Kind, list[str]], say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Says what training says when it reads the files, by kind; returns that and the bad lines."""
+    bad, read = list[str](), []
     for kind, texts in kinds.items():
-        _, records, rows, problems = _read_as(model, config, kind, texts)
+        _, records, rows, problems = _read_as(model, config, kind, texts, say)
         whole = kind in ("demonstrations", "votes")
         lengths = [len(row.tokens) if whole else len(row) for row in rows if kind != "comparisons"]
         lengths += [len(row[0]) + len(ids) for row in rows if kind == "comparisons" for ids in row[1] if ids]
-        tokens = f"; tokens of a row: {_spread(lengths)}" if lengths else ""
-        print("\n".join([f"{model}: {len(records)} {kind}{tokens}", *problems]))
+        spread = _spread(lengths) if lengths else None
+        tokens = f"; tokens of a row: {_text_of(spread)}" if spread else ""
+        say("\n".join([f"{model}: {len(records)} {kind}{tokens}", *problems]))
+        read.append({"model": model, "kind": kind, "records": len(records), "row_tokens": spread})
         bad += problems
-    return bad
+    return read, bad
 
 
 def _read_as(
-    model: str, config: Any, kind: Kind, texts: Sequence[str]
+    model: str, config: Any, kind: Kind, texts: Sequence[str], say: Callable[[str], None] = print
 ) -> tuple[Encoder, list[Any], list[Any], list[str]]:
-    """What training that model reads from sources, its lines printed: the encoder, records, their tokens, bad lines."""
+    """What training that model reads from sources, its lines said: the encoder, records, their tokens, bad lines."""
     from penstock.algorithms.setup import encoder_of, read_all
     from penstock.models import pretrained
     from penstock.run.directory import resolve_model
@@ -69,7 +81,7 @@ def _read_as(
     decoder, _ = pretrained.load(address, device="meta", allow_pickle=config.allow_pickle)
     reserve = config.max_new_tokens if kind == "prompts" else 1
     encoder = encoder_of(address, decoder.config, config, reserve=reserve)
-    return encoder, *read_all(print, encoder, texts, kind, dataclasses.replace(config, skip_bad=True))
+    return encoder, *read_all(say, encoder, texts, kind, dataclasses.replace(config, skip_bad=True))
 
 
 def show(config: ShowConfig) -> int:
@@ -83,23 +95,36 @@ def show(config: ShowConfig) -> int:
     return DataError.exit_code if bad else 0
 
 
-def _facts(records: Sequence[Prompt]) -> Iterator[str]:
-    """Lines on distinct prompts, labels and lengths."""
+def _facts(records: Sequence[Prompt]) -> dict[str, Any]:
+    """Distinct prompts, labels and lengths, as --json has them."""
     if not records:
-        return
+        return {}
     prompts = Counter(record.prompt_key for record in records)
-    yield f"  distinct prompts: {len(prompts)}; most frequent: {prompts.most_common(1)[0][1]} times"
+    facts: dict[str, Any] = {"distinct_prompts": len(prompts), "most_frequent": prompts.most_common(1)[0][1]}
     labels = Counter(record.label for record in records if isinstance(record, Vote))
     if labels:
-        yield f"  liked: {labels[True]}; disliked: {labels[False]}"
-    for name, lengths in _lengths(records).items():
-        yield f"  {name}: {_spread(lengths)}"
+        facts |= {"liked": labels[True], "disliked": labels[False]}
+    return facts | {"lengths": {name: _spread(lengths) for name, lengths in _lengths(records).items()}}
 
 
-def _spread(lengths: Sequence[int]) -> str:
+def _lines_of(facts: dict[str, Any]) -> Iterator[str]:
+    if not facts:
+        return
+    yield f"  distinct prompts: {facts['distinct_prompts']}; most frequent: {facts['most_frequent']} times"
+    if "liked" in facts:
+        yield f"  liked: {facts['liked']}; disliked: {facts['disliked']}"
+    for name, spread in facts["lengths"].items():
+        yield f"  {name}: {_text_of(spread)}"
+
+
+def _spread(lengths: Sequence[int]) -> dict[str, int]:
     ordered = sorted(lengths)
-    middle, high = ordered[len(ordered) // 2], ordered[min(int(len(ordered) * 0.95), len(ordered) - 1)]
-    return f"median {middle}, 95 % below {high}, longest {ordered[-1]}"
+    high = ordered[min(int(len(ordered) * 0.95), len(ordered) - 1)]
+    return {"median": ordered[len(ordered) // 2], "p95": high, "longest": ordered[-1]}
+
+
+def _text_of(spread: dict[str, int]) -> str:
+    return f"median {spread['median']}, 95 % below {spread['p95']}, longest {spread['longest']}"
 
 
 def _lengths(records: Sequence[Prompt]) -> dict[str, list[int]]:

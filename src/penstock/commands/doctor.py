@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from penstock.commands.config import DoctorConfig
@@ -23,7 +25,8 @@ def doctor(config: DoctorConfig) -> int:
     if config.model is not None:
         from penstock.commands.doctor_model import describe
 
-        print("\n".join(describe(config.model)))
+        lines = describe(config.model)
+        print(json.dumps({"model": config.model, "facts": by_name(lines)}) if config.json else "\n".join(lines))
         return 0
     lines, problems = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"], []
     if not (3, 11) <= sys.version_info[:2] <= (3, 14):
@@ -48,11 +51,26 @@ def doctor(config: DoctorConfig) -> int:
         problems.append("Less than 1 GiB of disk is free here: checkpoints will not fit.")
     if importlib.util.find_spec("torch") is not None:
         lines += [*_devices(), f"C            {_compiler()}"]
+    if config.json:
+        print(json.dumps({"facts": by_name(lines), "problems": problems}))
+        return 3 if problems else 0
     print("\n".join(lines))
     for problem in problems:
         print(f"problem: {problem}")
     print("ready to train" if not problems else f"{len(problems)} to mend")
     return 3 if problems else 0
+
+
+def by_name(lines: Sequence[str]) -> dict[str, list[str]]:
+    """The texts of each name, in order; a line without a name goes on with the text before it."""
+    facts: dict[str, list[str]] = {}
+    for line in lines:
+        if name := line[:12].strip():
+            texts = facts.setdefault(name, [])
+            texts.append(line[13:])
+        else:
+            texts[-1] += "\n" + line[13:]
+    return facts
 
 
 def _compiler() -> str:
