@@ -469,6 +469,19 @@ CLAIMS = [
         },
     ),
     Claim(
+        "One command against its own plan", "`penstock align` on the demo's data and on SmolLM2-135M-Instruct with 200 "
+        "comparisons, on the whole machine and as if it were a smaller one: what it planned after its trial, what it "
+        "took (beside other work), and the held-out score of start and end: the reward model's, or the nats per token "
+        "by which better answers are likelier.",
+        ("align",), "python -m benchmarks align", named_rows,
+        {
+            "run": "{name}", "stages": "{stages}", "planned": "{planned_seconds:.0f} s",
+            "taken": "{seconds:.0f} s, {seconds_ratio:.2f}", "memory planned": "{planned_bytes:bytes}",
+            "memory taken": "{peak_bytes:bytes}, {bytes_ratio:.2f}", "score": "{score[0]:.3f} to {score[1]:.3f}",
+            "hidden gold": "{gold[0]:.2f} to {gold[1]:.2f}| ",
+        },
+    ),
+    Claim(
         "One run in three places", "GRPO of all weights of SmolLM2-135M-Instruct in bf16, one seed, resident and "
         "streamed through 300 MB of device memory: whether every metric is equal to the last byte, the most that each "
         "tier held, and the process.",
