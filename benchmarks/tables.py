@@ -470,14 +470,16 @@ CLAIMS = [
     ),
     Claim(
         "One command against its own plan", "`penstock align` on the demo's data and on SmolLM2-135M-Instruct with 200 "
-        "comparisons, on the whole machine and as if it were a smaller one: what it planned after its trial, what it "
-        "took (beside other work), and the held-out score of start and end: the reward model's, or the nats per token "
-        "by which better answers are likelier.",
+        "comparisons, on the whole machine and as if it were a smaller one: what it planned after its trial of a few "
+        "steps and what it took (beside other work); memory by its plan, where all rows are the longest, in its trial, "
+        "and taken; the held-out score of start and end: the reward model's, or the nats per token by which better "
+        "answers are likelier.",
         ("align",), "python -m benchmarks align", named_rows,
         {
             "run": "{name}", "stages": "{stages}", "planned": "{planned_seconds:.0f} s",
-            "taken": "{seconds:.0f} s, {seconds_ratio:.2f}", "memory planned": "{planned_bytes:bytes}",
-            "memory taken": "{peak_bytes:bytes}, {bytes_ratio:.2f}", "score": "{score[0]:.3f} to {score[1]:.3f}",
+            "taken": "{seconds:.0f} s, {seconds_ratio:.2f}", "memory at most": "{planned_bytes:bytes}",
+            "in its trial": "{trial_bytes:bytes}", "taken in all": "{peak_bytes:bytes}, {bytes_ratio:.2f}",
+            "score": "{score[0]:.3f} to {score[1]:.3f}",
             "hidden gold": "{gold[0]:.2f} to {gold[1]:.2f}| ",
         },
     ),

@@ -79,12 +79,13 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
         "planned_seconds": sum(stage["seconds"] for stage in state["plan"]),
         "seconds": sum(stage["seconds"] for stage in taken.values()),
         "planned_bytes": max(stage["peak"]["process"] for stage in state["plan"]),
+        "trial_bytes": max(state["measured_peak"].values()),
         "peak_bytes": max(stage["peak_bytes"] for stage in taken.values()),
         "evaluation": measured,
         "score": [measured.get("score_against", measured.get("start")), measured.get("score", measured.get("end"))],
     }
     row["seconds_ratio"] = row["seconds"] / row["planned_seconds"]
-    row["bytes_ratio"] = row["peak_bytes"] / row["planned_bytes"]
+    row["bytes_ratio"] = row["peak_bytes"] / row["trial_bytes"]
     if setting.startswith("demo"):
         row["gold"] = [golds(out / "sft"), golds(Path(state["run"]))]
     return row

@@ -144,7 +144,8 @@ MEASURED = {
                                              "after": {"accuracy": 0.5, "low": 0.43, "high": 0.57}}}},
     "align": {"rows": {"demo, seed 0": {
         "stages": "sft -> ppo", "planned_seconds": 60.0, "seconds": 66.0, "seconds_ratio": 1.1, "planned_bytes": 2e9,
-        "peak_bytes": 1e9, "bytes_ratio": 0.5, "score": [0.1, 2.0], "gold": [0.4, 2.5],
+        "trial_bytes": 9e8,
+        "peak_bytes": 1e9, "bytes_ratio": 1.11, "score": [0.1, 2.0], "gold": [0.4, 2.5],
     }}},
     "tiers": {"curve": [[1, 0.2]], "rows": {"disk": {"equal": "equal", "step_seconds": 20.0, "device_bytes": [3e8],
                                 "held": {"device_tier_bytes": 3e8, "host_peak_bytes": 1e9}}}},
@@ -178,7 +179,7 @@ def test_the_page_is_made_of_results_alone(tmp_path, monkeypatch):
         "| start, seed 0 | +0.10 +- 0.05, best of 16 +0.90 |",
         "| 130 | 170 |",
         "| 50% (43% to 57%) |",
-        "| demo, seed 0 | sft -> ppo | 60 s | 66 s, 1.10 | 2.00 GB | 1.00 GB, 0.50 | 0.100 to 2.000 | 0.40 to 2.50 |",
+        "| demo, seed 0 | sft -> ppo | 60 s | 66 s, 1.10 | 2.00 GB | 900.00 MB | 1.00 GB, 1.11 | 0.100 to 2.000 |",
         "| disk | equal | 300.00 MB | - | - |",
     ):
         assert cell in page
