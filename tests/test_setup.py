@@ -100,6 +100,11 @@ def test_a_container_says_which_torch_it_wants_whatever_the_machine_has(tmp_path
     assert asked == [*packages, "--editable .[serve,hub]"]
 
 
+def test_a_wheel_may_stand_in_for_the_checkout(tmp_path):
+    _, asked = setup(tmp_path, "nothing", TORCH="cpu", EXTRAS="serve", PACKAGE="penstock.whl")
+    assert asked[-1] == "penstock.whl[serve]"
+
+
 def dockerfile() -> list[list[str]]:
     """The words of its instructions."""
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")

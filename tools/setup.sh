@@ -4,7 +4,8 @@
 # torch comes first and by itself, because its default build for Linux brings several gigabytes of CUDA packages. Without
 # an NVIDIA GPU the CPU build is tried first: from the index that pip is configured with, then from TORCH_INDEX. The
 # default build is the last resort; with an NVIDIA GPU, and on macOS, it is the right one. TORCH=cuda or TORCH=cpu says
-# which, whatever this machine has; EXTRAS are those of pyproject.toml that are installed.
+# which, whatever this machine has; EXTRAS are those of pyproject.toml that are installed; PACKAGE is a
+# wheel to install in place of this checkout.
 set -eu
 venv=$1
 index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
@@ -40,4 +41,4 @@ else
     fi
 fi
 say "penstock and its other packages"
-install --editable ".[$extras]"
+if [ -n "${PACKAGE:-}" ]; then install "$PACKAGE[$extras]"; else install --editable ".[$extras]"; fi
