@@ -1,14 +1,17 @@
 """The loop with simulated users: `penstock improve` round after round, some of whose votes are flipped.
 
-    python -m benchmarks improve [demo] [--seeds 3] [--rounds 5]
-    python -m benchmarks improve smollm2 [--rounds 3] [--labels 150]
+    python -m benchmarks improve [demo] [--seeds 3] [--first-seed 3] [--rounds-per-seed 5] [--processes 2]
+    python -m benchmarks improve smollm2 [--seeds 3] [--rounds-per-seed 5] [--labels 150]
 
 Users ask the served model, get two answers, and vote for the one that a hidden gold taste, plus noise, likes more; some
 give a thumb to a single answer. Votes go into a server's database, and each round runs the command. One round of each
-seed is poisoned: all its votes are flipped. Gold measures every version on questions that nobody votes on.
+seed is poisoned: all its votes are flipped. Gold measures every version on questions that nobody votes on. A seed that
+has ended is kept under .real and is not run again. The rule that promotes was made on seeds 0 to 2: the default begins
+behind them.
 """
 
 import functools
+import json
 import math
 import random
 import statistics
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.facts import run_measures
+from benchmarks.real.runs import RUNS
 from penstock.commands.config import GenerateConfig
 from penstock.commands.demo_toy import HELDOUT, LABEL_NOISE, taught
 from penstock.commands.generate import answered
@@ -150,12 +154,28 @@ def _last_gold(rows: Sequence[dict[str, Any]]) -> float:
     return float(last["gold_candidate"] if last["decision"] == "promoted" else last["gold_before"])
 
 
-def demo(seeds: int = 3, rounds_per_seed: int = 5, labels: int = 1000, processes: int = 1) -> dict[str, Any]:
-    """The demo's world: animals, and a hidden gold that likes true, short, friendly answers."""
-    run = functools.partial(demo_seed, count=rounds_per_seed, labels=labels)
+def campaign(run: Callable[..., list[dict]], seeds: range, count: int, labels: int, processes: int) -> dict[str, Any]:
+    """The rounds of all seeds, so many at once, and what they show."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        results = [*pool.map(run, range(seeds))]
-    return {"labels_per_round": labels, "seeds": results, **verdicts(results)}
+        results = [*pool.map(functools.partial(kept, run, count=count, labels=labels), seeds)]
+    return {"labels_per_round": labels, "first_seed": seeds.start, "seeds": results, **verdicts(results)}
+
+
+def kept(run: Callable[..., list[dict]], seed: int, **sizes: int) -> list[dict]:
+    """The rounds of a seed, which may have been run before."""
+    path = RUNS / f"improve-{run.__name__}-{seed}-{'-'.join(map(str, sizes.values()))}.json"
+    if not path.exists():
+        rows = run(seed, **sizes)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def demo(
+    seeds: int = 3, first_seed: int = 3, rounds_per_seed: int = 5, labels: int = 1000, processes: int = 1
+) -> dict[str, Any]:
+    """The demo's world: animals, and a hidden gold that likes true, short, friendly answers."""
+    return campaign(demo_seed, range(first_seed, first_seed + seeds), rounds_per_seed, labels, processes)
 
 
 def demo_seed(seed: int, count: int, labels: int) -> list[dict[str, Any]]:
@@ -194,8 +214,15 @@ def brief(question: str, text: str, ended: bool) -> float:
     return -abs(words - 12) / 6 + (1.0 if ended else -1.0) - 1.0 * ("\n" in text.strip())
 
 
-def smollm2(rounds_per_seed: int = 3, labels: int = 150) -> dict[str, Any]:
-    """SmolLM2-135M-Instruct, whose users like brief answers; one seed."""
+def smollm2(
+    seeds: int = 3, first_seed: int = 3, rounds_per_seed: int = 5, labels: int = 150, processes: int = 1
+) -> dict[str, Any]:
+    """SmolLM2-135M-Instruct, whose users like brief answers."""
+    return campaign(smollm2_seed, range(first_seed, first_seed + seeds), rounds_per_seed, labels, processes)
+
+
+def smollm2_seed(seed: int, count: int, labels: int) -> list[dict[str, Any]]:
+    """The rounds of one seed."""
     from tests.smollm2 import directory
 
     questions = [ask.format(thing) for ask in ASKS for thing in THINGS]
@@ -203,8 +230,7 @@ def smollm2(rounds_per_seed: int = 3, labels: int = 150) -> dict[str, Any]:
     users = World(questions[64:], questions[:64], brief, 1.0, 0.0, 40)
     with tempfile.TemporaryDirectory() as folder:
         flags = {"max_length": 128, "learns": "lora", "lr": 2e-4, "epochs": 1}
-        result = rounds(Path(folder), str(directory()), users, 0, rounds_per_seed, labels, **flags)
-    return {"labels_per_round": labels, "seeds": [result], **verdicts([result])}
+        return rounds(Path(folder), str(directory()), users, seed, count, labels, **flags)
 
 
 def main(arguments: list[str]) -> int:
