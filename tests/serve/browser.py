@@ -211,6 +211,21 @@ LOOKS = [(width, scheme) for scheme in ("light", "dark") for width in (1280, 390
 Shoot = Callable[[str, Any], None]
 
 
+AXE = os.environ.get("PENSTOCK_AXE")
+"""axe-core's axe.min.js, which npm install axe-core puts into node_modules: every screen that is shot is checked."""
+
+
+def axe_finds_nothing(page: Any, name: str) -> None:
+    """axe-core's rules of accessibility, on the page as it is now."""
+    page.evaluate(Path(str(AXE)).read_text() + "\n;0")
+    result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    problems = [
+        (rule["id"], rule["impact"], [node["html"][:200] for node in rule["nodes"]]) for rule in result["violations"]
+    ]
+    assert problems == [], name
+    assert len(result["passes"]) > 10  # it has looked
+
+
 @pytest.fixture
 def shoot(pictures: Path) -> Iterator[Shoot]:
     """shoot("chat", page) once for each of LOOKS, in their order: pictures/chat.png shows the page in all of them."""
@@ -220,6 +235,8 @@ def shoot(pictures: Path) -> Iterator[Shoot]:
         wide = page.evaluate("document.documentElement.scrollWidth")  # not innerWidth, which a phone makes as wide
         assert wide <= page.viewport_size["width"], name
         shots.setdefault(name, []).append(page.screenshot(scale="css"))
+        if AXE:
+            axe_finds_nothing(page, name)
 
     yield take
     for name, images in shots.items():

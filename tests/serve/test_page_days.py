@@ -3,7 +3,6 @@ import, presets, shortcuts, the gauge; and axe-core's rules, where PENSTOCK_AXE 
 
 import io
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -12,7 +11,20 @@ from typing import Any
 
 import pytest
 
-from tests.serve.browser import CHROMIUM, LOOKS, WAIT, answers, ask, conversation_of, reload, say, settled, speak
+from tests.serve.browser import (
+    AXE,
+    CHROMIUM,
+    LOOKS,
+    WAIT,
+    answers,
+    ask,
+    axe_finds_nothing,
+    conversation_of,
+    reload,
+    say,
+    settled,
+    speak,
+)
 from tests.serve.test_page import RICH
 
 if not CHROMIUM.exists():
@@ -488,7 +500,6 @@ def test_errors_are_said_in_a_persons_words(open_page):
 
 
 # --- axe-core ---------------------------------------------------------------------------------------------------------
-AXE = os.environ.get("PENSTOCK_AXE")
 SCREENS = {
     "welcome": lambda page: None,
     "chat": lambda page: None,
@@ -517,14 +528,7 @@ def test_axe_core_finds_nothing(open_page, served, width):
             if scheme == "light":
                 show(page)
             page.wait_for_timeout(0)
-            page.evaluate(Path(AXE).read_text() + "\n;0")
-            result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-            problems = [
-                (rule["id"], rule["impact"], [node["html"][:200] for node in rule["nodes"]])
-                for rule in result["violations"]
-            ]
-            assert problems == [], (name, scheme)
-            assert len(result["passes"]) > 10  # it has looked
+            axe_finds_nothing(page, f"{name}, {scheme}")
         page.keyboard.press("Escape")
 
 
