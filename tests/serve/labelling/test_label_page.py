@@ -256,7 +256,7 @@ def test_the_owner_runs_the_room_on_the_page(enter, served, tmp_path):
     page.get_by_role("button", name="Save").click()
     expect(page.locator("#toast")).to_contain_text("Saved.")
     figures = dict(zip(page.locator("dt").all_inner_texts(), page.locator("dd").all_inner_texts(), strict=True))
-    assert (figures["Items"], figures["Open"], figures["Items that test labellers"]) == ("3", "3", "1")
+    assert (figures["Items"], figures["Open"], figures["Test items"]) == ("3", "3", "1")
     assert ask(served, "GET", "/api/labelling")["settings"]["guidelines"] == "Be *kind*."
     with page.expect_download() as download:
         page.get_by_role("link", name="Rankings").click()

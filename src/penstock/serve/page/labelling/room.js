@@ -36,9 +36,9 @@ const section = (title, ...children) => h("section", { class: "room-part", "aria
 
 function figures(data) {
   const pairs = [
-    ["Items", data.items], ["Open", data.open_items], ["Judgements", data.judgements], ["Items that test labellers", data.gold_items],
+    ["Items", data.items], ["Open", data.open_items], ["Judgements", data.judgements], ["Test items", data.gold_items],
     ["Being answered", data.drafts],
-    ["Krippendorff's alpha", data.alpha === null ? "-" : data.alpha.toFixed(3)], ["Pairs in agreement", share(data.pair_agreement)],
+    ["Alpha (Krippendorff)", data.alpha === null ? "-" : data.alpha.toFixed(3)], ["Pairs in agreement", share(data.pair_agreement)],
     ["Items compared", data.items_compared],
   ];
   return section("Figures",
