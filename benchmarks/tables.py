@@ -480,7 +480,7 @@ CLAIMS = [
             "taken": "{seconds:.0f} s, {seconds_ratio:.2f}", "memory at most": "{planned_bytes:bytes}",
             "in its trial": "{trial_bytes:bytes}", "taken in all": "{peak_bytes:bytes}, {bytes_ratio:.2f}",
             "score": "{score[0]:.3f} to {score[1]:.3f}",
-            "hidden gold": "{gold[0]:.2f} to {gold[1]:.2f}| ",
+            "hidden gold, sft and end": "{gold[0]:.2f} to {gold[1]:.2f}| ",
         },
     ),
     Claim(

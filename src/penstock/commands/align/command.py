@@ -18,7 +18,7 @@ from penstock.commands.align.evaluation import Judge, compare, likelihoods
 from penstock.commands.align.inventory import Inventory, look
 from penstock.commands.align.planning import Machine, Plan, Planner, corrected, short, within
 from penstock.commands.align.stages import Stage, run_stage
-from penstock.commands.align.trial import memory_meter, score_sanity, try_stages
+from penstock.commands.align.trial import expected_seconds, memory_meter, score_sanity, try_stages
 from penstock.commands.evaluate import keep, today
 from penstock.config import EngineFlags, as_data_flags
 from penstock.errors import ResourceError, UserError
@@ -77,9 +77,11 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
     loggers.require(config.log)
     inventory = look(config, speaker(config))
     plans, better = Planner(config, inventory, Machine.of(config)).plans()
-    plan, late = within(plans, config.seconds)
+    trial = expected_seconds(plans[0].stages) if config.check else 0.0
+    plan, late = within(plans, config.seconds, trial)
     check_settings(config, plan)
     state = described(config, inventory, plan, [*plan.route.better, *better, *late])
+    state["trial_seconds"] = expected_seconds(plan.stages) if config.check else 0.0
     if not config.json:
         print(report.plan_text(state), flush=True)
     if config.dry_run:

@@ -16,7 +16,9 @@ TIERS = ("device", "host", "disk", "run")
 def plan_text(state: Mapping[str, Any]) -> str:
     """The plan for people."""
     measured = state.get("measured_peak")
-    how = "by a trial of a few steps" if measured else "by rates of this machine, before a trial"
+    trial = state.get("trial_seconds")
+    before = f", before a trial of about {show_seconds(trial)}" if trial else ""
+    how = "by a trial of a few steps" if measured else f"by rates of this machine{before}"
     lines = ["what there is:", *(f"  {line}" for line in [*state["lines"], *state["unused"]])]
     lines += ["", f"plan: {' -> '.join(row['stage'] for row in state['plan'])}, {show_seconds(state['seconds'])} {how}"]
     for row in state["plan"]:

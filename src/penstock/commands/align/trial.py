@@ -69,6 +69,11 @@ def score_sanity(judge: Judge, model: str, *, learns_first: bool) -> tuple[list[
     return facts, len(lines)
 
 
+def expected_seconds(stages: Sequence[StagePlan]) -> float:
+    """What `try_stages` will take, by the forecast: each stage's few steps and what it takes beside steps."""
+    return sum(stage.duration.fixed + (STEPS + 1) * stage.duration.per_step for stage in stages)
+
+
 def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage], int]) -> list[Measured]:
     """Runs every stage for a few steps in `root`, which is removed, and returns what the whole stages will take.
 
