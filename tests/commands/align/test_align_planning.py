@@ -47,7 +47,7 @@ def test_and_then_the_way_that_keeps_most():
 
 
 def test_what_was_spent_already_counts():
-    with pytest.raises(ResourceError, match="nearest possible is --budget 25s.*10s of it are the pre-flight's"):
+    with pytest.raises(ResourceError, match=r"nearest possible is --budget 25s.*10s of it are the pre-flight's"):
         within(PLANS, 20, spent=10)
 
 
