@@ -26,6 +26,8 @@ SKIPS, UNDOES = 0.02, 0.05
 """Shares of items."""
 NOISE = 0.35
 """Standard deviation of a labeller's judgement; qualities are uniform in 0 .. 1."""
+ROUNDS = 5
+"""Times that labellers come to look whether something is left."""
 TIE = 0.1
 """Answers that look as equal as that are tied."""
 SECRETS = (b"gold", b"quality", b"accuracy", b"alpha", b"model")
@@ -116,10 +118,15 @@ def campaign(ask: Ask, key: str, count: int, labellers: int, directory: Path) ->
     names = [f"labeller {i}" for i in range(labellers)]
     tokens = [json.loads(ask("POST", "/api/labelling/labellers", {"name": n}, owner).body)["token"] for n in names]
     hands, started = Hands(), time.perf_counter()
+    rngs, seen = [random.Random(f"labeller {i}") for i in range(labellers)], [list[str]() for _ in range(labellers)]
     with ThreadPoolExecutor(labellers) as threads:
-        seen = [*threads.map(lambda i: work(ask, tokens[i], random.Random(f"labeller {i}"), hands), range(labellers))]
+        for _ in range(ROUNDS):  # an item that its last holder skips is left when all others have gone home
+            for prompts, more in zip(seen, threads.map(work, [ask] * labellers, tokens, rngs, [hands] * labellers)):
+                prompts += more
+            figures = json.loads(ask("GET", "/api/labelling", None, owner).body)
+            if not figures["open_items"]:
+                break
     spent = time.perf_counter() - started
-    figures = json.loads(ask("GET", "/api/labelling", None, owner).body)
     exported = ask("GET", "/api/labelling/export", None, owner).body.decode().splitlines()
     lines = [json.loads(line) for line in exported]
     judged = Counter(line["prompt"] for line in lines)
@@ -156,7 +163,9 @@ def units_of(lines: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 ASKED = """
 import importlib.metadata, json, sys, numpy, krippendorff
-table = numpy.array(json.load(sys.stdin), dtype=float).T
+units = json.load(sys.stdin)
+most = max(map(len, units))
+table = numpy.array([unit + [float("nan")] * (most - len(unit)) for unit in units], dtype=float).T
 alpha = krippendorff.alpha(reliability_data=table, level_of_measurement="ordinal")
 print(json.dumps({"alpha": float(alpha), "version": "krippendorff " + importlib.metadata.version("krippendorff")}))
 """
@@ -167,5 +176,5 @@ def reference_alpha(units: Sequence[Sequence[float]], directory: Path) -> dict[s
     subprocess.run([sys.executable, "-m", "venv", str(directory / "reference")], check=True)
     python = str(directory / "reference" / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "-q", "krippendorff"], check=True)
-    done = subprocess.run([python, "-c", ASKED], input=json.dumps(units), capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", ASKED], input=json.dumps(units), stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
