@@ -121,8 +121,8 @@ def campaign(ask: Ask, key: str, count: int, labellers: int, directory: Path) ->
     rngs, seen = [random.Random(f"labeller {i}") for i in range(labellers)], [list[str]() for _ in range(labellers)]
     with ThreadPoolExecutor(labellers) as threads:
         for _ in range(ROUNDS):  # an item that its last holder skips is left when all others have gone home
-            for prompts, more in zip(seen, threads.map(work, [ask] * labellers, tokens, rngs, [hands] * labellers)):
-                prompts += more
+            for i, more in enumerate(threads.map(lambda i: work(ask, tokens[i], rngs[i], hands), range(labellers))):
+                seen[i] += more
             figures = json.loads(ask("GET", "/api/labelling", None, owner).body)
             if not figures["open_items"]:
                 break

@@ -2,6 +2,7 @@
 
 import pytest
 
+from penstock.kernels import machine
 from penstock.kernels.machine import available_ram
 
 GB = 10**9
@@ -39,3 +40,11 @@ def test_a_containers_limit_is_what_is_left_of_it(tmp_path, own, groups, left):
 
 def test_on_this_machine_it_is_some_memory():
     assert 0 < available_ram() < 2**50
+
+
+def test_a_machine_where_others_compute_is_said(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("os.getloadavg", lambda: (6.94, 0.0, 0.0))
+    assert str(machine.busy()).startswith("other work computes here (load 6.9 on 2 cores): ")
+    monkeypatch.setattr("os.getloadavg", lambda: (0.6, 0.0, 0.0))
+    assert machine.busy() is None

@@ -166,14 +166,16 @@ def too_short(config: Any, updates: int, rows: int | None = None, per_step: int 
     optim: OptimFlags = config.optim
     adapts = config.peft.lora is not None or config.peft.adapter is not None
     own = config.LR * (ADAPTER_LR if adapts else 1)
-    least, reach = (
-        rate * fn.lr_sum(count, optim.warmup, optim.lr_schedule)
-        for rate, count in ((own, LEAST_UPDATES), (optim.lr, updates))
-    )
+
+    def reach_of(rate: float, count: int) -> float:
+        return rate * fn.lr_sum(count, optim.warmup, optim.lr_schedule)
+
+    least, reach = reach_of(own, LEAST_UPDATES), reach_of(optim.lr, updates)
     if reach >= least * (1 - 1e-9):
         return ""
-    mean = fn.lr_sum(1000, optim.warmup, optim.lr_schedule) / 1000
-    wanted = math.ceil(least / (optim.lr * mean))
+    wanted = math.ceil(least / reach_of(optim.lr, 1000) * 1000)  # to within the ends of the schedule
+    while reach_of(optim.lr, wanted - 1) >= least * (1 - 1e-9):
+        wanted -= 1
     ways = [f"--steps {math.ceil(wanted / per_step)}"]
     if rows is not None and optim.steps is None:
         ways = [f"--epochs {math.ceil(wanted * optim.batch_size / rows)}"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock.commands.config import DoctorConfig
-from penstock.kernels.machine import available_ram
+from penstock.kernels.machine import available_ram, busy
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "rich", "matplotlib", "tomli_w")
 EXTRAS = {
@@ -40,6 +40,8 @@ def doctor(config: DoctorConfig) -> int:
         if importlib.util.find_spec(name) is None:
             lines.append(f"{name:12} not installed (only for {use})")
     lines.append(f"cores        {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}")
+    if note := busy():
+        lines.append(f"load         {note}")
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo", encoding="ascii") as file:
             facts = dict(line.split(":", 1) for line in file)

@@ -84,6 +84,7 @@ def evaluate(config: EvalConfig) -> None:
     print(json.dumps(result) if config.json else as_text(config, result))
     if is_run(config.model):
         keep(Path(config.model), [result])
+        print(f"wrote {Path(config.model) / 'report.html'}", file=sys.stderr)
     if config.out:
         try:
             Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -105,7 +106,7 @@ def keep(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
     for result in results:
         lines.write(result)
     lines.close()
-    print(f"wrote {run_report(run, RunDirectory.peek(run)['command'])}", file=sys.stderr)
+    run_report(run, RunDirectory.peek(run)["command"])
 
 
 def keep_lm_eval(config: EvalConfig) -> None:
@@ -124,6 +125,7 @@ def keep_lm_eval(config: EvalConfig) -> None:
     for result in results:
         print(json.dumps(result) if config.json else f"{result['data']}, {result['by']}: {result['score']:.4f}")
     keep(Path(config.model), results)
+    print(f"wrote {Path(config.model) / 'report.html'}", file=sys.stderr)
 
 
 def lm_eval_results(written: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -255,7 +257,8 @@ def as_text(config: EvalConfig, result: dict[str, Any]) -> str:
     lines = [
         f"{config.model} against {config.against}, {about}",
         f"  wins {result['win_rate']:.1%} ({low:.1%} to {high:.1%}), {result['ties']} ties",
-        f"  wins {equal:.1%} at equal lengths; its answers are {longer:+.0f} letters longer",
+        f"  wins {equal:.1%} at equal lengths; its answers are {abs(longer):.0f} letters "
+        + ("longer" if longer > 0 else "shorter"),
     ]
     if "score" in result:
         lines.append(f"  score {result['score']:.3f} against {result['score_against']:.3f}")

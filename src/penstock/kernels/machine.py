@@ -5,6 +5,9 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+BUSY = 0.75
+"""Load for each core from which other work is in the way."""
+
 
 def cache_directory() -> Path:
     """Where penstock keeps what it can make again; not made here."""
@@ -56,3 +59,18 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
                 pass
             if folder == top:
                 break
+
+
+def busy() -> str | None:
+    """What to say where other work computes on this machine now; None where it does not, or cannot be known."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows
+        return None
+    if load < BUSY * cores:
+        return None
+    return (
+        f"other work computes here (load {load:.1f} on {cores} cores): times will change with it, and with "
+        "OMP_NUM_THREADS=1 threads do not wait for each other"
+    )

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -158,6 +159,9 @@ class Session:
         # torchrun, which gets it too, sends it to its ranks again.
         if self._signal and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._signal and self.world.rank == 0:
+            what = "; again: at once, without" if signum == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(signum).name}: stops with a checkpoint after this step{what}\n".encode())
         self._signal = signum
 
     def _restore(self) -> None:

@@ -74,6 +74,9 @@ def test_demonstrations_and_comparisons_become_an_aligned_model(tmp_path, model,
     assert "first (sft)" in page
     assert f"penstock serve {out / 'dpo'}" in page
     assert "saved and resumed" in page
+    assert "Answers to held-out prompts, start and end" in page
+    assert 0 < len(result["answers"]) <= evaluation.SHOWN
+    assert f"penstock eval {out / 'dpo'} --against {model} --data {out / 'data' / 'heldout-prompts.jsonl'}" in page
     assert "nats per token" in (out / "dpo" / "report.html").read_text(encoding="utf-8")
     assert cli("export", out / "dpo", "--out", tmp_path / "exported") == 0
     assert "nats per token" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")

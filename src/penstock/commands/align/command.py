@@ -14,7 +14,7 @@ from typing import Any
 from penstock.commands.align import report
 from penstock.commands.align.choice import KIND, SAMPLES, unused
 from penstock.commands.align.config import AlignConfig, show_seconds, split_setting
-from penstock.commands.align.evaluation import Judge, compare, likelihoods
+from penstock.commands.align.evaluation import Judge, compare, likelihoods, side_by_side
 from penstock.commands.align.inventory import Inventory, look
 from penstock.commands.align.planning import Machine, Plan, Planner, corrected, short, within
 from penstock.commands.align.stages import Stage, run_stage
@@ -23,6 +23,7 @@ from penstock.commands.evaluate import keep, today
 from penstock.config import EngineFlags, as_data_flags
 from penstock.errors import ResourceError, UserError
 from penstock.flags import to_dict, with_absolute_paths
+from penstock.kernels.machine import busy
 from penstock.run import loggers
 from penstock.run.checkpoint import write_whole
 from penstock.run.directory import RunDirectory, refused
@@ -76,6 +77,8 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
         RunDirectory.refuse_used(out)
     loggers.require(config.log)
     inventory = look(config, speaker(config))
+    if note := busy():
+        speaker(config)(note)
     plans, better = Planner(config, inventory, Machine.of(config)).plans()
     trial = expected_seconds(plans[0].stages) if config.check else 0.0
     plan, late = within(plans, config.seconds, trial)
@@ -132,7 +135,7 @@ def tried(
 ) -> tuple[Plan, list[str], dict[str, Any]]:
     """The plan after its trial, what would be better with more time, and what the trial showed."""
     out, say = Path(config.out), speaker(config)
-    say("pre-flight: a few steps of every stage")
+    say(f"pre-flight: a few steps of every stage, about {show_seconds(state['trial_seconds'])}")
     judge, spent, shown = judge_of(config, state, out), 0.0, list[str]()
     asked = time.perf_counter()
     if judge is not None and not judge.own:
@@ -143,7 +146,7 @@ def tried(
     peaks: dict[str, int] = {}
     for _ in plans:  # each once at most
         try:
-            measured = try_stages(plan.stages, out / "trial", lambda stage: heldout_rows(stage, inventory))
+            measured = try_stages(plan.stages, out / "trial", lambda stage: heldout_rows(stage, inventory), say)
         except StoppedError as error:
             text = "stopped in the pre-flight; the same penstock align command begins it again."
             raise StoppedError(text, error.exit_code - 128) from error
@@ -244,10 +247,16 @@ def judge_of(config: AlignConfig, state: Mapping[str, Any], out: Path) -> Judge 
     own = not (config.reward or reward_fn)
     if not prompts.exists() or (own and "reward" not in (row["stage"] for row in state["plan"])):
         return None
-    names = ("reward_weights", "reward_timeout", "reward_workers", "system", "template_args", "eos", "device", "seed")
-    flags = {name: getattr(config, name) for name in names}
+    flags = {name: getattr(config, name) for name in ("reward_weights", "reward_timeout", "reward_workers")}
     flags |= {"reward": str(out / "reward") if own else config.reward, "reward_fn": tuple(reward_fn)}
-    return Judge(prompts, flags | {name: state[name] for name in ("apply_chat_template", "max_new_tokens")}, own)
+    return Judge(prompts, flags | answering(config, state), own)
+
+
+def answering(config: AlignConfig, state: Mapping[str, Any]) -> dict[str, Any]:
+    """How held-out prompts are answered, as flags."""
+    flags = {name: getattr(config, name) for name in ("system", "template_args", "eos", "device", "seed")}
+    flags |= {name: state[name] for name in ("apply_chat_template", "max_new_tokens")}
+    return {name: value for name, value in flags.items() if value not in (None, ())}
 
 
 def measure(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> None:
@@ -270,4 +279,6 @@ def measure(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> 
         result = {}
         say("nothing was held out, so the end is not measured against the start")
     state["evaluation"] = result
+    if (prompts := out / "data" / "heldout-prompts.jsonl").exists():
+        state["answers"] = side_by_side(prompts, (config.model, str(end)), answering(config, state))
     save(out, state)

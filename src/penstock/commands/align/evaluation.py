@@ -5,7 +5,7 @@ answers are to each.
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from penstock.algorithms import functional as fn
 from penstock.algorithms.setup import encode_all, encoder_of, placed, strategy_of
 from penstock.algorithms.sft import Rows, response_logprobs, rows_of
-from penstock.commands.config import EvalConfig
+from penstock.commands.config import EvalConfig, GenerateConfig
 from penstock.commands.evaluate import answers_of, evaluate
+from penstock.commands.generate import answered
 from penstock.config import DataFlags, EngineFlags
 from penstock.data import formats
 from penstock.data.chat import Encoder, Example
@@ -26,6 +27,8 @@ from penstock.models.roles import Actor
 from penstock.run import intervals
 from penstock.run.directory import resolve_model
 
+SHOWN = 8
+"""Prompts whose answers are in the report."""
 TOGETHER = 8
 """Rows of a pass."""
 
@@ -51,13 +54,32 @@ class Judge:
 
 def sampled(judge: Judge, model: str, count: int) -> list[dict[str, Any]]:
     """A few sampled answers of a model with their scores."""
-    rows = judge.prompts.read_text(encoding="utf-8").split("\n")[:count]  # a prompt may hold other ends of lines
-    few = judge.prompts.with_name("few-prompts.jsonl")
+    with first_of(judge.prompts, count) as few:
+        return [line for _, line in answers_of(judge.config(model, data=str(few), temperature=1.0), model)]
+
+
+@contextlib.contextmanager
+def first_of(prompts: Path, count: int) -> Iterator[Path]:
+    """A file with the first few lines of another."""
+    rows = prompts.read_text(encoding="utf-8").split("\n")[:count]  # a prompt may hold other ends of lines
+    few = prompts.with_name("few-prompts.jsonl")
     few.write_text("\n".join(rows), encoding="utf-8")
     try:
-        return [line for _, line in answers_of(judge.config(model, data=str(few), temperature=1.0), model)]
+        yield few
     finally:
         few.unlink()
+
+
+def side_by_side(prompts: Path, models: Sequence[str], flags: Mapping[str, Any]) -> list[list[str]]:
+    """A few held-out prompts, each with every model's likeliest answer."""
+    columns: list[list[str]] = []
+    with first_of(prompts, SHOWN) as few:
+        for model in models:
+            config = GenerateConfig.of(model=model, data=str(few), temperature=0.0, batch_size=SHOWN, **flags)
+            pairs = [*answered(config, lambda text: None)[1]]
+            columns.append([line["response"] for _, line in pairs])
+    asked = [record.prompt if record.messages is None else record.messages[-1]["content"] for record, _ in pairs]
+    return [[str(prompt), *answers] for prompt, *answers in zip(asked, *columns, strict=True)]
 
 
 def compare(judge: Judge, end: Path, start: str, out: Path) -> dict[str, Any]:

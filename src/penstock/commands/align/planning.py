@@ -326,7 +326,7 @@ def within(plans: Sequence[Plan], seconds: float | None, spent: float = 0.0) -> 
         raise ResourceError(
             f"--budget {show_seconds(seconds)}: too little; the nearest possible is --budget "
             f"{show_seconds(seconds_of[id(nearest)] + spent)}, for {' + '.join(nearest.route.stages)} with "
-            f"{choice.FEWEST_STEPS} steps each"
+            f"{choice.FEWEST_STEPS} steps{' each' if len(nearest.stages) > 1 else ''}"
             + (f"; {show_seconds(spent)} of it are the pre-flight's, which --no-check leaves out." if spent else ".")
         )
     share, best = next((pair for pair in cut if pair[0] >= choice.HALF), max(cut, key=lambda pair: pair[0]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from penstock.commands.align.config import show_seconds
 from penstock.run.checkpoint import write_whole
-from penstock.run.report import Figures, RunFiles, Section, Table, Text, page, sections_of
+from penstock.run.report import Figures, RunFiles, Samples, Section, Table, Text, page, sections_of
 from penstock.units import show_bytes
 
 TIERS = ("device", "host", "disk", "run")
@@ -75,10 +75,15 @@ def ending(state: Mapping[str, Any]) -> str:
 def next_commands(state: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What to do with the last run, and the command for it."""
     run, merge = state["run"], " --merge" if state["learns"] != "all" else ""
-    return [
+    commands = [
         ("talk:", f"penstock chat {run}"), ("serve:", f"penstock serve {run} --port 8000"),
         ("export:", f"penstock export {run} --out my-model{merge}"),
     ]  # fmt: skip
+    if state.get("answers") and "win_rate" not in state["evaluation"]:
+        template = " --apply-chat-template" if state["apply_chat_template"] else ""
+        flags = f"--data {Path(state['out']) / 'data' / 'heldout-prompts.jsonl'}{template} --reward-fn FILE.py:FUNCTION"
+        commands.insert(0, ("judge:", f"penstock eval {run} --against {state['model']} {flags}"))
+    return commands
 
 
 def write(out: Path, state: Mapping[str, Any]) -> Path:
@@ -99,6 +104,9 @@ def write(out: Path, state: Mapping[str, Any]) -> Path:
         Table("Stages", header, rows),
         Table("What to do with it", ("", "command"), next_commands(state)),
     ]
+    if state.get("answers"):
+        shown = [(asked, {"start": (start, None), "end": (end, None)}) for asked, start, end in state["answers"]]
+        sections.append(Samples("Answers to held-out prompts, start and end", shown))
     if state.get("checked"):
         sections.append(Text("Checked before: " + "; ".join(state["checked"]) + "."))
     if state["better"]:

@@ -74,7 +74,9 @@ def expected_seconds(stages: Sequence[StagePlan]) -> float:
     return sum(stage.duration.fixed + (STEPS + 1) * stage.duration.per_step for stage in stages)
 
 
-def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage], int]) -> list[Measured]:
+def try_stages(
+    stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage], int], say: Callable[[str], None] = print
+) -> list[Measured]:
     """Runs every stage for a few steps in `root`, which is removed, and returns what the whole stages will take.
 
     heldout: rows that a stage is evaluated on. What a stage raises goes through.
@@ -82,6 +84,7 @@ def try_stages(stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage
     shutil.rmtree(root, ignore_errors=True)
     measured = []
     for planned in stages:
+        say(f"  {planned.stage.command}: {STEPS + 1} steps")
         with memory_meter() as peak, setup.trial():
             began = time.perf_counter()
             flags: dict[str, Any] = {
