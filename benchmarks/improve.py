@@ -5,9 +5,9 @@
 
 Users ask the served model, get two answers, and vote for the one that a hidden gold taste, plus noise, likes more; some
 give a thumb to a single answer. Votes go into a server's database, and each round runs the command. One round of each
-seed is poisoned: all its votes are flipped. Gold measures every version on questions that nobody votes on. A seed that
-has ended is kept under .real and is not run again. The rule that promotes was made on seeds 0 to 2: the default begins
-behind them.
+seed is poisoned: all its votes are flipped. Gold measures every version on questions that nobody votes on. What
+has been run is kept under .real and is not run again. The rule that promotes was made on seeds 0 to 2, so the default
+begins behind them.
 """
 
 import functools
@@ -101,14 +101,19 @@ def vote(store: Store, model: str, world: World, asked: Sequence[str], rng: rand
 
 def rounds(out: Path, start: str, world: World, seed: int, count: int, labels: int, **flags: Any) -> list[dict]:
     """Rounds of one seed: decision, why, gold of the candidate and of what was served before, and the difference's
-    standard error."""
-    rng, rows = random.Random(f"users {seed}"), []
+    standard error. A second call goes on behind the rounds that OUT/rounds.json has."""
+    done = out / "rounds.json"
+    rows = json.loads(done.read_text(encoding="utf-8")) if done.exists() else []
     store, poisoned = open_store(str(out / "serve"), None), 2 + seed % max(count - 1, 1)
-    known = {start: golds(start, world, seed)}
-    for number in range(1, count + 1):
+    known: dict[str, list[float]] = {}
+    for number in range(len(rows) + 1, count + 1):
+        rng = random.Random(f"users {seed} {number}")
         asked = [rng.choice(world.questions) for _ in range(labels)]
         served = Versions(out / "live").model(Versions(out / "live").current) if number > 1 else start
-        vote(store, served, world, asked, rng, number == poisoned)
+        known[served] = known.get(served) or golds(served, world, seed)
+        if not (voted := out / f"voted-{number}").exists():  # else a round that was stopped has them
+            vote(store, served, world, asked, rng, number == poisoned)
+            voted.touch()
         first = {"model": start, "data_dir": str(out / "serve"), "seed": seed, **flags} if number == 1 else {}
         config, versions = settled(ImproveConfig(run=str(out / "live"), device="cpu", quiet=True, **first))
         row = improve_once(config, versions, functools.partial(print, file=sys.stderr, flush=True))
@@ -125,6 +130,7 @@ def rounds(out: Path, start: str, world: World, seed: int, count: int, labels: i
             result |= {"gold_candidate": statistics.mean(known[made]), "gold_change": statistics.mean(change)}
             result["gold_change_se"] = statistics.stdev(change) / math.sqrt(len(change))
         rows.append(result)
+        done.write_text(json.dumps(rows), encoding="utf-8")
         shown = ("round", "poisoned", "decision", "way", "gold_before", "gold_change")
         print({name: result.get(name) for name in shown}, flush=True)
     store.close()
@@ -162,13 +168,10 @@ def campaign(run: Callable[..., list[dict]], seeds: range, count: int, labels: i
 
 
 def kept(run: Callable[..., list[dict]], seed: int, **sizes: int) -> list[dict]:
-    """The rounds of a seed, which may have been run before."""
-    path = RUNS / f"improve-{run.__name__}-{seed}-{'-'.join(map(str, sizes.values()))}.json"
-    if not path.exists():
-        rows = run(seed, **sizes)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The rounds of a seed: those that were run before, and the others."""
+    out = RUNS / f"improve-{run.__name__}-{seed}-{'-'.join(map(str, sizes.values()))}"
+    out.mkdir(parents=True, exist_ok=True)
+    return run(out, seed, **sizes)
 
 
 def demo(
@@ -178,15 +181,14 @@ def demo(
     return campaign(demo_seed, range(first_seed, first_seed + seeds), rounds_per_seed, labels, processes)
 
 
-def demo_seed(seed: int, count: int, labels: int) -> list[dict[str, Any]]:
+def demo_seed(out: Path, seed: int, count: int, labels: int) -> list[dict[str, Any]]:
     """The rounds of one seed, from a model that demonstrations have taught."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, world, rng = Path(folder), Toyland(seed), random.Random(f"demo {seed}")
-        trained_on, heldout = world.split(seed, HELDOUT)
-        _, tuned = taught(out, seed, world, trained_on, rng)
-        asking, held = ([q.prompt.strip() for q in side] for side in (trained_on[1500:], heldout))
-        users = World(asking, held, gold_of(world), LABEL_NOISE, 1.5, 40)
-        return rounds(out, str(tuned), users, seed, count, labels, max_length=64)
+    world = Toyland(seed)
+    trained_on, heldout = world.split(seed, HELDOUT)
+    _, tuned = taught(out, seed, world, trained_on, random.Random(f"demo {seed}"))
+    asking, held = ([q.prompt.strip() for q in side] for side in (trained_on[1500:], heldout))
+    users = World(asking, held, gold_of(world), LABEL_NOISE, 1.5, 40)
+    return rounds(out, str(tuned), users, seed, count, labels, max_length=64)
 
 
 def gold_of(world: Toyland) -> Gold:
@@ -221,16 +223,15 @@ def smollm2(
     return campaign(smollm2_seed, range(first_seed, first_seed + seeds), rounds_per_seed, labels, processes)
 
 
-def smollm2_seed(seed: int, count: int, labels: int) -> list[dict[str, Any]]:
+def smollm2_seed(out: Path, seed: int, count: int, labels: int) -> list[dict[str, Any]]:
     """The rounds of one seed."""
     from tests.smollm2 import directory
 
     questions = [ask.format(thing) for ask in ASKS for thing in THINGS]
     random.Random(0).shuffle(questions)
     users = World(questions[64:], questions[:64], brief, 1.0, 0.0, 40)
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {"max_length": 128, "learns": "lora", "lr": 2e-4, "epochs": 1}
-        return rounds(Path(folder), str(directory()), users, seed, count, labels, **flags)
+    flags = {"max_length": 128, "learns": "lora", "lr": 2e-4, "epochs": 1, "dtype": "bf16"}
+    return rounds(out, str(directory()), users, seed, count, labels, **flags)
 
 
 def main(arguments: list[str]) -> int:
