@@ -219,9 +219,12 @@ NAMED = (
 def signature_of(name: str) -> str:
     """As the page has it: types without their modules, and no self."""
     importlib.import_module("penstock.autochunk.api")
-    text = str(inspect.signature(functools.reduce(getattr, name.split("."), penstock)))
+    found = functools.reduce(getattr, name.split("."), penstock)
+    text = str(inspect.signature(found))
     text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", text).replace("self, ", "").replace("(self)", "()")
-    text = re.sub(r"-> '(\w+)'", r"-> \1", text).replace("*<class LoadOptions'>", "LoadOptions")
+    text = re.sub(r"-> '(\w+)'", r"-> \1", text).replace("*<class 'LoadOptions'>", "LoadOptions")
+    if inspect.isgeneratorfunction(getattr(found, "__wrapped__", None)):
+        text = text.replace("-> Iterator[", "-> ContextManager[")
     return name.replace("autochunk.api.", "") + text
 
 

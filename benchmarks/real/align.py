@@ -74,6 +74,8 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
         runs.penstock("align", model=model, data=data, out=out, quiet=True, **flags)
         state = json.loads((out / "align.json").read_text("utf-8"))
     taken, measured = state["taken"], state["evaluation"]
+    if not all(stage["whole"] for stage in taken.values()):
+        raise RuntimeError(f"{out}: a stage was stopped and went on, so its seconds are those of the last start alone")
     row = {
         "stages": " -> ".join(stage["stage"] for stage in state["plan"]),
         "planned_seconds": sum(stage["seconds"] for stage in state["plan"]),

@@ -110,7 +110,7 @@ def test_a_run_too_short_to_change_anything_is_warned_of(tmp_path, stage):
 
 @pytest.mark.parametrize(("rows", "epochs", "batch_size", "lr", "lora"), [
     (40, 1, 32, None, None), (40, 1, 32, None, 8), (9, 1, 32, None, None), (300, 1, 32, 1e-6, None),
-    (100, 3, 64, 2e-6, 4),
+    (100, 3, 64, 2e-6, 4), (40, 1, 32, 1e-8, None),
 ])  # fmt: skip
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
 def test_each_way_to_mend_a_short_run_does(rows, epochs, batch_size, lr, lora, schedule):
@@ -125,7 +125,12 @@ def test_each_way_to_mend_a_short_run_does(rows, epochs, batch_size, lr, lora, s
     ways = re.findall(r"--(epochs|batch-size|lr) (\S+?)(?= or |,)", lacks().partition("Give ")[2])
     assert {name for name, _ in ways} >= {"epochs", "lr"}
     assert [way for way in ways if lacks(**dict([way]))] == []
-    assert lacks(epochs=100, **{"batch-size": 1}) == ""
+    assert lacks(epochs=1000, **{"batch-size": 1}) == ""
+
+
+def test_a_rate_that_is_almost_none_is_told_at_once():
+    config = parse(SFTConfig, ["--model", "m", "--data", "d", "--out", "o", "--lr", "1e-15"])
+    assert "Give --epochs" in setup.too_short(config, 10, 320)
 
 
 def test_no_weight_moves_by_more_than_the_sum_of_the_rates(tmp_path, tiny_model, jsonl):

@@ -3,6 +3,7 @@
 import http.server
 import json
 import math
+import os
 import threading
 
 import numpy
@@ -175,6 +176,7 @@ LM_EVAL = {  # as lm-eval 0.4.13 writes it, cut down; a group has no samples of 
     "n-samples": {"arc_easy": {"original": 2376, "effective": 100}, "sums": {"original": 8, "effective": 8}},
     "date": 1764500000.0,
 }
+OLDER = {"results": {"old": {"acc,none": 0.1, "ppl,none": float("inf"), "exact_match,none": 1}}, "n-samples": {}}
 
 
 def test_a_run_keeps_what_lm_eval_measured(files, tmp_path, capsys, jsonl):
@@ -185,6 +187,9 @@ def test_a_run_keeps_what_lm_eval_measured(files, tmp_path, capsys, jsonl):
     assert cli("sft", "--model", first, "--data", rows, "--out", out, *flags) == 0
     scores.mkdir(parents=True)
     (scores / "results_2026-11-30T10-00-00.json").write_text(json.dumps(LM_EVAL))
+    older = scores / "results_2026-11-30T09-00-00.json"
+    older.write_text(json.dumps(OLDER))
+    os.utime(older, (1, 1))
     capsys.readouterr()
     assert cli("eval", out, "--lm-eval", tmp_path / "scores") == 0
     assert "arc_easy, lm-eval acc: 0.3700" in capsys.readouterr().out
@@ -195,11 +200,23 @@ def test_a_run_keeps_what_lm_eval_measured(files, tmp_path, capsys, jsonl):
         assert "0.370 +- 0.049" in text
         assert "lm-eval exact_match (strict)" in text
         assert "all of everything" in text
+        assert "of old" not in text
+    assert cli("eval", out, "--lm-eval", older) == 0
+    printed, errors = capsys.readouterr()
+    assert "old, lm-eval exact_match: 1.0000" in printed
+    assert "old, ppl: is inf and is not kept" in errors
+    assert cli("eval", out, "--lm-eval", scores, "--out", tmp_path / "result.json") == 2
+    assert "--out: is not used with --lm-eval" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("written", "complaint"),
-    [(None, "has no results_*.json"), ("[]", "is no result of lm-eval"), ('{"results": {"a": 1}}', "is no result")],
+    [
+        (None, "has no results_*.json"),
+        ("[]", "is no result of lm-eval"),
+        ('{"results": {"a": 1}}', "is no result"),
+        ('{"results": {}, "n-samples": {}}', "has no figure of any task"),
+    ],
 )
 def test_what_lm_eval_did_not_write_is_refused(tmp_path, capsys, written, complaint):
     if written:

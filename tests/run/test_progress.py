@@ -16,6 +16,21 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_what_a_signal_is_answered_with_stays_on_the_screen(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(0, 2, "ppo", lambda line: None)
+    assert progress.announce("SIGINT: stops")  # before the first step has been shown
+    progress._live.refresh()
+    assert "SIGINT: stops" in sys.stderr.getvalue()
+    progress.update(1, {"loss": 1.0})
+    progress._live.refresh()
+    last = sys.stderr.getvalue().rpartition("step 1 of 2")[2]
+    progress.close()
+    assert "SIGINT: stops" in last
+    assert not Progress(0, 2, "ppo", lambda line: None, quiet=True).announce("x")  # nothing is refreshed
+
+
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
 def test_no_color_is_kept_to(monkeypatch, no_color, coloured):
     monkeypatch.setenv("NO_COLOR", no_color)

@@ -173,8 +173,8 @@ def too_short(config: Any, updates: int, rows: int | None = None, per_step: int 
     least, reach = reach_of(own, LEAST_UPDATES), reach_of(optim.lr, updates)
     if reach >= least * (1 - 1e-9):
         return ""
-    wanted = math.ceil(least / reach_of(optim.lr, 1000) * 1000)  # to within the ends of the schedule
-    while reach_of(optim.lr, wanted - 1) >= least * (1 - 1e-9):
+    wanted = math.ceil(1.01 * least / reach_of(optim.lr, 1000) * 1000)  # the ends of a schedule are less than that
+    while wanted <= 1000 and reach_of(optim.lr, wanted - 1) >= least * (1 - 1e-9):
         wanted -= 1
     ways = [f"--steps {math.ceil(wanted / per_step)}"]
     if rows is not None and optim.steps is None:

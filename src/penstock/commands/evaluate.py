@@ -11,6 +11,7 @@ each pair in both orders; two verdicts that contradict each other are a tie.
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -112,6 +113,10 @@ def keep(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
 def keep_lm_eval(config: EvalConfig) -> None:
     """Adds what lm-eval wrote to the run that it measured, a line per task and metric, and prints it."""
     source = Path(str(config.lm_eval))
+    for flag in ("data", "against", "judge", "reward", "reward_fn", "out"):
+        if getattr(config, flag):
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name}: is not used with --lm-eval, which answers nothing; leave it out.")
     files = [*source.rglob("results_*.json")] if source.is_dir() else [source]
     if not files:
         raise UserError(f"--lm-eval {source}: has no results_*.json; give the --output_path that lm-eval had.")
@@ -122,6 +127,8 @@ def keep_lm_eval(config: EvalConfig) -> None:
         results = lm_eval_results(json.loads(newest.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--lm-eval {source}: is no result of lm-eval ({error!r}).") from error
+    if not results:
+        raise UserError(f"--lm-eval {source}: has no figure of any task in it.")
     for result in results:
         print(json.dumps(result) if config.json else f"{result['data']}, {result['by']}: {result['score']:.4f}")
     keep(Path(config.model), results)
@@ -134,12 +141,15 @@ def lm_eval_results(written: Mapping[str, Any]) -> list[dict[str, Any]]:
     for task, metrics in written["results"].items():
         for key, value in metrics.items():
             metric, _, filtered = key.partition(",")
-            if not isinstance(value, float) or metric.endswith("_stderr"):
+            if not filtered or isinstance(value, bool | str) or metric.endswith("_stderr"):
+                continue
+            if not math.isfinite(value):
+                print(f"{task}, {metric}: is {value} and is not kept", file=sys.stderr)
                 continue
             by = f"lm-eval {metric}" + (f" ({filtered})" if filtered != "none" else "")
             count = written["n-samples"][task]["effective"] if task in written["n-samples"] else "all"  # of a group
             error = metrics.get(f"{metric}_stderr,{filtered}")
-            known = {"standard_error": error} if isinstance(error, float) else {}
+            known = {"standard_error": error} if isinstance(error, float) and math.isfinite(error) else {}
             results.append({"date": today(), "prompts": count, "by": by, "data": task, "score": value} | known)
     return results
 

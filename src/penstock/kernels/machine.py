@@ -62,8 +62,8 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
 
 
 def busy() -> str | None:
-    """What to say where other work computes on this machine now; None where it does not, or cannot be known."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """What to say where a machine was busy in the last minute; None where it was not, or cannot be known."""
+    cores = os.cpu_count() or 1
     try:
         load = os.getloadavg()[0]
     except (AttributeError, OSError):  # Windows
@@ -71,6 +71,6 @@ def busy() -> str | None:
     if load < BUSY * cores:
         return None
     return (
-        f"other work computes here (load {load:.1f} on {cores} cores): times will change with it, and with "
-        "OMP_NUM_THREADS=1 threads do not wait for each other"
+        f"this machine was busy in the last minute (load {load:.1f} on {cores} cores): times will change with that, "
+        "and with OMP_NUM_THREADS=1 threads do not wait for each other"
     )

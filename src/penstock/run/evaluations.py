@@ -25,11 +25,17 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
         shown["wins"] = f"{result['win_rate']:.1%} ({low:.1%} to {high:.1%})"
         shown["controlled"] = f"{result['win_rate_length_controlled']:.1%}"
     if "score" in result:
-        error = f" +- {result['standard_error']:.3f}" if "standard_error" in result else ""
-        shown["score"] = f"{result['score']:.3f}{error}"
+        error = f" +- {_text(result['standard_error'])}" if "standard_error" in result else ""
+        shown["score"] = f"{_text(result['score'])}{error}"
     if "gain" in result:
         low, high = result["gain_interval"]
-        shown["score"] = f"{result['end']:.3f}, {result['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
+        gain = f"{_text(result['gain'], '+')} ({_text(low, '+')} to {_text(high, '+')})"
+        shown["score"] = f"{_text(result['end'])}, {gain}"
     by = ", ".join(Path(part).name for part in str(result["by"]).split(", "))
     count = result["prompts"] if "prompts" in result else result["records"]
     return (result["date"], f"{count} of {Path(str(result['data'])).name}", by, *shown.values())
+
+
+def _text(value: float | None, sign: str = "") -> str:
+    """To three places; a line of the file has null for what is no finite number."""
+    return "-" if value is None else f"{value:{sign}.3f}"

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from penstock.run.metrics import to_json
 
@@ -48,13 +48,15 @@ class Progress:
         self._start, self._began = start, time.perf_counter()
         self._widths: dict[str, int] = {}
         self._live = self._cell = None
+        self.notice = ""
         if json or quiet:
             return
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), refresh_per_second=REFRESHES, transient=False)
+            options: Any = {"refresh_per_second": REFRESHES, "transient": False}
+            self._live = Live(_Notice(self), console=Console(stderr=True), **options)
             self._live.start()
         elif in_notebook():
             self._cell = _Cell()
@@ -73,6 +75,12 @@ class Progress:
             self._cell.update(plain, self._page(step, fields, left))
         elif not self.json and not self.quiet:
             print(plain, file=sys.stderr, flush=True)
+
+    def announce(self, text: str) -> bool:
+        """Shows a line below the numbers from the next refresh on; False where nothing is refreshed. For a signal's
+        handler: it writes nothing."""
+        self.notice = text
+        return self._live is not None
 
     def seconds_per_step(self, step: int) -> float:
         """The mean so far, evaluations and checkpoints included, when `step` has just ended."""
@@ -115,13 +123,24 @@ class Progress:
             f"{left} left",
         )
         numbers = [Text.assemble((f"{label} ", "dim"), value.strip()) for label, value in fields]
-        return Group(head, Columns(numbers, padding=(0, 2), equal=True))
+        return Group(head, Columns(numbers, padding=(0, 2), equal=True), _Notice(self))
 
     def _page(self, step: int, fields: list[tuple[str, str]], left: str) -> str:
         """The same as HTML."""
         numbers = " &nbsp; ".join(f"<small>{label}</small> {value.strip()}" for label, value in fields)
         bar = f'<progress value="{step}" max="{self.total}"></progress>'
         return f"<b>{self.title}</b> {bar} step {step} of {self.total}, {left} left<br>{numbers}"
+
+
+class _Notice:
+    """The line of `announce`, read anew at each refresh."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def __rich_console__(self, console: Any, options: Any) -> "Iterator[RenderableType]":
+        if self.progress.notice:
+            yield self.progress.notice
 
 
 def in_notebook() -> bool:

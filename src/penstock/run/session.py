@@ -5,6 +5,7 @@ An algorithm's loop asks `steps()` for step numbers, gives each step's metrics t
 from which `penstock resume` continues.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -159,10 +160,14 @@ class Session:
         # torchrun, which gets it too, sends it to its ranks again.
         if self._signal and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._signal and self.world.rank == 0:
-            what = "; again: at once, without" if signum == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(signum).name}: stops with a checkpoint after this step{what}\n".encode())
-        self._signal = signum
+        seen, self._signal, run = self._signal, signum, self.config.run
+        if seen or not self.world.first or run.json or run.quiet:
+            return
+        again = "; again: at once, without" if signum == signal.SIGINT else ""
+        text = f"{signal.Signals(signum).name}: stops with a checkpoint after this step{again}"
+        if self._progress is None or not self._progress.announce(text):
+            with contextlib.suppress(OSError):  # not print: it may be interrupted in the middle of another line
+                os.write(2, f"\n{text}\n".encode())
 
     def _restore(self) -> None:
         """Reads the newest checkpoint that verifies; a run killed before its first one starts over."""

@@ -5,6 +5,7 @@ import pytest
 from penstock.commands.align.choice import Duration, Route
 from penstock.commands.align.planning import Plan, StagePlan, corrected, within
 from penstock.commands.align.stages import Stage
+from penstock.commands.align.trial import expected_seconds
 from penstock.errors import ResourceError
 
 
@@ -47,8 +48,18 @@ def test_and_then_the_way_that_keeps_most():
 
 
 def test_what_was_spent_already_counts():
-    with pytest.raises(ResourceError, match=r"nearest possible is --budget 25s.*10s of it are the pre-flight's"):
-        within(PLANS, 20, spent=10)
+    with pytest.raises(ResourceError, match=r"nearest possible is --budget 25s.*10s of it for the pre-flight"):
+        within(PLANS, 20, [10.0] * len(PLANS))
+
+
+def test_the_trial_of_a_better_way_does_not_keep_the_cheaper_one_from_its_budget():
+    chosen, _ = within(PLANS, 20, [1000.0, 0.0])
+    assert [stage.stage.command for stage in chosen.stages] == ["dpo"]
+
+
+def test_a_trial_takes_a_few_steps_however_many_the_stage_has():
+    long = plan(("reward", 500, 60.0), ("ppo", 500, 60.0))
+    assert 2 * 6 * 60 < expected_seconds(long.stages) < 2 * 10 * 60
 
 
 def test_a_trial_corrects_its_own_stages_and_scales_the_others():

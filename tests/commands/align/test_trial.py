@@ -100,7 +100,7 @@ def test_the_resumed_step_does_not_count_as_memory_of_the_stage(tmp_path, monkey
     monkeypatch.setattr(trial, "extrapolated", lambda *_: Duration(1, 1.0, 0.0))
     with trial.memory_meter() as before:
         pass
-    (measured,) = trial.try_stages([planned()], tmp_path, lambda _: 0)
+    (measured,) = trial.try_stages([planned()], tmp_path, lambda _: 0, print)
     if Path("/proc/self/clear_refs").exists():
         assert measured.peak_bytes < before[0] + 300_000_000
 

@@ -31,13 +31,16 @@ from penstock.run.session import StoppedError
 from penstock.units import show_bytes
 
 STATE = "align.json"
+RESIDENT = 5
+"""Bytes of device memory for each parameter of a model that answers, in fp32 with a cache of keys and values."""
 MAY_CHANGE = ("json", "quiet", "dry_run", "check")
 """Flags with which a second start may differ from the first."""
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
     """Does all of it, prints what it does, and returns the result that --json prints: `plan`, and but for a dry run
-    `run` (the last run directory), `evaluation`, `taken` (per stage) and `report`.
+    `run` (the last run directory), `evaluation`, `answers` (prompt, the start's, the end's), `taken` (per stage),
+    `checked` (what the trial showed) and `report`.
 
     Raises UserError, DataError or ResourceError, each with the fix.
     """
@@ -79,9 +82,10 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
     inventory = look(config, speaker(config))
     if note := busy():
         speaker(config)(note)
-    plans, better = Planner(config, inventory, Machine.of(config)).plans()
-    trial = expected_seconds(plans[0].stages) if config.check else 0.0
-    plan, late = within(plans, config.seconds, trial)
+    machine = Machine.of(config)
+    plans, better = Planner(config, inventory, machine).plans()
+    trials = [expected_seconds(each.stages) if config.check else 0.0 for each in plans]
+    plan, late = within(plans, config.seconds, trials)
     check_settings(config, plan)
     state = described(config, inventory, plan, [*plan.route.better, *better, *late])
     state["trial_seconds"] = expected_seconds(plan.stages) if config.check else 0.0
@@ -103,6 +107,8 @@ def begin(config: AlignConfig, out: Path, began: float) -> dict[str, Any]:
         state = described(config, inventory, plan, [*plan.route.better, *better, *late]) | facts
         if not config.json:
             print(report.plan_text(state), flush=True)
+    budget = machine.budgets["device"]
+    state["resident"] = budget is None or inventory.parameters * RESIDENT <= budget
     state["stages"] = [dataclasses.asdict(stage.stage) | {"steps": stage.duration.steps} for stage in plan.stages]
     save(out, state)
     return state
@@ -152,7 +158,8 @@ def tried(
             raise StoppedError(text, error.exit_code - 128) from error
         peaks |= {stage.stage.command: each.peak_bytes for stage, each in zip(plan.stages, measured, strict=True)}
         plans = corrected(plans, plan, [each.duration for each in measured])
-        best, late = within(plans, config.seconds, spent + time.perf_counter() - began)
+        elapsed = spent + time.perf_counter() - began
+        best, late = within(plans, config.seconds, [elapsed] * len(plans))
         if best.route.stages == plan.route.stages:
             break
         plan = best
@@ -260,9 +267,22 @@ def answering(config: AlignConfig, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> None:
-    """The end against the start, on what was held out; kept in the state."""
-    if state["evaluation"] is not None:
-        return
+    """The end against the start, on what was held out, and answers of both; kept in the state."""
+    if state["evaluation"] is None:
+        compare_with_start(config, state, out, say)
+        save(out, state)
+    prompts = out / "data" / "heldout-prompts.jsonl"
+    if "answers" not in state and prompts.exists():
+        state["answers"] = []
+        if state.get("resident"):
+            state["answers"] = side_by_side(prompts, (config.model, state["run"]), answering(config, state))
+        else:
+            say("answers of start and end are not shown: the model alone has no room on the device")
+        save(out, state)
+
+
+def compare_with_start(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> None:
+    """Puts into the state which run is the last, and what it gained."""
     last = state["stages"][-1]
     end, kind, judge = out / (last["name"] or last["command"]), KIND[last["command"]], judge_of(config, state, out)
     state["run"] = str(end)
@@ -278,7 +298,4 @@ def measure(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> 
     else:
         result = {}
         say("nothing was held out, so the end is not measured against the start")
-    state["evaluation"] = result
-    if (prompts := out / "data" / "heldout-prompts.jsonl").exists():
-        state["answers"] = side_by_side(prompts, (config.model, str(end)), answering(config, state))
-    save(out, state)
+    state["evaluation"], state["answering"] = result, answering(config, state)

@@ -5,7 +5,7 @@ answers are to each.
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,10 @@ def side_by_side(prompts: Path, models: Sequence[str], flags: Mapping[str, Any])
     with first_of(prompts, SHOWN) as few:
         for model in models:
             config = GenerateConfig.of(model=model, data=str(few), temperature=0.0, batch_size=SHOWN, **flags)
-            pairs = [*answered(config, lambda text: None)[1]]
-            columns.append([line["response"] for _, line in pairs])
-    asked = [record.prompt if record.messages is None else record.messages[-1]["content"] for record, _ in pairs]
-    return [[str(prompt), *answers] for prompt, *answers in zip(asked, *columns, strict=True)]
+            lines = [line for _, line in answered(config, lambda text: None)[1]]
+            columns.append([line["response"] or str(line["response_ids"]) for line in lines])
+    asked = [line["prompt"] or str(line["prompt_ids"]) for line in lines]
+    return [[prompt, *answers] for prompt, *answers in zip(asked, *columns, strict=True)]
 
 
 def compare(judge: Judge, end: Path, start: str, out: Path) -> dict[str, Any]:
@@ -117,14 +117,28 @@ def _values(kind: Kind, file: Path, model: str, data: DataFlags, engine: EngineF
     return values(kind, *answer_logprobs(kind, formats.read([str(file)], kind).records, model, data, engine))
 
 
-def values(kind: Kind, records: Sequence[Any], answers: Sequence[Sequence[tuple[float, int] | None]]) -> Any:
-    """Of each record its answer's log-probability per token; of each comparison the mean lead of better answers over
-    worse ones. A share of pairs in the right order would be blind to a change among few pairs."""
+def lead(better: float, worse: float) -> float:
+    """How far two answers of a pair are apart: it moves where a share of few pairs would not."""
+    return better - worse
+
+
+def in_order(better: float, worse: float) -> float:
+    """Whether the better answer of a pair has the higher value: one half where they are equal."""
+    return (better > worse) + (better == worse) / 2
+
+
+def values(
+    kind: Kind, records: Sequence[Any], answers: Sequence[Sequence[tuple[float, int] | None]],
+    of_pair: Callable[[float, float], float] = lead,
+) -> Any:  # fmt: skip
+    """Of each record its answer's log-probability per token; of each comparison the mean over its pairs."""
     per_token = [[None if answer is None else answer[0] / answer[1] for answer in row] for row in answers]
     if kind != "comparisons":
         return numpy.array([row[-1] for row in per_token])  # the last answer of a conversation
-    leads = [[a - b for a, b in pairs(record.ranks, row)] for record, row in zip(records, per_token, strict=True)]
-    return numpy.array([numpy.mean(of_record) if of_record else 0.0 for of_record in leads])
+    of_records = [
+        [of_pair(*pair) for pair in pairs(record.ranks, row)] for record, row in zip(records, per_token, strict=True)
+    ]
+    return numpy.array([numpy.mean(row) if row else of_pair(0.0, 0.0) for row in of_records])
 
 
 def pairs(ranks: Sequence[int], row: Sequence[float | None]) -> Iterator[tuple[float, float]]:

@@ -307,35 +307,43 @@ class Planner:
         )
 
 
-def within(plans: Sequence[Plan], seconds: float | None, spent: float = 0.0) -> tuple[Plan, list[str]]:
+def within(plans: Sequence[Plan], seconds: float | None, spent: Sequence[float] = ()) -> tuple[Plan, list[str]]:
     """The first plan that fits into so much time, shortened where need be; and what would be better with more time.
 
-    A better algorithm is kept while half of its steps are. spent: seconds of the budget that stages have not. Raises
-    ResourceError with the least time that is possible.
+    A better algorithm is kept while half of its steps are. spent: by plan the seconds of the budget that its stages
+    have not; default: none. Raises ResourceError with the least time that is possible.
     """
     if seconds is None:
         return plans[0], []
+    outside = dict(zip(map(id, plans), spent or [0.0] * len(plans), strict=True))
     cut: list[tuple[float, Plan]] = []
     for plan in plans:
         durations = [stage.duration for stage in plan.stages]
-        if (steps := choice.trimmed(durations, seconds - spent)) is not None:
+        if (steps := choice.trimmed(durations, seconds - outside[id(plan)])) is not None:
             cut.append((choice.kept_share(durations, steps), shortened(plan, steps)))
     if not cut:
-        seconds_of = {id(plan): choice.least([stage.duration for stage in plan.stages]) for plan in plans}
-        nearest = min(plans, key=lambda plan: seconds_of[id(plan)])
+        least = {
+            id(plan): choice.least([stage.duration for stage in plan.stages]) + outside[id(plan)] for plan in plans
+        }
+        nearest = min(plans, key=lambda plan: least[id(plan)])
+        each = " each" if len(nearest.stages) > 1 else ""
+        trial = outside[id(nearest)]
+        of_it = f"; {show_seconds(trial)} of it for the pre-flight (--no-check) and evaluations" if trial else ""
         raise ResourceError(
             f"--budget {show_seconds(seconds)}: too little; the nearest possible is --budget "
-            f"{show_seconds(seconds_of[id(nearest)] + spent)}, for {' + '.join(nearest.route.stages)} with "
-            f"{choice.FEWEST_STEPS} steps{' each' if len(nearest.stages) > 1 else ''}"
-            + (f"; {show_seconds(spent)} of it are the pre-flight's, which --no-check leaves out." if spent else ".")
+            f"{show_seconds(least[id(nearest)])}, for {' + '.join(nearest.route.stages)} with "
+            f"{choice.FEWEST_STEPS} steps{each}{of_it}."
         )
     share, best = next((pair for pair in cut if pair[0] >= choice.HALF), max(cut, key=lambda pair: pair[0]))
-    better = []
-    if best.route.stages != plans[0].route.stages:
-        better.append(f"{' + '.join(plans[0].route.stages)} with --budget {show_seconds(plans[0].seconds + spent)}")
+    better, first = [], plans[0]
+    if best.route.stages != first.route.stages:
+        better.append(
+            f"{' + '.join(first.route.stages)} with --budget {show_seconds(first.seconds + outside[id(first)])}"
+        )
     if share < 1:
         whole = next(plan for plan in plans if plan.route.stages == best.route.stages)
-        better.append(f"all steps with --budget {show_seconds(whole.seconds + spent)}: {share:.0%} of them are left")
+        budget = show_seconds(whole.seconds + outside[id(whole)])
+        better.append(f"all steps with --budget {budget}: {share:.0%} of them are left")
     return best, better
 
 

@@ -1,5 +1,6 @@
 """What `penstock align` prints and its report: the plan, what the stages took, the end against the start."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,9 +81,13 @@ def next_commands(state: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("export:", f"penstock export {run} --out my-model{merge}"),
     ]  # fmt: skip
     if state.get("answers") and "win_rate" not in state["evaluation"]:
-        template = " --apply-chat-template" if state["apply_chat_template"] else ""
-        flags = f"--data {Path(state['out']) / 'data' / 'heldout-prompts.jsonl'}{template} --reward-fn FILE.py:FUNCTION"
-        commands.insert(0, ("judge:", f"penstock eval {run} --against {state['model']} {flags}"))
+        words = ["penstock", "eval", run, "--against", state["model"]]
+        words += ["--data", str(Path(state["out"]) / "data" / "heldout-prompts.jsonl")]
+        for name, value in state["answering"].items():
+            if value is not False:
+                listed = value if isinstance(value, list | tuple) else [value]
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, listed))]
+        commands.insert(0, ("judge:", shlex.join([*words, "--reward-fn", "FILE.py:FUNCTION"])))
     return commands
 
 

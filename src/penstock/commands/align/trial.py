@@ -23,7 +23,7 @@ from penstock.algorithms.heldout import interval_of
 from penstock.commands.align.choice import Duration
 from penstock.commands.align.evaluation import Judge, sampled
 from penstock.commands.align.inventory import MEASURED
-from penstock.commands.align.planning import StagePlan
+from penstock.commands.align.planning import OVERHEAD, StagePlan
 from penstock.commands.align.stages import Stage, run_stage
 from penstock.errors import ResourceError, UserError
 from penstock.run.metrics import peak_rss_bytes, read_lines
@@ -70,12 +70,12 @@ def score_sanity(judge: Judge, model: str, *, learns_first: bool) -> tuple[list[
 
 
 def expected_seconds(stages: Sequence[StagePlan]) -> float:
-    """What `try_stages` will take, by the forecast: each stage's few steps and what it takes beside steps."""
-    return sum(stage.duration.fixed + (STEPS + 1) * stage.duration.per_step for stage in stages)
+    """What `try_stages` will take, by the forecast: each stage's few steps, an evaluation, and what any run takes."""
+    return sum(OVERHEAD + (STEPS + 2) * stage.duration.per_step for stage in stages)
 
 
 def try_stages(
-    stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage], int], say: Callable[[str], None] = print
+    stages: Sequence[StagePlan], root: Path, heldout: Callable[[Stage], int], say: Callable[[str], None]
 ) -> list[Measured]:
     """Runs every stage for a few steps in `root`, which is removed, and returns what the whole stages will take.
 

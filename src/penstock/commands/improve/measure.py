@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from penstock.commands.align.evaluation import answer_logprobs, values
+from penstock.commands.align.evaluation import answer_logprobs, in_order, values
 from penstock.commands.align.inventory import prompts_of
 from penstock.commands.config import EvalConfig
 from penstock.commands.evaluate import Side, answers_of
@@ -67,7 +67,8 @@ def regressions(config: ImproveConfig, models: Models, reading: Reading) -> list
             raise UserError(f"--regression {file}: has {kind}; give comparisons or demonstrations.")
         records = formats.read(file, kind).records
         of_model = {
-            model: values(kind, *answer_logprobs(kind, records, model, *reading)) for model in dict.fromkeys(models)
+            model: values(kind, *answer_logprobs(kind, records, model, *reading), in_order)
+            for model in dict.fromkeys(models)
         }
         if not len(of_model[models.start]):
             raise UserError(f"--regression {file}: the model can read none of it; give a larger --max-length.")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from penstock.commands.align.choice import ENOUGH
-from penstock.commands.align.evaluation import pairs
+from penstock.commands.align.evaluation import in_order, pairs
 from penstock.commands.improve.labels import Label
 from penstock.run import intervals
 from penstock.run.versions import REFUSED, TRUSTED, WAITING
@@ -66,7 +66,7 @@ def agreement(labels: Sequence[Label], scores: Scores) -> Agreement:
             sign = 1 if label.record.label else -1
             values = [(numpy.sign(score - middle) * sign + 1) / 2 for score in row if score is not None]
         else:
-            values = [(a > b) + (a == b) / 2 for a, b in pairs(label.record.ranks, row)]
+            values = [in_order(*pair) for pair in pairs(label.record.ranks, row)]
         if values:
             by_opening.setdefault(label.opening, []).append(float(numpy.mean(values)))
     return Agreement.of(numpy.array([numpy.mean(values) for values in by_opening.values()]))
