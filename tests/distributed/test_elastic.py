@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,14 +119,18 @@ def test_ranks_that_see_different_directories_are_not_let_go_on(tmp_path):
         Session("sft", config, Divided(0, 2, torch.device("cpu")))
 
 
-def test_a_second_sigterm_does_not_cost_the_checkpoint_and_a_second_ctrl_c_stops_at_once():
+def test_a_second_sigterm_does_not_cost_the_checkpoint_and_a_second_ctrl_c_stops_at_once(capfd):
     session = Session.__new__(Session)
-    session._signal = 0
+    session._signal, session._progress = 0, None
+    session.world = SimpleNamespace(first=True)
+    session.config = SimpleNamespace(run=SimpleNamespace(json=False, quiet=False))
     session._note_signal(signal.SIGTERM, None)
+    assert "SIGTERM: stops with a checkpoint after this step" in capfd.readouterr().err
     try:
         session._note_signal(signal.SIGTERM, None)  # Slurm's, and torchrun's
     except KeyboardInterrupt:
         pytest.fail("a second SIGTERM stops at once")
     assert session._signal == signal.SIGTERM
+    assert capfd.readouterr().err == ""
     with pytest.raises(KeyboardInterrupt):
         session._note_signal(signal.SIGINT, None)
