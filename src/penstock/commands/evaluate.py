@@ -84,8 +84,7 @@ def evaluate(config: EvalConfig) -> None:
         result |= {"against": config.against, **comparison(config, own, answers_of(config, config.against))}
     print(json.dumps(result) if config.json else as_text(config, result))
     if is_run(config.model):
-        keep(Path(config.model), [result])
-        print(f"wrote {Path(config.model) / 'report.html'}", file=sys.stderr)
+        print(f"wrote {keep(Path(config.model), [result])}", file=sys.stderr)
     if config.out:
         try:
             Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -101,13 +100,13 @@ def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
-def keep(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Adds results to the run's evaluations.jsonl, and makes its report again."""
+def keep(run: Path, results: Sequence[Mapping[str, Any]]) -> Path:
+    """Adds results to the run's evaluations.jsonl, and makes its report again, whose path it returns."""
     lines = Lines(run / FILE, (run / FILE).stat().st_size if (run / FILE).exists() else 0)
     for result in results:
         lines.write(result)
     lines.close()
-    run_report(run, RunDirectory.peek(run)["command"])
+    return run_report(run, RunDirectory.peek(run)["command"])
 
 
 def keep_lm_eval(config: EvalConfig) -> None:
@@ -131,8 +130,7 @@ def keep_lm_eval(config: EvalConfig) -> None:
         raise UserError(f"--lm-eval {source}: has no figure of any task in it.")
     for result in results:
         print(json.dumps(result) if config.json else f"{result['data']}, {result['by']}: {result['score']:.4f}")
-    keep(Path(config.model), results)
-    print(f"wrote {Path(config.model) / 'report.html'}", file=sys.stderr)
+    print(f"wrote {keep(Path(config.model), results)}", file=sys.stderr)
 
 
 def lm_eval_results(written: Mapping[str, Any]) -> list[dict[str, Any]]:

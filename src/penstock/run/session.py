@@ -160,8 +160,9 @@ class Session:
         # torchrun, which gets it too, sends it to its ranks again.
         if self._signal and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        seen, self._signal, run = self._signal, signum, self.config.run
-        if seen or not self.world.first or run.json or run.quiet:
+        first, run = not self._signal, self.config.run
+        self._signal = signum
+        if not first or not self.world.first or run.json or run.quiet:
             return
         again = "; again: at once, without" if signum == signal.SIGINT else ""
         text = f"{signal.Signals(signum).name}: stops with a checkpoint after this step{again}"

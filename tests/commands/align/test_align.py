@@ -282,3 +282,15 @@ def test_likelihoods_are_those_of_transformers(tmp_path, model, jsonl):
     (value,) = evaluation._values("demonstrations", tmp_path / "single.jsonl", model, *flags)
     assert value == pytest.approx(first[0], abs=1e-4), single
     assert file
+
+
+@pytest.mark.parametrize("state", [{}, {"resident": True, "answering": {}, "run": "no model"}])
+def test_answers_that_cannot_be_made_cost_no_run(tmp_path, jsonl, state):
+    """A state of an older version too: it does not say whether a model fits."""
+    (tmp_path / "data").mkdir()
+    jsonl([{"prompt": "Q"}], "data/heldout-prompts.jsonl")
+    said, state = [], {"evaluation": {}, **state}
+    config = AlignConfig.of(model="no model", data="d", out=str(tmp_path))
+    command.measure(config, state, tmp_path, said.append)
+    assert state["answers"] == []
+    assert said[0].startswith("answers of start and end are not shown: ")

@@ -21,7 +21,7 @@ from penstock.commands.align.stages import Stage, run_stage
 from penstock.commands.align.trial import expected_seconds, memory_meter, score_sanity, try_stages
 from penstock.commands.evaluate import keep, today
 from penstock.config import EngineFlags, as_data_flags
-from penstock.errors import ResourceError, UserError
+from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.flags import to_dict, with_absolute_paths
 from penstock.kernels.machine import busy
 from penstock.run import loggers
@@ -274,10 +274,12 @@ def measure(config: AlignConfig, state: dict[str, Any], out: Path, say: Any) -> 
     prompts = out / "data" / "heldout-prompts.jsonl"
     if "answers" not in state and prompts.exists():
         state["answers"] = []
-        if state.get("resident"):
-            state["answers"] = side_by_side(prompts, (config.model, state["run"]), answering(config, state))
-        else:
-            say("answers of start and end are not shown: the model alone has no room on the device")
+        try:
+            if not state.get("resident"):
+                raise ResourceError("the model alone has no room on the device.")
+            state["answers"] = side_by_side(prompts, (config.model, state["run"]), state["answering"])
+        except PenstockError as error:  # the run is done, and measured
+            say(f"answers of start and end are not shown: {error}")
         save(out, state)
 
 
