@@ -120,7 +120,7 @@ SOURCE_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in [*SOURCES, 
 WORDS = set(re.findall(r"\w+", SOURCE_TEXT))
 FOREIGN_FLAGS = {
     "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts",
-    "--requeue", "--signal",
+    "--local-addr", "--requeue", "--signal",
 }  # fmt: skip
 """torchrun's and Slurm's."""
 FOREIGN_NAMES = {

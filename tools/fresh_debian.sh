@@ -36,6 +36,7 @@ show() { # a file or folder of this machine, at the same place there
 mount -t proc proc "$root/proc"
 mounted=$root/proc
 show /etc/resolv.conf
+show /etc/hosts  # an installation names the machine in it, debootstrap does not, and torchrun looks it up
 chroot "$root" apt-get -qq update
 # shellcheck disable=SC2086  # a list of names
 DEBIAN_FRONTEND=noninteractive chroot "$root" apt-get -qq install $packages >/dev/null

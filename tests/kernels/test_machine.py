@@ -1,4 +1,6 @@
-"""How much memory is free: files of /proc and of both versions of control groups, as the kernel writes them."""
+"""How much memory is free, by files of /proc and of control groups as the kernel writes them; what else is amiss."""
+
+import socket
 
 import pytest
 
@@ -48,3 +50,16 @@ def test_a_machine_where_others_compute_is_said(monkeypatch):
     assert str(machine.busy()).startswith("this machine was busy in the last minute (load 6.9 on 2 cores): ")
     monkeypatch.setattr("os.getloadavg", lambda: (0.6, 0.0, 0.0))
     assert machine.busy() is None
+
+
+@pytest.mark.parametrize("known", ["weir", "pond"])
+def test_a_machine_whose_name_has_no_address_is_named(monkeypatch, known):
+    def addresses(name, port):
+        if name != known:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "weir")
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    assert (machine.unnamed() is None) is (known == "weir")
+    assert known == "weir" or "put a line '127.0.1.1 weir' into /etc/hosts" in machine.unnamed()

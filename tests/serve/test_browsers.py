@@ -124,19 +124,97 @@ def test_an_edited_message_stops_its_answer_and_gets_another(page, served):
     assert [message["finish_reason"] for message in stored(page, served)] == [None, "cancelled", None, "cancelled"]
 
 
+def test_an_answer_cut_by_its_length_goes_on_in_place(page, served):
+    page.run("localStorage['penstock.settings'] = values[0]", json.dumps({"sampling": {"max_tokens": 3}}))
+    page.reload()
+    page.until(STARTED)
+    page.run(WATCH)
+    say(page, "Count")
+    page.until(f"{ENDED} && document.querySelector('.note').textContent.includes('Stopped at the length limit.')")
+    before = page.value("document.querySelector('.prose').textContent")
+    page.click(".note button")
+    page.until(f"{ENDED} && {LENGTH} > values[0]", len(before))
+    [question, answer] = stored(page, served)
+    assert question["content"] == "Count"
+    assert answer["content"].split() == page.value("document.querySelector('.prose').textContent").split()
+    assert answer["content"].strip().startswith(before.strip())
+    assert len(answer["sampling"]["continued"]) == 1
+
+
+def test_the_branch_that_was_picked_is_shown_again(page, served):
+    opened(page, served, ("Hello", "the first"))
+    conversation, (question, _) = page.value("location.hash.slice(2)"), stored(page, served)
+    second = served.store.add_message(conversation, question["id"], "assistant", "", model="left", sampling={})["id"]
+    served.store.save_answers([{"id": second, "content": "the second", "finish_reason": "stop"}])
+    answer = f"{ENDED} && document.querySelector('.prose').textContent.trim() === values[0]"
+    page.reload()
+    page.until(answer, "the second")
+    page.click("[aria-label='Previous branch']")
+    page.until(answer, "the first")
+    page.reload()
+    page.until(f"{answer} && document.querySelector('.switcher span').textContent === '1/2'", "the first")
+    page.run(WATCH)
+
+
 # --- what a person writes ---------------------------------------------------------------------------------------------
-def test_keys_of_an_input_method_do_not_send(page):
-    page.click("#prompt")
-    page.type("nihao")
+def input_method(page: Browser, selector: str, key: str) -> None:
+    """A key as an input method sends it, in each of the ways that browsers mark one."""
     for marks in IME:
         page.run(
-            """const options = { key: "Enter", bubbles: true, cancelable: true, ...values[0] };
-            document.querySelector("#prompt").dispatchEvent(new KeyboardEvent("keydown", options));""",
-            marks,
-        )
-        assert page.value("document.querySelectorAll('.bubble').length") == 0
+            """const options = { bubbles: true, cancelable: true, key: values[1], ...values[2] };
+            document.querySelector(values[0]).dispatchEvent(new KeyboardEvent("keydown", options));""",
+            selector, key, marks,
+        )  # fmt: skip
+
+
+def test_keys_of_an_input_method_neither_send_nor_rename(page):
+    page.click("#prompt")
+    page.type("nihao")
+    input_method(page, "#prompt", "Enter")
+    assert page.value("document.querySelectorAll('.bubble').length") == 0
     page.press("Enter")
     shown(page, "nihao")
+    page.until(ENDED)
+    page.click("[aria-label='Rename nihao']")
+    box = "[aria-label='New title']"
+    page.until("document.activeElement.matches(values[0])", box)
+    page.type("renamed")
+    for key in ("Enter", "Escape"):
+        input_method(page, box, key)
+    assert page.value("document.querySelector(values[0]).value", box) == "renamed"
+    page.press("Enter")
+    page.until("document.querySelector('.conversations li.current').textContent.trim() === 'renamed'")
+
+
+def test_escape_of_an_input_method_does_not_stop_an_answer(page, served):
+    endless(page)
+    with served.gate.held(after=20) as gate:
+        say(page, "Tell me all")
+        length = grows(page, 19)
+        input_method(page, "#prompt", "Escape")
+        gate.let(20)
+        grows(page, length)
+        assert page.value("document.querySelector('#send').className") == "send busy"
+        page.press("Escape")
+        page.until(ENDED)
+
+
+def test_return_on_a_phone_makes_a_line(page):
+    """What a telephone says of itself is put in; tests/serve/test_page_text.py has a browser that says it."""
+    page.run(
+        """const media = Object.getOwnPropertyDescriptor(MediaQueryList.prototype, "media").get;
+        const matches = Object.getOwnPropertyDescriptor(MediaQueryList.prototype, "matches").get;
+        Object.defineProperty(MediaQueryList.prototype, "matches", {
+          get() { return media.call(this).includes("coarse") || matches.call(this); },
+        });"""
+    )
+    page.click("#prompt")
+    page.type("One")
+    page.press("Enter")
+    page.type("two")
+    assert page.value("document.querySelector('#prompt').value") == "One\ntwo"
+    page.press("Control", "Enter")
+    shown(page, "One\ntwo")
     page.until(ENDED)
 
 
@@ -251,6 +329,82 @@ def test_a_selection_survives_an_answer_that_grows(page, served):
         page.until(ENDED)
     assert len(selected) == 10
     assert page.value("getSelection().toString()") == selected
+
+
+def test_scrolling_up_a_little_stays_up_until_the_end_is_reached(page, served):
+    endless(page)
+    rest = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
+    rest += "(document.querySelector('#scroll'))"
+    opened(page, served, *((f"q{i}", f"a{i}") for i in range(15)))
+    with served.gate.held(after=100) as gate:
+        say(page, "Tell me all")
+        length = grows(page, 99)  # a letter or more for each token
+        page.until(f"{rest} < 8")
+        page.wheel("#scroll", -40)
+        page.until(f"{rest} > 30")
+        top, before = page.value("document.querySelector('#scroll').scrollTop"), page.value(rest)
+        gate.let(600)
+        grows(page, length + 599)
+        assert page.value(rest) > before + 60  # it grew below
+        assert abs(page.value("document.querySelector('#scroll').scrollTop") - top) < 40
+        page.click("[aria-label='Go to the latest message']")
+        page.until(f"{rest} < 8")
+        page.press("Escape")
+        page.until(ENDED)
+
+
+def test_scrolling_up_between_two_pictures_of_an_answer_that_grows_stays_up(page, served):
+    """The text grows by more than somebody scrolls up, before the browser tells of either."""
+    opened(page, served, *((f"q{i}", f"a{i}") for i in range(30)))
+    jump = """
+      const [scroll, thread] = ["#scroll", "#thread"].map((selector) => document.querySelector(selector));
+      const event = () => new Promise((done) => scroll.addEventListener("scroll", done, { once: true }));
+      const grow = () => {
+        thread.insertAdjacentHTML("beforeend", "<p>more</p>".repeat(9));
+        thread.dispatchEvent(new Event("resized"));
+      };
+      scroll.scrollTop = 0;
+      await event();
+      scroll.scrollTop = scroll.scrollHeight;
+      await event();
+      grow();
+      scroll.scrollTop -= 40;
+      const top = scroll.scrollTop;
+      await event();
+      grow();
+      return scroll.scrollTop - top;
+    """
+    assert abs(page.run(jump)) < 2
+
+
+def test_three_hundred_messages_are_a_conversation(page, served):
+    opened(page, served, *((f"q{i}", f"a{i}") for i in range(150)))
+    say(page, "And now?")
+    page.until(f"{ENDED} && document.querySelectorAll('.prose').length === 151")
+    assert page.value("document.querySelectorAll('.note.failed').length") == 0
+
+
+def test_everything_is_printed(page, served):
+    opened(page, served, ("line\n" * 200, "<think>" + "why\n\n" * 40 + "</think>" + "because\n\n" * 60))
+    shown_on_paper = """
+      dispatchEvent(new Event("beforeprint"));
+      const rules = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]);
+      const on = { print: "all", screen: "not all" };
+      for (const { media } of rules) if (media) media.mediaText = on[media.mediaText] ?? media.mediaText;
+      const high = (selector) => document.querySelector(selector).getBoundingClientRect().height;
+      return { page: document.documentElement.scrollHeight, bubble: high(".bubble"), thoughts: high(".thinking"),
+               prose: high(".prose"), composer: high(".composer"), list: high(".sidebar") };
+    """
+    pages = page.pages()
+    page.until("!document.querySelector('.thinking').open")
+    shown = page.run(shown_on_paper)
+    assert shown["bubble"] > 200 * 16
+    assert shown["thoughts"] > 40 * 16
+    assert shown["page"] > shown["bubble"] + shown["prose"]
+    assert shown["composer"] == shown["list"] == 0
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert not page.value("document.querySelector('.thinking').open")
+    assert pages is None or pages >= 4
 
 
 def test_no_payload_runs(page, served):

@@ -5,15 +5,18 @@ itself speaks the same commands over a socket (Marionette). A browser shows noth
 screen, WebKit draws on one of Xvfb's. playwright brings browsers of its own, and cannot drive these.
 """
 
+import base64
 import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import urllib.error
 import urllib.request
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -36,7 +39,7 @@ MINI_BROWSERS = sorted(map(str, Path("/usr/lib").glob("*/webkit2gtk-4.1/MiniBrow
 KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Control": "\ue009"}
 PATHS = {
     "Navigate": "url", "Refresh": "refresh", "ExecuteAsyncScript": "execute/async", "FindElement": "element",
-    "ElementClick": "element/{id}/click", "PerformActions": "actions", "SetTimeouts": "timeouts",
+    "ElementClick": "element/{id}/click", "PerformActions": "actions", "SetTimeouts": "timeouts", "Print": "print",
     "DevTools": "goog/cdp/execute",
 }  # fmt: skip
 CHROMIUM = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]}
@@ -114,9 +117,29 @@ class Browser(ABC):
         for letter in text:
             self.press(letter)
 
+    def wheel(self, selector: str, pixels: int) -> None:
+        """Turns the wheel over an element; negative pixels are upward."""
+        element = self.command("FindElement", using="css selector", value=selector)
+        turn = {"type": "scroll", "x": 0, "y": 0, "deltaX": 0, "deltaY": pixels, "duration": 0, "origin": element}
+        self.command("PerformActions", actions=[{"type": "wheel", "id": "wheel", "actions": [turn]}])
+
     def compose(self, text: str) -> None:
         """Writes a word with an input method, and confirms it with Return; skips where no command does."""
         pytest.skip("this driver has no input method")
+
+    def pages(self) -> int | None:
+        """How many pages of paper the page takes; None where no command prints."""
+        try:
+            paper = base64.b64decode(self.command("Print"))
+        except WebDriverError as error:
+            if "unknown command" in str(error):
+                return None
+            raise
+        parts = [paper]
+        for packed in re.findall(rb"stream\r?\n(.*?)endstream", paper, re.DOTALL):  # where Firefox has its pages
+            with contextlib.suppress(zlib.error):
+                parts.append(zlib.decompressobj().decompress(packed))
+        return len(re.findall(rb"/Type\s*/Page\b", b"\n".join(parts)))
 
 
 class HttpBrowser(Browser):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock.commands.config import DoctorConfig
-from penstock.kernels.machine import available_ram, busy
+from penstock.kernels.machine import available_ram, busy, unnamed
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "rich", "matplotlib", "tomli_w")
 EXTRAS = {
@@ -42,6 +42,8 @@ def doctor(config: DoctorConfig) -> int:
     lines.append(f"cores        {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}")
     if note := busy():
         lines.append(f"load         {note}")
+    if note := unnamed():
+        lines.append(f"name         {note}")
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo", encoding="ascii") as file:
             facts = dict(line.split(":", 1) for line in file)

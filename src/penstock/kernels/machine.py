@@ -2,6 +2,7 @@
 
 import os
 import platform
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,17 @@ def busy() -> str | None:
         f"this machine was busy in the last minute (load {load:.1f} on {cores} cores): times will change with that, "
         "and with OMP_NUM_THREADS=1 threads do not wait for each other"
     )
+
+
+def unnamed() -> str | None:
+    """What to say where this machine's own name has no address, as torchrun looks it up; None where it has one."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return (
+            f"nothing here has an address for this machine's name, {name}, by which torchrun's processes look for "
+            f"each other, for minutes: put a line '127.0.1.1 {name}' into /etc/hosts, or give torchrun "
+            "--local-addr 127.0.0.1"
+        )
+    return None

@@ -3,7 +3,7 @@
 import { $ } from "./dom.js";
 
 let following = true;
-let last = 0; // scrollTop at the last event
+let last = 0; // scrollTop at the last event, or where toEnd put it
 
 const rest = ({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight;
 
@@ -11,9 +11,12 @@ const rest = ({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrol
 export function startScroll(moved) {
   const scroll = $("scroll");
   scroll.onscroll = () => {
-    if (rest(scroll) <= 8) following = scroll.scrollTop >= last || rest(scroll) <= 1; // 1: the text has become shorter
-    else if (scroll.scrollTop < last) following = false;
-    last = scroll.scrollTop;
+    const { scrollTop } = scroll;
+    if (scrollTop !== last) {
+      if (rest(scroll) <= 8) following = scrollTop > last || rest(scroll) <= 1; // 1: the text has become shorter
+      else if (scrollTop < last) following = false;
+      last = scrollTop;
+    }
     moved();
   };
   new ResizeObserver(keepUp).observe(scroll); // a phone's keyboard, a longer message
@@ -22,8 +25,10 @@ export function startScroll(moved) {
 export const farFromEnd = () => rest($("scroll")) > 80;
 
 export function toEnd() {
+  const scroll = $("scroll");
   following = true;
-  $("scroll").scrollTop = $("scroll").scrollHeight;
+  scroll.scrollTop = scroll.scrollHeight;
+  last = scroll.scrollTop;
 }
 
 /** To be called when the text has grown. */
