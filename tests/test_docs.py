@@ -222,7 +222,8 @@ def signature_of(name: str) -> str:
     found = functools.reduce(getattr, name.split("."), penstock)
     text = str(inspect.signature(found))
     text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", text).replace("self, ", "").replace("(self)", "()")
-    text = re.sub(r"-> '(\w+)'", r"-> \1", text).replace("*<class 'LoadOptions'>", "LoadOptions")
+    text = re.sub(r"-> '(\w+)'", r"-> \1", text)
+    text = re.sub(r"\*<class '(\w+)'>|Unpack\[(\w+)\]", r"\1\2", text)  # before Python 3.13, and since
     if inspect.isgeneratorfunction(getattr(found, "__wrapped__", None)):
         text = text.replace("-> Iterator[", "-> ContextManager[")
     return name.replace("autochunk.api.", "") + text

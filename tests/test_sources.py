@@ -222,7 +222,7 @@ def test_datasets_on_the_hub_are_read_by_name_and_again_without_a_network(lab):
         if isinstance(expected, str):
             assert expected in read, text
         else:
-            assert sorted(read) == sorted(expected) if "*0." not in text else len(read) == 2, text
+            assert sorted(read) == sorted(expected) if "*0." not in text else len(read) == 2, (text, read)
             assert ("a" if "talks" in text else "b") * 40 in name
             names.append((name, read))
     offline = [name for name, _ in names if "[:" not in name]  # what was streamed is not in the cache as a whole

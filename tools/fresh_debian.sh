@@ -35,6 +35,12 @@ show() { # a file or folder of this machine, at the same place there
 }
 mount -t proc proc "$root/proc"
 mounted=$root/proc
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
+mounted="$root/dev/pts $mounted"
+ln -sf pts/ptmx "$root/dev/ptmx"
+mkdir -p "$root/dev/shm"
+mount -t tmpfs -o mode=1777 shm "$root/dev/shm"
+mounted="$root/dev/shm $mounted"
 show /etc/resolv.conf
 show /etc/hosts  # an installation names the machine in it, debootstrap does not, and torchrun looks it up
 chroot "$root" apt-get -qq update

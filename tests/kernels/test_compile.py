@@ -62,9 +62,9 @@ def test_a_cache_that_others_can_write_to_is_not_used(anew, tmp_path, mode):
 @pytest.mark.skipif(not COMPILES, reason="no C compiler")
 def test_a_cache_of_another_user_is_not_used(anew, monkeypatch):
     assert isinstance(anew(), ctypes.CDLL)
-    mine = os.geteuid()
-    for path_of, usable in ((mine, True), (0, True), (mine + 1, mine == 0)):  # root could put code anywhere
-        monkeypatch.setattr(compiler.os, "geteuid", lambda user=path_of: user)
+    owner = os.geteuid()
+    for user, usable in ((owner, True), (owner + 1, owner == 0), (0, owner == 0)):  # root could put code anywhere
+        monkeypatch.setattr(compiler.os, "geteuid", lambda user=user: user)
         assert isinstance(anew(), ctypes.CDLL) == usable
 
 

@@ -14,6 +14,9 @@ from tests.conftest import PATIENCE
 from tests.kernels.sanitized import CASES
 
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
+ASAN = "detect_leaks=0:detect_stack_use_after_return=0"
+"""Frames that are kept to find uses after a return are not aligned as gcc's own AVX-512 stores need it (its bug 110027;
+14.2 has it still): they would be reported as ours."""
 
 
 def library(name: str) -> str:
@@ -28,7 +31,7 @@ def library(name: str) -> str:
 def campaign(calls: int, seed: int, march: str, cache: Path) -> None:
     settings = {
         "LD_PRELOAD": f"{library('libasan.so')}:{library('libubsan.so')}", "XDG_CACHE_HOME": str(cache),
-        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2",
+        "ASAN_OPTIONS": ASAN, "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2",
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.kernels.sanitized", str(calls), str(seed), march]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **settings})

@@ -103,6 +103,8 @@ def _wait_for_models(url: str, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")  # while it runs, asyncio.run refuses
 def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip("needs Debian's Chromium: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.serve.browser import (
-    CHROMIUM,
     KEY,
     WAIT,
     answers,
@@ -28,8 +27,6 @@ from tests.serve.browser import (
 from tests.serve.conftest import eventually
 from tests.serve.test_middleware import proxied
 
-if not CHROMIUM.exists():
-    pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 pytest.importorskip("fastapi", reason="needs the server: pip install 'penstock[serve]'")
 expect = playwright.expect

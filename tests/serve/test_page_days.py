@@ -13,7 +13,6 @@ import pytest
 
 from tests.serve.browser import (
     AXE,
-    CHROMIUM,
     LOOKS,
     WAIT,
     answers,
@@ -27,8 +26,6 @@ from tests.serve.browser import (
 )
 from tests.serve.test_page import RICH
 
-if not CHROMIUM.exists():
-    pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 expect = playwright.expect
 expect.set_options(timeout=WAIT)

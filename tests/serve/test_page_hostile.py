@@ -17,13 +17,11 @@ from penstock.run.report import RunFiles, sections_of
 from penstock.run.report import page as report
 from penstock.serve.tables import conversations
 from tests.run.test_report import greedy, write_run
-from tests.serve.browser import CHROMIUM, KEY, WAIT, say, settled, speak
+from tests.serve.browser import KEY, WAIT, say, settled, speak
 from tests.serve.page_payloads import PAYLOADS, nothing_runs
 from tests.serve.test_page import refuse
 from tests.serve.test_page_days import bring
 
-if not CHROMIUM.exists():
-    pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 expect = playwright.expect
 expect.set_options(timeout=WAIT)

@@ -14,10 +14,7 @@ import pytest
 
 from penstock.serve import middleware, static_files
 from tests.conftest import PATIENCE
-from tests.serve.browser import CHROMIUM
 
-if not CHROMIUM.exists():
-    pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
 pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 
 HOST = "http://127.0.0.1"  # nothing is asked there: `hand_out` answers

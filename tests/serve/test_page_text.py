@@ -4,11 +4,9 @@ from typing import Any
 
 import pytest
 
-from tests.serve.browser import CHROMIUM, WAIT, answers, conversation_of, grows, reload, say, settled, speak
+from tests.serve.browser import WAIT, answers, conversation_of, grows, reload, say, settled, speak
 from tests.serve.conftest import eventually
 
-if not CHROMIUM.exists():
-    pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 pytest.importorskip("fastapi", reason="needs the server: pip install 'penstock[serve]'")
 expect = playwright.expect

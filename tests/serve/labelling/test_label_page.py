@@ -10,11 +10,9 @@ import sqlalchemy as sa
 from penstock.serve.labelling import export, room
 from penstock.serve.labelling.owner_api import NAME
 from penstock.serve.tables import label_items
-from tests.serve.browser import CHROMIUM, KEY, LOOKS, WAIT
+from tests.serve.browser import KEY, LOOKS, WAIT
 from tests.serve.page_payloads import PAYLOADS, nothing_runs
 
-if not CHROMIUM.exists():
-    pytest.skip("needs Debian's Chromium: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'penstock[dev]'")
 expect = playwright.expect
 expect.set_options(timeout=WAIT)
