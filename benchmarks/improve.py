@@ -1,7 +1,7 @@
 """The loop with simulated users: `penstock improve` round after round, some of whose votes are flipped.
 
     python -m benchmarks improve [demo] [--seeds 3] [--first-seed 3] [--rounds-per-seed 5] [--processes 2]
-    python -m benchmarks improve smollm2 [--seeds 3] [--rounds-per-seed 5] [--labels 150]
+    python -m benchmarks improve smollm2 [--seeds 3] [--rounds-per-seed 5] [--labels 240]
 
 Users ask the served model, get two answers, and vote for the one that a hidden gold taste, plus noise, likes more; some
 give a thumb to a single answer. Votes go into a server's database, and each round runs the command. One round of each
@@ -32,6 +32,8 @@ from penstock.commands.improve.command import settled
 from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.labels import write
 from penstock.commands.improve.rounds import improve_once
+from penstock.data import filmland
+from penstock.data.filmland import Filmland, FilmQuestion
 from penstock.data.records import Prompt
 from penstock.data.toyland import Toyland
 from penstock.run.versions import Versions
@@ -186,51 +188,37 @@ def demo_seed(out: Path, seed: int, count: int, labels: int) -> list[dict[str, A
     world = Toyland(seed)
     trained_on, heldout = world.split(seed, HELDOUT)
     _, tuned = taught(out, seed, world, trained_on, random.Random(f"demo {seed}"))
-    asking, held = ([q.prompt.strip() for q in side] for side in (trained_on[1500:], heldout))
+    asking, held = ([*map(text_of, side)] for side in (trained_on[1500:], heldout))
     users = World(asking, held, gold_of(world), LABEL_NOISE, 1.5, 40)
     return rounds(out, str(tuned), users, seed, count, labels, max_length=64)
 
 
-def gold_of(world: Toyland) -> Gold:
-    asked = {question.prompt.strip(): question for question in world.questions}
+def gold_of(world: Any) -> Gold:
+    """Of a world of the demo's."""
+    asked = {text_of(question): question for question in world.questions}
     return lambda question, text, ended: world.gold(asked[question], text, ended)
 
 
-THINGS = (
-    "a river", "the moon", "bread", "a violin", "chess", "rain", "a library", "coffee", "a bicycle", "gold", "the sea",
-    "a garden", "football", "a mirror", "salt", "a bridge", "winter", "a clock", "tea", "a map", "honey", "a train",
-    "paper", "a candle", "the sun", "a castle", "music", "a horse", "glass", "a market", "silk", "a volcano", "a ship",
-    "an island", "a poem", "wool", "a desert", "a festival", "a bakery", "the wind",
-)  # fmt: skip
-ASKS = (
-    "What is {} good for?", "Tell me something about {}.", "Why do people like {}?", "Describe {} to a child.",
-    "What should I know about {}?", "Give me a fact about {}.", "What does {} remind you of?", "Is {} important?",
-    "What would the world be without {}?", "How would you explain {} to a visitor?", "What is special about {}?",
-    "Who first thought about {}?", "Write a line about {}.", "What do children ask about {}?",
-)  # fmt: skip
-
-
-def brief(question: str, text: str, ended: bool) -> float:
-    """A hidden taste: answers of about a dozen words that end by themselves, without lists."""
-    words = len(text.split())
-    return -abs(words - 12) / 6 + (1.0 if ended else -1.0) - 1.0 * ("\n" in text.strip())
+def text_of(question: Any) -> str:
+    return question.text if isinstance(question, FilmQuestion) else question.prompt.strip()
 
 
 def smollm2(
-    seeds: int = 3, first_seed: int = 3, rounds_per_seed: int = 5, labels: int = 150, processes: int = 1
+    seeds: int = 3, first_seed: int = 3, rounds_per_seed: int = 5, labels: int = 240, processes: int = 1
 ) -> dict[str, Any]:
-    """SmolLM2-135M-Instruct, whose users like brief answers."""
+    """SmolLM2-135M-Instruct writes about films; the hidden gold is Filmland's: VADER's sentiment, briefly said."""
     return campaign(smollm2_seed, range(first_seed, first_seed + seeds), rounds_per_seed, labels, processes)
 
 
 def smollm2_seed(out: Path, seed: int, count: int, labels: int) -> list[dict[str, Any]]:
-    """The rounds of one seed."""
+    """The rounds of one seed, in LoRA. The judge reads each comparison once: it begins with a model that can read."""
     from tests.smollm2 import directory
 
-    questions = [ask.format(thing) for ask in ASKS for thing in THINGS]
-    random.Random(0).shuffle(questions)
-    users = World(questions[64:], questions[:64], brief, 1.0, 0.0, 40)
-    flags = {"max_length": 128, "learns": "lora", "lr": 2e-4, "epochs": 1, "dtype": "bf16"}
+    world = Filmland()
+    asking, held = ([*map(text_of, side)] for side in world.split(seed, 96))
+    users = World(asking, held, gold_of(world), filmland.LABEL_NOISE, 0.45, 32)
+    settings = ("reward.lr=5e-4", "reward.epochs=1")
+    flags = {"max_length": 128, "learns": "lora", "lr": 2e-4, "epochs": 2, "dtype": "bf16", "set": settings}
     return rounds(out, str(directory()), users, seed, count, labels, **flags)
 
 
