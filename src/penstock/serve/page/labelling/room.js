@@ -43,6 +43,7 @@ function figures(data) {
   ];
   return section("Figures",
     h("dl", { class: "figures" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
+    h("p", { class: "help" }, "Alpha and agreement are over the items compared, those that two people or more ranked. Alpha is 1 where they agree and 0 where chance would do as well."),
     h("button", { type: "button", class: "secondary", onclick: refreshed(() => {}) }, "Look again"));
 }
 
