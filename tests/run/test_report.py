@@ -86,4 +86,4 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path, count):
 
 def test_a_word_of_a_table_stays_whole_and_a_path_may_be_broken():
     text = page("t", "s", [Table("T", ["stage", "run"], [["reward", "/a/long/path/of/some/run"]])])
-    assert "<td>reward</td><td class=long>/a/long/path/of/some/run</td>" in text
+    assert '<td>reward</td><td class="long">/a/long/path/of/some/run</td>' in text

@@ -88,14 +88,14 @@ border-radius:0 6px 6px 0}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:.8rem;margin:1.6rem 0}
 dl .card{padding:.75rem .95rem}dt,figcaption,small,th{color:var(--soft);font-size:.82rem;font-weight:400}
 dt{overflow-wrap:anywhere;line-height:1.35;margin-bottom:.15rem}
-dd{margin:0;font-size:1.3rem;line-height:1.3;font-variant-numeric:tabular-nums}small{display:block}
+dd{margin:0;font-size:1.3rem;line-height:1.3;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}small{display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:1rem}
 figure{margin:0;padding:.7rem .8rem .5rem}img{width:100%;height:auto;display:block;margin-top:.3rem}
 figcaption{display:flex;justify-content:space-between;gap:1rem;font-variant-numeric:tabular-nums}
 figcaption b{color:var(--ink);font-weight:500;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;padding:.3rem .4rem}table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;vertical-align:top;padding:.42rem .7rem;font-variant-numeric:tabular-nums}
-.long{overflow-wrap:anywhere}tbody td{border-top:1px solid var(--line)}
+.long{overflow-wrap:anywhere}.wide{min-width:14rem}tbody td{border-top:1px solid var(--line)}
 summary{cursor:pointer;font-weight:600;margin:1.4rem 0 .9rem}
 .sample{margin-bottom:1rem;overflow:hidden}
 .prompt{padding:.8rem 1rem;color:var(--soft);white-space:pre-wrap;overflow-wrap:anywhere}
@@ -324,6 +324,8 @@ SHOWN = 6
 """Samples above the fold; the others open on a click."""
 WORD = 20
 """Letters of the longest word that stays whole in a table."""
+SENTENCE = 40
+"""Letters from which a cell's text is no name or number."""
 
 
 def _render(section: Section, pictures: dict[str, str]) -> str:
@@ -365,9 +367,10 @@ def _row(tag: str, cells: Sequence[str]) -> str:
 
 
 def _cell(tag: str, text: str) -> str:
-    """A path may be broken anywhere where a column is narrow, a word not."""
-    is_long = max(map(len, text.split()), default=0) > WORD
-    return f"<{tag}{' class=long' if is_long else ''}>{html.escape(text)}</{tag}>"
+    """A path may be broken anywhere where a column is narrow, a word not; a sentence is not squeezed."""
+    classes = ["long"] * (max(map(len, text.split()), default=0) > WORD) + ["wide"] * (len(text) > SENTENCE)
+    kind = f' class="{" ".join(classes)}"' if classes else ""
+    return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
 
 
 def _sample(prompt: str, answers: Mapping[str, tuple[str, float | None]]) -> str:

@@ -69,7 +69,7 @@ def ending(state: Mapping[str, Any]) -> str:
         "the end against the start:",
         *(f"  {name}: {text}" for name, text in evaluation_rows(state["evaluation"])),
     ]
-    todo = [f"{what:8}{line}" for what, line in next_commands(state)]
+    todo = [f"{what + ':':8}{line}" for what, line in next_commands(state)]
     return "\n".join([*lines, f"report: {state['report']}", *todo])
 
 
@@ -77,8 +77,8 @@ def next_commands(state: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What to do with the last run, and the command for it."""
     run, merge = state["run"], " --merge" if state["learns"] != "all" else ""
     commands = [
-        ("talk:", f"penstock chat {run}"), ("serve:", f"penstock serve {run} --port 8000"),
-        ("export:", f"penstock export {run} --out my-model{merge}"),
+        ("talk", f"penstock chat {run}"), ("serve", f"penstock serve {run} --port 8000"),
+        ("export", f"penstock export {run} --out my-model{merge}"),
     ]  # fmt: skip
     if state.get("answers") and "win_rate" not in state["evaluation"]:
         words = ["penstock", "eval", run, "--against", state["model"]]
@@ -87,7 +87,7 @@ def next_commands(state: Mapping[str, Any]) -> list[tuple[str, str]]:
             if value is not False:
                 listed = value if isinstance(value, list | tuple) else [value]
                 words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, listed))]
-        commands.insert(0, ("judge:", shlex.join([*words, "--reward-fn", "FILE.py:FUNCTION"])))
+        commands.insert(0, ("judge", shlex.join([*words, "--reward-fn", "FILE.py:FUNCTION"])))
     return commands
 
 
