@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_a_candidate_that_is_no_better_is_kept_aside_and_its_votes_come_again(li
     row, versions = live(WORDS[80:150], lr=3e-3, steps=8)
     assert (row["decision"], row["learned"]) == ("promoted", [1, 2]), row["why"]
     assert versions.learned(2) == {1, 2}
+
+
+def test_where_a_reward_model_knows_no_more_than_chance_the_version_that_learned_judges(live, monkeypatch):
+    live(WORDS[:80])
+
+    def at_random(model, labels, reading):
+        draws = random.Random(0)
+        return [[draws.random() for _ in label.record.ranks] for label in labels]
+
+    monkeypatch.setattr("penstock.commands.improve.scores.of_reward_model", at_random)
+    poisoned, versions = live(WORDS[80:160], flipped=True)
+    assert (poisoned["examined"]["by"], poisoned["state"]) == ("model", REFUSED), poisoned["why"]
+    assert "contradict" in poisoned["why"]
+    assert versions.current == 1
 
 
 def test_answers_that_lose_by_the_judge_of_held_out_votes_keep_a_candidate_aside(live, tmp_path, monkeypatch):
@@ -245,6 +260,6 @@ def test_what_does_not_fit_beside_the_server_is_refused_and_goes_on_with_more_me
 
 def test_votes_whose_learning_goes_against_earlier_ones_are_refused_where_no_judge_could_tell(live, monkeypatch):
     live(WORDS[:80])
-    monkeypatch.setattr("penstock.commands.improve.rounds.judge_of", lambda *arguments: None)
+    monkeypatch.setattr("penstock.commands.improve.rounds.judges_of", lambda *arguments: [])
     row, versions = live(WORDS[80:160], flipped=True)
     assert (row["decision"], row["state"], versions.current) == ("kept aside", REFUSED, 1), row["why"]

@@ -1,16 +1,18 @@
 """Two judges: what the votes so far have taught judges new votes before anything learns from them, and what held-out
 votes teach, which no training sees, judges fresh answers.
 
-With comparisons each is a reward model of all trusted ones on its side, made anew when they change. With votes on
-single answers alone, which make no reward model, new votes are judged by the newest model that learned from trusted
-votes: the score is how its log-probabilities differ from those of the model to start from.
+With comparisons each is a reward model of all trusted ones on its side, made anew when they change. Where a reward
+model of a few hundred knows no more than chance, as at the last token of a long answer that was cut, or votes on single
+answers make none, new votes are judged by the newest version that learned from trusted votes: the score is how its
+log-probabilities differ from those of the model to start from, which is over all tokens of an answer. (SmolLM2, 150 to
+600 comparisons: reward models ordered 46 to 56 % of new ones right, such versions 54 to 60 %.)
 """
 
 import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from penstock.commands.align.command import STATE
@@ -51,17 +53,18 @@ class Judge(NamedTuple):
         return agreement(labels, self.scores(labels, reading))
 
 
-def judge_of(config: ImproveConfig, versions: Versions, trusted: Sequence[Label], say: Say) -> Judge | None:
-    """What trusted labels of earlier rounds teach; None where that is too little."""
+def judges_of(config: ImproveConfig, versions: Versions, trusted: Sequence[Label], say: Say) -> Iterator[Judge]:
+    """What trusted labels of earlier rounds teach, made as they are asked for: a reward model of the comparisons, and
+    the newest version that learned from such labels alone. None of them where there is too little."""
     judge = reward_model(config, versions, "learned", [label for label in trusted if not label.heldout], say)
     if judge is not None:
-        return judge
+        yield judge
     for number, row in sorted(versions.numbered.items(), reverse=True):
         sources = versions.learned(number)
         if row.get("model") and sources and all(versions.states[source] == TRUSTED for source in sources):
             state = json.loads((folder_of(versions, number) / STATE).read_text(encoding="utf-8"))
-            return Judge(versions.model(number), False, versions.model(0), state["apply_chat_template"])
-    return None
+            yield Judge(versions.model(number), False, versions.model(0), state["apply_chat_template"])
+            return
 
 
 def reward_model(

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from penstock.commands.improve import measure, rule
 from penstock.commands.improve.config import ImproveConfig
-from penstock.commands.improve.judges import Judge, judge_of, reward_model
+from penstock.commands.improve.judges import Judge, judges_of, reward_model
 from penstock.commands.improve.labels import (
     ARRIVED,
     Gathered,
@@ -57,6 +57,7 @@ class Round:
         self.config, self.versions, self.say = config, versions, say
         self.number = max(versions.numbered) + 1
         self.folder = folder_of(versions, self.number)
+        self.judge: tuple[Judge, rule.Agreement] | None = None  # of new votes, and how well it knows earlier ones
         engine = EngineFlags(**{field.name: getattr(config, field.name) for field in dataclasses.fields(EngineFlags)})
         self.reading = Reading(as_data_flags(config, apply_chat_template=bool(config.apply_chat_template)), engine)
 
@@ -90,9 +91,8 @@ class Round:
     def run(self) -> dict[str, Any]:
         """The new version's line."""
         trusted = [label for label in self.labels if self.versions.states.get(label.version) == TRUSTED]
-        judge = judge_of(self.config, self.versions, trusted, self.say)
-        state, why, examined = self.examine(judge, trusted)
-        changed = self.again(judge, trusted) if state == TRUSTED else {}
+        state, why, examined = self.examine(judges_of(self.config, self.versions, trusted, self.say), trusted)
+        changed = self.again() if state == TRUSTED else {}
         row = {
             "version": self.number, "parent": self.parent, "state": state, "changed": changed, "began": self.began,
             "new": counts(self.new) | {"sha256": digest_of(self.new)}, "examined": examined, "learned": [],
@@ -119,22 +119,28 @@ class Round:
 
     # --- the votes ----------------------------------------------------------------------------------------------------
 
-    def examine(self, judge: Judge | None, trusted: Sequence[Label]) -> tuple[str, str, dict[str, Any]]:
-        """Whether the new votes may be learned: the state, why, and the figures."""
-        if judge is None:
+    def examine(self, judges: Iterable[Judge], trusted: Sequence[Label]) -> tuple[str, str, dict[str, Any]]:
+        """Whether the new votes may be learned, by the first judge that knows held-out earlier ones, or the last: the
+        state, why, and the figures."""
+        for judge in judges:
+            self.judge = judge, judge.agreement([label for label in trusted if label.heldout], self.reading)
+            if rule.knows(self.judge[1]):
+                break
+        if self.judge is None:
             return *rule.verdict(None, None), {}
-        known = judge.agreement([label for label in trusted if label.heldout], self.reading)
-        self.known, agreed = known, judge.agreement(self.new, self.reading)
+        judge, known = self.judge
+        agreed = judge.agreement(self.new, self.reading)
         figures = {"new": agreed.as_dict(), "known": known.as_dict(), "by": "reward model" if judge.reward else "model"}
         return *rule.verdict(agreed, known), figures
 
-    def again(self, judge: Judge | None, trusted: Sequence[Label]) -> dict[int, str]:
+    def again(self) -> dict[int, str]:
         """Votes of earlier rounds that were too few to tell, judged by what is known now."""
         changed = {}
         for number, state in self.versions.states.items():
             waiting = [label for label in self.labels if label.version == number]
-            if state == WAITING and judge is not None and waiting:
-                now, why = rule.verdict(judge.agreement(waiting, self.reading), self.known)
+            if state == WAITING and self.judge is not None and waiting:
+                judge, known = self.judge
+                now, why = rule.verdict(judge.agreement(waiting, self.reading), known)
                 if now != WAITING:
                     changed[number] = now
                     self.say(f"votes that came with version {number} are {now}: {why}")

@@ -75,6 +75,11 @@ def agreement(labels: Sequence[Label], scores: Scores) -> Agreement:
 # --- may new votes be learned? ----------------------------------------------------------------------------------------
 
 
+def knows(known: Agreement) -> bool:
+    """Whether what earlier votes taught orders earlier votes that it did not learn better than chance."""
+    return known.interval[0] > CHANCE
+
+
 def verdict(new: Agreement | None, known: Agreement | None) -> tuple[str, str]:
     """The state of new votes, and why. `new`: of what earlier votes taught with these; `known`: with earlier votes that
     it did not learn. None: there is nothing yet that could judge.
@@ -83,7 +88,7 @@ def verdict(new: Agreement | None, known: Agreement | None) -> tuple[str, str]:
     """
     if new is None or known is None:
         return TRUSTED, "nothing was learned before that could judge them"
-    if known.interval[0] <= CHANCE:
+    if not knows(known):
         return TRUSTED, f"what earlier votes taught orders votes it has not seen no better than chance, {known}"
     if new.interval[1] < CHANCE:
         return REFUSED, f"they contradict earlier votes: what those taught agrees with {new}"
