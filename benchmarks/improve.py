@@ -33,7 +33,6 @@ from penstock.commands.improve.config import ImproveConfig
 from penstock.commands.improve.labels import write
 from penstock.commands.improve.rounds import improve_once
 from penstock.data import filmland
-from penstock.data.filmland import Filmland, FilmQuestion
 from penstock.data.records import Prompt
 from penstock.data.toyland import Toyland
 from penstock.run.versions import Versions
@@ -188,19 +187,14 @@ def demo_seed(out: Path, seed: int, count: int, labels: int) -> list[dict[str, A
     world = Toyland(seed)
     trained_on, heldout = world.split(seed, HELDOUT)
     _, tuned = taught(out, seed, world, trained_on, random.Random(f"demo {seed}"))
-    asking, held = ([*map(text_of, side)] for side in (trained_on[1500:], heldout))
-    users = World(asking, held, gold_of(world), LABEL_NOISE, 1.5, 40)
+    asking, held = ([q.prompt.strip() for q in side] for side in (trained_on[1500:], heldout))
+    users = World(asking, held, gold_of(world, {q.prompt.strip(): q for q in world.questions}), LABEL_NOISE, 1.5, 40)
     return rounds(out, str(tuned), users, seed, count, labels, max_length=64)
 
 
-def gold_of(world: Any) -> Gold:
-    """Of a world of the demo's."""
-    asked = {text_of(question): question for question in world.questions}
+def gold_of(world: Any, asked: dict[str, Any]) -> Gold:
+    """Of a world of the demo's. asked: its questions by their texts."""
     return lambda question, text, ended: world.gold(asked[question], text, ended)
-
-
-def text_of(question: Any) -> str:
-    return question.text if isinstance(question, FilmQuestion) else question.prompt.strip()
 
 
 def smollm2(
@@ -211,12 +205,12 @@ def smollm2(
 
 
 def smollm2_seed(out: Path, seed: int, count: int, labels: int) -> list[dict[str, Any]]:
-    """The rounds of one seed, in LoRA. The judge reads each comparison once: it begins with a model that can read."""
+    """The rounds of one seed, in LoRA. The judge reads each comparison once: more taught it no more."""
     from tests.smollm2 import directory
 
-    world = Filmland()
-    asking, held = ([*map(text_of, side)] for side in world.split(seed, 96))
-    users = World(asking, held, gold_of(world), filmland.LABEL_NOISE, 0.45, 32)
+    world = filmland.Filmland()
+    asking, held = ([q.text for q in side] for side in world.split(seed, 96))
+    users = World(asking, held, gold_of(world, {q.text: q for q in world.questions}), filmland.LABEL_NOISE, 0.45, 32)
     settings = ("reward.lr=5e-4", "reward.epochs=1")
     flags = {"max_length": 128, "learns": "lora", "lr": 2e-4, "epochs": 2, "dtype": "bf16", "set": settings}
     return rounds(out, str(directory()), users, seed, count, labels, **flags)

@@ -79,9 +79,9 @@ def opened(page: Browser, served: ServedPage, *turns: tuple[str, str]) -> None:
     page.until(ENDED)
 
 
-def endless(page: Browser) -> None:
-    """The next answers go on until they are stopped."""
-    page.run("localStorage['penstock.settings'] = values[0]", json.dumps({"sampling": {"temperature": 0}}))
+def sampled(page: Browser, **sampling: float) -> None:
+    """The next answers are sampled so; without max_tokens they go on until they are stopped."""
+    page.run("localStorage['penstock.settings'] = values[0]", json.dumps({"sampling": sampling}))
     page.reload()
     page.until(STARTED)
     page.run(WATCH)
@@ -89,7 +89,7 @@ def endless(page: Browser) -> None:
 
 # --- answers that live on the server ----------------------------------------------------------------------------------
 def test_an_answer_goes_on_through_a_reload_and_is_stopped(page, served):
-    endless(page)
+    sampled(page, temperature=0)
     with served.gate.held(after=20) as gate:
         say(page, "Tell me more")
         length = grows(page, 19)
@@ -107,7 +107,7 @@ def test_an_answer_goes_on_through_a_reload_and_is_stopped(page, served):
 
 
 def test_an_edited_message_stops_its_answer_and_gets_another(page, served):
-    endless(page)
+    sampled(page, temperature=0)
     with served.gate.held(after=20) as gate:
         say(page, "Tell me all")
         grows(page)
@@ -125,10 +125,7 @@ def test_an_edited_message_stops_its_answer_and_gets_another(page, served):
 
 
 def test_an_answer_cut_by_its_length_goes_on_in_place(page, served):
-    page.run("localStorage['penstock.settings'] = values[0]", json.dumps({"sampling": {"max_tokens": 3}}))
-    page.reload()
-    page.until(STARTED)
-    page.run(WATCH)
+    sampled(page, max_tokens=3)
     say(page, "Count")
     page.until(f"{ENDED} && document.querySelector('.note').textContent.includes('Stopped at the length limit.')")
     before = page.value("document.querySelector('.prose').textContent")
@@ -187,7 +184,7 @@ def test_keys_of_an_input_method_neither_send_nor_rename(page):
 
 
 def test_escape_of_an_input_method_does_not_stop_an_answer(page, served):
-    endless(page)
+    sampled(page, temperature=0)
     with served.gate.held(after=20) as gate:
         say(page, "Tell me all")
         length = grows(page, 19)
@@ -313,7 +310,7 @@ def test_thoughts_are_folded_and_each_text_has_its_own_direction(page, served):
 
 
 def test_a_selection_survives_an_answer_that_grows(page, served):
-    endless(page)
+    sampled(page, temperature=0)
     with served.gate.held(after=30) as gate:
         say(page, "Tell me all")
         length = grows(page, 29)
@@ -332,7 +329,7 @@ def test_a_selection_survives_an_answer_that_grows(page, served):
 
 
 def test_scrolling_up_a_little_stays_up_until_the_end_is_reached(page, served):
-    endless(page)
+    sampled(page, temperature=0)
     rest = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
     rest += "(document.querySelector('#scroll'))"
     opened(page, served, *((f"q{i}", f"a{i}") for i in range(15)))
