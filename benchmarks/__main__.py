@@ -20,6 +20,7 @@ BENCHMARKS = {
     ),
     "tiers": ("real.tiers:main", "one run of a real model resident, in host memory and on a disk: the same bytes"),
     "align": ("real.align:main", "penstock align against its own plan: time, memory, and the held-out score"),
+    "overdone": ("real.overdone:main", "a real model trained far too long: where gold turns down, and the warnings"),
     "times": ("real.times:main", "the times table by a reward that checks: held-out accuracy of a real model"),
     "rollout": ("rollout:main", "speed, ragged, samples, int8: generation against transformers"),
     "peers": ("peers.run:main", "the same work against TRL, DeepSpeed, FSDP2, peft and plain PyTorch"),

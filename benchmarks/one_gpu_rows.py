@@ -160,9 +160,10 @@ def sentiment(result: Result) -> Iterator[Row]:
             continue
         rewards = [run["after"]["mean"] for run in runs]
         trl = name.startswith("trl")
+        script, environment = ("trl_ppo.py", "trl") if name.startswith("trl ppo") else ("trl_grpo.py", "trl_newest")
         yield {
             **timed("sentiment-135m", [run["step_seconds"] for run in runs]),
-            **(peer_of("trl_grpo.py", requirements_of("trl_newest")) if trl else {}),
+            **(peer_of(script, requirements_of(environment)) if trl else {}),
             "steps": sum(run["steps"] for run in runs), "precision": "bf16-autocast" if trl else "bf16",
             "weights": "adapters" if "lora" in runs[0]["flags"] else "full", "options": name,
             "peak_rss_bytes": int(max(run["peak_rss_bytes"] for run in runs)), "seeds": len(runs),

@@ -4,8 +4,8 @@
 
 Each setting and seed is a run of the real command, gone on with where it was stopped (.real/), and a row of
 benchmarks/results/sentiment.json: reward, KL, length, diversity and perplexity of answers to held-out prompts before
-and after, and the curve between. `start` is the model as it is, with the best of n of its answers; `trl grpo lora` is
-TRL's trainer on the same task (real/trl_grpo.py), in an environment of its own.
+and after, and the curve between. `start` is the model as it is, with the best of n of its answers; `trl ...` are TRL's
+trainers on the same task (real/trl_grpo.py, real/trl_ppo.py), in environments of their own.
 """
 
 import math
@@ -44,8 +44,13 @@ SETTINGS: dict[str, tuple[str, runs.Record]] = {
     "rloo lora": ("grpo", {**ADAPTED, "advantage": "rloo", "kl_coef": KL / 2}),
     "rloo": ("grpo", {"lr": 1e-5, "advantage": "rloo", "kl_coef": KL / 2}),
 }
-THEIRS = {"trl grpo lora": "bfloat16", "trl grpo lora fp32": "float32"}
-"""TRL's weights: as ours are, and as it has them by default."""
+THEIRS: dict[str, tuple[str, str, runs.Record]] = {
+    "trl grpo lora": ("trl_newest", "trl_grpo.py", {"beta": KL, "dtype": "bfloat16"}),
+    "trl grpo lora fp32": ("trl_newest", "trl_grpo.py", {"beta": KL, "dtype": "float32"}),
+    "trl ppo lora": ("trl", "trl_ppo.py", {"beta": SETTINGS["ppo lora"][1]["kl_coef"], "dtype": "bfloat16"}),
+    "trl ppo lora fp32": ("trl", "trl_ppo.py", {"beta": SETTINGS["ppo lora"][1]["kl_coef"], "dtype": "float32"}),
+}
+"""TRL's environment, script and flags. bfloat16: weights as ours are; float32: as it has them by default."""
 MOST_KL = 8.0
 """Nats per answer within which a reward counts."""
 LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8)
@@ -102,17 +107,10 @@ def _reward(point: Point) -> float:
 def theirs(setting: str, asked: Path, heldout: Path, seed: int, steps: int) -> runs.Record:
     """TRL's row: trained there, and its answers measured as ours are."""
     out = runs.RUNS / f"{setting.replace(' ', '-')}-{seed}"
-    words = [str(environment_of("trl_newest")), str(HERE / "trl_grpo.py"), str(directory()), str(asked), str(out)]
-    flags = {
-        "seed": seed,
-        "lr": ADAPTED["lr"],
-        "lora": ADAPTED["lora"],
-        "beta": KL,
-        "steps": steps,
-        "tokens": TOKENS,
-        "batch": ROWS,
-        "dtype": THEIRS[setting],
-    }
+    environment, script, own = THEIRS[setting]
+    words = [str(environment_of(environment)), str(HERE / script), str(directory()), str(asked), str(out)]
+    flags = {"seed": seed, "lr": ADAPTED["lr"], "lora": ADAPTED["lora"], "steps": steps, "tokens": TOKENS}
+    flags |= {"batch": ROWS, **own}
     for name, value in {**flags, "micro": MICRO}.items():
         words += [f"--{name}", str(value)]
     if not (out / "model").exists():

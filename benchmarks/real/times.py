@@ -57,8 +57,9 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
     )
     run = runs.train(
         f"times-{setting.replace(' ', '-')}-{seed}", command, model=directory(), data=asked, eval_data=heldout,
-        seed=seed, reward_fn="number", steps=steps, batch_size=64, micro_batch_size=16, max_new_tokens=TOKENS,
-        max_length=96, missing_eos_penalty="none", eval_every=10, checkpoint_every=10, keep=1, **settings,
+        seed=seed, reward_fn="number", steps=steps, dtype="bf16", batch_size=64, micro_batch_size=16,
+        max_new_tokens=TOKENS, max_length=96, missing_eos_penalty="none", eval_every=10, checkpoint_every=10, keep=1,
+        **settings,
     )  # fmt: skip
     curve = [[row["step"], row["objective/scores"]] for row in read_lines(run / "metrics.jsonl")]
     before, after = (accuracy(model, heldout, seed) for model in (directory(), runs.last(run)))

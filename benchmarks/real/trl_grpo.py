@@ -4,52 +4,29 @@
 
 Batch, answers, tokens, rank, schedule and clipping are those of our run, and as there activations are kept; the base is
 in bf16, the adapters in fp32. `--dtype float32` is TRL's default: weights in fp32, which answer in fp32 and are trained
-under bf16's autocast. `--recompute` is its default too: activations are computed again. OUT gets curve.jsonl, a line
-per step (step, seconds, reward, kl in nats per answer, peak_rss_bytes), a checkpoint every 10 steps, from which a
-stopped run goes on, and the model, merged.
+under bf16's autocast. `--recompute` is its default too: activations are computed again. OUT gets curve.jsonl
+(trl_curve.py), a checkpoint every 10 steps, from which a stopped run goes on, and the model, merged.
 """
 
 import argparse
 import json
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
+from trl_curve import Curve
 from vader import compound
 
 
-class Curve(TrainerCallback):
-    """A line of curve.jsonl per step. A step's seconds are from the end of the step before it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.began = path, time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Steps behind the checkpoint are made again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines[: state.global_step]), encoding="utf-8")
-        self.began = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "reward" not in (logs or {}):
-            return
-        now, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        kl = logs["kl"] * logs["completions/mean_length"]
-        row = {"step": state.global_step, "seconds": now - self.began, "reward": logs["reward"], "kl": kl}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "peak_rss_bytes": peak}) + "\n")
-        self.began = now
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = time.perf_counter()
+def reward_and_kl(logs: dict[str, Any]) -> tuple[float, float]:
+    """KL in nats per answer."""
+    return logs["reward"], logs["kl"] * logs["completions/mean_length"]
 
 
 def main() -> None:
@@ -79,7 +56,7 @@ def main() -> None:
             disable_tqdm=True, model_init_kwargs={"dtype": options.dtype},
         ),
         data, processing_class=AutoTokenizer.from_pretrained(options.model), peft_config=adapter,
-        callbacks=[Curve(options.out / "curve.jsonl")],
+        callbacks=[Curve(options.out / "curve.jsonl", reward_and_kl)],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=any(options.out.glob("checkpoint-*")))
     trainer.model.merge_and_unload().save_pretrained(options.out / "model")
