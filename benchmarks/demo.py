@@ -88,11 +88,13 @@ def algorithms(seeds: int, real: bool) -> int:
         seconds = [row["seconds"] for row in rows[name] if row["seconds"] is not None]
         summary[name] = {
             "gold": statistics.mean(row["gold"] for row in rows[name]),
+            "proxy": statistics.mean(row["proxy"] for row in rows[name]),
             "kl": statistics.mean(row["kl"] for row in rows[name]),
             "gain": statistics.mean(gains),
             "standard_errors_above_sft": sum(gains) / math.sqrt(sum(variances)),
             "least_standard_errors_of_a_seed": min(row["se_above_sft"] for row in rows[name]),
             "seconds": statistics.median(seconds) if seconds else None,
+            "held_bytes": rows[name][0]["held_bytes"],
         }
     picture_of_algorithms(rows, ROOT / "docs" / ("algorithms_real.png" if real else "algorithms.png"))
     name = "demo_real_algorithms" if real else "demo_algorithms"

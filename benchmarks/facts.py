@@ -68,7 +68,7 @@ def write(name: str, measured: dict[str, Any], *packages: str) -> Path:
         "command": f"python -m benchmarks {shlex.join(words)}".strip(),
         "commit": os.environ.get("COMMIT") or commit_of(ROOT) + dirty,  # a machine may have the files alone
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), **_gpu()},
+        "machine": {"cpu": cpu_kind(), "cores": os.cpu_count(), "ram_gb": round(_ram_bytes() / 2**30), **_gpu()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", *packages)}},
     }
     path = result_path(name)
@@ -85,7 +85,7 @@ def _git(*arguments: str, checkout: Path = ROOT) -> str:
     return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True).stdout.strip()
 
 
-def _cpu() -> str:
+def cpu_kind() -> str:
     import torch
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -19,7 +19,7 @@ from benchmarks.real import runs
 from penstock.commands.align.stages import Stage, run_stage
 from penstock.commands.demo_algorithms import algorithms
 from penstock.commands.demo_real import packaged_model, real
-from penstock.commands.demo_runs import Lesson, answer, flags_of_run, kl_of
+from penstock.commands.demo_runs import Lesson, answer, flags_of_run, kl_of, proxies
 from penstock.run.metrics import read_lines
 
 SCALE = 2
@@ -33,12 +33,10 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
     out = runs.RUNS / f"demo-{seed}"
     lesson = real(seed, str(packaged_model()), SCALE)
     run = run_stage(stage_of(setting, out, seed, lesson, steps), out)
-    proxies = {row["step"]: row.get("heldout/scores") for row in read_lines(run / "metrics.jsonl")}
     folders = sorted((run / "checkpoints").glob("step-*"))
     curve = [point(out, out / "sft", 0, seed, lesson)]
     for folder in folders:
         curve.append(point(out, folder, int(folder.name.removeprefix("step-")), seed, lesson))
-        curve[-1]["proxy"] = proxies.get(curve[-1]["step"])
         print(setting, curve[-1], flush=True)
     best = max(curve, key=lambda row: row["gold"])
     down = [row["step"] for row in curve if row["step"] > best["step"] and is_below(row, best)]
@@ -68,7 +66,9 @@ def point(out: Path, model: Path, step: int, seed: int, lesson: Lesson) -> dict[
     answers, texts = answer(model, lesson.heldout, seed + 2, how=lesson.how)
     golds = [lesson.world.gold(q, text, ended) for q, (text, ended) in zip(lesson.heldout, texts, strict=True)]
     error = statistics.stdev(golds) / math.sqrt(len(golds))
-    return {"step": step, "gold": statistics.mean(golds), "standard_error": error, "kl": kl_of(answers, out / "sft")}
+    proxy = statistics.mean(proxies(out / "reward", answers, lesson.how))
+    own = {"step": step, "gold": statistics.mean(golds), "standard_error": error, "proxy": proxy}
+    return {**own, "kl": kl_of(answers, out / "sft")}
 
 
 def is_below(row: dict[str, Any], best: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.facts import ROOT, commit_of, flags, result_path, write
+from benchmarks.facts import ROOT, commit_of, cpu_kind, flags, result_path, write
 from penstock.algorithms.experience import logprobs_of, scoring_batches
 from penstock.models.roles import Actor
 from penstock.rollout.engine import Answer
@@ -131,6 +131,6 @@ def collect(
                 commit = commit_of(ROOT)
                 measured = experiment(setting, seed, options.steps)
                 print(row, json.dumps({key: measured[key] for key in measured if key != "curve"}), flush=True)
-                measured |= {"commit": commit, "threads": torch.get_num_threads()}
+                measured |= {"commit": commit, "threads": torch.get_num_threads(), "cpu": cpu_kind()}
                 write(name, {"rows": rows() | {row: measured}}, "transformers", "vaderSentiment")
     return 0

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from penstock.commands import demo, demo_real
-from penstock.commands.config import DemoConfig
+from penstock.commands.config import DemoConfig, GenerateConfig
+from penstock.commands.generate import generate
 from penstock.data import formats
 from penstock.data.filmland import HELDOUT_FILMS, gold, prompts
 from penstock.data.toyland import save_tokenizer
 from penstock.errors import UserError
+from penstock.models.linear import slow_in_bf16
 from penstock.run.metrics import read_lines
 
 
@@ -56,6 +58,13 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
     names = ["best of 4", "sft", "ppo", "grpo", "rloo", "dpo", "online dpo", "kto"]
     assert [row["name"] for row in facts["algorithms"]] == names
     assert facts["heldout"] == HELDOUT_FILMS
+    dtype = "fp32" if slow_in_bf16("cpu") else "bf16"
+    judged = {"reward": str(out / "reward"), "seed": 3 + 2, "max_new_tokens": 8, "dtype": dtype, "batch_size": 64}
+    given = {"model": str(out / "sft"), "data": str(out / "data" / "heldout.jsonl"), "out": str(tmp_path / "answers")}
+    generate(GenerateConfig(**given, **judged))
+    sft = next(row for row in facts["algorithms"] if row["name"] == "sft")
+    assert sft["proxy"] == pytest.approx(statistics.mean(row["score"] for row in read_lines(tmp_path / "answers")))
+    assert all(row["held_bytes"] > 0 for row in facts["algorithms"][1:])
     best = [(row["response"], row["finish_reason"] == "stop") for row in read_lines(out / "data" / "best-of.jsonl")]
     golds = gold(prompts("heldout", HELDOUT_FILMS), *zip(*best, strict=True))
     assert facts["best_of_gold"] == pytest.approx(statistics.mean(golds))

@@ -232,10 +232,10 @@ def page_of(results: list[SeedResult], says: str) -> str:
     sections.append(Table(f"Gold scores on {count} held-out questions", header, rows))
     for facts in (result.facts for result in results if "algorithms" in result.facts):
         title = f"Algorithms, seed {facts['seed']}: as many answers as PPO, or the reward model's own labels"
-        names = ("algorithm", "gold", "above sft in se", "KL from sft, nats", "seconds")
+        names = ("algorithm", "gold", "above sft in se", "reward model's score", "KL from sft, nats", "seconds")
         lines = [
-            (row["name"], f"{row['gold']:+.2f}", f"{row['se_above_sft']:+.1f}", f"{row['kl']:.1f}",
-             "" if row["seconds"] is None else f"{row['seconds']:.0f}")
+            (row["name"], f"{row['gold']:+.2f}", f"{row['se_above_sft']:+.1f}", f"{row['proxy']:+.2f}",
+             f"{row['kl']:.1f}", "" if row["seconds"] is None else f"{row['seconds']:.0f}")
             for row in facts["algorithms"]
         ]  # fmt: skip
         sections.append(Table(title, names, lines))

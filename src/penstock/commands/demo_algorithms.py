@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.commands.align.stages import Stage, run_stage
-from penstock.commands.demo_runs import Lesson, answer, flags_of_run, kl_of, write_lines
+from penstock.commands.demo_runs import Lesson, answer, flags_of_run, kl_of, proxies, write_lines
 from penstock.run.metrics import read_lines
 
 KINDS = {
@@ -22,7 +22,8 @@ KINDS = {
 
 
 def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dict[str, Any]]:
-    """A row per algorithm: name, gold, se_above_sft (of gold - SFT's, in standard errors), kl (nats), seconds.
+    """A row per algorithm: name, gold, se_above_sft (of gold - SFT's, in standard errors), proxy (the reward model's
+    mean), kl (nats), seconds, and held_bytes, the most that its models, gradients and optimizer states took.
 
     out: where the demo's runs are; best: gold of the best of several answers of SFT's, by the reward model.
     """
@@ -33,20 +34,24 @@ def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dic
         trained[name] = run_stage(stage, out)
         seconds[name] = time.perf_counter() - started
     n = lesson.how.best_of  # KL: an upper bound (Stiennon et al. 2020, appendix G)
-    rows = [row_of(f"best of {n}", best, math.log(n) - (n - 1) / n, None)]
+    scores = [row["score"] for row in read_lines(out / "data" / "best-of.jsonl")]
+    rows = [row_of(f"best of {n}", best, scores, math.log(n) - (n - 1) / n)]
     for name, run in trained.items():
         answers, texts = answer(run, lesson.heldout, seed + 2, how=lesson.how)
         golds = [lesson.world.gold(q, text, ended) for q, (text, ended) in zip(lesson.heldout, texts, strict=True)]
-        rows.append(row_of(name, golds, kl_of(answers, sft), seconds.get(name)))
+        row = row_of(name, golds, proxies(out / "reward", answers, lesson.how), kl_of(answers, sft))
+        held = max(line["perf/device_tier_bytes"] for line in read_lines(run / "perf.jsonl"))
+        rows.append({**row, "seconds": seconds.get(name), "held_bytes": int(held)})
     base = next(row for row in rows if row["name"] == "sft")
     for row in rows:
         row["se_above_sft"] = (row["gold"] - base["gold"]) / max(math.hypot(row["se"], base["se"]), 1e-9)
     return rows
 
 
-def row_of(name: str, golds: list[float], kl: float, seconds: float | None) -> dict[str, Any]:
+def row_of(name: str, golds: list[float], scores: list[float], kl: float) -> dict[str, Any]:
     error = statistics.stdev(golds) / math.sqrt(len(golds))
-    return {"name": name, "gold": statistics.mean(golds), "se": error, "kl": kl, "seconds": seconds}
+    own = {"name": name, "gold": statistics.mean(golds), "se": error, "proxy": statistics.mean(scores), "kl": kl}
+    return {**own, "seconds": None, "held_bytes": None}
 
 
 def algorithms(out: Path, seed: int, lesson: Lesson) -> dict[str, Stage]:

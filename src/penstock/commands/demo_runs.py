@@ -11,12 +11,14 @@ import torch
 
 from penstock.algorithms import functional as fn
 from penstock.algorithms.experience import logprobs_of, scoring_batches
+from penstock.algorithms.reward import score_rows
 from penstock.algorithms.setup import encoder_of
 from penstock.commands.config import GenerateConfig
 from penstock.commands.generate import generate as answer_file
 from penstock.config import DataFlags
 from penstock.data.records import Prompt
-from penstock.models.roles import Actor
+from penstock.memory.strategy import Strategy
+from penstock.models.roles import Actor, RewardModel
 from penstock.rollout.engine import Answer, generate, load
 from penstock.rollout.sampling import Sampling
 from penstock.run.directory import resolve_model
@@ -116,6 +118,15 @@ def kl_of(answers: Sequence[Answer], reference: Path) -> float:
         reference_logprobs, _ = logprobs_of(actor, actor(rows.tokens, rows.prompt_lengths + rows.lengths), rows, 1.0)
     logprobs = fn.unpack(torch.tensor([p for answer in answers for p in answer.logprobs]), rows.lengths)
     return float((logprobs - reference_logprobs).sum()) / len(answers)
+
+
+def proxies(judge: Path, answers: Sequence[Answer], how: Answering = SMALL) -> list[float]:
+    """What a run's reward model, which reads the tokens of these answers, says of each."""
+    strategy = Strategy.named("naive", dtype=how.dtype)
+    with strategy.init():
+        model = RewardModel.trained(resolve_model(str(judge))).eval().requires_grad_(False)
+    rows = [answer.prompt_ids + answer.response_ids for answer in answers]
+    return score_rows(strategy, strategy.prepare(model), rows, how.batch_size)
 
 
 def best_of(
