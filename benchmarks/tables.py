@@ -276,8 +276,15 @@ def overdone_rows(results: Results) -> Iterator[Result]:
     for row in named_rows(results):
         first, last = row["curve"][0], row["curve"][-1]
         best = max(row["curve"], key=lambda point: point["gold"])
-        said = ", ".join(f"{name} {step}" for name, step in sorted(row["warnings"].items(), key=lambda pair: pair[1]))
-        yield {**row, "first": first, "best": best, "last": last, "said": said or "none", "down": row["down_at"] or "-"}
+        lines = ", ".join(f"{name} {step}" for name, step in sorted(row["warnings"].items(), key=lambda pair: pair[1]))
+        yield {
+            **row,
+            "first": first,
+            "best": best,
+            "last": last,
+            "lines": lines or "none",
+            "down": row["down_at"] or "-",
+        }
 
 
 def overdone_plot(results: Results, axes: Any) -> None:
@@ -525,7 +532,7 @@ CLAIMS = [
             "run": "{name}", "start": "{first[gold]:+.2f}", "best": "{best[gold]:+.2f} at step {best[step]}",
             "end": "{last[gold]:+.2f} at step {last[step]}", "down by step": "{down}",
             "reward model": "{first[proxy]:+.1f}, {best[proxy]:+.1f}, {last[proxy]:+.1f}",
-            "KL, nats": "{best[kl]:.1f}, {last[kl]:.1f}", "warnings": "{said}",
+            "KL, nats": "{best[kl]:.1f}, {last[kl]:.1f}", "warnings": "{lines}",
         },
         {"Gold of a real model that is trained too long": overdone_plot},
     ),
