@@ -14,15 +14,17 @@ import pytest
 
 from benchmarks.reliability.runs import outcome
 from penstock.algorithms.config import DistillConfig, DPOConfig, GRPOConfig, KTOConfig
-from penstock.algorithms.distillation.distill import distill
+from penstock.algorithms.distillation.distill import Distillation, distill
 from penstock.algorithms.grpo import grpo
 from penstock.algorithms.kto import kto
+from penstock.algorithms.policy import Policy
 from penstock.algorithms.ppo import ppo
 from penstock.algorithms.preference import dpo
 from penstock.algorithms.reward import reward
 from penstock.algorithms.sft import sft
 from penstock.config import PPOConfig, RewardConfig, SFTConfig
 from penstock.flags import from_dict, to_dict
+from penstock.rollout.engine import Engine
 from penstock.run import checkpoint, report
 from penstock.run.directory import SIGNATURE, RunDirectory
 from penstock.run.session import StoppedError
@@ -138,6 +140,60 @@ def test_sigterm_in_the_middle_of_a_ppo_step_keeps_the_experience_in_flight(stag
     assert state["experience"] is not None
     assert 0 < state["update"] < 4
     assert outcome(ppo(config, resume=True)) == whole
+
+
+def online(config):
+    """DPO of its own answers to the prompts of PPO's run."""
+    data, reward_fn = (Path(config.model).parent / name for name in ("prompts.jsonl", "fn.py"))
+    changes = {"data": dataclasses.replace(config.data, data=(str(data),)), "online": True, "samples": 2}
+    flags = dataclasses.replace(config.dpo, sft_coef=0.0, group_size=4, max_new_tokens=6)
+    return dataclasses.replace(config, **changes, dpo=flags, reward_fn=(f"{reward_fn}:score",))
+
+
+SAMPLED = [(stage, part) for stage in ("ppo", "grpo", "online dpo") for part in ("rollout", "evaluation")]
+
+
+@pytest.mark.parametrize(("stage", "part"), [*SAMPLED, ("distill", "rollout")])
+def test_sigterm_between_two_tokens_gives_up_what_is_sampled_and_nothing_else(stage, part, stage_config, monkeypatch):
+    """No token follows, and the checkpoint is of the moment before the first of them."""
+    prompts = stage_config("ppo", "prompts").data.data
+    command = stage.split()[-1]
+    train = STAGES[command][0]
+
+    def evaluated(out):
+        config = stage_config(command, out)
+        if stage == "distill":
+            return config
+        config = dataclasses.replace(config, eval_data=prompts, eval_every=2)
+        return online(config) if stage == "online dpo" else config
+
+    whole, config = outcome(train(evaluated("whole"))), evaluated("stopped")
+    calls, after, step = {"rollout": 0, "evaluation": 0, "shown": 0}, [], Engine.step
+
+    def counted(real):
+        def sampled(policy, *arguments, **changes):
+            kind = "evaluation" if "seed" in changes else "shown" if "temperature" in changes else "rollout"
+            calls[kind] += 1
+            return real(policy, *arguments, **changes)
+
+        return sampled
+
+    def stepped(engine):
+        if calls[part] == 2:
+            after.append(engine)
+            if len(after) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(engine)
+
+    monkeypatch.setattr(Policy, "rollout", counted(Policy.rollout))
+    monkeypatch.setattr(Distillation, "answer", counted(Distillation.answer))
+    monkeypatch.setattr(Engine, "step", stepped)
+    with pytest.raises(StoppedError, match="penstock resume") as stopped:
+        train(config)
+    assert stopped.value.exit_code == 143
+    if (stage, part) != ("online dpo", "evaluation"):  # its step is complete by then, but for what is measured
+        assert len(after) == 2
+    assert outcome(train(config, resume=True)) == whole
 
 
 def test_a_thread_trains_as_the_main_one_does(stage_config):

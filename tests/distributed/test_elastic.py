@@ -125,7 +125,7 @@ def test_a_second_sigterm_does_not_cost_the_checkpoint_and_a_second_ctrl_c_stops
     session.world = SimpleNamespace(first=True)
     session.config = SimpleNamespace(run=SimpleNamespace(json=False, quiet=False))
     session._note_signal(signal.SIGTERM, None)
-    assert "SIGTERM: stops with a checkpoint after this step" in capfd.readouterr().err
+    assert "SIGTERM: stops with a checkpoint, soon" in capfd.readouterr().err
     try:
         session._note_signal(signal.SIGTERM, None)  # Slurm's, and torchrun's
     except KeyboardInterrupt:

@@ -63,7 +63,7 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
 
     with session:
         state = PolicyState(Shuffle(len(inputs.prompts), config.run.seed), best=Best(config.early_stopping_patience))
-        iteration = prepare(config, strategy, inputs)
+        iteration = prepare(config, strategy, inputs, session)
         trained = trained_streams(iteration.roles)
         session.restore(trained)
         if session.state:
@@ -72,34 +72,35 @@ def grpo(config: GRPOConfig, *, resume: bool = False) -> Path:
             show(0, session, iteration, inputs, config.samples)
 
         for step in session.steps(state.step, total):
-            experience = state.experience or gather(step, session, iteration, inputs, state, config)
+            with session.may_give_up(state.step, trained, state.save):
+                experience = state.experience or gather(step, session, iteration, inputs, state, config)
             teaches = bool(informative(experience, flags).any())
-            lr = 0.0
             while state.update < updates and teaches:
                 session.pause(state.step, trained, state.save)  # on SIGTERM; the experience is saved too
                 epoch, part = divmod(state.update, parts)
                 order = permutation(len(experience.tokens), config.run.seed, step, epoch)
                 done = (step - 1) * updates + state.update
-                lr = fn.lr_schedule(done, total * updates, optim.warmup, optim.lr_schedule)
-                stats = iteration.learn(experience, order[part * mini_batch : (part + 1) * mini_batch], lr)
+                state.lr = fn.lr_schedule(done, total * updates, optim.warmup, optim.lr_schedule)
+                stats = iteration.learn(experience, order[part * mini_batch : (part + 1) * mini_batch], state.lr)
                 session.check(stats, "policy")
                 state.sums.append(("policy", stats))
                 state.update += 1
                 if passed_target_kl(stats, flags.target_kl):
                     break
+            state.update = updates
 
             metrics = metrics_of(experience, state, iteration)
             metrics |= inputs.source.metrics(experience.part_scores)
-            metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(not teaches)}
-            improved = (step % every == 0 or step == total) and evaluate(
-                step, session, iteration, inputs, state.best, metrics
-            )
+            metrics |= {"lr": optim.lr * state.lr, "episode": session.episode, "policy/held": float(not teaches)}
+            due = step % every == 0 or step == total
+            with session.may_give_up(state.step, trained, state.save):
+                improved = due and evaluate(step, session, iteration, inputs, state.best, metrics)
             session.health(step, state.examine(config, metrics))
             state.end(step)
             session.log(step, metrics, tokens=int(experience.lengths.sum()), perf=strategy.take_perf())
             if step == session.total:
                 show(step, session, iteration, inputs, config.samples)
-            session.checkpoint(step, trained, state.save, best=bool(improved))
+            session.checkpoint(step, trained, state.save, best=improved)
         return session.finish()
 
 
@@ -118,12 +119,12 @@ def check_flags(config: GRPOConfig, ranks: int) -> None:
         raise UserError(f"--overlong-buffer {flags.overlong_buffer}: more than --max-new-tokens allows.")
 
 
-def prepare(config: GRPOConfig, strategy: Strategy, inputs: Inputs) -> "GRPO":
+def prepare(config: GRPOConfig, strategy: Strategy, inputs: Inputs, session: Session) -> "GRPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
     roles, swap = prepare_roles("grpo", config, strategy, inputs, config.grpo.group_size, reread=config.rereads)
     encoder = inputs.encoder
     sampling = (config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
-    return GRPO(strategy, roles, config.optim, config.grpo, *sampling, reread=config.rereads)
+    return GRPO(strategy, roles, config.optim, config.grpo, *sampling, config.rereads, session.give_up)
 
 
 def gather(
@@ -140,7 +141,6 @@ def gather(
     experience, rollout = iteration.answer(drawn, inputs, session.episode)
     session.episode += wanted * group
     scores = [score for row in share_of(experience.scores.view(-1, group).tolist()) for score in row]
-    session.sample(step, sample_rows(inputs.encoder, rollout[: config.samples], scores, kind="rollout"))
     rounds = 0
     while flags.dynamic_sampling and rounds < flags.max_resamples:
         if bool(informative(experience, flags).all()):
@@ -148,6 +148,7 @@ def gather(
         more, _ = iteration.answer(share_of(state.shuffle.next(wanted)), inputs, session.episode)
         session.episode += wanted * group
         experience, rounds = refilled(experience, more, flags), rounds + 1
+    session.sample(step, sample_rows(inputs.encoder, rollout[: config.samples], scores, kind="rollout"))
     if step == 1:
         cut = int((~experience.ended).sum())
         session.say(f"{cut} of the starting model's {len(experience.ended)} answers exceed --max-new-tokens")

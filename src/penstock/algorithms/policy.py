@@ -11,7 +11,7 @@ old policy's, the copy's are kept beside, and a token's part of the loss is mult
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,8 @@ class Policy:
     """Of the actor; finds --stop in answers."""
     reread: bool = True
     """Whether the actor reads its answers before it learns from them; if not, their log-probs are the engine's."""
+    between: Callable[[], object] = bool
+    """Called before each token of a rollout, which ends with what it raises (`Session.give_up`)."""
 
     def sampling(self, **changes: Any) -> Sampling:
         flags = self.flags
@@ -68,7 +70,8 @@ class Policy:
         with self.strategy.phase("rollout"):
             if self.flags.rollout_dtype is not None:  # see [Note: answers of a copy]
                 decoder = packed_copy(decoder, self.flags.rollout_dtype)
-            return generate(decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, **options)
+            options |= {"episodes": episodes, "between": self.between}
+            return generate(decoder, prompts, sampling, eos_ids=self.eos_ids, **options)
 
     def read(self, rollout: Sequence[Answer], records: Sequence, group: int = 1) -> Experience:
         """The answers of all ranks, as all models see them, in the order of episodes; call it in phase `score`.
@@ -160,6 +163,8 @@ class PolicyState:
     """None between two steps."""
     sums: list[tuple[str, StepStats]] = field(default_factory=list)
     """("policy" or "value", statistics) of each of those updates."""
+    lr: float = 0.0
+    """What the last of them multiplied the learning rate by."""
     history: list[Row] = field(default_factory=list)
     """Metrics of earlier steps that `health` looks back on."""
     best: Best = field(default_factory=Best)
@@ -175,7 +180,7 @@ class PolicyState:
 
     def end(self, step: int) -> None:
         """A step is complete."""
-        self.step, self.update, self.experience, self.sums = step, 0, None, []
+        self.step, self.update, self.experience, self.sums, self.lr = step, 0, None, [], 0.0
 
     def save(self) -> dict[str, Any]:
         """For a checkpoint's state.json."""
@@ -185,6 +190,7 @@ class PolicyState:
             "update": self.update,
             "experience": vars(self.experience) if self.experience else None,
             "sums": [(name, dataclasses.asdict(stats)) for name, stats in self.sums],
+            "lr": self.lr,
             "history": self.history,
             "best": self.best.value,
             "stale": self.best.stale,
@@ -201,7 +207,7 @@ class PolicyState:
             later["sampling_logprobs"] = experience["logprobs"] + gap
             self.experience = Experience(**later | experience)
         self.sums = [(name, StepStats(**stats)) for name, stats in saved.get("sums", [])]
-        self.history = saved.get("history", [])
+        self.lr, self.history = saved.get("lr", 0.0), saved.get("history", [])
         self.best.load(saved.get("best", -math.inf), saved)
 
 

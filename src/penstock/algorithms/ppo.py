@@ -62,14 +62,15 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
 
     with session:
         state = State.start(config, inputs, total)
-        iteration = prepare(config, strategy, inputs)
+        iteration = prepare(config, strategy, inputs, session)
         trained = restore(session, iteration, state)
         if state.step == 0 and state.experience is None:
             show(0, session, iteration, inputs, config.samples)
 
         for step in session.steps(state.step, total):
             # It is there already where a checkpoint was taken inside this step
-            experience = state.experience or gather(step, session, iteration, inputs, state, config)
+            with session.may_give_up(state.step, trained, state.save):
+                experience = state.experience or gather(step, session, iteration, inputs, state, config)
             hold_actor = state.holds_actor(experience, flags)
             while state.update < updates:
                 session.pause(state.step, trained, state.save)  # on SIGTERM; the experience is saved too
@@ -77,31 +78,31 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
                 order = permutation(len(experience.tokens), config.run.seed, step, epoch)  # new each epoch (17)
                 index = order[part * mini_batch : (part + 1) * mini_batch]
                 done = (step - 1) * updates + state.update
-                lr = fn.lr_schedule(done, total * updates, optim.warmup, optim.lr_schedule)
+                state.lr = fn.lr_schedule(done, total * updates, optim.warmup, optim.lr_schedule)
                 use_ptx = inputs.demonstrations and not hold_actor
                 ptx = [inputs.demonstrations[i] for i in state.ptx_shuffle.next(mini_batch)] if use_ptx else []
-                steps = iteration.learn(experience, index, lr, ptx, hold_actor=hold_actor)
+                steps = iteration.learn(experience, index, state.lr, ptx, hold_actor=hold_actor)
                 for name, stats in steps.items():
                     session.check(stats, name)
                 state.sums += steps.items()
                 state.update += 1
                 if passed_target_kl(steps.get("policy"), flags.target_kl):
                     break  # (20) for actor and critic the experience is used up; the next one is fresh
+            state.update = updates
 
-            has_kl = iteration.roles.reference is not None
-            metrics = summary(experience, state.sums, state.kl.beta, flags, has_kl=has_kl)
+            metrics = summary(experience, state.sums, state.kl.beta, flags, has_kl=bool(iteration.roles.reference))
             metrics |= inputs.source.metrics(experience.part_scores)
-            metrics |= {"lr": optim.lr * lr, "episode": session.episode, "policy/held": float(hold_actor)}
-            improved = (step % every == 0 or step == total) and evaluate(
-                step, session, iteration, inputs, state.best, metrics
-            )
+            metrics |= {"lr": optim.lr * state.lr, "episode": session.episode, "policy/held": float(hold_actor)}
+            due = step % every == 0 or step == total
+            with session.may_give_up(state.step, trained, state.save):
+                improved = due and evaluate(step, session, iteration, inputs, state.best, metrics)
             session.health(step, state.examine(config, metrics))
             state.kl.update(metrics.get("objective/kl", 0.0), optim.batch_size)
             state.end(step)
             session.log(step, metrics, tokens=int(experience.lengths.sum()), perf=strategy.take_perf())
             if step == session.total:
                 show(step, session, iteration, inputs, config.samples)
-            session.checkpoint(step, trained, state.save, best=bool(improved))
+            session.checkpoint(step, trained, state.save, best=improved)
         return session.finish()
 
 
@@ -122,13 +123,15 @@ def gather(
     return experience
 
 
-def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs) -> "PPO":
+def prepare(config: PPOConfig, strategy: Strategy, inputs: Inputs, session: Session) -> "PPO":
     """Gives the models their homes, and leaves the device memory that their activations need."""
     roles, swap = prepare_roles("ppo", config, strategy, inputs)
     source, encoder = inputs.source, inputs.encoder
     critic_scores = source.starts_critic and "critic" in inputs.models and config.critic in (None, config.reward)
     sampling = (config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
-    return PPO(strategy, roles, config.optim, config.ppo, *sampling, critic_scores=critic_scores)
+    return PPO(
+        strategy, roles, config.optim, config.ppo, *sampling, between=session.give_up, critic_scores=critic_scores
+    )
 
 
 def restore(session: Session, iteration: "PPO", state: "State") -> dict[str, Stream]:

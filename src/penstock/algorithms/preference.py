@@ -60,8 +60,12 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> Path:
         def state() -> dict[str, Any]:
             return {"shuffle": shuffle.state_dict(), "step": step, "best": best.value, "stale": best.stale}
 
+        def before() -> dict[str, Any]:
+            return {**state(), "step": step - 1}
+
         for step in session.steps(start, total):
-            rankings, metrics = source.rankings(step, shuffle.next(optim.batch_size))
+            with session.may_give_up(step - 1, {"model": stream}, before):
+                rankings, metrics = source.rankings(step, shuffle.next(optim.batch_size))
             if reference is not None:
                 rankings = with_reference(strategy, reference, rankings, optim)
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup, optim.lr_schedule)
@@ -184,7 +188,8 @@ class Fresh:
         roles, swap = policy.prepare_roles("grpo", config, self.strategy, self.inputs, group)
         encoder = self.inputs.encoder
         sampling = (self.config.run.seed, encoder.eos_ids, swap, encoder.tokenizer)
-        self.policy = policy.Policy(self.strategy, roles, optim, self.config.dpo, *sampling)
+        flags, between = self.config.dpo, self.session.give_up
+        self.policy = policy.Policy(self.strategy, roles, optim, flags, *sampling, between=between)
         return roles.actor, roles.reference
 
     def begin(self, step: int) -> None:

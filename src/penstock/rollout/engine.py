@@ -11,7 +11,7 @@ mask over them.
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -399,9 +399,10 @@ class Engine:
         self.run()
         return answers
 
-    def run(self) -> None:
-        """Until everybody has ended, on every rank that shares the weights."""
+    def run(self, between: Callable[[], object] = bool) -> None:
+        """Until everybody has ended, on every rank that shares the weights, or `between`, before each step, raises."""
         while self.decoder.feed.any_rank_busy(self.busy):
+            between()
             self.step()
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling, *, episode: int = 0) -> Iterator[int]:
@@ -467,13 +468,14 @@ def generate(
     eos_ids: Sequence[int],
     episodes: Sequence[int] | None = None,
     batch_size: int | None = None,
+    between: Callable[[], object] = bool,
     **options: Any,
 ) -> Rollout:
     """`sampling.n` answers per prompt, those of one prompt side by side.
 
     `episodes` numbers the answers' random streams (0, 1, 2 ... by default). An answer ends at the first of `eos_ids`,
     at `max_new_tokens`, or where the model's positions end. `batch_size` answers are decoded together, all by default.
-    options: as in `Engine` (tokenizer, swap).
+    between: see `Engine.run`; options: as in `Engine` (tokenizer, swap).
     Raises ValueError for prompts that cannot be answered.
     """
     if not prompts and not decoder.feed.collective:
@@ -492,5 +494,5 @@ def generate(
     if answers:
         engine.reserve()
     engine._waiting.sort(key=lambda run: len(run.prompt.ids))
-    engine.run()
+    engine.run(between)
     return answers

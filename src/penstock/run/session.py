@@ -2,7 +2,8 @@
 
 An algorithm's loop asks `steps()` for step numbers, gives each step's metrics to `log()` and its state to
 `checkpoint()`. Only the first rank writes. SIGTERM and Ctrl-C take effect at the next safe point, after a checkpoint
-from which `penstock resume` continues.
+from which `penstock resume` continues: at the end of a step, where it says `pause()`, and between the tokens that it
+samples under `may_give_up()`.
 """
 
 import contextlib
@@ -47,6 +48,10 @@ QUIET = 3
 """Steps without a warning before it counts as over: what comes and goes is said once."""
 
 
+class _GivenUpError(Exception):
+    """A signal has come while answers were sampled."""
+
+
 class StoppedError(PenstockError):
     """SIGTERM or Ctrl-C, after the checkpoint was written."""
 
@@ -76,7 +81,7 @@ class Session:
         self._notes: list[str] = []
         self.total = 0
         """Steps of the whole run."""
-        self._signal, self._ended_early = 0, False
+        self._signal, self._may_give_up, self._ended_early = 0, False, False
         self._skips: dict[str, int] = {}
         self._warned: list[str] = []
         self._warnings: dict[str, int] = {}
@@ -165,7 +170,7 @@ class Session:
         if not first or not self.world.first or run.json or run.quiet:
             return
         again = "; again: at once, without" if signum == signal.SIGINT else ""
-        text = f"{signal.Signals(signum).name}: stops with a checkpoint after this step{again}"
+        text = f"{signal.Signals(signum).name}: stops with a checkpoint, soon{again}"
         if self._progress is None or not self._progress.announce(text):
             with contextlib.suppress(OSError):  # not print: it may be interrupted in the middle of another line
                 os.write(2, f"\n{text}\n".encode())
@@ -332,6 +337,29 @@ class Session:
         if stopping := self._stopping():
             self._save(step, models, state(), best=False)
             self._stop(stopping)
+
+    @contextlib.contextmanager
+    def may_give_up(
+        self, step: int, models: Mapping[str, Stream], state: Callable[[], dict[str, Any]]
+    ) -> Iterator[None]:
+        """A part of a step that only samples answers and reads them: a signal ends it between two tokens
+        (`give_up`), and the checkpoint is of the moment before it. Several ranks would stop at different tokens: they
+        go on to their next safe point."""
+        before, episode = state(), self.episode
+        self._may_give_up = self.world.size == 1
+        try:
+            yield
+        except _GivenUpError:
+            self.episode = episode
+            self._save(step, models, before, best=False)
+            self._stop(self._signal)
+        finally:
+            self._may_give_up = False
+
+    def give_up(self) -> None:
+        """Between two tokens."""
+        if self._signal and self._may_give_up:
+            raise _GivenUpError
 
     def finish(self) -> Path:
         """Writes the report and returns the run directory."""

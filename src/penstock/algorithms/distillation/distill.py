@@ -10,7 +10,7 @@ by the data-processing inequality never more than that over the whole vocabulary
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,9 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         def state() -> dict[str, Any]:
             return {"shuffle": shuffle.state_dict(), "step": step, "best": -best.value, "stale": best.stale}
 
+        def before() -> dict[str, Any]:
+            return {**state(), "step": step - 1}
+
         def show(step: int) -> None:
             rows = (inputs.heldout or inputs.train)[: config.samples]
             answers = work.answer(rows, range(len(rows)), temperature=0.0)
@@ -70,11 +73,11 @@ def distill(config: DistillConfig, *, resume: bool = False) -> Path:
         if start == 0:
             show(0)
         for step in session.steps(start, total):
-            rows = [inputs.train[i] for i in shuffle.next(optim.batch_size)]
             on_policy = float(stream(work.seed ^ ON_POLICY, step, 1)) < inputs.flags.on_policy
-            if on_policy:
-                rows = work.sample(rows, session.episode)
-                session.episode += len(rows)
+            with session.may_give_up(step - 1, {"model": work.student}, before):
+                rows = [inputs.train[i] for i in shuffle.next(optim.batch_size)]
+                rows = work.sample(rows, session.episode) if on_policy else rows
+            session.episode += len(rows) if on_policy else 0
             lr = optim.lr * fn.lr_schedule(step - 1, total, optim.warmup, optim.lr_schedule)
             count = trained_tokens(rows)  # of the whole batch, all ranks (PPO.md 15)
             stats, improved = work.learn(work.teach(rows), count, lr, given=not on_policy), False
@@ -128,7 +131,8 @@ def prepare(
         say_what_fits(strategy, work, session)
     swap = reserve_activations(strategy, work)
     student, *teacher = strategy.prepare_all(*models.values(), **config.optim.adamw)
-    return Distillation(strategy, student, store or teacher[0], config.optim, inputs.flags, seed, eos_ids, swap)
+    own = (config.optim, inputs.flags, seed, eos_ids, swap)
+    return Distillation(strategy, student, store or teacher[0], *own, session.give_up)
 
 
 # --- one step -------------------------------------------------------------------------------------------------------
@@ -149,12 +153,14 @@ class Distillation:
     """Tokens that end an answer."""
     swap: Ram | None = None
     """The host tier that the KV cache is swapped to."""
+    between: Callable[[], object] = bool
+    """Called before each token, which ends with what it raises (`Session.give_up`)."""
 
     def answer(self, rows: Sequence[Example], episodes: Sequence[int], **changes: Any) -> list[Answer]:
         """The student's answers to the rows' prompts. `changes` are those of the sampling."""
         names = ("temperature", "max_new_tokens")
         sampling = Sampling(**{name: getattr(self.flags, name) for name in names} | {"seed": self.seed} | changes)
-        options: Any = {"batch_size": self.flags.rollout_batch_size, "swap": self.swap}
+        options: Any = {"batch_size": self.flags.rollout_batch_size, "swap": self.swap, "between": self.between}
         prompts, decoder = [prompt_of(row) for row in rows], self.student.model.decoder
         with self.strategy.phase("rollout"):
             return generate(decoder, prompts, sampling, eos_ids=self.eos_ids, episodes=episodes, **options)
