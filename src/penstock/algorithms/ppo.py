@@ -68,8 +68,7 @@ def ppo(config: PPOConfig, *, resume: bool = False) -> Path:
             show(0, session, iteration, inputs, config.samples)
 
         for step in session.steps(state.step, total):
-            # It is there already where a checkpoint was taken inside this step
-            with session.may_give_up(state.step, trained, state.save):
+            with session.may_give_up(state.step, trained, state.save):  # there is one from a checkpoint inside a step
                 experience = state.experience or gather(step, session, iteration, inputs, state, config)
             hold_actor = state.holds_actor(experience, flags)
             while state.update < updates:
