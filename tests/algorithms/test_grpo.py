@@ -109,7 +109,7 @@ def test_a_group_shares_one_prefill_and_its_answers_differ(task, monkeypatch):  
 
     engines = []
     real = Engine.run
-    monkeypatch.setattr(Engine, "run", lambda self: engines.append(self) or real(self))
+    monkeypatch.setattr(Engine, "run", lambda self, *given: engines.append(self) or real(self, *given))
     grpo(config(*task({3: 1.0}, RAGGED), optim={"steps": 1}))
     assert [engine.prompts_read for engine in engines] == [4]  # 16 answers in groups of 4
 
