@@ -3,7 +3,8 @@
     python trl_ppo.py MODEL PROMPTS OUT --seed 0 --lr 3e-4 --lora 16 --beta 0.12 --steps 50
 
 Batch, tokens, rank, rates, epochs, clipping and lambda are those of our run; the value model starts from the same
-weights and learns through adapters of the same rank and its head, as our critic. Its trainer takes rewards from a
+weights and learns through adapters of the same rank and its head, as our critic, and is in fp32 whatever `--dtype` the
+policy has: its head would learn in bf16, without a master. Its trainer takes rewards from a
 model alone: `Judge` has the shape of one. OUT gets curve.jsonl (trl_curve.py) and the model, merged; its trainer
 cannot go on with a stopped run.
 """
@@ -77,9 +78,9 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-    value = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, dtype=options.dtype)
+    value = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, dtype="float32")
     value = inject_adapter_in_model(adapter(exclude_modules=["score"]), value)
-    value.score.float().requires_grad_(True)
+    value.score.requires_grad_(True)
     trainer = PPOTrainer(
         PPOConfig(
             output_dir=str(options.out), seed=options.seed, learning_rate=options.lr, kl_coef=options.beta,
