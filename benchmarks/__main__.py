@@ -28,7 +28,7 @@ BENCHMARKS = {
     "gguf": ("gguf:main", "GGUF files that penstock wrote, run by llama.cpp: the same tokens"),
     "ranks": ("ranks:main", "two ranks against two processes that do not communicate"),
     "lm_eval": ("lm_eval:main", "lm-eval through our server against its own hf model: the same scores"),
-    "serve": ("serve:main", "load, fuzz, security, clients, labelling: the chat service from outside"),
+    "serve": ("serve:main", "load, security, clients, labelling: the chat service from outside"),
     "demo": ("demo:main", "what the demo takes and what it learns"),
     "improve": ("improve:main", "the loop with simulated users, and rounds of flipped votes"),
     "reward_scale": ("reward_scale:main", "PPO under offsets and scales of the reward: the same policy"),

@@ -1,8 +1,8 @@
 """The chat service measured from outside: the real command in a process of its own, real sockets, a small model.
 
     python -m benchmarks serve load          first token, gaps and tokens/s at 1, 8, 32 and 128 streams; overload
-    python -m benchmarks serve fuzz          5,000 requests made from the OpenAPI document
-    python -m benchmarks serve security      10,000 such requests; strangers, texts that would run, and bombs
+    python -m benchmarks serve security      25,000 requests made from the OpenAPI document; strangers, texts that would
+                                             run, and bombs
     python -m benchmarks serve clients       three generations of the openai client, npm's, llm, LangChain, LiteLLM
     python -m benchmarks serve labelling     eight labellers at once, 1,000 items, and how far they agree
 
@@ -337,16 +337,8 @@ def fuzzing(address: str, key: str, *, examples: int, phases: str, seed: int = S
     ]  # fmt: skip
 
 
-def fuzz(examples: int = 300) -> dict[str, Any]:
-    """`examples` requests per operation and phase, with a fixed seed. 5xx counts every answer from 500 on."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        # Short answers: what is tried here is the requests.
-        with serving(directory, small_model(directory), "--threads", "1", "--max-length", "48") as server:
-            return fuzzed(server, directory, examples)
-
-
 def fuzzed(server: Server, directory: Path, examples: int) -> dict[str, Any]:
+    """Requests made from the OpenAPI document, and what was answered."""
     before = server.answers_by_status()
     command = fuzzing(server.address, KEY, examples=examples, phases="examples,coverage,fuzzing")
     done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
@@ -360,11 +352,13 @@ def fuzzed(server: Server, directory: Path, examples: int) -> dict[str, Any]:
 
 
 def attacked(examples: int = 700) -> dict[str, Any]:
-    """What `fuzz` does, more of it, and benchmarks/security.py on the same server."""
+    """benchmarks/security.py, and on the same server up to `examples` requests per operation and phase of schemathesis,
+    with a fixed seed. 5xx counts every answer from 500 on."""
     from tests.serve.page_payloads import PAYLOADS
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        # Short answers: what is tried here is the requests.
         with serving(directory, small_model(directory), "--threads", "1", "--max-length", "48") as server:
             ask, before = security.asker(server.address), server.answers_by_status()  # 503 while it loads
             result = {
@@ -425,5 +419,5 @@ def counted(results: dict[str, str]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Writes serve_NAME.json."""
-    measures = {"load": load, "fuzz": fuzz, "security": attacked, "clients": clients, "labelling": labelling}
+    measures = {"load": load, "security": attacked, "clients": clients, "labelling": labelling}
     return facts.run_measures(arguments, __doc__, measures, "serve", "fastapi", "uvicorn")

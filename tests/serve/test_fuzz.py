@@ -1,5 +1,5 @@
 """Requests that schemathesis makes from our own OpenAPI document, good and bad: none may break the server, and every
-answer is one that the document promises. The long campaigns are `python -m benchmarks serve fuzz` and `serve security`.
+answer is one that the document promises. The long campaign is `python -m benchmarks serve security`.
 """
 
 import re
