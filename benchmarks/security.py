@@ -1,6 +1,7 @@
 """The chat service before somebody who means it harm: strangers, labellers, texts that would run, and bombs.
 
-`python -m benchmarks serve security` runs these against the real command, and 25,000 requests made from its OpenAPI document.
+`python -m benchmarks serve security` runs these against the real command, and 25,000 requests made from its OpenAPI
+document.
 """
 
 import gzip
