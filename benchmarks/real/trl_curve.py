@@ -1,5 +1,6 @@
-"""What the runs of TRL write as they go: a line of curve.jsonl per step. Runs in TRL's environments."""
+"""What the runs of TRL share, in TRL's environments: their flags, and the line of curve.jsonl that each step writes."""
 
+import argparse
 import json
 import resource
 import time
@@ -10,6 +11,18 @@ from typing import Any
 from transformers import TrainerCallback
 
 Logs = dict[str, Any]
+
+
+def flags(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """MODEL PROMPTS OUT, and those of both trainers; defaults: what is a trainer's own, by name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "prompts", "out"):
+        parser.add_argument(name, type=Path)
+    shared = {"seed": 0, "lr": 3e-4, "lora": 16, "tokens": 32, "batch": 64, "micro": 16}
+    for name, default in {**shared, **defaults}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    return parser
 
 
 class Curve(TrainerCallback):

@@ -8,7 +8,6 @@ under bf16's autocast. `--recompute` is its default too: activations are compute
 (trl_curve.py), a checkpoint every 10 steps, from which a stopped run goes on, and the model, merged.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from trl_curve import Curve
+from trl_curve import Curve, flags
 from vader import compound
 
 
@@ -31,13 +30,7 @@ def reward_and_kl(logs: dict[str, Any]) -> tuple[float, float]:
 
 def main() -> None:
     """Trains, and saves the merged model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("model", "prompts", "out"):
-        parser.add_argument(name, type=Path)
-    defaults = {"seed": 0, "lr": 3e-4, "lora": 16, "beta": 0.2, "steps": 80, "tokens": 32, "batch": 64, "micro": 16}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser = flags(__doc__, beta=0.2, steps=80)
     parser.add_argument("--recompute", action="store_true")
     options = parser.parse_args()
     lines = options.prompts.read_text(encoding="utf-8").splitlines()

@@ -9,7 +9,6 @@ model alone: `Judge` has the shape of one. OUT gets curve.jsonl (trl_curve.py) a
 cannot go on with a stopped run.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from trl_curve import Curve
+from trl_curve import Curve, flags
 from vader import compound
 
 
@@ -57,14 +56,7 @@ class Judge(torch.nn.Module):
 
 def main() -> None:
     """Trains, and saves the merged model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("model", "prompts", "out"):
-        parser.add_argument(name, type=Path)
-    defaults = {"seed": 0, "lr": 3e-4, "lora": 16, "beta": 0.12, "steps": 50, "tokens": 32, "batch": 64, "micro": 16}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
-    options = parser.parse_args()
+    options = flags(__doc__, beta=0.12, steps=50).parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})  # its own is its eos, which TRL would read as padding
     lines = options.prompts.read_text(encoding="utf-8").splitlines()
