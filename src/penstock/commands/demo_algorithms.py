@@ -6,7 +6,6 @@ the labels that the reward model was made of. Gold and KL are measured on held-o
 
 import math
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,13 @@ KINDS = {
 
 def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dict[str, Any]]:
     """A row per algorithm: name, gold, se_above_sft (of gold - SFT's, in standard errors), proxy (the reward model's
-    mean), kl (nats), seconds, and held_bytes, the most that its models, gradients and optimizer states took.
+    mean), kl (nats), seconds (of its steps), held_bytes: the most that its models, gradients and optimizer states took.
 
     out: where the demo's runs are; best: gold of the best of several answers of SFT's, by the reward model.
     """
-    seconds, sft = {}, out / "sft"
+    sft = out / "sft"
     trained = {"sft": sft, "ppo": out / "ppo"}
-    for name, stage in algorithms(out, seed, lesson).items():
-        started = time.perf_counter()
-        trained[name] = run_stage(stage, out)
-        seconds[name] = time.perf_counter() - started
+    trained |= {name: run_stage(stage, out) for name, stage in algorithms(out, seed, lesson).items()}
     n = lesson.how.best_of  # KL: an upper bound (Stiennon et al. 2020, appendix G)
     scores = [row["score"] for row in read_lines(out / "data" / "best-of.jsonl")]
     rows = [row_of(f"best of {n}", best, scores, math.log(n) - (n - 1) / n)]
@@ -40,8 +36,9 @@ def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dic
         answers, texts = answer(run, lesson.heldout, seed + 2, how=lesson.how)
         golds = [lesson.world.gold(q, text, ended) for q, (text, ended) in zip(lesson.heldout, texts, strict=True)]
         row = row_of(name, golds, proxies(out / "reward", answers, lesson.how), kl_of(answers, sft))
-        held = max(line["perf/device_tier_bytes"] for line in read_lines(run / "perf.jsonl"))
-        rows.append({**row, "seconds": seconds.get(name), "held_bytes": int(held)})
+        perf = list(read_lines(run / "perf.jsonl"))
+        seconds, held = ([line[key] for line in perf] for key in ("timing/step_seconds", "perf/device_tier_bytes"))
+        rows.append({**row, "seconds": sum(seconds), "held_bytes": int(max(held))})
     base = next(row for row in rows if row["name"] == "sft")
     for row in rows:
         row["se_above_sft"] = (row["gold"] - base["gold"]) / max(math.hypot(row["se"], base["se"]), 1e-9)
