@@ -56,10 +56,15 @@ def facts(result: Result) -> Row:
         "version": HASH.sub(r"\1", result["commit"]),
         "date": result["date"],
         "device": gpu or "cpu",
-        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GiB",
+        "machine": machine_of(machine),
         "command": result["command"],
         **memory,
     }
+
+
+def machine_of(machine: Result) -> str:
+    """Example: "AMD EPYC, 2 cores, 24 GiB"."""
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GiB"
 
 
 def timed(task: str, seconds: list[float]) -> Row:
@@ -148,13 +153,13 @@ def printed_rss(lines: list[str]) -> int:
 
 
 def sentiment(result: Result) -> Iterator[Row]:
-    """Per setting the ends of its seeds on the held-out prompts, where these are within the KL; ours in bf16, TRL under
-    autocast."""
-    settings: dict[str, list[Result]] = {}
+    """Per setting and processor the ends of its seeds on the held-out prompts, where these are within the KL; ours in
+    bf16, TRL under autocast."""
+    settings: dict[tuple[str, str], list[Result]] = {}
     for name, row in result["rows"].items():
         if "after" in row:
-            settings.setdefault(name.rpartition(", seed ")[0], []).append(row)
-    for name, runs in settings.items():
+            settings.setdefault((name.rpartition(", seed ")[0], row["cpu"]), []).append(row)
+    for (name, cpu), runs in settings.items():
         kl = statistics.mean(run["after"]["kl"] for run in runs)
         if kl > MOST_KL:
             continue
@@ -163,7 +168,10 @@ def sentiment(result: Result) -> Iterator[Row]:
         script, environment = ("trl_ppo.py", "trl") if name.startswith("trl ppo") else ("trl_grpo.py", "trl_newest")
         yield {
             **timed("sentiment-135m", [run["step_seconds"] for run in runs]),
+            "version": HASH.sub(r"\1", runs[-1]["commit"]),
             **(peer_of(script, requirements_of(environment)) if trl else {}),
+            "machine": machine_of({**result["machine"], "cpu": cpu}),
+            "command": f"python -m benchmarks sentiment '{name}'",
             "steps": sum(run["steps"] for run in runs), "precision": "bf16-autocast" if trl else "bf16",
             "weights": "adapters" if "lora" in runs[0]["flags"] else "full", "options": name,
             "peak_rss_bytes": int(max(run["peak_rss_bytes"] for run in runs)), "seeds": len(runs),

@@ -496,7 +496,7 @@ CLAIMS = [
             "s to +0.5": "{seconds_to[0.5]:.0f}", "s to +0.6": "{seconds_to[0.6]:.0f}",
             "s to +0.7": "{seconds_to[0.7]:.0f}",
             "steps": "{steps}", "s a step": "{step_seconds:.0f}", "peak RSS": "{peak_rss_bytes:bytes}",
-            "processor": "{cpu}|AMD EPYC, torch's capability AVX512",
+            "processor": "{cpu}",
         },
         {"Reward against KL on a real model": frontier_plot},
     ),

@@ -172,9 +172,11 @@ def test_a_side_of_several_races_is_one_row():
 
 
 def test_sentiment_is_the_seeds_end_within_the_kl():
-    def seed(reward, kl, **flags):
+    """Seeds of one kind of processor: their seconds do not mix."""
+
+    def seed(reward, kl, cpu="one", **flags):
         row = {"after": {"mean": reward, "kl": kl}, "step_seconds": 30.0, "steps": 100, "peak_rss_bytes": 3 * 10**9}
-        return {**row, "flags": flags}
+        return {**row, "flags": flags, "cpu": cpu, "commit": "0" * 40}
 
     rows = {
         "start, seed 0": {"before": {}},
@@ -182,8 +184,11 @@ def test_sentiment_is_the_seeds_end_within_the_kl():
         "ppo lora, seed 1": seed(0.8, 7.0, lora=16),
         "grpo, seed 0": seed(0.95, 20.0),
         "trl grpo lora, seed 0": seed(0.5, 4.0, lora=16),
+        "ppo lora, seed 2": seed(0.9, 5.0, cpu="another", lora=16),
     }
-    ours, theirs = sentiment({"rows": rows})
+    ours, theirs, other = sentiment({"rows": rows, "machine": {"cpu": "another", "cores": 2, "ram_gb": 24}})
+    assert (ours["machine"], other["machine"]) == ("one, 2 cores, 24 GiB", "another, 2 cores, 24 GiB")
+    assert (other["seeds"], other["reward"]) == (1, 0.9)
     assert (ours["task"], ours["weights"], ours["seeds"], ours["steps"]) == ("sentiment-135m", "adapters", 2, 200)
     assert (ours["reward"], ours["kl"], ours["reward_se"]) == pytest.approx((0.7, 6.5, 0.1))
     assert (theirs["stack"], theirs["precision"], theirs["seeds"]) == ("TRL", "bf16-autocast", 1)
