@@ -46,7 +46,7 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
         small = {**lesson.ppo, "steps": 6, "batch_size": 4, "mini_batch_size": 4, "samples": 4}
         how = dataclasses.replace(lesson.how, tokens=8, max_length=200)
         compared = {name: {**flags, "max_length": 200} for name, flags in lesson.compared.items()}
-        for name in ("grpo", "rloo", "online dpo"):
+        for name in ("grpo", "online dpo"):
             few = {"steps": 1, "batch_size": 8, "samples": 2, "max_new_tokens": 8}
             compared[name] = {**compared[name], **few}
         return dataclasses.replace(lesson, ppo=small, how=how, compared=compared)
@@ -55,7 +55,7 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
     out = tmp_path / "demo"
     demo.demo(DemoConfig(out=str(out), real=True, model=chat_model, seed=3, algorithms=True))
     (facts,) = json.loads((out / "report.json").read_text())["seeds"]
-    names = ["best of 4", "sft", "ppo", "grpo", "rloo", "dpo", "online dpo", "kto"]
+    names = ["best of 4", "sft", "ppo", "grpo", "dpo", "online dpo", "kto"]
     assert [row["name"] for row in facts["algorithms"]] == names
     assert facts["heldout"] == HELDOUT_FILMS
     dtype = "fp32" if slow_in_bf16("cpu") else "bf16"

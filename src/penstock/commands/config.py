@@ -213,7 +213,7 @@ class DemoConfig(Flags):
     scale: int = 1
     """With --real: so many times as many questions, labels and steps."""
     algorithms: bool = False
-    """Also GRPO, RLOO, DPO, online DPO and KTO from the same SFT model, in one table."""
+    """Also GRPO, DPO, online DPO, KTO and, in the small world, RLOO from the same SFT model, in one table."""
     json: bool = False
     """Print report.json at the end."""
 

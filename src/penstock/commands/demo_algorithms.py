@@ -61,7 +61,7 @@ def algorithms(out: Path, seed: int, lesson: Lesson) -> dict[str, Stage]:
         flags = {**flags_of_run(data / f"{kind}.jsonl", seed), **lesson.compared[name]}
         return Stage(command, flags, "sft", "reward" if judged else None, name.replace(" ", "-"))
 
-    return {name: stage(name) for name in KINDS}
+    return {name: stage(name) for name in lesson.compared}
 
 
 def votes(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:

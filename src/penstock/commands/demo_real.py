@@ -42,7 +42,6 @@ def real(seed: int, source: str, scale: int = 1) -> Lesson:
     labels = {**shared, "batch_size": 8, "micro_batch_size": 4, "beta": 0.1}
     compared: dict[str, dict[str, Any]] = {
         "grpo": {**groups, "kl_coef": 0.05},
-        "rloo": {**groups, "advantage": "rloo", "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.05},
         "dpo": {**labels, "lr": 1e-4},
         "online dpo": {**sampled, "online": True, "beta": 0.1},
         "kto": {**labels, "lr": 1e-4},
