@@ -94,7 +94,7 @@ def algorithms(seeds: int, real: bool) -> int:
             "standard_errors_above_sft": sum(gains) / math.sqrt(sum(variances)),
             "least_standard_errors_of_a_seed": min(row["se_above_sft"] for row in rows[name]),
             "seconds": statistics.median(seconds) if seconds else None,
-            "held_bytes": rows[name][0]["held_bytes"],
+            "model_bytes": rows[name][0]["model_bytes"],
         }
     picture_of_algorithms(rows, ROOT / "docs" / ("algorithms_real.png" if real else "algorithms.png"))
     name = "demo_real_algorithms" if real else "demo_algorithms"

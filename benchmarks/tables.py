@@ -264,7 +264,7 @@ def real_stages(results: Results) -> Iterator[Result]:
     result = results["demo_real_algorithms"]
     stages = result["stages"]
     base = sum(stage["base_gold"] for stage in stages) / len(stages)
-    yield {"name": "the model as it came", "gold": base, "proxy": "", "kl": "", "seconds": "", "held_bytes": ""}
+    yield {"name": "the model as it came", "gold": base, "proxy": "", "kl": "", "seconds": "", "model_bytes": ""}
     for name, row in result["over_all_seeds"].items():
         row = {key: "" if figure is None else figure for key, figure in row.items()}
         least = "" if name == "sft" else f"{row['least_standard_errors_of_a_seed']:.1f}"
@@ -519,7 +519,7 @@ CLAIMS = [
         {
             "": "{name}", "gold": "{gold:+.2f}", "above SFT": "{gain_shown}|-", "reward model": "{proxy:+.2f}",
             "KL from SFT, nats": "{kl:.1f}", "s": "{seconds:.0f}", "least seed": "{least}|-",
-            "held": "{held_bytes:bytes}",
+            "held": "{model_bytes:bytes}",
         },
     ),
     Claim(

@@ -64,7 +64,7 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
     generate(GenerateConfig(**given, **judged))
     sft = next(row for row in facts["algorithms"] if row["name"] == "sft")
     assert sft["proxy"] == pytest.approx(statistics.mean(row["score"] for row in read_lines(tmp_path / "answers")))
-    assert all(row["held_bytes"] > 0 for row in facts["algorithms"][1:])
+    assert all(row["model_bytes"] > 0 for row in facts["algorithms"][1:])
     best = [(row["response"], row["finish_reason"] == "stop") for row in read_lines(out / "data" / "best-of.jsonl")]
     golds = gold(prompts("heldout", HELDOUT_FILMS), *zip(*best, strict=True))
     assert facts["best_of_gold"] == pytest.approx(statistics.mean(golds))

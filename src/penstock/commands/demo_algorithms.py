@@ -22,7 +22,7 @@ KINDS = {
 
 def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dict[str, Any]]:
     """A row per algorithm: name, gold, se_above_sft (of gold - SFT's, in standard errors), proxy (the reward model's
-    mean), kl (nats), seconds (of its steps), held_bytes: the most that its models, gradients and optimizer states took.
+    mean), kl (nats), seconds (of its steps), model_bytes: the most that its models, gradients and moments took.
 
     out: where the demo's runs are; best: gold of the best of several answers of SFT's, by the reward model.
     """
@@ -37,8 +37,8 @@ def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dic
         golds = [lesson.world.gold(q, text, ended) for q, (text, ended) in zip(lesson.heldout, texts, strict=True)]
         row = row_of(name, golds, proxies(out / "reward", answers, lesson.how), kl_of(answers, sft))
         perf = list(read_lines(run / "perf.jsonl"))
-        seconds, held = ([line[key] for line in perf] for key in ("timing/step_seconds", "perf/device_tier_bytes"))
-        rows.append({**row, "seconds": sum(seconds), "held_bytes": int(max(held))})
+        seconds, nbytes = ([line[key] for line in perf] for key in ("timing/step_seconds", "perf/device_tier_bytes"))
+        rows.append({**row, "seconds": sum(seconds), "model_bytes": int(max(nbytes))})
     base = next(row for row in rows if row["name"] == "sft")
     for row in rows:
         row["se_above_sft"] = (row["gold"] - base["gold"]) / max(math.hypot(row["se"], base["se"]), 1e-9)
@@ -48,7 +48,7 @@ def compare(out: Path, seed: int, lesson: Lesson, best: list[float]) -> list[dic
 def row_of(name: str, golds: list[float], scores: list[float], kl: float) -> dict[str, Any]:
     error = statistics.stdev(golds) / math.sqrt(len(golds))
     own = {"name": name, "gold": statistics.mean(golds), "se": error, "proxy": statistics.mean(scores), "kl": kl}
-    return {**own, "seconds": None, "held_bytes": None}
+    return {**own, "seconds": None, "model_bytes": None}
 
 
 def algorithms(out: Path, seed: int, lesson: Lesson) -> dict[str, Stage]:
