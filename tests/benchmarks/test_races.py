@@ -142,6 +142,15 @@ MEASURED = {
     }},
     "times": {"rows": {"grpo lora, seed 0": {"before": {"accuracy": 0.2, "low": 0.15, "high": 0.26}, **TAKEN,
                                              "after": {"accuracy": 0.5, "low": 0.43, "high": 0.57}}}},
+    "demo_real_algorithms": {"stages": [{"base_gold": 0.2}, {"base_gold": 0.3}], "over_all_seeds": {
+        "sft": {"gold": 0.3, "proxy": 0.1, "kl": 0.0, "gain": 0.0, "least_standard_errors_of_a_seed": 0.0,
+                "seconds": 200.0, "model_bytes": 5e8},
+        "ppo": {"gold": 1.5, "proxy": 2.0, "kl": 7.3, "gain": 1.2, "least_standard_errors_of_a_seed": 14.0,
+                "seconds": None, "model_bytes": 6e8}}},
+    "overdone": {"rows": {"grpo, seed 0": {
+        "curve": [{"step": step, "gold": gold, "standard_error": 0.05, "proxy": proxy, "kl": kl}
+                  for step, gold, proxy, kl in ((0, 0.3, 0.1, 0.0), (16, 1.6, 2.5, 9.0), (32, 0.9, 3.5, 30.0))],
+        "down_at": 32, "warnings": {"kl/high": 20, "length": 8}}}},
     "align": {"rows": {"demo, seed 0": {
         "stages": "sft -> ppo", "planned_seconds": 60.0, "seconds": 66.0, "seconds_ratio": 1.1, "planned_bytes": 2e9,
         "trial_bytes": 9e8,
@@ -181,11 +190,13 @@ def test_the_page_is_made_of_results_alone(tmp_path, monkeypatch):
         "| 50% (43% to 57%) |",
         "| demo, seed 0 | sft -> ppo | 60 s | 66 s, 1.10 | 2.00 GB | 900.00 MB | 1.00 GB, 1.11 | 0.100 to 2.000 |",
         "| disk | equal | 300.00 MB | - | - |",
+        "| the model as it came | +0.25 | - |",
+        "| ppo | +1.50 | +1.20 | +2.00 | 7.3 |  | 14.0 | 600.00 MB |",
+        "| +0.30 | +1.60 at step 16 | +0.90 at step 32 | 32 | +0.1, +2.5, +3.5 | 9.0, 30.0 | length 8, kl/high 20 |",
     ):
         assert cell in page
-    assert (
-        page.count("Not measured yet") == 6
-    )  # penstock bench, gradients, padding, reliability, the races on two other processors
+    unmeasured = 6  # penstock bench, gradients, padding, reliability, the races on two other processors
+    assert page.count("Not measured yet") == unmeasured
     for plot in ("capacity", "throughput-against-other-stacks", "memory-against-other-stacks", "how-cost-grows"):
         assert (tmp_path / "plots" / f"{plot}.svg").stat().st_size > 1000
         assert f"(plots/{plot}.svg)" in page
