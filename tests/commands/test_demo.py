@@ -1,6 +1,7 @@
 """The demo's own decisions; the demo itself is measured by `python -m benchmarks demo` and by `make demo`."""
 
 import json
+import signal
 
 import pytest
 
@@ -9,6 +10,7 @@ from penstock.commands.config import DemoConfig
 from penstock.commands.demo import SeedResult, noise_ceiling, over_optimised, page_of, write_lines
 from penstock.data.toyland import Toyland
 from penstock.errors import UserError
+from penstock.run.session import StoppedError
 
 FACTS = {
     "seed": 0, "base_gold": 0.1, "sft_gold": 1.0, "best_of_gold": 1.5, "ppo_gold": 2.0, "gold_se": 0.1,
@@ -71,10 +73,29 @@ def test_a_directory_that_no_demo_made_is_left_alone(tmp_path, monkeypatch):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_a_stopped_demo_with_other_flags_is_replaced_and_with_its_own_goes_on(tmp_path, monkeypatch, capsys):
+    out, seen = tmp_path / "demo", []
+
+    def stop(directory, seed, lesson, algorithms):
+        seen.append((directory / "left").exists())
+        (directory / "left").touch()
+        raise StoppedError("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(demo, "one_seed", stop)
+    for seed, json_too in ((0, False), (0, True), (1, True), (1, False)):
+        with pytest.raises(StoppedError):
+            demo.demo(DemoConfig(out=str(out), seed=seed, json=json_too))
+    assert seen == [False, True, False, True]
+    assert capsys.readouterr().err.count("goes on with the demo") == 2
+
+
 def test_reports_of_all_seeds_are_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "one_seed", lambda out, seed, lesson, algorithms: result(seed))
+    left = tmp_path / "demo" / "left"
     for _ in range(2):  # the second replaces what the first made
         demo.demo(DemoConfig(out=str(tmp_path / "demo"), seeds=3, seed=5))
+        assert not left.exists()
+        left.touch()
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert [one["seed"] for one in report["seeds"]] == [5, 6, 7]
     assert set(report["seeds"][0]) == set(FACTS)

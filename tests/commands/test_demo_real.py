@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from penstock.data.toyland import save_tokenizer
 from penstock.errors import UserError
 from penstock.models.linear import slow_in_bf16
 from penstock.run.metrics import read_lines
+from penstock.run.session import StoppedError
 
 
 @pytest.fixture
@@ -53,7 +55,22 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
 
     monkeypatch.setattr(demo, "real", short)
     out = tmp_path / "demo"
-    demo.demo(DemoConfig(out=str(out), real=True, model=chat_model, seed=3, algorithms=True))
+    config = DemoConfig(out=str(out), real=True, model=chat_model, seed=3, algorithms=True)
+
+    def stop(*given):
+        raise StoppedError("SIGTERM: stopped after a checkpoint", signal.SIGTERM)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(demo, "best_of", stop)
+        with pytest.raises(StoppedError, match="the same penstock demo command goes on"):
+            demo.demo(config)
+    written = {path: path.stat().st_mtime_ns for path in sorted(out.glob("*/checkpoints/*/model/*"))}
+    assert {path.relative_to(out).parts[0] for path in written} == {"sft", "reward", "ppo"}
+    demo.demo(config)
+    printed = capsys.readouterr()
+    assert f"{out}: goes on with the demo that was stopped in it" in printed.err
+    assert "gold base" in printed.out
+    assert {path: path.stat().st_mtime_ns for path in written} == written
     (facts,) = json.loads((out / "report.json").read_text())["seeds"]
     names = ["best of 4", "sft", "ppo", "grpo", "dpo", "online dpo", "kto"]
     assert [row["name"] for row in facts["algorithms"]] == names
@@ -69,7 +86,6 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
     golds = gold(prompts("heldout", HELDOUT_FILMS), *zip(*best, strict=True))
     assert facts["best_of_gold"] == pytest.approx(statistics.mean(golds))
     assert facts["best_of_se"] == pytest.approx(statistics.stdev(golds) / math.sqrt(HELDOUT_FILMS))
-    assert "gold base" in capsys.readouterr().out
     assert "SFT learned from its own answers" in (out / "report.html").read_text()
 
     demonstrations = formats.read(str(out / "data" / "demonstrations.jsonl"), "demonstrations").records

@@ -201,7 +201,8 @@ class DemoConfig(Flags):
     a model that was really pre-trained, which learns to write about films."""
 
     out: str = "runs/demo"
-    """Directory of the runs and the report; an earlier demo in it is replaced."""
+    """Directory of the runs and the report. The same command goes on with a demo that was stopped in it, and replaces a
+    finished one."""
     seeds: int = 1
     """Independent repetitions, one after the other."""
     seed: int = 0

@@ -11,6 +11,7 @@ import math
 import random
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,29 +28,27 @@ from penstock.errors import UserError
 from penstock.run.directory import refused
 from penstock.run.metrics import peak_rss_bytes, read_lines
 from penstock.run.report import Curve, Curves, Samples, Section, Table, Text, page
+from penstock.run.session import StoppedError
 
 MARK = ".penstock-demo"
-"""Only a directory that holds this file is ever replaced."""
+"""Holds the flags of the demo that made the directory; only a directory that holds it is ever replaced."""
 
 
 def demo(config: DemoConfig) -> Path:
-    """Runs all seeds and writes report.html and report.json in `config.out`."""
+    """Runs all seeds and writes report.html and report.json in `config.out`. A demo of the same flags that was stopped
+    there goes on: its runs do, and what lies between them, which depends on nothing else, is done again."""
     lesson_of = lessons(config)
     says, out = lesson_of(config.seed).says, Path(config.out)
-    try:
-        if out.exists() and any(out.iterdir()):
-            if not (out / MARK).exists():
-                raise UserError(f"--out {out}: is not empty and no demo made it; choose another --out.")
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / MARK).touch()
-    except OSError as error:
-        raise refused(f"--out {out}", error) from error
+    begin(config, out)
     results = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        directory = out if config.seeds == 1 else out / f"seed-{seed}"
-        results.append(one_seed(directory, seed, lesson_of(seed), config.algorithms))
-        print(summary(results[-1].facts), flush=True)
+    try:
+        for seed in range(config.seed, config.seed + config.seeds):
+            directory = out if config.seeds == 1 else out / f"seed-{seed}"
+            results.append(one_seed(directory, seed, lesson_of(seed), config.algorithms))
+            print(summary(results[-1].facts), flush=True)
+    except StoppedError as error:
+        text = f"{out}: stopped; the same penstock demo command goes on ({error})."
+        raise StoppedError(text, error.exit_code - 128) from error
     report = {
         "seeds": [result.facts for result in results],
         "curves": [result.curves for result in results],
@@ -59,6 +58,25 @@ def demo(config: DemoConfig) -> Path:
     (out / "report.html").write_text(page_of(results, says), encoding="utf-8")
     print(json.dumps(report["seeds"]) if config.json else f"wrote {out / 'report.html'}")
     return out
+
+
+def begin(config: DemoConfig, out: Path) -> None:
+    """Makes `out` empty, but for an unfinished demo of the same flags. Raises UserError where no demo made what is
+    there."""
+    flags = {**dataclasses.asdict(config), "out": "", "json": False}
+    mark = out / MARK
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not mark.exists():
+                raise UserError(f"--out {out}: is not empty and no demo made it; choose another --out.")
+            if mark.read_text(encoding="utf-8") == json.dumps(flags) and not (out / "report.html").exists():
+                print(f"{out}: goes on with the demo that was stopped in it", file=sys.stderr, flush=True)
+                return
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(flags), encoding="utf-8")
+    except OSError as error:
+        raise refused(f"--out {out}", error) from error
 
 
 def lessons(config: DemoConfig) -> Callable[[int], Lesson]:
@@ -94,8 +112,9 @@ class SeedResult:
     """One repetition: the facts of report.json, and what its part of the page shows."""
 
     facts: dict[str, Any]
-    """seed, best_of and heldout (counts), rm_accuracy, rm_ceiling, kl, seconds, gold_se (the standard error of ppo_gold
-    - sft_gold); of base, sft, best_of and ppo NAME_gold and its standard error NAME_se."""
+    """seed, best_of and heldout (counts), rm_accuracy, rm_ceiling, kl, seconds (of the process that finished it),
+    gold_se (the standard error of ppo_gold - sft_gold); of base, sft, best_of and ppo NAME_gold and its standard error
+    NAME_se."""
     curves: dict[str, dict[str, Curve]]
     """Title of a picture -> name of a line -> its points; also in report.json, for those who draw their own."""
     answers: list[tuple[str, dict[str, tuple[str, float | None]]]]
