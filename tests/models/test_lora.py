@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from penstock.errors import UserError
 from penstock.memory.strategy import Strategy
-from penstock.models import adapter_files, lora, surgery
-from penstock.models.lora_targets import ALL_LINEAR, LoraSpec
+from penstock.models import adapter_files, lora, presets, surgery
+from penstock.models.linear import linear
+from penstock.models.lora_targets import ALL_LINEAR, LoraSpec, lora_targets_of
 from penstock.models.roles import Actor, Critic, RewardModel
 from tests.models.test_families import CASES, reference
 
@@ -137,6 +138,22 @@ def test_fifty_steps_give_pefts_losses(name, tmp_path):
         curves[1].append(float(loss))
     assert curves[1][-1] < curves[1][0] - 0.05
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("alpha", [4, 32, 24])
+def test_wherever_the_factor_is_multiplied_no_bit_differs_from_behind_both_products(alpha):
+    config = presets.named("s")
+    target = next(target for target in lora_targets_of(config) if not target.table)
+    adapter = lora.Adapter(target, LoraSpec(16, alpha=alpha), config, torch.bfloat16)
+    torch.manual_seed(0)
+    for weight in (adapter.a, adapter.b):
+        torch.nn.init.normal_(weight, std=0.1)
+    x = torch.randn(2, 7, target.width, dtype=torch.bfloat16)
+    behind = linear(linear(x, adapter.a), adapter.b) * (alpha / 16)
+    assert torch.equal(adapter(x), behind)
+    slopes = torch.randn_like(behind)
+    wanted = torch.autograd.grad(behind, (adapter.a, adapter.b), slopes)
+    assert all(map(torch.equal, torch.autograd.grad(adapter(x), (adapter.a, adapter.b), slopes), wanted))
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

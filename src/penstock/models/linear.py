@@ -279,7 +279,6 @@ def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
     """y [..., O], in place, with what these adapters (models.lora.Adapter) add to their rows of it, for x [..., I].
 
     Where rows of the batch have different adapters, `adapters` is an AdaptersByRow, and x and y are [B, ..., I or O].
-    Scaled behind both products, as peft does: the other way round its logits and ours differ by more than one rounding.
     """
     if isinstance(adapters, AdaptersByRow):
         for adapter, rows in adapters.chosen():
@@ -288,12 +287,12 @@ def add_to(y: Tensor, x: Tensor, adapters: Any) -> Tensor:
             y[rows] = add_to(y[rows], x[rows], adapter)
         return y
     if len(adapters) == 1 and adapters[0].target.height == y.shape[-1]:
-        return y.add_(adapters[0](x).mul_(adapters[0].scale))
+        return y.add_(adapters[0](x))
     pieces, end = [], 0
     for adapter in adapters:
         if adapter.target.start > end:
             pieces.append(y.new_zeros(*y.shape[:-1], adapter.target.start - end))
-        pieces.append(adapter(x).mul_(adapter.scale))
+        pieces.append(adapter(x))
         end = adapter.target.start + adapter.target.height
     if end < y.shape[-1]:
         pieces.append(y.new_zeros(*y.shape[:-1], y.shape[-1] - end))

@@ -7,6 +7,7 @@ of its own on its rows of the output, as peft has. This file holds the adapter a
 first values, `surgery` adds it to a decoder.
 """
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -36,8 +37,15 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.empty(target.height, self.rank, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> the addition to its rows, not yet multiplied by `scale`: [..., height]."""
-        return linear(linear(x, self.a), self.b)
+        """x [..., I] -> the addition to its rows, [..., height].
+
+        Scaled behind both products, as peft does: the other way round its logits and ours differ by more than one
+        rounding, but where a factor rounds nothing, and there it meets the rank's few numbers.
+        """
+        low = linear(x, self.a)
+        if math.frexp(self.scale)[0] == 0.5:  # a power of two
+            return linear(low.mul_(self.scale), self.b)
+        return linear(low, self.b).mul_(self.scale)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> the addition to their rows of the table, [..., D]."""
