@@ -259,6 +259,16 @@ def frontier_plot(results: Results, axes: Any) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def sentiment_samples(results: Results) -> Iterator[Result]:
+    """Per held-out prompt, what one seed's model of each setting answered."""
+    shown: set[str] = set()
+    for name, row in results["sentiment"]["rows"].items():
+        setting, samples = name.rpartition(", seed")[0], row.get("after", row.get("before", {})).get("samples", [])
+        for sample in samples if setting not in shown else ():
+            yield {**sample, "response": " ".join(sample["response"].replace("|", "/").split()), "name": name}
+        shown |= {setting} if samples else set()
+
+
 def real_stages(results: Results) -> Iterator[Result]:
     """One per algorithm over all seeds; the base model's gold first."""
     result = results["demo_real_algorithms"]
@@ -499,6 +509,12 @@ CLAIMS = [
             "processor": "{cpu}",
         },
         {"Reward against KL on a real model": frontier_plot},
+    ),
+    Claim(
+        "What it wrote", "Answers of those models to the first held-out prompts, unchosen, and what the reward says.",
+        ("sentiment",), "python -m benchmarks sentiment",
+        lambda results: sorted(sentiment_samples(results), key=lambda row: row["prompt"]),
+        {"asked": "{prompt}", "run": "{name}", "answer": "{response}", "reward": "{score:+.2f}"},
     ),
     Claim(
         "A task that can be checked, on a real model", "SmolLM2-135M-Instruct and the times table, pairs of factors "

@@ -135,7 +135,8 @@ MEASURED = {
                                        "difference": 1e-6}}},
     },
     "sentiment": {"rows": {
-        "start, seed 0": {"before": ANSWERS, "best_of_16": {"mean": 0.9}},
+        "start, seed 0": {"before": {**ANSWERS, "samples": [{"prompt": "Of Up?", "response": "It |is\nfine.",
+                                                            "score": 0.2}]}, "best_of_16": {"mean": 0.9}},
         "grpo lora, seed 0": {"after": {**ANSWERS, "mean": 0.7}, **TAKEN, "best_within_hour": [10, 200.0, 0.7, 3.0],
                               "curve": [[5, 100.0, 0.4, 1.0], [10, 200.0, 0.7, 3.0]],
                               "seconds_to": {"0.5": 130.0, "0.6": 170.0}},
@@ -187,6 +188,7 @@ def test_the_page_is_made_of_results_alone(tmp_path, monkeypatch):
         "| 3.0% |",
         "| start, seed 0 | +0.10 +- 0.05, best of 16 +0.90 |",
         "| 130 | 170 |",
+        "| Of Up? | start, seed 0 | It /is fine. | +0.20 |",
         "| 50% (43% to 57%) |",
         "| demo, seed 0 | sft -> ppo | 60 s | 66 s, 1.10 | 2.00 GB | 900.00 MB | 1.00 GB, 1.11 | 0.100 to 2.000 |",
         "| disk | equal | 300.00 MB | - | - |",
