@@ -36,7 +36,6 @@ BENCHMARKS = {
     "planted_bugs": ("planted_bugs:main", "wrong lines planted in the source: the tests must fail"),
     "identity": ("identity:main", "two checkouts: the same bytes of metrics and weights"),
     "speed": ("speed:main", "two checkouts: seconds of the same steps in turns"),
-    "gradients": ("gradients:main", "two checkouts: the error of bf16 gradients by micro-batch"),
     "gpu": ("gpu:main", "everything that only a GPU can tell, on small shapes without one"),
     "submit": ("one_gpu:main", "checks rows of the one-GPU benchmark, of any stack"),
     "tables": ("tables:main", "writes benchmarks/README.md, its plots and our submission from the results"),

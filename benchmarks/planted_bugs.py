@@ -277,7 +277,7 @@ BUGS: list[Bug] = [
     (ENGINE, "EOS is left out of the answer", "        answer.response_ids.append(token)\n", "        answer.response_ids += [token] * (token not in self.eos_ids)\n"),
     (ENGINE, "answers go on after EOS", "if token in run.ends or (", "if ("),
     # adapters and fewer bits
-    (LINEAR, "an adapter's scale is forgotten", "y.add_(adapters[0](x).mul_(adapters[0].scale))", "y.add_(adapters[0](x))"),
+    ("models/lora.py", "an adapter's scale is forgotten", "return linear(low.mul_(self.scale), self.b)", "return linear(low, self.b)"),
     (RECIPE, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
     ("models/surgery.py", "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),
     (QUANTISED, "nf4's two numbers of a byte change places", "(levels.repeat_interleave(16), levels.repeat(16))", "(levels.repeat(16), levels.repeat_interleave(16))"),

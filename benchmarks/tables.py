@@ -229,14 +229,6 @@ def padding_runs(results: Results) -> Iterator[Result]:
         yield {"name": name, "computed_share": run["computed"] / run["tokens"], **run}
 
 
-def gradients_runs(results: Results) -> Iterator[Result]:
-    """One per shape, strategy and micro-batch."""
-    for result in results.values():
-        for key, run in result["rows"].items():
-            shape, strategy, rows = key.split(", ")
-            yield {**run, "shape": shape, "strategy": strategy, "rows": rows}
-
-
 def named_rows(results: Results) -> Iterator[Result]:
     """The rows of the files, each with its name."""
     for result in results.values():
@@ -412,15 +404,6 @@ CLAIMS = [
             "samples per second": "{rate:.2f}|{best[samples_per_second]:.2f}|{why_not}",
             "learning, share of GEMM rate": "{phases[train][share_of_gemm_peak]:.0%}",
             "device, most in use": "{peak_device_bytes:bytes}|{best[peak]:bytes}", "planned": "{planned[device]:bytes}",
-        },
-    ),
-    Claim(
-        "Gradients of bf16 weights", "The largest error of a weight's gradient against fp32's, 512 rows of 8 tokens, "
-        "before gradients added up in fp32 and since. The rest is what a bf16 forward and backward round.",
-        ("gradients",), "python -m benchmarks gradients OLD_CHECKOUT", gradients_runs,
-        {
-            "shape": "{shape}", "strategy": "{strategy}", "rows per micro-batch": "{rows}", "before": "{old:.2%}",
-            "its weight": "{old_weight}", "now": "{new:.2%}", "that weight": "{new_weight}",
         },
     ),
     Claim(
