@@ -101,6 +101,13 @@ def rms_norm(rng: random.Random) -> None:
         cpu_ops.rms_norm(x, weight, 1e-5, spare=rng.random() < 0.5)
 
 
+def rms_norm_back(rng: random.Random) -> None:
+    rows, width, dtype = rng.randrange(0, 40), rng.randrange(1, 600), rng.choice(FLOATS)
+    x, grad, weight = numbers(rng, (rows, width), dtype), numbers(rng, (rows, width), dtype), rng.choice(FLOATS)
+    offset, learns = rng.choice((0.0, 1.0)), rng.random() < 0.5
+    cpu_ops.rms_norm_back(x, numbers(rng, (width,), weight), grad, 1e-5, offset, learns)
+
+
 def rotate(rng: random.Random) -> None:
     rows, heads, width, dtype = rng.randrange(1, 6), rng.randrange(1, 5), rng.randrange(2, 300), rng.choice(FLOATS)
     turned = rng.randrange(2, width + 1) // 2 * 2
@@ -150,7 +157,7 @@ def squares(rng: random.Random) -> None:
     sum_of_squares(numbers(rng, (rng.choice((1, 17, 1025, 65_536, 65_537)),), rng.choice(FLOATS)))
 
 
-CASES = (product, attention, rms_norm, rotate, gated, gelu_tanh, add, choose, adamw, squares)
+CASES = (product, attention, rms_norm, rms_norm_back, rotate, gated, gelu_tanh, add, choose, adamw, squares)
 
 
 def main(calls: int, seed: int, march: str) -> None:

@@ -244,6 +244,23 @@ def test_rms_norm_is_exact_and_rounded_once(dtype, rows, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "offset"), [(1, 7, 0.0), (3, 64, 1.0), (5, 100, 0.0), (90, 768, 1.0)])
+def test_gradients_of_rms_norm_are_exact_and_rounded_once(dtype, kind, rows, width, offset):
+    x, weight = (3 * torch.randn(2, rows, width)).to(dtype), torch.randn(width).to(kind)
+    grad = torch.randn(2, rows, width).to(dtype)
+    wide, factor = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = torch.autograd.grad(F.rms_norm(wide, (width,), factor + offset, 1e-5), (wide, factor), grad.double())
+    back, slopes = cpu_ops.rms_norm_back(x, weight, grad, 1e-5, offset, True)
+    near(back, exact[0], dtype)
+    assert slopes is not None
+    assert float((slopes - exact[1]).abs().max() / exact[1].abs().max()) < 1e-6
+    frozen, nothing = cpu_ops.rms_norm_back(x, weight, grad, 1e-5, offset, False)
+    assert torch.equal(frozen, back)
+    assert nothing is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "turned"), [(64, 64), (80, 20), (12, 6), (128, 128)])
 @pytest.mark.parametrize("same", [True, False])
 def test_heads_turn_in_place_to_the_bits_of_positions_rotate(dtype, width, turned, same):

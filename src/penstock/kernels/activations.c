@@ -172,6 +172,64 @@ void rms_norm(const RmsNorm *n)
 }
 
 typedef struct {
+    const void *x, *weight, *grad; /* x and grad [rows, width], x_kind; weight [width], kind */
+    void *back;                    /* the gradient of x, x_kind; may be grad */
+    float *slopes;                 /* [threads, width], zeros: what each thread's rows give to that of the weight, or NULL */
+    int64_t rows, width;
+    float eps, offset;
+    int32_t kind, x_kind, threads;
+} RmsNormBack;
+
+/* With r = 1 / rms(x) and g = grad (weight + offset): r g - x r^3 (g . x) / width. */
+INLINE void norm_back_one(const RmsNormBack *n, int kind, int x_kind, int64_t at, float *slopes)
+{
+    vec squares = {0}, products = {0};
+    int64_t e = 0;
+    for (; e + LANES <= n->width; e += LANES) {
+        vec x = load(n->x, x_kind, at + e);
+        squares = fma_of(x, x, squares);
+        products = fma_of(x * (load(n->weight, kind, e) + n->offset), load(n->grad, x_kind, at + e), products);
+    }
+    float total = sum(squares), product = sum(products);
+    for (; e < n->width; e++) {
+        float x = load_one(n->x, x_kind, at + e);
+        total = fmaf(x, x, total);
+        product = fmaf(x * (load_one(n->weight, kind, e) + n->offset), load_one(n->grad, x_kind, at + e), product);
+    }
+    float scale = 1 / sqrtf(total / n->width + n->eps), along = scale * scale * scale * product / n->width;
+    for (e = 0; e + LANES <= n->width; e += LANES) {
+        vec x = load(n->x, x_kind, at + e), grad = load(n->grad, x_kind, at + e);
+        save(n->back, x_kind, at + e, grad * (load(n->weight, kind, e) + n->offset) * scale - x * along);
+        if (slopes)
+            *(vec *)(slopes + e) = fma_of(grad, x * scale, *(const vec *)(slopes + e));
+    }
+    for (; e < n->width; e++) {
+        float x = load_one(n->x, x_kind, at + e), grad = load_one(n->grad, x_kind, at + e);
+        store_one(n->back, x_kind, at + e, grad * (load_one(n->weight, kind, e) + n->offset) * scale - x * along);
+        if (slopes)
+            slopes[e] = fmaf(grad, x * scale, slopes[e]);
+    }
+}
+
+void rms_norm_back(const RmsNormBack *n)
+{
+#pragma omp parallel for num_threads(n->threads) schedule(static) if (n->rows * n->width > 8 * PART)
+    for (int64_t thread = 0; thread < n->threads; thread++) {
+        float *slopes = n->slopes ? n->slopes + thread * n->width : NULL;
+        for (int64_t row = n->rows * thread / n->threads; row < n->rows * (thread + 1) / n->threads; row++) {
+            if (n->x_kind == FP32 && n->kind == FP32)
+                norm_back_one(n, FP32, FP32, row * n->width, slopes);
+            else if (n->x_kind == FP32)
+                norm_back_one(n, BF16, FP32, row * n->width, slopes);
+            else if (n->kind == FP32)
+                norm_back_one(n, FP32, BF16, row * n->width, slopes);
+            else
+                norm_back_one(n, BF16, BF16, row * n->width, slopes);
+        }
+    }
+}
+
+typedef struct {
     void *x;                /* row b, head h at b * x_row + h * x_head: turned in place */
     const void *cos, *sin;  /* [rows or 1, turned], x's kind */
     int64_t rows, heads, turned, x_row, x_head, table_row;

@@ -46,6 +46,7 @@ _Attention = _struct(
 _RmsNorm = _struct(
     "RmsNorm", "x weight y", "rows heads width x_row x_head y_row y_head", "eps offset", "kind x_kind threads"
 )
+_RmsNormBack = _struct("RmsNormBack", "x weight grad back slopes", "rows width", "eps offset", "kind x_kind threads")
 _Rotation = _struct("Rotation", "x cos sin", "rows heads turned x_row x_head table_row", "", "kind threads")
 _Choice = _struct("Choice", "logits uniforms tokens logprobs", "rows vocabulary", "temperature", "threads")
 
@@ -76,6 +77,13 @@ def warn_without(device: torch.device) -> None:
 def ready(device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether these go through here: inside `one_token`, on a CPU with a compiler, in dtypes that the C knows."""
     return _ONE_TOKEN.get() and device.type == "cpu" and all(dtype in KINDS for dtype in dtypes)
+
+
+def computes(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether the C can read and write tensors of these dtypes there, in training too."""
+    if device.type != "cpu" or not compiler.real() or isinstance(_library(), str):
+        return False
+    return all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes)
 
 
 def attends(device: torch.device, dtype: torch.dtype, width: int) -> bool:
@@ -179,6 +187,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, spar
     )  # fmt: skip
     _library().rms_norm(ctypes.byref(call))  # type: ignore[union-attr]
     return y
+
+
+def rms_norm_back(
+    x: Tensor, weight: Tensor, grad: Tensor, eps: float, offset: float, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `rms_norm`'s x and weight, grad being that of its result: x's in its dtype, rounded once; the
+    weight's in fp32, summed over rows in fp32, if it `learns`."""
+    x, grad, threads = x.contiguous(), grad.contiguous(), torch.get_num_threads()
+    assert x.shape[-1:] == weight.shape
+    assert (x.shape, x.dtype) == (grad.shape, grad.dtype)
+    back, slopes = torch.empty_like(grad), torch.zeros(threads, len(weight)) if learns else None
+    call = _RmsNormBack(
+        x.data_ptr(), weight.data_ptr(), grad.data_ptr(), back.data_ptr(), 0 if slopes is None else slopes.data_ptr(),
+        x.shape[:-1].numel(), len(weight), eps, offset, KINDS[weight.dtype], KINDS[x.dtype], threads,
+    )  # fmt: skip
+    _library().rms_norm_back(ctypes.byref(call))  # type: ignore[union-attr]
+    return back, None if slopes is None else slopes.sum(0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

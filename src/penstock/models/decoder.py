@@ -30,13 +30,22 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from penstock.kernels import cpu_ops
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import Linear, RowAdapters, add_to, attention, layer_norm, linear, precise, rows_of
+from penstock.models.linear import (
+    Linear,
+    RowAdapters,
+    add_to,
+    attention,
+    layer_norm,
+    linear,
+    precise,
+    rms_norm,
+    rows_of,
+)
 from penstock.models.lora import Adapted
 from penstock.models.moe.balance import Balance
 from penstock.models.moe.experts import ALONE, Routing, everyone, mixture
@@ -63,10 +72,7 @@ class Norm(nn.Module):
             return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         if cpu_ops.ready(x.device, x.dtype, self.weight.dtype) and x.shape[-2] == 1:
             return cpu_ops.rms_norm(x, self.weight, self.eps, self.offset, spare=spare)
-        if not self.offset:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        # in fp32: a bf16 sum with 1 would round the weight by 0.4 %
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
 @dataclass(frozen=True)

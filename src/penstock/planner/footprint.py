@@ -45,7 +45,7 @@ def work_of(
         return work
     tokens = batch.rows * batch.length
     adapters = {} if spec is None else _adapters(config, spec, scalar, tokens, s)
-    parts, frozen = [], tokens * _unkept(config)
+    parts = []
     for i, part in enumerate(work.parts):
         own = adapters.get(part.groups[-1], {})
         saved = sum(each.saved for each in own.values())
@@ -53,10 +53,9 @@ def work_of(
         if not i:  # a frozen table has no gradient
             forward, backward = part.forward + most[0], part.forward + saved + most[1]
         elif has_experts_in(config, i - 1):
-            saved, unpacking = saved - frozen, _unpacking(config.d_model, _raised(config), tokens, s, packed)
+            unpacking = _unpacking(config.d_model, _raised(config), tokens, s, packed)
             forward, backward = part.forward + most[0] + unpacking, part.backward + saved + most[1] + unpacking
         else:
-            saved -= frozen
             forward = part.forward + _beyond(config, tokens, s, part.forward, own, packed)
             slopes = part.backward - part.saved
             backward = (
@@ -174,13 +173,6 @@ def _before_down(
     return max(plain, 2 * inner) + own["down"].low if "down" in own else plain
 
 
-def _unkept(config: DecoderConfig) -> int:
-    """Bytes per token that a block's norms would keep for gradients of their own weights."""
-    c = config
-    rms = _norms(c) * c.d_model if c.norm == "rms" else 0
-    return FP32 * (rms + (c.head_dim * (c.num_heads + c.num_kv_heads) if c.qk_norm else 0))
-
-
 def _norms(config: DecoderConfig) -> int:
     """Of a block, those of queries and keys not counted."""
     return 2 * (config.pre_norm or not config.out_norms) + 2 * config.out_norms
@@ -226,14 +218,14 @@ def _norm(kind: str, rows: int, width: int, s: int) -> _Kept:
     n = rows * width
     if kind == "layer":
         return _Kept(n * s + 2 * rows * FP32, 0)
-    kept = 2 * n if s < FP32 else n  # rms_norm computes in fp32
-    return _Kept(n * s + kept * FP32 + rows * FP32, n * FP32 + rows * FP32)
+    return _Kept(n * s, n * FP32 + rows * FP32)
 
 
-def _offset_backward(c: DecoderConfig, tokens: int) -> int:
-    """Bytes at the fullest instant of the backward of a norm under an offset, what it kept included: it keeps the
-    states that it widened; without an offset they are gone, and what is counted for blocks is more."""
-    return 6 * tokens * c.d_model * FP32 if c.norm_offset else 0
+def _norm_backward(c: DecoderConfig, tokens: int, s: int) -> int:
+    """Bytes that the backward of an RMSNorm holds beside what was kept: fp32 states, a gradient, and a part of it; on a
+    GPU under an offset those of torch's own too."""
+    n = tokens * c.d_model * FP32
+    return 0 if c.norm != "rms" else 6 * n if c.norm_offset else (3 if s < FP32 else 2) * n
 
 
 def _embed(c: DecoderConfig, tokens: int, s: int) -> int:
@@ -289,7 +281,8 @@ def _block(
     queries, keys = tokens * c.num_heads * c.head_dim * s, tokens * c.num_kv_heads * c.head_dim * s
     norm = _norm(c.norm, tokens, c.d_model, s)
     projected = queries + 2 * keys
-    normed, turned, mixing = _turned(c, tokens, s, rotates)
+    turned, mixing = _turned(c, tokens, s, rotates)
+    normed = projected if c.qk_norm else 0  # by norms that read them
     attended = queries + tokens * c.num_heads * FP32  # and the sums that attention's backward needs
     apart = apart and not c.attention_softcap
     if rotates or apart:
@@ -299,6 +292,8 @@ def _block(
     # of q, k, v and the bias, and what attention makes of them
     copies = (projected + queries) * FP32 // s + FP32 * _bias(c, length) if wide else 0
     copies += queries if apart else 0  # what attention makes of them, head by head; keys are repeated by a stride of 0
+    # values have a copy of their own where heads are apart; without norms the product that they come of is then let go
+    turned += keys if apart and c.qk_norm else 0
     attention = norm.saved + attended + (normed + copies if wide else projected + turned)
     if c.sinks and not wide:  # which keeps the copies alone
         attention -= projected + turned
@@ -308,8 +303,7 @@ def _block(
     sums = 1 if c.parallel_residual else 2
     saved = attention + mlp + sums * state
     if c.out_norms:  # they keep what they read, and not what they write; without others before, x is read by products
-        behind = norm.saved - state * (s < FP32)
-        saved += 2 * behind - (0 if c.pre_norm else 2 * norm.saved)
+        saved += 2 * norm.saved - (0 if c.pre_norm else 2 * norm.saved)
     elif not c.pre_norm:
         saved += state  # both norms read a sum and the second writes the output
     loose = 2 * state  # what attention and MLP returned: local names until the block returns
@@ -317,7 +311,7 @@ def _block(
     inner = tokens * c.d_ff * s
     at_down = rising if experts else 3 * inner if c.gated else inner  # what the last product finds
     backward = saved + max(slopes, loose, (slopes if experts else 0) + adding)
-    backward = max(backward, saved - norm.saved + _offset_backward(c, tokens))
+    backward = max(backward, saved - (0 if c.out_norms else norm.saved) + _norm_backward(c, tokens, s))
     before_mlp = 2 * state + norm.saved
     capped = 0
     if c.attention_softcap:
@@ -337,20 +331,12 @@ def _block(
     return saved, forward, backward
 
 
-def _turned(c: DecoderConfig, tokens: int, s: int, rotates: bool) -> tuple[int, int, int]:
-    """What autograd keeps of queries and keys that are normed, and then turned, and what turning takes for a moment."""
+def _turned(c: DecoderConfig, tokens: int, s: int, rotates: bool) -> tuple[int, int]:
+    """Queries and keys that are normed or turned, and what turning takes for a moment."""
     queries, keys = (tokens * heads * c.head_dim * s for heads in (c.num_heads, c.num_kv_heads))
-    turned = mixing = 0
-    if c.qk_norm:
-        for heads in (c.num_heads, c.num_kv_heads):
-            rows, width = (tokens, heads * c.head_dim) if c.qk_norm_wide else (tokens * heads, c.head_dim)
-            turned += _norm("rms", rows, width, s).saved
-    normed = turned
-    if rotates:
-        turned += queries + keys
-        part = c.rotary_dim / c.head_dim
-        mixing = int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part))
-    return normed, turned, mixing
+    turned = queries + keys if c.qk_norm or rotates else 0
+    part = c.rotary_dim / c.head_dim
+    return turned, int(queries * (2.5 * part if part == 1 else 1 + 2.5 * part)) if rotates else 0
 
 
 def _widened(c: DecoderConfig, tokens: int, d_ff: int, s: int, arithmetic: Arithmetic) -> tuple[int, int]:
@@ -396,7 +382,7 @@ def _head(
     if c.embed_dim:
         hidden += tokens * width * s
     states = read * width * s
-    norm_backward = _offset_backward(c, tokens) if grad else 0
+    norm_backward = _norm_backward(c, tokens, s) if grad else 0
     if scalar:
         back = 2 * tokens * width * s if grad else 0
         return max(hidden + states + read * width * FP32 * (2 if grad else 1) + back, norm_backward)
