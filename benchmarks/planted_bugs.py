@@ -277,7 +277,7 @@ BUGS: list[Bug] = [
     (ENGINE, "EOS is left out of the answer", "        answer.response_ids.append(token)\n", "        answer.response_ids += [token] * (token not in self.eos_ids)\n"),
     (ENGINE, "answers go on after EOS", "if token in run.ends or (", "if ("),
     # adapters and fewer bits
-    (LINEAR, "an RMSNorm's gradient takes its scale for a constant", "return back.mul_(scale).sub_(wide * along).to(x.dtype), slopes", "return back.mul_(scale).to(x.dtype), slopes"),
+    ("kernels/rms_norm.py", "an RMSNorm's gradient takes its scale for a constant", "return back.mul_(scale).sub_(wide * along).to(x.dtype), slopes", "return back.mul_(scale).to(x.dtype), slopes"),
     ("models/lora.py", "an adapter's scale is forgotten", "return linear(low.mul_(self.scale), self.b)", "return linear(low, self.b)"),
     (RECIPE, "both halves of an adapter start random", "if name.endswith(\".b\"):", "if False:"),
     ("models/surgery.py", "the base learns beside its adapter", "    decoder.requires_grad_(False)\n", ""),

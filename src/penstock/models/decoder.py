@@ -32,20 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from penstock.kernels import cpu_ops
+from penstock.kernels.rms_norm import rms_norm
 from penstock.memory.program import ALWAYS_THERE, Part
 from penstock.models import log_probs, packed
 from penstock.models.config import DecoderConfig
-from penstock.models.linear import (
-    Linear,
-    RowAdapters,
-    add_to,
-    attention,
-    layer_norm,
-    linear,
-    precise,
-    rms_norm,
-    rows_of,
-)
+from penstock.models.linear import Linear, RowAdapters, add_to, attention, layer_norm, linear, precise, rows_of
 from penstock.models.lora import Adapted
 from penstock.models.moe.balance import Balance
 from penstock.models.moe.experts import ALONE, Routing, everyone, mixture
