@@ -61,7 +61,7 @@ def test_every_stage_runs_and_the_report_has_gold_with_intervals(vader, chat_mod
         raise StoppedError("SIGTERM: stopped after a checkpoint", signal.SIGTERM)
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(demo, "best_of", stop)
+        stopped.setattr(demo, "compare", stop)
         with pytest.raises(StoppedError, match="the same penstock demo command goes on"):
             demo.demo(config)
     written = {path: path.stat().st_mtime_ns for path in sorted(out.glob("*/checkpoints/*/model/*"))}

@@ -135,6 +135,7 @@ def best_of(
     """Per question the answer, of several, that the reward model likes most: (text, ended by itself)."""
     asked, answered = out / "data" / "heldout.jsonl", out / "data" / "best-of.jsonl"
     write_lines(asked, [{"prompt": question.prompt} for question in questions])
+    answered.unlink(missing_ok=True)  # of a demo that was stopped
     answer_file(
         GenerateConfig(
             model=str(run), data=str(asked), out=str(answered), reward=str(judge), best_of=how.best_of, seed=seed,
