@@ -114,7 +114,7 @@ def picture_of_algorithms(rows: dict[str, list[dict[str, Any]]], path: Path) -> 
         axes.scatter(kls, golds, s=14, color=colour, alpha=0.35, linewidths=0)
         middle = statistics.mean(kls), statistics.mean(golds)
         axes.scatter(*middle, s=60, color=colour, marker="^" if name in OF_LABELS else "o")
-        place = (7, -13 if name == "dpo" else 5)  # it ends near kto
+        place = (7, -13 if name.endswith("dpo") else 5)  # they end near others
         axes.annotate(name, middle, xytext=place, textcoords="offset points", fontsize=9, color=colour)
     axes.set_xlabel("KL from the SFT model, nats per answer", fontsize=9)
     axes.set_ylabel("hidden gold score, held-out questions", fontsize=9)
