@@ -173,11 +173,6 @@ def _before_down(
     return max(plain, 2 * inner) + own["down"].low if "down" in own else plain
 
 
-def _norms(config: DecoderConfig) -> int:
-    """Of a block, those of queries and keys not counted."""
-    return 2 * (config.pre_norm or not config.out_norms) + 2 * config.out_norms
-
-
 def _plain_work(
     config: DecoderConfig, dtype: str, batch: Batch, *, scalar: bool, entropy: bool = True,
     arithmetic: Arithmetic = "narrow",
