@@ -236,18 +236,37 @@ def named_rows(results: Results) -> Iterator[Result]:
             yield {"note": "", **run, "name": name}
 
 
+def sentiment_curves(results: Results, key: str) -> Iterator[tuple[str, str | None, str, list[list[float]]]]:
+    """Of each sentiment run that has this curve: its color, its setting's label the first time, its line (TRL's are
+    dashed), and columns: steps, seconds, rewards, KLs. Ours and TRL's of one task share a color."""
+    tasks: list[str] = []
+    labelled: set[str] = set()
+    for name, run in results["sentiment"]["rows"].items():
+        if key in run:
+            setting = name.partition(", seed")[0]
+            task = setting.removeprefix("trl ").removesuffix(" fp32")
+            tasks += [task] * (task not in tasks)
+            label = None if setting in labelled else setting
+            labelled.add(setting)
+            line = "-" if setting == task else ":" if setting.endswith("fp32") else "--"
+            yield f"C{tasks.index(task) % 10}", label, line, list(zip(*run[key], strict=True))
+
+
 def frontier_plot(results: Results, axes: Any) -> None:
     """Reward against KL at each evaluation, in colors of settings."""
-    settings: list[str] = []
-    for name, run in results["sentiment"]["rows"].items():
-        if "curve" in run:
-            setting = name.rpartition(", seed")[0]
-            label = None if setting in settings else setting
-            settings += [setting] * (label is not None)
-            _, _, rewards, nats = zip(*run["curve"], strict=True)
-            axes.plot(nats, rewards, "o", color=f"C{settings.index(setting)}", markersize=3, label=label)
+    for color, label, _, (_, _, rewards, nats) in sentiment_curves(results, "curve"):
+        axes.plot(nats, rewards, "o", color=color, markersize=3, label=label)
     axes.set_xlabel("KL from the start, nats per answer")
     axes.set_ylabel("held-out reward")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def learning_plot(results: Results, axes: Any) -> None:
+    """Reward against time, TRL's runs dashed, or dotted where they are in fp32."""
+    for color, label, line, (_, seconds, rewards, _) in sentiment_curves(results, "trained"):
+        axes.plot([at / 60 for at in seconds], rewards, line, color=color, linewidth=1.2, label=label)
+    axes.set_xlabel("minutes (dashed, dotted: TRL)")
+    axes.set_ylabel("reward of five steps' own answers")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -491,7 +510,7 @@ CLAIMS = [
             "steps": "{steps}", "s a step": "{step_seconds:.0f}", "peak RSS": "{peak_rss_bytes:bytes}",
             "processor": "{cpu}",
         },
-        {"Reward against KL on a real model": frontier_plot},
+        {"Reward against KL on a real model": frontier_plot, "Reward against time on a real model": learning_plot},
     ),
     Claim(
         "What it wrote", "Answers of those models to the first held-out prompts, unchosen, and what the reward says.",

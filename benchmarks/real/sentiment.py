@@ -98,7 +98,7 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
     of_hour = [point for point in within if point[1] <= 3600]
     return {
         "after": figures(runs.last(run), heldout, seed), **runs.cost(run), "curve": measured,
-        "seconds_to": seconds_to(trained),
+        **learning(trained),
         "best_within_kl": max(within, key=_reward, default=None),
         "best_within_hour": max(of_hour, key=_reward, default=None), "command": command, "flags": settings,
     }  # fmt: skip
@@ -125,7 +125,7 @@ def theirs(setting: str, asked: Path, heldout: Path, seed: int, steps: int) -> r
         points.append((row["step"], since, row["reward"], row["kl"]))
     return {
         "after": figures(out / "model", heldout, seed), "steps": len(rows), "seconds": since,
-        "step_seconds": statistics.median(row["seconds"] for row in rows), "seconds_to": seconds_to(points),
+        "step_seconds": statistics.median(row["seconds"] for row in rows), **learning(points),
         "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows), "flags": flags,
     }  # fmt: skip
 
@@ -143,13 +143,18 @@ def samples(rows: Sequence[runs.Record], heldout: Path) -> list[runs.Record]:
     return [{"prompt": prompt, "response": row["response"], "score": row["score"]} for prompt, row in pairs]
 
 
-def seconds_to(points: Sequence[Point]) -> dict[str, float]:
-    """When the mean reward of five steps' own answers first was as high as each of LEVELS that it reached."""
-    smooth = [
-        (points[i][1], statistics.mean(point[2] for point in points[i - 4 : i + 1])) for i in range(4, len(points))
-    ]
-    first = {level: next((at for at, reward in smooth if reward >= level), None) for level in LEVELS}
-    return {str(level): at for level, at in first.items() if at is not None}
+def learning(points: Sequence[Point]) -> runs.Record:
+    """Means of five steps' own answers: `trained`, every fifth of them, and when they first were at each of LEVELS that
+    they reached."""
+    means: list[Point] = []
+    for i in range(4, len(points)):
+        _, _, rewards, nats = zip(*points[i - 4 : i + 1], strict=True)
+        means.append((*points[i][:2], statistics.mean(rewards), statistics.mean(nats)))
+    first = {level: next((at for _, at, reward, _ in means if reward >= level), None) for level in LEVELS}
+    return {
+        "trained": means[::5],
+        "seconds_to": {str(level): at for level, at in first.items() if at is not None},
+    }
 
 
 def start(seed: int) -> runs.Record:
