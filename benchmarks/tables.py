@@ -270,6 +270,28 @@ def learning_plot(results: Results, axes: Any) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def sentiment_runs(results: Results) -> Iterator[Result]:
+    """What was trained, and the model before."""
+    yield from (row for row in named_rows(results) if "times_faster" not in row)
+
+
+def sentiment_turns(results: Results) -> Iterator[Result]:
+    """Ours beside TRL's. At the highest reward that both runs of the seed reached: their steps, of so many seconds."""
+    rows = results["sentiment"]["rows"]
+    for name, row in rows.items():
+        if "times_faster" in row:
+            seed = name.rpartition(", ")[2]
+            sides = [(side, rows.get(f"{row[key]}, {seed}", {}).get("steps_to", {}), row[f"{side}_seconds"])
+                     for side, key in (("ours", "setting"), ("theirs", "their_setting"))]  # fmt: skip
+            both = sorted(set(sides[0][1]) & set(sides[1][1]), key=float)
+            level = {"level": float(both[-1])} if both else {}
+            for side, steps, seconds in sides if both else ():
+                level |= {f"{side}_steps": steps[both[-1]], f"{side}_to": steps[both[-1]] * seconds}
+            if both:
+                level["sooner"] = level["theirs_to"] / level["ours_to"]
+            yield {**row, **level, "name": name}
+
+
 def sentiment_samples(results: Results) -> Iterator[Result]:
     """Per held-out prompt, what one seed's model of each setting answered."""
     shown: set[str] = set()
@@ -497,7 +519,7 @@ CLAIMS = [
         "there, our evaluations and checkpoints included. One thread each; 64 answers a step (longer: 128), eight to "
         "each prompt of about 46 tokens, which ours computes once per group; activations are kept on both sides. "
         "Ours has a base in bf16 and adapters in fp32, as `trl grpo lora` has; `fp32` is TRL's default.",
-        ("sentiment",), "python -m benchmarks sentiment", named_rows,
+        ("sentiment",), "python -m benchmarks sentiment", sentiment_runs,
         {
             "run": "{name}",
             "reward": "{after[mean]:+.2f} +- {after[standard_error]:.2f}|{before[mean]:+.2f} +- "
@@ -511,6 +533,20 @@ CLAIMS = [
             "processor": "{cpu}",
         },
         {"Reward against KL on a real model": frontier_plot, "Reward against time on a real model": learning_plot},
+    ),
+    Claim(
+        "The same task in TRL, step by step in turns", "Seconds of whole steps of ours and of TRL's, A B A B on one "
+        "thread each with the other standing still, none with an evaluation; the median of the paired ratios, and the "
+        "peak RSS of both. Sooner: the steps until the mean of five steps' own answers was there, in the runs of the "
+        "same seed above, times these seconds.",
+        ("sentiment",), "python -m benchmarks sentiment 'trl ppo lora in turns' --seeds 0", sentiment_turns,
+        {
+            "run": "{name}", "ours, s": "{ours_seconds:.1f}", "theirs, s": "{theirs_seconds:.1f}",
+            "times faster": "{times_faster:.2f}", "reward": "{level:+.1f}",
+            "our steps to it": "{ours_steps}", "theirs": "{theirs_steps}", "times sooner": "{sooner:.2f}",
+            "our RSS": "{ours_peak_rss_bytes:bytes}", "their RSS": "{theirs_peak_rss_bytes:bytes}",
+            "share": "{share_of_their_rss:.2f}", "processor": "{cpu}",
+        },
     ),
     Claim(
         "What it wrote", "Answers of those models to the first held-out prompts, unchosen, and what the reward says.",

@@ -1,13 +1,16 @@
 """What the experiments share: commands of penstock that are gone on with, and what a model's answers are like."""
 
+import functools
 import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,20 @@ Record = dict[str, Any]
 
 def penstock(command: str, **flags: Any) -> None:
     """Runs `penstock COMMAND --FLAG VALUE ...`; True is a flag without a value, and a list has several."""
+    subprocess.run(words_of(command, **flags), check=True, stdout=sys.stderr, env=own_environment())
+
+
+def words_of(command: str, **flags: Any) -> list[str]:
+    """Of `penstock COMMAND`, as `penstock` runs it."""
     words = [sys.executable, "-m", "penstock", command]
     for name, value in flags.items():
         words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, _listed(value)))]
-    subprocess.run(words, check=True, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    return words
+
+
+def own_environment() -> dict[str, str]:
+    """In which this checkout's penstock is the one that is imported."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 
 def _listed(value: Any) -> Sequence[Any]:
@@ -43,6 +56,45 @@ def train(name: str, command: str, **flags: Any) -> Path:
     out = RUNS / name
     penstock(command, out=out, resume_if_present=True, quiet=True, **flags)
     return out
+
+
+class Stepping:
+    """A training process that makes a step when it is told, and stands still between them (SIGSTOP).
+
+    It starts with its first step; a step is over when the file of its lines has one more. `close` kills the process.
+    """
+
+    def __init__(self, words: Sequence[str], lines: Path, environment: dict[str, str] | None = None) -> None:
+        self._lines = lines
+        self._start = functools.partial(subprocess.Popen, words, stdout=sys.stderr, env=environment)
+        self._process: subprocess.Popen | None = None
+
+    def step(self) -> float:
+        """Its wall seconds. Raises RuntimeError where the process ends in it."""
+        before, began = self._made(), time.perf_counter()
+        self._process = self._process or self._start()
+        self._process.send_signal(signal.SIGCONT)
+        while self._made() == before:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"exit code {self._process.returncode}, after {before} steps: {self._process.args}")
+            time.sleep(0.01)
+        self._process.send_signal(signal.SIGSTOP)
+        return time.perf_counter() - began
+
+    def _made(self) -> int:
+        return self._lines.read_bytes().count(b"\n") if self._lines.exists() else 0
+
+    def peak_rss_bytes(self) -> int:
+        """The most memory that it has held so far (Linux alone)."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    def close(self) -> None:
+        """Ends it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 def last(run: Path) -> Path:

@@ -5,15 +5,20 @@
 Each setting and seed is a run of the real command, gone on with where it was stopped (.real/), and a row of
 benchmarks/results/sentiment.json: reward, KL, length, diversity and perplexity of answers to held-out prompts before
 and after, and the curve between. `start` is the model as it is, with the best of n of its answers; `trl ...` are TRL's
-trainers on the same task (real/trl_grpo.py, real/trl_ppo.py), in environments of their own.
+trainers on the same task (real/trl_grpo.py, real/trl_ppo.py), in environments of their own; `... in turns` are seconds
+of their steps and ours, A B A B, so that times to a reward compare though each run met another machine: that many
+steps, of so many seconds.
 """
 
+import contextlib
 import math
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import timing
 from benchmarks.peers.run import environment_of
 from benchmarks.real import runs
 from penstock.data import filmland
@@ -53,6 +58,9 @@ THEIRS: dict[str, tuple[str, str, runs.Record]] = {
     "trl ppo lora fp32": ("trl", "trl_ppo.py", {"beta": SETTINGS["ppo lora"][1]["kl_coef"], "dtype": "float32"}),
 }
 """TRL's environment, script and flags. bfloat16: weights as ours are; float32: as it has them by default."""
+TURNS = {f"{setting} in turns": setting for setting in THEIRS}
+"""Steps of TRL's setting and of ours beside it, timed A B A B."""
+ROUNDS = 3
 MOST_KL = 8.0
 """Nats per answer within which a reward counts."""
 SHOWN = 4
@@ -79,13 +87,10 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
     asked, heldout = prompt_files()
     if setting in THEIRS:
         return theirs(setting, asked, heldout, seed, steps)
-    command, settings = SETTINGS[setting]
-    run = runs.train(
-        f"{setting.replace(' ', '-')}-{seed}", command, model=directory(), data=asked, eval_data=heldout, seed=seed,
-        reward_fn=REWARD, steps=steps, micro_batch_size=MICRO, max_new_tokens=TOKENS, max_length=128,
-        missing_eos_penalty="none", dtype="bf16", eval_every=10, checkpoint_every=10, keep=1,
-        **{"batch_size": ROWS, **settings},
-    )  # fmt: skip
+    if setting in TURNS:
+        return in_turns(TURNS[setting], asked, seed)
+    command, flags = our_flags(setting, asked, seed, steps)
+    run = runs.train(f"{setting.replace(' ', '-')}-{seed}", command, eval_data=heldout, eval_every=10, **flags)
     seconds, since = [row["timing/step_seconds"] for row in read_lines(run / "perf.jsonl")], 0.0
     trained: list[Point] = []
     measured: list[Point] = []
@@ -100,8 +105,20 @@ def experiment(setting: str, seed: int, steps: int) -> runs.Record:
         "after": figures(runs.last(run), heldout, seed), **runs.cost(run), "curve": measured,
         **learning(trained),
         "best_within_kl": max(within, key=_reward, default=None),
-        "best_within_hour": max(of_hour, key=_reward, default=None), "command": command, "flags": settings,
+        "best_within_hour": max(of_hour, key=_reward, default=None), "command": command,
+        "flags": SETTINGS[setting][1],
     }  # fmt: skip
+
+
+def our_flags(setting: str, asked: Path, seed: int, steps: int) -> tuple[str, runs.Record]:
+    """The command of one of our runs, and its flags."""
+    command, own = SETTINGS[setting]
+    flags = {
+        "model": directory(), "data": asked, "seed": seed, "reward_fn": REWARD, "steps": steps, "dtype": "bf16",
+        "batch_size": ROWS, "micro_batch_size": MICRO, "max_new_tokens": TOKENS, "max_length": 128,
+        "missing_eos_penalty": "none", "checkpoint_every": 10, "keep": 1,
+    }  # fmt: skip
+    return command, flags | own
 
 
 def _reward(point: Point) -> float:
@@ -111,12 +128,7 @@ def _reward(point: Point) -> float:
 def theirs(setting: str, asked: Path, heldout: Path, seed: int, steps: int) -> runs.Record:
     """TRL's row: trained there, and its answers measured as ours are."""
     out = runs.RUNS / f"{setting.replace(' ', '-')}-{seed}"
-    environment, script, own = THEIRS[setting]
-    words = [str(environment_of(environment)), str(HERE / script), str(directory()), str(asked), str(out)]
-    flags = {"seed": seed, "lr": ADAPTED["lr"], "lora": ADAPTED["lora"], "steps": steps, "tokens": TOKENS}
-    flags |= {"batch": ROWS, **own}
-    for name, value in {**flags, "micro": MICRO}.items():
-        words += [f"--{name}", str(value)]
+    words, flags = their_words(setting, asked, out, seed, steps)
     if not (out / "model").exists():
         subprocess.run(words, check=True)
     rows, since, points = [*read_lines(out / "curve.jsonl")], 0.0, []
@@ -128,6 +140,51 @@ def theirs(setting: str, asked: Path, heldout: Path, seed: int, steps: int) -> r
         "step_seconds": statistics.median(row["seconds"] for row in rows), **learning(points),
         "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows), "flags": flags,
     }  # fmt: skip
+
+
+def their_words(setting: str, asked: Path, out: Path, seed: int, steps: int) -> tuple[list[str], runs.Record]:
+    """The command of one of TRL's runs, and its flags."""
+    environment, script, own = THEIRS[setting]
+    words = [str(environment_of(environment)), str(HERE / script), str(directory()), str(asked), str(out)]
+    flags = {"seed": seed, "lr": ADAPTED["lr"], "lora": ADAPTED["lora"], "steps": steps, "tokens": TOKENS}
+    flags |= {"batch": ROWS, **own}
+    for name, value in {**flags, "micro": MICRO}.items():
+        words += [f"--{name}", str(value)]
+    return words, flags
+
+
+def in_turns(their_setting: str, asked: Path, seed: int) -> runs.Record:
+    """Seconds of steps of our run and of TRL's, in turns, after one of each: ROUNDS of each, none with an evaluation
+    or a checkpoint, and in all of them the actor learns."""
+    setting = task_of(their_setting)
+    command, flags = our_flags(setting, asked, seed, STEPS)
+    with tempfile.TemporaryDirectory(dir=runs.RUNS) as folder, contextlib.ExitStack() as ending:
+        ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
+        if command == "ppo":
+            flags |= {"no_value_warmup": True}
+        words = {
+            "ours": runs.words_of(command, out=ours, quiet=True, **flags),
+            "theirs": their_words(their_setting, asked, theirs, seed, STEPS)[0],
+        }
+        lines = {"ours": ours / "perf.jsonl", "theirs": theirs / "curve.jsonl"}
+        environments = {"ours": runs.own_environment(), "theirs": None}
+        sides = {
+            name: ending.enter_context(contextlib.closing(runs.Stepping(words[name], lines[name], environments[name])))
+            for name in words
+        }
+        seconds = timing.alternate({name: side.step for name, side in sides.items()}, ROUNDS, warm_ups=1)
+        peaks = {name: side.peak_rss_bytes() for name, side in sides.items()}
+    return {
+        **{f"{name}_seconds": median for name, median in timing.medians(seconds).items()},
+        "times_faster": timing.ratio(seconds, "theirs", "ours"), "seconds_each": seconds,
+        **{f"{name}_peak_rss_bytes": peak for name, peak in peaks.items()},
+        "share_of_their_rss": peaks["ours"] / peaks["theirs"], "setting": setting, "their_setting": their_setting,
+    }  # fmt: skip
+
+
+def task_of(their_setting: str) -> str:
+    """The setting of ours that TRL's is beside."""
+    return their_setting.removeprefix("trl ").removesuffix(" fp32")
 
 
 def figures(model: Path, heldout: Path, seed: int) -> runs.Record:
@@ -150,10 +207,11 @@ def learning(points: Sequence[Point]) -> runs.Record:
     for i in range(4, len(points)):
         _, _, rewards, nats = zip(*points[i - 4 : i + 1], strict=True)
         means.append((*points[i][:2], statistics.mean(rewards), statistics.mean(nats)))
-    first = {level: next((at for _, at, reward, _ in means if reward >= level), None) for level in LEVELS}
+    first = {str(level): point for level in LEVELS for point in means[::-1] if point[2] >= level}
     return {
         "trained": means[::5],
-        "seconds_to": {str(level): at for level, at in first.items() if at is not None},
+        "steps_to": {level: step for level, (step, *_) in first.items()},
+        "seconds_to": {level: at for level, (_, at, *_) in first.items()},
     }
 
 
@@ -176,5 +234,5 @@ def start(seed: int) -> runs.Record:
 
 def main(arguments: list[str]) -> int:
     """Adds the rows that are missing."""
-    settings = ["start", *SETTINGS, *THEIRS]
+    settings = ["start", *SETTINGS, *THEIRS, *TURNS]
     return runs.collect("sentiment", __doc__, arguments, settings, STEPS, experiment)
