@@ -671,7 +671,8 @@ def section(claim: Claim, results: Results, out: Path) -> list[str]:
     """One claim as lines of Markdown; draws its plot."""
     sources = {name: result for name, result in results.items() if any(fnmatch(name, glob) for glob in claim.results)}
     lines = ["", f"## {claim.title}", "", claim.says, ""]
-    if not sources:
+    rows = [*claim.runs(sources)] if sources else []
+    if not rows:
         return [*lines, f"Not measured yet: `{claim.command}`"]
     for title, plot in claim.plots.items():
         name = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
@@ -680,13 +681,13 @@ def section(claim: Claim, results: Results, out: Path) -> list[str]:
         figure.savefig(out / "plots" / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
         lines += [f"![{title}](plots/{name}.svg)", ""]
-    lines += markdown(claim.columns, claim.runs(sources))
+    lines += markdown(claim.columns, rows)
     runs = [
         f"`{command_of(result)}` at {result['commit'][:12]} ([{name}](results/{name}.json))"
         for name, result in sources.items()
     ]
     machine = next(iter(sources.values()))["machine"]
-    return [*lines, "", f"By {'; '.join(runs)}. {machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GB."]
+    return [*lines, "", f"Last written by {'; '.join(runs)}. {machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GB."]
 
 
 def index_of(results: Results) -> Iterator[Result]:
