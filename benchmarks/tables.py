@@ -687,7 +687,8 @@ def section(claim: Claim, results: Results, out: Path) -> list[str]:
         for name, result in sources.items()
     ]
     machine = next(iter(sources.values()))["machine"]
-    return [*lines, "", f"Last written by {'; '.join(runs)}. {machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GB."]
+    on = f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GB"
+    return [*lines, "", f"Last written by {'; '.join(runs)}. {on}."]
 
 
 def index_of(results: Results) -> Iterator[Result]:

@@ -78,8 +78,10 @@ class Stepping:
             if self._process.poll() is not None:
                 raise RuntimeError(f"exit code {self._process.returncode}, after {before} steps: {self._process.args}")
             time.sleep(0.01)
+        seconds = time.perf_counter() - began
         self._process.send_signal(signal.SIGSTOP)
-        return time.perf_counter() - began
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return seconds
 
     def _made(self) -> int:
         return self._lines.read_bytes().count(b"\n") if self._lines.exists() else 0
