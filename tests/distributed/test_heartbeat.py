@@ -14,7 +14,8 @@ import pytest
 from penstock.distributed import world as world_module
 from penstock.errors import ResourceError
 from penstock.memory.strategy import Strategy
-from tests.conftest import PATIENCE, rank_environments
+from penstock.run.session import Session
+from tests.conftest import PATIENCE, rank_environments, stage_config
 
 WORKER = """
 import os, sys, time, torch
@@ -149,10 +150,12 @@ def test_a_rank_that_is_done_is_not_missed(ranks, case):
 
 
 @pytest.mark.parametrize("gone", ["rank 1 (host, process 7) gave no sign of life for 5 s", None])
-def test_a_collective_of_pytorchs_own_names_the_lost_rank_too(monkeypatch, gone):
-    """FSDP2's gathers are no calls of ours: a killed rank was a traceback of theirs, and exit code 5."""
+def test_a_collective_of_pytorchs_own_names_the_lost_rank_too(monkeypatch, tmp_path, gone):
+    """FSDP2's gathers are no calls of ours, in a phase or in a checkpoint: a killed rank was a traceback of theirs,
+    and exit code 5."""
     monkeypatch.setattr(world_module, "_heartbeat", SimpleNamespace(missing=lambda: gone))
-    strategy = Strategy.named(device="cpu")
-    with pytest.raises(ResourceError if gone else RuntimeError) as caught, strategy.phase("train"):
+    session = Session("sft", stage_config(tmp_path, "sft", "run"), Strategy.named(device="cpu").world)
+    with pytest.raises(ResourceError if gone else RuntimeError) as caught, session:
         raise RuntimeError("Connection closed by peer")
     assert (gone or "closed by peer") in str(caught.value)
+    assert ("stopped: rank 1" in (tmp_path / "run" / "log.txt").read_text()) == bool(gone)

@@ -326,7 +326,13 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        gone = _heartbeat.missing() if _heartbeat is not None else None
-        if gone is None:
+        lost = lost_ranks(error)
+        if lost is None:
             raise
-        raise ResourceError(heartbeat.advice(gone)) from error
+        raise lost from error
+
+
+def lost_ranks(error: BaseException | None) -> ResourceError | None:
+    """What names the rank that is gone, where an error (of a collective, or of nothing at all) may come of that."""
+    gone = _heartbeat.missing() if _heartbeat is not None and isinstance(error, RuntimeError) else None
+    return None if gone is None else ResourceError(heartbeat.advice(gone))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from penstock.distributed.world import World, naming_lost_ranks
+from penstock.distributed.world import World
 from penstock.errors import ResourceError, UserError
 from penstock.kernels import compile as compiler
 from penstock.kernels.machine import available_ram
@@ -265,7 +265,7 @@ class Strategy:
         for stream in self.streams:
             stream.leasing = stream.moves and name == "rollout"
         try:
-            with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"), naming_lost_ranks():
+            with record_function(f"phase.{name}"), torch.set_grad_enabled(name == "train"):
                 yield
         finally:
             for stream in self.streams:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from penstock import flags, sources
-from penstock.distributed.world import World
+from penstock.distributed.world import World, lost_ranks
 from penstock.errors import PenstockError, ResourceError, UserError
 from penstock.hub import pinned
 from penstock.memory.strategy import StepStats
@@ -142,6 +142,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        lost = lost_ranks(error)  # FSDP2's collectives name nobody, in a phase or between two
         if self._saving is not None and not isinstance(error, KeyboardInterrupt):
             wait([self._saving])  # after an error too: the heartbeat still watches the ranks that it needs
         for signum, handler in self._handlers.items():
@@ -149,13 +150,15 @@ class Session:
         if self._progress is not None:
             self._progress.close()
         if self.directory is not None:
-            if isinstance(error, PenstockError):
-                self.directory.note(f"stopped: {error}")
+            if isinstance(lost or error, PenstockError):
+                self.directory.note(f"stopped: {lost or error}")
             self._loggers.close(error is None)
             for lines in self._lines.values():
                 lines.close()
             self.directory.close()
         self.world.leave(error is None)
+        if lost is not None:
+            raise lost from error
 
     def _sources(self) -> list[str]:
         return [text for name in flags.SOURCES for text in self._flags.get(name, ())]

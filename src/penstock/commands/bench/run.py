@@ -25,6 +25,7 @@ from penstock.commands.bench.micro import gemm_peak
 from penstock.commands.bench.profile import Recorder
 from penstock.commands.bench.show import as_text
 from penstock.commands.bench.work import Four, Sizes
+from penstock.distributed.world import naming_lost_ranks
 from penstock.errors import UserError
 from penstock.models import weight_shapes
 from penstock.models.config import DecoderConfig
@@ -79,7 +80,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             seed=config.seed, sizes=sizes,
         )  # fmt: skip
         clock = Clock(strategy)
-        table = play(beats, four, clock, config, shape)
+        with naming_lost_ranks():
+            table = play(beats, four, clock, config, shape)
         gemm = gemm_peak(world.device, config.dtype)
         ranks = world.gather({"seconds": clock.seconds, "moved": clock.moved, "peaks": clock.peaks(), "gemm": gemm})
         measured = result(config, shape, sizes, four, ranks) | {"planned": planned, "profile": table}
